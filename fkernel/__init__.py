@@ -1,0 +1,36 @@
+"""Why did this sequence's probability move? One AdamW step, explained in nats.
+
+Low level: `func` (gradients, log-probabilities), `precond` (AdamW's linear maps), `tree` (algebra on parameters).
+Above it: `kernel`, `influence`, `explain_step`.
+"""
+
+from fkernel import func, precond, tree
+from fkernel.errors import (
+    BatchError,
+    FKernelError,
+    ModelError,
+    NonFiniteError,
+    OptimizerStateError,
+    TreeError,
+)
+from fkernel.kernel import StepEffect, explain_step, influence, kernel, loss_gradient, realised_change
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchError",
+    "FKernelError",
+    "ModelError",
+    "NonFiniteError",
+    "OptimizerStateError",
+    "StepEffect",
+    "TreeError",
+    "explain_step",
+    "func",
+    "influence",
+    "kernel",
+    "loss_gradient",
+    "precond",
+    "realised_change",
+    "tree",
+]

@@ -1,0 +1,54 @@
+"""What can go wrong, in the user's own names: what was given, what was expected, what to do.
+
+Every error of the library derives from `FKernelError`, and from the built-in exception that a caller who has never
+heard of `fkernel` would try to catch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class FKernelError(Exception):
+    """Base of every error that `fkernel` raises on purpose."""
+
+
+class BatchError(FKernelError, ValueError):
+    """A batch cannot be scored: empty, ragged, left-padded, without response, with an unknown token."""
+
+
+class TreeError(FKernelError, ValueError):
+    """Two parameter trees do not fit each other: names, shapes or dtypes differ."""
+
+
+class ModelError(FKernelError, ValueError):
+    """A model or function cannot be differentiated per sequence, and why."""
+
+
+class OptimizerStateError(FKernelError, ValueError):
+    """An optimizer state is incomplete, impossible, or of a kind that is not modelled."""
+
+
+class NonFiniteError(FKernelError, ArithmeticError):
+    """A NaN or an infinity, with the place where it was first seen.
+
+    Attributes:
+        row: the sequence's position in its batch, or None where no sequence is at fault.
+        parameter: the parameter's name, or None where the value belongs to no parameter.
+    """
+
+    def __init__(self, message: str, *, row: int | None = None, parameter: str | None = None) -> None:
+        super().__init__(message)
+        self.row = row
+        self.parameter = parameter
+
+
+def listing(names: Sequence[str], most: int = 4) -> str:
+    """Quote a few names and count the rest.
+
+    Example:
+        >>> listing(["a", "b", "c"], most=2)
+        "'a', 'b' and 1 more"
+    """
+    shown = ", ".join(repr(name) for name in names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -1,0 +1,27 @@
+"""Pure functions of (params, batch): log-probabilities, their derivatives, and the contraction of gradients.
+
+No files, no tokenizers, no state. See `fkernel.func.gradient` for the mathematics.
+"""
+
+from fkernel.func.batch import Sequences, pad
+from fkernel.func.contract import contract
+from fkernel.func.functional import Apply, make_functional
+from fkernel.func.gradient import curvature, jvp, per_sequence_grad, vjp
+from fkernel.func.logprob import sequence_logprob, token_entropy, token_logprobs
+from fkernel.func.objective import Objective
+
+__all__ = [
+    "Apply",
+    "Objective",
+    "Sequences",
+    "contract",
+    "curvature",
+    "jvp",
+    "make_functional",
+    "pad",
+    "per_sequence_grad",
+    "sequence_logprob",
+    "token_entropy",
+    "token_logprobs",
+    "vjp",
+]

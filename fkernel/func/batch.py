@@ -1,0 +1,202 @@
+"""The token batch that every function over language models takes, and what a batch must satisfy.
+
+`Sequences` is a pytree, so that `torch.func.vmap` can map over its rows. The engine itself accepts any pytree of
+tensors that share their first dimension; a `Sequences` found inside is held to the rules below.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils import _pytree as pytree
+
+from fkernel.errors import BatchError
+from fkernel.shapes import Int, Shaped, Tensor
+
+
+class Sequences(NamedTuple):
+    """n prompts with their responses, right-padded to t tokens.
+
+    Attributes:
+        input_ids: [n t] int64. Prompt, response (with the EOS that ended it), padding.
+        attention_mask: [n t] bool or int; 1 on prompt and response, 0 on padding.
+        response_mask: [n t] bool or int; 1 on the tokens whose log-probabilities S sums.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    response_mask: Tensor
+
+
+def pad(
+    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_id: int = 0, device: Any = None
+) -> Sequences:
+    """Lay prompts and their responses into one right-padded batch.
+
+    Args:
+        prompts: n lists of token ids.
+        responses: n lists of token ids, each with the EOS that ended it (where one did).
+        pad_id: the id that fills the padding; it is never attended to and never scored.
+        device: where the batch is to live.
+
+    Raises:
+        BatchError: the lists differ in number, or a prompt or response is empty.
+
+    Example:
+        >>> pad([[5, 6], [7]], [[1], [2, 3, 1]]).response_mask.int()
+        tensor([[0, 0, 1, 0],
+                [0, 1, 1, 1]], dtype=torch.int32)
+    """
+    if len(prompts) != len(responses):
+        raise BatchError(f"{len(prompts)} prompts but {len(responses)} responses; give one response for each prompt.")
+    if not prompts:
+        raise BatchError("No prompts were given; a batch needs at least one sequence.")
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        if not prompt or not response:
+            empty = "prompt" if not prompt else "response"
+            raise BatchError(f"Sequence {row} has an empty {empty}; log π(response | prompt) needs a token of each.")
+    width = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
+    ids = torch.full((len(prompts), width), pad_id, dtype=torch.int64)
+    attention = torch.zeros(len(prompts), width, dtype=torch.bool)
+    response_mask = torch.zeros_like(attention)
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        end = len(prompt) + len(response)
+        ids[row, :end] = torch.tensor([*prompt, *response])
+        attention[row, :end] = True
+        response_mask[row, len(prompt) : end] = True
+    return Sequences(ids.to(device), attention.to(device), response_mask.to(device))
+
+
+def length(batch: Any) -> int:
+    """Count the sequences of a batch.
+
+    Raises:
+        BatchError: no tensor, no row, or leaves that disagree about their first dimension.
+
+    Example:
+        >>> length((torch.zeros(3, 5), torch.zeros(3)))
+        3
+    """
+    leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
+    if not leaves:
+        raise BatchError(
+            f"The batch ({type(batch).__name__}) holds no tensor; give a Sequences or a pytree of tensors."
+        )
+    if any(leaf.ndim == 0 for leaf in leaves):
+        raise BatchError("The batch holds a scalar tensor; every leaf needs a first dimension that counts sequences.")
+    sizes = sorted({leaf.shape[0] for leaf in leaves})
+    if len(sizes) > 1:
+        shapes = ", ".join(str(list(leaf.shape)) for leaf in leaves)
+        raise BatchError(f"The batch's leaves disagree about the number of sequences: shapes {shapes}.")
+    if sizes[0] == 0:
+        raise BatchError("The batch is empty (0 sequences); give at least one.")
+    return sizes[0]
+
+
+def take(batch: Any, rows: slice | Tensor | list[int]) -> Any:
+    """Return some rows of a batch, as a batch of the same kind.
+
+    Example:
+        >>> take((torch.arange(4),), slice(1, 3))
+        (tensor([1, 2]),)
+    """
+    return pytree.tree_map(lambda leaf: leaf[rows] if isinstance(leaf, Tensor) else leaf, batch)
+
+
+def find_sequences(batch: Any) -> list[Sequences]:
+    """Return every `Sequences` inside a batch, whatever it is nested in."""
+    leaves = pytree.tree_leaves(batch, is_leaf=lambda node: isinstance(node, Sequences))
+    return [leaf for leaf in leaves if isinstance(leaf, Sequences)]
+
+
+def check_batch(batch: Any) -> int:
+    """Check a batch before any transform runs over it, and count its sequences.
+
+    Raises:
+        BatchError: see `length` and `check_sequences`.
+    """
+    n = length(batch)
+    for sequences in find_sequences(batch):
+        check_sequences(sequences)
+    return n
+
+
+def check_sequences(batch: Sequences) -> None:
+    """Raise BatchError unless a batch can be scored, naming the first sequence that cannot.
+
+    Checked: int64 ids; equal shapes [n t]; masks of zeros and ones; right-padding; a response in every row; the
+    response inside the attention mask; no scored token at position 0, which nothing predicts.
+    """
+    ids, attention, response = batch
+    if ids.ndim != 2 or attention.shape != ids.shape or response.shape != ids.shape:
+        raise BatchError(
+            f"Sequences wants three tensors of one shape [n t]; input_ids is {list(ids.shape)}, attention_mask "
+            f"{list(attention.shape)}, response_mask {list(response.shape)}."
+        )
+    if ids.dtype != torch.int64:
+        raise BatchError(f"input_ids is {ids.dtype}; token ids are int64 (tensor.long()).")
+    for name, mask in (("attention_mask", attention), ("response_mask", response)):
+        _each_row(((mask != 0) & (mask != 1)).any(1), f"{name} holds values other than 0 and 1", "masks are 0/1")
+    attended, scored = attention.bool(), response.bool()
+    _each_row(
+        (attended[:, 1:] & ~attended[:, :-1]).any(1) | ~attended[:, 0],
+        "is padded on the left or has a hole in its attention_mask",
+        "sequences are right-padded: tokens first, then padding (fkernel.func.pad makes such a batch)",
+    )
+    _each_row(~scored.any(1), "has no response token", "mark at least one token in response_mask")
+    _each_row(
+        (scored & ~attended).any(1),
+        "has response tokens outside its attention_mask",
+        "padding is never scored: response_mask must lie inside attention_mask",
+    )
+    _each_row(
+        scored[:, 0],
+        "scores its token at position 0, which no token precedes",
+        "begin the response at position 1 or later (a BOS or the prompt's last token comes first)",
+    )
+
+
+def check_tokens(
+    batch: Sequences, vocab_size: int | None, max_length: int | None, padding_idx: int | None = None
+) -> None:
+    """Check a batch's ids against a model.
+
+    `torch.nn.Embedding(padding_idx=…)` withholds its row's gradient in training, in reverse mode only. `fkernel` takes
+    the true derivative, which differs wherever that id stands inside a sequence, and says so.
+
+    Raises:
+        BatchError: a token id is not in the vocabulary, or the batch is wider than the model's context.
+    """
+    ids = batch.input_ids
+    if vocab_size is not None:
+        outside = (ids < 0) | (ids >= vocab_size)
+        if outside.any():
+            row, column = (int(i) for i in outside.nonzero()[0])
+            raise BatchError(
+                f"Sequence {row}, position {column}: token id {int(ids[row, column])} is outside of the model's "
+                f"vocabulary of {vocab_size}; tokenize with this model's own tokenizer (padding ids included)."
+            )
+    if max_length is not None and ids.shape[1] > max_length:
+        raise BatchError(
+            f"The batch is {ids.shape[1]} tokens wide, the model's context holds {max_length}; "
+            f"drop or shorten the longer sequences."
+        )
+    if padding_idx is not None:
+        # The last attended token predicts nothing that is scored, so an EOS that doubles as padding is harmless there.
+        inside = batch.attention_mask[:, :-1].bool() & batch.attention_mask[:, 1:].bool()
+        rows = ((ids[:, :-1] == padding_idx) & inside).any(1)
+        if rows.any():
+            warnings.warn(
+                f"{int(rows.sum())} sequence(s) hold the model's padding id {padding_idx} inside. Training withholds "
+                f"that embedding row's gradient (torch.nn.Embedding.padding_idx); the derivatives here include it.",
+                stacklevel=3,
+            )
+
+
+def _each_row(bad: Shaped[Tensor, n], what: str, todo: str) -> None:
+    if bool(bad.any()):
+        rows: Int[Tensor, "k 1"] = bad.nonzero()
+        raise BatchError(f"Sequence {int(rows[0])} {what} ({len(rows)} of {len(bad)} sequences do); {todo}.")

@@ -1,0 +1,132 @@
+"""The boundary of the engine: what is checked before a transform starts, and how its failures are explained.
+
+Inside `torch.func` transforms values cannot be read and errors speak of internals. So everything that a user can get
+wrong is looked at here, once a call, in the user's own names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from fkernel import tree
+from fkernel.errors import BatchError, FKernelError, ModelError, NonFiniteError, TreeError
+from fkernel.func.batch import check_batch
+from fkernel.func.objective import Function
+from fkernel.shapes import Tensor, Tree
+
+_ADVICE = (
+    (
+        "called random operation",
+        "f draws random numbers (dropout?); put the model in eval mode: model.eval()",
+    ),
+    (
+        "data-dependent control flow",
+        "f branches on values, which vmap cannot follow; a model does so in its attention masking unless it has eager "
+        "attention (make_functional sets that), and a function of your own must use torch.where instead of if",
+    ),
+    (
+        "forward AD",
+        "an operation in f has no forward-mode derivative, as fused attention has none; use make_functional, which "
+        "sets eager attention, or plain torch operations",
+    ),
+    (
+        "setup_context",
+        "f calls a custom autograd.Function without setup_context, which torch.func cannot transform",
+    ),
+)
+
+
+@contextmanager
+def boundary(f: Function, params: Tree, batch: Any) -> Iterator[None]:
+    """Check the inputs, run the body, and explain what torch.func says if it fails.
+
+    Raises:
+        BatchError, TreeError, NonFiniteError: the inputs are at fault; see `check_batch` and `check_params`.
+        ModelError: f draws random numbers, or does what its transforms cannot follow.
+    """
+    check_params(params)
+    check_batch(batch)
+    check = getattr(f, "check", None)
+    if check is not None:
+        check(batch)
+    before = _random_state(params)
+    try:
+        yield
+    except FKernelError:
+        raise
+    except IndexError as error:
+        raise BatchError(
+            f"f looked up a row that does not exist ({error}); is a token id outside of the model's vocabulary, or the "
+            f"batch wider than its context?"
+        ) from error
+    except (RuntimeError, NotImplementedError) as error:
+        for sign, advice in _ADVICE:
+            if sign in str(error):
+                raise ModelError(f"{advice}. ({str(error).splitlines()[0]})") from error
+        raise
+    if any(not torch.equal(x, y) for x, y in zip(before, _random_state(params), strict=True)):
+        raise ModelError(
+            "f draws random numbers (dropout?), so two evaluations differ and no derivative of it means anything; "
+            "put the model in eval mode: model.eval()."
+        )
+
+
+def check_params(params: Tree) -> None:
+    """Raise unless params is a non-empty tree of finite float32 or float64 tensors."""
+    if not isinstance(params, dict) or not params:
+        given = "an empty dict" if isinstance(params, dict) else type(params).__name__
+        raise TreeError(f"params is {given}; expected {{name: tensor}}, as make_functional returns it.")
+    for name, leaf in params.items():
+        if leaf.dtype not in (torch.float32, torch.float64):
+            raise TreeError(
+                f"params[{name!r}] is {leaf.dtype}. fkernel differentiates in float32 or float64: at half precision "
+                f"rounding exceeds what one optimizer step changes. Convert: fkernel.tree.cast(params, torch.float32)."
+            )
+    tree.check_finite(params, "params")
+
+
+def check_direction(direction: Tree, params: Tree) -> None:
+    """Raise unless `direction` is a finite vector of the parameters' space: same names, shapes and dtypes."""
+    tree.check_same(direction, params, "direction", "params")
+    tree.check_finite(direction, "direction")
+
+
+def check_weights(weights: Tensor, n: int) -> None:
+    """Raise unless there is one finite weight a sequence."""
+    if weights.ndim != 1 or weights.shape[0] != n:
+        raise BatchError(f"weights has shape {list(weights.shape)}; the batch holds {n} sequences, so expected [{n}].")
+    if not tree.all_finite(weights):
+        row = int((~torch.isfinite(weights)).nonzero()[0])
+        raise NonFiniteError(f"weights[{row}] is {float(weights[row])}; every sequence needs a finite weight.", row=row)
+
+
+def check_output(value: Tensor, n: int, per_sequence: bool) -> None:
+    """Raise ModelError unless f returned one value (or one row) a sequence; shapes can be read under any transform."""
+    if value.ndim == 0 or value.shape[0] != n or (per_sequence and value.ndim != 1):
+        expected = "[n]" if per_sequence else "[n] or [n, ...]"
+        raise ModelError(
+            f"f returned shape {list(value.shape)} for {n} sequence(s); expected {expected}, one a sequence."
+        )
+
+
+def check_rows(rows: Tree) -> None:
+    """Raise NonFiniteError naming the sequence and the parameter of the first non-finite per-sequence gradient."""
+    for name, leaf in rows.items():
+        if not tree.all_finite(leaf):
+            bad = (~torch.isfinite(leaf)).reshape(len(leaf), -1).any(1).nonzero()
+            row = int(bad[0])
+            raise NonFiniteError(
+                f"The gradient of sequence {row} with respect to {name!r} is not finite ({len(bad)} of {len(leaf)} "
+                f"sequences); a log-probability of −inf or an overflow inside the model is the usual cause.",
+                row=row,
+                parameter=name,
+            )
+
+
+def _random_state(params: Tree) -> list[Tensor]:
+    devices = {leaf.device for leaf in params.values() if leaf.is_cuda}
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]

@@ -1,0 +1,112 @@
+"""log π of a response, its tokens, and the entropies of the distributions they were drawn from.
+
+With logits z[i] at position i, which predict token i+1, and the temperature τ,
+
+    log π(x_t | x_<t) = z[t−1, x_t]/τ − logsumexp_v z[t−1, v]/τ
+    S(x; θ)           = Σ_{t: response_mask[t]} log π(x_t | x_<t)
+    H_t               = −Σ_v p_v log p_v,   p = softmax(z[t−1]/τ)
+
+The log-softmax is taken at the temperature at which the response was sampled, over the whole vocabulary. The EOS that
+ended a response is one of its tokens; padding never counts. Position 0 is predicted by nothing and holds 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from einops import rearrange
+
+from fkernel.errors import ModelError
+from fkernel.func.batch import Sequences, check_tokens
+from fkernel.func.objective import Objective
+from fkernel.shapes import Float, Tensor, Tree
+
+Apply = Callable[[Tree, Tensor, Tensor], Tensor]
+"""(params, input_ids [n t], attention_mask [n t]) -> logits [n t v]."""
+
+
+def sequence_logprob(apply: Apply, temperature: float = 1.0) -> Objective:
+    """Make S: the log-probability of each response, in nats.
+
+    S(x; θ) = Σ_{t in response} log π_θ(x_t | x_<t)
+
+    Args:
+        apply: (params, input_ids, attention_mask) -> logits [n t v], as `make_functional` returns it.
+        temperature: τ > 0, the sampling temperature that the logits are divided by.
+
+    Returns:
+        (params, Sequences[n t]) -> [n], nats.
+
+    Raises:
+        ModelError: the temperature is not a positive number.
+        BatchError: (when called) a sequence cannot be scored.
+        NonFiniteError: (when called) a log-probability is NaN or infinite; it names the sequence.
+
+    Example:
+        >>> uniform = lambda params, ids, mask: params["w"] * torch.zeros(*ids.shape, 4)
+        >>> from fkernel.func import pad
+        >>> logprob = sequence_logprob(uniform)
+        >>> logprob({"w": torch.ones(())}, pad([[0]], [[1, 2]]))  # two tokens, log ¼ each
+        tensor([-2.7726])
+    """
+    return _objective(apply, temperature, _sequence, "log π")
+
+
+def token_logprobs(apply: Apply, temperature: float = 1.0) -> Objective:
+    """Make log π(x_t | x_<t) for every token: (params, Sequences[n t]) -> [n t], nats, 0 outside of the response.
+
+    Arguments and errors as in `sequence_logprob`, whose value is this one's sum over t.
+    """
+    return _objective(apply, temperature, _tokens, "a token's log π")
+
+
+def token_entropy(apply: Apply, temperature: float = 1.0) -> Objective:
+    """Make H_t, the entropy of the distribution that token t was drawn from.
+
+    H_t = −Σ_v p_v log p_v,  p = softmax(z[t−1]/τ)
+
+    Returns:
+        (params, Sequences[n t]) -> [n t], nats, 0 outside of the response. Arguments and errors as in
+        `sequence_logprob`.
+    """
+    return _objective(apply, temperature, _entropy, "a token's entropy")
+
+
+def _objective(apply: Apply, temperature: float, statistic: Callable[..., Tensor], name: str) -> Objective:
+    if not 0 < temperature < float("inf"):
+        raise ModelError(f"temperature is {temperature!r}; expected a positive number (1.0 leaves the logits alone).")
+    limits = [getattr(apply, limit, None) for limit in ("vocab_size", "max_length", "padding_idx")]
+
+    def check(batch: Sequences) -> None:
+        check_tokens(batch, *limits)
+
+    return Objective(partial(statistic, apply, temperature), check, name)
+
+
+def _logits(apply: Apply, temperature: float, params: Tree, batch: Sequences) -> Float[Tensor, "n s v"]:
+    """Logits that predict positions 1 … t−1, tempered, in at least float32."""
+    z = apply(params, batch.input_ids, batch.attention_mask)[:, :-1]
+    return z.to(torch.promote_types(z.dtype, torch.float32)) / temperature
+
+
+def _on_response(values: Float[Tensor, "n s"], batch: Sequences) -> Float[Tensor, "n t"]:
+    """Zero what is not response, and put position 0 back."""
+    masked = torch.where(batch.response_mask[:, 1:].bool(), values, 0.0)
+    return torch.nn.functional.pad(masked, (1, 0))
+
+
+def _tokens(apply: Apply, temperature: float, params: Tree, batch: Sequences) -> Float[Tensor, "n t"]:
+    z = _logits(apply, temperature, params, batch)
+    target = rearrange(batch.input_ids[:, 1:], "n s -> n s 1")
+    return _on_response(z.gather(-1, target).squeeze(-1) - z.logsumexp(-1), batch)
+
+
+def _sequence(apply: Apply, temperature: float, params: Tree, batch: Sequences) -> Float[Tensor, n]:
+    return _tokens(apply, temperature, params, batch).sum(1)
+
+
+def _entropy(apply: Apply, temperature: float, params: Tree, batch: Sequences) -> Float[Tensor, "n t"]:
+    log_p = _logits(apply, temperature, params, batch).log_softmax(-1)
+    return _on_response(-(log_p.exp() * log_p).sum(-1), batch)

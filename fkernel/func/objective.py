@@ -1,0 +1,71 @@
+"""f(params, batch) -> [n] that says what is wrong with its batch before it computes.
+
+The engine takes any function. One that carries a `check(batch)` is asked once, outside of every transform: inside a
+vmap values cannot be read. Called directly, an `Objective` checks its own input and output, so that no NaN and no
+unscorable sequence leaves it silently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from fkernel.errors import NonFiniteError
+from fkernel.func.batch import check_batch
+from fkernel.shapes import Tensor, Tree
+
+Function = Callable[[Tree, Any], Tensor]
+"""(params, batch) -> [n], or [n t] for quantities per token."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A function of (params, batch) and the check of its batch.
+
+    Attributes:
+        fn: (params, batch) -> [n] or [n t]; pure, differentiable in params.
+        check: raises BatchError where the batch cannot be scored.
+        name: what a message calls it.
+    """
+
+    fn: Function
+    check: Callable[[Any], None]
+    name: str
+
+    def __call__(self, params: Tree, batch: Any) -> Tensor:
+        """Evaluate; check input and output wherever their values can be read."""
+        if not is_readable(batch):
+            return self.fn(params, batch)
+        check_batch(batch)
+        self.check(batch)
+        value = self.fn(params, batch)
+        check_values(value, self.name)
+        return value
+
+
+def is_readable(batch: Any) -> bool:
+    """Tell whether values can be inspected here, that is, whether we are outside of every vmap."""
+    try:
+        for leaf in pytree.tree_leaves(batch):
+            if isinstance(leaf, Tensor):
+                leaf.sum().item()
+    except RuntimeError:
+        return False
+    return True
+
+
+def check_values(value: Tensor, name: str) -> None:
+    """Raise NonFiniteError naming the first sequence whose value is NaN or infinite."""
+    if is_readable(value) and not bool(torch.isfinite(value.sum())):
+        rows = (~torch.isfinite(value)).reshape(len(value), -1).any(1).nonzero()
+        if len(rows):
+            row = int(rows[0])
+            raise NonFiniteError(
+                f"{name} of sequence {row} is not finite ({len(rows)} of {len(value)} sequences); look at the "
+                f"parameters and at the logits of that sequence.",
+                row=row,
+            )

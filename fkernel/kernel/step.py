@@ -1,0 +1,191 @@
+"""One AdamW step, explained: what it does to log π of every sequence of E, and which sequence of U did it.
+
+With g = −c Σ_u w_u A_u ∇S_u and Δθ = batch + momentum + decay (`fkernel.precond.adam`),
+
+    ΔS_e = Σ_u C_eu + momentum_e + decay_e + ½ Δθᵀ H_e Δθ + O(|Δθ|³)
+    C_eu = c w_u A_u ⟨∇S_e, P_step ∇S_u⟩
+    momentum_e = ⟨∇S_e, Δθ_momentum⟩,  decay_e = ⟨∇S_e, Δθ_decay⟩
+
+All in nats; positive means that the log-probability of the row's sequence rises.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from einops import rearrange
+
+from fkernel import func, tree
+from fkernel.errors import BatchError
+from fkernel.func.batch import length
+from fkernel.func.boundary import check_weights
+from fkernel.func.microbatch import stacked
+from fkernel.func.objective import Function
+from fkernel.kernel.fisher import MICROBATCH, kernel
+from fkernel.precond import AdamWState, AdamWStep, adamw_response, adamw_step, clip_factor
+from fkernel.shapes import Tensor, Tree
+
+
+class StepEffect(NamedTuple):
+    """What one step does to E, in nats.
+
+    Attributes:
+        kernel: [n_E n_U] ⟨∇S_e, P_step ∇S_u⟩, nats per unit of c·w_u·A_u.
+        contributions: [n_E n_U] C, nats: what sequence u did to sequence e.
+        momentum: [n_E] nats, from gradients of earlier steps.
+        decay: [n_E] nats, from weight decay.
+        curvature: [n_E] nats, ½ ΔθᵀH_eΔθ.
+        clip: c, the factor of gradient clipping.
+        grad_norm: ‖∇L‖ before clipping.
+    """
+
+    kernel: Tensor
+    contributions: Tensor
+    momentum: Tensor
+    decay: Tensor
+    curvature: Tensor
+    clip: float
+    grad_norm: float
+
+    @property
+    def batch(self) -> Tensor:
+        """[n_E] nats, Σ_u C_eu: what the update batch did."""
+        return self.contributions.sum(1)
+
+    @property
+    def first_order(self) -> Tensor:
+        """[n_E] nats, batch + momentum + decay."""
+        return self.batch + self.momentum + self.decay
+
+    @property
+    def second_order(self) -> Tensor:
+        """[n_E] nats, the first order and the curvature of S along the step."""
+        return self.first_order + self.curvature
+
+
+def loss_gradient(
+    f: Function,
+    params: Tree,
+    U: Any,
+    weights: Tensor,
+    *,
+    max_norm: float | None = None,
+    microbatch: int = MICROBATCH,
+) -> tuple[Tree, float, float]:
+    """Compute the gradient that the optimizer is given.
+
+    g = c ∇L,  L = −Σ_u w_u A_u S_u,  c = min(1, max_norm / (‖∇L‖ + 1e−6))
+
+    Args:
+        f: S, (params, batch) -> [n].
+        params: θ before the step.
+        U: the update batch.
+        weights: [n_U], w_u·A_u: loss weight times advantage.
+        max_norm: clipping threshold, None for none.
+        microbatch: sequences under way at once.
+
+    Returns:
+        (g {name: [*shape]}, c, ‖∇L‖ before clipping).
+
+    Raises:
+        As `func.vjp`; OptimizerStateError where max_norm is not positive.
+
+    Example:
+        >>> f = lambda params, x: x @ params["w"]
+        >>> loss_gradient(f, {"w": torch.zeros(2)}, torch.eye(2), torch.tensor([3.0, 4.0]), max_norm=10.0)
+        ({'w': tensor([-3., -4.])}, 1.0, 5.0)
+    """
+    gradient = func.vjp(f, microbatch)(params, U, -weights)
+    clip = clip_factor(gradient, max_norm)
+    return tree.scale(clip, gradient), clip, float(tree.norm(gradient))
+
+
+def explain_step(
+    f: Function,
+    params: Tree,
+    E: Any,
+    U: Any,
+    weights: Tensor,
+    state: AdamWState,
+    *,
+    max_norm: float | None = None,
+    memory: int | str | None = None,
+    microbatch: int = MICROBATCH,
+) -> tuple[StepEffect, AdamWStep]:
+    """Explain the step that AdamW takes on U, sequence by sequence, before it is taken.
+
+    ΔS_e = Σ_u C_eu + momentum_e + decay_e + ½ ΔθᵀH_eΔθ + O(|Δθ|³), as derived in `fkernel.kernel.step`.
+
+    Args:
+        f: S, (params, batch) -> [n], nats.
+        params: θ before the step; every parameter that the optimizer moves.
+        E: the sequences whose change is to be explained.
+        U: the update batch.
+        weights: [n_U], w_u·A_u: loss weight times advantage (1/n_U times the advantage where the loss is a mean).
+        state: AdamW's state before the step.
+        max_norm: the gradient-clipping threshold, None for none.
+        memory: as in `kernel`.
+        microbatch: sequences under way at once.
+
+    Returns:
+        (StepEffect, AdamWStep): the effect on E in nats, and Δθ in its three parts.
+
+    Raises:
+        BatchError, TreeError, ModelError, NonFiniteError, OptimizerStateError: the inputs are at fault.
+
+    Example:
+        >>> from fkernel import precond
+        >>> f = lambda params, x: x @ params["w"]
+        >>> params = {"w": torch.zeros(2)}
+        >>> state = precond.adamw_init(params, lr=0.1, weight_decay=0.0)
+        >>> effect, step = explain_step(f, params, torch.eye(2), torch.eye(2), torch.tensor([1.0, -1.0]), state)
+        >>> effect.contributions
+        tensor([[ 0.1000, -0.0000],
+                [ 0.0000, -0.1000]])
+    """
+    check_weights(weights, length(U))
+    g, clip, norm = loss_gradient(f, params, U, weights, max_norm=max_norm, microbatch=microbatch)
+    step = adamw_step(params, {**g}, state)
+    K = kernel(f, params, E, U, adamw_response(state, {**g}), memory=memory, microbatch=microbatch)
+    jvp = func.jvp(f, microbatch)
+    effect = StepEffect(
+        kernel=K,
+        contributions=K * rearrange(clip * weights.to(K), "u -> 1 u"),
+        momentum=jvp(params, E, step.momentum),
+        decay=jvp(params, E, step.decay),
+        curvature=0.5 * func.curvature(f, microbatch)(params, E, step.total),
+        clip=clip,
+        grad_norm=norm,
+    )
+    return effect, step
+
+
+def realised_change(f: Function, before: Tree, after: Tree, E: Any, *, microbatch: int = MICROBATCH) -> Tensor:
+    """Measure what a step really did: ΔS_e = S_e(θ + Δθ) − S_e(θ).
+
+    Args:
+        f: S, (params, batch) -> [n].
+        before: θ.
+        after: θ + Δθ; the same names, shapes and dtypes.
+        E: the sequences.
+        microbatch: sequences under way at once.
+
+    Returns:
+        [n_E] nats.
+
+    Raises:
+        TreeError: the two trees do not name the same parameters.
+        BatchError, NonFiniteError: as f.
+
+    Example:
+        >>> f = lambda params, x: x @ params["w"]
+        >>> realised_change(f, {"w": torch.zeros(2)}, {"w": torch.ones(2)}, torch.eye(2))
+        tensor([1., 1.])
+    """
+    tree.check_same(after, before, "after", "before")
+    if length(E) < 1:
+        raise BatchError("E is empty.")
+    evaluate = stacked(lambda params, batch: f(params, batch), microbatch)
+    with torch.no_grad():
+        return evaluate(after, E) - evaluate(before, E)

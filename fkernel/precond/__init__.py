@@ -1,0 +1,21 @@
+"""Pure linear maps on parameter space, and AdamW's among them. Never looks at a model or a batch."""
+
+from fkernel.precond.adam import AdamWStep, adam, adamw_response, adamw_step
+from fkernel.precond.clipping import clip_factor
+from fkernel.precond.state import AdamWState, adamw_init
+from fkernel.precond.transform import Preconditioner, chain, diagonal, identity, select
+
+__all__ = [
+    "AdamWState",
+    "AdamWStep",
+    "Preconditioner",
+    "adam",
+    "adamw_init",
+    "adamw_response",
+    "adamw_step",
+    "chain",
+    "clip_factor",
+    "diagonal",
+    "identity",
+    "select",
+]

@@ -1,0 +1,31 @@
+"""The factor by which gradient clipping scales a whole gradient."""
+
+from __future__ import annotations
+
+import math
+
+from fkernel import tree
+from fkernel.errors import OptimizerStateError
+from fkernel.shapes import Tree
+
+
+def clip_factor(grads: Tree, max_norm: float | None) -> float:
+    """Compute c = min(1, max_norm / (‖g‖₂ + 1e−6)), as `torch.nn.utils.clip_grad_norm_` does.
+
+    Args:
+        grads: the gradient before clipping, {name: [*shape]}, over all parameters that are clipped together.
+        max_norm: the threshold; None or infinity for no clipping (c = 1).
+
+    Raises:
+        OptimizerStateError: max_norm is not positive.
+
+    Example:
+        >>> import torch
+        >>> round(clip_factor({"w": torch.tensor([3.0, 4.0])}, max_norm=1.0), 4)
+        0.2
+    """
+    if max_norm is None or math.isinf(max_norm):
+        return 1.0
+    if not max_norm > 0:
+        raise OptimizerStateError(f"max_norm is {max_norm!r}; expected a positive number, or None for no clipping.")
+    return min(1.0, max_norm / (float(tree.norm(grads)) + 1e-6))

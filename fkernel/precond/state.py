@@ -1,0 +1,123 @@
+"""AdamWState: everything AdamW remembers of the past, keyed by parameter name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+
+from fkernel import tree
+from fkernel.errors import OptimizerStateError, TreeError
+from fkernel.shapes import Tree
+
+
+@dataclass(frozen=True, eq=False)
+class AdamWState:
+    """AdamW's state before step t → t+1; every field is {name: …}, so parameter groups need no special case.
+
+    Attributes:
+        step: t, the number of steps already taken; 0 before the first.
+        exp_avg: m, the raw (not bias-corrected) first moment, of the parameter's shape.
+        exp_avg_sq: v, the raw second moment, of the parameter's shape; non-negative.
+        lr: learning rate of the step t → t+1.
+        beta1: decay of m, in [0, 1).
+        beta2: decay of v, in [0, 1).
+        eps: ε ≥ 0, added outside of the root.
+        weight_decay: λ, decoupled (Loshchilov & Hutter 2019).
+
+    Raises:
+        OptimizerStateError: fields name different parameters, shapes disagree, v is negative, or a number is out of
+            range or not finite.
+    """
+
+    step: dict[str, int]
+    exp_avg: Tree
+    exp_avg_sq: Tree
+    lr: dict[str, float]
+    beta1: dict[str, float]
+    beta2: dict[str, float]
+    eps: dict[str, float]
+    weight_decay: dict[str, float]
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            try:
+                tree.check_names(getattr(self, field.name), self.exp_avg, field.name, "exp_avg")
+            except TreeError as error:
+                raise OptimizerStateError(str(error)) from None
+        for name in self.exp_avg:
+            _check_moments(name, self)
+            _check_numbers(name, self)
+
+    @property
+    def names(self) -> list[str]:
+        """The parameters, in order."""
+        return list(self.exp_avg)
+
+
+def adamw_init(
+    params: Tree,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+) -> AdamWState:
+    """Make the state before the first step: m = v = 0, t = 0, one group (defaults as in torch.optim.AdamW).
+
+    Example:
+        >>> state = adamw_init({"w": torch.ones(2)}, lr=1e-3)
+        >>> state.step, state.beta2
+        ({'w': 0}, {'w': 0.999})
+    """
+    zeros = tree.zeros_like(params)
+
+    def each(value: float) -> dict[str, float]:
+        return dict.fromkeys(params, value)
+
+    step = dict.fromkeys(params, 0)
+    return AdamWState(step, zeros, zeros, each(lr), each(betas[0]), each(betas[1]), each(eps), each(weight_decay))
+
+
+def check_covers(state: AdamWState, names: list[str], shapes: Tree, what: str) -> None:
+    """Raise TreeError unless the state and another tree are about the same parameters, shapes included."""
+    tree.check_names(names, state.names, what, "the optimizer state")
+    for name in names:
+        if name in shapes and shapes[name].shape != state.exp_avg[name].shape:
+            raise TreeError(
+                f"{what}[{name!r}] has shape {list(shapes[name].shape)}, the optimizer state's moments have "
+                f"{list(state.exp_avg[name].shape)}; a transposed or foreign state is never fitted by force."
+            )
+
+
+def _check_moments(name: str, state: AdamWState) -> None:
+    m, v = state.exp_avg[name], state.exp_avg_sq[name]
+    if m.shape != v.shape:
+        raise OptimizerStateError(
+            f"exp_avg_sq[{name!r}] has shape {list(v.shape)}, exp_avg[{name!r}] has {list(m.shape)}; both have the "
+            f"parameter's."
+        )
+    for field, moment in (("exp_avg", m), ("exp_avg_sq", v)):
+        if not tree.all_finite(moment):
+            bad = int((~torch.isfinite(moment)).sum())
+            raise OptimizerStateError(
+                f"{field}[{name!r}] holds {bad} non-finite value(s) of {moment.numel()}: the run that wrote it had "
+                f"diverged, or the file is damaged; use an earlier checkpoint."
+            )
+    if bool((v < 0).any()):
+        raise OptimizerStateError(
+            f"exp_avg_sq[{name!r}] is negative in {int((v < 0).sum())} of {v.numel()} places (least {v.min():.3g}); "
+            f"a mean of squares cannot be: is this the first moment, or another optimizer's state?"
+        )
+
+
+def _check_numbers(name: str, state: AdamWState) -> None:
+    step = state.step[name]
+    if step != int(step) or step < 0:
+        raise OptimizerStateError(f"step[{name!r}] is {step!r}; expected a whole number of steps taken, 0 or more.")
+    finite = float("inf")
+    ranges = {"lr": (0.0, finite), "beta1": (0.0, 1.0), "beta2": (0.0, 1.0), "eps": (0.0, finite)}
+    ranges["weight_decay"] = (0.0, finite)
+    for field, (low, high) in ranges.items():
+        value = getattr(state, field)[name]
+        if not low <= value < high:
+            raise OptimizerStateError(f"{field}[{name!r}] is {value!r}; expected {low} ≤ {field} < {high}.")

@@ -1,0 +1,166 @@
+"""Algebra on parameter space: trees `{name: tensor}` as the vectors of one inner-product space.
+
+Floor 0: everything above computes with these few operations. They are pure; nothing is changed in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import reduce
+
+import torch
+from einops import rearrange
+
+from fkernel.errors import NonFiniteError, TreeError, listing
+from fkernel.shapes import Tensor, Tree
+
+SHARD_COLUMNS = 1 << 16
+"""Columns of one parameter shard: 64k fp32 columns of 64 rows are 16 MiB, about a last-level cache."""
+
+
+def map(fn: Callable[..., Tensor], *trees: Tree) -> Tree:
+    """Apply `fn` leaf by leaf to trees of the same names.
+
+    Example:
+        >>> map(torch.add, {"w": torch.ones(2)}, {"w": torch.ones(2)})
+        {'w': tensor([2., 2.])}
+    """
+    first, *rest = trees
+    for other in rest:
+        check_names(other, first)
+    return {name: fn(*(tree[name] for tree in trees)) for name in first}
+
+
+def scale(a: float | Tensor, x: Tree) -> Tree:
+    """Return a·x."""
+    return {name: a * leaf for name, leaf in x.items()}
+
+
+def axpy(a: float | Tensor, x: Tree, y: Tree) -> Tree:
+    """Return a·x + y.
+
+    Example:
+        >>> axpy(2.0, {"w": torch.ones(2)}, {"w": torch.ones(2)})
+        {'w': tensor([3., 3.])}
+    """
+    check_same(x, y, "x", "y")
+    return {name: a * x[name] + y[name] for name in y}
+
+
+def add(*trees: Tree) -> Tree:
+    """Return the sum of trees of the same names and shapes.
+
+    Example:
+        >>> add({"w": torch.ones(1)}, {"w": torch.ones(1)}, {"w": torch.ones(1)})
+        {'w': tensor([3.])}
+    """
+    for other in trees[1:]:
+        check_same(other, trees[0], "an added tree", "the first")
+    return map(lambda *leaves: reduce(torch.add, leaves), *trees)
+
+
+def dot(x: Tree, y: Tree) -> Tensor:
+    """Return ⟨x, y⟩ = Σ_α x_α y_α, a float64 scalar: one shard in its own dtype, the shards in float64.
+
+    Example:
+        >>> dot({"w": torch.ones(3)}, {"w": torch.full((3,), 2.0)})
+        tensor(6., dtype=torch.float64)
+    """
+    check_same(x, y, "x", "y")
+    total = torch.zeros((), dtype=torch.float64)
+    for name in x:
+        pairs = zip(x[name].reshape(-1).split(SHARD_COLUMNS), y[name].reshape(-1).split(SHARD_COLUMNS), strict=True)
+        for left, right in pairs:
+            total = total.to(left.device) + torch.dot(left, right).double()
+    return total
+
+
+def norm(x: Tree) -> Tensor:
+    """Return ‖x‖₂ over all leaves, a float64 scalar."""
+    return dot(x, x).sqrt()
+
+
+def cast(x: Tree, dtype: torch.dtype) -> Tree:
+    """Return x with every leaf in `dtype` (a leaf that already is, is shared).
+
+    Example:
+        >>> cast({"w": torch.ones(1)}, torch.float64)
+        {'w': tensor([1.], dtype=torch.float64)}
+    """
+    return {name: leaf.to(dtype) for name, leaf in x.items()}
+
+
+def zeros_like(x: Tree) -> Tree:
+    """Return the zero vector of x's space."""
+    return {name: torch.zeros_like(leaf) for name, leaf in x.items()}
+
+
+def size(x: Tree) -> int:
+    """Count the coordinates of x (rows included, where leaves carry them)."""
+    return sum(leaf.numel() for leaf in x.values())
+
+
+def shards(x: Tree, y: Tree, columns: int = SHARD_COLUMNS) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Walk two trees of rows, `{name: [n, *s]}` and `{name: [m, *s]}`, in parameter shards.
+
+    Yields:
+        (name, [n, p], [m, p]) with p ≤ `columns`: views, nothing is copied where the leaves are contiguous.
+    """
+    for name in x:
+        left = rearrange(x[name], "n ... -> n (...)")
+        right = rearrange(y[name], "m ... -> m (...)")
+        for start in range(0, left.shape[1], columns):
+            yield name, left[:, start : start + columns], right[:, start : start + columns]
+
+
+def check_names(
+    given: Iterable[str], expected: Iterable[str], given_as: str = "one tree", expected_as: str = "the other"
+) -> None:
+    """Raise TreeError unless both have the same names: a name is never skipped silently."""
+    given, expected = list(given), list(expected)
+    if given == expected:
+        return
+    missing = [name for name in expected if name not in set(given)]
+    extra = [name for name in given if name not in set(expected)]
+    if missing or extra:
+        parts = []
+        if missing:
+            parts.append(f"{given_as} lacks {listing(missing)}, which {expected_as} has")
+        if extra:
+            parts.append(f"{given_as} has {listing(extra)}, which {expected_as} lacks")
+        raise TreeError("; ".join(parts) + ". Both must name the same parameters.")
+
+
+def check_same(given: Tree, expected: Tree, given_as: str, expected_as: str) -> None:
+    """Raise TreeError unless names, shapes and dtypes agree."""
+    check_names(given, expected, given_as, expected_as)
+    for name, want in expected.items():
+        have = given[name]
+        if have.shape != want.shape:
+            raise TreeError(
+                f"{given_as}[{name!r}] has shape {list(have.shape)}, {expected_as}[{name!r}] has {list(want.shape)}."
+            )
+        if have.dtype != want.dtype:
+            raise TreeError(
+                f"{given_as}[{name!r}] is {have.dtype}, {expected_as}[{name!r}] is {want.dtype}; "
+                f"convert one of them with fkernel.tree.cast."
+            )
+
+
+def check_finite(x: Mapping[str, Tensor], what: str) -> None:
+    """Raise NonFiniteError naming the first leaf that holds a NaN or an infinity."""
+    for name, leaf in x.items():
+        if not all_finite(leaf):
+            bad = int((~torch.isfinite(leaf)).sum())
+            raise NonFiniteError(
+                f"{what}[{name!r}] holds {bad} non-finite value(s) of {leaf.numel()}; nothing was computed from them.",
+                parameter=name,
+            )
+
+
+def all_finite(leaf: Tensor) -> bool:
+    """Tell whether a tensor is free of NaN and infinity, in one pass without a mask of its size.
+
+    A non-finite entry makes the sum non-finite; a finite tensor's sum can overflow, so only then look at each.
+    """
+    return bool(torch.isfinite(leaf.sum())) or bool(torch.isfinite(leaf).all())
