@@ -1,0 +1,28 @@
+"""Offline, seeded, and with every shape annotation executed."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from jaxtyping import install_import_hook
+
+install_import_hook("fkernel", "beartype.beartype")
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile(
+    "laws",
+    deadline=None,
+    derandomize=True,
+    max_examples=12,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
+)
+hypothesis.settings.register_profile("thorough", parent=hypothesis.settings.get_profile("laws"), max_examples=200)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "laws"))
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)

@@ -1,0 +1,56 @@
+"""The policy has the shape it should, learns on answers and EOS only, and stops by accuracy."""
+
+import pytest
+import torch
+
+from fkernel.demo import DemoConfig
+from fkernel.demo.policy import (
+    IGNORED,
+    PolicyConfig,
+    SupervisionConfig,
+    build_model,
+    count_parameters,
+    supervise,
+    supervised_tensors,
+)
+from fkernel.demo.task import addition, splits, subtraction
+from fkernel.demo.tokenizer import build_tokenizer
+
+TOKENIZER = build_tokenizer()
+
+
+def test_shape_of_the_real_policy() -> None:
+    model = build_model(PolicyConfig(), TOKENIZER)
+    assert 0.75e6 < count_parameters(model) < 0.85e6
+    assert model.config._attn_implementation == "eager"
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+def test_initial_weights_depend_on_the_seed_and_disturb_nobody() -> None:
+    small = PolicyConfig(layers=1, width=8, heads=2, mlp=8)
+    before = torch.get_rng_state()
+    one, two = build_model(small, TOKENIZER), build_model(small, TOKENIZER)
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+def test_targets_are_answer_and_eos_only() -> None:
+    inputs, targets = supervised_tensors(TOKENIZER, [addition(37, 85), subtraction(12, 10)])
+    assert inputs.tolist() == [[5, 9, 12, 10, 7, 14, 3, 4, 4], [3, 4, 13, 3, 2, 14, 4, 1, 0]]
+    assert targets.tolist() == [[IGNORED] * 5 + [3, 4, 4, 1], [IGNORED] * 5 + [4, 1, IGNORED, IGNORED]]
+
+
+@pytest.mark.parametrize(("band", "word"), [((0.99, 1.0), "raise max_steps"), ((-1.0, -0.5), "lower check_every")])
+def test_ending_outside_of_the_band_says_what_happened(tiny: DemoConfig, band: tuple[float, float], word: str) -> None:
+    train, held_out = splits(tiny.task)
+    config = SupervisionConfig(batch=4, max_steps=2, check_every=1, band=band, stop_at=0.99)
+    model = build_model(tiny.policy, TOKENIZER)
+    with pytest.raises(RuntimeError, match=rf"after 2 of at most 2 steps with a sampled accuracy.*{word}"):
+        supervise(model, TOKENIZER, train, held_out, config)
+
+
+def test_training_stops_at_the_first_check_that_reaches_the_accuracy(tiny: DemoConfig) -> None:
+    train, held_out = splits(tiny.task)
+    config = SupervisionConfig(batch=4, max_steps=50, check_every=3, band=(0.0, 1.0), stop_at=0.0)
+    assert supervise(build_model(tiny.policy, TOKENIZER), TOKENIZER, train, held_out, config).steps == 3
