@@ -196,7 +196,7 @@ def check_tokens(
             )
 
 
-def _each_row(bad: Shaped[Tensor, n], what: str, todo: str) -> None:
+def _each_row(bad: Shaped[Tensor, " n"], what: str, todo: str) -> None:
     if bool(bad.any()):
         rows: Int[Tensor, "k 1"] = bad.nonzero()
         raise BatchError(f"Sequence {int(rows[0])} {what} ({len(rows)} of {len(bad)} sequences do); {todo}.")

@@ -115,7 +115,7 @@ def vjp(f: Function, microbatch: int | None = None) -> Callable[[Tree, Any, Tens
 
     total = summed(pull_back, microbatch)
 
-    def product(params: Tree, batch: Any, weights: Shaped[Tensor, n]) -> Tree:
+    def product(params: Tree, batch: Any, weights: Shaped[Tensor, " n"]) -> Tree:
         with boundary(f, params, batch):
             check_weights(weights, length(batch))
             g = total(params, batch, weights)

@@ -103,7 +103,7 @@ def _tokens(apply: Apply, temperature: float, params: Tree, batch: Sequences) ->
     return _on_response(z.gather(-1, target).squeeze(-1) - z.logsumexp(-1), batch)
 
 
-def _sequence(apply: Apply, temperature: float, params: Tree, batch: Sequences) -> Float[Tensor, n]:
+def _sequence(apply: Apply, temperature: float, params: Tree, batch: Sequences) -> Float[Tensor, " n"]:
     return _tokens(apply, temperature, params, batch).sum(1)
 
 

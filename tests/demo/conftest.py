@@ -6,7 +6,7 @@ import pytest
 
 from fkernel.demo import DemoConfig, PolicyConfig, ReinforceConfig, SupervisionConfig, TaskConfig, prepare
 
-# Eighteen problems with few answers: a policy of some thousand parameters is right often enough for a gradient.
+# Eighteen problems with few answers: a tiny policy is right often enough for a gradient.
 TINY = DemoConfig(
     task=TaskConfig(low=10, high=12, held_out=4),
     policy=PolicyConfig(layers=2, width=32, heads=2, mlp=64),

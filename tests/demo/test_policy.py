@@ -24,7 +24,7 @@ def test_shape_of_the_real_policy() -> None:
     assert 0.75e6 < count_parameters(model) < 0.85e6
     assert model.config._attn_implementation == "eager"
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_initial_weights_depend_on_the_seed_and_disturb_nobody() -> None:
@@ -41,8 +41,12 @@ def test_targets_are_answer_and_eos_only() -> None:
     assert targets.tolist() == [[IGNORED] * 5 + [3, 4, 4, 1], [IGNORED] * 5 + [4, 1, IGNORED, IGNORED]]
 
 
-@pytest.mark.parametrize(("band", "word"), [((0.99, 1.0), "raise max_steps"), ((-1.0, -0.5), "lower check_every")])
-def test_ending_outside_of_the_band_says_what_happened(tiny: DemoConfig, band: tuple[float, float], word: str) -> None:
+@pytest.mark.parametrize(
+    ("band", "word"), [((0.99, 1.0), "raise max_steps"), ((-1.0, -0.5), "lower check_every")]
+)
+def test_ending_outside_of_the_band_says_what_happened(
+    tiny: DemoConfig, band: tuple[float, float], word: str
+) -> None:
     train, held_out = splits(tiny.task)
     config = SupervisionConfig(batch=4, max_steps=2, check_every=1, band=band, stop_at=0.99)
     model = build_model(tiny.policy, TOKENIZER)

@@ -1,4 +1,4 @@
-"""What is on disk IS the last step: recomputed from it with plain autograd, the step lands where the run did."""
+"""What is on disk IS the last step: recomputed with plain autograd, it lands where the run did."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The tokenizer is a real Hugging Face one: it survives saving and AutoTokenizer, alone and beside the model."""
+"""The tokenizer is a real Hugging Face one: it survives saving and AutoTokenizer, also beside the model."""
 
 from pathlib import Path
 
