@@ -28,6 +28,7 @@ from fkernel import tree
 from fkernel.errors import NonFiniteError, TreeError
 from fkernel.func.batch import length, take
 from fkernel.func.boundary import boundary, check_direction, check_output, check_rows, check_weights
+from fkernel.func.elementary import elementary
 from fkernel.func.microbatch import stacked, summed
 from fkernel.func.objective import Function, check_values
 from fkernel.shapes import Shaped, Tensor, Tree
@@ -171,7 +172,8 @@ def _first_derivative(f: Callable[[Tree], Tensor], params: Tree, direction: Tree
 
 
 def _second_derivative(f: Callable[[Tree], Tensor], params: Tree, direction: Tree) -> Tensor:
-    return _first_derivative(lambda p: _first_derivative(f, p, direction), params, direction)
+    with elementary():
+        return _first_derivative(lambda p: _first_derivative(f, p, direction), params, direction)
 
 
 def _along(f: Function, microbatch: int | None, derivative: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:

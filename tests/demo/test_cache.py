@@ -76,9 +76,7 @@ def test_every_module_is_a_source_or_draws_bars() -> None:
     assert modules - {"__init__", "progress"} == set(cache_module.MODULES)
 
 
-def test_a_run_that_fails_leaves_nothing(
-    root: Path, tiny: DemoConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_fails_leaves_nothing(root: Path, tiny: DemoConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(config: DemoConfig, directory: Path, *_: object) -> None:
         (directory / "optimizer.pt").write_bytes(b"half")
         raise KeyboardInterrupt
@@ -90,9 +88,7 @@ def test_a_run_that_fails_leaves_nothing(
     assert sorted(root.iterdir()) == before
 
 
-def test_a_half_written_sibling_is_ignored(
-    root: Path, tiny: DemoConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_half_written_sibling_is_ignored(root: Path, tiny: DemoConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     half = root / f"{cache_key(tiny)[:12]}.partial-killed"
     half.mkdir()
     (half / "optimizer.pt").write_bytes(b"half")
@@ -121,9 +117,7 @@ def test_a_damaged_directory_is_made_again(
     assert cache_module.is_complete(final)
 
 
-def test_the_same_configuration_makes_the_same_bytes(
-    prepared: Path, tiny: DemoConfig, tmp_path: Path
-) -> None:
+def test_the_same_configuration_makes_the_same_bytes(prepared: Path, tiny: DemoConfig, tmp_path: Path) -> None:
     threads, state = torch.get_num_threads(), torch.get_rng_state()
     again = prepare(tiny, tmp_path)
     assert torch.get_num_threads() == threads

@@ -41,12 +41,8 @@ def test_targets_are_answer_and_eos_only() -> None:
     assert targets.tolist() == [[IGNORED] * 5 + [3, 4, 4, 1], [IGNORED] * 5 + [4, 1, IGNORED, IGNORED]]
 
 
-@pytest.mark.parametrize(
-    ("band", "word"), [((0.99, 1.0), "raise max_steps"), ((-1.0, -0.5), "lower check_every")]
-)
-def test_ending_outside_of_the_band_says_what_happened(
-    tiny: DemoConfig, band: tuple[float, float], word: str
-) -> None:
+@pytest.mark.parametrize(("band", "word"), [((0.99, 1.0), "raise max_steps"), ((-1.0, -0.5), "lower check_every")])
+def test_ending_outside_of_the_band_says_what_happened(tiny: DemoConfig, band: tuple[float, float], word: str) -> None:
     train, held_out = splits(tiny.task)
     config = SupervisionConfig(batch=4, max_steps=2, check_every=1, band=band, stop_at=0.99)
     model = build_model(tiny.policy, TOKENIZER)

@@ -19,9 +19,7 @@ def model() -> Qwen2ForCausalLM:
     return build_model(PolicyConfig(layers=1, width=16, heads=2, mlp=16), TOKENIZER)
 
 
-def draw(
-    model: Qwen2ForCausalLM, seed: int = 0, completions: int = 20, max_new_tokens: int = 5
-) -> list[Sample]:
+def draw(model: Qwen2ForCausalLM, seed: int = 0, completions: int = 20, max_new_tokens: int = 5) -> list[Sample]:
     return sample(model, TOKENIZER, PROBLEMS, completions, 1.0, max_new_tokens, seed, "U", batch_size=50)
 
 

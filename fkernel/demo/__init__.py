@@ -1,0 +1,21 @@
+"""The demo's policy: a small real model, trained here, and real REINFORCE steps whose last one is kept.
+
+Nothing in this room knows the engine: it makes the checkpoint, the batches and the truth that the engine is
+then asked to explain, with torch and transformers alone.
+"""
+
+from fkernel.demo.cache import DemoConfig, cache_key, default_cache_root, prepare
+from fkernel.demo.policy import PolicyConfig, SupervisionConfig
+from fkernel.demo.reinforce import ReinforceConfig
+from fkernel.demo.task import TaskConfig
+
+__all__ = [
+    "DemoConfig",
+    "PolicyConfig",
+    "ReinforceConfig",
+    "SupervisionConfig",
+    "TaskConfig",
+    "cache_key",
+    "default_cache_root",
+    "prepare",
+]

@@ -1,0 +1,168 @@
+"""The prepared policy, made once: a directory named by everything that determines what is in it.
+
+<root>/<key>/
+  model/            the policy before the last step: config, safetensors, tokenizer
+  optimizer.pt      AdamW's state_dict before the last step, parameter names recorded
+  update.json       U: the last step's batch, with advantages and loss weights
+  evaluation.json   E: held-out samples from the same policy
+  after/model/      the policy after the last step
+  step.json         the numbers of the run
+  complete.json     sizes of all other files; written last
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from rich.progress import Progress
+
+from fkernel.demo.policy import PolicyConfig, SupervisionConfig, build_model, count_parameters, supervise
+from fkernel.demo.records import read_json, write_json
+from fkernel.demo.reinforce import ReinforceConfig, reinforce, write_step
+from fkernel.demo.task import TaskConfig, splits
+from fkernel.demo.tokenizer import build_tokenizer
+
+COMPLETE = "complete.json"
+# Every module whose text decides what lands on disk; progress bars do not.
+MODULES = ("cache", "policy", "records", "reinforce", "sampling", "score", "task", "tokenizer")
+PACKAGES = ("torch", "transformers", "tokenizers")
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Everything that can be chosen about the demo's policy.
+
+    Attributes:
+        task: the problems.
+        policy: the model.
+        supervision: its training.
+        reinforce: the RL steps.
+        threads: torch threads that everything here runs on. One: tensors this small gain little from two, two
+            on a machine that is busy with something else run ten times slower than one, and the sums do not
+            depend on how many cores the machine has.
+    """
+
+    task: TaskConfig = field(default_factory=TaskConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    supervision: SupervisionConfig = field(default_factory=SupervisionConfig)
+    reinforce: ReinforceConfig = field(default_factory=ReinforceConfig)
+    threads: int = 1
+
+
+def default_cache_root() -> Path:
+    """``$FKERNEL_CACHE`` if it is set and not empty, else ``~/.cache/fkernel``."""
+    chosen = os.environ.get("FKERNEL_CACHE")
+    return Path(chosen) if chosen else Path.home() / ".cache" / "fkernel"
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide what is computed."""
+    return {name: metadata.version(name) for name in PACKAGES}
+
+
+def sources() -> dict[str, str]:
+    """Text of the modules that decide what is computed, by file name."""
+    here = Path(__file__).parent
+    return {name: (here / f"{name}.py").read_text(encoding="utf-8") for name in MODULES}
+
+
+def cache_key(config: DemoConfig) -> str:
+    """SHA-256 over all configurations, the text of the making modules and the packages' versions, in hex."""
+    determined_by = {"config": asdict(config), "sources": sources(), "versions": versions()}
+    return hashlib.sha256(json.dumps(determined_by, sort_keys=True).encode()).hexdigest()
+
+
+def is_complete(directory: Path) -> bool:
+    """Whether a prepared directory holds every file that its maker wrote, at its size."""
+    try:
+        sizes: dict[str, int] = read_json(directory / COMPLETE)
+    except (OSError, ValueError):
+        return False
+    return all((directory / name).is_file() and (directory / name).stat().st_size == n for name, n in sizes.items())
+
+
+def prepare(config: DemoConfig, cache_root: Path | None = None, progress: Progress | None = None) -> Path:
+    """Train the policy, take the RL steps and keep the last one; at once where that was done before.
+
+    The work happens in a sibling directory that is renamed when it is complete: a run that is killed leaves
+    nothing that a later run could take for a result.
+
+    Args:
+        config: what to make.
+        cache_root: where prepared directories live; `default_cache_root` if None.
+        progress: where to draw; nothing is drawn without it.
+
+    Returns:
+        The prepared directory (its files are listed at the top of this module).
+
+    Raises:
+        RuntimeError: the policy missed its accuracy band, or the last batch has too little signal.
+    """
+    root = default_cache_root() if cache_root is None else cache_root
+    key = cache_key(config)
+    final = root / key
+    if is_complete(final):
+        return final
+    root.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f"{key[:12]}.partial-", dir=root))
+    try:
+        with _threads(config.threads):
+            _make(config, work, key, progress)
+        _publish(work, final)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)  # renamed away by now, unless something failed
+    return final
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Run the block on ``count`` torch threads, then on as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _make(config: DemoConfig, directory: Path, key: str, progress: Progress | None) -> None:
+    """Do all the work in ``directory``, whose `COMPLETE` file comes last."""
+    train, held_out = splits(config.task)
+    tokenizer = build_tokenizer()
+    model = build_model(config.policy, tokenizer)
+    began = time.perf_counter()
+    supervised = supervise(model, tokenizer, train, held_out, config.supervision, progress)
+    supervised_at = time.perf_counter()
+    infos = reinforce(model, tokenizer, train, held_out, config.reinforce, directory, progress)
+    facts = {
+        "key": key,
+        "config": asdict(config),
+        "parameters": count_parameters(model),
+        "supervision": asdict(supervised),
+        "accuracy_before_rl": supervised.accuracy,
+        "seconds": {"supervision": supervised_at - began, "reinforce": time.perf_counter() - supervised_at},
+        "versions": versions(),
+    }
+    write_step(directory, infos, config.reinforce, facts)
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    write_json(directory / COMPLETE, {p.relative_to(directory).as_posix(): p.stat().st_size for p in files})
+
+
+def _publish(work: Path, final: Path) -> None:
+    """Rename ``work`` to ``final``; a damaged ``final`` makes way, a complete one from another run wins."""
+    if final.exists() and not is_complete(final):
+        shutil.rmtree(final)
+    try:
+        work.rename(final)
+    except OSError:
+        if not is_complete(final):
+            raise

@@ -1,0 +1,244 @@
+"""The policy: a small Qwen2, trained by supervision until it is right about as often as it is wrong.
+
+Training stops by ACCURACY, not by steps: REINFORCE learns from groups in which some completions are right and
+some wrong, and a policy that is always right (or never) has none.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from fkernel.demo.progress import silent
+from fkernel.demo.sampling import accuracy, forked_rng, sample
+from fkernel.demo.task import Problem
+from fkernel.demo.tokenizer import EOS, PAD, encode, token_id
+
+IGNORED = -100  # cross_entropy's own mark for positions without a target
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """Shape of the model.
+
+    Attributes:
+        layers: transformer layers.
+        width: hidden size.
+        heads: attention heads (as many key-value heads).
+        mlp: inner width of the gated MLP.
+        initializer_range: standard deviation of the initial weights.
+        seed: seed of the initial weights.
+    """
+
+    layers: int = 4
+    width: int = 128
+    heads: int = 4
+    mlp: int = 344
+    initializer_range: float = 0.05
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class SupervisionConfig:
+    """How the model is trained, and when that stops.
+
+    Attributes:
+        batch: problems a step, drawn with replacement.
+        lr: peak learning rate, reached linearly over ``warmup`` steps and then kept.
+        warmup: steps of warm-up.
+        weight_decay: AdamW's decay.
+        beta2: AdamW's second β.
+        max_norm: gradient clipping.
+        max_steps: budget of steps.
+        check_every: steps between two accuracy checks.
+        check_problems: held-out problems sampled at a check, one completion each.
+        stop_at: training stops at the first check with at least this accuracy.
+        band: accuracy that the policy must end with, inclusive.
+        temperature: sampling temperature of the checks.
+        max_new_tokens: tokens a sampled response may have, EOS included.
+        seed: seed of the batches and of the checks.
+    """
+
+    batch: int = 128
+    lr: float = 2e-3
+    warmup: int = 50
+    weight_decay: float = 0.01
+    beta2: float = 0.98
+    max_norm: float = 1.0
+    max_steps: int = 4000
+    check_every: int = 20
+    check_problems: int = 512
+    stop_at: float = 0.55
+    band: tuple[float, float] = (0.4, 0.8)
+    temperature: float = 1.0
+    max_new_tokens: int = 5
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """What supervision ended with.
+
+    Attributes:
+        steps: steps taken.
+        loss: cross-entropy of the last batch, nats a token.
+        accuracy: sampled exact match at the last check.
+    """
+
+    steps: int
+    loss: float
+    accuracy: float
+
+
+def build_model(config: PolicyConfig, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+    """A fresh fp32 model: tied embeddings, eager attention, no dropout. Global random state is untouched."""
+    model_config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=config.width,
+        intermediate_size=config.mlp,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.heads,
+        max_position_embeddings=64,
+        initializer_range=config.initializer_range,
+        attention_dropout=0.0,
+        tie_word_embeddings=True,
+        pad_token_id=token_id(tokenizer, PAD),
+        eos_token_id=token_id(tokenizer, EOS),
+        bos_token_id=None,
+        attn_implementation="eager",  # type: ignore[call-arg]  # a keyword of every configuration, undeclared
+        dtype=torch.float32,
+    )
+    with forked_rng(config.seed):
+        return Qwen2ForCausalLM(model_config)
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """Number of parameters, tied ones once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def supervised_tensors(tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem]) -> tuple[Tensor, Tensor]:
+    """Problems as inputs and next-token targets.
+
+    Args:
+        tokenizer: the demo's tokenizer.
+        problems: n problems.
+
+    Returns:
+        ``(inputs, targets)``, both [n t] int64: ``targets[:, i]`` is what should follow ``inputs[:, i]``, on
+        answer and EOS only; everywhere else it is ignored. Inputs are right-padded, so a causal model needs
+        no mask to keep padding away from what is scored.
+    """
+    eos, pad = token_id(tokenizer, EOS), token_id(tokenizer, PAD)
+    prompts = [encode(tokenizer, p.prompt) for p in problems]
+    answers = [[*encode(tokenizer, p.answer), eos] for p in problems]
+    length = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
+    tokens = torch.full((len(problems), length), pad)
+    labels = torch.full((len(problems), length), IGNORED)
+    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        tokens[i, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
+        labels[i, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
+    return tokens[:, :-1], labels[:, 1:]
+
+
+def supervise(
+    model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    train: Sequence[Problem],
+    held_out: Sequence[Problem],
+    config: SupervisionConfig,
+    progress: Progress | None = None,
+) -> Supervised:
+    """Train ``model`` in place by cross-entropy until its sampled accuracy reaches ``config.stop_at``.
+
+    Args:
+        model: the policy; left in eval mode.
+        tokenizer: the demo's tokenizer.
+        train: problems to learn from.
+        held_out: problems to check on; the first ``config.check_problems`` are used.
+        config: how.
+        progress: where to draw; nothing is drawn without it.
+
+    Returns:
+        Steps taken, last loss and last accuracy.
+
+    Raises:
+        RuntimeError: the accuracy is outside ``config.band`` when training stops or its budget ends.
+    """
+    progress = progress or silent()
+    bar = progress.add_task("supervision", total=config.max_steps)
+    inputs, targets = supervised_tensors(tokenizer, train)
+    generator = torch.Generator().manual_seed(config.seed)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.lr, betas=(0.9, config.beta2), weight_decay=config.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / config.warmup))
+    model.train()
+    result = Supervised(0, math.nan, math.nan)
+    for step in range(1, config.max_steps + 1):
+        rows = torch.randint(len(train), (config.batch,), generator=generator)
+        loss = _supervised_step(model, optimizer, inputs[rows], targets[rows], config.max_norm)
+        schedule.step()
+        if step % config.check_every == 0 or step == config.max_steps:
+            result = Supervised(step, loss, _check(model, tokenizer, held_out, config, seed=config.seed + step))
+            text = f"supervision  loss {loss:.3f}  accuracy {result.accuracy:4.0%} (until {config.stop_at:.0%})"
+            progress.update(bar, description=text)
+            if result.accuracy >= config.stop_at:
+                break
+        progress.update(bar, completed=step)
+    progress.update(bar, total=result.steps, completed=result.steps)
+    model.eval()
+    _require_band(result, config)
+    return result
+
+
+def _supervised_step(
+    model: Qwen2ForCausalLM,
+    optimizer: torch.optim.Optimizer,
+    inputs: Tensor,
+    targets: Tensor,
+    max_norm: float,
+) -> float:
+    """One clipped step on inputs and targets [n t]; the loss before it, in nats a token."""
+    logits = model(input_ids=inputs, use_cache=False).logits  # [n t v]
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    optimizer.step()
+    return loss.item()
+
+
+def _check(
+    model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    held_out: Sequence[Problem],
+    config: SupervisionConfig,
+    seed: int,
+) -> float:
+    """Sampled exact match on the first held-out problems, one completion each."""
+    problems = held_out[: config.check_problems]
+    return accuracy(
+        sample(model, tokenizer, problems, 1, config.temperature, config.max_new_tokens, seed, prefix="check")
+    )
+
+
+def _require_band(result: Supervised, config: SupervisionConfig) -> None:
+    """Raise unless the accuracy lies in the band."""
+    low, high = config.band
+    if low <= result.accuracy <= high:
+        return
+    advice = (
+        "raise max_steps or lr" if result.accuracy < low else "lower check_every or lr, so that no check jumps over it"
+    )
+    raise RuntimeError(
+        f"supervision ended after {result.steps} of at most {config.max_steps} steps with a sampled accuracy "
+        f"of {result.accuracy:.1%} (loss {result.loss:.3f}), outside of the band {low:.0%} to {high:.0%} "
+        f"that REINFORCE needs; {advice}"
+    )
