@@ -1,0 +1,1 @@
+"""Laws first (`laws.py`), then what each part promises."""

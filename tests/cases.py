@@ -106,6 +106,6 @@ cases = st.builds(
 
 EXAMPLES = [
     Case("own", 1, ((3, 4), (1, 6), (5, 2)), ((2, 3), (4, 4)), 0.7, 2),
-    Case("gpt2", 2, ((2, 2), (4, 5), (3, 3)), ((6, 1), (1, 5)), 1.3, 2),
+    Case("gpt2", 2, ((2, 2), (4, 5), (3, 3)), ((6, 1), (1, 5), (2, 2), (3, 1)), 1.3, 2),
 ]
 """Fixed cases, ragged and tempered, under which every mutation must show."""

@@ -2,15 +2,13 @@
 
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-
-from jaxtyping import install_import_hook
-
-install_import_hook("fkernel", "beartype.beartype")
-
 import hypothesis
 import pytest
 import torch
+from jaxtyping import install_import_hook
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+install_import_hook("fkernel", "beartype.beartype")
 
 hypothesis.settings.register_profile(
     "laws",

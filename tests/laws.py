@@ -47,7 +47,7 @@ def gradients_equal_a_loop_of_autograd(fk: Any, case: Case) -> None:
     for i, expected in enumerate(loop):
         close_trees({name: leaf[i] for name, leaf in J.items()}, expected)
     g = fk.func.vjp(S, case.microbatch)(params, U, case.weights)
-    close(flat(g), sum(w * flat(x) for w, x in zip(case.weights, loop, strict=True)))
+    close(flat(g), case.weights @ torch.stack([flat(x) for x in loop]))
 
 
 def derivatives_agree_with_central_differences(fk: Any, case: Case) -> None:
@@ -77,6 +77,8 @@ def influence_equals_kernel_times_weights(fk: Any, case: Case) -> None:
     K = fk.kernel(S, params, E, U, P, microbatch=case.microbatch)
     close(K @ case.weights, expected)
     close(rows(J_E) @ rows(P(J_U)).T, K)
+    shards = [left @ right.T for _, left, right in fk.tree.shards(J_E, P(J_U), columns=5)]
+    close(torch.stack(shards).sum(0), K)
 
 
 def self_kernel_is_symmetric_and_positive_semidefinite(fk: Any, case: Case) -> None:
@@ -118,12 +120,12 @@ def left_padding_is_refused(fk: Any, case: Case) -> None:
     S, params, _, U = case.engine(fk)
     left = fk.func.Sequences(*(torch.nn.functional.pad(leaf, (1, 0)) for leaf in U))
     for call in (S, fk.func.per_sequence_grad(S)):
+        message = "nothing was raised"
         try:
             call(params, left)
         except fk.BatchError as error:
-            assert "right-padded" in str(error)
-        else:
-            raise AssertionError("a left-padded batch was accepted")
+            message = str(error)
+        assert "right-padded" in message, message
 
 
 def effects_are_linear_in_the_advantages(fk: Any, case: Case) -> None:
@@ -158,7 +160,7 @@ def three_terms_are_the_step_that_torch_takes(fk: Any, case: Case) -> None:
         grads = {name: None if name in silent else g for name, g in raw.items()}
         clip = fk.precond.clip_factor({k: g for k, g in grads.items() if g is not None}, 1.0)
         for name, p in params.items():
-            p.grad = None if grads[name] is None else grads[name].clone()
+            p.grad = None if name in silent else raw[name].clone()
         past = {name: optimizer.state.get(p, {}) for name, p in params.items()}
         zero = {name: torch.zeros_like(p) for name, p in params.items()}
         state = fk.precond.AdamWState(
@@ -215,7 +217,8 @@ def prediction_meets_the_step_really_taken(fk: Any, case: Case) -> None:
 def _really_step(fk: Any, case: Case, lr: float, max_norm: float) -> Tensor:
     """Execute torch.optim.AdamW on a copy of the model, and difference the oracle's log-probabilities."""
     model, state = copy.deepcopy(case.model), case.state(fk, lr=lr)
-    loss = -sum(w * oracle.logprob(model, pair, case.temperature) for w, pair in zip(case.weights, case.U, strict=True))
+    scores = torch.stack([oracle.logprob(model, pair, case.temperature) for pair in case.U])
+    loss = -(case.weights @ scores)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     optimizer = torch.optim.AdamW(

@@ -1,0 +1,215 @@
+"""Load a copy of the package with one line of its source changed."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType, ModuleType
+from typing import Any
+
+import fkernel
+
+ROOT = Path(fkernel.__file__).parent
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One deliberate mistake: `old` stands exactly once in `file` and becomes `new`; `law` must then fail."""
+
+    name: str
+    law: str
+    file: str
+    old: str
+    new: str
+
+
+class _Loader(importlib.machinery.SourceFileLoader):
+    def __init__(self, name: str, path: str, source: str) -> None:
+        super().__init__(name, path)
+        self.source = source
+
+    def get_code(self, fullname: str) -> CodeType:
+        # Compiled afresh: a mutant must neither read nor write the bytecode cache.
+        return compile(self.source, self.path, "exec", dont_inherit=True)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds the whole package before the shape-checking import hook does: its checks compare classes by module name."""
+
+    def __init__(self, module: str, source: str) -> None:
+        self.module, self.source = module, source
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if fullname.partition(".")[0] != "fkernel":
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path)
+        if fullname == self.module:
+            assert spec is not None
+            assert spec.origin is not None
+            spec.loader = _Loader(fullname, spec.origin, self.source)
+        return spec
+
+
+def load(mutation: Mutation) -> ModuleType:
+    """Import the mutated package beside the real one; `sys.modules` is left as it was."""
+    source = (ROOT / mutation.file).read_text()
+    found = source.count(mutation.old)
+    assert found == 1, f"{mutation.name}: {mutation.old!r} stands {found} times in {mutation.file}, expected once"
+    module = "fkernel." + mutation.file.removesuffix(".py").replace("/", ".")
+    finder = _Finder(module, source.replace(mutation.old, mutation.new))
+    ours = {name: mod for name, mod in sys.modules.items() if name == "fkernel" or name.startswith("fkernel.")}
+    for name in ours:
+        del sys.modules[name]
+    sys.meta_path.insert(0, finder)
+    try:
+        return importlib.import_module("fkernel")
+    finally:
+        sys.meta_path.remove(finder)
+        for name in [name for name in sys.modules if name == "fkernel" or name.startswith("fkernel.")]:
+            del sys.modules[name]
+        sys.modules.update(ours)
+
+
+MUTATIONS = [
+    Mutation(
+        "sum taken as mean", "gradients_equal_a_loop_of_autograd",
+        "func/logprob.py", "params, batch).sum(1)", "params, batch).mean(1)",
+    ),
+    Mutation(
+        "weights of another microbatch", "gradients_equal_a_loop_of_autograd",
+        "func/microbatch.py", "weights[rows])", "weights[: rows.stop - rows.start])",
+    ),
+    Mutation(
+        "parameter skipped", "gradients_equal_a_loop_of_autograd",
+        "func/functional.py", "{name: named[name].detach() for name in chosen}",
+        "{name: named[name].detach() for name in chosen[1:]}",
+    ),
+    Mutation(
+        "fused layer norm under nested jvp", "derivatives_agree_with_central_differences",
+        "func/gradient.py", "    with elementary():\n        return", "    if True:\n        return",
+    ),
+    Mutation(
+        "value in place of derivative", "derivatives_agree_with_central_differences",
+        "func/gradient.py", "return func.jvp(f, (params,), (direction,))[1]",
+        "return func.jvp(f, (params,), (direction,))[0]",
+    ),
+    Mutation(
+        "sign of the weights lost", "derivatives_agree_with_central_differences",
+        "func/gradient.py", "return pull(weights.to(value.dtype))[0]", "return pull(weights.abs().to(value.dtype))[0]",
+    ),
+    Mutation(
+        "influence without P", "influence_equals_kernel_times_weights",
+        "kernel/fisher.py", "move = precond(towards)", "move = towards",
+    ),
+    Mutation(
+        "incomplete last shard dropped", "influence_equals_kernel_times_weights",
+        "tree.py", "for start in range(0, left.shape[1], columns)",
+        "for start in range(0, left.shape[1] - columns + 1, columns)",
+    ),
+    Mutation(
+        "one side's sign lost", "self_kernel_is_symmetric_and_positive_semidefinite",
+        "func/contract.py", "shard(left.to(dtype),", "shard(left.abs().to(dtype),",
+    ),
+    Mutation(
+        "padding scored", "company_changes_nothing",
+        "func/logprob.py", "batch.response_mask[:, 1:].bool()",
+        "(batch.response_mask | ~batch.attention_mask.bool())[:, 1:].bool()",
+    ),
+    Mutation(
+        "microbatch written to the first rows", "company_changes_nothing",
+        "func/microbatch.py", "whole[rows] = part", "whole[: len(part)] = part",
+    ),
+    Mutation(
+        "left-pad attended", "left_padding_is_refused",
+        "func/batch.py", "(attended[:, 1:] & ~attended[:, :-1]).any(1) | ~attended[:, 0]", "(~attended).all(1)",
+    ),
+    Mutation(
+        "advantages normalised", "effects_are_linear_in_the_advantages",
+        "kernel/fisher.py", "(params, batch, weights))(U, 0)", "(params, batch, weights / weights.norm()))(U, 0)",
+    ),
+    Mutation(
+        "missing bias correction of m", "three_terms_are_the_step_that_torch_takes",
+        "precond/adam.py", "return state.lr[name] / (1 - state.beta1[name] ** (state.step[name] + 1))",
+        "return state.lr[name]",
+    ),
+    Mutation(
+        "bias correction of the step before", "three_terms_are_the_step_that_torch_takes",
+        "precond/adam.py", "+ (1 - beta2) * g * g, t + 1", "+ (1 - beta2) * g * g, max(t, 1)",
+    ),
+    Mutation(
+        "ε inside the root", "three_terms_are_the_step_that_torch_takes",
+        "precond/adam.py", "v_hat.sqrt() + state.eps[name]", "(v_hat + state.eps[name]).sqrt()",
+    ),
+    Mutation(
+        "wrong sign of decay", "three_terms_are_the_step_that_torch_takes",
+        "precond/adam.py", "-state.lr[name] * state.weight_decay[name] * theta",
+        "state.lr[name] * state.weight_decay[name] * theta",
+    ),
+    Mutation(
+        "stored v in place of v'", "three_terms_are_the_step_that_torch_takes",
+        "precond/adam.py", "beta2 * v + (1 - beta2) * g * g, t + 1", "v, t + 1",
+    ),
+    Mutation(
+        "decay without gradient", "three_terms_are_the_step_that_torch_takes",
+        "precond/adam.py", "(torch.zeros_like(theta) for _ in range(3))",
+        "(torch.zeros_like(theta), torch.zeros_like(theta), -0.01 * theta)",
+    ),
+    Mutation(
+        "clipping left out of C", "contributions_momentum_and_decay_are_the_jvp_of_the_step",
+        "kernel/step.py", "clip * weights.to(K)", "weights.to(K)",
+    ),
+    Mutation(
+        "P_step without lr", "contributions_momentum_and_decay_are_the_jvp_of_the_step",
+        "precond/adam.py", "else _rate(state, name) * (1 - state.beta1[name])", "else (1 - state.beta1[name])",
+    ),
+    Mutation(
+        "loss taken as gain", "prediction_meets_the_step_really_taken",
+        "kernel/step.py", "(params, U, -weights)", "(params, U, weights)",
+    ),
+    Mutation(
+        "clipping ignored", "prediction_meets_the_step_really_taken",
+        "precond/clipping.py", "return min(1.0, max_norm / (float(tree.norm(grads)) + 1e-6))", "return 1.0",
+    ),
+    Mutation(
+        "curvature without its half", "prediction_meets_the_step_really_taken",
+        "kernel/step.py", "0.5 * func.curvature", "1.0 * func.curvature",
+    ),
+    Mutation(
+        "P on both sides", "preconditioner_stands_on_one_side",
+        "kernel/fisher.py", 'rows_E = _naming("E", lambda batch: gradient(params, batch))',
+        'rows_E = _naming("E", lambda batch: precond(gradient(params, batch)))',
+    ),
+    Mutation(
+        "rows and columns swapped", "preconditioner_stands_on_one_side",
+        "kernel/fisher.py", "return K if held is E else K.T.contiguous()", "return K.reshape(n_E, n_U)",
+    ),
+    Mutation(
+        "shifted mask", "scores_are_tempered_sums_over_the_response",
+        "func/logprob.py", "batch.response_mask[:, 1:].bool()", "batch.response_mask[:, :-1].bool()",
+    ),
+    Mutation(
+        "EOS dropped", "scores_are_tempered_sums_over_the_response",
+        "func/batch.py", "response_mask[row, len(prompt) : end] = True",
+        "response_mask[row, len(prompt) : max(end - 1, len(prompt) + 1)] = True",
+    ),
+    Mutation(
+        "temperature multiplied", "scores_are_tempered_sums_over_the_response",
+        "func/logprob.py", "torch.float32)) / temperature", "torch.float32)) * temperature",
+    ),
+    Mutation(
+        "entropy of the plain logits' sign", "scores_are_tempered_sums_over_the_response",
+        "func/logprob.py", "-(log_p.exp() * log_p).sum(-1)", "(log_p.exp() * log_p).sum(-1)",
+    ),
+    Mutation(
+        "frozen form without bias correction", "frozen_and_post_step_agree_as_beta2_nears_one",
+        "precond/adam.py", "return v / (1 - beta2**t)\n    if g is not None", "return v\n    if g is not None",
+    ),
+    Mutation(
+        "post-step form without v", "frozen_and_post_step_agree_as_beta2_nears_one",
+        "precond/adam.py", "v, t = beta2 * v + (1 - beta2) * g * g, t + 1", "v, t = g * g, t + 1",
+    ),
+]  # fmt: skip

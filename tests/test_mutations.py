@@ -1,0 +1,43 @@
+"""Every law fails under a deliberate mistake in the code that it guards, and holds without one."""
+
+import pytest
+
+import fkernel
+from tests.cases import EXAMPLES
+from tests.laws import LAWS
+from tests.mutants import MUTATIONS, load
+
+
+@pytest.mark.parametrize("law", LAWS.values(), ids=LAWS)
+def test_law_holds_without_mutation(law):
+    for case in EXAMPLES:
+        assert law(fkernel, case) is None
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
+def test_law_fails_under_mutation(mutation):
+    mutant = load(mutation)
+    assert mutant is not fkernel
+    with pytest.raises(AssertionError):
+        LAWS[mutation.law](mutant, _first_failing(LAWS[mutation.law], mutant))
+
+
+def _first_failing(law, mutant):
+    """The example on which a mutant fails first (the last one where it fails on none)."""
+    for case in EXAMPLES:
+        try:
+            law(mutant, case)
+        except AssertionError:
+            break
+    return case
+
+
+def test_every_law_has_a_mutation():
+    assert {mutation.law for mutation in MUTATIONS} == set(LAWS)
+
+
+def test_loading_a_mutant_leaves_the_package_alone():
+    load(MUTATIONS[0])
+    import fkernel as again
+
+    assert again is fkernel
