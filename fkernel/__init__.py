@@ -13,18 +13,29 @@ from fkernel.errors import (
     OptimizerStateError,
     TreeError,
 )
-from fkernel.kernel import StepEffect, explain_step, influence, kernel, loss_gradient, realised_change
+from fkernel.kernel import (
+    Calibration,
+    StepEffect,
+    calibrate,
+    explain_step,
+    influence,
+    kernel,
+    loss_gradient,
+    realised_change,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BatchError",
+    "Calibration",
     "FKernelError",
     "ModelError",
     "NonFiniteError",
     "OptimizerStateError",
     "StepEffect",
     "TreeError",
+    "calibrate",
     "explain_step",
     "func",
     "influence",

@@ -29,6 +29,10 @@ class OptimizerStateError(FKernelError, ValueError):
     """An optimizer state is incomplete, impossible, or of a kind that is not modelled."""
 
 
+class DemoError(FKernelError, RuntimeError):
+    """The demo could not make a policy worth explaining, and what to change."""
+
+
 class NonFiniteError(FKernelError, ArithmeticError):
     """A NaN or an infinity, with the place where it was first seen.
 

@@ -28,8 +28,8 @@ def _first_failing(law, mutant):
         try:
             law(mutant, case)
         except AssertionError:
-            break
-    return case
+            return case
+    return EXAMPLES[-1]
 
 
 def test_every_law_has_a_mutation():

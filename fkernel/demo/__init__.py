@@ -4,7 +4,7 @@ Nothing in this room knows the engine: it makes the checkpoint, the batches and 
 then asked to explain, with torch and transformers alone.
 """
 
-from fkernel.demo.cache import DemoConfig, cache_key, default_cache_root, prepare
+from fkernel.demo.cache import DemoConfig, cache_key, default_cache_root, prepare, seeded
 from fkernel.demo.policy import PolicyConfig, SupervisionConfig
 from fkernel.demo.reinforce import ReinforceConfig
 from fkernel.demo.task import TaskConfig
@@ -18,4 +18,5 @@ __all__ = [
     "cache_key",
     "default_cache_root",
     "prepare",
+    "seeded",
 ]

@@ -58,6 +58,13 @@ class DemoConfig:
     threads: int = 1
 
 
+def seeded(seed: int) -> DemoConfig:
+    """The default configuration with all of its seeds set to one number."""
+    return DemoConfig(
+        TaskConfig(seed=seed), PolicyConfig(seed=seed), SupervisionConfig(seed=seed), ReinforceConfig(seed=seed)
+    )
+
+
 def default_cache_root() -> Path:
     """``$FKERNEL_CACHE`` if it is set and not empty, else ``~/.cache/fkernel``."""
     chosen = os.environ.get("FKERNEL_CACHE")
@@ -105,7 +112,7 @@ def prepare(config: DemoConfig, cache_root: Path | None = None, progress: Progre
         The prepared directory (its files are listed at the top of this module).
 
     Raises:
-        RuntimeError: the policy missed its accuracy band, or the last batch has too little signal.
+        DemoError: the policy missed its accuracy band, or the last batch has too little signal.
     """
     root = default_cache_root() if cache_root is None else cache_root
     key = cache_key(config)

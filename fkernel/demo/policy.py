@@ -18,6 +18,7 @@ from fkernel.demo.progress import silent
 from fkernel.demo.sampling import accuracy, forked_rng, sample
 from fkernel.demo.task import Problem
 from fkernel.demo.tokenizer import EOS, PAD, encode, token_id
+from fkernel.errors import DemoError
 
 IGNORED = -100  # cross_entropy's own mark for positions without a target
 
@@ -169,7 +170,7 @@ def supervise(
         Steps taken, last loss and last accuracy.
 
     Raises:
-        RuntimeError: the accuracy is outside ``config.band`` when training stops or its budget ends.
+        DemoError: the accuracy is outside ``config.band`` when training stops or its budget ends.
     """
     progress = progress or silent()
     bar = progress.add_task("supervision", total=config.max_steps)
@@ -237,7 +238,7 @@ def _require_band(result: Supervised, config: SupervisionConfig) -> None:
     advice = (
         "raise max_steps or lr" if result.accuracy < low else "lower check_every or lr, so that no check jumps over it"
     )
-    raise RuntimeError(
+    raise DemoError(
         f"supervision ended after {result.steps} of at most {config.max_steps} steps with a sampled accuracy "
         f"of {result.accuracy:.1%} (loss {result.loss:.3f}), outside of the band {low:.0%} to {high:.0%} "
         f"that REINFORCE needs; {advice}"

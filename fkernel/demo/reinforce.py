@@ -26,6 +26,7 @@ from fkernel.demo.sampling import Sample, accuracy, sample
 from fkernel.demo.score import sequence_logprob, tokens
 from fkernel.demo.task import Problem
 from fkernel.demo.tokenizer import PAD, token_id
+from fkernel.errors import DemoError
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ def reinforce(
 
     Raises:
         ValueError: too few problems for the configuration.
-        RuntimeError: too few groups of the last batch hold both right and wrong answers.
+        DemoError: too few groups of the last batch hold both right and wrong answers.
     """
     _require_problems(train, held_out, config)
     progress = progress or silent()
@@ -277,7 +278,7 @@ def _signal(advantage: Tensor, completions: int) -> int:
 def _require_signal(advantage: Tensor, config: ReinforceConfig) -> None:
     found = _signal(advantage, config.completions)
     if found < config.min_groups:
-        raise RuntimeError(
+        raise DemoError(
             f"only {found} of {config.prompts} groups of the last batch hold both right and wrong answers, "
             f"at least {config.min_groups} are needed for a gradient worth explaining; train to an accuracy "
             "nearer 50 % or use another seed"

@@ -1,6 +1,16 @@
 """func and precond meet: kernels, influence without kernels, and one optimizer step explained."""
 
+from fkernel.kernel.calibration import Calibration, calibrate
 from fkernel.kernel.fisher import influence, kernel
 from fkernel.kernel.step import StepEffect, explain_step, loss_gradient, realised_change
 
-__all__ = ["StepEffect", "explain_step", "influence", "kernel", "loss_gradient", "realised_change"]
+__all__ = [
+    "Calibration",
+    "StepEffect",
+    "calibrate",
+    "explain_step",
+    "influence",
+    "kernel",
+    "loss_gradient",
+    "realised_change",
+]

@@ -1,0 +1,54 @@
+"""How well a prediction met what happened. Correlation alone hides a wrong learning rate, so three numbers."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from fkernel.errors import BatchError
+from fkernel.shapes import Tensor
+
+
+class Calibration(NamedTuple):
+    """A prediction held against the realised change.
+
+    Attributes:
+        pearson: correlation r; blind to scale and offset.
+        slope: b of the least-squares line realised ≈ a + b·predicted; 1 where the scale is right.
+        relative_error: ‖predicted − realised‖ / ‖realised‖; sees everything.
+    """
+
+    pearson: float
+    slope: float
+    relative_error: float
+
+
+def calibrate(predicted: Tensor, realised: Tensor) -> Calibration:
+    """Compare a prediction with what happened.
+
+    Args:
+        predicted: [n] nats.
+        realised: [n] nats.
+
+    Raises:
+        BatchError: shapes differ, fewer than two sequences, or nothing moved, so that no ratio is defined.
+
+    Example:
+        >>> calibrate(torch.tensor([2.0, 4.0, 6.0]), torch.tensor([1.0, 2.0, 3.0]))
+        Calibration(pearson=1.0, slope=0.5, relative_error=1.0)
+    """
+    if predicted.shape != realised.shape or predicted.ndim != 1 or len(predicted) < 2:
+        raise BatchError(
+            f"predicted has shape {list(predicted.shape)}, realised {list(realised.shape)}; expected the same [n] with "
+            f"at least two sequences."
+        )
+    p, r = predicted.double(), realised.double()
+    p0, r0 = p - p.mean(), r - r.mean()
+    if not bool(p0.norm() * r0.norm() * r.norm() > 0):
+        raise BatchError(
+            "All predicted or all realised changes are equal, so neither correlation nor slope is defined."
+        )
+    return Calibration(
+        pearson=round(float(p0 @ r0 / (p0.norm() * r0.norm())), 12),
+        slope=float(p0 @ r0 / (p0 @ p0)),
+        relative_error=float((p - r).norm() / r.norm()),
+    )
