@@ -7,8 +7,10 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
+import tests.typecheck  # noqa: F401 - the hook below finds it as an attribute of `tests`
+
 os.environ["HF_HUB_OFFLINE"] = "1"
-install_import_hook("fkernel", "beartype.beartype")
+install_import_hook("fkernel", "tests.typecheck.check")
 
 hypothesis.settings.register_profile(
     "laws",

@@ -36,7 +36,7 @@ def load_adamw_state(path: str | Path, params: Tree) -> AdamWState:
         state_dict = torch.load(Path(path), map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise OptimizerStateError(f"There is no optimizer state at {path}.") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
         raise OptimizerStateError(
             f"{path} could not be read as tensors only ({str(error).splitlines()[0]}); expected a file written by "
             f"torch.save(optimizer.state_dict())."
@@ -44,7 +44,7 @@ def load_adamw_state(path: str | Path, params: Tree) -> AdamWState:
     return adamw_state(state_dict, params)
 
 
-def adamw_state(state_dict: Mapping[str, Any], params: Tree) -> AdamWState:
+def adamw_state(state_dict: Any, params: Tree) -> AdamWState:
     """Key a `torch.optim.AdamW` state_dict by parameter name.
 
     Args:

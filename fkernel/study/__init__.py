@@ -1,5 +1,5 @@
 """Finished results of explaining a step: what is kept, and how it is written and read."""
 
-from fkernel.study.results import SequenceInfo, StepResults
+from fkernel.study.results import ResultsError, SequenceInfo, StepResults
 
-__all__ = ["SequenceInfo", "StepResults"]
+__all__ = ["ResultsError", "SequenceInfo", "StepResults"]

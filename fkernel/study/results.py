@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -139,7 +140,7 @@ class StepResults:
             with np.load(directory / "kernel.npz", allow_pickle=False) as file:
                 arrays = {name: file[name] for name in ("kernel", "contributions", *_EFFECTS)}
                 ids = [file[name].tolist() for name in ("evaluation_ids", "update_ids")]
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, BadZipFile) as error:
             raise ResultsError(f"{directory} holds no readable results.json and kernel.npz: {error}") from error
         if data.get("schema", 0) > SCHEMA:
             raise ResultsError(f"{directory} was written with schema {data['schema']}; this fkernel reads {SCHEMA}.")

@@ -1,0 +1,49 @@
+# Every target sets up what it needs, on a fresh clone too. ARGS is passed on: make test ARGS="-k adam".
+
+PYTHON ?= python3
+ARGS   ?=
+
+BIN   := .venv/bin
+READY := .venv/.ready
+BUILD := docs/_build
+
+# Nothing here needs a model hub: policies are trained or built from a configuration.
+export HF_HUB_OFFLINE := 1
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench docs clean
+.DELETE_ON_ERROR:
+
+help: ## List these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(READY) ## Train a small policy, take real AdamW steps, explain the last one
+	@$(BIN)/fkernel demo $(ARGS)
+
+test: $(READY) ## Run every test, law and docstring example
+	@$(BIN)/pytest $(ARGS)
+
+lint: $(READY) ## Check style, format and types
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/pyright
+
+bench: $(READY) ## Measure speed and memory, print ratios to the limit, save JSON
+	@$(BIN)/python -m benchmarks $(ARGS)
+
+docs: $(READY) ## Build the pages (they execute) and run their examples; warnings are errors
+	@$(BIN)/sphinx-build -q -E -W --keep-going -d $(BUILD)/doctrees -b html docs $(BUILD)/html
+	@$(BIN)/sphinx-build -q -W --keep-going -d $(BUILD)/doctrees -b doctest docs $(BUILD)/doctest
+	@echo "$(BUILD)/html/index.html"
+
+clean: ## Remove what was built, and the caches; .venv stays
+	@rm -rf $(BUILD) docs/jupyter_execute dist .pytest_cache .ruff_cache .hypothesis
+	@find fkernel tests benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("fkernel needs Python 3.11 or newer; name one: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	@echo "Setting up .venv; the first time takes some minutes (torch is large)."
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@

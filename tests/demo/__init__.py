@@ -1,0 +1,1 @@
+"""The demo: its policy, its steps, and what it must show."""

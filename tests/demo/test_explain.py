@@ -1,0 +1,75 @@
+"""What `fkernel demo` must show: the last step, predicted from the checkpoint before it, met by the step really taken."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+import fkernel.demo
+from fkernel.cli import app
+from fkernel.demo.explain import explain
+from fkernel.study import StepResults
+
+FILES = ["heatmap.png", "kernel.npz", "predicted_vs_realised.png", "results.json"]
+
+
+@pytest.fixture
+def tiny_demo(monkeypatch, tiny, tmp_path):
+    """The command on a tiny configuration."""
+    monkeypatch.setattr(fkernel.demo, "seeded", lambda seed: tiny)
+    return ["demo", "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]
+
+
+def test_explanation_meets_the_real_step(prepared):
+    results = explain(prepared)
+    assert len(results.update) == results.kernel.shape[1]
+    assert results.calibration["first_order"].relative_error < 0.05
+    assert results.calibration["second_order"].pearson > 0.999
+    weights = [u.weight * u.advantage for u in results.update if u.weight is not None and u.advantage is not None]
+    assert results.contributions == pytest.approx(results.kernel * weights * results.step["clip"], rel=1e-5, abs=1e-9)
+
+
+def test_command_writes_everything_and_a_second_run_uses_the_cache(tiny_demo, tmp_path):
+    result = CliRunner().invoke(app, tiny_demo)
+    assert result.exit_code in (0, 1), result.output  # so small a policy need not meet the demo's bounds
+    for word in ("predicted ΔS", "momentum", "top three contributors", "Pearson r", "Wrote"):
+        assert word in result.output
+    out = tmp_path / "out"
+    assert sorted(p.name for p in out.iterdir()) == FILES
+    kept = sorted((tmp_path / "cache").rglob("*"))
+    times = [p.stat().st_mtime_ns for p in kept]
+    CliRunner().invoke(app, tiny_demo)
+    assert [p.stat().st_mtime_ns for p in sorted((tmp_path / "cache").rglob("*"))] == times
+
+
+def test_prediction_out_of_bounds_is_said_and_exits_with_1(tiny_demo, monkeypatch):
+    monkeypatch.setattr("fkernel.cli.BOUNDS", {"first_order": 0.0, "second_order": 0.0})
+    result = CliRunner().invoke(app, tiny_demo)
+    assert result.exit_code == 1
+    assert "the prediction missed its bounds: first_order" in result.output
+
+
+def test_unusable_directory_is_the_users_mistake_without_a_traceback(tiny_demo, tmp_path):
+    (tmp_path / "out").write_text("a file where the directory should be")
+    result = CliRunner().invoke(app, tiny_demo)
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
+    assert "fkernel:" in result.output
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_demo_meets_its_required_calibration(tmp_path):
+    """The real command, as `make demo` runs it."""
+    result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")])
+    assert result.exit_code == 0, result.output
+    results = StepResults.load(tmp_path / "out")
+    first, second = results.calibration["first_order"], results.calibration["second_order"]
+    assert first.pearson >= 0.9999
+    assert abs(first.slope - 1) <= 0.02
+    assert first.relative_error <= 0.02
+    assert second.relative_error <= 0.003
+    assert 0.4 <= results.step["accuracy_before_rl"] <= 0.8
+    assert results.step["steps_before"] >= 3
+    data = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {len(row["top_contributors"]) for row in data["evaluation"]} == {3}

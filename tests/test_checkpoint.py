@@ -1,0 +1,141 @@
+"""An optimizer's state_dict is keyed by the names it recorded, or refused."""
+
+import pickle
+
+import pytest
+import torch
+
+import fkernel as fk
+from fkernel.checkpoint import adamw_state, load_adamw_state, load_model
+from tests.models import gpt2
+
+
+@pytest.fixture
+def model():
+    return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 1)).double()
+
+
+def stepped(model, **options):
+    decay = [(name, p) for name, p in model.named_parameters() if name.endswith("weight")]
+    plain = [(name, p) for name, p in model.named_parameters() if name.endswith("bias")]
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0, "lr": 2e-3}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, **options)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(5, 3, dtype=torch.float64)).square().sum().backward()
+        optimizer.step()
+    return optimizer
+
+
+def params_of(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def test_state_reproduces_the_optimizers_own_next_step(model, tmp_path):
+    optimizer = stepped(model)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    before = params_of(model)
+    state = load_adamw_state(tmp_path / "optimizer.pt", before)
+    optimizer.zero_grad()
+    model(torch.randn(5, 3, dtype=torch.float64)).square().sum().backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    optimizer.step()
+    step = fk.precond.adamw_step(before, grads, state)
+    assert state.step == dict.fromkeys(before, 3)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(step.total[name], p.detach() - before[name], atol=1e-13, rtol=0)
+
+
+def test_parameter_that_never_had_a_gradient_is_at_step_zero(model):
+    model[1].requires_grad_(False)
+    state = adamw_state(stepped(model).state_dict(), params_of(model))
+    assert state.step["1.weight"] == 0
+    assert state.step["0.weight"] == 3
+    assert not state.exp_avg_sq["1.weight"].any()
+
+
+def test_state_without_recorded_names_is_refused(model):
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(fk.OptimizerStateError, match="records no param_names, so its 6 moments"):
+        adamw_state(optimizer.state_dict(), params_of(model))
+
+
+@pytest.mark.parametrize("flag", ["amsgrad", "maximize"])
+def test_variants_that_are_not_modelled_are_refused(model, flag):
+    with pytest.raises(fk.OptimizerStateError, match=f"{flag}=True, which is not modelled"):
+        adamw_state(stepped(model, **{flag: True}).state_dict(), params_of(model))
+
+
+def test_coupled_decay_is_refused(model):
+    optimizer = torch.optim.Adam(model.named_parameters(), weight_decay=0.1)
+    with pytest.raises(fk.OptimizerStateError, match="only AdamW's decoupled decay"):
+        adamw_state(optimizer.state_dict(), params_of(model))
+
+
+def test_other_optimizers_are_refused(model):
+    optimizer = torch.optim.SGD(model.named_parameters(), lr=0.1)
+    with pytest.raises(fk.OptimizerStateError, match="lacks 'betas', 'eps': this is not an AdamW state"):
+        adamw_state(optimizer.state_dict(), params_of(model))
+
+
+def test_state_about_other_parameters_is_refused(model):
+    params = params_of(model)
+    state_dict = stepped(model).state_dict()
+    missing = {name: p for name, p in params.items() if name != "0.bias"}
+    with pytest.raises(fk.TreeError, match="params lacks '0.bias', which the optimizer state has"):
+        adamw_state(state_dict, missing)
+    with pytest.raises(fk.TreeError, match="params has 'extra', which the optimizer state lacks"):
+        adamw_state(state_dict, params | {"extra": torch.zeros(1)})
+    turned = params | {"0.weight": params["0.weight"].T}
+    with pytest.raises(fk.TreeError, match=r"'0.weight'\] has shape \[3, 4\].*have \[4, 3\]"):
+        adamw_state(state_dict, turned)
+
+
+def test_nothing_in_a_file_is_executed(model, tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return (exec, ("raise SystemExit('executed')",))
+
+    path = tmp_path / "optimizer.pt"
+    path.write_bytes(pickle.dumps(Payload()))
+    with pytest.raises(fk.OptimizerStateError, match="could not be read as tensors only"):
+        load_adamw_state(path, params_of(model))
+    torch.save({"state": Payload()}, path)
+    with pytest.raises(fk.OptimizerStateError, match="could not be read as tensors only"):
+        load_adamw_state(path, params_of(model))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "something else"])
+def test_damaged_files_are_refused_with_the_reason(model, tmp_path, damage):
+    path = tmp_path / "optimizer.pt"
+    torch.save([1, 2, 3] if damage == "something else" else stepped(model).state_dict(), path)
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-200])
+    if damage == "missing":
+        path.unlink()
+    expected = {
+        "truncated": "could not be read as tensors only",
+        "missing": "There is no optimizer state at",
+        "something else": "lacks 'state' and 'param_groups'",
+    }
+    with pytest.raises(fk.OptimizerStateError, match=expected[damage]):
+        load_adamw_state(path, params_of(model))
+
+
+def test_model_round_trips_with_eager_attention(tmp_path):
+    model = gpt2(0).float()
+    model.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path)
+    assert loaded.config._attn_implementation == "eager"
+    assert not loaded.training
+    for (name, p), (other, q) in zip(model.named_parameters(), loaded.named_parameters(), strict=True):
+        assert name == other
+        assert torch.equal(p, q)
+
+
+def test_directory_without_a_model_is_refused(tmp_path):
+    (tmp_path / "weights.bin").touch()
+    with pytest.raises(fk.ModelError, match=r"holds no config.json \(\['weights.bin'\]\)"):
+        load_model(tmp_path)
+    with pytest.raises(fk.ModelError, match="no such directory"):
+        load_model(tmp_path / "nowhere")
