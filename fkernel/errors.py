@@ -39,12 +39,19 @@ class NonFiniteError(FKernelError, ArithmeticError):
     Attributes:
         row: the sequence's position in its batch, or None where no sequence is at fault.
         parameter: the parameter's name, or None where the value belongs to no parameter.
+        template: the message, with "{row}" where it names the sequence.
     """
 
-    def __init__(self, message: str, *, row: int | None = None, parameter: str | None = None) -> None:
-        super().__init__(message)
+    def __init__(self, template: str, *, row: int | None = None, parameter: str | None = None) -> None:
+        super().__init__(template.replace("{row}", str(row)))
+        self.template = template
         self.row = row
         self.parameter = parameter
+
+    def at(self, start: int, place: str = "") -> NonFiniteError:
+        """Return the same error for a batch in which this one's rows begin at `start`."""
+        row = None if self.row is None else self.row + start
+        return NonFiniteError(place.replace("{row}", str(row)) + self.template, row=row, parameter=self.parameter)
 
 
 def listing(names: Sequence[str], most: int = 4) -> str:

@@ -32,7 +32,12 @@ def map(fn: Callable[..., Tensor], *trees: Tree) -> Tree:
 
 
 def scale(a: float | Tensor, x: Tree) -> Tree:
-    """Return a·x."""
+    """Return a·x.
+
+    Example:
+        >>> scale(2.0, {"w": torch.ones(1)})
+        {'w': tensor([2.])}
+    """
     return {name: a * leaf for name, leaf in x.items()}
 
 
@@ -76,7 +81,12 @@ def dot(x: Tree, y: Tree) -> Tensor:
 
 
 def norm(x: Tree) -> Tensor:
-    """Return ‖x‖₂ over all leaves, a float64 scalar."""
+    """Return ‖x‖₂ over all leaves, a float64 scalar.
+
+    Example:
+        >>> norm({"w": torch.tensor([3.0]), "b": torch.tensor([4.0])})
+        tensor(5., dtype=torch.float64)
+    """
     return dot(x, x).sqrt()
 
 
@@ -91,12 +101,22 @@ def cast(x: Tree, dtype: torch.dtype) -> Tree:
 
 
 def zeros_like(x: Tree) -> Tree:
-    """Return the zero vector of x's space."""
+    """Return the zero vector of x's space.
+
+    Example:
+        >>> zeros_like({"w": torch.ones(2)})
+        {'w': tensor([0., 0.])}
+    """
     return {name: torch.zeros_like(leaf) for name, leaf in x.items()}
 
 
 def size(x: Tree) -> int:
-    """Count the coordinates of x (rows included, where leaves carry them)."""
+    """Count the coordinates of x (rows included, where leaves carry them).
+
+    Example:
+        >>> size({"w": torch.ones(2, 3), "b": torch.ones(3)})
+        9
+    """
     return sum(leaf.numel() for leaf in x.values())
 
 
@@ -105,6 +125,11 @@ def shards(x: Tree, y: Tree, columns: int = SHARD_COLUMNS) -> Iterator[tuple[str
 
     Yields:
         (name, [n, p], [m, p]) with p ≤ `columns`: views, nothing is copied where the leaves are contiguous.
+
+    Example:
+        >>> x = {"w": torch.ones(2, 5)}
+        >>> [(name, list(left.shape)) for name, left, _ in shards(x, x, columns=3)]
+        [('w', [2, 3]), ('w', [2, 2])]
     """
     for name in x:
         left = rearrange(x[name], "n ... -> n (...)")
@@ -116,7 +141,13 @@ def shards(x: Tree, y: Tree, columns: int = SHARD_COLUMNS) -> Iterator[tuple[str
 def check_names(
     given: Iterable[str], expected: Iterable[str], given_as: str = "one tree", expected_as: str = "the other"
 ) -> None:
-    """Raise TreeError unless both have the same names: a name is never skipped silently."""
+    """Raise TreeError unless both have the same names: a name is never skipped silently.
+
+    Example:
+        >>> check_names(["w"], ["w", "b"], "grads", "params")
+        Traceback (most recent call last):
+        fkernel.errors.TreeError: grads lacks 'b', which params has. Both must name the same parameters.
+    """
     given, expected = list(given), list(expected)
     if given == expected:
         return
@@ -132,7 +163,13 @@ def check_names(
 
 
 def check_same(given: Tree, expected: Tree, given_as: str, expected_as: str) -> None:
-    """Raise TreeError unless names, shapes and dtypes agree."""
+    """Raise TreeError unless names, shapes and dtypes agree.
+
+    Example:
+        >>> check_same({"w": torch.ones(2)}, {"w": torch.ones(3)}, "direction", "params")
+        Traceback (most recent call last):
+        fkernel.errors.TreeError: direction['w'] has shape [2], params['w'] has [3].
+    """
     check_names(given, expected, given_as, expected_as)
     for name, want in expected.items():
         have = given[name]
@@ -148,7 +185,13 @@ def check_same(given: Tree, expected: Tree, given_as: str, expected_as: str) -> 
 
 
 def check_finite(x: Mapping[str, Tensor], what: str) -> None:
-    """Raise NonFiniteError naming the first leaf that holds a NaN or an infinity."""
+    """Raise NonFiniteError naming the first leaf that holds a NaN or an infinity.
+
+    Example:
+        >>> check_finite({"w": torch.tensor([1.0, float("nan")])}, "grads")
+        Traceback (most recent call last):
+        fkernel.errors.NonFiniteError: grads['w'] holds 1 non-finite value(s) of 2; nothing was computed from them.
+    """
     for name, leaf in x.items():
         if not all_finite(leaf):
             bad = int((~torch.isfinite(leaf)).sum())
@@ -162,5 +205,9 @@ def all_finite(leaf: Tensor) -> bool:
     """Tell whether a tensor is free of NaN and infinity, in one pass without a mask of its size.
 
     A non-finite entry makes the sum non-finite; a finite tensor's sum can overflow, so only then look at each.
+
+    Example:
+        >>> all_finite(torch.tensor([1.0, float("inf")]))
+        False
     """
     return bool(torch.isfinite(leaf.sum())) or bool(torch.isfinite(leaf).all())

@@ -90,20 +90,19 @@ MUTATIONS = [
     ),
     Mutation(
         "fused layer norm under nested jvp", "derivatives_agree_with_central_differences",
-        "func/gradient.py", "    with elementary():\n        return", "    if True:\n        return",
+        "func/gradient.py", "    with elementary():", "    if elementary:",
     ),
     Mutation(
         "value in place of derivative", "derivatives_agree_with_central_differences",
-        "func/gradient.py", "return func.jvp(f, (params,), (direction,))[1]",
-        "return func.jvp(f, (params,), (direction,))[0]",
+        "func/gradient.py", "return value, tangent", "return value, value",
     ),
     Mutation(
         "sign of the weights lost", "derivatives_agree_with_central_differences",
-        "func/gradient.py", "return pull(weights.to(value.dtype))[0]", "return pull(weights.abs().to(value.dtype))[0]",
+        "func/gradient.py", "pull(weights.to(value.dtype))[0]", "pull(weights.abs().to(value.dtype))[0]",
     ),
     Mutation(
         "influence without P", "influence_equals_kernel_times_weights",
-        "kernel/fisher.py", "move = precond(towards)", "move = towards",
+        "kernel/fisher.py", "move = _transformed(precond, towards)", "move = towards",
     ),
     Mutation(
         "incomplete last shard dropped", "influence_equals_kernel_times_weights",
@@ -120,8 +119,8 @@ MUTATIONS = [
         "(batch.response_mask | ~batch.attention_mask.bool())[:, 1:].bool()",
     ),
     Mutation(
-        "microbatch written to the first rows", "company_changes_nothing",
-        "func/microbatch.py", "whole[rows] = part", "whole[: len(part)] = part",
+        "microbatch written in reverse", "company_changes_nothing",
+        "func/microbatch.py", "whole[rows] = part", "whole[rows] = part.flip(0)",
     ),
     Mutation(
         "left-pad attended", "left_padding_is_refused",
@@ -129,7 +128,7 @@ MUTATIONS = [
     ),
     Mutation(
         "advantages normalised", "effects_are_linear_in_the_advantages",
-        "kernel/fisher.py", "(params, batch, weights))(U, 0)", "(params, batch, weights / weights.norm()))(U, 0)",
+        "kernel/fisher.py", "(params, U, weights)", "(params, U, weights / weights.norm())",
     ),
     Mutation(
         "missing bias correction of m", "three_terms_are_the_step_that_torch_takes",
@@ -180,8 +179,8 @@ MUTATIONS = [
     ),
     Mutation(
         "P on both sides", "preconditioner_stands_on_one_side",
-        "kernel/fisher.py", 'rows_E = _naming("E", lambda batch: gradient(params, batch))',
-        'rows_E = _naming("E", lambda batch: precond(gradient(params, batch)))',
+        "kernel/fisher.py", 'with naming("E", start), explained(params):\n            return gradient(params, batch)',
+        'with naming("E", start), explained(params):\n            return precond(gradient(params, batch))',
     ),
     Mutation(
         "rows and columns swapped", "preconditioner_stands_on_one_side",
@@ -201,8 +200,8 @@ MUTATIONS = [
         "func/logprob.py", "torch.float32)) / temperature", "torch.float32)) * temperature",
     ),
     Mutation(
-        "entropy of the plain logits' sign", "scores_are_tempered_sums_over_the_response",
-        "func/logprob.py", "-(log_p.exp() * log_p).sum(-1)", "(log_p.exp() * log_p).sum(-1)",
+        "sign of the entropy", "scores_are_tempered_sums_over_the_response",
+        "func/logprob.py", "-(log_p.exp() * finite).sum(-1)", "(log_p.exp() * finite).sum(-1)",
     ),
     Mutation(
         "frozen form without bias correction", "frozen_and_post_step_agree_as_beta2_nears_one",

@@ -1,6 +1,7 @@
 """An optimizer's state_dict is keyed by the names it recorded, or refused."""
 
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -82,7 +83,7 @@ def test_state_about_other_parameters_is_refused(model):
     params = params_of(model)
     state_dict = stepped(model).state_dict()
     missing = {name: p for name, p in params.items() if name != "0.bias"}
-    with pytest.raises(fk.TreeError, match="params lacks '0.bias', which the optimizer state has"):
+    with pytest.raises(fk.TreeError, match=r"params lacks '0\.bias', which the optimizer state has"):
         adamw_state(state_dict, missing)
     with pytest.raises(fk.TreeError, match="params has 'extra', which the optimizer state lacks"):
         adamw_state(state_dict, params | {"extra": torch.zeros(1)})
@@ -123,7 +124,8 @@ def test_damaged_files_are_refused_with_the_reason(model, tmp_path, damage):
 
 
 def test_model_round_trips_with_eager_attention(tmp_path):
-    model = gpt2(0).float()
+    model: Any = gpt2(0)
+    model = model.float()
     model.save_pretrained(tmp_path)
     loaded = load_model(tmp_path)
     assert loaded.config._attn_implementation == "eager"

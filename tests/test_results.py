@@ -20,7 +20,9 @@ def results() -> StepResults:
     first = contributions.sum(1) + momentum + decay
     return StepResults(
         evaluation=tuple(SequenceInfo(f"E-00{i}-00", f"{i}+{i}=", str(2 * i), -1.5, 1.0) for i in range(3)),
-        update=tuple(SequenceInfo(f"U-00{i // 2}-0{i % 2}", f"[{i // 2}]=", "x", -2.0, 0.0, 0.5, 0.25) for i in range(4)),
+        update=tuple(
+            SequenceInfo(f"U-00{i // 2}-0{i % 2}", f"[{i // 2}]=", "x", -2.0, 0.0, 0.5, 0.25) for i in range(4)
+        ),
         kernel=kernel,
         contributions=contributions,
         momentum=momentum,

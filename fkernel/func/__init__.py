@@ -5,6 +5,7 @@ No files, no tokenizers, no state. See `fkernel.func.gradient` for the mathemati
 
 from fkernel.func.batch import Sequences, pad
 from fkernel.func.contract import contract
+from fkernel.func.evaluate import evaluate
 from fkernel.func.functional import Apply, make_functional
 from fkernel.func.gradient import curvature, jvp, per_sequence_grad, vjp
 from fkernel.func.logprob import sequence_logprob, token_entropy, token_logprobs
@@ -16,6 +17,7 @@ __all__ = [
     "Sequences",
     "contract",
     "curvature",
+    "evaluate",
     "jvp",
     "make_functional",
     "pad",

@@ -136,6 +136,10 @@ def check_sequences(batch: Sequences) -> None:
             f"Sequences wants three tensors of one shape [n t]; input_ids is {list(ids.shape)}, attention_mask "
             f"{list(attention.shape)}, response_mask {list(response.shape)}."
         )
+    if 0 in ids.shape:
+        raise BatchError(
+            f"input_ids is {list(ids.shape)}: the batch holds no token; give at least one sequence of two."
+        )
     if ids.dtype != torch.int64:
         raise BatchError(f"input_ids is {ids.dtype}; token ids are int64 (tensor.long()).")
     for name, mask in (("attention_mask", attention), ("response_mask", response)):

@@ -15,7 +15,7 @@ import torch
 from fkernel import tree
 from fkernel.errors import BatchError, FKernelError, ModelError, NonFiniteError, TreeError
 from fkernel.func.batch import check_batch
-from fkernel.func.objective import Function
+from fkernel.func.objective import Function, Objective
 from fkernel.shapes import Tensor, Tree
 
 _ADVICE = (
@@ -48,11 +48,14 @@ def boundary(f: Function, params: Tree, batch: Any) -> Iterator[None]:
         BatchError, TreeError, NonFiniteError: the inputs are at fault; see `check_batch` and `check_params`.
         ModelError: f draws random numbers, or does what its transforms cannot follow.
     """
-    check_params(params)
-    check_batch(batch)
-    check = getattr(f, "check", None)
-    if check is not None:
-        check(batch)
+    check_inputs(f, params, batch)
+    with explained(params):
+        yield
+
+
+@contextmanager
+def explained(params: Tree) -> Iterator[None]:
+    """Run transforms of f; where torch.func fails, say what in f it cannot follow, and refuse random numbers."""
     before = _random_state(params)
     try:
         yield
@@ -73,6 +76,14 @@ def boundary(f: Function, params: Tree, batch: Any) -> Iterator[None]:
             "f draws random numbers (dropout?), so two evaluations differ and no derivative of it means anything; "
             "put the model in eval mode: model.eval()."
         )
+
+
+def check_inputs(f: Function, params: Tree, batch: Any) -> None:
+    """Check params and batch, and let f check what it knows of its batch."""
+    check_params(params)
+    check_batch(batch)
+    if isinstance(f, Objective):
+        f.check(batch)
 
 
 def check_params(params: Tree) -> None:
@@ -104,12 +115,15 @@ def check_weights(weights: Tensor, n: int) -> None:
         raise NonFiniteError(f"weights[{row}] is {float(weights[row])}; every sequence needs a finite weight.", row=row)
 
 
-def check_output(value: Tensor, n: int, per_sequence: bool) -> None:
+def check_output(value: Any, n: int, per_sequence: bool) -> None:
     """Raise ModelError unless f returned one value (or one row) a sequence; shapes can be read under any transform."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        given = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise ModelError(f"f returned {given}; expected a floating-point tensor [n], one value a sequence.")
     if value.ndim == 0 or value.shape[0] != n or (per_sequence and value.ndim != 1):
         expected = "[n]" if per_sequence else "[n] or [n, ...]"
         raise ModelError(
-            f"f returned shape {list(value.shape)} for {n} sequence(s); expected {expected}, one a sequence."
+            f"f returned shape {list(value.shape)} for a batch of {n}; expected {expected}, one a sequence."
         )
 
 
@@ -120,7 +134,7 @@ def check_rows(rows: Tree) -> None:
             bad = (~torch.isfinite(leaf)).reshape(len(leaf), -1).any(1).nonzero()
             row = int(bad[0])
             raise NonFiniteError(
-                f"The gradient of sequence {row} with respect to {name!r} is not finite ({len(bad)} of {len(leaf)} "
+                f"The gradient of sequence {{row}} with respect to {name!r} is not finite ({len(bad)} of {len(leaf)} "
                 f"sequences); a log-probability of −inf or an overflow inside the model is the usual cause.",
                 row=row,
                 parameter=name,

@@ -11,10 +11,12 @@ import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 from torch.func import functional_call
 
-from fkernel.errors import ModelError, listing
+from fkernel.errors import BatchError, ModelError, listing
+from fkernel.func.objective import is_readable
 from fkernel.shapes import Tensor, Tree
 
 
@@ -37,7 +39,10 @@ class Apply:
         """Run the module with `params` in place of its own."""
         if not hasattr(self.module, "config"):
             return functional_call(self.module, params, (input_ids, attention_mask))
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        _refuse_left_padding(attention_mask)
+        # After right-padding a causal model cannot see the padding. A mask of ones says the same, and spares the rows
+        # of padding that lie outside of every sliding window, whose softmax over nothing is NaN in float64.
+        inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(attention_mask), "use_cache": False}
         return functional_call(self.module, params, (), inputs).logits
 
 
@@ -63,7 +68,8 @@ def make_functional(
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
-        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=11, n_positions=8, n_embd=4, n_layer=1, n_head=1))
+        >>> shape = {"vocab_size": 11, "n_positions": 8, "n_embd": 4, "n_layer": 1, "n_head": 1}
+        >>> model = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0))
         >>> apply, params = make_functional(model, select=lambda name: "ln_f" in name)
         >>> sorted(params)
         ['transformer.ln_f.bias', 'transformer.ln_f.weight']
@@ -78,6 +84,11 @@ def make_functional(
     padding_idx = getattr(embedding, "padding_idx", None) if trained else None
     apply = Apply(module, vocab_size, _max_length(module), padding_idx)
     return apply, {name: named[name].detach() for name in chosen}
+
+
+def _refuse_left_padding(attention_mask: Tensor) -> None:
+    if is_readable(attention_mask) and bool((attention_mask[:, :-1].bool() < attention_mask[:, 1:].bool()).any()):
+        raise BatchError("attention_mask is padded on the left or has a hole; apply takes right-padded batches only.")
 
 
 def _choose(named: dict[str, nn.Parameter], select: Iterable[str] | Callable[[str], bool] | None) -> list[str]:
@@ -101,7 +112,7 @@ def _choose(named: dict[str, nn.Parameter], select: Iterable[str] | Callable[[st
                 f"A tied weight goes by the first of its names."
             )
         chosen = [name for name in named if name in set(wanted)]
-    meta = [name for name in chosen if named[name].is_meta]
+    meta = [name for name, parameter in named.items() if parameter.is_meta]
     if meta:
         raise ModelError(f"{listing(meta)} lie on the meta device and hold no values; load the weights first.")
     return chosen
@@ -134,6 +145,8 @@ def _put_right(module: nn.Module) -> None:
             if hasattr(part, f"{verb}_checkpointing_disable"):
                 getattr(part, f"{verb}_checkpointing_disable")()
                 break
+        if hasattr(part, "disable_input_require_grads"):  # a hook that checkpointing leaves on the embedding
+            part.disable_input_require_grads()  # pyright: ignore[reportCallIssue]
         if _keeps(part, "_attn_implementation", "eager"):
             part.set_attn_implementation("eager")  # pyright: ignore[reportCallIssue]
         if getattr(config, "_attn_implementation", "eager") != "eager":

@@ -25,12 +25,12 @@ from torch import func
 from torch.utils import _pytree as pytree
 
 from fkernel import tree
-from fkernel.errors import NonFiniteError, TreeError
+from fkernel.errors import NonFiniteError
 from fkernel.func.batch import length, take
 from fkernel.func.boundary import boundary, check_direction, check_output, check_rows, check_weights
 from fkernel.func.elementary import elementary
 from fkernel.func.microbatch import stacked, summed
-from fkernel.func.objective import Function, check_values
+from fkernel.func.objective import Function, bare, check_values, name_of
 from fkernel.shapes import Shaped, Tensor, Tree
 
 
@@ -56,33 +56,52 @@ def per_sequence_grad(f: Function, microbatch: int | None = None) -> Callable[[T
         {'w': tensor([[2., 0.],
                       [0., 4.]])}
     """
-    rows = stacked(func.vmap(_gradient_of_one(f), in_dims=(None, 0), randomness="error"), microbatch)
+    rows = gradient_rows(f, microbatch)
 
     def gradient(params: Tree, batch: Any) -> Tree:
         with boundary(f, params, batch):
-            J = rows(params, batch)
-        check_rows(J)
-        return J
+            return rows(params, batch)
 
     return gradient
 
 
-def _gradient_of_one(f: Function) -> Callable[[Tree, Any], Tree]:
-    """∇f of a single sequence, which f sees as a batch of one: models want their leading dimension."""
+def gradient_rows(f: Function, microbatch: int | None) -> Callable[[Tree, Any], Tree]:
+    """J without the checks of its inputs, for callers that have made them; values and gradients are still checked."""
+    one = _gradient_of_one(bare(f))
 
-    def one(params: Tree, x: Any) -> Tree:
+    def all_at_once(params: Tree, batch: Any) -> tuple[Tree, Tensor]:
+        rows = pytree.tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, batch)
+        return func.vmap(one, in_dims=(None, rows), randomness="error")(params, batch)
+
+    def checked(params: Tree, batch: Any) -> Tree:
+        J, values = stacked(all_at_once, microbatch)(params, batch)
+        check_values(values, name_of(f))
+        check_rows(J)
+        return J
+
+    return checked
+
+
+def _gradient_of_one(f: Function) -> Callable[[Tree, Any], tuple[Tree, Tensor]]:
+    """∇f and f of a single sequence, which f sees as a batch of one: models want their leading dimension."""
+
+    def one(params: Tree, x: Any) -> tuple[Tree, Tensor]:
         batch = pytree.tree_map(lambda leaf: leaf[None] if isinstance(leaf, Tensor) else leaf, x)
-        value, pull = _vjp(f, params, batch)
-        check_output(value, 1, per_sequence=True)
+        value, pull = _vjp(f, params, batch, 1)
         # func.grad would record the backward pass for a third derivative that nobody asks for, and hold its memory.
         with torch.no_grad():
-            return pull(torch.ones_like(value))[0]
+            return pull(torch.ones_like(value))[0], value[0]
 
     return one
 
 
-def _vjp(f: Function, params: Tree, batch: Any) -> tuple[Tensor, Callable[[Tensor], tuple[Tree]]]:
-    value, pull, *_ = func.vjp(lambda p: f(p, batch), params)
+def _vjp(f: Function, params: Tree, batch: Any, n: int) -> tuple[Tensor, Callable[[Tensor], tuple[Tree]]]:
+    def value_at(p: Tree) -> Tensor:
+        value = f(p, batch)
+        check_output(value, n, per_sequence=True)
+        return value
+
+    value, pull, *_ = func.vjp(value_at, params)
     return value, pull
 
 
@@ -108,18 +127,18 @@ def vjp(f: Function, microbatch: int | None = None) -> Callable[[Tree, Any, Tens
         {'w': tensor([ 2., -4.])}
     """
 
-    def pull_back(params: Tree, batch: Any, weights: Tensor) -> Tree:
-        value, pull = _vjp(f, params, batch)
-        check_output(value, length(batch), per_sequence=True)
+    def pull_back(params: Tree, batch: Any, weights: Tensor) -> tuple[Tree, Tensor]:
+        value, pull = _vjp(bare(f), params, batch, length(batch))
         with torch.no_grad():
-            return pull(weights.to(value.dtype))[0]
+            return pull(weights.to(value.dtype))[0], value
 
     total = summed(pull_back, microbatch)
 
     def product(params: Tree, batch: Any, weights: Shaped[Tensor, " n"]) -> Tree:
         with boundary(f, params, batch):
             check_weights(weights, length(batch))
-            g = total(params, batch, weights)
+            g, values = total(params, batch, weights)
+        check_values(values, name_of(f))
         if not all(tree.all_finite(leaf) for leaf in g.values()):
             _blame(f, params, batch)
             tree.check_finite(g, "Jᵀw")
@@ -149,7 +168,7 @@ def jvp(f: Function, microbatch: int | None = None) -> Callable[[Tree, Any, Tree
         >>> jvp(f)({"w": torch.tensor([1.0, 2.0])}, torch.eye(2), {"w": torch.tensor([0.5, 0.5])})
         tensor([1., 2.])
     """
-    return _along(f, microbatch, _first_derivative, "Jv")
+    return _along(f, microbatch, _first_derivative)
 
 
 def curvature(f: Function, microbatch: int | None = None) -> Callable[[Tree, Any, Tree], Tensor]:
@@ -164,35 +183,41 @@ def curvature(f: Function, microbatch: int | None = None) -> Callable[[Tree, Any
         >>> curvature(f)({"w": torch.tensor([1.0, 2.0])}, torch.eye(2), {"w": torch.tensor([0.5, 0.5])})
         tensor([0.5000, 0.5000])
     """
-    return _along(f, microbatch, _second_derivative, "vᵀHv")
+    return _along(f, microbatch, _second_derivative)
 
 
-def _first_derivative(f: Callable[[Tree], Tensor], params: Tree, direction: Tree) -> Tensor:
-    return func.jvp(f, (params,), (direction,))[1]
+def _first_derivative(f: Callable[[Tree], Tensor], params: Tree, direction: Tree) -> tuple[Tensor, Tensor]:
+    """f and its derivative along a direction."""
+    value, tangent, *_ = func.jvp(f, (params,), (direction,))
+    return value, tangent
 
 
-def _second_derivative(f: Callable[[Tree], Tensor], params: Tree, direction: Tree) -> Tensor:
+def _second_derivative(f: Callable[[Tree], Tensor], params: Tree, direction: Tree) -> tuple[Tensor, Tensor]:
+    """f and its second derivative along a direction."""
     with elementary():
-        return _first_derivative(lambda p: _first_derivative(f, p, direction), params, direction)
+        (value, _), (_, second), *_ = func.jvp(lambda p: _first_derivative(f, p, direction), (params,), (direction,))
+    return value, second
 
 
-def _along(f: Function, microbatch: int | None, derivative: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
-    def one_microbatch(params: Tree, batch: Any, direction: Tree) -> Tensor:
-        def value(p: Tree) -> Tensor:
-            out = f(p, batch)
-            check_output(out, length(batch), per_sequence=False)
-            return out
+def _along(f: Function, microbatch: int | None, derivative: Callable[..., Any]) -> Callable[..., Tensor]:
+    def one_microbatch(params: Tree, batch: Any, direction: Tree) -> tuple[Tensor, Tensor]:
+        def value_at(p: Tree) -> Tensor:
+            value = bare(f)(p, batch)
+            check_output(value, length(batch), per_sequence=False)
+            return value
 
         # Not under no_grad: there some operations (silu) use a fused derivative that has no derivative of its own.
-        return derivative(value, params, direction).detach()
+        value, out = derivative(value_at, params, direction)
+        return value.detach(), out.detach()
 
     rows = stacked(one_microbatch, microbatch)
 
     def product(params: Tree, batch: Any, direction: Tree) -> Tensor:
         with boundary(f, params, batch):
             check_direction(direction, params)
-            out = rows(params, batch, direction)
-        check_values(out, name)
+            values, out = rows(params, batch, direction)
+        check_values(values, name_of(f))
+        check_values(out, f"the derivative of {name_of(f)}")
         return out
 
     return product
@@ -200,12 +225,9 @@ def _along(f: Function, microbatch: int | None, derivative: Callable[..., Tensor
 
 def _blame(f: Function, params: Tree, batch: Any) -> None:
     """Find the sequence whose gradient is not finite, one at a time; only ever run on the way to an error."""
-    gradient = per_sequence_grad(f)
+    gradient = gradient_rows(f, None)
     for row in range(length(batch)):
         try:
             gradient(params, take(batch, slice(row, row + 1)))
         except NonFiniteError as error:
-            message = str(error).replace("sequence 0", f"sequence {row}").replace("(1 of 1 sequences)", "")
-            raise NonFiniteError(message, row=row, parameter=error.parameter) from None
-        except TreeError:
-            return
+            raise error.at(row) from None

@@ -23,11 +23,11 @@ from fkernel.func.batch import Sequences, check_tokens
 from fkernel.func.objective import Objective
 from fkernel.shapes import Float, Tensor, Tree
 
-Apply = Callable[[Tree, Tensor, Tensor], Tensor]
-"""(params, input_ids [n t], attention_mask [n t]) -> logits [n t v]."""
+LogitsFn = Callable[[Tree, Tensor, Tensor], Tensor]
+"""(params, input_ids [n t], attention_mask [n t]) -> logits [n t v], such as `make_functional` returns."""
 
 
-def sequence_logprob(apply: Apply, temperature: float = 1.0) -> Objective:
+def sequence_logprob(apply: LogitsFn, temperature: float = 1.0) -> Objective:
     """Make S: the log-probability of each response, in nats.
 
     S(x; θ) = Σ_{t in response} log π_θ(x_t | x_<t)
@@ -54,27 +54,43 @@ def sequence_logprob(apply: Apply, temperature: float = 1.0) -> Objective:
     return _objective(apply, temperature, _sequence, "log π")
 
 
-def token_logprobs(apply: Apply, temperature: float = 1.0) -> Objective:
-    """Make log π(x_t | x_<t) for every token: (params, Sequences[n t]) -> [n t], nats, 0 outside of the response.
+def token_logprobs(apply: LogitsFn, temperature: float = 1.0) -> Objective:
+    """Make log π(x_t | x_<t) for every token.
 
     Arguments and errors as in `sequence_logprob`, whose value is this one's sum over t.
+
+    Returns:
+        (params, Sequences[n t]) -> [n t], nats, 0 outside of the response.
+
+    Example:
+        >>> from fkernel.func import pad
+        >>> uniform = lambda params, ids, mask: params["w"] * torch.zeros(*ids.shape, 4)
+        >>> token_logprobs(uniform)({"w": torch.ones(())}, pad([[0]], [[1, 2]]))  # log ¼ each
+        tensor([[ 0.0000, -1.3863, -1.3863]])
     """
     return _objective(apply, temperature, _tokens, "a token's log π")
 
 
-def token_entropy(apply: Apply, temperature: float = 1.0) -> Objective:
+def token_entropy(apply: LogitsFn, temperature: float = 1.0) -> Objective:
     """Make H_t, the entropy of the distribution that token t was drawn from.
 
     H_t = −Σ_v p_v log p_v,  p = softmax(z[t−1]/τ)
 
+    Arguments and errors as in `sequence_logprob`.
+
     Returns:
-        (params, Sequences[n t]) -> [n t], nats, 0 outside of the response. Arguments and errors as in
-        `sequence_logprob`.
+        (params, Sequences[n t]) -> [n t], nats, 0 outside of the response.
+
+    Example:
+        >>> from fkernel.func import pad
+        >>> uniform = lambda params, ids, mask: params["w"] * torch.zeros(*ids.shape, 4)
+        >>> token_entropy(uniform)({"w": torch.ones(())}, pad([[0]], [[1, 2]]))  # log 4 each
+        tensor([[0.0000, 1.3863, 1.3863]])
     """
     return _objective(apply, temperature, _entropy, "a token's entropy")
 
 
-def _objective(apply: Apply, temperature: float, statistic: Callable[..., Tensor], name: str) -> Objective:
+def _objective(apply: LogitsFn, temperature: float, statistic: Callable[..., Tensor], name: str) -> Objective:
     if not 0 < temperature < float("inf"):
         raise ModelError(f"temperature is {temperature!r}; expected a positive number (1.0 leaves the logits alone).")
     limits = [getattr(apply, limit, None) for limit in ("vocab_size", "max_length", "padding_idx")]
@@ -85,7 +101,7 @@ def _objective(apply: Apply, temperature: float, statistic: Callable[..., Tensor
     return Objective(partial(statistic, apply, temperature), check, name)
 
 
-def _logits(apply: Apply, temperature: float, params: Tree, batch: Sequences) -> Float[Tensor, "n s v"]:
+def _logits(apply: LogitsFn, temperature: float, params: Tree, batch: Sequences) -> Float[Tensor, "n s v"]:
     """Logits that predict positions 1 … t−1, tempered, in at least float32."""
     z = apply(params, batch.input_ids, batch.attention_mask)[:, :-1]
     return z.to(torch.promote_types(z.dtype, torch.float32)) / temperature
@@ -97,16 +113,18 @@ def _on_response(values: Float[Tensor, "n s"], batch: Sequences) -> Float[Tensor
     return torch.nn.functional.pad(masked, (1, 0))
 
 
-def _tokens(apply: Apply, temperature: float, params: Tree, batch: Sequences) -> Float[Tensor, "n t"]:
+def _tokens(apply: LogitsFn, temperature: float, params: Tree, batch: Sequences) -> Float[Tensor, "n t"]:
     z = _logits(apply, temperature, params, batch)
     target = rearrange(batch.input_ids[:, 1:], "n s -> n s 1")
     return _on_response(z.gather(-1, target).squeeze(-1) - z.logsumexp(-1), batch)
 
 
-def _sequence(apply: Apply, temperature: float, params: Tree, batch: Sequences) -> Float[Tensor, " n"]:
+def _sequence(apply: LogitsFn, temperature: float, params: Tree, batch: Sequences) -> Float[Tensor, " n"]:
     return _tokens(apply, temperature, params, batch).sum(1)
 
 
-def _entropy(apply: Apply, temperature: float, params: Tree, batch: Sequences) -> Float[Tensor, "n t"]:
+def _entropy(apply: LogitsFn, temperature: float, params: Tree, batch: Sequences) -> Float[Tensor, "n t"]:
     log_p = _logits(apply, temperature, params, batch).log_softmax(-1)
-    return _on_response(-(log_p.exp() * log_p).sum(-1), batch)
+    # A token that the model masks out (log p = −inf) adds 0 log 0 = 0, and so must its derivative.
+    finite = torch.where(log_p == -torch.inf, 0.0, log_p)
+    return _on_response(-(log_p.exp() * finite).sum(-1), batch)

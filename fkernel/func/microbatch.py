@@ -58,14 +58,18 @@ def stacked(fn: Callable[..., Any], size: int | None) -> Callable[..., Any]:
     return over_microbatches
 
 
-def summed(fn: Callable[[Tree, Any, Tensor], Tree], size: int | None) -> Callable[[Tree, Any, Tensor], Tree]:
-    """Wrap fn(params, batch, weights) -> tree, a sum over sequences, so that it sees `size` of them at a time."""
+def summed(
+    fn: Callable[[Tree, Any, Tensor], tuple[Tree, Tensor]], size: int | None
+) -> Callable[[Tree, Any, Tensor], tuple[Tree, Tensor]]:
+    """Wrap fn(params, batch, weights) -> (a sum over sequences, rows) so that it sees `size` sequences at a time."""
 
-    def over_microbatches(params: Tree, batch: Any, weights: Tensor) -> Tree:
+    def over_microbatches(params: Tree, batch: Any, weights: Tensor) -> tuple[Tree, Tensor]:
         total: Tree = {}
+        values: list[Tensor] = []
         for rows in slices(length(batch), size):
-            part = fn(params, take(batch, rows), weights[rows])
+            part, value = fn(params, take(batch, rows), weights[rows])
             total = {name: total[name].add_(part[name]) if total else part[name] for name in part}
-        return total
+            values.append(value)
+        return total, torch.cat(values)
 
     return over_microbatches

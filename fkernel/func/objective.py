@@ -47,6 +47,16 @@ class Objective:
         return value
 
 
+def bare(f: Function) -> Function:
+    """f without its checks, for the engine, which runs them once a call and not once a microbatch."""
+    return f.fn if isinstance(f, Objective) else f
+
+
+def name_of(f: Function) -> str:
+    """What a message calls f's value."""
+    return f.name if isinstance(f, Objective) else "f"
+
+
 def is_readable(batch: Any) -> bool:
     """Tell whether values can be inspected here, that is, whether we are outside of every vmap."""
     try:
@@ -65,7 +75,7 @@ def check_values(value: Tensor, name: str) -> None:
         if len(rows):
             row = int(rows[0])
             raise NonFiniteError(
-                f"{name} of sequence {row} is not finite ({len(rows)} of {len(value)} sequences); look at the "
+                f"{name} of sequence {{row}} is not finite ({len(rows)} of {len(value)} sequences); look at the "
                 f"parameters and at the logits of that sequence.",
                 row=row,
             )

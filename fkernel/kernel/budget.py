@@ -28,6 +28,16 @@ def parse_bytes(memory: int | str) -> int:
     return int(float(match.group(1)) * _UNITS[unit])
 
 
+def check_vectors_fit(params: Tree, memory: int | str | None, vectors: int = 3) -> None:
+    """Raise BatchError where a grant does not hold a few vectors of the parameters' size."""
+    needed = vectors * _row_bytes(params)
+    if memory is not None and parse_bytes(memory) < needed:
+        raise BatchError(
+            f"memory={memory!r} cannot hold the {vectors} vectors of {tree.size(params)} parameters that are needed; "
+            f"give at least {needed} bytes."
+        )
+
+
 def rows_that_fit(params: Tree, memory: int | str | None, wanted: int, microbatch: int) -> int:
     """Count the held gradient rows that fit a grant, beside one microbatch of the streamed side (raw and transformed).
 
@@ -42,7 +52,7 @@ def rows_that_fit(params: Tree, memory: int | str | None, wanted: int, microbatc
     """
     if memory is None:
         return wanted
-    row = sum(leaf.numel() * leaf.element_size() for leaf in params.values())
+    row = _row_bytes(params)
     alive = 3 * min(
         microbatch, wanted
     )  # the streamed microbatch: its gradients, their image under P, one in the making
@@ -54,3 +64,7 @@ def rows_that_fit(params: Tree, memory: int | str | None, wanted: int, microbatc
             f"smaller microbatch; influence() needs no gradient rows at all."
         )
     return min(rows, wanted)
+
+
+def _row_bytes(params: Tree) -> int:
+    return sum(leaf.numel() * leaf.element_size() for leaf in params.values())

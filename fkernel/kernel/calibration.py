@@ -33,6 +33,7 @@ def calibrate(predicted: Tensor, realised: Tensor) -> Calibration:
         BatchError: shapes differ, fewer than two sequences, or nothing moved, so that no ratio is defined.
 
     Example:
+        >>> import torch
         >>> calibrate(torch.tensor([2.0, 4.0, 6.0]), torch.tensor([1.0, 2.0, 3.0]))
         Calibration(pearson=1.0, slope=0.5, relative_error=1.0)
     """

@@ -14,17 +14,18 @@ the inverse Fisher matrix; for f = log π and P = I it is the neural tangent ker
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import torch
-
-from fkernel import func
-from fkernel.errors import NonFiniteError
+from fkernel import func, tree
+from fkernel.errors import BatchError, NonFiniteError
 from fkernel.func.batch import length, take
+from fkernel.func.boundary import check_inputs, explained
+from fkernel.func.gradient import gradient_rows
 from fkernel.func.microbatch import slices
 from fkernel.func.objective import Function
-from fkernel.kernel.budget import rows_that_fit
+from fkernel.kernel.budget import check_vectors_fit, rows_that_fit
 from fkernel.precond import Preconditioner
 from fkernel.shapes import Tensor, Tree
 
@@ -64,18 +65,29 @@ def kernel(
             in the message counts within the batch that it names.
 
     Example:
+        >>> import torch
         >>> from fkernel import precond
         >>> f = lambda params, x: x @ params["w"]
         >>> kernel(f, {"w": torch.zeros(2)}, torch.eye(2), torch.ones(3, 2), precond.identity())
         tensor([[1., 1., 1.],
                 [1., 1., 1.]])
     """
+    check_sides(f, params, E, U)
     n_E, n_U = length(E), length(U)
-    gradient = func.per_sequence_grad(f, microbatch)
-    rows_E = _naming("E", lambda batch: gradient(params, batch))
-    rows_U = _naming("U", lambda batch: precond(gradient(params, batch)))
+    gradient = gradient_rows(f, microbatch)
+
+    def rows_E(batch: Any, start: int) -> Tree:
+        with naming("E", start), explained(params):
+            return gradient(params, batch)
+
+    def rows_U(batch: Any, start: int) -> Tree:
+        with naming("U", start), explained(params):
+            J = gradient(params, batch)
+        return _transformed(precond, J)
+
     held, streamed, hold, stream = (E, U, rows_E, rows_U) if n_E <= n_U else (U, E, rows_U, rows_E)
-    K = torch.empty(length(held), length(streamed), dtype=_dtype(params), device=_device(params))
+    leaf = next(iter(params.values()))
+    K = leaf.new_empty(length(held), length(streamed))
     capacity = rows_that_fit(params, memory, length(held), microbatch)
     for tile in slices(length(held), capacity):
         J = hold(take(held, tile), tile.start)
@@ -106,8 +118,7 @@ def influence(
         U: the update batch, n_U sequences.
         precond: P, any linear map tree → tree; it is given one tree {name: [*shape]}.
         weights: [n_U]; for a policy gradient, c·w_u·A_u.
-        memory: accepted for symmetry with `kernel`; three vectors of the parameters' size are all that is held, so a
-            grant below that is refused.
+        memory: bytes granted to gradients. Three vectors of the parameters' size are held; a grant below is refused.
         microbatch: sequences under way at once.
 
     Returns:
@@ -117,34 +128,43 @@ def influence(
         As `kernel`.
 
     Example:
+        >>> import torch
         >>> from fkernel import precond
         >>> f = lambda params, x: x @ params["w"]
         >>> influence(f, {"w": torch.zeros(2)}, torch.eye(2), torch.ones(3, 2), precond.identity(), torch.ones(3))
         tensor([3., 3.])
     """
-    rows_that_fit(params, memory, 1, 1)
-    towards = _naming("U", lambda batch: func.vjp(f, microbatch)(params, batch, weights))(U, 0)
-    move = precond(towards)
-    return _naming("E", lambda batch: func.jvp(f, microbatch)(params, batch, move))(E, 0)
+    check_sides(f, params, E, U)
+    check_vectors_fit(params, memory)
+    with naming("U"):
+        towards = func.vjp(f, microbatch)(params, U, weights)
+    move = _transformed(precond, towards)
+    with naming("E"):
+        return func.jvp(f, microbatch)(params, E, move)
 
 
-def _naming(side: str, compute: Callable[[Any], Any]) -> Callable[[Any, int], Any]:
-    """Say which batch, and which of its rows, a non-finite value belongs to."""
-
-    def named(batch: Any, start: int) -> Any:
-        try:
-            return compute(batch)
-        except NonFiniteError as error:
-            row = None if error.row is None else start + error.row
-            place = f"In {side}" if row is None else f"In {side}, row {row} of the whole batch"
-            raise NonFiniteError(f"{place}: {error}", row=row, parameter=error.parameter) from error
-
-    return named
+def check_sides(f: Function, params: Tree, E: Any, U: Any) -> None:
+    """Check both batches before anything is computed from either, and say which one is at fault."""
+    for side, batch in (("E", E), ("U", U)):
+        with naming(side):
+            check_inputs(f, params, batch)
 
 
-def _dtype(params: Tree) -> torch.dtype:
-    return next(iter(params.values())).dtype
+@contextmanager
+def naming(side: str, start: int = 0) -> Iterator[None]:
+    """Say which batch an error belongs to, and count its row within the whole of it."""
+    try:
+        yield
+    except NonFiniteError as error:
+        place = "" if error.row is None else f"In {side}, row {{row}} of the whole batch: "
+        raise error.at(start, place) from error
+    except BatchError as error:
+        raise BatchError(f"In {side}: {error}") from error
 
 
-def _device(params: Tree) -> torch.device:
-    return next(iter(params.values())).device
+def _transformed(precond: Preconditioner, x: Tree) -> Tree:
+    """P x, where P may be anything that a caller wrote."""
+    image = precond(x)
+    tree.check_names(image, x, "the preconditioner's result", "the gradients")
+    tree.check_finite(image, "the preconditioner's result")
+    return image

@@ -13,17 +13,15 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from einops import rearrange
 
 from fkernel import func, tree
-from fkernel.errors import BatchError
 from fkernel.func.batch import length
 from fkernel.func.boundary import check_weights
-from fkernel.func.microbatch import stacked
 from fkernel.func.objective import Function
-from fkernel.kernel.fisher import MICROBATCH, kernel
+from fkernel.kernel.fisher import MICROBATCH, check_sides, kernel, naming
 from fkernel.precond import AdamWState, AdamWStep, adamw_response, adamw_step, clip_factor
+from fkernel.precond.state import check_covers
 from fkernel.shapes import Tensor, Tree
 
 
@@ -92,11 +90,14 @@ def loss_gradient(
         As `func.vjp`; OptimizerStateError where max_norm is not positive.
 
     Example:
+        >>> import torch
         >>> f = lambda params, x: x @ params["w"]
         >>> loss_gradient(f, {"w": torch.zeros(2)}, torch.eye(2), torch.tensor([3.0, 4.0]), max_norm=10.0)
         ({'w': tensor([-3., -4.])}, 1.0, 5.0)
     """
-    gradient = func.vjp(f, microbatch)(params, U, -weights)
+    check_weights(weights, length(U))
+    with naming("U"):
+        gradient = func.vjp(f, microbatch)(params, U, -weights)
     clip = clip_factor(gradient, max_norm)
     return tree.scale(clip, gradient), clip, float(tree.norm(gradient))
 
@@ -135,6 +136,7 @@ def explain_step(
         BatchError, TreeError, ModelError, NonFiniteError, OptimizerStateError: the inputs are at fault.
 
     Example:
+        >>> import torch
         >>> from fkernel import precond
         >>> f = lambda params, x: x @ params["w"]
         >>> params = {"w": torch.zeros(2)}
@@ -144,20 +146,22 @@ def explain_step(
         tensor([[ 0.1000, -0.0000],
                 [ 0.0000, -0.1000]])
     """
-    check_weights(weights, length(U))
+    check_sides(f, params, E, U)
+    check_covers(state, list(params), params, "params")
     g, clip, norm = loss_gradient(f, params, U, weights, max_norm=max_norm, microbatch=microbatch)
     step = adamw_step(params, {**g}, state)
     K = kernel(f, params, E, U, adamw_response(state, {**g}), memory=memory, microbatch=microbatch)
     jvp = func.jvp(f, microbatch)
-    effect = StepEffect(
-        kernel=K,
-        contributions=K * rearrange(clip * weights.to(K), "u -> 1 u"),
-        momentum=jvp(params, E, step.momentum),
-        decay=jvp(params, E, step.decay),
-        curvature=0.5 * func.curvature(f, microbatch)(params, E, step.total),
-        clip=clip,
-        grad_norm=norm,
-    )
+    with naming("E"):
+        effect = StepEffect(
+            kernel=K,
+            contributions=K * rearrange(clip * weights.to(K), "u -> 1 u"),
+            momentum=jvp(params, E, step.momentum),
+            decay=jvp(params, E, step.decay),
+            curvature=0.5 * func.curvature(f, microbatch)(params, E, step.total),
+            clip=clip,
+            grad_norm=norm,
+        )
     return effect, step
 
 
@@ -179,13 +183,12 @@ def realised_change(f: Function, before: Tree, after: Tree, E: Any, *, microbatc
         BatchError, NonFiniteError: as f.
 
     Example:
+        >>> import torch
         >>> f = lambda params, x: x @ params["w"]
         >>> realised_change(f, {"w": torch.zeros(2)}, {"w": torch.ones(2)}, torch.eye(2))
         tensor([1., 1.])
     """
     tree.check_same(after, before, "after", "before")
-    if length(E) < 1:
-        raise BatchError("E is empty.")
-    evaluate = stacked(lambda params, batch: f(params, batch), microbatch)
-    with torch.no_grad():
-        return evaluate(after, E) - evaluate(before, E)
+    S = func.evaluate(f, microbatch)
+    with naming("E"):
+        return S(after, E) - S(before, E)

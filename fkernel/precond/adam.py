@@ -149,7 +149,7 @@ def adamw_step(params: Tree, grads: Grads, state: AdamWState) -> AdamWStep:
 
 
 def _rate(state: AdamWState, name: str) -> float:
-    """Lr / bc1 of the step t → t+1."""
+    """Return lr / bc1 of the step t → t+1."""
     return state.lr[name] / (1 - state.beta1[name] ** (state.step[name] + 1))
 
 
@@ -166,6 +166,11 @@ def _inverse_root(state: AdamWState, grads: Grads | None, unseen: Unseen) -> Tre
         dark = v_hat == 0
         if unseen == "error" and bool(dark.any()):
             never[name] = int(dark.sum())
+        if state.eps[name] == 0 and unseen != "zero" and bool(dark.any()):
+            raise OptimizerStateError(
+                f"eps is 0 and the second moment of {name!r} is 0 in {int(dark.sum())} place(s): the optimizer divides "
+                f"by zero there; use a positive eps, or unseen='zero'."
+            )
         root = v_hat.sqrt() + state.eps[name]
         D[name] = torch.where(dark, 0.0, 1 / root) if unseen == "zero" else 1 / root
     if never:

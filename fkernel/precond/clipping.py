@@ -18,13 +18,15 @@ def clip_factor(grads: Tree, max_norm: float | None) -> float:
 
     Raises:
         OptimizerStateError: max_norm is not positive.
+        NonFiniteError: a gradient is NaN or infinite; torch would scale it by NaN.
 
     Example:
         >>> import torch
         >>> round(clip_factor({"w": torch.tensor([3.0, 4.0])}, max_norm=1.0), 4)
         0.2
     """
-    if max_norm is None or math.isinf(max_norm):
+    tree.check_finite(grads, "grads")
+    if max_norm is None or max_norm == math.inf:
         return 1.0
     if not max_norm > 0:
         raise OptimizerStateError(f"max_norm is {max_norm!r}; expected a positive number, or None for no clipping.")

@@ -64,6 +64,13 @@ def adamw_init(
 ) -> AdamWState:
     """Make the state before the first step: m = v = 0, t = 0, one group (defaults as in torch.optim.AdamW).
 
+    Args:
+        params: {name: [*shape]}, the parameters that the optimizer will move.
+        lr: learning rate.
+        betas: (β1, β2).
+        eps: ε.
+        weight_decay: λ, decoupled.
+
     Example:
         >>> state = adamw_init({"w": torch.ones(2)}, lr=1e-3)
         >>> state.step, state.beta2

@@ -13,6 +13,7 @@ from fkernel.errors import TreeError, listing
 from fkernel.shapes import Tensor, Tree
 
 Preconditioner = Callable[[Tree], Tree]
+"""Any linear callable tree → tree, on vectors {name: [*shape]} and on rows {name: [n, *shape]} alike."""
 
 
 def identity() -> Preconditioner:
@@ -86,6 +87,9 @@ def chain(*parts: Preconditioner) -> Preconditioner:
     """Make the composition of preconditioners, applied from left to right.
 
     With two parts P and Q it maps x to Q(P(x)).
+
+    Args:
+        parts: the preconditioners, the first to be applied first.
 
     Example:
         >>> import torch

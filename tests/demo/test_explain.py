@@ -1,4 +1,4 @@
-"""What `fkernel demo` must show: the last step, predicted from the checkpoint before it, met by the step really taken."""
+"""What `fkernel demo` must show: the last step, predicted before it is taken, met by the step really taken."""
 
 import json
 
