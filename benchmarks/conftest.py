@@ -32,10 +32,11 @@ class Groups:
         """Build and compare the sides of a group, unless it is the one under way."""
         if name == self.name:
             return
-        self.name, self.sides, self.ratios = name, {}, {}
+        self.name, self.sides, self.ratios = "", {}, {}
         gc.collect()
         self.sides = make()
         self.ratios = interleaved(self.sides, self.rounds)
+        self.name = name
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
