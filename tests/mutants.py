@@ -89,6 +89,18 @@ MUTATIONS = [
         "{name: named[name].detach() for name in chosen[1:]}",
     ),
     Mutation(
+        "one use of a tied table overwrites the other", "gradients_equal_a_loop_of_autograd",
+        "func/gradient.py", "first=use.parameter not in written", "first=True",
+    ),
+    Mutation(
+        "uses beside the known layers dropped", "gradients_equal_a_loop_of_autograd",
+        "func/capture.py", "in leaves.items() if id(leaf) not in reached)", "in leaves.items())",
+    ),
+    Mutation(
+        "GPT-2's layout taken as linear", "gradients_equal_a_loop_of_autograd",
+        "func/capture.py", 'if layer == "linear" else (a, delta)', 'if layer == "linear" else (delta, a)',
+    ),
+    Mutation(
         "fused layer norm under nested jvp", "derivatives_agree_with_central_differences",
         "func/gradient.py", "    with elementary():", "    if elementary:",
     ),

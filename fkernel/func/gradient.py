@@ -18,7 +18,7 @@ Hessian" (1994), for forward-mode second derivatives.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import func
@@ -28,8 +28,9 @@ from fkernel import tree
 from fkernel.errors import NonFiniteError
 from fkernel.func.batch import length, take
 from fkernel.func.boundary import boundary, check_direction, check_output, check_rows, check_weights
+from fkernel.func.capture import Plan, Use, capture, is_bounded, make_plan, write_gradient
 from fkernel.func.elementary import elementary
-from fkernel.func.microbatch import stacked, summed
+from fkernel.func.microbatch import slices, stacked, summed
 from fkernel.func.objective import Function, bare, check_values, name_of
 from fkernel.shapes import Shaped, Tensor, Tree
 
@@ -56,43 +57,107 @@ def per_sequence_grad(f: Function, microbatch: int | None = None) -> Callable[[T
         {'w': tensor([[2., 0.],
                       [0., 4.]])}
     """
-    rows = gradient_rows(f, microbatch)
+    plans: dict[Any, Plan] = {}  # f's layers are found at the first call for a shape, and watched at every one
 
     def gradient(params: Tree, batch: Any) -> Tree:
         with boundary(f, params, batch):
-            return rows(params, batch)
+            leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
+            key = (*params, *(leaf.shape[1:] for leaf in leaves))
+            if key not in plans:
+                plans[key] = plan_of(f, params, batch)
+            return gradient_rows(f, microbatch, plans[key])(params, batch)
 
     return gradient
 
 
-def gradient_rows(f: Function, microbatch: int | None) -> Callable[[Tree, Any], Tree]:
-    """J without the checks of its inputs, for callers that have made them; values and gradients are still checked."""
-    one = _gradient_of_one(bare(f))
+def plan_of(f: Function, params: Tree, batch: Any) -> Plan:
+    """Find the layers of f whose gradients factor, on the first sequence of a batch."""
+    return make_plan(bare(f), params, take(batch, slice(0, 1)))
 
-    def all_at_once(params: Tree, batch: Any) -> tuple[Tree, Tensor]:
-        rows = pytree.tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, batch)
-        return func.vmap(one, in_dims=(None, rows), randomness="error")(params, batch)
+
+def gradient_rows(f: Function, microbatch: int | None, plan: Plan) -> Callable[[Tree, Any], Tree]:
+    """J without the checks of its inputs, for callers that have made them; values and gradients are still checked.
+
+    Captured layers come as factors and are multiplied into J's storage, which is allocated once: that is faster than
+    vmap's own rows, each of which is fresh memory. What no captured layer explains comes from vmap over a reverse pass.
+    """
 
     def checked(params: Tree, batch: Any) -> Tree:
-        J, values = stacked(all_at_once, microbatch)(params, batch)
-        check_values(values, name_of(f))
-        check_rows(J)
+        n = length(batch)
+        J = {name: leaf.new_empty((n, *leaf.shape)) for name, leaf in params.items()}
+        doubtful: set[str] = set()
+        values = []
+        for rows in slices(n, microbatch):
+            found = _microbatch_gradient(bare(f), params, take(batch, rows), plan)
+            doubtful |= _write({name: leaf[rows] for name, leaf in J.items()}, found)
+            values.append(found.values)
+        check_values(torch.cat(values), name_of(f))
+        check_rows({name: leaf for name, leaf in J.items() if name in doubtful})
         return J
 
     return checked
 
 
-def _gradient_of_one(f: Function) -> Callable[[Tree, Any], tuple[Tree, Tensor]]:
-    """∇f and f of a single sequence, which f sees as a batch of one: models want their leading dimension."""
+class _Reversed(NamedTuple):
+    """One microbatch after its reverse pass: dense rows, values [n], and the captured uses with their factors."""
 
-    def one(params: Tree, x: Any) -> tuple[Tree, Tensor]:
-        batch = pytree.tree_map(lambda leaf: leaf[None] if isinstance(leaf, Tensor) else leaf, x)
-        value, pull = _vjp(f, params, batch, 1)
+    dense: Tree
+    values: Tensor
+    uses: list[Use]
+    inputs: list[Tensor]
+    cotangents: list[Tensor]
+
+
+def _write(J: Tree, found: _Reversed) -> set[str]:
+    """Fill rows of J with what one microbatch found; return the parameters whose rows may not be finite.
+
+    A parameter that nothing used has gradient zero.
+    """
+    for name, leaf in found.dense.items():
+        J[name].copy_(leaf)
+    doubtful, written = set(found.dense), set(found.dense)
+    # Lookups come last: they add to few rows of storage that a tied head, where there is one, has written whole.
+    uses = sorted(zip(found.uses, found.inputs, found.cotangents, strict=True), key=lambda u: u[0].layer == "embedding")
+    for use, a, delta in uses:
+        write_gradient(J[use.parameter], use.layer, a, delta, first=use.parameter not in written)
+        written.add(use.parameter)
+        if not is_bounded(a, delta):
+            doubtful.add(use.parameter)
+    for name in J.keys() - written:
+        J[name].zero_()
+    return doubtful
+
+
+def _microbatch_gradient(f: Function, params: Tree, batch: Any, plan: Plan) -> _Reversed:
+    """vmap over sequences of a reverse pass; f sees each as a batch of one: models want their leading dimension."""
+    constants = {name: leaf for name, leaf in params.items() if name in plan.captured}
+    traced = {name: leaf for name, leaf in params.items() if name not in plan.captured}
+    zero = next(iter(params.values())).new_zeros(())
+    uses: list[Use] = []
+
+    def one(p: Tree, x: Any) -> tuple[Tree, Tensor, list[Tensor], list[Tensor]]:
+        single = pytree.tree_map(lambda leaf: leaf[None] if isinstance(leaf, Tensor) else leaf, x)
+        layers: list[capture] = []
+
+        def value_at(p: Tree, zero: Tensor) -> tuple[Tensor, list[Tensor]]:
+            layers.append(capture(constants, constants, zero, plan))
+            with layers[0]:
+                value = f({name: p.get(name, leaf) for name, leaf in params.items()}, single)
+            check_output(value, 1, per_sequence=True)
+            return value, [*layers[0].inputs]
+
+        value, pull, inputs = func.vjp(value_at, p, zero, has_aux=True)  # pyright: ignore[reportAssignmentType]
         # func.grad would record the backward pass for a third derivative that nobody asks for, and hold its memory.
         with torch.no_grad():
-            return pull(torch.ones_like(value))[0], value[0]
+            dense, _ = pull(torch.ones_like(value))
+        back = [(i, c) for i, c in enumerate(layers[0].cotangents) if c is not None]
+        uses[:] = [layers[0].uses[i] for i, _ in back]
+        layers[0].release()
+        return dense, value[0], [inputs[i] for i, _ in back], [c for _, c in back]
 
-    return one
+    sequences = pytree.tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, batch)
+    rows = func.vmap(one, in_dims=(None, sequences), randomness="error")(traced, batch)
+    return _Reversed(rows[0], rows[1], uses, *rows[2:])
 
 
 def _vjp(f: Function, params: Tree, batch: Any, n: int) -> tuple[Tensor, Callable[[Tensor], tuple[Tree]]]:
@@ -225,7 +290,7 @@ def _along(f: Function, microbatch: int | None, derivative: Callable[..., Any]) 
 
 def _blame(f: Function, params: Tree, batch: Any) -> None:
     """Find the sequence whose gradient is not finite, one at a time; only ever run on the way to an error."""
-    gradient = gradient_rows(f, None)
+    gradient = gradient_rows(f, None, plan_of(f, params, batch))
     for row in range(length(batch)):
         try:
             gradient(params, take(batch, slice(row, row + 1)))

@@ -42,7 +42,7 @@ def stacked(fn: Callable[..., Any], size: int | None) -> Callable[..., Any]:
 
     def over_microbatches(params: Tree, batch: Any, *rest: Any) -> Any:
         n = length(batch)
-        if size is not None and size >= n:
+        if size is None or size >= n:
             return fn(params, batch, *rest)
         out: list[Tensor] = []
         spec = None

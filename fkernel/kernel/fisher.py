@@ -22,7 +22,7 @@ from fkernel import func, tree
 from fkernel.errors import BatchError, NonFiniteError
 from fkernel.func.batch import length, take
 from fkernel.func.boundary import check_inputs, explained
-from fkernel.func.gradient import gradient_rows
+from fkernel.func.gradient import gradient_rows, plan_of
 from fkernel.func.microbatch import slices
 from fkernel.func.objective import Function
 from fkernel.kernel.budget import check_vectors_fit, rows_that_fit
@@ -74,7 +74,8 @@ def kernel(
     """
     check_sides(f, params, E, U)
     n_E, n_U = length(E), length(U)
-    gradient = gradient_rows(f, microbatch)
+    with explained(params):
+        gradient = gradient_rows(f, microbatch, plan_of(f, params, take(E, slice(0, 1))))
 
     def rows_E(batch: Any, start: int) -> Tree:
         with naming("E", start), explained(params):

@@ -1,0 +1,208 @@
+"""Captured layers give the gradients that vmap over a reverse pass gives, and nothing beside them is dropped."""
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import fkernel as fk
+from fkernel import func
+from fkernel.func.capture import Plan, capture, make_plan
+from fkernel.func.gradient import gradient_rows, plan_of
+from tests.cases import EXAMPLES
+
+NOTHING = Plan(frozenset(), frozenset())
+DTYPE = torch.float64
+
+
+class Cube(torch.autograd.Function):
+    """An operation of its own, which a function mode may not look into."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Any) -> Any:
+        return x**3
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * grads[0]
+
+
+def linear(p, x):
+    return F.linear(x, p["w"], p["b"]).tanh().sum((1, 2))
+
+
+def beside(p, x):
+    return linear(p, x) + (p["w"] ** 2).sum() * x.sum((1, 2))
+
+
+def transposed(p, x):
+    return linear(p, x) + (x @ p["w"].T).sum((1, 2)) + (x @ p["w"].T).sin().sum((1, 2))
+
+
+def custom(p, x):
+    return linear(p, x) + (x @ Cube.apply(p["w"]).T).sum((1, 2))
+
+
+def twice(p, x):
+    return F.linear(F.linear(x, p["w"], p["b"]).tanh(), p["w"]).sum((1, 2))
+
+
+def conv1d(p, x):
+    flat = x.reshape(-1, x.shape[-1])
+    return torch.addmm(p["b"], flat, p["w"]).tanh().reshape(x.shape).sum((1, 2))
+
+
+def scaled(p, x):
+    flat = x.reshape(-1, x.shape[-1])
+    return torch.addmm(p["b"], flat, p["w"], alpha=2.0).tanh().reshape(x.shape).sum((1, 2))
+
+
+def detached(p, x):
+    return F.linear(x, p["w"], p["b"]).tanh().sum((1, 2)) * p["w"].detach().sum()
+
+
+def unused(p, x):
+    return (x + p["b"]).tanh().sum((1, 2))
+
+
+def norm(p, x):
+    return F.layer_norm(F.linear(x, p["w"]), (4,), p["b"]).tanh().sum((1, 2))
+
+
+FUNCTIONS = {
+    linear: {"w"},
+    beside: set(),
+    transposed: set(),
+    custom: set(),
+    twice: {"w"},
+    conv1d: {"w"},
+    scaled: set(),
+    detached: {"w"},
+    unused: {"w"},
+    norm: {"w"},
+}
+
+
+@pytest.fixture
+def params():
+    return {"w": torch.randn(4, 4, dtype=DTYPE), "b": torch.randn(4, dtype=DTYPE)}
+
+
+@pytest.mark.parametrize("microbatch", [None, 2])
+@pytest.mark.parametrize("f", FUNCTIONS, ids=lambda f: f.__name__)
+def test_captured_equals_dense(f, params, microbatch):
+    x = torch.randn(5, 3, 4, dtype=DTYPE)
+    plan = plan_of(f, params, x)
+    assert plan.captured == FUNCTIONS[f]
+    captured = gradient_rows(f, microbatch, plan)(params, x)
+    dense = gradient_rows(f, microbatch, NOTHING)(params, x)
+    for name in params:
+        torch.testing.assert_close(captured[name], dense[name], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "is_captured"),
+    [({}, True), ({"padding_idx": 1}, False), ({"scale_grad_by_freq": False}, True), ({"sparse": False}, True)],
+)
+def test_lookups_are_captured_where_nothing_changes_their_gradient(options, is_captured):
+    table = {"w": torch.randn(7, 3, dtype=DTYPE)}
+    ids = torch.tensor([[1, 2, 2], [6, 1, 0]])
+
+    def f(p, ids):
+        return F.embedding(ids, p["w"], **options).sin().sum((1, 2))
+
+    plan = plan_of(f, table, ids)
+    assert plan.captured == ({"w"} if is_captured else set())
+    captured, dense = (gradient_rows(f, None, p)(table, ids)["w"] for p in (plan, NOTHING))
+    torch.testing.assert_close(captured, dense, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", EXAMPLES, ids=lambda case: case.model_name)
+def test_a_language_model_s_tables_and_projections_are_captured(case):
+    S, params, _, U = case.engine(fk)
+    plan = plan_of(S, params, U)
+    assert {name for name, leaf in params.items() if leaf.ndim == 2} == set(plan.captured)
+    captured = gradient_rows(S, 2, plan)(params, U)
+    dense = gradient_rows(S, 2, NOTHING)(params, U)
+    for name in params:
+        torch.testing.assert_close(captured[name], dense[name], rtol=1e-11, atol=1e-13)
+
+
+def test_layers_may_differ_between_shapes(params):
+    def f(p, x):
+        return linear(p, x) if x.shape[1] < 4 else beside(p, x)
+
+    gradient = func.per_sequence_grad(f)
+    for t in (3, 5):
+        x = torch.randn(2, t, 4, dtype=DTYPE)
+        dense = gradient_rows(f, None, NOTHING)(params, x)
+        torch.testing.assert_close(gradient(params, x)["w"], dense["w"])
+
+
+def test_a_use_that_the_plan_did_not_foresee_is_an_error(params):
+    x = torch.randn(2, 3, 4, dtype=DTYPE)
+    plan = plan_of(linear, params, x)
+    with pytest.raises(fk.ModelError, match=r"'w' is used by .*pow.* in one sequence and not in another"):
+        gradient_rows(beside, None, plan)(params, x)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_non_finite_factor_is_found(params, value):
+    x = torch.randn(4, 3, 4, dtype=DTYPE)
+    x[2, 1, 0] = value
+
+    def f(p, x):  # values stay finite, the input that the gradient is made of does not
+        return F.linear(x, p["w"]).nan_to_num(0.0, 0.0, 0.0).sum((1, 2)) + p["b"].sum()
+
+    with pytest.raises(fk.NonFiniteError, match="sequence 2 with respect to 'w'") as caught:
+        func.per_sequence_grad(f, 2)(params, x)
+    assert caught.value.row == 2
+
+
+def test_a_product_that_overflows_is_found():
+    """Value and factors are finite, a = 1e30 and δ = 1e20; their product is not."""
+
+    def f(p, x):
+        return (F.linear(x, p["w"]) * 1e20).sum((1, 2))
+
+    x = torch.tensor([[[1.0]], [[1e30]]])
+    with pytest.raises(fk.NonFiniteError, match="sequence 1 with respect to 'w'"):
+        func.per_sequence_grad(f)({"w": torch.full((1, 1), 1e-25)}, x)
+
+
+def test_nothing_outlives_the_call(params):
+    """With the collector off: a graph that holds its own watcher would keep every activation of every call."""
+    kept: list[weakref.ref[capture]] = []
+    init = capture.__init__
+
+    def watched(self, *args, **kwargs):
+        kept.append(weakref.ref(self))
+        init(self, *args, **kwargs)
+
+    x = torch.randn(4, 3, 4, dtype=DTYPE)
+    gc.collect()
+    gc.disable()
+    try:
+        capture.__init__ = watched
+        func.per_sequence_grad(linear, 2)(params, x)
+        assert len(kept) == 3  # the plan and two microbatches
+        assert all(ref() is None for ref in kept)
+    finally:
+        capture.__init__ = init
+        gc.enable()
+
+
+def test_a_plan_is_made_of_names_alone(params):
+    plan = make_plan(detached, params, torch.randn(1, 3, 4, dtype=DTYPE))
+    assert plan.captured == {"w"}
+    assert {name for name, _ in plan.loose} == {"w"}
