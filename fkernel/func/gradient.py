@@ -32,6 +32,7 @@ from fkernel.func.capture import Plan, Use, capture, is_bounded, make_plan, writ
 from fkernel.func.elementary import elementary
 from fkernel.func.microbatch import slices, stacked, summed
 from fkernel.func.objective import Function, bare, check_values, name_of
+from fkernel.func.storage import empty_rows
 from fkernel.shapes import Shaped, Tensor, Tree
 
 
@@ -84,7 +85,7 @@ def gradient_rows(f: Function, microbatch: int | None, plan: Plan) -> Callable[[
 
     def checked(params: Tree, batch: Any) -> Tree:
         n = length(batch)
-        J = {name: leaf.new_empty((n, *leaf.shape)) for name, leaf in params.items()}
+        J = {name: empty_rows(n, leaf) for name, leaf in params.items()}
         doubtful: set[str] = set()
         values = []
         for rows in slices(n, microbatch):

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from fkernel.errors import BatchError
 from fkernel.func.batch import length, take
+from fkernel.func.storage import empty_rows
 from fkernel.shapes import Tensor, Tree
 
 
@@ -49,7 +50,7 @@ def stacked(fn: Callable[..., Any], size: int | None) -> Callable[..., Any]:
         for rows in slices(n, size):
             parts, spec = pytree.tree_flatten(fn(params, take(batch, rows), *rest))
             if not out:
-                out = [torch.empty((n, *part.shape[1:]), dtype=part.dtype, device=part.device) for part in parts]
+                out = [empty_rows(n, part[0]) for part in parts]
             for whole, part in zip(out, parts, strict=True):
                 whole[rows] = part
         assert spec is not None
