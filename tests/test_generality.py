@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -405,3 +406,9 @@ def test_the_same_call_twice_gives_the_same_bits_and_draws_nothing(problem, comp
     torch.set_rng_state(state)
     compute(f, params, E, U, w)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile builds CPU kernels with a C++ compiler")
+def test_the_jitted_contraction_is_the_eager_one():
+    x, y = ({"v": torch.randn(n, 3), "w": torch.randn(n, 70_000)} for n in (3, 2))
+    torch.testing.assert_close(func.contract(x, y, jit=True), func.contract(x, y, jit=False))

@@ -10,14 +10,14 @@ time and never as a whole.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import torch
 
 from fkernel import tree
 from fkernel.errors import BatchError, NonFiniteError, TreeError
 from fkernel.func.boundary import check_rows
-from fkernel.shapes import Float, Shaped, Tensor, Tree
+from fkernel.shapes import Shaped, Tensor, Tree
 
 
 def contract(x: Tree, y: Tree, *, jit: bool | None = None) -> Tensor:
@@ -49,7 +49,7 @@ def contract(x: Tree, y: Tree, *, jit: bool | None = None) -> Tensor:
     _check_fit(x, y)
     leaf, other = next(iter(x.values())), next(iter(y.values()))
     dtype = torch.promote_types(torch.promote_types(leaf.dtype, other.dtype), torch.float32)
-    shard = _compiled() if (leaf.device.type != "cpu" if jit is None else jit) else _shard
+    shard = _compiled() if (leaf.device.type != "cpu" if jit is None else jit) else _einsum
     total = torch.zeros(n, m, dtype=torch.float64, device=leaf.device)
     for _, left, right in tree.shards(x, y):
         total += shard(left.to(dtype), right.to(dtype))
@@ -60,13 +60,13 @@ def contract(x: Tree, y: Tree, *, jit: bool | None = None) -> Tensor:
     return total.to(dtype)
 
 
-def _shard(left: Float[Tensor, "n p"], right: Float[Tensor, "m p"]) -> Float[Tensor, "n m"]:
-    return torch.einsum("np,mp->nm", left, right)
+_einsum: Callable[[Tensor, Tensor], Tensor] = partial(torch.einsum, "np,mp->nm")
+"""One shard, [n p], [m p] -> [n m]."""
 
 
 @cache
 def _compiled() -> Callable[[Tensor, Tensor], Tensor]:
-    return torch.compile(_shard, dynamic=True)
+    return torch.compile(lambda left, right: _einsum(left, right), dynamic=True)
 
 
 def _rows(x: Tree, side: str) -> int:
