@@ -49,7 +49,7 @@ nb_output_stderr = "remove"  # notices of dependencies (progress bars, deprecati
 
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
-_aliases = ("Apply", "Function", "Grads", "Preconditioner", "Tensor", "Tree", "Unseen")
+_aliases = ("Apply", "Handle", "Handles", "Function", "Grads", "Preconditioner", "Tensor", "Tree", "Unseen")
 autodoc_type_aliases = {name: name for name in _aliases}
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 88

@@ -90,7 +90,7 @@ MUTATIONS = [
     ),
     Mutation(
         "one use of a tied table overwrites the other", "gradients_equal_a_loop_of_autograd",
-        "func/gradient.py", "first=use.parameter not in written", "first=True",
+        "func/handles.py", "for part in parts[1:]:", "for part in parts[2:]:",
     ),
     Mutation(
         "uses beside the known layers dropped", "gradients_equal_a_loop_of_autograd",
@@ -98,7 +98,8 @@ MUTATIONS = [
     ),
     Mutation(
         "GPT-2's layout taken as linear", "gradients_equal_a_loop_of_autograd",
-        "func/capture.py", 'if layer == "linear" else (a, delta)', 'if layer == "linear" else (delta, a)',
+        "func/capture.py", 'if use.layer == "linear" else Factored(delta, a)',
+        'if use.layer == "linear" else Factored(a, delta)',
     ),
     Mutation(
         "fused layer norm under nested jvp", "derivatives_agree_with_central_differences",
@@ -191,8 +192,8 @@ MUTATIONS = [
     ),
     Mutation(
         "P on both sides", "preconditioner_stands_on_one_side",
-        "kernel/fisher.py", 'with naming("E", start), explained(params):\n            return gradient(params, batch)',
-        'with naming("E", start), explained(params):\n            return precond(gradient(params, batch))',
+        "kernel/fisher.py", 'diagonal=D)\n    return K if',
+        'diagonal={k: v * v for k, v in D.items()})\n    return K if',
     ),
     Mutation(
         "rows and columns swapped", "preconditioner_stands_on_one_side",

@@ -12,6 +12,7 @@ import fkernel as fk
 from fkernel import func
 from fkernel.func.capture import Plan, capture, make_plan
 from fkernel.func.gradient import gradient_rows, plan_of
+from fkernel.func.handles import form, nbytes
 from tests.cases import EXAMPLES
 
 NOTHING = Plan(frozenset(), frozenset())
@@ -206,3 +207,47 @@ def test_a_plan_is_made_of_names_alone(params):
     plan = make_plan(detached, params, torch.randn(1, 3, 4, dtype=DTYPE))
     assert plan.captured == {"w"}
     assert {name for name, _ in plan.loose} == {"w"}
+
+
+@pytest.mark.parametrize("microbatch", [None, 2])
+@pytest.mark.parametrize("diagonal", [False, True])
+@pytest.mark.parametrize("case", EXAMPLES, ids=lambda case: case.model_name)
+def test_handles_contract_as_dense_gradients_do(case, diagonal, microbatch):
+    """In any mix: handles with handles, handles with dense rows."""
+    S, params, E, U = case.engine(fk)
+    D = {name: leaf.abs() + 0.1 for name, leaf in case.tree(21).items()} if diagonal else None
+    x, y = (func.per_sequence_handles(S, microbatch)(params, batch) for batch in (E, U))
+    dense_x, dense_y = (gradient_rows(S, microbatch, NOTHING)(params, batch) for batch in (E, U))
+    weighted = dense_y if D is None else {name: D[name] * leaf for name, leaf in dense_y.items()}
+    expected = func.contract(dense_x, weighted)
+    for left, right in ((x, y), (x, dense_y), (dense_x, y), (dense_x, dense_y)):
+        torch.testing.assert_close(func.contract(left, right, diagonal=D), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_an_untied_table_contracts_over_the_rows_that_were_touched():
+    table = {"w": torch.randn(500, 3, dtype=DTYPE)}
+
+    def f(p, ids):
+        return F.embedding(ids, p["w"]).sin().sum((1, 2))
+
+    ids = torch.randint(500, (6, 4))
+    ids[:, 0] = 7  # some row that all share
+    x = func.per_sequence_handles(f, 4)(table, ids)
+    assert isinstance(x["w"], func.Rows)
+    D = {"w": torch.rand(500, 3, dtype=DTYPE)}
+    dense = gradient_rows(f, None, NOTHING)(table, ids)
+    expected = func.contract(dense, {"w": D["w"] * dense["w"]})
+    torch.testing.assert_close(func.contract(x, x, diagonal=D), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_handle_is_formed_in_ranges(params):
+    params = {"w": torch.randn(40, 40, dtype=DTYPE), "b": torch.randn(40, dtype=DTYPE)}
+    x = torch.randn(3, 2, 40, dtype=DTYPE)
+    J = func.per_sequence_handles(linear, 2)(params, x)
+    assert isinstance(J["w"], func.Stack)
+    dense = gradient_rows(linear, None, NOTHING)(params, x)["w"]
+    for start, r in ((0, 40), (0, 7), (33, 7)):
+        out = torch.full((3, r, 40), torch.nan, dtype=DTYPE)
+        form(J["w"], out, start)
+        torch.testing.assert_close(out, dense[:, start : start + r])
+    assert nbytes({"w": J["w"]}) == 8 * 3 * 2 * (40 + 40)

@@ -7,14 +7,21 @@ from fkernel.func.batch import Sequences, pad
 from fkernel.func.contract import contract
 from fkernel.func.evaluate import evaluate
 from fkernel.func.functional import Apply, make_functional
-from fkernel.func.gradient import curvature, jvp, per_sequence_grad, vjp
+from fkernel.func.gradient import curvature, jvp, per_sequence_grad, per_sequence_handles, vjp
+from fkernel.func.handles import Factored, Handle, Handles, Rows, Stack, Sum
 from fkernel.func.logprob import sequence_logprob, token_entropy, token_logprobs
 from fkernel.func.objective import Objective
 
 __all__ = [
     "Apply",
+    "Factored",
+    "Handle",
+    "Handles",
     "Objective",
+    "Rows",
     "Sequences",
+    "Stack",
+    "Sum",
     "contract",
     "curvature",
     "evaluate",
@@ -22,6 +29,7 @@ __all__ = [
     "make_functional",
     "pad",
     "per_sequence_grad",
+    "per_sequence_handles",
     "sequence_logprob",
     "token_entropy",
     "token_logprobs",

@@ -24,7 +24,8 @@ from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from fkernel.errors import ModelError
-from fkernel.shapes import Float, Shaped, Tensor, Tree
+from fkernel.func.handles import Factored, Rows
+from fkernel.shapes import Tensor, Tree
 
 Layer = Literal["linear", "conv1d", "embedding"]
 
@@ -117,17 +118,6 @@ class capture(TorchFunctionMode):
             self.loose.add(use)
 
 
-def is_bounded(inputs: Tensor, cotangents: Tensor) -> bool:
-    """Tell from the factors alone that their products are finite: |Σ_t δ_t a_tᵀ| ≤ Σ_t 1 · max|δ| · max|a|.
-
-    A NaN or an infinity in a factor makes the bound non-finite, so a True needs no look at the (much larger) products.
-    """
-    largest = float(torch.linalg.vector_norm(cotangents, torch.inf)) * cotangents[..., 0].numel()
-    if inputs.is_floating_point():
-        largest *= float(torch.linalg.vector_norm(inputs, torch.inf))
-    return largest < torch.finfo(cotangents.dtype).max
-
-
 def make_plan(f: Callable[[Tree, Any], Tensor], params: Tree, batch: Any) -> Plan:
     """Find the parameters whose every gradient-carrying use is a known layer, by asking autograd on one small batch.
 
@@ -147,36 +137,20 @@ def make_plan(f: Callable[[Tree, Any], Tensor], params: Tree, batch: Any) -> Pla
     return Plan(captured, frozenset(use for use in watching.loose if use[0] in captured))
 
 
-def write_gradient(
-    out: Float[Tensor, "n ..."],
-    layer: Layer,
-    inputs: Shaped[Tensor, "n ..."],
-    cotangents: Float[Tensor, "n ..."],
-    first: bool,
-) -> None:
-    """Write one use's per-sequence gradient into rows of storage, or add it, without forming it elsewhere.
+def handle_of(use: Use, inputs: Tensor, cotangents: Tensor, size: int) -> Factored | Rows:
+    """Make the handle of one use's gradients.
 
     Args:
-        out: [n, *shape of the parameter], contiguous rows; changed in place.
-        layer: the kind of use.
+        use: which parameter, in which kind of layer.
         inputs: a_t [n ... t i], or token ids i_t [n ... t].
         cotangents: δ_t [n ... t o].
-        first: whether the rows hold nothing yet.
+        size: the parameter's leading dimension.
     """
-    n, delta = len(out), cotangents.reshape(len(out), -1, cotangents.shape[-1])
-    if layer == "embedding":
-        if first:
-            out.zero_()
-        rows, width = out.shape[1], out.shape[2]
-        at = inputs.reshape(n, -1) + rows * torch.arange(n, device=out.device)[:, None]
-        out.view(n * rows, width).index_add_(0, at.reshape(-1), delta.reshape(-1, width).to(out.dtype))
-        return
+    n, delta = len(cotangents), cotangents.reshape(len(cotangents), -1, cotangents.shape[-1])
+    if use.layer == "embedding":
+        return Rows(inputs.reshape(n, -1), delta, size)
     a = inputs.reshape(n, -1, inputs.shape[-1])
-    left, right = (delta, a) if layer == "linear" else (a, delta)
-    if first:
-        torch.bmm(left.mT, right, out=out)
-    else:
-        out.baddbmm_(left.mT, right)
+    return Factored(a, delta) if use.layer == "linear" else Factored(delta, a)
 
 
 class _Call(NamedTuple):

@@ -1,38 +1,47 @@
 """⟨x_n, y_m⟩ over parameter space: the einsum that turns two sets of gradients into a kernel.
 
-    K[n, m] = Σ_names Σ_α x[name][n, α] · y[name][m, α]
+    K[n, m] = Σ_names Σ_α x[name][n, α] · D[name][α] · y[name][m, α]
 
 Parameters are cut into shards of columns; each shard is one GEMM in at least float32, and shards are added up in
 float64, so that the error does not grow with the number of parameters. Half-precision storage is widened a shard at a
-time and never as a whole.
+time and never as a whole. A handle (`fkernel.func.handles`) is formed a shard at a time, in storage that is allocated
+once; D is multiplied into the smaller side's shard.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 
 import torch
+from einops import rearrange
 
 from fkernel import tree
 from fkernel.errors import BatchError, NonFiniteError, TreeError
 from fkernel.func.boundary import check_rows
-from fkernel.shapes import Shaped, Tensor, Tree
+from fkernel.func.handles import Handle, Handles, Rows, compressed, count, form, shape_of, tensors
+from fkernel.func.storage import empty_rows
+from fkernel.shapes import Tensor, Tree
+
+TILE_COLUMNS = 1 << 17
+"""Columns of a formed shard; with smaller ones forming is slower, with larger ones memory."""
 
 
-def contract(x: Tree, y: Tree, *, jit: bool | None = None) -> Tensor:
+def contract(x: Handles, y: Handles, *, diagonal: Tree | None = None, jit: bool | None = None) -> Tensor:
     """Compute all inner products between two sets of per-sequence gradients.
 
-    K[n, m] = Σ_α x[n, α] y[m, α]
+    K[n, m] = Σ_α x[n, α] D[α] y[m, α]
 
     Args:
-        x: {name: [n, *shape]}.
-        y: {name: [m, *shape]}, the same names and shapes (not necessarily dtypes).
+        x: {name: [n, *shape]}, or handles of such gradients, in any mix.
+        y: {name: [m, *shape]} or handles, the same names and shapes (not necessarily dtypes).
+        diagonal: D, {name: [*shape]}; None for ones.
         jit: compile the shard's einsum with torch.compile. None compiles on an accelerator only: on a CPU a shard is
             one BLAS call already, and compiling costs seconds (`benchmarks/test_contract.py` measures both).
 
     Returns:
-        [n, m] in the wider of both dtypes, at least float32.
+        [n, m] in the widest of the dtypes, at least float32.
 
     Raises:
         TreeError: names or shapes disagree.
@@ -46,18 +55,48 @@ def contract(x: Tree, y: Tree, *, jit: bool | None = None) -> Tensor:
                 [8.]])
     """
     n, m = _rows(x, "x"), _rows(y, "y")
-    _check_fit(x, y)
-    leaf, other = next(iter(x.values())), next(iter(y.values()))
-    dtype = torch.promote_types(torch.promote_types(leaf.dtype, other.dtype), torch.float32)
+    _check_fit(x, y, diagonal)
+    leaf = tensors(next(iter(x.values())))[0]
+    dtype = _widest(x, y)
     shard = _compiled() if (leaf.device.type != "cpu" if jit is None else jit) else _einsum
     total = torch.zeros(n, m, dtype=torch.float64, device=leaf.device)
-    for _, left, right in tree.shards(x, y):
-        total += shard(left.to(dtype), right.to(dtype))
+    for name in x:
+        for left, right in _shards(x[name], y[name], None if diagonal is None else diagonal[name], dtype):
+            total += shard(left.to(dtype), right.to(dtype))
     if not tree.all_finite(total):
-        check_rows(x)
-        check_rows(y)
+        for side in (x, y):
+            check_rows({name: handle for name, handle in side.items() if isinstance(handle, Tensor)})
         raise NonFiniteError("A product of finite gradients overflowed; contract in float64 (fkernel.tree.cast).")
     return total.to(dtype)
+
+
+def _shards(x: Handle, y: Handle, D: Tensor | None, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+    """Walk one parameter in shards [n p], [m p] whose products add up to ⟨x, D y⟩."""
+    if isinstance(x, Tensor) and isinstance(y, Tensor):
+        d = None if D is None else {"": rearrange(D, "... -> 1 (...)").expand(1, -1)}
+        for at, (_, left, right) in enumerate(tree.shards({"": x}, {"": y})):
+            if d is None:
+                yield left, right
+            else:
+                start = at * tree.SHARD_COLUMNS
+                yield left * d[""][:, start : start + left.shape[1]], right
+        return
+    if isinstance(x, Rows) and isinstance(y, Rows):
+        x, y, D = compressed(x, y, D)
+    shape = shape_of(x)
+    width = math.prod(shape[1:])
+    step = max(1, TILE_COLUMNS // width)
+    n, m = count(x), count(y)
+    like = tensors(x)[-1].new_empty(0, dtype=dtype)
+    room_x, room_y = (empty_rows(k * min(step, shape[0]), like.new_empty(width)) for k in (n, m))
+    for start in range(0, shape[0], step):
+        r = min(step, shape[0] - start)
+        left, right = (room[: k * r].view(k, r, *shape[1:]) for room, k in ((room_x, n), (room_y, m)))
+        form(x, left, start)
+        form(y, right, start)
+        if D is not None:
+            (left if n <= m else right).mul_(D[start : start + r])
+        yield left.view(n, -1), right.view(m, -1)
 
 
 _einsum: Callable[[Tensor, Tensor], Tensor] = partial(torch.einsum, "np,mp->nm")
@@ -69,8 +108,17 @@ def _compiled() -> Callable[[Tensor, Tensor], Tensor]:
     return torch.compile(lambda left, right: _einsum(left, right), dynamic=True)
 
 
-def _rows(x: Tree, side: str) -> int:
-    counts = {leaf.shape[0] if leaf.ndim else -1 for leaf in x.values()}
+def _widest(x: Handles, y: Handles) -> torch.dtype:
+    dtype = torch.float32
+    for leaf in (leaf for side in (x, y) for handle in side.values() for leaf in tensors(handle)):
+        if leaf.is_floating_point():
+            dtype = torch.promote_types(dtype, leaf.dtype)
+    return dtype
+
+
+def _rows(x: Handles, side: str) -> int:
+    scalars = [name for name, handle in x.items() if isinstance(handle, Tensor) and handle.ndim == 0]
+    counts = {-1} if scalars else {count(handle) for handle in x.values()}
     if len(counts) != 1 or -1 in counts:
         raise TreeError(f"{side} must hold per-sequence gradients {{name: [n, *shape]}} of one n; found n in {counts}.")
     (n,) = counts
@@ -79,12 +127,15 @@ def _rows(x: Tree, side: str) -> int:
     return n
 
 
-def _check_fit(x: Tree, y: Tree) -> None:
+def _check_fit(x: Handles, y: Handles, diagonal: Tree | None) -> None:
     tree.check_names(y, x, "y", "x")
+    if diagonal is not None:
+        tree.check_names(x, diagonal, "the tree to precondition", "the preconditioner")
     for name in x:
-        left: Shaped[Tensor, "n ..."] = x[name]
-        right: Shaped[Tensor, "m ..."] = y[name]
-        if left.shape[1:] != right.shape[1:]:
+        left, right = list(shape_of(x[name])), list(shape_of(y[name]))
+        if left != right:
+            raise TreeError(f"x[{name!r}] has rows of shape {left}, y[{name!r}] of {right}.")
+        if diagonal is not None and list(diagonal[name].shape) != left:
             raise TreeError(
-                f"x[{name!r}] has rows of shape {list(left.shape[1:])}, y[{name!r}] of {list(right.shape[1:])}."
+                f"The tree's {name!r} has shape {left} a row; the preconditioner's has {list(diagonal[name].shape)}."
             )

@@ -18,7 +18,7 @@ Hessian" (1994), for forward-mode second derivatives.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import func
@@ -28,8 +28,21 @@ from fkernel import tree
 from fkernel.errors import NonFiniteError
 from fkernel.func.batch import length, take
 from fkernel.func.boundary import boundary, check_direction, check_output, check_rows, check_weights
-from fkernel.func.capture import Plan, Use, capture, is_bounded, make_plan, write_gradient
+from fkernel.func.capture import Plan, Use, capture, handle_of, make_plan
 from fkernel.func.elementary import elementary
+from fkernel.func.handles import (
+    Factored,
+    Handles,
+    Piece,
+    Rows,
+    form,
+    is_bounded,
+    smallest,
+    stack,
+    summands,
+    summed_up,
+    tensors,
+)
 from fkernel.func.microbatch import slices, stacked, summed
 from fkernel.func.objective import Function, bare, check_values, name_of
 from fkernel.func.storage import empty_rows
@@ -76,6 +89,28 @@ def plan_of(f: Function, params: Tree, batch: Any) -> Plan:
     return make_plan(bare(f), params, take(batch, slice(0, 1)))
 
 
+def per_sequence_handles(f: Function, microbatch: int | None = None) -> Callable[[Tree, Any], Handles]:
+    """Make J in its smallest exact form: factors of linear layers, rows of tables, dense where nothing is smaller.
+
+    Arguments and errors as in `per_sequence_grad`, whose J this is: `fkernel.func.handles.form` writes it out.
+
+    Returns:
+        (params, batch) -> {name: handle}; see `fkernel.func.handles`. `contract` takes any mix of them.
+
+    Example:
+        >>> f = lambda params, x: torch.nn.functional.linear(x, params["w"]).square().sum((1, 2))
+        >>> J = per_sequence_handles(f)({"w": torch.ones(8, 8)}, torch.ones(3, 2, 8))
+        >>> type(J["w"]).__name__, list(J["w"].inputs.shape)
+        ('Factored', [3, 2, 8])
+    """
+
+    def handles(params: Tree, batch: Any) -> Handles:
+        with boundary(f, params, batch):
+            return handle_rows(f, microbatch, plan_of(f, params, batch))(params, batch)
+
+    return handles
+
+
 def gradient_rows(f: Function, microbatch: int | None, plan: Plan) -> Callable[[Tree, Any], Tree]:
     """J without the checks of its inputs, for callers that have made them; values and gradients are still checked.
 
@@ -83,53 +118,58 @@ def gradient_rows(f: Function, microbatch: int | None, plan: Plan) -> Callable[[
     vmap's own rows, each of which is fresh memory. What no captured layer explains comes from vmap over a reverse pass.
     """
 
-    def checked(params: Tree, batch: Any) -> Tree:
+    def dense(params: Tree, batch: Any) -> Tree:
         n = length(batch)
         J = {name: empty_rows(n, leaf) for name, leaf in params.items()}
         doubtful: set[str] = set()
         values = []
         for rows in slices(n, microbatch):
-            found = _microbatch_gradient(bare(f), params, take(batch, rows), plan)
-            doubtful |= _write({name: leaf[rows] for name, leaf in J.items()}, found)
-            values.append(found.values)
+            handles, value = _microbatch_handles(bare(f), params, take(batch, rows), plan)
+            for name, handle in handles.items():
+                J[name][rows].copy_(handle) if isinstance(handle, Tensor) else form(handle, J[name][rows])
+            doubtful.update(_doubtful(handles))
+            values.append(value)
         check_values(torch.cat(values), name_of(f))
-        check_rows({name: leaf for name, leaf in J.items() if name in doubtful})
+        check_rows({name: J[name] for name in params if name in doubtful})
         return J
 
-    return checked
+    return dense
 
 
-class _Reversed(NamedTuple):
-    """One microbatch after its reverse pass: dense rows, values [n], and the captured uses with their factors."""
+def handle_rows(f: Function, microbatch: int | None, plan: Plan) -> Callable[[Tree, Any], Handles]:
+    """J in handles, without the checks of its inputs; values and factors are still checked."""
 
-    dense: Tree
-    values: Tensor
-    uses: list[Use]
-    inputs: list[Tensor]
-    cotangents: list[Tensor]
+    def factored(params: Tree, batch: Any) -> Handles:
+        parts: dict[str, list[Piece]] = {name: [] for name in params}
+        values = []
+        for rows in slices(length(batch), microbatch):
+            handles, value = _microbatch_handles(bare(f), params, take(batch, rows), plan)
+            _check_factors(handles, rows.start)
+            for name, handle in handles.items():
+                parts[name].append(smallest(handle, params[name]))
+            values.append(value)
+        check_values(torch.cat(values), name_of(f))
+        return {name: stack(found) for name, found in parts.items()}
 
-
-def _write(J: Tree, found: _Reversed) -> set[str]:
-    """Fill rows of J with what one microbatch found; return the parameters whose rows may not be finite.
-
-    A parameter that nothing used has gradient zero.
-    """
-    for name, leaf in found.dense.items():
-        J[name].copy_(leaf)
-    doubtful, written = set(found.dense), set(found.dense)
-    # Lookups come last: they add to few rows of storage that a tied head, where there is one, has written whole.
-    uses = sorted(zip(found.uses, found.inputs, found.cotangents, strict=True), key=lambda u: u[0].layer == "embedding")
-    for use, a, delta in uses:
-        write_gradient(J[use.parameter], use.layer, a, delta, first=use.parameter not in written)
-        written.add(use.parameter)
-        if not is_bounded(a, delta):
-            doubtful.add(use.parameter)
-    for name in J.keys() - written:
-        J[name].zero_()
-    return doubtful
+    return factored
 
 
-def _microbatch_gradient(f: Function, params: Tree, batch: Any, plan: Plan) -> _Reversed:
+def _check_factors(handles: dict[str, Piece], start: int) -> None:
+    """Raise NonFiniteError naming sequence and parameter where what a gradient is made of is not finite."""
+    for name in _doubtful(handles):
+        for leaf in (leaf for leaf in tensors(handles[name]) if leaf.is_floating_point()):
+            try:
+                check_rows({name: leaf})
+            except NonFiniteError as error:
+                raise error.at(start) from None
+
+
+def _doubtful(handles: dict[str, Piece]) -> list[str]:
+    """Find the parameters whose rows may not be finite, as far as the factors tell."""
+    return [name for name, handle in handles.items() if not all(is_bounded(part) for part in summands(handle))]
+
+
+def _microbatch_handles(f: Function, params: Tree, batch: Any, plan: Plan) -> tuple[dict[str, Piece], Tensor]:
     """vmap over sequences of a reverse pass; f sees each as a batch of one: models want their leading dimension."""
     constants = {name: leaf for name, leaf in params.items() if name in plan.captured}
     traced = {name: leaf for name, leaf in params.items() if name not in plan.captured}
@@ -157,8 +197,16 @@ def _microbatch_gradient(f: Function, params: Tree, batch: Any, plan: Plan) -> _
         return dense, value[0], [inputs[i] for i, _ in back], [c for _, c in back]
 
     sequences = pytree.tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, batch)
-    rows = func.vmap(one, in_dims=(None, sequences), randomness="error")(traced, batch)
-    return _Reversed(rows[0], rows[1], uses, *rows[2:])
+    dense, values, inputs, cotangents = func.vmap(one, in_dims=(None, sequences), randomness="error")(traced, batch)
+    found: dict[str, list[Factored | Rows]] = {}
+    for use, a, delta in zip(uses, inputs, cotangents, strict=True):
+        found.setdefault(use.parameter, []).append(handle_of(use, a, delta, len(params[use.parameter])))
+    # A captured parameter that nothing used, or whose every cotangent was zero, has gradient zero.
+    handles: dict[str, Piece] = {
+        name: dense[name] if name in dense else summed_up(found.get(name, []), leaf, len(values))
+        for name, leaf in params.items()
+    }
+    return handles, values
 
 
 def _vjp(f: Function, params: Tree, batch: Any, n: int) -> tuple[Tensor, Callable[[Tensor], tuple[Tree]]]:

@@ -45,14 +45,15 @@ def stacked(fn: Callable[..., Any], size: int | None) -> Callable[..., Any]:
         n = length(batch)
         if size is None or size >= n:
             return fn(params, batch, *rest)
-        out: list[Tensor] = []
+        out: list[Any] = []
         spec = None
         for rows in slices(n, size):
             parts, spec = pytree.tree_flatten(fn(params, take(batch, rows), *rest))
             if not out:
-                out = [empty_rows(n, part[0]) for part in parts]
+                out = [empty_rows(n, part[0]) if isinstance(part, Tensor) else part for part in parts]
             for whole, part in zip(out, parts, strict=True):
-                whole[rows] = part
+                if isinstance(part, Tensor):
+                    whole[rows] = part
         assert spec is not None
         return pytree.tree_unflatten(out, spec)
 

@@ -5,8 +5,10 @@
 
 P stands between the two gradients once. Rows are E, columns are U.
 
-The smaller side's gradients are held, the other side's are streamed past them a microbatch at a time. Where the held
-side does not fit the grant it is held a tile at a time, and the streamed side is computed anew for every tile.
+The smaller side's gradients are held, as handles (`fkernel.func.handles`), and the other side's are streamed past
+them a block at a time; a diagonal P is multiplied into the shards of their contraction, any other P is applied to
+dense rows of U. Where the held side does not fit the grant it is held a tile at a time, and the streamed side is
+computed anew for every tile.
 
 Source: the kernel is the Fisher kernel of T. Jaakkola & D. Haussler (1998), with the optimizer's diagonal in place of
 the inverse Fisher matrix; for f = log π and P = I it is the neural tangent kernel of A. Jacot et al. (2018).
@@ -22,13 +24,16 @@ from fkernel import func, tree
 from fkernel.errors import BatchError, NonFiniteError
 from fkernel.func.batch import length, take
 from fkernel.func.boundary import check_inputs, explained
-from fkernel.func.gradient import gradient_rows, plan_of
+from fkernel.func.gradient import gradient_rows, handle_rows, plan_of
+from fkernel.func.handles import Handles
 from fkernel.func.microbatch import slices
 from fkernel.func.objective import Function
 from fkernel.kernel.budget import check_vectors_fit, rows_that_fit
-from fkernel.precond import Preconditioner
+from fkernel.precond import Diagonal, Preconditioner
 from fkernel.shapes import Tensor, Tree
 
+BLOCK = 64
+"""Sequences of the streamed side whose gradients are held at a time."""
 MICROBATCH = 8
 """Sequences under way at once; on a CPU, larger ones are no faster (see benchmarks/)."""
 
@@ -74,26 +79,31 @@ def kernel(
     """
     check_sides(f, params, E, U)
     n_E, n_U = length(E), length(U)
+    D = precond.d if isinstance(precond, Diagonal) else None
     with explained(params):
-        gradient = gradient_rows(f, microbatch, plan_of(f, params, take(E, slice(0, 1))))
+        plan = plan_of(f, params, take(E, slice(0, 1)))
+    handles, dense = handle_rows(f, microbatch, plan), gradient_rows(f, microbatch, plan)
 
-    def rows_E(batch: Any, start: int) -> Tree:
+    def rows_E(batch: Any, start: int) -> Handles:
         with naming("E", start), explained(params):
-            return gradient(params, batch)
+            return handles(params, batch)
 
-    def rows_U(batch: Any, start: int) -> Tree:
+    def rows_U(batch: Any, start: int) -> Handles:
         with naming("U", start), explained(params):
-            J = gradient(params, batch)
+            if isinstance(precond, Diagonal):
+                return handles(params, batch)
+            J = dense(params, batch)
         return _transformed(precond, J)
 
     held, streamed, hold, stream = (E, U, rows_E, rows_U) if n_E <= n_U else (U, E, rows_U, rows_E)
-    leaf = next(iter(params.values()))
-    K = leaf.new_empty(length(held), length(streamed))
+    K = next(iter(params.values())).new_empty(length(held), length(streamed))
     capacity = rows_that_fit(params, memory, length(held), microbatch)
+    # The held side's factors are multiplied out once a block, so a block is no smaller than they are many.
+    block = max(BLOCK, length(held)) if memory is None else microbatch
     for tile in slices(length(held), capacity):
         J = hold(take(held, tile), tile.start)
-        for columns in slices(length(streamed), microbatch):
-            K[tile, columns] = func.contract(J, stream(take(streamed, columns), columns.start))
+        for columns in slices(length(streamed), block):
+            K[tile, columns] = func.contract(J, stream(take(streamed, columns), columns.start), diagonal=D)
     return K if held is E else K.T.contiguous()
 
 

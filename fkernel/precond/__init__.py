@@ -3,11 +3,12 @@
 from fkernel.precond.adam import AdamWStep, adam, adamw_response, adamw_step
 from fkernel.precond.clipping import clip_factor
 from fkernel.precond.state import AdamWState, adamw_init
-from fkernel.precond.transform import Preconditioner, chain, diagonal, identity, select
+from fkernel.precond.transform import Diagonal, Preconditioner, chain, diagonal, identity, select
 
 __all__ = [
     "AdamWState",
     "AdamWStep",
+    "Diagonal",
     "Preconditioner",
     "adam",
     "adamw_init",

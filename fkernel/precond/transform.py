@@ -7,6 +7,7 @@ it: any callable is one. Preconditioners never look at the model or the batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from fkernel import tree
 from fkernel.errors import TreeError, listing
@@ -16,7 +17,25 @@ Preconditioner = Callable[[Tree], Tree]
 """Any linear callable tree → tree, on vectors {name: [*shape]} and on rows {name: [n, *shape]} alike."""
 
 
-def identity() -> Preconditioner:
+@dataclass(frozen=True, eq=False)
+class Diagonal:
+    """P = diag(d), which the engine can apply a shard at a time. Made by `diagonal`, `identity` and Adam's.
+
+    Attributes:
+        d: {name: [*shape]}, or None for ones.
+    """
+
+    d: Tree | None
+
+    def __call__(self, x: Tree) -> Tree:
+        """Return d ⊙ x, for {name: [*shape]} and for rows {name: [n, *shape]}."""
+        if self.d is None:
+            return dict(x)
+        tree.check_names(x, self.d, "the tree to precondition", "the preconditioner")
+        return {name: self.d[name] * _fits(leaf, self.d[name], name) for name, leaf in x.items()}
+
+
+def identity() -> Diagonal:
     """Make P = I: the plain Fisher kernel, or stochastic gradient descent's.
 
     Example:
@@ -24,10 +43,10 @@ def identity() -> Preconditioner:
         >>> identity()({"w": torch.ones(2)})
         {'w': tensor([1., 1.])}
     """
-    return lambda x: dict(x)
+    return Diagonal(None)
 
 
-def diagonal(d: Tree) -> Preconditioner:
+def diagonal(d: Tree) -> Diagonal:
     """Make P = diag(d).
 
     (P x)_α = d_α x_α
@@ -48,12 +67,7 @@ def diagonal(d: Tree) -> Preconditioner:
         tensor([1., 2.])
     """
     tree.check_finite(d, "the diagonal")
-
-    def apply(x: Tree) -> Tree:
-        tree.check_names(x, d, "the tree to precondition", "the preconditioner")
-        return {name: d[name] * _fits(leaf, d[name], name) for name, leaf in x.items()}
-
-    return apply
+    return Diagonal(d)
 
 
 def select(names: Iterable[str]) -> Preconditioner:
