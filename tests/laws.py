@@ -262,6 +262,12 @@ def scores_are_tempered_sums_over_the_response(fk: Any, case: Case) -> None:
         outside[span] = False
         assert bool((tokens[i, outside] == 0).all())
         assert bool((entropy[i, outside] == 0).all())
+    holes = U.response_mask & (
+        torch.rand(U.response_mask.shape, generator=torch.Generator().manual_seed(case.seed)) < 0.6
+    )
+    holes[torch.arange(len(case.U)), torch.tensor([len(prompt) for prompt, _ in case.U])] = True
+    masked = fk.func.sequence_logprob(apply, case.temperature)(params, U._replace(response_mask=holes))
+    close(masked, torch.where(holes, tokens, 0.0).sum(1))
 
 
 def frozen_and_post_step_agree_as_beta2_nears_one(fk: Any, case: Case) -> None:
