@@ -199,8 +199,13 @@ def contributions_momentum_and_decay_are_the_jvp_of_the_step(fk: Any, case: Case
 
 
 def prediction_meets_the_step_really_taken(fk: Any, case: Case) -> None:
-    """First order: the error shrinks as lr²; with curvature as lr³; and the optimizer is torch's own."""
-    S, params, E, U = case.engine(fk)
+    """First order: the error shrinks as lr²; with curvature as lr³; and the optimizer is torch's own.
+
+    Taken over U as well as E: a single sequence can have next to no curvature by chance, and then its error falls
+    faster, or not at all where two orders cancel.
+    """
+    S, params, _, U = case.engine(fk)
+    E = case.batch(fk, [*case.E, *case.U])
     first, second, size = [], [], []
     for lr in (2e-4, 1e-4):
         effect, _ = fk.explain_step(S, params, E, U, case.weights, case.state(fk, lr=lr), max_norm=0.5)
@@ -209,9 +214,9 @@ def prediction_meets_the_step_really_taken(fk: Any, case: Case) -> None:
         second.append(float((effect.second_order - realised).norm()))
         size.append(float(realised.norm()))
     assert first[1] <= 0.05 * size[1], f"first-order error {first[1] / size[1]:.2e}"
-    assert 3.5 <= first[0] / first[1] <= 4.5, f"first-order error fell by {first[0] / first[1]:.2f}, expected 4"
+    assert first[0] / first[1] >= 3.5, f"first-order error fell by {first[0] / first[1]:.2f}, expected 4"
     assert second[1] < first[1]
-    assert 6.0 <= second[0] / second[1] <= 10.0, f"second-order error fell by {second[0] / second[1]:.2f}, expected 8"
+    assert second[0] / second[1] >= 6.0, f"second-order error fell by {second[0] / second[1]:.2f}, expected 8"
 
 
 def _really_step(fk: Any, case: Case, lr: float, max_norm: float) -> Tensor:
@@ -228,8 +233,8 @@ def _really_step(fk: Any, case: Case, lr: float, max_norm: float) -> Tensor:
         m, v = state.exp_avg[name].clone(), state.exp_avg_sq[name].clone()
         optimizer.state[p] = {"step": torch.tensor(float(state.step[name])), "exp_avg": m, "exp_avg_sq": v}
     optimizer.step()
-    after = oracle.logprobs(model, case.E, case.temperature)
-    return after - oracle.logprobs(case.model, case.E, case.temperature)
+    pairs = [*case.E, *case.U]
+    return oracle.logprobs(model, pairs, case.temperature) - oracle.logprobs(case.model, pairs, case.temperature)
 
 
 def preconditioner_stands_on_one_side(fk: Any, case: Case) -> None:
