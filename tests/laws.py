@@ -206,13 +206,16 @@ def prediction_meets_the_step_really_taken(fk: Any, case: Case) -> None:
     """
     S, params, _, U = case.engine(fk)
     E = case.batch(fk, [*case.E, *case.U])
-    first, second, size = [], [], []
+    first, second, size, effects = [], [], [], []
     for lr in (2e-4, 1e-4):
         effect, _ = fk.explain_step(S, params, E, U, case.weights, case.state(fk, lr=lr), max_norm=0.5)
         realised = _really_step(fk, case, lr, max_norm=0.5)
         first.append(float((effect.first_order - realised).norm()))
         second.append(float((effect.second_order - realised).norm()))
         size.append(float(realised.norm()))
+        effects.append(effect)
+    close(effects[0].first_order, 2 * effects[1].first_order, 1e-8)
+    close(effects[0].curvature, 4 * effects[1].curvature, 1e-8)
     assert first[1] <= 0.05 * size[1], f"first-order error {first[1] / size[1]:.2e}"
     assert first[0] / first[1] >= 3.5, f"first-order error fell by {first[0] / first[1]:.2f}, expected 4"
     assert second[1] < first[1]
