@@ -29,6 +29,10 @@ class OptimizerStateError(FKernelError, ValueError):
     """An optimizer state is incomplete, impossible, or of a kind that is not modelled."""
 
 
+class StoreError(FKernelError, OSError):
+    """A store on disk cannot be opened, written or read: in use, of something else, damaged, or out of room."""
+
+
 class DemoError(FKernelError, RuntimeError):
     """The demo could not make a policy worth explaining, and what to change."""
 

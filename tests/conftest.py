@@ -10,6 +10,8 @@ from jaxtyping import install_import_hook
 import tests.typecheck  # noqa: F401 - the hook below finds it as an attribute of `tests`
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# The tensors here are small: a second thread gains nothing, and beside another process it costs ten times the time.
+torch.set_num_threads(1)
 install_import_hook("fkernel", "tests.typecheck.check")
 
 hypothesis.settings.register_profile(

@@ -94,7 +94,7 @@ MUTATIONS = [
     ),
     Mutation(
         "uses beside the known layers dropped", "gradients_equal_a_loop_of_autograd",
-        "func/capture.py", "in leaves.items() if id(leaf) not in reached)", "in leaves.items())",
+        "func/capture.py", "in found.traced.items() if id(leaf) not in reached)", "in found.traced.items())",
     ),
     Mutation(
         "GPT-2's layout taken as linear", "gradients_equal_a_loop_of_autograd",
@@ -115,7 +115,7 @@ MUTATIONS = [
     ),
     Mutation(
         "influence without P", "influence_equals_kernel_times_weights",
-        "kernel/fisher.py", "move = _transformed(precond, towards)", "move = towards",
+        "kernel/fisher.py", "move = transformed(precond, towards)", "move = towards",
     ),
     Mutation(
         "incomplete last shard dropped", "influence_equals_kernel_times_weights",
@@ -124,7 +124,7 @@ MUTATIONS = [
     ),
     Mutation(
         "one side's sign lost", "self_kernel_is_symmetric_and_positive_semidefinite",
-        "func/contract.py", "shard(left.to(dtype),", "shard(left.abs().to(dtype),",
+        "func/contract.py", "total += shard(left, right)", "total += shard(left.abs(), right)",
     ),
     Mutation(
         "padding scored", "company_changes_nothing",
@@ -133,7 +133,20 @@ MUTATIONS = [
     ),
     Mutation(
         "microbatch written in reverse", "company_changes_nothing",
-        "func/microbatch.py", "whole[rows] = part", "whole[rows] = part.flip(0)",
+        "func/microbatch.py", "torch.cat(column)[back]", "torch.cat(column).flip(0)[back]",
+    ),
+    Mutation(
+        "sorted rows left sorted", "influence_equals_kernel_times_weights",
+        "kernel/fisher.py", "K[held.order.argsort()]", "K",
+    ),
+    Mutation(
+        "gradients of sorted microbatches left sorted", "gradients_equal_a_loop_of_autograd",
+        "func/microbatch.py", "yield rows if as_it_came else order[rows],", "yield rows,",
+    ),
+    Mutation(
+        "one token too many cut off", "company_changes_nothing",
+        "func/batch.py", "width = int(node.attention_mask.long().sum(1).max())",
+        "width = int(node.attention_mask.long().sum(1).max()) - 1",
     ),
     Mutation(
         "left-pad attended", "left_padding_is_refused",
@@ -192,12 +205,13 @@ MUTATIONS = [
     ),
     Mutation(
         "P on both sides", "preconditioner_stands_on_one_side",
-        "kernel/fisher.py", 'diagonal=D)\n    return K if',
-        'diagonal={k: v * v for k, v in D.items()})\n    return K if',
+        "kernel/fisher.py", 'gathered(pieces_s, block), diagonal=D)',
+        'gathered(pieces_s, block), diagonal={k: v * v for k, v in D.items()})',
     ),
     Mutation(
         "rows and columns swapped", "preconditioner_stands_on_one_side",
-        "kernel/fisher.py", "return K if held is E else K.T.contiguous()", "return K.reshape(n_E, n_U)",
+        "kernel/fisher.py", 'back if strategy.held == "E" else back.T.contiguous()',
+        'back.reshape(len(sides["E"]), -1)',
     ),
     Mutation(
         "shifted mask", "scores_are_tempered_sums_over_the_response",

@@ -310,24 +310,20 @@ def test_a_preconditioner_takes_one_vector_and_rows_alike(make):
 # ----------------------------------------------------------------------------------------------- memory and direction
 
 
-def bytes_for(params: Tree, rows: int, microbatch: int) -> int:
-    """The grant that holds so many rows of gradients beside a streamed microbatch."""
-    return (rows + 3 * microbatch) * 8 * sum(leaf.numel() for leaf in params.values())
-
-
-@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+@pytest.mark.parametrize("tile", [1, 2, 3, 4])
 @pytest.mark.parametrize(("n_E", "n_U"), [(5, 7), (7, 5)])
-def test_a_kernel_in_several_tiles_equals_the_kernel_in_one(problem, n_E, n_U, rows):
+def test_a_kernel_in_several_tiles_equals_the_kernel_in_one(problem, n_E, n_U, tile):
     f, params, draw = problem
     E, U = draw(n_E, seed=1), draw(n_U, seed=2)
     P = precond.diagonal(random_like(params))
     whole = fk.kernel(f, params, E, U, P)
-    tiled = fk.kernel(f, params, E, U, P, memory=bytes_for(params, rows, 2), microbatch=2)
+    tiles = fk.Strategy("recompute", "E", tile, 2, 2, False)
+    tiled = fk.kernel(f, params, E, U, P, strategy=tiles, microbatch=2)
     assert tiled.shape == whole.shape == (n_E, n_U)
     torch.testing.assert_close(tiled, whole, rtol=1e-12, atol=1e-12)
 
 
-def test_a_small_grant_really_makes_several_tiles():
+def test_a_small_tile_really_makes_several():
     """A tile streams the other side anew, so a call of f sees more rows in all."""
     seen = []
 
@@ -335,21 +331,21 @@ def test_a_small_grant_really_makes_several_tiles():
         seen.append(1)
         return linear(params, batch)
 
-    def calls(**memory: Any) -> int:
+    def calls(tile: int | None) -> int:
         seen.clear()
-        fk.kernel(counting, params, regression(4), regression(6), precond.identity(), microbatch=1, **memory)
+        strategy = fk.Strategy("recompute", "E", tile, 1, 1, False)
+        fk.kernel(counting, params, regression(4), regression(6), precond.identity(), strategy=strategy)
         return len(seen)
 
     params = parameters("linear")
-    assert calls() == 1 + 4 + 6  # the first finds f's layers
-    assert calls(memory=bytes_for(params, 4, 1)) == 1 + 4 + 6
-    assert calls(memory=bytes_for(params, 2, 1)) == 1 + 4 + 2 * 6
-    assert calls(memory=bytes_for(params, 1, 1)) == 1 + 4 + 4 * 6
+    assert calls(None) == 1 + 4 + 6  # the first finds f's layers
+    assert calls(4) == 1 + 4 + 6
+    assert calls(2) == 1 + 4 + 2 * 6
+    assert calls(1) == 1 + 4 + 4 * 6
 
 
-@pytest.mark.parametrize("memory", [160, "160", "160B", "0.15625KiB", "0.16 kB"])
+@pytest.mark.parametrize("memory", [8000, "8000", "8000B", "7.8125KiB", "8 kB"])
 def test_memory_may_be_given_in_words(memory):
-    """160 bytes are 5 rows of 4 float64 parameters, so that 2 rows are held beside a microbatch of one."""
     params, P = parameters("linear"), precond.identity()
     bare = fk.kernel(linear, params, regression(3), regression(4), P)
     close(fk.kernel(linear, params, regression(3), regression(4), P, microbatch=1, memory=memory), bare)
@@ -387,7 +383,7 @@ def test_the_microbatch_changes_no_value_of_kernel_or_influence(problem, microba
         lambda f, p, E, U, w: func.vjp(f, 2)(p, U, w),
         lambda f, p, E, U, w: {"Jv": func.jvp(f, 2)(p, U, p)},
         lambda f, p, E, U, w: {"vHv": func.curvature(f, 2)(p, U, p)},
-        lambda f, p, E, U, w: {"K": fk.kernel(f, p, E, U, precond.identity(), memory=bytes_for(p, 2, 2), microbatch=2)},
+        lambda f, p, E, U, w: {"K": fk.kernel(f, p, E, U, precond.identity(), memory="8MB", microbatch=2)},
         lambda f, p, E, U, w: {"KA": fk.influence(f, p, E, U, precond.identity(), w, microbatch=2)},
         lambda f, p, E, U, w: {
             "C": fk.explain_step(f, p, E, U, w, precond.adamw_init(p, lr=0.1), max_norm=1.0)[0].contributions

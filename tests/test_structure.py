@@ -23,6 +23,7 @@ MOST_LINES = 350
 
 FLOORS = {
     "errors": 0,
+    "places": 0,
     "shapes": 0,
     "tree": 0,
     "func": 1,

@@ -12,7 +12,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -30,6 +29,7 @@ from fkernel.demo.records import read_json, write_json
 from fkernel.demo.reinforce import ReinforceConfig, reinforce, write_step
 from fkernel.demo.task import TaskConfig, splits
 from fkernel.demo.tokenizer import build_tokenizer
+from fkernel.places import default_cache_root
 
 COMPLETE = "complete.json"
 # Every module whose text decides what lands on disk; progress bars do not.
@@ -63,12 +63,6 @@ def seeded(seed: int) -> DemoConfig:
     return DemoConfig(
         TaskConfig(seed=seed), PolicyConfig(seed=seed), SupervisionConfig(seed=seed), ReinforceConfig(seed=seed)
     )
-
-
-def default_cache_root() -> Path:
-    """``$FKERNEL_CACHE`` if it is set and not empty, else ``~/.cache/fkernel``."""
-    chosen = os.environ.get("FKERNEL_CACHE")
-    return Path(chosen) if chosen else Path.home() / ".cache" / "fkernel"
 
 
 def versions() -> dict[str, str]:

@@ -112,6 +112,52 @@ def find_sequences(batch: Any) -> list[Sequences]:
     return [leaf for leaf in leaves if isinstance(leaf, Sequences)]
 
 
+def lengths(batch: Any) -> Shaped[Tensor, " n"] | None:
+    """Count every sequence's tokens, padding apart, over all `Sequences` of a batch; None where it holds none.
+
+    Example:
+        >>> lengths(pad([[5, 6], [7]], [[1], [2, 3, 1]]))
+        tensor([3, 4])
+    """
+    found = [sequences.attention_mask.long().sum(1) for sequences in find_sequences(batch)]
+    return torch.stack(found).sum(0) if found else None
+
+
+def by_length(batch: Any) -> Shaped[Tensor, " n"]:
+    """Order sequences from the longest to the shortest, equal ones as they came.
+
+    Neighbours in this order share a microbatch with little padding: `take(batch, order)` sorts, and a result's rows go
+    back by `result[order] = sorted_result`.
+
+    Example:
+        >>> by_length(pad([[5, 6], [7]], [[1], [2, 3, 1]]))
+        tensor([1, 0])
+    """
+    counts = lengths(batch)
+    if counts is None:
+        return torch.arange(length(batch))
+    return counts.sort(descending=True, stable=True).indices
+
+
+def trim(batch: Any) -> Any:
+    """Cut the columns that are padding in every sequence off the `Sequences` of a batch.
+
+    Right-padding changes no value that a padded batch may be asked for, so this does not either.
+
+    Example:
+        >>> trim(pad([[5, 6], [7]], [[1], [2, 3, 1]])._replace()).input_ids.shape
+        torch.Size([2, 4])
+    """
+
+    def cut(node: Any) -> Any:
+        if not isinstance(node, Sequences):
+            return node
+        width = int(node.attention_mask.long().sum(1).max())
+        return node if width == node.input_ids.shape[1] else Sequences(*(leaf[:, :width] for leaf in node))
+
+    return pytree.tree_map(cut, batch, is_leaf=lambda node: isinstance(node, Sequences))
+
+
 def check_batch(batch: Any) -> int:
     """Check a batch before any transform runs over it, and count its sequences.
 

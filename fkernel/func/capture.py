@@ -18,23 +18,18 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch.func import vmap
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils.hooks import RemovableHandle
 
 from fkernel.errors import ModelError
+from fkernel.func.batch import length
+from fkernel.func.boundary import check_output
 from fkernel.func.handles import Factored, Rows
 from fkernel.shapes import Tensor, Tree
 
 Layer = Literal["linear", "conv1d", "embedding"]
-
-
-class Use(NamedTuple):
-    """One use of a parameter: by which kind of layer."""
-
-    parameter: str
-    layer: Layer
 
 
 class Plan(NamedTuple):
@@ -49,26 +44,42 @@ class Plan(NamedTuple):
     loose: frozenset[tuple[str, str]]
 
 
+class Use:
+    """One use of a parameter by a known layer, with what went in and what came back.
+
+    Attributes:
+        parameter: its name.
+        layer: the kind of layer.
+        input: a_t [n ... t i], or i_t [n ... t].
+        cotangent: δ_t [n ... t o], once a reverse pass has run; None where none came back.
+    """
+
+    def __init__(self, parameter: str, layer: Layer) -> None:
+        """Name the use; input and cotangent come as the passes run."""
+        self.parameter, self.layer = parameter, layer
+        self.input: Tensor | None = None
+        self.cotangent: Tensor | None = None
+
+    def keep(self, cotangent: Tensor) -> None:
+        """Take what a reverse pass brings."""
+        self.cotangent = cotangent
+
+
 class capture(TorchFunctionMode):
-    """While active, keep what known layers take in and what comes back to them.
+    """While active, take known uses of watched parameters out of the graph; remember them and all others.
 
     Attributes:
         uses: the known uses, in order.
-        inputs: a_t [... t i], or i_t [... t], of each.
-        cotangents: δ_t [... t o] of each, once a reverse pass has run; None where none came back.
         loose: (parameter, function) of all other uses.
     """
 
-    def __init__(self, parameters: Tree, constants: Tree, zero: Tensor, plan: Plan | None = None) -> None:
-        """Watch `parameters`, compute with `constants`; `zero` is a traced 0 that ties outputs to the graph."""
+    def __init__(self, watched: Tree, constants: Tree, zero: Tensor, plan: Plan | None = None) -> None:
+        """Watch some tensors, compute with constants in their place; `zero` is a traced 0, one a sequence."""
         super().__init__()
-        self.names = {id(leaf): name for name, leaf in parameters.items()}
+        self.names = {id(leaf): name for name, leaf in watched.items()}
         self.constants, self.zero, self.plan = constants, zero, plan
         self.uses: list[Use] = []
-        self.inputs: list[Tensor] = []
-        self.cotangents: list[Tensor | None] = []
         self.loose: set[tuple[str, str]] = set()
-        self.hooks: list[RemovableHandle] = []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -78,30 +89,12 @@ class capture(TorchFunctionMode):
         known = _KNOWN.get(func)
         call = None if known is None else known(*args, **kwargs)
         if call is not None and id(call.weight) in self.names:
-            return self._keep(call)
+            use = Use(self.names[id(call.weight)], call.layer)
+            self.uses.append(use)
+            return _Tap.apply(call.compute(self.constants[use.parameter]), call.input, self.zero, use)
         out = func(*args, **kwargs)
         self._note(func, args, kwargs, out)
         return out
-
-    def _keep(self, call: _Call) -> Tensor:
-        name = self.names[id(call.weight)]
-        out = call.compute(self.constants[name])
-        if not out.requires_grad:
-            out = out + self.zero
-        at = len(self.uses)
-        self.uses.append(Use(name, call.layer))
-        self.inputs.append(call.input)
-        self.cotangents.append(None)
-        cotangents = self.cotangents  # not self: a graph that holds its own watcher would outlive the call
-        self.hooks.append(out.register_hook(lambda cotangent: cotangents.__setitem__(at, cotangent)))
-        return out
-
-    def release(self) -> None:
-        """Let go of the graph: nothing that was kept refers to it afterwards."""
-        for hook in self.hooks:
-            hook.remove()
-        for kept in (self.hooks, self.inputs, self.cotangents):
-            kept.clear()
 
     def _note(self, func: Callable[..., Any], args: Any, kwargs: Any, out: Any) -> None:
         """Remember another use of a watched parameter; one that the plan did not foresee is an error."""
@@ -118,6 +111,100 @@ class capture(TorchFunctionMode):
             self.loose.add(use)
 
 
+class _Tap(torch.autograd.Function):
+    """The identity on a layer's output; under vmap it sees all sequences at once and listens to what comes back.
+
+    `zero` is mapped over, so that the tap is vmapped even where the output is the same for all sequences (a lookup of
+    positions), and traced, so that the output has a graph to listen in even where nothing before it has.
+    """
+
+    @staticmethod
+    def forward(out: Tensor, input: Tensor, zero: Tensor, use: Use) -> Tensor:
+        raise ModelError("A captured layer ran outside of vmap.")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        raise NotImplementedError
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
+        out, input, zero, use = args
+        n = info.batch_size
+        out, input = (
+            leaf.expand(n, *leaf.shape) if dim is None else leaf.movedim(dim, 0)
+            for leaf, dim in ((out, in_dims[0]), (input, in_dims[1]))
+        )
+        if not out.requires_grad:
+            out = out + zero.reshape(n, *[1] * (out.ndim - 1))
+        use.input = input.detach()
+        out.register_hook(use.keep)  # `use` holds no graph, so nothing here keeps itself alive
+        return out, 0
+
+
+class Pass(NamedTuple):
+    """One forward pass over a microbatch, ready for the reverse one.
+
+    Attributes:
+        values: f, [n].
+        traced: {name: [n, *shape]}, the parameters in the graph, one copy a sequence (without storage of their own).
+        zeros: [n], the traced zeros.
+        uses: the captured uses.
+        loose: (parameter, function) of watched parameters' other uses.
+    """
+
+    values: Tensor
+    traced: Tree
+    zeros: Tensor
+    uses: list[Use]
+    loose: set[tuple[str, str]]
+
+
+def forward(f: Callable[[Tree, Any], Tensor], params: Tree, batch: Any, plan: Plan | None = None) -> Pass:
+    """Run f under vmap, each sequence as a batch of one: models want their leading dimension.
+
+    Without a plan every parameter is watched and traced; with one, what it captures is watched and constant. Autograd
+    works outside of vmap, on n copies of each traced parameter that share their storage: the gradient of Σ_n f_n with
+    respect to copy n is ∇f_n, and one plain reverse pass gives all of them.
+    """
+    n = length(batch)
+    constants = {name: leaf.detach() for name, leaf in params.items()}
+    watched = constants if plan is None else {name: constants[name] for name in params if name in plan.captured}
+    traced = {
+        name: leaf.expand(n, *leaf.shape).requires_grad_()
+        for name, leaf in constants.items()
+        if plan is None or name not in watched
+    }
+    zeros = next(iter(constants.values())).new_zeros(n, requires_grad=True)
+    seen: list[capture] = []
+
+    def one(p: Tree, zero: Tensor, x: Any) -> Tensor:
+        leaves = {name: p.get(name, leaf) for name, leaf in constants.items()}
+        seen.append(capture({name: leaves[name] for name in watched}, constants, zero, plan))
+        single = pytree.tree_map(lambda leaf: leaf[None] if isinstance(leaf, Tensor) else leaf, x)
+        with seen[0]:
+            value = f(leaves, single)
+        check_output(value, 1, per_sequence=True)
+        return value[0]
+
+    sequences = pytree.tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, batch)
+    with torch.enable_grad():
+        values = vmap(one, in_dims=(0, 0, sequences), randomness="error")(traced, zeros, batch)
+    return Pass(values, traced, zeros, seen[0].uses, seen[0].loose)
+
+
+def backward(found: Pass) -> Tree:
+    """Run the reverse pass: every use hears its cotangent, and {name: [n, *shape]} of the traced parameters return."""
+    with torch.enable_grad():
+        # The zeros give the sum a graph even where f has none.
+        total = found.values.sum() + found.zeros.sum()
+    leaves = [*found.traced.values()]
+    *grads, _ = torch.autograd.grad(total, [*leaves, found.zeros], allow_unused=True)
+    return {
+        name: leaf.detach().new_zeros(()).expand(leaf.shape) if g is None else g
+        for (name, leaf), g in zip(found.traced.items(), grads, strict=True)
+    }
+
+
 def make_plan(f: Callable[[Tree, Any], Tensor], params: Tree, batch: Any) -> Plan:
     """Find the parameters whose every gradient-carrying use is a known layer, by asking autograd on one small batch.
 
@@ -126,26 +213,22 @@ def make_plan(f: Callable[[Tree, Any], Tensor], params: Tree, batch: Any) -> Pla
         params: {name: tensor}.
         batch: a batch of one sequence.
     """
-    leaves = {name: leaf.detach().requires_grad_() for name, leaf in params.items()}
-    zero = next(iter(params.values())).new_zeros((), requires_grad=True)
-    watching = capture(leaves, params, zero)
-    with torch.enable_grad(), watching:
-        value = f(leaves, batch)
-    reached = _reachable(value)
-    watching.release()
-    captured = frozenset(name for name, leaf in leaves.items() if id(leaf) not in reached)
-    return Plan(captured, frozenset(use for use in watching.loose if use[0] in captured))
+    found = forward(f, params, batch)
+    reached = _reachable(found.values)
+    captured = frozenset(name for name, leaf in found.traced.items() if id(leaf) not in reached)
+    return Plan(captured, frozenset(use for use in found.loose if use[0] in captured))
 
 
-def handle_of(use: Use, inputs: Tensor, cotangents: Tensor, size: int) -> Factored | Rows:
-    """Make the handle of one use's gradients.
+def handle_of(use: Use, size: int) -> Factored | Rows | None:
+    """Make the handle of one use's gradients; None where no cotangent came back, so that they are zero.
 
     Args:
-        use: which parameter, in which kind of layer.
-        inputs: a_t [n ... t i], or token ids i_t [n ... t].
-        cotangents: δ_t [n ... t o].
+        use: a use that a reverse pass has run over.
         size: the parameter's leading dimension.
     """
+    if use.input is None or use.cotangent is None:
+        return None
+    inputs, cotangents = use.input, use.cotangent
     n, delta = len(cotangents), cotangents.reshape(len(cotangents), -1, cotangents.shape[-1])
     if use.layer == "embedding":
         return Rows(inputs.reshape(n, -1), delta, size)

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from functools import cache, partial
 
 import torch
-from einops import rearrange
 
 from fkernel import tree
 from fkernel.errors import BatchError, NonFiniteError, TreeError
@@ -25,7 +24,20 @@ from fkernel.func.storage import empty_rows
 from fkernel.shapes import Tensor, Tree
 
 TILE_COLUMNS = 1 << 17
-"""Columns of a formed shard; with smaller ones forming is slower, with larger ones memory."""
+"""Columns of a formed shard, at most; with smaller ones forming is slower, with larger ones memory."""
+LEAST_COLUMNS = 1 << 13
+TILE_BYTES = 64 << 20
+"""Storage for formed shards: many sequences get fewer columns."""
+
+
+def tile_columns(rows: int, itemsize: int) -> int:
+    """Columns of a shard that is formed for so many sequences."""
+    return min(TILE_COLUMNS, max(LEAST_COLUMNS, TILE_BYTES // (itemsize * max(1, rows))))
+
+
+def tile_bytes(rows: int, itemsize: int) -> int:
+    """Bytes of the shards that are formed for so many sequences, both sides together."""
+    return rows * itemsize * tile_columns(rows, itemsize)
 
 
 def contract(x: Handles, y: Handles, *, diagonal: Tree | None = None, jit: bool | None = None) -> Tensor:
@@ -56,13 +68,13 @@ def contract(x: Handles, y: Handles, *, diagonal: Tree | None = None, jit: bool 
     """
     n, m = _rows(x, "x"), _rows(y, "y")
     _check_fit(x, y, diagonal)
-    leaf = tensors(next(iter(x.values())))[0]
-    dtype = _widest(x, y)
+    leaf, dtype = tensors(next(iter(x.values())))[0], _widest(x, y)
     shard = _compiled() if (leaf.device.type != "cpu" if jit is None else jit) else _einsum
     total = torch.zeros(n, m, dtype=torch.float64, device=leaf.device)
     for name in x:
-        for left, right in _shards(x[name], y[name], None if diagonal is None else diagonal[name], dtype):
-            total += shard(left.to(dtype), right.to(dtype))
+        D = None if diagonal is None else diagonal[name]
+        for left, right in _shards(x[name], y[name], D, dtype):
+            total += shard(left, right)
     if not tree.all_finite(total):
         for side in (x, y):
             check_rows({name: handle for name, handle in side.items() if isinstance(handle, Tensor)})
@@ -72,31 +84,49 @@ def contract(x: Handles, y: Handles, *, diagonal: Tree | None = None, jit: bool 
 
 def _shards(x: Handle, y: Handle, D: Tensor | None, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
     """Walk one parameter in shards [n p], [m p] whose products add up to ⟨x, D y⟩."""
-    if isinstance(x, Tensor) and isinstance(y, Tensor):
-        d = None if D is None else {"": rearrange(D, "... -> 1 (...)").expand(1, -1)}
-        for at, (_, left, right) in enumerate(tree.shards({"": x}, {"": y})):
-            if d is None:
-                yield left, right
-            else:
-                start = at * tree.SHARD_COLUMNS
-                yield left * d[""][:, start : start + left.shape[1]], right
-        return
+    same = x is y
     if isinstance(x, Rows) and isinstance(y, Rows):
         x, y, D = compressed(x, y, D)
-    shape = shape_of(x)
+    if isinstance(x, Tensor) and isinstance(y, Tensor):  # no structure to follow
+        x, y = x.flatten(1) if x.ndim > 1 else x[:, None], y.flatten(1) if y.ndim > 1 else y[:, None]
+        D = None if D is None else D.reshape(-1)
+    shape, n, m = shape_of(x), count(x), count(y)
     width = math.prod(shape[1:])
-    step = max(1, TILE_COLUMNS // width)
-    n, m = count(x), count(y)
-    like = tensors(x)[-1].new_empty(0, dtype=dtype)
-    room_x, room_y = (empty_rows(k * min(step, shape[0]), like.new_empty(width)) for k in (n, m))
+    step = max(1, tile_columns(n + m, dtype.itemsize) // width)
+    tile_x, tile_y = _tiles(x, step, dtype), _tiles(y, step, dtype)
+    room: Tensor | None = None
     for start in range(0, shape[0], step):
         r = min(step, shape[0] - start)
-        left, right = (room[: k * r].view(k, r, *shape[1:]) for room, k in ((room_x, n), (room_y, m)))
-        form(x, left, start)
-        form(y, right, start)
+        left = tile_x(start, r)
+        right = left if same else tile_y(start, r)
         if D is not None:
-            (left if n <= m else right).mul_(D[start : start + r])
-        yield left.view(n, -1), right.view(m, -1)
+            d = D[start : start + r].reshape(1, -1)
+            # D is multiplied into a shard that was formed here, the smaller one, and never into what a caller holds.
+            if not isinstance(x, Tensor) and not same and (n <= m or isinstance(y, Tensor)):
+                left.mul_(d)
+            elif not isinstance(y, Tensor) and not same:
+                right.mul_(d)
+            else:
+                room = empty_rows(m * min(step, shape[0]), left.new_empty(width)) if room is None else room
+                right = torch.mul(right, d, out=room[: m * r].view(m, r * width))
+        yield left, right
+
+
+def _tiles(x: Handle, step: int, dtype: torch.dtype) -> Callable[[int, int], Tensor]:
+    """Make (start, r) -> [n, r·width], rows start … start + r of the leading dimension; dense ones are not copied."""
+    shape, n = shape_of(x), count(x)
+    width = math.prod(shape[1:])
+    if isinstance(x, Tensor) and x.dtype == dtype:
+        flat = x.flatten(1)
+        return lambda start, r: flat[:, start * width : (start + r) * width]
+    room = empty_rows(n * min(step, shape[0]), tensors(x)[-1].new_empty(width, dtype=dtype))
+
+    def formed(start: int, r: int) -> Tensor:
+        out = room[: n * r].view(n, r, *shape[1:])
+        form(x, out, start)
+        return out.view(n, -1)
+
+    return formed
 
 
 _einsum: Callable[[Tensor, Tensor], Tensor] = partial(torch.einsum, "np,mp->nm")

@@ -17,7 +17,7 @@ Hessian" (1994), for forward-mode second derivatives.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,15 +26,17 @@ from torch.utils import _pytree as pytree
 
 from fkernel import tree
 from fkernel.errors import NonFiniteError
-from fkernel.func.batch import length, take
+from fkernel.func.batch import length, take, trim
 from fkernel.func.boundary import boundary, check_direction, check_output, check_rows, check_weights
-from fkernel.func.capture import Plan, Use, capture, handle_of, make_plan
+from fkernel.func.capture import Plan, backward, forward, handle_of, make_plan
 from fkernel.func.elementary import elementary
 from fkernel.func.handles import (
     Factored,
+    Handle,
     Handles,
     Piece,
     Rows,
+    at,
     form,
     is_bounded,
     smallest,
@@ -43,7 +45,7 @@ from fkernel.func.handles import (
     summed_up,
     tensors,
 )
-from fkernel.func.microbatch import slices, stacked, summed
+from fkernel.func.microbatch import groups, microbatches, stacked, summed, token_grant
 from fkernel.func.objective import Function, bare, check_values, name_of
 from fkernel.func.storage import empty_rows
 from fkernel.shapes import Shaped, Tensor, Tree
@@ -56,7 +58,8 @@ def per_sequence_grad(f: Function, microbatch: int | None = None) -> Callable[[T
 
     Args:
         f: (params, batch) -> [n].
-        microbatch: sequences under way at once; None takes the whole batch.
+        microbatch: sequences of the greatest length under way at once, and so many tokens of shorter ones; None takes
+            the whole batch.
 
     Returns:
         (params, batch) -> {name: [n, *shape]}, in the parameters' dtype; units of f per unit of parameter.
@@ -86,7 +89,7 @@ def per_sequence_grad(f: Function, microbatch: int | None = None) -> Callable[[T
 
 def plan_of(f: Function, params: Tree, batch: Any) -> Plan:
     """Find the layers of f whose gradients factor, on the first sequence of a batch."""
-    return make_plan(bare(f), params, take(batch, slice(0, 1)))
+    return make_plan(bare(f), params, trim(take(batch, slice(0, 1))))
 
 
 def per_sequence_handles(f: Function, microbatch: int | None = None) -> Callable[[Tree, Any], Handles]:
@@ -106,7 +109,8 @@ def per_sequence_handles(f: Function, microbatch: int | None = None) -> Callable
 
     def handles(params: Tree, batch: Any) -> Handles:
         with boundary(f, params, batch):
-            return handle_rows(f, microbatch, plan_of(f, params, batch))(params, batch)
+            pieces = groups(batch, token_grant(batch, microbatch))
+            return stack_handles(handle_pieces(f, params, batch, pieces, plan_of(f, params, batch)))
 
     return handles
 
@@ -122,94 +126,93 @@ def gradient_rows(f: Function, microbatch: int | None, plan: Plan) -> Callable[[
         n = length(batch)
         J = {name: empty_rows(n, leaf) for name, leaf in params.items()}
         doubtful: set[str] = set()
-        values = []
-        for rows in slices(n, microbatch):
-            handles, value = _microbatch_handles(bare(f), params, take(batch, rows), plan)
+        values = next(iter(params.values())).new_empty(n)
+        for rows, part in microbatches(batch, microbatch):
+            handles, value = handles_of(bare(f), params, part, plan)
             for name, handle in handles.items():
-                J[name][rows].copy_(handle) if isinstance(handle, Tensor) else form(handle, J[name][rows])
+                _write(handle, J[name], rows)
             doubtful.update(_doubtful(handles))
-            values.append(value)
-        check_values(torch.cat(values), name_of(f))
+            values[rows] = value
+        check_values(values, name_of(f))
         check_rows({name: J[name] for name in params if name in doubtful})
         return J
 
     return dense
 
 
-def handle_rows(f: Function, microbatch: int | None, plan: Plan) -> Callable[[Tree, Any], Handles]:
-    """J in handles, without the checks of its inputs; values and factors are still checked."""
-
-    def factored(params: Tree, batch: Any) -> Handles:
-        parts: dict[str, list[Piece]] = {name: [] for name in params}
-        values = []
-        for rows in slices(length(batch), microbatch):
-            handles, value = _microbatch_handles(bare(f), params, take(batch, rows), plan)
-            _check_factors(handles, rows.start)
-            for name, handle in handles.items():
-                parts[name].append(smallest(handle, params[name]))
-            values.append(value)
-        check_values(torch.cat(values), name_of(f))
-        return {name: stack(found) for name, found in parts.items()}
-
-    return factored
+def _write(handle: Piece, J: Tensor, rows: slice | Tensor) -> None:
+    """Write a microbatch's gradients into their rows of J."""
+    if isinstance(handle, Tensor):
+        J[rows] = handle
+    elif isinstance(rows, slice):
+        form(handle, J[rows])
+    else:
+        for i, row in enumerate(rows.tolist()):
+            form(at(handle, slice(i, i + 1)), J[row : row + 1])
 
 
-def _check_factors(handles: dict[str, Piece], start: int) -> None:
+def handle_pieces(f: Function, params: Tree, batch: Any, pieces: Iterable[slice], plan: Plan) -> Iterator[Handles]:
+    """J in handles, a microbatch at a time, without the checks of its inputs; values and factors are checked."""
+    for rows in pieces:
+        handles, values = handles_of(bare(f), params, trim(take(batch, rows)), plan)
+        try:
+            check_values(values, name_of(f))
+            _check_factors(handles)
+        except NonFiniteError as error:
+            raise error.at(rows.start) from None
+        yield {name: smallest(handle, params[name]) for name, handle in handles.items()}
+
+
+def stack_handles(pieces: Iterable[Handles]) -> Handles:
+    """Make one J of those of successive microbatches."""
+    parts: dict[str, list[Handle]] = {}
+    for piece in pieces:
+        for name, handle in piece.items():
+            parts.setdefault(name, []).append(handle)
+    return {name: stack(found) for name, found in parts.items()}
+
+
+def write_out(pieces: Iterable[tuple[slice, Handles]], params: Tree, n: int) -> Tree:
+    """Make J, {name: [n, *shape]}, of its microbatches, in storage that is allocated once."""
+    J = {name: empty_rows(n, leaf) for name, leaf in params.items()}
+    for rows, piece in pieces:
+        for name, handle in piece.items():
+            form(handle, J[name][rows])
+    return J
+
+
+def _check_factors(handles: Mapping[str, Piece]) -> None:
     """Raise NonFiniteError naming sequence and parameter where what a gradient is made of is not finite."""
     for name in _doubtful(handles):
         for leaf in (leaf for leaf in tensors(handles[name]) if leaf.is_floating_point()):
-            try:
-                check_rows({name: leaf})
-            except NonFiniteError as error:
-                raise error.at(start) from None
+            check_rows({name: leaf})
 
 
-def _doubtful(handles: dict[str, Piece]) -> list[str]:
+def _doubtful(handles: Mapping[str, Piece]) -> list[str]:
     """Find the parameters whose rows may not be finite, as far as the factors tell."""
     return [name for name, handle in handles.items() if not all(is_bounded(part) for part in summands(handle))]
 
 
-def _microbatch_handles(f: Function, params: Tree, batch: Any, plan: Plan) -> tuple[dict[str, Piece], Tensor]:
-    """vmap over sequences of a reverse pass; f sees each as a batch of one: models want their leading dimension."""
-    constants = {name: leaf for name, leaf in params.items() if name in plan.captured}
-    traced = {name: leaf for name, leaf in params.items() if name not in plan.captured}
-    zero = next(iter(params.values())).new_zeros(())
-    uses: list[Use] = []
-
-    def one(p: Tree, x: Any) -> tuple[Tree, Tensor, list[Tensor], list[Tensor]]:
-        single = pytree.tree_map(lambda leaf: leaf[None] if isinstance(leaf, Tensor) else leaf, x)
-        layers: list[capture] = []
-
-        def value_at(p: Tree, zero: Tensor) -> tuple[Tensor, list[Tensor]]:
-            layers.append(capture(constants, constants, zero, plan))
-            with layers[0]:
-                value = f({name: p.get(name, leaf) for name, leaf in params.items()}, single)
-            check_output(value, 1, per_sequence=True)
-            return value, [*layers[0].inputs]
-
-        value, pull, inputs = func.vjp(value_at, p, zero, has_aux=True)  # pyright: ignore[reportAssignmentType]
-        # func.grad would record the backward pass for a third derivative that nobody asks for, and hold its memory.
-        with torch.no_grad():
-            dense, _ = pull(torch.ones_like(value))
-        back = [(i, c) for i, c in enumerate(layers[0].cotangents) if c is not None]
-        uses[:] = [layers[0].uses[i] for i, _ in back]
-        layers[0].release()
-        return dense, value[0], [inputs[i] for i, _ in back], [c for _, c in back]
-
-    sequences = pytree.tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, batch)
-    dense, values, inputs, cotangents = func.vmap(one, in_dims=(None, sequences), randomness="error")(traced, batch)
-    found: dict[str, list[Factored | Rows]] = {}
-    for use, a, delta in zip(uses, inputs, cotangents, strict=True):
-        found.setdefault(use.parameter, []).append(handle_of(use, a, delta, len(params[use.parameter])))
+def handles_of(f: Function, params: Tree, batch: Any, plan: Plan) -> tuple[dict[str, Piece], Tensor]:
+    """J of one microbatch in handles, and f's values [n]."""
+    found = forward(f, params, batch, plan)
+    dense = backward(found)
+    factors: dict[str, list[Factored | Rows]] = {}
+    for use in found.uses:
+        handle = handle_of(use, len(params[use.parameter]))
+        if handle is not None:
+            factors.setdefault(use.parameter, []).append(handle)
     # A captured parameter that nothing used, or whose every cotangent was zero, has gradient zero.
     handles: dict[str, Piece] = {
-        name: dense[name] if name in dense else summed_up(found.get(name, []), leaf, len(values))
+        name: dense[name] if name in dense else summed_up(factors.get(name, []), leaf, length(batch))
         for name, leaf in params.items()
     }
-    return handles, values
+    return handles, found.values.detach()
 
 
-def _vjp(f: Function, params: Tree, batch: Any, n: int) -> tuple[Tensor, Callable[[Tensor], tuple[Tree]]]:
+def pull_back(f: Function, params: Tree, batch: Any, n: int) -> tuple[Tensor, Callable[[Tensor], tuple[Tree]]]:
+    """f of n sequences, [n], and w ↦ (Jᵀw,)."""
+
     def value_at(p: Tree) -> Tensor:
         value = f(p, batch)
         check_output(value, n, per_sequence=True)
@@ -241,12 +244,12 @@ def vjp(f: Function, microbatch: int | None = None) -> Callable[[Tree, Any, Tens
         {'w': tensor([ 2., -4.])}
     """
 
-    def pull_back(params: Tree, batch: Any, weights: Tensor) -> tuple[Tree, Tensor]:
-        value, pull = _vjp(bare(f), params, batch, length(batch))
+    def one_microbatch(params: Tree, batch: Any, weights: Tensor) -> tuple[Tree, Tensor]:
+        value, pull = pull_back(bare(f), params, batch, length(batch))
         with torch.no_grad():
             return pull(weights.to(value.dtype))[0], value
 
-    total = summed(pull_back, microbatch)
+    total = summed(one_microbatch, microbatch)
 
     def product(params: Tree, batch: Any, weights: Shaped[Tensor, " n"]) -> Tree:
         with boundary(f, params, batch):
@@ -282,7 +285,7 @@ def jvp(f: Function, microbatch: int | None = None) -> Callable[[Tree, Any, Tree
         >>> jvp(f)({"w": torch.tensor([1.0, 2.0])}, torch.eye(2), {"w": torch.tensor([0.5, 0.5])})
         tensor([1., 2.])
     """
-    return _along(f, microbatch, _first_derivative)
+    return _along(f, microbatch, first_derivative)
 
 
 def curvature(f: Function, microbatch: int | None = None) -> Callable[[Tree, Any, Tree], Tensor]:
@@ -297,19 +300,19 @@ def curvature(f: Function, microbatch: int | None = None) -> Callable[[Tree, Any
         >>> curvature(f)({"w": torch.tensor([1.0, 2.0])}, torch.eye(2), {"w": torch.tensor([0.5, 0.5])})
         tensor([0.5000, 0.5000])
     """
-    return _along(f, microbatch, _second_derivative)
+    return _along(f, microbatch, second_derivative)
 
 
-def _first_derivative(f: Callable[[Tree], Tensor], params: Tree, direction: Tree) -> tuple[Tensor, Tensor]:
+def first_derivative(f: Callable[[Tree], Tensor], params: Tree, direction: Tree) -> tuple[Tensor, Tensor]:
     """f and its derivative along a direction."""
     value, tangent, *_ = func.jvp(f, (params,), (direction,))
     return value, tangent
 
 
-def _second_derivative(f: Callable[[Tree], Tensor], params: Tree, direction: Tree) -> tuple[Tensor, Tensor]:
+def second_derivative(f: Callable[[Tree], Tensor], params: Tree, direction: Tree) -> tuple[Tensor, Tensor]:
     """f and its second derivative along a direction."""
     with elementary():
-        (value, _), (_, second), *_ = func.jvp(lambda p: _first_derivative(f, p, direction), (params,), (direction,))
+        (value, _), (_, second), *_ = func.jvp(lambda p: first_derivative(f, p, direction), (params,), (direction,))
     return value, second
 
 

@@ -19,6 +19,8 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import functional as F
 
 from fkernel.func.storage import empty_rows
 from fkernel.shapes import Tensor
@@ -95,6 +97,25 @@ def count(handle: Handle) -> int:
     return sum(count(part) for part in handle.parts) if isinstance(handle, Stack) else len(tensors(handle)[0])
 
 
+def at(handle: Piece, rows: slice) -> Piece:
+    """Take some sequences of one microbatch's handle."""
+    match handle:
+        case Sum(parts):
+            return Sum(tuple(_rows_of(part, rows) for part in parts))
+        case _:
+            return _rows_of(handle, rows)
+
+
+def _rows_of(handle: Tensor | Factored | Rows, rows: slice) -> Tensor | Factored | Rows:
+    match handle:
+        case Factored(inputs, cotangents):
+            return Factored(inputs[rows], cotangents[rows])
+        case Rows(ids, cotangents, size):
+            return Rows(ids[rows], cotangents[rows], size)
+        case _:
+            return handle[rows]
+
+
 def tensors(handle: Handle) -> list[Tensor]:
     """List what a handle stores."""
     match handle:
@@ -146,25 +167,32 @@ def smallest(handle: Piece, like: Tensor) -> Piece:
     if isinstance(handle, Tensor) or sum(leaf[0].numel() for leaf in tensors(handle)) < like.numel():
         return handle
     out = empty_rows(count(handle), like)
-    form(handle, out)
+    if not isinstance(out, FakeTensor):  # a tensor without storage holds nothing to write
+        form(handle, out)
     return out
 
 
-def stack(parts: list[Piece]) -> Handle:
+def stack(parts: list[Handle]) -> Handle:
     """Make one handle of those of successive sequences.
 
     Example:
         >>> stack([torch.zeros(2, 3), torch.zeros(1, 3)]).shape
         torch.Size([3, 3])
     """
-    if len(parts) == 1:
-        return parts[0]
-    if all(isinstance(part, Tensor) for part in parts):
-        return torch.cat([part for part in parts if isinstance(part, Tensor)])
-    rows = [part for part in parts if isinstance(part, Rows)]
-    if len(rows) == len(parts):
-        return Rows(torch.cat([part.ids for part in rows]), torch.cat([part.cotangents for part in rows]), rows[0].size)
-    return Stack(tuple(parts))
+    flat = [piece for part in parts for piece in (part.parts if isinstance(part, Stack) else (part,))]
+    if len(flat) == 1:
+        return flat[0]
+    if all(isinstance(part, Tensor) for part in flat):
+        return torch.cat([part for part in flat if isinstance(part, Tensor)])
+    rows = [part for part in flat if isinstance(part, Rows)]
+    if len(rows) == len(flat):  # together, so that `compressed` sees all of a batch's ids
+        t = max(part.ids.shape[1] for part in rows)
+        return Rows(
+            torch.cat([F.pad(part.ids, (0, t - part.ids.shape[1])) for part in rows]),
+            torch.cat([F.pad(part.cotangents, (0, 0, 0, t - part.ids.shape[1])) for part in rows]),
+            rows[0].size,
+        )
+    return Stack(tuple(flat))
 
 
 def nbytes(handles: Handles) -> int:
@@ -188,13 +216,13 @@ def form(handle: Handle, out: Tensor, start: int = 0) -> None:
         tensor([[[ 10.,  20.],
                  [100., 200.]]])
     """
-    stop = start + out.shape[1]
+    stop = start + out.shape[1] if out.ndim > 1 else 0
     match handle:
         case Stack(parts):
-            at = 0
+            row = 0
             for part in parts:
-                form(part, out[at : at + count(part)], start)
-                at += count(part)
+                form(part, out[row : row + count(part)], start)
+                row += count(part)
         case Sum(parts):
             form(parts[0], out, start)
             for part in parts[1:]:
@@ -205,7 +233,7 @@ def form(handle: Handle, out: Tensor, start: int = 0) -> None:
             out.zero_()
             _add(handle, out, start)
         case _:
-            out.copy_(handle[:, start:stop])
+            out.copy_(handle[:, start:stop] if out.ndim > 1 else handle)
 
 
 def _add(handle: Tensor | Factored | Rows, out: Tensor, start: int) -> None:

@@ -2,6 +2,10 @@
 
 A function of (params, batch, …) whose result has one row a sequence is stacked over microbatches; one whose result is
 a sum over sequences is summed. Either way the value is the same for every microbatch size.
+
+Sequences differ in length, and padding costs what tokens cost. So a microbatch of size m is a grant of m times the
+longest sequence's tokens: shorter sequences travel in larger company, longest first, and padding that a whole
+microbatch shares is cut off.
 """
 
 from __future__ import annotations
@@ -13,13 +17,12 @@ import torch
 from torch.utils import _pytree as pytree
 
 from fkernel.errors import BatchError
-from fkernel.func.batch import length, take
-from fkernel.func.storage import empty_rows
+from fkernel.func.batch import by_length, length, lengths, take, trim
 from fkernel.shapes import Tensor, Tree
 
 
 def slices(n: int, size: int | None) -> Iterator[slice]:
-    """Cut n rows into microbatches of at most `size` (None: all at once).
+    """Cut n rows into pieces of at most `size` (None: all at once).
 
     Raises:
         BatchError: size is not a positive whole number.
@@ -28,36 +31,90 @@ def slices(n: int, size: int | None) -> Iterator[slice]:
         >>> [*slices(5, 2)]
         [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
     """
-    if size is not None and (not isinstance(size, int) or size < 1):
-        raise BatchError(f"microbatch is {size!r}; expected a positive whole number of sequences, or None for all.")
+    check_size(size)
     step = size or n
     for start in range(0, n, step):
         yield slice(start, min(start + step, n))
 
 
-def stacked(fn: Callable[..., Any], size: int | None) -> Callable[..., Any]:
-    """Wrap fn(params, batch, *rest) -> rows so that it sees `size` sequences at a time.
+def check_size(size: int | None) -> None:
+    """Raise BatchError unless a microbatch's size is a positive whole number, or None."""
+    if size is not None and (not isinstance(size, int) or size < 1):
+        raise BatchError(f"microbatch is {size!r}; expected a positive whole number of sequences, or None for all.")
 
-    The result (a tensor or a tree, every leaf with n rows) is filled into storage that is allocated once.
+
+def token_grant(batch: Any, size: int | None) -> int | None:
+    """Read a microbatch of `size` sequences as a number of tokens: `size` times the longest sequence's.
+
+    In a batch without `Sequences` every row counts as one token.
     """
+    check_size(size)
+    counts = lengths(batch)
+    return None if size is None else size * (1 if counts is None else int(counts.max()))
+
+
+def groups(batch: Any, tokens: int | None) -> Iterator[slice]:
+    """Cut a batch, as it is ordered, into microbatches of at most `tokens` tokens, padding included.
+
+    A sequence that is longer than the grant goes alone.
+
+    Example:
+        >>> from fkernel.func.batch import pad
+        >>> batch = pad([[1]] * 3, [[1] * 7, [1] * 3, [1] * 2])
+        >>> [*groups(batch, 8)]
+        [slice(0, 1, None), slice(1, 3, None)]
+    """
+    counts = lengths(batch)
+    each = [1] * length(batch) if counts is None else counts.tolist()
+    start, widest = 0, 0
+    for at, count in enumerate(each):
+        widest = max(widest, count)
+        if tokens is not None and at > start and (at + 1 - start) * widest > tokens:
+            yield slice(start, at)
+            start, widest = at, count
+    yield slice(start, len(each))
+
+
+def microbatches(batch: Any, size: int | None) -> Iterator[tuple[slice | Tensor, Any]]:
+    """Walk a batch in microbatches, longest sequences first: (their rows in the batch, the trimmed microbatch)."""
+    order = by_length(batch)
+    as_it_came = bool((order[1:] > order[:-1]).all())
+    ordered = batch if as_it_came else take(batch, order)
+    for rows in groups(ordered, token_grant(batch, size)):
+        yield rows if as_it_came else order[rows], trim(take(ordered, rows))
+
+
+def row_of(rows: slice | Tensor, row: int) -> int:
+    """Tell which row of the batch a microbatch's row is."""
+    return row + rows.start if isinstance(rows, slice) else int(rows[row])
+
+
+def stacked(fn: Callable[..., Any], size: int | None) -> Callable[..., Any]:
+    """Wrap fn(params, batch, *rest) -> tensors with one row a sequence so that it sees `size` sequences at a time."""
 
     def over_microbatches(params: Tree, batch: Any, *rest: Any) -> Any:
-        n = length(batch)
-        if size is None or size >= n:
-            return fn(params, batch, *rest)
-        out: list[Any] = []
+        order: list[Tensor] = []
+        done: list[list[Tensor]] = []
         spec = None
-        for rows in slices(n, size):
-            parts, spec = pytree.tree_flatten(fn(params, take(batch, rows), *rest))
-            if not out:
-                out = [empty_rows(n, part[0]) if isinstance(part, Tensor) else part for part in parts]
-            for whole, part in zip(out, parts, strict=True):
-                if isinstance(part, Tensor):
-                    whole[rows] = part
+        for rows, part in microbatches(batch, size):
+            leaves, spec = pytree.tree_flatten(fn(params, part, *rest))
+            if any(leaf.ndim > 1 for leaf in leaves):
+                return _unsorted(fn, params, batch, size, *rest)
+            order.append(torch.arange(length(batch))[rows])
+            done.append(leaves)
         assert spec is not None
-        return pytree.tree_unflatten(out, spec)
+        back = torch.cat(order).argsort()
+        return pytree.tree_unflatten([torch.cat(column)[back] for column in zip(*done, strict=True)], spec)
 
     return over_microbatches
+
+
+def _unsorted(fn: Callable[..., Any], params: Tree, batch: Any, size: int | None, *rest: Any) -> Any:
+    """More than one value a sequence: they may belong to tokens, so every column stays where it is."""
+    done = [pytree.tree_flatten(fn(params, take(batch, rows), *rest)) for rows in slices(length(batch), size)]
+    return pytree.tree_unflatten(
+        [torch.cat(column) for column in zip(*(leaves for leaves, _ in done), strict=True)], done[0][1]
+    )
 
 
 def summed(
@@ -67,11 +124,13 @@ def summed(
 
     def over_microbatches(params: Tree, batch: Any, weights: Tensor) -> tuple[Tree, Tensor]:
         total: Tree = {}
-        values: list[Tensor] = []
-        for rows in slices(length(batch), size):
-            part, value = fn(params, take(batch, rows), weights[rows])
-            total = {name: total[name].add_(part[name]) if total else part[name] for name in part}
-            values.append(value)
-        return total, torch.cat(values)
+        values: Tensor | None = None
+        for rows, part in microbatches(batch, size):
+            g, value = fn(params, part, weights[rows])
+            values = value.new_empty(length(batch)) if values is None else values
+            values[rows] = value
+            total = {name: total[name].add_(g[name]) if total else g[name] for name in g}
+        assert values is not None
+        return total, values
 
     return over_microbatches

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fkernel.shapes import Tensor
 
@@ -23,6 +24,6 @@ def empty_rows(n: int, like: Tensor) -> Tensor:
         torch.Size([2, 3])
     """
     shape = (n, *like.shape)
-    if like.device.type != "cpu" or like.dtype not in _NUMPY:
+    if like.device.type != "cpu" or like.dtype not in _NUMPY or isinstance(like, FakeTensor):
         return like.new_empty(shape)
     return torch.from_numpy(np.empty(shape, dtype=_NUMPY[like.dtype]))

@@ -2,12 +2,17 @@
 
 from fkernel.kernel.calibration import Calibration, calibrate
 from fkernel.kernel.fisher import influence, kernel
+from fkernel.kernel.planning import Estimate, Option, Strategy, estimate
 from fkernel.kernel.step import StepEffect, explain_step, loss_gradient, realised_change
 
 __all__ = [
     "Calibration",
+    "Estimate",
+    "Option",
     "StepEffect",
+    "Strategy",
     "calibrate",
+    "estimate",
     "explain_step",
     "influence",
     "kernel",

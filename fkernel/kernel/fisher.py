@@ -5,10 +5,9 @@
 
 P stands between the two gradients once. Rows are E, columns are U.
 
-The smaller side's gradients are held, as handles (`fkernel.func.handles`), and the other side's are streamed past
+One side's gradients are held, as handles (`fkernel.func.handles`) or written out, and the other side's stream past
 them a block at a time; a diagonal P is multiplied into the shards of their contraction, any other P is applied to
-dense rows of U. Where the held side does not fit the grant it is held a tile at a time, and the streamed side is
-computed anew for every tile.
+dense rows of U. `fkernel.kernel.planning.strategy` has the ways to do this under a memory grant.
 
 Source: the kernel is the Fisher kernel of T. Jaakkola & D. Haussler (1998), with the optimizer's diagonal in place of
 the inverse Fisher matrix; for f = log π and P = I it is the neural tangent kernel of A. Jacot et al. (2018).
@@ -16,26 +15,31 @@ the inverse Fisher matrix; for f = log π and P = I it is the neural tangent ker
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from fkernel import func, tree
-from fkernel.errors import BatchError, NonFiniteError
-from fkernel.func.batch import length, take
-from fkernel.func.boundary import check_inputs, explained
-from fkernel.func.gradient import gradient_rows, handle_rows, plan_of
-from fkernel.func.handles import Handles
-from fkernel.func.microbatch import slices
+from fkernel import func
+from fkernel.func.boundary import explained
+from fkernel.func.capture import Plan
+from fkernel.func.gradient import plan_of
+from fkernel.func.microbatch import check_size
 from fkernel.func.objective import Function
-from fkernel.kernel.budget import check_vectors_fit, rows_that_fit
+from fkernel.kernel.planning import MICROBATCH, Strategy, choose
+from fkernel.kernel.planning.passes import forward, microbatch_within, reverse
+from fkernel.kernel.recycling import recycled
+from fkernel.kernel.sides import (
+    Ordered,
+    blocks,
+    check_sides,
+    cuts_of,
+    gathered,
+    naming,
+    pieces_of,
+    transformed,
+    written_out,
+)
 from fkernel.precond import Diagonal, Preconditioner
 from fkernel.shapes import Tensor, Tree
-
-BLOCK = 64
-"""Sequences of the streamed side whose gradients are held at a time."""
-MICROBATCH = 8
-"""Sequences under way at once; on a CPU, larger ones are no faster (see benchmarks/)."""
 
 
 def kernel(
@@ -47,6 +51,8 @@ def kernel(
     *,
     memory: int | str | None = None,
     microbatch: int = MICROBATCH,
+    strategy: Strategy | None = None,
+    store: Path | str | None = None,
 ) -> Tensor:
     """Compute the kernel between two batches.
 
@@ -58,9 +64,14 @@ def kernel(
         E: the evaluation batch, n_E sequences (the rows).
         U: the update batch, n_U sequences (the columns).
         precond: P, any linear map tree → tree; it is given rows {name: [n, *shape]} of U's gradients.
-        memory: bytes (or "8GiB") granted to gradients; None holds the smaller side whole. Activations of a microbatch
-            and P itself come on top.
-        microbatch: sequences under way at once.
+        memory: a promise, in bytes or as "8GiB": gradients, activations, contraction and result stay below it, beside
+            the model, P and the batches; the fastest strategy that keeps it is chosen (`fkernel.estimate` tells which,
+            and what it will take). None holds the smaller side's handles whole.
+        microbatch: sequences of the greatest length under way at once, and so many tokens of shorter ones; a grant
+            may lower it.
+        strategy: how to compute it, instead of choosing; such as `fkernel.estimate(...).chosen.strategy`.
+        store: a directory for gradients on disk. With one, the strategy "store" is open to choice, and U's or E's
+            gradients that it holds from an earlier call (of the same θ and batch) are read, not computed.
 
     Returns:
         [n_E, n_U] in the parameters' dtype; positive where u's gradient raises f of e. Units: f², times P's.
@@ -78,33 +89,42 @@ def kernel(
                 [1., 1., 1.]])
     """
     check_sides(f, params, E, U)
-    n_E, n_U = length(E), length(U)
-    D = precond.d if isinstance(precond, Diagonal) else None
+    check_size(microbatch)
     with explained(params):
-        plan = plan_of(f, params, take(E, slice(0, 1)))
-    handles, dense = handle_rows(f, microbatch, plan), gradient_rows(f, microbatch, plan)
+        plan = plan_of(f, params, E)
+    if strategy is None:
+        dense_U = not isinstance(precond, Diagonal)
+        strategy = choose(f, params, E, U, plan, memory, microbatch, dense_U, store is not None)
+    with recycled():
+        return _executed(strategy, f, params, E, U, precond, plan, store)
 
-    def rows_E(batch: Any, start: int) -> Handles:
-        with naming("E", start), explained(params):
-            return handles(params, batch)
 
-    def rows_U(batch: Any, start: int) -> Handles:
-        with naming("U", start), explained(params):
-            if isinstance(precond, Diagonal):
-                return handles(params, batch)
-            J = dense(params, batch)
-        return _transformed(precond, J)
-
-    held, streamed, hold, stream = (E, U, rows_E, rows_U) if n_E <= n_U else (U, E, rows_U, rows_E)
-    K = next(iter(params.values())).new_empty(length(held), length(streamed))
-    capacity = rows_that_fit(params, memory, length(held), microbatch)
-    # The held side's factors are multiplied out once a block, so a block is no smaller than they are many.
-    block = max(BLOCK, length(held)) if memory is None else microbatch
-    for tile in slices(length(held), capacity):
-        J = hold(take(held, tile), tile.start)
-        for columns in slices(length(streamed), block):
-            K[tile, columns] = func.contract(J, stream(take(streamed, columns), columns.start), diagonal=D)
-    return K if held is E else K.T.contiguous()
+def _executed(
+    strategy: Strategy, f: Function, params: Tree, E: Any, U: Any, precond: Preconditioner, plan: Plan, store: Any
+) -> Tensor:
+    D = precond.d if isinstance(precond, Diagonal) else None
+    P = None if isinstance(precond, Diagonal) else precond
+    sides = {"E": Ordered("E", E), "U": Ordered("U", U)}
+    streamed_name = "U" if strategy.held == "E" else "E"
+    held, streamed = sides[strategy.held], sides[streamed_name]
+    cuts_h, cuts_s = cuts_of(held, strategy.tokens), cuts_of(streamed, strategy.tokens)
+    pieces_h = pieces_of(f, params, held, cuts_h, plan, P if strategy.held == "U" else None)
+    pieces_s = pieces_of(f, params, streamed, cuts_s, plan, P if streamed_name == "U" else None)
+    if strategy.name == "store":
+        raise NotImplementedError
+    K = next(iter(params.values())).new_empty(len(held), len(streamed))
+    for tile in blocks(held, cuts_h, strategy.tile):
+        rows = slice(cuts_h[tile[0]].start, cuts_h[tile[-1]].stop)
+        J = written_out(pieces_h, tile, cuts_h, params) if strategy.dense else gathered(pieces_h, tile)
+        if E is U and P is None and len(tile) == len(cuts_h):
+            K[:] = func.contract(J, J, diagonal=D)
+            break
+        for block in blocks(streamed, cuts_s, strategy.block):
+            columns = slice(cuts_s[block[0]].start, cuts_s[block[-1]].stop)
+            K[rows, columns] = func.contract(J, gathered(pieces_s, block), diagonal=D)
+    # K has the sides' own orders: put rows and columns back where the caller has them.
+    back = K[held.order.argsort()][:, streamed.order.argsort()]
+    return back if strategy.held == "E" else back.T.contiguous()
 
 
 def influence(
@@ -129,7 +149,8 @@ def influence(
         U: the update batch, n_U sequences.
         precond: P, any linear map tree → tree; it is given one tree {name: [*shape]}.
         weights: [n_U]; for a policy gradient, c·w_u·A_u.
-        memory: bytes granted to gradients. Three vectors of the parameters' size are held; a grant below is refused.
+        memory: a promise, in bytes or as "8GiB": three vectors of the parameters' size and a microbatch's activations
+            stay below it, beside the model, P and the batches. It lowers the microbatch as far as it must.
         microbatch: sequences under way at once.
 
     Returns:
@@ -146,36 +167,12 @@ def influence(
         tensor([3., 3.])
     """
     check_sides(f, params, E, U)
-    check_vectors_fit(params, memory)
-    with naming("U"):
-        towards = func.vjp(f, microbatch)(params, U, weights)
-    move = _transformed(precond, towards)
-    with naming("E"):
-        return func.jvp(f, microbatch)(params, E, move)
-
-
-def check_sides(f: Function, params: Tree, E: Any, U: Any) -> None:
-    """Check both batches before anything is computed from either, and say which one is at fault."""
-    for side, batch in (("E", E), ("U", U)):
-        with naming(side):
-            check_inputs(f, params, batch)
-
-
-@contextmanager
-def naming(side: str, start: int = 0) -> Iterator[None]:
-    """Say which batch an error belongs to, and count its row within the whole of it."""
-    try:
-        yield
-    except NonFiniteError as error:
-        place = "" if error.row is None else f"In {side}, row {{row}} of the whole batch: "
-        raise error.at(start, place) from error
-    except BatchError as error:
-        raise BatchError(f"In {side}: {error}") from error
-
-
-def _transformed(precond: Preconditioner, x: Tree) -> Tree:
-    """P x, where P may be anything that a caller wrote."""
-    image = precond(x)
-    tree.check_names(image, x, "the preconditioner's result", "the gradients")
-    tree.check_finite(image, "the preconditioner's result")
-    return image
+    check_size(microbatch)
+    m = microbatch_within(memory, microbatch, f, params, (E, U), (reverse, forward), vectors=3)
+    with recycled():
+        with naming("U"):
+            towards = func.vjp(f, m)(params, U, weights)
+        move = transformed(precond, towards)
+        del towards
+        with naming("E"):
+            return func.jvp(f, m)(params, E, move)

@@ -17,9 +17,13 @@ from einops import rearrange
 
 from fkernel import func, tree
 from fkernel.func.batch import length
-from fkernel.func.boundary import check_weights
+from fkernel.func.boundary import check_weights, explained
+from fkernel.func.gradient import plan_of
 from fkernel.func.objective import Function
-from fkernel.kernel.fisher import MICROBATCH, check_sides, kernel, naming
+from fkernel.kernel.fisher import kernel
+from fkernel.kernel.planning import MICROBATCH, choose
+from fkernel.kernel.planning.passes import bytes_of, forward, microbatch_within, reverse, twice_forward
+from fkernel.kernel.sides import check_sides, naming
 from fkernel.precond import AdamWState, AdamWStep, adamw_response, adamw_step, clip_factor
 from fkernel.precond.state import check_covers
 from fkernel.shapes import Tensor, Tree
@@ -126,7 +130,7 @@ def explain_step(
         weights: [n_U], w_u·A_u: loss weight times advantage (1/n_U times the advantage where the loss is a mean).
         state: AdamW's state before the step.
         max_norm: the gradient-clipping threshold, None for none.
-        memory: as in `kernel`.
+        memory: a promise as in `kernel`; vectors of the step, about six of the parameters' size, count too.
         microbatch: sequences under way at once.
 
     Returns:
@@ -148,17 +152,23 @@ def explain_step(
     """
     check_sides(f, params, E, U)
     check_covers(state, list(params), params, "params")
-    g, clip, norm = loss_gradient(f, params, U, weights, max_norm=max_norm, microbatch=microbatch)
+    # Alive beside the kernel: g, P_step and the three parts of Δθ; beside the curvature, their sum.
+    passes = (reverse, forward, twice_forward)
+    m = microbatch_within(memory, microbatch, f, params, (E, U), passes, vectors=6)
+    with explained(params):
+        plan = plan_of(f, params, E)
+    strategy = choose(f, params, E, U, plan, memory, microbatch, False, False, reserved=5 * bytes_of(params))
+    g, clip, norm = loss_gradient(f, params, U, weights, max_norm=max_norm, microbatch=m)
     step = adamw_step(params, {**g}, state)
-    K = kernel(f, params, E, U, adamw_response(state, {**g}), memory=memory, microbatch=microbatch)
-    jvp = func.jvp(f, microbatch)
+    K = kernel(f, params, E, U, adamw_response(state, {**g}), strategy=strategy)
+    jvp = func.jvp(f, m)
     with naming("E"):
         effect = StepEffect(
             kernel=K,
             contributions=K * rearrange(clip * weights.to(K), "u -> 1 u"),
             momentum=jvp(params, E, step.momentum),
             decay=jvp(params, E, step.decay),
-            curvature=0.5 * func.curvature(f, microbatch)(params, E, step.total),
+            curvature=0.5 * func.curvature(f, m)(params, E, step.total),
             clip=clip,
             grad_norm=norm,
         )

@@ -1,0 +1,1 @@
+"""The exact kernel against other implementations of it, in time and in value. `python -m benchmarks.peers`."""

@@ -1,0 +1,161 @@
+"""What a kernel will take, before it is started: memory, disk and time of every strategy, and which will be chosen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fkernel.errors import BatchError
+from fkernel.func.batch import length, lengths
+from fkernel.func.boundary import explained
+from fkernel.func.capture import Plan
+from fkernel.func.gradient import plan_of
+from fkernel.func.microbatch import check_size
+from fkernel.func.objective import Function
+from fkernel.kernel.budget import parse_bytes
+from fkernel.kernel.planning.machine import Rates, rates
+from fkernel.kernel.planning.strategy import MICROBATCH, Option, Strategy, cost, default, options
+from fkernel.kernel.planning.workload import Workload, workload
+from fkernel.kernel.sides import check_sides
+from fkernel.precond import Diagonal, Preconditioner
+from fkernel.shapes import Tree
+
+
+class Estimate(NamedTuple):
+    """What a kernel will take.
+
+    Attributes:
+        options: one a strategy: "memory", "factored", "store", "recompute".
+        chosen: the one that `fkernel.kernel` takes with the same arguments; None where none is feasible.
+        budget: the granted bytes, or None.
+        workload: what was counted.
+        rates: what this machine does in a second.
+    """
+
+    options: tuple[Option, ...]
+    chosen: Option | None
+    budget: int | None
+    workload: Workload
+    rates: Rates
+
+    @property
+    def reason(self) -> str:
+        """Why the chosen strategy is chosen, or what would be needed."""
+        if self.chosen is None:
+            return str(_too_small(self.options, self.budget, self.workload))
+        if self.budget is None:
+            return "no memory grant was given: the smaller side's handles are held whole"
+        slower = sorted(o.seconds / self.chosen.seconds for o in self.options if not o.why_not and o is not self.chosen)
+        return f"fastest feasible; the next takes {slower[0]:.2f} times as long" if slower else "the only feasible one"
+
+
+def estimate(
+    f: Function,
+    params: Tree,
+    E: Any,
+    U: Any,
+    precond: Preconditioner,
+    *,
+    memory: int | str | None = None,
+    microbatch: int = MICROBATCH,
+    store: Path | str | None = None,
+) -> Estimate:
+    """Predict memory, disk and time of `fkernel.kernel` with the same arguments, without computing a gradient.
+
+    Work is counted by running f on tensors without storage; this machine's rates are measured once, in a few seconds,
+    and kept in ``$FKERNEL_CACHE``.
+
+    Args:
+        f: (params, batch) -> [n].
+        params: θ.
+        E: the evaluation batch.
+        U: the update batch.
+        precond: P; a `precond.Diagonal` stands in the contraction, any other callable needs dense rows of U.
+        memory: as in `fkernel.kernel`.
+        microbatch: as in `fkernel.kernel`.
+        store: as in `fkernel.kernel`.
+
+    Raises:
+        BatchError, TreeError, ModelError: as `fkernel.kernel`. A grant that nothing fits is not an error here.
+
+    Example:
+        >>> import torch
+        >>> from fkernel import precond
+        >>> f = lambda params, x: torch.nn.functional.linear(x, params["w"]).square().sum((1, 2))
+        >>> params, x = {"w": torch.ones(8, 8)}, torch.ones(4, 2, 8)
+        >>> found = estimate(f, params, x, x, precond.identity(), memory="1MB")
+        >>> [option.name for option in found.options]
+        ['memory', 'factored', 'store', 'recompute']
+    """
+    check_sides(f, params, E, U)
+    check_size(microbatch)
+    with explained(params):
+        plan = plan_of(f, params, E)
+    return estimated(f, params, E, U, plan, memory, microbatch, not isinstance(precond, Diagonal), store is not None)
+
+
+def estimated(
+    f: Function,
+    params: Tree,
+    E: Any,
+    U: Any,
+    plan: Plan,
+    memory: int | str | None,
+    microbatch: int,
+    dense_U: bool,
+    store: bool,
+) -> Estimate:
+    """Estimate, for callers that have checked their arguments and made the plan."""
+    budget = None if memory is None else parse_bytes(memory)
+    with explained(params):
+        load = workload(f, params, E, U, plan, dense_U)
+    return weighed(load, rates(next(iter(params.values())).dtype), budget, microbatch, store)
+
+
+def weighed(load: Workload, speed: Rates, budget: int | None, microbatch: int, store: bool) -> Estimate:
+    """Estimate from a workload."""
+    found = options(load, speed, budget, microbatch, store)
+    if budget is None:
+        n_E, n_U = (len(load.tokens[side]) for side in ("E", "U"))
+        usual = default(n_E, n_U, load.longest, microbatch, load.dense_U)
+        return Estimate(found, cost(load, speed, usual), budget, load, speed)
+    feasible = [option for option in found if not option.why_not]
+    chosen = min(feasible, key=lambda option: option.seconds) if feasible else None
+    return Estimate(found, chosen, budget, load, speed)
+
+
+def choose(
+    f: Function,
+    params: Tree,
+    E: Any,
+    U: Any,
+    plan: Plan,
+    memory: int | str | None,
+    microbatch: int,
+    dense_U: bool,
+    store: bool,
+    reserved: int = 0,
+) -> Strategy:
+    """Choose how to compute a kernel within what a grant leaves beside some reserved bytes.
+
+    Raises:
+        BatchError: the grant is too small for every strategy; the message says what would be needed.
+    """
+    if memory is None:
+        T = max(1 if counts is None else int(counts.max()) for counts in (lengths(E), lengths(U)))
+        return default(length(E), length(U), T, microbatch, dense_U)
+    budget = parse_bytes(memory)
+    found = estimated(f, params, E, U, plan, max(0, budget - reserved), microbatch, dense_U, store)
+    if found.chosen is None:
+        raise _too_small(found.options, budget, found.workload, reserved)
+    return found.chosen.strategy
+
+
+def _too_small(found: tuple[Option, ...], budget: int | None, load: Workload, reserved: int = 0) -> BatchError:
+    least = min(option.needs for option in found) + reserved
+    beside = f"{reserved} bytes of vectors, " if reserved else ""
+    return BatchError(
+        f"memory={budget} bytes is too small for every strategy: for {load.size} parameters and sequences of "
+        f"{load.longest} tokens the smallest, one sequence of each side at a time, needs {beside}its activations, its "
+        f"gradients and the kernel itself. Give at least {least} bytes, or shorten the sequences."
+    )

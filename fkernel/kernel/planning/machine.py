@@ -1,0 +1,156 @@
+"""How fast this machine is: five rates, measured once in a few seconds and kept.
+
+A prediction of time is a count of work (`fkernel.func.work`) divided by these. They are measured with the operations
+that the engine spends its time in, at sizes of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+
+from fkernel.func.gradient import handles_of, plan_of
+from fkernel.func.work import Work, work_of
+from fkernel.kernel.recycling import recycled
+from fkernel.places import default_cache_root
+from fkernel.shapes import Tree
+
+MB = 1 << 20
+
+
+class Rates(NamedTuple):
+    """What one machine does in a second, for one dtype.
+
+    Attributes:
+        flops: floating-point operations of matrix products.
+        moved: bytes read and written by all other operations.
+        call: seconds that an operation takes before it computes anything.
+        write: bytes written to disk and synchronised.
+        read: bytes read back from a mapped file.
+    """
+
+    flops: float
+    moved: float
+    call: float
+    write: float
+    read: float
+
+    def seconds(self, work: Work) -> float:
+        """Predict the time of some work: its parts do not overlap."""
+        return work.flops / self.flops + (work.weights + work.moved) / self.moved + work.calls * self.call
+
+
+def rates(dtype: torch.dtype = torch.float32, directory: Path | None = None) -> Rates:
+    """Return this machine's rates; the first call on a machine measures them (a few seconds) and keeps them in a file.
+
+    Args:
+        dtype: of the parameters.
+        directory: where the file lives; ``$FKERNEL_CACHE`` or ``~/.cache/fkernel`` by default.
+    """
+    path = (directory or default_cache_root()) / "rates.json"
+    key = (
+        f"{platform.node()} · {_processor()} · {torch.get_num_threads()} threads · torch {torch.__version__} · {dtype}"
+    )
+    known = _read(path)
+    try:
+        return Rates(*known[key])
+    except (KeyError, TypeError):
+        pass
+    measured = calibrate(dtype)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
+            json.dump({**known, key: measured}, file, indent=1)
+        os.replace(file.name, path)
+    except OSError:
+        pass  # a machine without a writable cache measures again next time
+    return measured
+
+
+def calibrate(dtype: torch.dtype = torch.float32) -> Rates:
+    """Measure the rates now."""
+    with recycled():
+        flops, moved, call = _products(dtype), _moves(dtype), _calls(dtype)
+    write, read = _disk()
+    return Rates(flops, moved, call, write, read)
+
+
+def _products(dtype: torch.dtype) -> float:
+    x, W = torch.randn(1024, 1024, dtype=dtype), torch.randn(1024, 1024, dtype=dtype)
+    out = torch.empty(1024, 1024, dtype=dtype)
+    return 2 * 1024**3 / _median(lambda: torch.mm(x, W, out=out))
+
+
+def _moves(dtype: torch.dtype) -> float:
+    x = torch.ones(8 * MB, dtype=dtype)
+    return 2 * x.numel() * x.element_size() / _median(lambda: x * 2.0)
+
+
+def _calls(dtype: torch.dtype) -> float:
+    """Time a reverse pass whose arithmetic is negligible."""
+    params: Tree = {str(layer): torch.eye(8, dtype=dtype) for layer in range(40)}
+    x = torch.ones(1, 2, 8, dtype=dtype)
+
+    def f(p: Tree, x: Any) -> torch.Tensor:
+        for W in p.values():
+            x = torch.nn.functional.linear(x, W).tanh() + x.mean(-1, keepdim=True)
+        return x.sum((1, 2))
+
+    plan = plan_of(f, params, x)
+    work = work_of(lambda p, x: handles_of(f, p, x, plan), params, x)
+    return _median(lambda: handles_of(f, params, x, plan)) / work.calls
+
+
+def _disk() -> tuple[float, float]:
+    size = 128 * MB
+    block = bytes(os.urandom(MB))
+    with tempfile.TemporaryFile() as file:
+        start = time.perf_counter()
+        for _ in range(size // MB):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+        middle = time.perf_counter()
+        file.seek(0)
+        room = bytearray(MB)
+        while file.readinto(room):
+            pass
+        return size / (middle - start), size / (time.perf_counter() - middle)
+
+
+def _median(fn: Callable[[], Any], seconds: float = 0.4) -> float:
+    """Time a call: the median of as many repetitions as fit, after two to warm up."""
+    times: list[float] = []
+    for _ in range(2):
+        fn()
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until or len(times) < 5:
+        start = time.perf_counter()
+        fn()
+        times.append(time.perf_counter() - start)
+    return median(times)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

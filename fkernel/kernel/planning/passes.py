@@ -1,0 +1,90 @@
+"""How many sequences may be under way in passes that hold vectors of the parameters' size and no gradient a sequence.
+
+    vjp          total + one microbatch's Jᵀw + m · activations
+    jvp          direction + m · activations, values and tangents
+    curvature    the same, with second tangents
+
+Activations are counted on one sequence of the greatest length (`fkernel.func.work`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import ceil
+from typing import Any
+
+import torch
+
+from fkernel import tree
+from fkernel.errors import BatchError
+from fkernel.func.batch import by_length, take, trim
+from fkernel.func.boundary import explained
+from fkernel.func.gradient import first_derivative, pull_back, second_derivative
+from fkernel.func.objective import Function, bare
+from fkernel.func.work import work_of
+from fkernel.kernel.budget import parse_bytes
+from fkernel.kernel.planning.strategy import USABLE
+from fkernel.shapes import Tree
+
+Pass = Callable[[Function, Tree, Any], Any]
+
+
+def reverse(f: Function, params: Tree, batch: Any) -> Any:
+    """One vjp."""
+    value, pull = pull_back(bare(f), params, batch, 1)
+    return pull(torch.ones_like(value)), value
+
+
+def forward(f: Function, params: Tree, batch: Any) -> Any:
+    """One jvp, along the parameters themselves: the cost does not depend on the direction."""
+    return first_derivative(lambda p: bare(f)(p, batch), params, params)
+
+
+def twice_forward(f: Function, params: Tree, batch: Any) -> Any:
+    """One curvature."""
+    return second_derivative(lambda p: bare(f)(p, batch), params, params)
+
+
+def bytes_of(params: Tree) -> int:
+    """Bytes of one vector of the parameters' size."""
+    return sum(leaf.numel() * leaf.element_size() for leaf in params.values())
+
+
+def microbatch_within(
+    memory: int | str | None,
+    microbatch: int,
+    f: Function,
+    params: Tree,
+    batches: tuple[Any, ...],
+    passes: tuple[Pass, ...],
+    vectors: int,
+) -> int:
+    """Find the largest microbatch whose passes stay within a grant.
+
+    Args:
+        memory: the grant; None leaves the microbatch as it is.
+        microbatch: the largest that is wanted.
+        f: (params, batch) -> [n].
+        params: θ.
+        batches: those that the passes run over.
+        passes: of `reverse`, `forward`, `twice_forward`.
+        vectors: vectors of the parameters' size that are held meanwhile.
+
+    Raises:
+        BatchError: one sequence at a time does not fit; the message says what would.
+    """
+    if memory is None:
+        return microbatch
+    held = vectors * bytes_of(params)
+    longest = [trim(take(batch, by_length(batch)[:1])) for batch in batches]
+    with explained(params):
+        each = max(work_of(lambda p, x, one=one: one(f, p, x), params, x).peak for one in passes for x in longest)
+    budget = parse_bytes(memory)
+    fitting = int(budget * USABLE - held) // max(each, 1)
+    if fitting < 1:
+        needed = ceil((held + each) / USABLE)
+        raise BatchError(
+            f"memory={memory!r} cannot hold {vectors} vectors of {tree.size(params)} parameters ({held} bytes) and one "
+            f"sequence's activations ({each} bytes); give at least {needed} bytes, or shorten the sequences."
+        )
+    return min(microbatch, fitting)

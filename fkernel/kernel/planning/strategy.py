@@ -1,0 +1,190 @@
+"""Four ways to the same kernel, and what each takes.
+
+One side's gradients are held, the other's stream past them a block at a time, and every pair of a held and a streamed
+gradient meets once:
+
+    for tile in held:  J = gradients(tile)
+        for block in streamed:  K[tile, block] = contract(J, gradients(block))
+
+    memory      one tile, written out: every gradient is computed once and multiplied out once
+    factored    one tile, in handles: smaller, but multiplied out again for every block
+    store       several tiles; what streams past the first is written to disk, and read for the others
+    recompute   several tiles; what streams is computed again for every tile
+
+Below, a side has n sequences of t₁ ≥ t₂ ≥ … tokens, P parameters; h of the held ones are a tile, in `tiles` of them.
+
+    bytes     held (h·P, or h handles) + one block's handles + the larger of activations and contraction tiles + K
+    seconds   gradients of both sides (once; the streamed side `tiles` times where it is computed again)
+              + multiplying out (held: once, or once a block; streamed: once a tile) + 2 n_E n_U P + disk
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import ceil
+from typing import Literal, NamedTuple
+
+from fkernel.func.contract import tile_bytes
+from fkernel.kernel.planning.machine import Rates
+from fkernel.kernel.planning.workload import Workload
+
+MICROBATCH = 8
+"""Sequences under way at once; on a CPU, larger ones are no faster (see benchmarks/)."""
+BLOCK = 64
+"""Streamed sequences of the greatest length a block, at most, where more gain nothing that their memory would not."""
+USABLE = 0.9
+"""Share of a grant that is planned with; allocators round up, and leave holes."""
+
+Name = Literal["memory", "factored", "store", "recompute"]
+NAMES: tuple[Name, ...] = ("memory", "factored", "store", "recompute")
+Side = Literal["E", "U"]
+
+
+class Strategy(NamedTuple):
+    """How a kernel is computed; every one gives the same numbers.
+
+    Attributes:
+        name: which of the four.
+        held: the side whose gradients are kept while the other's stream past.
+        tile: tokens of the held side that are kept at a time (None: all).
+        block: tokens of the streamed side that are kept at a time (None: all).
+        tokens: tokens under way in one microbatch (None: all).
+        dense: whether the held gradients are written out.
+    """
+
+    name: Name
+    held: Side
+    tile: int | None
+    block: int | None
+    tokens: int | None
+    dense: bool
+
+
+class Option(NamedTuple):
+    """A strategy, and what it takes.
+
+    Attributes:
+        strategy: how, in the form that is fastest under the budget, or smallest where none fits.
+        memory: bytes beside the model, the optimizer's state, the preconditioner and the batches.
+        disk: bytes.
+        seconds: predicted time.
+        why_not: why it cannot be chosen; empty where it can.
+    """
+
+    strategy: Strategy
+    memory: int
+    disk: int
+    seconds: float
+    why_not: str = ""
+
+    @property
+    def name(self) -> Name:
+        """Which of the four."""
+        return self.strategy.name
+
+    @property
+    def needs(self) -> int:
+        """Bytes that a grant must have for it."""
+        return ceil(self.memory / USABLE)
+
+
+def default(n_E: int, n_U: int, T: int, microbatch: int, dense_U: bool) -> Strategy:
+    """What is done where no memory is granted: the smaller side's handles are held whole."""
+    held: Side = "E" if n_E <= n_U else "U"
+    # The held side's factors are multiplied out once a block, so a block is no smaller than they are many; rows of U
+    # that a preconditioner made are too large to be held by the block.
+    block = microbatch if dense_U and held == "E" else max(BLOCK, min(n_E, n_U))
+    return Strategy("factored", held, None, block * T, microbatch * T, dense_U and held == "U")
+
+
+def options(
+    load: Workload, rates: Rates, budget: int | None, microbatch: int, store: bool = False
+) -> tuple[Option, ...]:
+    """Find the fastest form of each strategy under a budget.
+
+    Args:
+        load: what is to be done.
+        rates: how fast the machine is.
+        budget: bytes; None for no bound.
+        microbatch: sequences of the greatest length under way at once, at most.
+        store: whether there is a directory to store gradients in.
+
+    Returns:
+        One `Option` a strategy, in the order of the module's table.
+    """
+    found = []
+    for name in NAMES:
+        tried = [cost(load, rates, strategy) for strategy in _forms(load, microbatch, name)]
+        fitting = [option for option in tried if budget is None or option.needs <= budget]
+        if not fitting:
+            least = min(tried, key=lambda option: option.memory)
+            found.append(least._replace(why_not=f"needs {least.needs} bytes"))
+        elif name == "store" and not store:
+            best = min(fitting, key=lambda option: option.seconds)
+            found.append(best._replace(why_not="no directory was given (store=)"))
+        else:
+            found.append(min(fitting, key=lambda option: option.seconds))
+    return tuple(found)
+
+
+def _forms(load: Workload, microbatch: int, name: Name) -> Iterator[Strategy]:
+    """Walk the forms of a strategy: which side is held, how much of it, written out or not, how wide a microbatch."""
+    T = load.longest
+    pairs: tuple[tuple[Side, Side], ...] = (("E", "U"), ("U", "E"))
+    for held, streamed in pairs:
+        total_h, total_s = sum(load.tokens[held]), sum(load.tokens[streamed])
+        one_tile = name in ("memory", "factored")
+        written_out = (name == "memory",) if one_tile else (False, True)
+        if load.dense_U and held == "U":
+            written_out = (True,)
+        for m in sorted({microbatch, max(1, microbatch // 2), max(1, microbatch // 4), 1}):
+            for dense in written_out:
+                most = min(BLOCK * T, total_s) if dense or load.dense_U else total_s
+                for block in sorted({m * T, *(b for b in _parts(most) if b > m * T)}):
+                    for tile in (None,) if one_tile else [h for h in _parts(total_h) if T <= h < total_h] or [T]:
+                        yield Strategy(name, held, tile, block, m * T, dense)
+
+
+def _parts(n: int) -> list[int]:
+    """A number and its parts, by ratios of about 1.4."""
+    sizes = []
+    while n >= 1:
+        sizes.append(n)
+        n = min(n - 1, int(n / 1.4))
+    return sizes
+
+
+def cost(load: Workload, rates: Rates, strategy: Strategy) -> Option:
+    """Predict what a strategy takes, by the formulas above."""
+    name, held, tile, block, tokens, dense = strategy
+    streamed = "U" if held == "E" else "E"
+    T, row = load.longest, load.row
+    n_h, n_s = len(load.tokens[held]), len(load.tokens[streamed])
+    # Sequences of the greatest length stand first, so the first tile, block and microbatch are the largest.
+    h, s = _rows(load.tokens[held], tile), _rows(load.tokens[streamed], block)
+    m = max(1, (tokens or T) // T)
+    tiles, blocks = ceil(n_h / h), ceil(n_s / s)
+
+    rows_of_U = load.dense_U and streamed == "U"
+    each_h = row if dense else load.kept_by(held, h)
+    each_s = 3 * row if rows_of_U else load.kept_by(streamed, s)
+    beside = m * (load.peak(T) + (2 * row if load.dense_U else 0))
+    contracting = min(tile_bytes((0 if dense else h) + (0 if rows_of_U else s), load.itemsize), (h + s) * row)
+    memory = n_h * n_s * 2 * load.itemsize + h * s * 12 + h * each_h
+    memory += max(s * each_s + contracting, max(0, s - m) * each_s + beside)
+    memory += m * each_s if name == "store" else 0  # a shard's bytes on their way to the disk
+
+    seconds = load.producing(held, m, rates) + load.multiplying(held, rates) * (1 if dense else blocks)
+    seconds += load.producing(streamed, m, rates) * (tiles if name == "recompute" else 1)
+    seconds += load.multiplying(streamed, rates) * tiles + 2.0 * n_h * n_s * load.size / rates.flops
+    seconds += blocks * n_h * row / rates.moved if dense else 0.0
+    disk = n_s * each_s if name == "store" else 0
+    seconds += disk / rates.write + (tiles - 1) * disk / rates.read
+    return Option(strategy, memory, disk, seconds)
+
+
+def _rows(counts: list[int], tokens: int | None) -> int:
+    """How many sequences, the longest first, so many tokens hold."""
+    if tokens is None:
+        return len(counts)
+    return min(len(counts), max(1, tokens * len(counts) // sum(counts)))

@@ -1,0 +1,173 @@
+"""What a kernel between two batches has to do, counted before it is done.
+
+Work is counted on one sequence of the greatest length, and for ragged batches on two shorter ones, by running the
+engine on tensors without storage (`fkernel.func.work`). Everything in a transformer's pass is a polynomial of second
+degree in the number of tokens, so three lengths give all.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from fkernel import tree
+from fkernel.func.batch import Sequences, find_sequences, length, lengths, take, trim
+from fkernel.func.capture import Plan
+from fkernel.func.gradient import handles_of
+from fkernel.func.handles import Factored, Handles, Rows, Stack, Sum, smallest
+from fkernel.func.objective import Function, bare
+from fkernel.func.work import Work, work_of
+from fkernel.kernel.planning.machine import Rates
+from fkernel.shapes import Tree
+
+
+class Curve(NamedTuple):
+    """Work of one sequence as a polynomial of its tokens: the Lagrange polynomial through what was counted."""
+
+    points: tuple[tuple[int, Work], ...]
+
+    def __call__(self, t: float) -> Work:
+        """Interpolate the work of a sequence of t tokens."""
+        total = [0.0] * len(Work._fields)
+        for i, (x, work) in enumerate(self.points):
+            weight = 1.0
+            for j, (other, _) in enumerate(self.points):
+                if i != j:
+                    weight *= (t - other) / (x - other)
+            total = [sum_ + weight * value for sum_, value in zip(total, work, strict=True)]
+        flops, weights, moved, calls, peak, kept = total
+        return Work(flops, weights, moved, round(calls), round(peak), round(kept))
+
+
+class Workload:
+    """What is to be done, in numbers.
+
+    Attributes:
+        tokens: {"E": tokens of each sequence, "U": …}, longest first.
+        size: parameters.
+        itemsize: bytes of one.
+        forming: floating-point operations that multiplying out one token's factors takes.
+        gradients: work of one sequence's gradient in handles, by its tokens.
+        dense_U: whether U's gradients must be rows, because the preconditioner is an arbitrary function.
+    """
+
+    def __init__(
+        self,
+        tokens: dict[str, list[int]],
+        size: int,
+        itemsize: int,
+        forming: float,
+        gradients: Curve,
+        dense_U: bool = False,
+    ) -> None:
+        """Take the numbers."""
+        self.tokens, self.size, self.itemsize = tokens, size, itemsize
+        self.forming, self.gradients, self.dense_U = forming, gradients, dense_U
+
+    @property
+    def row(self) -> int:
+        """Bytes of one dense gradient."""
+        return self.size * self.itemsize
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(max(counts) for counts in self.tokens.values())
+
+    def producing(self, side: str, microbatch: int, rates: Rates) -> float:
+        """Predict the seconds that one side's handles take, in microbatches of so many longest sequences."""
+        total, at, counts = 0.0, 0, self.tokens[side]
+        while at < len(counts):
+            company = max(1, microbatch * self.longest // counts[at])
+            together = counts[at : at + company]
+            total += rates.seconds(self.gradients(counts[at]).times(len(together)))
+            at += company
+        return total
+
+    def multiplying(self, side: str, rates: Rates) -> float:
+        """Predict the seconds that multiplying out one side's handles takes: a tile is written and read."""
+        n, tokens = len(self.tokens[side]), sum(self.tokens[side])
+        return tokens * self.forming / rates.flops + 2 * n * self.row / rates.moved
+
+    def kept_by(self, side: str, n: int) -> int:
+        """Bytes that the handles of one sequence take, on average over a side's n longest."""
+        return sum(self.kept(t) for t in self.tokens[side][:n]) // n
+
+    def kept(self, t: int) -> int:
+        """Bytes that the handles of one sequence of t tokens take."""
+        return max(0, self.gradients(t).kept)
+
+    def peak(self, t: int) -> int:
+        """Bytes that are alive at once, at most, while they are made."""
+        return max(self.gradients(t).peak, self.kept(t))
+
+
+def workload(f: Function, params: Tree, E: Any, U: Any, plan: Plan, dense_U: bool = False) -> Workload:
+    """Count what a kernel between two batches has to do.
+
+    Args:
+        f: (params, batch) -> [n].
+        params: θ.
+        E: the evaluation batch.
+        U: the update batch.
+        plan: which layers are captured.
+        dense_U: whether U's gradients must be rows.
+    """
+    counts = {side: _each(batch) for side, batch in (("E", E), ("U", U))}
+    tokens = {side: sorted(each, reverse=True) for side, each in counts.items()}
+    side, batch = ("E", E) if tokens["E"][0] >= tokens["U"][0] else ("U", U)
+    longest = counts[side].index(tokens[side][0])
+    one = trim(take(batch, slice(longest, longest + 1)))
+    return counted(f, params, one, tokens, plan, dense_U)
+
+
+def counted(
+    f: Function, params: Tree, one: Any, tokens: dict[str, list[int]], plan: Plan, dense_U: bool = False
+) -> Workload:
+    """Count on a batch of one, the longest sequence, for sides of known lengths, longest first.
+
+    Parameters and batch may lie on the meta device: no value is looked at.
+    """
+    made: list[Handles] = []
+
+    def gradient(p: Tree, x: Any) -> Handles:
+        handles, _ = handles_of(bare(f), p, x, plan)
+        made[:] = [{name: smallest(handle, p[name]) for name, handle in handles.items()}]
+        return made[0]
+
+    T = max(tokens["E"][0], tokens["U"][0])
+    points = [(T, work_of(gradient, params, one))]
+    forming = sum(_forming(handle) for handle in made[0].values()) / T
+    if len({*tokens["E"], *tokens["U"]}) > 1:
+        points += [(t, work_of(gradient, params, x)) for t, x in _shortened(one, (0.5, 0.25))]
+    made.clear()
+    leaf = next(iter(params.values()))
+    return Workload(tokens, tree.size(params), leaf.element_size(), forming, Curve(tuple(points)), dense_U)
+
+
+def _each(batch: Any) -> list[int]:
+    counts = lengths(batch)
+    return [1] * length(batch) if counts is None else counts.tolist()
+
+
+def _shortened(one: Any, shares: tuple[float, ...]) -> list[tuple[int, Any]]:
+    """Cut the only `Sequences` of a batch of one; a batch that holds several, or is too short, is not cut."""
+    found = find_sequences(one)
+    if len(found) != 1 or not isinstance(one, Sequences):
+        return []
+    T = one.input_ids.shape[1]
+    cuts = sorted({max(2, round(T * share)) for share in shares} - {T}, reverse=True)
+    return [(t, Sequences(*(leaf[:, :t] for leaf in one))) for t in cuts]
+
+
+def _forming(handle: Any) -> float:
+    """Count the operations that multiply out one sequence's factors."""
+    match handle:
+        case Sum(parts) | Stack(parts):
+            return sum(_forming(part) for part in parts)
+        case Factored(inputs, cotangents):
+            return 2.0 * inputs.shape[1] * inputs.shape[2] * cotangents.shape[2]
+        case Rows():
+            return 0.0
+        case _:
+            return 0.0

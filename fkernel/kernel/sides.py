@@ -1,0 +1,124 @@
+"""One side of a kernel: a batch in the order that the engine likes, cut into microbatches, and the gradients of each.
+
+Whatever goes wrong with a sequence is told with the side's name and the row that the caller knows it by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from fkernel import tree
+from fkernel.errors import BatchError, NonFiniteError
+from fkernel.func.batch import by_length, length, lengths, take, trim
+from fkernel.func.boundary import check_inputs, explained
+from fkernel.func.capture import Plan
+from fkernel.func.gradient import handle_pieces, stack_handles, write_out
+from fkernel.func.handles import Handles
+from fkernel.func.microbatch import groups
+from fkernel.func.objective import Function
+from fkernel.precond import Preconditioner
+from fkernel.shapes import Tensor, Tree
+
+
+class Ordered:
+    """A batch, longest sequences first, without the padding that all of it shares.
+
+    Attributes:
+        name: "E" or "U".
+        batch: the ordered batch.
+        order: [n], which row of the caller's batch each of its rows is.
+    """
+
+    def __init__(self, name: str, batch: Any) -> None:
+        """Order a batch."""
+        self.name, self.order = name, by_length(batch)
+        moved = bool((self.order[1:] < self.order[:-1]).any())
+        self.batch = trim(take(batch, self.order) if moved else batch)
+        counts = lengths(self.batch)
+        self.tokens = [1] * len(self.order) if counts is None else counts.tolist()
+
+    def __len__(self) -> int:
+        """Count its sequences."""
+        return len(self.order)
+
+
+Pieces = Callable[[int], Handles]
+"""The gradients of a side's i-th microbatch."""
+
+
+def pieces_of(
+    f: Function, params: Tree, side: Ordered, cuts: Sequence[slice], plan: Plan, P: Preconditioner | None = None
+) -> Pieces:
+    """Make the function that computes a microbatch's gradients, as handles, or as rows that P has been applied to."""
+
+    def piece(i: int) -> Handles:
+        part = take(side.batch, cuts[i])
+        with naming(side.name, side.order[cuts[i]]), explained(params):
+            (handles,) = handle_pieces(f, params, part, [slice(0, length(part))], plan)
+            if P is None:
+                return handles
+        n = length(part)
+        return {**transformed(P, write_out([(slice(0, n), handles)], params, n))}
+
+    return piece
+
+
+def blocks(side: Ordered, cuts: Sequence[slice], tokens: int | None) -> Iterator[list[int]]:
+    """Gather successive microbatches into blocks of at most so many tokens; one that is larger goes alone."""
+    block: list[int] = []
+    held = 0
+    for i, rows in enumerate(cuts):
+        size = (rows.stop - rows.start) * side.tokens[rows.start]
+        if block and tokens is not None and held + size > tokens:
+            yield block
+            block, held = [], 0
+        block.append(i)
+        held += size
+    yield block
+
+
+def cuts_of(side: Ordered, tokens: int | None) -> list[slice]:
+    """Cut a side into microbatches."""
+    return [*groups(side.batch, tokens)]
+
+
+def gathered(pieces: Pieces, block: Sequence[int]) -> Handles:
+    """Hold the gradients of some microbatches as they are."""
+    return stack_handles(pieces(i) for i in block)
+
+
+def written_out(pieces: Pieces, block: Sequence[int], cuts: Sequence[slice], params: Tree) -> Tree:
+    """Hold the gradients of some microbatches written out; handles are let go of one microbatch at a time."""
+    start = cuts[block[0]].start
+    rows = [slice(cuts[i].start - start, cuts[i].stop - start) for i in block]
+    return write_out(zip(rows, (pieces(i) for i in block), strict=True), params, rows[-1].stop)
+
+
+def check_sides(f: Function, params: Tree, E: Any, U: Any) -> None:
+    """Check both batches before anything is computed from either, and say which one is at fault."""
+    for side, batch in (("E", E), ("U", U)):
+        with naming(side):
+            check_inputs(f, params, batch)
+
+
+@contextmanager
+def naming(side: str, order: Tensor | None = None) -> Iterator[None]:
+    """Say which batch an error belongs to, and name its row as the caller counts: row i here is row order[i] there."""
+    try:
+        yield
+    except NonFiniteError as error:
+        moved = 0 if error.row is None or order is None else int(order[error.row]) - error.row
+        place = "" if error.row is None else f"In {side}, row {{row}} of the whole batch: "
+        raise error.at(moved, place) from error
+    except BatchError as error:
+        raise BatchError(f"In {side}: {error}") from error
+
+
+def transformed(precond: Preconditioner, x: Tree) -> Tree:
+    """P x, where P may be anything that a caller wrote."""
+    image = precond(x)
+    tree.check_names(image, x, "the preconditioner's result", "the gradients")
+    tree.check_finite(image, "the preconditioner's result")
+    return image
