@@ -6,13 +6,14 @@ ARGS   ?=
 BIN   := .venv/bin
 READY := .venv/.ready
 BUILD := docs/_build
+PEERS := .venv-peers/.ready
 
 # Nothing here needs a model hub: policies are trained or built from a configuration.
 export HF_HUB_OFFLINE := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench docs clean
+.PHONY: help demo test lint bench scale peers docs clean
 .DELETE_ON_ERROR:
 
 help: ## List these targets
@@ -32,6 +33,12 @@ lint: $(READY) ## Check style, format and types
 bench: $(READY) ## Measure speed and memory, print ratios to the limit, save JSON
 	@$(BIN)/python -m benchmarks $(ARGS)
 
+scale: $(READY) ## Exact kernels of a 494M-parameter model within 8 GiB, save JSON (about ten minutes)
+	@$(BIN)/python -m benchmarks.scale $(ARGS)
+
+peers: $(READY) $(PEERS) ## Compare with the research code's method and with bergson, save JSON
+	@$(BIN)/python -m benchmarks.peers $(ARGS)
+
 docs: $(READY) ## Build the pages (they execute) and run their examples; warnings are errors
 	@$(BIN)/sphinx-build -q -E -W --keep-going -d $(BUILD)/doctrees -b html docs $(BUILD)/html
 	@$(BIN)/sphinx-build -q -W --keep-going -d $(BUILD)/doctrees -b doctest docs $(BUILD)/doctest
@@ -46,4 +53,12 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Setting up .venv; the first time takes some minutes (torch is large)."
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# A peer lives in a virtual environment of its own. Its torchvision and torchaudio do not load beside this torch.
+$(PEERS): constraints.txt
+	@$(PYTHON) -m venv .venv-peers
+	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt bergson==2.5.1
+	@.venv-peers/bin/python -m pip uninstall --quiet --yes torchvision torchaudio
 	@touch $@

@@ -20,7 +20,8 @@ import torch
 
 from benchmarks.limits import MICROBATCH, plain_backward
 from benchmarks.models import THREADS, build
-from fkernel import func, influence
+from fkernel import func, influence, kernel, precond
+from fkernel.kernel.planning import rates
 
 ROOT = Path(__file__).resolve().parent.parent
 MB = 1e6
@@ -62,6 +63,15 @@ def effect(shape: str = "small", n_E: int = MICROBATCH, n_U: int = 64, T: int = 
     return lambda: influence(subject.f, subject.params, E, U, P, weights)
 
 
+def granted(shape: str = "base", n_E: int = 16, n_U: int = 32, T: int = 128, grant: int = 700) -> Callable[[], Any]:
+    """The kernel of n_E × n_U sequences within a grant of so many MB."""
+    subject = build(shape)
+    E, U = subject.batch(n_E, T, 1), subject.batch(n_U, T, 2)
+    diagonal = precond.diagonal({name: 1.0 / (leaf.abs() + 0.1) for name, leaf in subject.params.items()})
+    rates()  # measured once on a machine, and not part of any kernel
+    return lambda: kernel(subject.f, subject.params, E, U, diagonal, memory=int(grant * MB))
+
+
 def scaled(x: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A preconditioner without a memory of its own."""
     return {name: 0.5 * leaf for name, leaf in x.items()}
@@ -71,6 +81,7 @@ MEASURED: dict[str, Callable[..., Callable[[], Any]]] = {
     "per_sequence_grad": rows,
     "plain batched backward": backward,
     "influence": effect,
+    "kernel within a grant": granted,
 }
 
 

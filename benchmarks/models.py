@@ -32,6 +32,15 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_attention_heads": 4,
         "vocab_size": 64,
     },
+    # 494M parameters: Qwen2.5-0.5B
+    "half-billion": {
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+    },
     # 25k parameters: for finding out whether a benchmark runs at all
     "tiny": {
         "hidden_size": 32,
@@ -103,8 +112,7 @@ def build(shape: str) -> Subject:
 
     sizes = SHAPES[shape]
     config = Qwen2Config(
-        **sizes,  # pyright: ignore[reportArgumentType]
-        num_key_value_heads=sizes["num_attention_heads"],
+        **{"num_key_value_heads": sizes["num_attention_heads"], **sizes},  # pyright: ignore[reportArgumentType]
         max_position_embeddings=512,
         tie_word_embeddings=True,
         bos_token_id=0,

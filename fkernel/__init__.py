@@ -11,12 +11,14 @@ from fkernel.errors import (
     ModelError,
     NonFiniteError,
     OptimizerStateError,
+    StoreError,
     TreeError,
 )
 from fkernel.kernel import (
     Calibration,
     Estimate,
     Option,
+    Rounded,
     StepEffect,
     Strategy,
     calibrate,
@@ -26,6 +28,7 @@ from fkernel.kernel import (
     kernel,
     loss_gradient,
     realised_change,
+    rounded_kernel,
 )
 
 __version__ = "0.1.0"
@@ -39,7 +42,9 @@ __all__ = [
     "NonFiniteError",
     "OptimizerStateError",
     "Option",
+    "Rounded",
     "StepEffect",
+    "StoreError",
     "Strategy",
     "TreeError",
     "calibrate",
@@ -51,5 +56,6 @@ __all__ = [
     "loss_gradient",
     "precond",
     "realised_change",
+    "rounded_kernel",
     "tree",
 ]

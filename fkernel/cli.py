@@ -1,10 +1,14 @@
 """The command line: parse, delegate, and say in one line what the user can mend.
 
-Exit codes: 0 done; 2 the user's mistake; 1 ours, or a demo whose prediction missed its bounds.
+Exit codes: 0 done; 2 the user's mistake; 1 ours, a demo whose prediction missed its bounds, or a memory grant that
+nothing fits.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -21,11 +25,6 @@ BOUNDS = {"first_order": 0.02, "second_order": 0.003}
 """Largest relative error of the demo's prediction, against the step really taken."""
 
 
-@app.callback()
-def main() -> None:
-    """Keep `demo` a subcommand while it is the only one."""
-
-
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Directory for the results and the pictures.")] = Path("demo-out"),
@@ -39,18 +38,49 @@ def demo(
 
     Example: fkernel demo --out demo-out
     """
-    console = Console()
+    with _said():
+        missed = _demo(Console(), out, cache, seed, rows)
+    for line in missed:
+        _complain(f"the prediction missed its bounds: {line}")
+    if missed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def estimate(
+    model: Annotated[str, typer.Argument(help="A directory with config.json, or a shape: hidden_size=896,…")],
+    n_u: Annotated[int, typer.Option("--n-u", help="Update sequences.")] = 32,
+    n_e: Annotated[int, typer.Option("--n-e", help="Evaluation sequences.")] = 16,
+    tokens: Annotated[int, typer.Option(help="Tokens of each sequence, prompt and response together.")] = 128,
+    memory: Annotated[str | None, typer.Option(help="Grant beside the model, such as 8GiB (default: none).")] = None,
+    store: Annotated[bool, typer.Option("--store", help="Gradients may be stored on disk.")] = False,
+    dtype: Annotated[str, typer.Option(help="The parameters' dtype: float32 or float64.")] = "float32",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Predict memory, disk and time of a kernel, without loading any weights.
+
+    Example: fkernel estimate path/to/model --n-u 32 --n-e 16 --tokens 128 --memory 8GiB
+    """
+    with _said():
+        feasible = _estimate(model, n_u, n_e, tokens, memory, store, dtype, as_json)
+    if not feasible:
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _said() -> Iterator[None]:
+    """Say a mistake in one line, and exit."""
     from fkernel.errors import DemoError, FKernelError  # here, so that --help does not wait for torch
 
     try:
-        missed = _demo(console, out, cache, seed, rows)
+        yield
     except (FKernelError, OSError) as error:
-        Console(stderr=True).print(f"fkernel: {error}", style="red", markup=False, highlight=False)
+        _complain(str(error))
         raise typer.Exit(1 if isinstance(error, DemoError) else 2) from error
-    for line in missed:
-        Console(stderr=True).print(f"fkernel: the prediction missed its bounds: {line}", style="red", markup=False)
-    if missed:
-        raise typer.Exit(1)
+
+
+def _complain(text: str) -> None:
+    Console(stderr=True).print(f"fkernel: {text}", style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 def _demo(console: Console, out: Path, cache: Path | None, seed: int, rows: int) -> list[str]:
@@ -77,3 +107,34 @@ def _demo(console: Console, out: Path, cache: Path | None, seed: int, rows: int)
         if value.pearson < 0.9999 or abs(value.slope - 1) > 0.02 or value.relative_error > bound:
             missed.append(f"{name} {value}, bounds r ≥ 0.9999, slope 1 ± 0.02, relative error ≤ {bound}")
     return missed
+
+
+def _estimate(
+    model: str, n_u: int, n_e: int, tokens: int, memory: str | None, store: bool, dtype: str, as_json: bool
+) -> bool:
+    """Print an estimate; tell whether anything is feasible."""
+    from fkernel.errors import BatchError, ModelError
+
+    for option, given, least in (("--n-u", n_u, 1), ("--n-e", n_e, 1), ("--tokens", tokens, 2)):
+        if given < least:
+            raise BatchError(f"{option} is {given}; expected at least {least}.")
+    if dtype not in ("float32", "float64"):
+        raise ModelError(f"--dtype is {dtype!r}; fkernel differentiates in float32 or float64.")
+    with Console(stderr=True).status("counting what the model does, and measuring this machine once"):
+        import torch
+
+        from fkernel import report
+        from fkernel.checkpoint import estimate_model
+
+        found = estimate_model(model, n_u, n_e, tokens, memory=memory, store=store, dtype=getattr(torch, dtype))
+    if as_json:
+        typer.echo(json.dumps(report.estimate_record(found), indent=1))
+    else:
+        console = Console()
+        wide = console if console.width >= 100 or console.is_terminal else Console(width=100)
+        wide.print(report.estimate_table(found))
+        if found.chosen:
+            wide.print(report.estimate_line(found), highlight=False, soft_wrap=True)
+    if not found.chosen:
+        _complain(report.estimate_line(found))
+    return found.chosen is not None

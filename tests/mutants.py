@@ -211,7 +211,7 @@ MUTATIONS = [
     Mutation(
         "rows and columns swapped", "preconditioner_stands_on_one_side",
         "kernel/fisher.py", 'back if strategy.held == "E" else back.T.contiguous()',
-        'back.reshape(len(sides["E"]), -1)',
+        'back if strategy.held == "E" else back.reshape(back.shape[::-1])',
     ),
     Mutation(
         "shifted mask", "scores_are_tempered_sums_over_the_response",

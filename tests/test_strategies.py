@@ -11,14 +11,19 @@ from fkernel.kernel.planning.strategy import NAMES, cost, options
 from fkernel.kernel.planning.workload import Curve
 from tests.cases import EXAMPLES
 
-RATES = Rates(flops=1e11, moved=1e10, call=5e-6, write=1e9, read=2e9)
+RATES = Rates(flops=1e11, moved=1e10, call=5e-6, forming=1e11, write=1e9, read=2e9)
 
 
 def forms(T: int):
     """Strategies of every kind, whole and in pieces."""
-    yield from (fk.Strategy("memory", held, None, block, 2 * T, True) for held, block in (("E", T), ("U", None)))
-    yield from (fk.Strategy("factored", held, None, block, T, False) for held, block in (("E", None), ("U", 2 * T)))
-    yield from (fk.Strategy("recompute", held, T, 2 * T, None, dense) for held, dense in (("E", True), ("U", False)))
+    return [
+        fk.Strategy("memory", "E", None, T, 2 * T, True),
+        fk.Strategy("memory", "U", None, None, 2 * T, True),
+        fk.Strategy("factored", "E", None, None, T, False),
+        fk.Strategy("factored", "U", None, 2 * T, T, False),
+        fk.Strategy("recompute", "E", T, 2 * T, None, True),
+        fk.Strategy("recompute", "U", T, 2 * T, None, False),
+    ]
 
 
 @pytest.mark.parametrize("arbitrary", [False, True], ids=["diagonal", "any callable"])
@@ -96,6 +101,7 @@ def test_an_estimate_chooses_what_kernel_takes(case):
     tight = fk.estimate(S, params, E, U, P, memory=min(option.needs for option in ample.options) + 1000)
     assert tight.chosen is not None
     for found in (ample, tight):
+        assert found.chosen is not None
         K = fk.kernel(S, params, E, U, P, strategy=found.chosen.strategy)
         torch.testing.assert_close(K, expected, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(fk.kernel(S, params, E, U, P, memory=found.budget), expected, rtol=1e-9, atol=1e-12)

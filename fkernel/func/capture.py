@@ -98,7 +98,11 @@ class capture(TorchFunctionMode):
 
     def _note(self, func: Callable[..., Any], args: Any, kwargs: Any, out: Any) -> None:
         """Remember another use of a watched parameter; one that the plan did not foresee is an error."""
-        for leaf in pytree.tree_leaves((args, kwargs)):
+        # Every operation passes here, so most of them must pass quickly: what is nested is looked into only if need be.
+        given = [*args, *kwargs.values()]
+        if any(isinstance(arg, (list, tuple, dict)) for arg in given):
+            given = pytree.tree_leaves(given)
+        for leaf in given:
             name = self.names.get(id(leaf))
             if name is None or not any(isinstance(part, Tensor) for part in pytree.tree_leaves(out)):
                 continue  # a shape, a dtype: no gradient passes

@@ -20,7 +20,6 @@ from fkernel import tree
 from fkernel.errors import BatchError, NonFiniteError, TreeError
 from fkernel.func.boundary import check_rows
 from fkernel.func.handles import Handle, Handles, Rows, compressed, count, form, shape_of, tensors
-from fkernel.func.storage import empty_rows
 from fkernel.shapes import Tensor, Tree
 
 TILE_COLUMNS = 1 << 17
@@ -107,7 +106,7 @@ def _shards(x: Handle, y: Handle, D: Tensor | None, dtype: torch.dtype) -> Itera
             elif not isinstance(y, Tensor) and not same:
                 right.mul_(d)
             else:
-                room = empty_rows(m * min(step, shape[0]), left.new_empty(width)) if room is None else room
+                room = left.new_empty(m * min(step, shape[0]), width) if room is None else room
                 right = torch.mul(right, d, out=room[: m * r].view(m, r * width))
         yield left, right
 
@@ -119,7 +118,7 @@ def _tiles(x: Handle, step: int, dtype: torch.dtype) -> Callable[[int, int], Ten
     if isinstance(x, Tensor) and x.dtype == dtype:
         flat = x.flatten(1)
         return lambda start, r: flat[:, start * width : (start + r) * width]
-    room = empty_rows(n * min(step, shape[0]), tensors(x)[-1].new_empty(width, dtype=dtype))
+    room = tensors(x)[-1].new_empty(n * min(step, shape[0]), width, dtype=dtype)
 
     def formed(start: int, r: int) -> Tensor:
         out = room[: n * r].view(n, r, *shape[1:])

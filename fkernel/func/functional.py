@@ -76,6 +76,22 @@ def make_functional(
     """
     named = dict(model.named_parameters())
     chosen = _choose(named, select)
+    meta = [name for name, parameter in named.items() if parameter.is_meta]
+    if meta:
+        raise ModelError(f"{listing(meta)} lie on the meta device and hold no values; load the weights first.")
+    return split(model, chosen)
+
+
+def split(model: nn.Module, chosen: Iterable[str]) -> tuple[Apply, Tree]:
+    """Split without `make_functional`'s checks; the parameters may lie on the meta device, where nothing has a value.
+
+    Example:
+        >>> with torch.device("meta"):
+        ...     layer = nn.Linear(2, 3)
+        >>> split(layer, ["bias"])[1]
+        {'bias': tensor(..., device='meta', size=(3,))}
+    """
+    named = dict(model.named_parameters())
     module = _structural_copy(model)
     _put_right(module)
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None  # pyright: ignore
@@ -112,9 +128,6 @@ def _choose(named: dict[str, nn.Parameter], select: Iterable[str] | Callable[[st
                 f"A tied weight goes by the first of its names."
             )
         chosen = [name for name in named if name in set(wanted)]
-    meta = [name for name, parameter in named.items() if parameter.is_meta]
-    if meta:
-        raise ModelError(f"{listing(meta)} lie on the meta device and hold no values; load the weights first.")
     return chosen
 
 

@@ -32,15 +32,15 @@ from fkernel.func.capture import Plan, backward, forward, handle_of, make_plan
 from fkernel.func.elementary import elementary
 from fkernel.func.handles import (
     Factored,
-    Handle,
     Handles,
     Piece,
     Rows,
     at,
     form,
     is_bounded,
+    packed,
     smallest,
-    stack,
+    stack_handles,
     summands,
     summed_up,
     tensors,
@@ -160,25 +160,7 @@ def handle_pieces(f: Function, params: Tree, batch: Any, pieces: Iterable[slice]
             _check_factors(handles)
         except NonFiniteError as error:
             raise error.at(rows.start) from None
-        yield {name: smallest(handle, params[name]) for name, handle in handles.items()}
-
-
-def stack_handles(pieces: Iterable[Handles]) -> Handles:
-    """Make one J of those of successive microbatches."""
-    parts: dict[str, list[Handle]] = {}
-    for piece in pieces:
-        for name, handle in piece.items():
-            parts.setdefault(name, []).append(handle)
-    return {name: stack(found) for name, found in parts.items()}
-
-
-def write_out(pieces: Iterable[tuple[slice, Handles]], params: Tree, n: int) -> Tree:
-    """Make J, {name: [n, *shape]}, of its microbatches, in storage that is allocated once."""
-    J = {name: empty_rows(n, leaf) for name, leaf in params.items()}
-    for rows, piece in pieces:
-        for name, handle in piece.items():
-            form(handle, J[name][rows])
-    return J
+        yield packed({name: smallest(handle, params[name]) for name, handle in handles.items()})
 
 
 def _check_factors(handles: Mapping[str, Piece]) -> None:

@@ -15,15 +15,15 @@ Source: I. Goodfellow, "Efficient per-example gradient computations" (2015), for
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
-from fkernel.func.storage import empty_rows
-from fkernel.shapes import Tensor
+from fkernel.func.storage import LEAST, empty_rows, mapped
+from fkernel.shapes import Tensor, Tree
 
 
 class Factored(NamedTuple):
@@ -195,10 +195,58 @@ def stack(parts: list[Handle]) -> Handle:
     return Stack(tuple(flat))
 
 
+def packed(handles: Handles) -> Handles:
+    """Copy what handles store into one map of memory, what they share once, so that nothing is kept among temporaries.
+
+    Handles on an accelerator, whose allocator keeps its own house, and tensors that take no storage stay as they are.
+    """
+    stored = {
+        _key(leaf): leaf
+        for handle in handles.values()
+        for leaf in tensors(handle)
+        if leaf.device.type == "cpu" and 0 not in leaf.stride()
+    }
+    starts, size = {}, 0
+    for key, leaf in stored.items():
+        starts[key] = size
+        size += -(-leaf.numel() * leaf.element_size() // 64) * 64
+    if size < LEAST:
+        return handles
+    room = mapped(size)
+    moved = {}
+    for key, leaf in stored.items():
+        end = starts[key] + leaf.numel() * leaf.element_size()
+        moved[key] = room[starts[key] : end].view(leaf.dtype).view(leaf.shape).copy_(leaf)
+    return {name: _replaced(handle, moved) for name, handle in handles.items()}
+
+
+def _key(leaf: Tensor) -> tuple[object, ...]:
+    """Tell tensors apart by what they look at: two views of one storage are two tensors."""
+    return leaf.data_ptr(), leaf.dtype, leaf.shape, leaf.stride()
+
+
+def _replaced(handle: Handle, moved: dict[tuple[object, ...], Tensor]) -> Handle:
+    match handle:
+        case Sum(parts):
+            return Sum(tuple(_replaced(part, moved) for part in parts))  # pyright: ignore[reportArgumentType]
+        case Stack(parts):
+            return Stack(tuple(_replaced(part, moved) for part in parts))  # pyright: ignore[reportArgumentType]
+        case Factored(inputs, cotangents):
+            return Factored(_moved(inputs, moved), _moved(cotangents, moved))
+        case Rows(ids, cotangents, size):
+            return Rows(_moved(ids, moved), _moved(cotangents, moved), size)
+        case _:
+            return _moved(handle, moved)
+
+
+def _moved(leaf: Tensor, moved: dict[tuple[object, ...], Tensor]) -> Tensor:
+    return moved.get(_key(leaf), leaf)
+
+
 def nbytes(handles: Handles) -> int:
     """Count the bytes that handles store, what they share once."""
-    leaves = {leaf.data_ptr(): leaf for handle in handles.values() for leaf in tensors(handle)}
-    return sum(leaf.numel() * leaf.element_size() for leaf in leaves.values())
+    leaves = {_key(leaf): leaf for handle in handles.values() for leaf in tensors(handle)}
+    return sum(leaf.numel() * leaf.element_size() for leaf in leaves.values() if 0 not in leaf.stride())
 
 
 def form(handle: Handle, out: Tensor, start: int = 0) -> None:
@@ -260,3 +308,21 @@ def compressed(x: Rows, y: Rows, diagonal: Tensor | None) -> tuple[Rows, Rows, T
     size = len(touched)
     kept = None if diagonal is None else diagonal[touched]
     return Rows(x_ids, x.cotangents, size), Rows(y_ids, y.cotangents, size), kept
+
+
+def stack_handles(pieces: Iterable[Handles]) -> Handles:
+    """Make one J of those of successive microbatches."""
+    parts: dict[str, list[Handle]] = {}
+    for piece in pieces:
+        for name, handle in piece.items():
+            parts.setdefault(name, []).append(handle)
+    return {name: stack(found) for name, found in parts.items()}
+
+
+def write_out(pieces: Iterable[tuple[slice, Handles]], params: Tree, n: int) -> Tree:
+    """Make J, {name: [n, *shape]}, of its microbatches, in storage that is allocated once."""
+    J = {name: empty_rows(n, leaf) for name, leaf in params.items()}
+    for rows, piece in pieces:
+        for name, handle in piece.items():
+            form(handle, J[name][rows])
+    return J

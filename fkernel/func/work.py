@@ -57,7 +57,8 @@ def work_of(fn: Callable[..., Any], params: Tree, *rest: Any) -> Work:
         pretended = [_faked(fake, leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         args = pytree.tree_unflatten(pretended, spec)
         inside = {leaf.untyped_storage()._cdata for leaf in args[0].values()}
-        counting, flops = _Count(inside), FlopCounterMode(display=False)
+        given = {leaf.untyped_storage()._cdata for leaf in _tensors(args[1:])}
+        counting, flops = _Count(inside, given), FlopCounterMode(display=False)
         with flops, counting:
             result = fn(*args)
             kept = counting.live
@@ -75,9 +76,9 @@ class _Count(TorchDispatchMode):
     A view moves nothing. Sizes are those of what is really read: a tensor that is expanded is as large as its storage.
     """
 
-    def __init__(self, parameters: set[int]) -> None:
+    def __init__(self, parameters: set[int], given: set[int]) -> None:
         super().__init__()
-        self.parameters, self.alive = parameters, set[int]()
+        self.parameters, self.alive = parameters, set(given)  # a view of what was given makes nothing new
         self.weights = self.moved = 0.0
         self.calls = self.live = self.peak = 0
 

@@ -3,12 +3,14 @@
 from fkernel.kernel.calibration import Calibration, calibrate
 from fkernel.kernel.fisher import influence, kernel
 from fkernel.kernel.planning import Estimate, Option, Strategy, estimate
+from fkernel.kernel.rounded import Rounded, rounded_kernel
 from fkernel.kernel.step import StepEffect, explain_step, loss_gradient, realised_change
 
 __all__ = [
     "Calibration",
     "Estimate",
     "Option",
+    "Rounded",
     "StepEffect",
     "Strategy",
     "calibrate",
@@ -18,4 +20,5 @@ __all__ = [
     "kernel",
     "loss_gradient",
     "realised_change",
+    "rounded_kernel",
 ]

@@ -15,29 +15,33 @@ the inverse Fisher matrix; for f = log π and P = I it is the neural tangent ker
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from fkernel import func
+from fkernel.errors import BatchError
 from fkernel.func.boundary import explained
 from fkernel.func.capture import Plan
 from fkernel.func.gradient import plan_of
-from fkernel.func.microbatch import check_size
 from fkernel.func.objective import Function
-from fkernel.kernel.planning import MICROBATCH, Strategy, choose
+from fkernel.kernel.planning import Strategy, choose, usual_microbatch
 from fkernel.kernel.planning.passes import forward, microbatch_within, reverse
 from fkernel.kernel.recycling import recycled
 from fkernel.kernel.sides import (
     Ordered,
+    Pieces,
     blocks,
     check_sides,
     cuts_of,
     gathered,
     naming,
     pieces_of,
+    rows_under,
     transformed,
     written_out,
 )
+from fkernel.kernel.stored import stored
 from fkernel.precond import Diagonal, Preconditioner
 from fkernel.shapes import Tensor, Tree
 
@@ -50,7 +54,7 @@ def kernel(
     precond: Preconditioner,
     *,
     memory: int | str | None = None,
-    microbatch: int = MICROBATCH,
+    microbatch: int | None = None,
     strategy: Strategy | None = None,
     store: Path | str | None = None,
 ) -> Tensor:
@@ -67,8 +71,8 @@ def kernel(
         memory: a promise, in bytes or as "8GiB": gradients, activations, contraction and result stay below it, beside
             the model, P and the batches; the fastest strategy that keeps it is chosen (`fkernel.estimate` tells which,
             and what it will take). None holds the smaller side's handles whole.
-        microbatch: sequences of the greatest length under way at once, and so many tokens of shorter ones; a grant
-            may lower it.
+        microbatch: sequences of the greatest length under way at once, and so many tokens of shorter ones; None:
+            eight, or as many as have 1024 tokens. A grant may lower it.
         strategy: how to compute it, instead of choosing; such as `fkernel.estimate(...).chosen.strategy`.
         store: a directory for gradients on disk. With one, the strategy "store" is open to choice, and U's or E's
             gradients that it holds from an earlier call (of the same θ and batch) are read, not computed.
@@ -89,7 +93,7 @@ def kernel(
                 [1., 1., 1.]])
     """
     check_sides(f, params, E, U)
-    check_size(microbatch)
+    microbatch = usual_microbatch(microbatch, E, U)
     with explained(params):
         plan = plan_of(f, params, E)
     if strategy is None:
@@ -100,31 +104,49 @@ def kernel(
 
 
 def _executed(
-    strategy: Strategy, f: Function, params: Tree, E: Any, U: Any, precond: Preconditioner, plan: Plan, store: Any
+    strategy: Strategy,
+    f: Function,
+    params: Tree,
+    E: Any,
+    U: Any,
+    precond: Preconditioner,
+    plan: Plan,
+    store: Path | str | None,
 ) -> Tensor:
+    held, streamed = (Ordered("E", E), Ordered("U", U))[:: 1 if strategy.held == "E" else -1]
     D = precond.d if isinstance(precond, Diagonal) else None
-    P = None if isinstance(precond, Diagonal) else precond
-    sides = {"E": Ordered("E", E), "U": Ordered("U", U)}
-    streamed_name = "U" if strategy.held == "E" else "E"
-    held, streamed = sides[strategy.held], sides[streamed_name]
-    cuts_h, cuts_s = cuts_of(held, strategy.tokens), cuts_of(streamed, strategy.tokens)
-    pieces_h = pieces_of(f, params, held, cuts_h, plan, P if strategy.held == "U" else None)
-    pieces_s = pieces_of(f, params, streamed, cuts_s, plan, P if streamed_name == "U" else None)
-    if strategy.name == "store":
-        raise NotImplementedError
     K = next(iter(params.values())).new_empty(len(held), len(streamed))
-    for tile in blocks(held, cuts_h, strategy.tile):
-        rows = slice(cuts_h[tile[0]].start, cuts_h[tile[-1]].stop)
-        J = written_out(pieces_h, tile, cuts_h, params) if strategy.dense else gathered(pieces_h, tile)
-        if E is U and P is None and len(tile) == len(cuts_h):
-            K[:] = func.contract(J, J, diagonal=D)
-            break
-        for block in blocks(streamed, cuts_s, strategy.block):
-            columns = slice(cuts_s[block[0]].start, cuts_s[block[-1]].stop)
-            K[rows, columns] = func.contract(J, gathered(pieces_s, block), diagonal=D)
+    with ExitStack() as open_stores:
+
+        def source(side: Ordered, on_disk: bool) -> tuple[list[slice], Pieces]:
+            cuts = cuts_of(side, strategy.tokens)
+            pieces = pieces_of(f, params, side, cuts, plan)
+            if on_disk:
+                pieces = open_stores.enter_context(stored(_given(store), f, params, side, cuts, pieces))
+            rows = side.name == "U" and not isinstance(precond, Diagonal)
+            return cuts, rows_under(precond, pieces, params, side, cuts) if rows else pieces
+
+        cuts_h, pieces_h = source(held, on_disk=False)
+        cuts_s, pieces_s = source(streamed, on_disk=strategy.name == "store")
+        for tile in blocks(held, cuts_h, strategy.tile):
+            rows = slice(cuts_h[tile[0]].start, cuts_h[tile[-1]].stop)
+            J = written_out(pieces_h, tile, cuts_h, params) if strategy.dense else gathered(pieces_h, tile)
+            if E is U and D is not None and len(tile) == len(cuts_h):
+                K[:] = func.contract(J, J, diagonal=D)
+                break
+            for block in blocks(streamed, cuts_s, strategy.block):
+                columns = slice(cuts_s[block[0]].start, cuts_s[block[-1]].stop)
+                K[rows, columns] = func.contract(J, gathered(pieces_s, block), diagonal=D)
+            del J  # or it would be alive while the next tile is made
     # K has the sides' own orders: put rows and columns back where the caller has them.
     back = K[held.order.argsort()][:, streamed.order.argsort()]
     return back if strategy.held == "E" else back.T.contiguous()
+
+
+def _given(store: Path | str | None) -> Path | str:
+    if store is None:
+        raise BatchError('The strategy "store" keeps gradients on disk; say where: store="directory".')
+    return store
 
 
 def influence(
@@ -136,7 +158,7 @@ def influence(
     weights: Tensor,
     *,
     memory: int | str | None = None,
-    microbatch: int = MICROBATCH,
+    microbatch: int | None = None,
 ) -> Tensor:
     """Compute what a weighted update batch does to every sequence of E, without any per-sequence gradient.
 
@@ -151,7 +173,7 @@ def influence(
         weights: [n_U]; for a policy gradient, c·w_u·A_u.
         memory: a promise, in bytes or as "8GiB": three vectors of the parameters' size and a microbatch's activations
             stay below it, beside the model, P and the batches. It lowers the microbatch as far as it must.
-        microbatch: sequences under way at once.
+        microbatch: as in `kernel`.
 
     Returns:
         [n_E]; equals `kernel(...) @ weights`. The peak memory does not depend on n_U.
@@ -167,7 +189,7 @@ def influence(
         tensor([3., 3.])
     """
     check_sides(f, params, E, U)
-    check_size(microbatch)
+    microbatch = usual_microbatch(microbatch, E, U)
     m = microbatch_within(memory, microbatch, f, params, (E, U), (reverse, forward), vectors=3)
     with recycled():
         with naming("U"):

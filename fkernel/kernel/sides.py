@@ -14,8 +14,8 @@ from fkernel.errors import BatchError, NonFiniteError
 from fkernel.func.batch import by_length, length, lengths, take, trim
 from fkernel.func.boundary import check_inputs, explained
 from fkernel.func.capture import Plan
-from fkernel.func.gradient import handle_pieces, stack_handles, write_out
-from fkernel.func.handles import Handles
+from fkernel.func.gradient import handle_pieces
+from fkernel.func.handles import Handles, stack_handles, write_out
 from fkernel.func.microbatch import groups
 from fkernel.func.objective import Function
 from fkernel.precond import Preconditioner
@@ -48,19 +48,25 @@ Pieces = Callable[[int], Handles]
 """The gradients of a side's i-th microbatch."""
 
 
-def pieces_of(
-    f: Function, params: Tree, side: Ordered, cuts: Sequence[slice], plan: Plan, P: Preconditioner | None = None
-) -> Pieces:
-    """Make the function that computes a microbatch's gradients, as handles, or as rows that P has been applied to."""
+def pieces_of(f: Function, params: Tree, side: Ordered, cuts: Sequence[slice], plan: Plan) -> Pieces:
+    """Make the function that computes the gradients of a side's microbatches."""
 
     def piece(i: int) -> Handles:
         part = take(side.batch, cuts[i])
         with naming(side.name, side.order[cuts[i]]), explained(params):
             (handles,) = handle_pieces(f, params, part, [slice(0, length(part))], plan)
-            if P is None:
-                return handles
-        n = length(part)
-        return {**transformed(P, write_out([(slice(0, n), handles)], params, n))}
+        return handles
+
+    return piece
+
+
+def rows_under(P: Preconditioner, pieces: Pieces, params: Tree, side: Ordered, cuts: Sequence[slice]) -> Pieces:
+    """Write microbatches out and apply P to their rows, where P may be anything that a caller wrote."""
+
+    def piece(i: int) -> Handles:
+        n = cuts[i].stop - cuts[i].start
+        with naming(side.name, side.order[cuts[i]]), explained(params):
+            return {**transformed(P, write_out([(slice(0, n), pieces(i))], params, n))}
 
     return piece
 

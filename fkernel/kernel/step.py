@@ -21,7 +21,7 @@ from fkernel.func.boundary import check_weights, explained
 from fkernel.func.gradient import plan_of
 from fkernel.func.objective import Function
 from fkernel.kernel.fisher import kernel
-from fkernel.kernel.planning import MICROBATCH, choose
+from fkernel.kernel.planning import choose, usual_microbatch
 from fkernel.kernel.planning.passes import bytes_of, forward, microbatch_within, reverse, twice_forward
 from fkernel.kernel.sides import check_sides, naming
 from fkernel.precond import AdamWState, AdamWStep, adamw_response, adamw_step, clip_factor
@@ -73,7 +73,7 @@ def loss_gradient(
     weights: Tensor,
     *,
     max_norm: float | None = None,
-    microbatch: int = MICROBATCH,
+    microbatch: int | None = None,
 ) -> tuple[Tree, float, float]:
     """Compute the gradient that the optimizer is given.
 
@@ -85,7 +85,7 @@ def loss_gradient(
         U: the update batch.
         weights: [n_U], w_u·A_u: loss weight times advantage.
         max_norm: clipping threshold, None for none.
-        microbatch: sequences under way at once.
+        microbatch: as in `fkernel.kernel`.
 
     Returns:
         (g {name: [*shape]}, c, ‖∇L‖ before clipping).
@@ -101,7 +101,7 @@ def loss_gradient(
     """
     check_weights(weights, length(U))
     with naming("U"):
-        gradient = func.vjp(f, microbatch)(params, U, -weights)
+        gradient = func.vjp(f, usual_microbatch(microbatch, U))(params, U, -weights)
     clip = clip_factor(gradient, max_norm)
     return tree.scale(clip, gradient), clip, float(tree.norm(gradient))
 
@@ -116,7 +116,7 @@ def explain_step(
     *,
     max_norm: float | None = None,
     memory: int | str | None = None,
-    microbatch: int = MICROBATCH,
+    microbatch: int | None = None,
 ) -> tuple[StepEffect, AdamWStep]:
     """Explain the step that AdamW takes on U, sequence by sequence, before it is taken.
 
@@ -131,7 +131,7 @@ def explain_step(
         state: AdamW's state before the step.
         max_norm: the gradient-clipping threshold, None for none.
         memory: a promise as in `kernel`; vectors of the step, about six of the parameters' size, count too.
-        microbatch: sequences under way at once.
+        microbatch: as in `fkernel.kernel`.
 
     Returns:
         (StepEffect, AdamWStep): the effect on E in nats, and Δθ in its three parts.
@@ -153,7 +153,7 @@ def explain_step(
     check_sides(f, params, E, U)
     check_covers(state, list(params), params, "params")
     # Alive beside the kernel: g, P_step and the three parts of Δθ; beside the curvature, their sum.
-    passes = (reverse, forward, twice_forward)
+    microbatch, passes = usual_microbatch(microbatch, E, U), (reverse, forward, twice_forward)
     m = microbatch_within(memory, microbatch, f, params, (E, U), passes, vectors=6)
     with explained(params):
         plan = plan_of(f, params, E)
@@ -175,7 +175,7 @@ def explain_step(
     return effect, step
 
 
-def realised_change(f: Function, before: Tree, after: Tree, E: Any, *, microbatch: int = MICROBATCH) -> Tensor:
+def realised_change(f: Function, before: Tree, after: Tree, E: Any, *, microbatch: int | None = None) -> Tensor:
     """Measure what a step really did: ΔS_e = S_e(θ + Δθ) − S_e(θ).
 
     Args:
@@ -183,7 +183,7 @@ def realised_change(f: Function, before: Tree, after: Tree, E: Any, *, microbatc
         before: θ.
         after: θ + Δθ; the same names, shapes and dtypes.
         E: the sequences.
-        microbatch: sequences under way at once.
+        microbatch: as in `fkernel.kernel`.
 
     Returns:
         [n_E] nats.
@@ -199,6 +199,6 @@ def realised_change(f: Function, before: Tree, after: Tree, E: Any, *, microbatc
         tensor([1., 1.])
     """
     tree.check_same(after, before, "after", "before")
-    S = func.evaluate(f, microbatch)
+    S = func.evaluate(f, usual_microbatch(microbatch, E))
     with naming("E"):
         return S(after, E) - S(before, E)

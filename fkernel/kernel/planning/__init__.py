@@ -2,7 +2,7 @@
 
 from fkernel.kernel.planning.estimate import Estimate, choose, estimate
 from fkernel.kernel.planning.machine import Rates, rates
-from fkernel.kernel.planning.strategy import MICROBATCH, Option, Strategy
+from fkernel.kernel.planning.strategy import Option, Strategy, usual_microbatch
 from fkernel.kernel.planning.workload import Workload
 
-__all__ = ["MICROBATCH", "Estimate", "Option", "Rates", "Strategy", "Workload", "choose", "estimate", "rates"]
+__all__ = ["Estimate", "Option", "Rates", "Strategy", "Workload", "choose", "estimate", "rates", "usual_microbatch"]

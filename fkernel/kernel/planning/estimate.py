@@ -10,11 +10,10 @@ from fkernel.func.batch import length, lengths
 from fkernel.func.boundary import explained
 from fkernel.func.capture import Plan
 from fkernel.func.gradient import plan_of
-from fkernel.func.microbatch import check_size
 from fkernel.func.objective import Function
 from fkernel.kernel.budget import parse_bytes
 from fkernel.kernel.planning.machine import Rates, rates
-from fkernel.kernel.planning.strategy import MICROBATCH, Option, Strategy, cost, default, options
+from fkernel.kernel.planning.strategy import Option, Strategy, cost, default, options, usual_microbatch
 from fkernel.kernel.planning.workload import Workload, workload
 from fkernel.kernel.sides import check_sides
 from fkernel.precond import Diagonal, Preconditioner
@@ -57,7 +56,7 @@ def estimate(
     precond: Preconditioner,
     *,
     memory: int | str | None = None,
-    microbatch: int = MICROBATCH,
+    microbatch: int | None = None,
     store: Path | str | None = None,
 ) -> Estimate:
     """Predict memory, disk and time of `fkernel.kernel` with the same arguments, without computing a gradient.
@@ -88,7 +87,7 @@ def estimate(
         ['memory', 'factored', 'store', 'recompute']
     """
     check_sides(f, params, E, U)
-    check_size(microbatch)
+    microbatch = usual_microbatch(microbatch, E, U)
     with explained(params):
         plan = plan_of(f, params, E)
     return estimated(f, params, E, U, plan, memory, microbatch, not isinstance(precond, Diagonal), store is not None)

@@ -1,4 +1,4 @@
-"""How fast this machine is: five rates, measured once in a few seconds and kept.
+"""How fast this machine is: six rates, measured once in a few seconds and kept.
 
 A prediction of time is a count of work (`fkernel.func.work`) divided by these. They are measured with the operations
 that the engine spends its time in, at sizes of its own.
@@ -17,8 +17,11 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn import functional as F
 
+from fkernel.func.contract import contract
 from fkernel.func.gradient import handles_of, plan_of
+from fkernel.func.handles import Factored
 from fkernel.func.work import Work, work_of
 from fkernel.kernel.recycling import recycled
 from fkernel.places import default_cache_root
@@ -32,8 +35,9 @@ class Rates(NamedTuple):
 
     Attributes:
         flops: floating-point operations of matrix products.
-        moved: bytes read and written by all other operations.
+        moved: bytes read and written by all other operations of a pass over a small transformer.
         call: seconds that an operation takes before it computes anything.
+        forming: floating-point operations of multiplying factors out and contracting them.
         write: bytes written to disk and synchronised.
         read: bytes read back from a mapped file.
     """
@@ -41,6 +45,7 @@ class Rates(NamedTuple):
     flops: float
     moved: float
     call: float
+    forming: float
     write: float
     read: float
 
@@ -79,20 +84,46 @@ def rates(dtype: torch.dtype = torch.float32, directory: Path | None = None) -> 
 def calibrate(dtype: torch.dtype = torch.float32) -> Rates:
     """Measure the rates now."""
     with recycled():
-        flops, moved, call = _products(dtype), _moves(dtype), _calls(dtype)
+        flops, call, forming = _products(dtype), _calls(dtype), _forms(dtype)
+        moved = _moves(dtype, flops, call)
     write, read = _disk()
-    return Rates(flops, moved, call, write, read)
+    return Rates(flops, moved, call, forming, write, read)
 
 
 def _products(dtype: torch.dtype) -> float:
-    x, W = torch.randn(1024, 1024, dtype=dtype), torch.randn(1024, 1024, dtype=dtype)
-    out = torch.empty(1024, 1024, dtype=dtype)
-    return 2 * 1024**3 / _median(lambda: torch.mm(x, W, out=out))
+    """Time the product of a microbatch's activations and a layer's weights, as wide as small models' layers are."""
+    x, W = torch.randn(1024, 512, dtype=dtype), torch.randn(512, 1024, dtype=dtype)
+    return 2 * 1024 * 512 * 1024 / _median(lambda: torch.mm(x, W))
 
 
-def _moves(dtype: torch.dtype) -> float:
-    x = torch.ones(8 * MB, dtype=dtype)
-    return 2 * x.numel() * x.element_size() / _median(lambda: x * 2.0)
+def _moves(dtype: torch.dtype, flops: float, call: float) -> float:
+    """Time a pass over a transformer's layer and head, and see what its matrix products and calls leave."""
+    d, v, n, t = 256, 4096, 8, 128
+    shapes = {"q": (d, d), "k": (d, d), "v": (d, d), "o": (d, d), "up": (4 * d, d), "down": (d, 4 * d), "head": (v, d)}
+    params: Tree = {name: torch.randn(shape, dtype=dtype) / d**0.5 for name, shape in shapes.items()}
+    params["norm"] = torch.ones(d, dtype=dtype)
+    x = torch.randn(n, t, d, dtype=dtype)
+
+    def f(p: Tree, x: Any) -> torch.Tensor:
+        h = x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * p["norm"]
+        q, k, v = (F.linear(h, p[name]).unflatten(-1, (4, -1)).transpose(1, 2) for name in "qkv")
+        h = x + F.linear(((q @ k.mT / 8).softmax(-1) @ v).transpose(1, 2).flatten(2), p["o"])
+        h = h + F.linear(F.silu(F.linear(h, p["up"])), p["down"])
+        z = F.linear(h * p["norm"], p["head"]) / 1.0
+        return (z[..., 0] - z.logsumexp(-1)).sum(1)
+
+    plan = plan_of(f, params, x)
+    work = work_of(lambda p, x: handles_of(f, p, x, plan), params, x)
+    left = _median(lambda: handles_of(f, params, x, plan)) - work.flops / flops - work.calls * call
+    return (work.moved + work.weights) / max(left, 1e-4)
+
+
+def _forms(dtype: torch.dtype) -> float:
+    """Time the contraction of two sides' factors of one layer."""
+    n, t, d = 16, 128, 768
+    x, y = ({"w": Factored(torch.randn(n, t, d, dtype=dtype), torch.randn(n, t, d, dtype=dtype))} for _ in range(2))
+    D = {"w": torch.ones(d, d, dtype=dtype)}
+    return 2 * (2.0 * n * t * d * d) / _median(lambda: contract(x, y, diagonal=D))
 
 
 def _calls(dtype: torch.dtype) -> float:

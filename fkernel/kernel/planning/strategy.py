@@ -22,18 +22,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import ceil
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from fkernel.func.batch import lengths
 from fkernel.func.contract import tile_bytes
+from fkernel.func.microbatch import check_size
 from fkernel.kernel.planning.machine import Rates
 from fkernel.kernel.planning.workload import Workload
 
 MICROBATCH = 8
-"""Sequences under way at once; on a CPU, larger ones are no faster (see benchmarks/)."""
+TOKENS = 1024
+"""Under way at once: eight sequences, or as many as have so many tokens; more are no faster on a CPU (benchmarks/)."""
 BLOCK = 64
 """Streamed sequences of the greatest length a block, at most, where more gain nothing that their memory would not."""
-USABLE = 0.9
-"""Share of a grant that is planned with; allocators round up, and leave holes."""
+HOLES = 1.5
+"""Memory that a pass takes, over what is alive in it at once; the highest that was seen (benchmarks/)."""
+LIBRARIES = 40_000_000
+"""Bytes that libraries keep for themselves, and that a tiny problem does not make them take."""
+USABLE = 0.95
+"""Share of a grant that is planned with."""
 
 Name = Literal["memory", "factored", "store", "recompute"]
 NAMES: tuple[Name, ...] = ("memory", "factored", "store", "recompute")
@@ -86,6 +93,20 @@ class Option(NamedTuple):
     def needs(self) -> int:
         """Bytes that a grant must have for it."""
         return ceil(self.memory / USABLE)
+
+
+def usual_microbatch(microbatch: int | None, *batches: Any) -> int:
+    """Sequences of the greatest length under way at once, where the caller does not say: see `TOKENS`.
+
+    Raises:
+        BatchError: the caller says something else than a positive whole number, or None.
+    """
+    check_size(microbatch)
+    if microbatch is not None:
+        return microbatch
+    counts = [lengths(batch) for batch in batches]
+    longest = max((int(each.max()) for each in counts if each is not None), default=TOKENS)
+    return max(MICROBATCH, TOKENS // longest)
 
 
 def default(n_E: int, n_U: int, T: int, microbatch: int, dense_U: bool) -> Strategy:
@@ -168,11 +189,13 @@ def cost(load: Workload, rates: Rates, strategy: Strategy) -> Option:
     rows_of_U = load.dense_U and streamed == "U"
     each_h = row if dense else load.kept_by(held, h)
     each_s = 3 * row if rows_of_U else load.kept_by(streamed, s)
-    beside = m * (load.peak(T) + (2 * row if load.dense_U else 0))
+    # What is kept is copied out of the pass that made it, and what a pass frees leaves holes.
+    beside = m * (HOLES * load.peak(T) + (2 * row if load.dense_U else 0))
     contracting = min(tile_bytes((0 if dense else h) + (0 if rows_of_U else s), load.itemsize), (h + s) * row)
     memory = n_h * n_s * 2 * load.itemsize + h * s * 12 + h * each_h
-    memory += max(s * each_s + contracting, max(0, s - m) * each_s + beside)
+    memory += int(s * each_s + max(contracting, beside))
     memory += m * each_s if name == "store" else 0  # a shard's bytes on their way to the disk
+    memory += int(0.03 * memory) + min(LIBRARIES, memory // 4)
 
     seconds = load.producing(held, m, rates) + load.multiplying(held, rates) * (1 if dense else blocks)
     seconds += load.producing(streamed, m, rates) * (tiles if name == "recompute" else 1)

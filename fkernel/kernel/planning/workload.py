@@ -85,9 +85,9 @@ class Workload:
         return total
 
     def multiplying(self, side: str, rates: Rates) -> float:
-        """Predict the seconds that multiplying out one side's handles takes: a tile is written and read."""
+        """Predict the seconds that multiplying out one side's handles takes; dense leaves are read."""
         n, tokens = len(self.tokens[side]), sum(self.tokens[side])
-        return tokens * self.forming / rates.flops + 2 * n * self.row / rates.moved
+        return tokens * self.forming / rates.forming + n * self.row / rates.moved
 
     def kept_by(self, side: str, n: int) -> int:
         """Bytes that the handles of one sequence take, on average over a side's n longest."""

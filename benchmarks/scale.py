@@ -1,0 +1,168 @@
+"""`python -m benchmarks.scale`: half a billion parameters under a memory grant, and thousands of sequences without K.
+
+    large     Qwen2.5-0.5B's shape, all of its 494M parameters (tied, random, fp32): K, C and influence of 32 × 16
+              sequences of 128 tokens within 8 GiB, against one plain batched backward pass over the same 48 sequences
+              and the ideal GEMM; entries are checked against plain autograd
+    many      the demo policy's shape: influence of up to 4096 sequences on 1024, and what a further one takes of memory
+
+Every part runs in a process of its own; results and environment go to benchmarks/results/scale.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks import memory
+from benchmarks.environment import ROOT, environment
+from benchmarks.limits import chunks, plain_backward
+from benchmarks.models import THREADS, build
+from fkernel import estimate, influence, kernel, precond, tree
+
+RESULTS = ROOT / "benchmarks" / "results" / "scale.json"
+LARGE = {"shape": "half-billion", "n_E": 16, "n_U": 32, "T": 128, "memory": "8GiB", "checked": 24}
+QUICK = {"shape": "small", "n_E": 4, "n_U": 8, "T": 64, "memory": "200MB", "checked": 6}
+MANY = (512, 1024, 2048, 4096)
+ACCURACY = 1e-4
+
+
+def large(shape: str, n_E: int, n_U: int, T: int, memory: str, checked: int) -> dict[str, Any]:
+    """Time K within a grant, hold it against its limit, and check entries against autograd."""
+    subject = build(shape)
+    E, U = subject.batch(n_E, T, 1), subject.batch(n_U, T, 2)
+    P = precond.diagonal({name: 1.0 / (leaf.abs() + 0.1) for name, leaf in subject.params.items()})
+    weights = torch.linspace(-1, 1, n_U)
+    found = estimate(subject.f, subject.params, E, U, P, memory=memory)
+    assert found.chosen is not None, found.reason
+    kernel(subject.f, subject.params, subject.batch(1, T), subject.batch(1, T, 3), P)  # first use of everything
+    print("limit", file=sys.stderr, flush=True)
+    backward_s, _ = _timed(lambda: [plain_backward(subject, batch, 4 if subject.size > 1e8 else 8) for batch in (E, U)])
+    gemm_s = _gemm(n_E, n_U, subject.size)
+    print(f"kernel, after {backward_s:.0f} s of plain backward; {found.chosen}", file=sys.stderr, flush=True)
+    _forget_peak()
+    before = _status("VmRSS")
+    kernel_s, K = _timed(lambda: kernel(subject.f, subject.params, E, U, P, memory=memory))
+    peak = _status("VmHWM") - before
+    print(f"influence, after {kernel_s:.0f} s and {peak:.0f} MB of kernel", file=sys.stderr, flush=True)
+    influence_s, effect = _timed(lambda: influence(subject.f, subject.params, E, U, P, weights, memory=memory))
+    contributions = K * weights
+    worst = _worst_entry(subject, E, U, P, K, checked)
+    return {
+        "parameters": subject.size,
+        "strategy": found.chosen.strategy._asdict(),
+        "predicted_s": found.chosen.seconds,
+        "predicted_MB": found.chosen.memory / 1e6,
+        "peak_MB": peak,
+        "grant_MB": (found.budget or 0) / 1e6,
+        "backward_s": backward_s,
+        "gemm_s": gemm_s,
+        "kernel_s": kernel_s,
+        "ratio": kernel_s / (backward_s + gemm_s),
+        "influence_s": influence_s,
+        "influence_against_C": float((contributions.sum(1) - effect).norm() / effect.norm()),
+        "checked": checked,
+        "worst_entry": worst,
+    }
+
+
+def many(n_U: int, n_E: int = 1024, T: int = 32) -> dict[str, Any]:
+    """Take the influence of many sequences on many; what it adds to memory is measured from before U is drawn."""
+    subject = build("small")
+    E, U = subject.batch(n_E, T, 1), subject.batch(n_U, T, 2)
+    weights = torch.linspace(-1, 1, n_U)
+    influence(subject.f, subject.params, subject.batch(64, T), subject.batch(64, T), memory.scaled, torch.ones(64))
+    _forget_peak()
+    before = _status("VmRSS")
+    seconds, _ = _timed(lambda: influence(subject.f, subject.params, E, U, memory.scaled, weights))
+    return {"n_U": n_U, "n_E": n_E, "seconds": seconds, "grown_MB": _status("VmHWM") - before}
+
+
+def _worst_entry(subject: Any, E: Any, U: Any, P: precond.Diagonal, K: torch.Tensor, checked: int) -> float:
+    """Largest |K − autograd| over some entries of the first rows, relative to √(K_ee K_uu)-like scale ‖K‖∞."""
+    leaves = {name: leaf.detach().requires_grad_() for name, leaf in subject.params.items()}
+
+    def gradient(batch: Any, row: int) -> dict[str, torch.Tensor]:
+        S = subject.f.fn(leaves, chunks(batch, 1)[row]).sum()
+        return dict(zip(leaves, torch.autograd.grad(S, [*leaves.values()]), strict=True))
+
+    worst, columns = 0.0, min(len(U.input_ids), 6)
+    rows = checked // columns
+    right = [gradient(U, u * (len(U.input_ids) // columns)) for u in range(columns)]
+    for e in range(rows):
+        left = P(gradient(E, e * (len(E.input_ids) // rows)))
+        for u, g in enumerate(right):
+            entry = K[e * (len(E.input_ids) // rows), u * (len(U.input_ids) // columns)]
+            worst = max(worst, abs(float(entry) - float(tree.dot(left, g))) / float(K.abs().max()))
+    return worst
+
+
+def _gemm(n: int, m: int, p: int) -> float:
+    columns = min(p, 1 << 22)
+    x, y = torch.randn(n, columns), torch.randn(m, columns)
+    torch.mm(x, y.T)
+    return _timed(lambda: torch.mm(x, y.T))[0] * p / columns
+
+
+def _timed(fn: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = fn()
+    return time.perf_counter() - start, result
+
+
+def _forget_peak() -> None:
+    memory._forget_peak()
+
+
+def _status(field: str) -> float:
+    return memory._status(field) or memory._high_water()
+
+
+PARTS: dict[str, Callable[..., dict[str, Any]]] = {"large": large, "many": many}
+
+
+def in_own_process(part: str, **sizes: Any) -> dict[str, Any]:
+    """Run one part in a fresh interpreter."""
+    command = [sys.executable, "-m", "benchmarks.scale", "--part", part, "--sizes", json.dumps(sizes)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{part} {sizes} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(quick: bool = False) -> dict[str, Any]:
+    """Run all parts; the quick ones are small, for finding out whether they run."""
+    first = in_own_process("large", **(QUICK if quick else LARGE))
+    print(json.dumps(first), flush=True)
+    rest = [in_own_process("many", n_U=n, n_E=64 if quick else 1024) for n in ((32, 64) if quick else MANY)]
+    peaks = [memory.Peak("influence", {"n_U": part["n_U"]}, 0.0, part["grown_MB"]) for part in rest]
+    return {"large": first, "many": rest, "many_MB_per_sequence": memory.slope(peaks)}
+
+
+def main() -> None:
+    """Run everything and save it, or one part for the process that asked."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--part", choices=PARTS)
+    parser.add_argument("--sizes", default="{}")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, nothing saved")
+    given = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    if given.part:
+        print(json.dumps(PARTS[given.part](**json.loads(given.sizes))))
+        return
+    results = measure(given.quick)
+    print(json.dumps(results, indent=1))
+    if not given.quick:
+        RESULTS.write_text(json.dumps({"environment": environment(), **results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    main()

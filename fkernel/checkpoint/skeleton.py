@@ -1,0 +1,202 @@
+"""A model without its weights: what a kernel of it would take, from its configuration alone.
+
+The module is built on PyTorch's meta device, where tensors have shapes and no storage, and the engine is run on it as
+it would be on the model itself: the same operations are counted, so the counts are equal.
+"""
+
+from __future__ import annotations
+
+import os
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fkernel.errors import BatchError, ModelError, listing
+from fkernel.func.batch import Sequences, pad
+from fkernel.func.boundary import explained
+from fkernel.func.capture import make_plan
+from fkernel.func.functional import split
+from fkernel.func.logprob import sequence_logprob
+from fkernel.func.objective import Objective, bare
+from fkernel.kernel.budget import parse_bytes
+from fkernel.kernel.planning.estimate import Estimate, weighed
+from fkernel.kernel.planning.machine import rates
+from fkernel.kernel.planning.strategy import usual_microbatch
+from fkernel.kernel.planning.workload import Workload, counted
+from fkernel.shapes import Tree
+
+SHAPE = (
+    "hidden_size=896,intermediate_size=4864,num_hidden_layers=24,num_attention_heads=14,num_key_value_heads=2,"
+    "vocab_size=151936"
+)
+"""Qwen2.5-0.5B, as an example of a shape."""
+REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+OPTIONAL = ("num_key_value_heads", "tie_word_embeddings")
+
+
+class Skeleton(NamedTuple):
+    """What the engine takes, without values.
+
+    Attributes:
+        logprob: S, (params, Sequences) -> [n].
+        params: {name: tensor on the meta device}.
+        one: one sequence, on the meta device.
+    """
+
+    logprob: Objective
+    params: Tree
+    one: Sequences
+
+
+def skeleton_of(model: str | Path, tokens: int, dtype: torch.dtype = torch.float32) -> Skeleton:
+    """Build a causal language model without weights, and a sequence without tokens.
+
+    Args:
+        model: a directory with a `config.json`, or a shape of Qwen2's architecture: `key=value,…` with hidden_size,
+            intermediate_size, num_hidden_layers, num_attention_heads, vocab_size, and, where they are not the number of
+            attention heads and 1 (true), num_key_value_heads and tie_word_embeddings.
+        tokens: of the sequence, prompt and response together.
+        dtype: of the parameters.
+
+    Raises:
+        ModelError: `model` is neither, or transformers builds no causal language model from it.
+        BatchError: the model's context holds fewer tokens, or no response fits into so few.
+
+    Example:
+        >>> shape = "hidden_size=8,intermediate_size=16,num_hidden_layers=1,num_attention_heads=2,vocab_size=32"
+        >>> logprob, params, one = skeleton_of(shape, tokens=5)
+        >>> one.input_ids
+        tensor(..., device='meta', size=(1, 5), dtype=torch.int64)
+    """
+    if tokens < 2:
+        raise BatchError(f"tokens is {tokens}; expected at least 2, one of a prompt and one of a response.")
+    config = _configuration(str(model))
+    try:
+        with torch.device("meta"):
+            module = AutoModelForCausalLM.from_config(
+                config, attn_implementation="eager", dtype=dtype, trust_remote_code=False
+            )
+    except Exception as error:  # transformers and its models raise whatever they like
+        raise ModelError(f"transformers builds no causal language model from {model}: {_first_line(error)}") from error
+    apply, params = split(module.eval(), [name for name, _ in module.named_parameters()])
+    if apply.max_length is not None and tokens > apply.max_length:
+        raise BatchError(f"tokens is {tokens}, the model's context holds {apply.max_length}; estimate for fewer.")
+    ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
+    return Skeleton(sequence_logprob(apply), params, Sequences(ids, ids.bool(), ids.bool()))
+
+
+def workload_of(bones: Skeleton, n_U: int, n_E: int) -> Workload:
+    """Count what a kernel of n_U × n_E such sequences has to do.
+
+    Raises:
+        BatchError: a side has no sequence.
+        ModelError: the model asks for values on its way.
+    """
+    for name, n in (("n_U", n_U), ("n_E", n_E)):
+        if n < 1:
+            raise BatchError(f"{name} is {n}; expected at least one sequence.")
+    f, params, one = bones
+    T = one.input_ids.shape[1]
+    try:
+        with explained(params):
+            return counted(f, params, one, {"E": [T] * n_E, "U": [T] * n_U}, make_plan(bare(f), params, one))
+    except RuntimeError as error:
+        raise ModelError(
+            f"The model cannot be counted without its weights: {_first_line(error)} Load it, and use fkernel.estimate."
+        ) from error
+
+
+def estimate_model(
+    model: str | Path,
+    n_U: int,
+    n_E: int,
+    tokens: int,
+    *,
+    memory: int | str | None = None,
+    store: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Estimate:
+    """Predict memory, disk and time of a kernel, from a model's configuration: no weights are read or allocated.
+
+    Args:
+        model: as in `skeleton_of`.
+        n_U: update sequences.
+        n_E: evaluation sequences.
+        tokens: of each sequence.
+        memory: as in `fkernel.kernel`.
+        store: whether a directory to store gradients in will be given.
+        dtype: of the parameters.
+
+    Returns:
+        What `fkernel.estimate` returns for the model itself, all its parameters and a diagonal preconditioner.
+
+    Raises:
+        ModelError, BatchError: as `skeleton_of`; or `memory` is no size. A grant that nothing fits is no error here.
+
+    Example:
+        >>> shape = "hidden_size=8,intermediate_size=16,num_hidden_layers=1,num_attention_heads=2,vocab_size=32"
+        >>> found = estimate_model(shape, n_U=4, n_E=2, tokens=8, memory="100MB")
+        >>> found.workload.size, [option.name for option in found.options]
+        (944, ['memory', 'factored', 'store', 'recompute'])
+    """
+    budget = None if memory is None else parse_bytes(memory)
+    load = workload_of(skeleton_of(model, tokens, dtype), n_U, n_E)
+    microbatch = usual_microbatch(None, pad([[0]], [[0] * (tokens - 1)]))
+    return weighed(load, rates(dtype), budget, microbatch, store)
+
+
+def _configuration(model: str) -> Any:
+    """Read config.json, or a shape."""
+    if os.path.isfile(os.path.join(model, "config.json")):
+        try:
+            return AutoConfig.from_pretrained(model, trust_remote_code=False, local_files_only=True)
+        except Exception as error:
+            raise ModelError(f"{model}/config.json is no configuration of a model: {_first_line(error)}") from error
+    if "=" not in model:
+        found = "which holds no config.json" if os.path.isdir(model) else "no such directory"
+        raise ModelError(f"MODEL is {model!r} ({found}); expected a directory with config.json, or a shape: {SHAPE}")
+    shape = _shape(model)
+    shape.setdefault("num_key_value_heads", shape["num_attention_heads"])
+    for whole, part in (("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads")):
+        if shape[whole] % shape[part]:
+            raise ModelError(f"{whole}={shape[whole]} is no multiple of {part}={shape[part]}.")
+    shape["tie_word_embeddings"] = bool(shape.get("tie_word_embeddings", True))
+    return AutoConfig.for_model("qwen2", **shape)
+
+
+def _shape(text: str) -> dict[str, int]:
+    """Read key=value,…; every mistake is named."""
+    shape: dict[str, int] = {}
+    for part in filter(None, map(str.strip, text.split(","))):
+        key, _, value = map(str.strip, part.partition("="))
+        valid = [*REQUIRED, *OPTIONAL]
+        if key not in valid:
+            near = get_close_matches(key, valid, n=2) or valid
+            raise ModelError(f"The shape knows no {key!r}; did you mean {' or '.join(map(repr, near))}?")
+        if key in shape:
+            raise ModelError(f"The shape gives {key!r} twice.")
+        shape[key] = _number(key, value)
+    missing = [key for key in REQUIRED if key not in shape]
+    if missing:
+        raise ModelError(f"The shape lacks {listing(missing, len(missing))}; a whole one is {SHAPE}")
+    return shape
+
+
+def _number(key: str, value: str) -> int:
+    flag = key == "tie_word_embeddings"
+    try:
+        number = int({"true": "1", "false": "0"}.get(value.lower(), value) if flag else value)
+    except ValueError:
+        number = -1
+    if number not in (0, 1) if flag else number < 1:
+        expected = "0 or 1" if flag else "a whole number of at least 1"
+        raise ModelError(f"{key} is {value!r}; expected {expected}.")
+    return number
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,257 @@
+"""Gradient handles on disk: computed once, a group of sequences at a time, and served while they are what is asked.
+
+    manifest.json              what the store is of (`fkernel.kernel.store.manifest`); written once
+    shards.jsonl               which shards are complete, with their checksums (`fkernel.kernel.store.journal`)
+    shard-00000.safetensors …  the handles of one group each (`fkernel.kernel.store.shards`)
+    lock                       names the one process that has the store open
+
+A shard is written beside its place, flushed to the disk, moved into place and only then recorded, so that whatever
+stops the program leaves it complete or absent. It is held against its checksum before the first of it is served:
+SHA-256 costs about as much as reading the file from a disk, finds a flipped bit, and tells a shard that lies in another
+one's place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from fkernel.errors import StoreError, listing
+from fkernel.func.handles import Handle, Handles, count
+from fkernel.kernel.store import journal
+from fkernel.kernel.store.files import NO_ROOM, TEMPORARY, checksum, hashed, locked, plain_errors, write_atomically
+from fkernel.kernel.store.journal import Journal, Record
+from fkernel.kernel.store.manifest import SCHEMA, describe, differences
+from fkernel.kernel.store.shards import pack, unpack
+
+MANIFEST, LOCK = "manifest.json", "lock"
+_BEGIN_ANEW = "choose another directory, or delete this one to begin anew"
+
+
+class Store:
+    """Shards of gradient handles in one directory; made by `open_store`, and of use only while that is entered.
+
+    Attributes:
+        directory: where it is.
+        groups: [first row, row after the last] of each shard.
+    """
+
+    def __init__(self, directory: Path, groups: list[list[int]]) -> None:
+        """Read what is there; `open_store` has made sure that it is what was asked for."""
+        self.directory, self.groups = directory, groups
+        self._journal = Journal(directory, groups)
+        self._verified: dict[int, tuple[int, ...]] = {}
+        self._open = True
+
+    def close(self) -> None:
+        """Serve and take no more; handles that were read stay valid."""
+        self._open = False
+
+    @property
+    def complete(self) -> bool:
+        """Whether every shard is complete."""
+        return len(self._journal) == len(self.groups)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk of the complete shards."""
+        return sum(record.bytes for record in self._journal)
+
+    def has(self, i: int) -> bool:
+        """Tell whether shard i is complete.
+
+        Args:
+            i: its position among the groups.
+        """
+        return self._journal.get(self._checked(i)) is not None
+
+    def write(self, i: int, handles: Handles) -> None:
+        """Add shard i; whatever stops this leaves it complete or absent.
+
+        Args:
+            i: its position among the groups.
+            handles: {name: handle} of that group's rows.
+
+        Raises:
+            StoreError: the shard is complete already, the handles are of another number of rows or of a dtype that
+                cannot be stored, or the disk is full or takes no files.
+        """
+        if self.has(i):
+            raise StoreError(f"Shard {i} of {str(self.directory)!r} is complete already, and is never written twice.")
+        start, stop = self.groups[i]
+        for name, handle in handles.items():
+            if (n := count(handle)) != stop - start:
+                raise StoreError(
+                    f"Shard {i} is of rows {start} to {stop - 1}, {stop - start} sequences; {name!r} has gradients of "
+                    f"{n}."
+                )
+        packed, path, digest = pack(handles), self._path(i), hashlib.sha256()
+        with self._room(i, packed.nbytes):
+            self._journal.forget_unfinished()
+            write_atomically(path, hashed(packed.chunks(), digest))
+            self._journal.add(Record(i, [start, stop], path.name, packed.nbytes, digest.hexdigest()))
+
+    def read(self, i: int) -> dict[str, Handle]:
+        """Map shard i into memory, after holding it against its checksum unless that was done and no one touched it.
+
+        Args:
+            i: its position among the groups.
+
+        Returns:
+            {name: handle} as written: kinds, dtypes, layouts and what is shared, on the CPU. Changing a tensor in place
+            changes no file.
+
+        Raises:
+            StoreError: the shard was never written, or its file is missing or not what was written.
+        """
+        record, path = self._journal.get(self._checked(i)), self._path(i)
+        if record is None:
+            raise StoreError(f"Shard {i} of {str(self.directory)!r} is not there; compute it and write it first.")
+        try:
+            if self._verified.get(i) != (state := _state(path)):
+                self._verify(record, path)
+            handles = unpack(path)
+        except StoreError:
+            raise
+        except FileNotFoundError as error:
+            raise self._damaged(i, "is missing") from error
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
+            raise self._damaged(i, f"cannot be read ({error})") from error
+        self._verified[i] = state
+        return handles
+
+    def _verify(self, record: Record, path: Path) -> None:
+        size = path.stat().st_size
+        if size != record.bytes:
+            raise self._damaged(record.index, f"has {size} bytes, {record.bytes} were written")
+        found = checksum(path)
+        if found != record.sha256:
+            holds = next((f"shard {other.index}" for other in self._journal if other.sha256 == found), "other bytes")
+            raise self._damaged(
+                record.index, f"holds {holds} (SHA-256 {found[:12]}…, {record.sha256[:12]}… was written)"
+            )
+
+    def _damaged(self, i: int, what: str) -> StoreError:
+        return StoreError(
+            f"Shard {i}, {str(self._path(i))!r}, {what}, so its gradients are not served. Put the file back from a "
+            f"copy, or delete line {self._journal.line_of(i)} of {journal.NAME} beside it to have this shard computed "
+            f"again, or delete the directory to have all of them."
+        )
+
+    def _checked(self, i: int) -> int:
+        if not self._open:
+            raise StoreError(f"The store {str(self.directory)!r} is closed; use it inside of `with open_store(...)`.")
+        if not 0 <= i < len(self.groups):
+            raise IndexError(f"There is no shard {i} in a store of {len(self.groups)}.")
+        return i
+
+    def _path(self, i: int) -> Path:
+        return self.directory / journal.file_name(i)
+
+    @contextmanager
+    def _room(self, i: int, needed: int) -> Iterator[None]:
+        """Look for room before a disk is filled up; say how much was needed where it ran out all the same."""
+        with plain_errors("write to", self.directory):
+            if shutil.disk_usage(self.directory).free < needed:
+                raise self._full(i, needed, "the disk is full")
+            try:
+                yield
+            except OSError as error:
+                if error.errno not in NO_ROOM:
+                    raise
+                raise self._full(i, needed, error.strerror or "the disk is full") from error
+
+    def _full(self, i: int, needed: int, why: str) -> StoreError:
+        free = shutil.disk_usage(self.directory).free
+        return StoreError(
+            f"No room for shard {i} in {str(self.directory)!r}: it needs {needed} bytes and {free} are free ({why}). "
+            f"Make room, or lift the quota or the limit on file sizes where there is one. What is complete, "
+            f"{len(self._journal)} of {len(self.groups)} shards, is kept, and another run goes on from there."
+        )
+
+
+@contextmanager
+def open_store(directory: Path | str, identity: Mapping[str, Any], groups: Sequence[slice]) -> Iterator[Store]:
+    """Create a store of gradient handles or go on with one, and keep other processes out of it.
+
+    Args:
+        directory: where; made where it is not there.
+        identity: {field: JSON value}, everything that decides what the gradients are: fingerprints of parameters and
+            batch (`fkernel.kernel.store.fingerprint`), which parameters, which dtype. A store of another is refused.
+        groups: the rows of each shard, contiguous from 0.
+
+    Raises:
+        StoreError: another process has it open; it is of another identity, of other groups or of another layout; it is
+            damaged; the directory holds something else or cannot be written.
+
+    Example:
+        >>> import tempfile, torch
+        >>> directory = tempfile.TemporaryDirectory()
+        >>> with open_store(directory.name, {"seed": 0}, [slice(0, 2), slice(2, 3)]) as store:
+        ...     store.write(0, {"w": torch.ones(2, 4)})
+        >>> with open_store(directory.name, {"seed": 0}, [slice(0, 2), slice(2, 3)]) as store:
+        ...     store.has(0), store.has(1), store.read(0)["w"].shape
+        (True, False, torch.Size([2, 4]))
+        >>> directory.cleanup()
+    """
+    directory, wanted = Path(directory), describe(identity, groups)
+    with plain_errors("open", directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        _refuse_strangers(directory)
+    with locked(directory, LOCK):
+        with plain_errors("open", directory):
+            for leftover in [*directory.glob(f"shard-*{TEMPORARY}"), *directory.glob(MANIFEST + TEMPORARY)]:
+                leftover.unlink()
+            _settle(directory / MANIFEST, wanted)
+            store = Store(directory, wanted["groups"])
+        try:
+            yield store
+        finally:
+            store.close()
+
+
+def _refuse_strangers(directory: Path) -> None:
+    """Raise StoreError where a directory is no store and holds anything but the beginnings of one."""
+    strangers = sorted({path.name for path in directory.iterdir()} - {LOCK, MANIFEST + TEMPORARY})
+    # Asked after the listing: another process may be making the store, and what it adds it adds after the manifest.
+    if strangers and not (directory / MANIFEST).exists():
+        raise StoreError(
+            f"{str(directory)!r} is no store, for it has no {MANIFEST}, and it is not empty: it holds "
+            f"{listing(strangers)}. Nothing was touched; {_BEGIN_ANEW}."
+        )
+
+
+def _settle(path: Path, wanted: dict[str, Any]) -> None:
+    """Write the manifest, or refuse a store of something else."""
+    if not path.exists():
+        write_atomically(path, [json.dumps(wanted, indent=1).encode() + b"\n"])
+        return
+    try:
+        stored = json.loads(path.read_bytes())
+        schema = stored["schema"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{str(path)!r} is damaged ({error}); {_BEGIN_ANEW}.") from error
+    if schema != SCHEMA:
+        raise StoreError(
+            f"The store {str(path.parent)!r} has layout {schema!r}, and this version of fkernel reads layout {SCHEMA}; "
+            f"open it with the version that made it, or {_BEGIN_ANEW}."
+        )
+    if differ := differences(stored, wanted):
+        lines = "".join(f"\n  {line}" for line in differ)
+        raise StoreError(
+            f"The store {str(path.parent)!r} is of something else, and is left as it is:{lines}\n"
+            f"{_BEGIN_ANEW.capitalize()}."
+        )
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    """What changes where a file does."""
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns

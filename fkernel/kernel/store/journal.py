@@ -1,0 +1,115 @@
+"""Which shards of a store are complete: one line each, added once the shard is safe on the disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fkernel.errors import StoreError
+from fkernel.kernel.store.files import flush
+
+NAME = "shards.jsonl"
+
+
+@dataclass(frozen=True)
+class Record:
+    """A shard that is complete.
+
+    Attributes:
+        index: its position among the groups.
+        rows: [first row, row after the last].
+        file: its file's name.
+        bytes: its file's size.
+        sha256: its file's checksum.
+    """
+
+    index: int
+    rows: list[int]
+    file: str
+    bytes: int
+    sha256: str
+
+
+class Journal:
+    """The records of a store, in the order in which they were written.
+
+    A line counts once it is whole. What a crash or a full disk left behind the last whole line is cut off, at the
+    latest before another line is added, so that no line runs into it.
+    """
+
+    def __init__(self, directory: Path, groups: list[list[int]]) -> None:
+        """Read the records of a store of certain groups, and cut a torn last line off."""
+        self._path = directory / NAME
+        self._records: dict[int, Record] = {}
+        self._end = 0
+        lines = self._path.read_bytes().splitlines(keepends=True) if self._path.exists() else []
+        for number, line in enumerate(lines, 1):
+            record = _parsed(line)
+            if record is None and number == len(lines):
+                break
+            if record is None or not _fits(record, groups) or record.index in self._records:
+                raise StoreError(
+                    f"Line {number} of {str(self._path)!r} is damaged; delete it to have its shard computed again, or "
+                    f"the whole directory to begin anew."
+                )
+            self._records[record.index] = record
+            self._end += len(line)
+        self._cut()
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self._records.values())
+
+    def get(self, i: int) -> Record | None:
+        """Return the record of shard i, None where it is not complete."""
+        return self._records.get(i)
+
+    def line_of(self, i: int) -> int:
+        """Number the line of a complete shard, from 1."""
+        return list(self._records).index(i) + 1
+
+    def add(self, record: Record) -> None:
+        """Record a shard that is safe on the disk."""
+        self._cut()
+        line = json.dumps(asdict(record)).encode() + b"\n"
+        with open(self._path, "ab") as file:
+            file.write(line)
+            flush(file)
+        self._records[record.index] = record
+        self._end += len(line)
+
+    def forget_unfinished(self) -> None:
+        """Drop a line whose writing was interrupted after it was whole, before its shard is written again."""
+        self._cut()
+
+    def _cut(self) -> None:
+        if self._path.exists() and self._path.stat().st_size != self._end:
+            with open(self._path, "r+b") as file:
+                file.truncate(self._end)
+                flush(file)
+
+
+def file_name(i: int) -> str:
+    """Name the file of shard i.
+
+    Example:
+        >>> file_name(3)
+        'shard-00003.safetensors'
+    """
+    return f"shard-{i:05d}.safetensors"
+
+
+def _parsed(line: bytes) -> Record | None:
+    try:
+        return Record(**json.loads(line)) if line.endswith(b"\n") else None
+    except (ValueError, TypeError):
+        return None
+
+
+def _fits(record: Record, groups: list[list[int]]) -> bool:
+    i = record.index
+    return i in range(len(groups)) and record.rows == groups[i] and record.file == file_name(i)

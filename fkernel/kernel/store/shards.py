@@ -1,0 +1,178 @@
+"""One shard: gradient handles of some sequences in one safetensors file.
+
+    8 bytes                length of the header, little-endian
+    header                 JSON: each tensor's dtype, shape and place, and in its metadata which handles they make up
+    tensors                one after the other, widest dtype first, so that each begins at a multiple of its own width
+
+The format is simple enough to be streamed from the tensors themselves, through the checksum and without a second copy,
+and any safetensors reader opens the result. What layers share is stored once and shared again; what was expanded is
+stored unexpanded; a transposed tensor is stored as it lies in memory and transposed again, so that its products are
+computed by the same steps as before.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+
+from fkernel.errors import StoreError
+from fkernel.func.handles import Factored, Handle, Handles, Rows, Stack, Sum
+from fkernel.kernel.store.fingerprint import contents
+from fkernel.shapes import Tensor
+
+_DTYPES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+}
+_METADATA = "handles"
+_ALIGNMENT = 64
+
+
+class Packed(NamedTuple):
+    """A shard before it is written.
+
+    Attributes:
+        header: everything that precedes the tensors.
+        tensors: what follows it, in order.
+    """
+
+    header: bytes
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the file, bytes."""
+        return len(self.header) + sum(_nbytes(tensor) for tensor in self.tensors)
+
+    def chunks(self) -> Iterator[bytes | memoryview]:
+        """Walk the file's content; a tensor that is contiguous in memory is not copied."""
+        yield self.header
+        for tensor in self.tensors:
+            yield from contents(tensor)
+
+
+def pack(handles: Handles) -> Packed:
+    """Lay handles out as a safetensors file.
+
+    Args:
+        handles: {name: handle}, of any kinds, dtypes, layouts and devices.
+
+    Raises:
+        StoreError: a tensor has a dtype that safetensors cannot hold.
+
+    Example:
+        >>> zeros = torch.zeros(()).expand(2, 1000)
+        >>> [tensor.shape for tensor in pack({"w": zeros}).tensors]
+        [torch.Size([1, 1])]
+    """
+    stored = _Stored()
+    structure = {name: stored.describe(handle, name) for name, handle in handles.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", _METADATA: json.dumps(structure)}}
+    ordered = sorted(stored.tensors.items(), key=lambda item: -item[1].element_size())
+    end = 0
+    for name, tensor in ordered:
+        start, end = end, end + _nbytes(tensor)
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    return Packed(len(text).to_bytes(8, "little") + text, tuple(tensor for _, tensor in ordered))
+
+
+def unpack(path: Path) -> dict[str, Handle]:
+    """Read a shard by mapping it into memory: its tensors' bytes are read where and when they are used.
+
+    Changing such a tensor in place changes no file.
+
+    Args:
+        path: a file that `pack` laid out.
+
+    Raises:
+        SafetensorError, OSError, KeyError, ValueError: the file is no such file.
+    """
+    with safe_open(path, framework="pt") as file:
+        structure = json.loads(file.metadata()[_METADATA])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
+    return {name: _handle(node, tensors) for name, node in structure.items()}
+
+
+class _Stored:
+    """The tensors of a shard, each once, and the descriptions that lead from handles to them."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self.seen: dict[Any, str] = {}
+
+    def describe(self, handle: Handle, place: str) -> dict[str, Any]:
+        match handle:
+            case Stack(parts):
+                return {"stack": [self.describe(part, f"{place}/{at}") for at, part in enumerate(parts)]}
+            case Sum(parts):
+                return {"sum": [self.describe(part, f"{place}/{at}") for at, part in enumerate(parts)]}
+            case Factored(inputs, cotangents):
+                return {
+                    "factored": [self.tensor(inputs, f"{place}/inputs"), self.tensor(cotangents, f"{place}/cotangents")]
+                }
+            case Rows(ids, cotangents, size):
+                return {
+                    "rows": [self.tensor(ids, f"{place}/ids"), self.tensor(cotangents, f"{place}/cotangents"), size]
+                }
+            case _:
+                return {"dense": self.tensor(handle, place)}
+
+    def tensor(self, tensor: Tensor, place: str) -> dict[str, Any]:
+        """Keep a tensor unless it is kept already; say which it is and how it is expanded and transposed."""
+        if tensor.dtype not in _DTYPES:
+            raise StoreError(
+                f"{place!r} is {tensor.dtype}, which cannot be stored; store one of "
+                f"{', '.join(str(dtype).removeprefix('torch.') for dtype in _DTYPES)}."
+            )
+        # One step along a stride of 0 is all there is; it takes no storage to go on.
+        base = tensor.detach()[tuple(slice(0, 1) if step == 0 else slice(None) for step in tensor.stride())]
+        order = list(range(base.ndim))
+        if not base.is_contiguous():
+            order.sort(key=lambda dim: -base.stride(dim))
+        base = base.permute(order)
+        key = (base.device, base.data_ptr(), base.dtype, base.shape, base.stride())
+        name = self.seen.setdefault(key, f"{len(self.tensors):05d} {place}")
+        self.tensors.setdefault(name, base)
+        return {"tensor": name, "order": order, "shape": list(tensor.shape)}
+
+
+def _handle(node: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
+    ((kind, parts),) = node.items()
+    match kind:
+        case "stack":
+            return Stack(tuple(_handle(part, tensors) for part in parts))
+        case "sum":
+            return Sum(tuple(_handle(part, tensors) for part in parts))
+        case "factored":
+            return Factored(*(_tensor(part, tensors) for part in parts))
+        case "rows":
+            return Rows(_tensor(parts[0], tensors), _tensor(parts[1], tensors), parts[2])
+        case "dense":
+            return _tensor(parts, tensors)
+        case _:
+            raise ValueError(f"a handle of unknown kind {kind!r}")
+
+
+def _tensor(node: dict[str, Any], tensors: dict[str, Tensor]) -> Tensor:
+    order = node["order"]
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return tensors[node["tensor"]].permute(back).expand(node["shape"])
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,101 @@
+"""What a kernel would take, for a terminal and for a program."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+from fkernel.kernel import Estimate, Option
+
+
+def estimate_table(found: Estimate) -> Table:
+    """Tabulate the strategies: memory, disk, predicted time, and whether each is feasible.
+
+    Args:
+        found: what `fkernel.estimate` returned.
+    """
+    load = found.workload
+    n_U, n_E = (len(load.tokens[side]) for side in ("U", "E"))
+    granted = "no memory grant" if found.budget is None else f"memory grant {size(found.budget)}"
+    model = f"{load.size:,} parameters of {load.itemsize} bytes"
+    table = Table(title=f"{n_U} × {n_E} sequences of {load.longest} tokens\n{model}; {granted}")
+    for name in ("strategy", "memory", "disk", "time", "feasible"):
+        table.add_column(name, justify="left" if name in ("strategy", "feasible") else "right", no_wrap=True)
+    for option in found.options:
+        chosen = found.chosen is not None and option.name == found.chosen.name
+        disk = size(option.disk) if option.disk else "–"
+        says = _feasible(option, found.budget) + (", chosen" if chosen else "")
+        style = "bold" if chosen else ("dim" if option.why_not else None)
+        table.add_row(option.name, size(option.memory), disk, duration(option.seconds), says, style=style)
+    return table
+
+
+def estimate_line(found: Estimate) -> str:
+    """Say which strategy is chosen and why, or what would be needed."""
+    if found.chosen is None:
+        return found.reason
+    took = f"{size(found.chosen.memory)} beside the model, {duration(found.chosen.seconds)}"
+    return f"Chosen: {found.chosen.name} ({took}): {found.reason}."
+
+
+def estimate_record(found: Estimate) -> dict[str, Any]:
+    """Return the same as numbers and strings that JSON holds; bytes and seconds."""
+    return {
+        "parameters": found.workload.size,
+        "itemsize": found.workload.itemsize,
+        "n_U": len(found.workload.tokens["U"]),
+        "n_E": len(found.workload.tokens["E"]),
+        "tokens": found.workload.longest,
+        "budget": found.budget,
+        "options": [_record(option) for option in found.options],
+        "chosen": None if found.chosen is None else _record(found.chosen),
+        "reason": found.reason,
+        "rates": found.rates._asdict(),
+    }
+
+
+def size(count: float) -> str:
+    """Write bytes as people read them.
+
+    Example:
+        >>> size(8 * 2**30), size(1536), size(12)
+        ('8.00 GiB', '1.50 KiB', '12 B')
+    """
+    for power, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if count >= 2**power:
+            return f"{count / 2**power:.2f} {unit}"
+    return f"{count:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """Write seconds as people read them.
+
+    Example:
+        >>> duration(0.01234), duration(90), duration(600), duration(9000)
+        ('0.0123 s', '90 s', '10.0 min', '2.5 h')
+    """
+    if seconds >= 7200:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.1f} min" if seconds >= 120 else f"{seconds:.3g} s"
+
+
+def _feasible(option: Option, budget: int | None) -> str:
+    if not option.why_not:
+        return "yes"
+    return (
+        f"no: needs {size(option.needs)}" if budget is not None and option.needs > budget else f"no: {option.why_not}"
+    )
+
+
+def _record(option: Option) -> dict[str, Any]:
+    return {
+        "name": option.name,
+        "memory": option.memory,
+        "needs": option.needs,
+        "disk": option.disk,
+        "seconds": option.seconds,
+        "feasible": not option.why_not,
+        "why_not": option.why_not,
+        "strategy": option.strategy._asdict(),
+    }
