@@ -43,12 +43,12 @@ def large(shape: str, n_E: int, n_U: int, T: int, memory: str, checked: int) -> 
     found = estimate(subject.f, subject.params, E, U, P, memory=memory)
     assert found.chosen is not None, found.reason
     kernel(subject.f, subject.params, subject.batch(1, T), subject.batch(1, T, 3), P)  # first use of everything
+    before = _status("VmRSS")  # model, preconditioner and batches, and what a first use of everything leaves
     print("limit", file=sys.stderr, flush=True)
     backward_s, _ = _timed(lambda: [plain_backward(subject, batch, 4 if subject.size > 1e8 else 8) for batch in (E, U)])
     gemm_s = _gemm(n_E, n_U, subject.size)
     print(f"kernel, after {backward_s:.0f} s of plain backward; {found.chosen}", file=sys.stderr, flush=True)
     _forget_peak()
-    before = _status("VmRSS")
     kernel_s, K = _timed(lambda: kernel(subject.f, subject.params, E, U, P, memory=memory))
     peak = _status("VmHWM") - before
     print(f"influence, after {kernel_s:.0f} s and {peak:.0f} MB of kernel", file=sys.stderr, flush=True)

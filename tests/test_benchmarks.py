@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import memory, test_adam, test_contract, test_gradient, test_kernel, test_logprob
+from benchmarks import memory, scale, test_adam, test_contract, test_gradient, test_kernel, test_logprob
 from benchmarks.environment import environment
 from benchmarks.limits import concatenated, plain_backward
 from benchmarks.models import build
@@ -105,7 +105,7 @@ def test_concatenated_rows_are_the_rows(tiny):
 def test_memory_callables_run():
     subject = build("tiny")
     for name, make in memory.MEASURED.items():
-        sizes = {"n_U": 3, "T": 8} if name == "influence" else {"n": 2, "T": 8}
+        sizes = {"influence": {"n_U": 3}, "kernel within a grant": {"n_U": 3}}.get(name, {"n": 2}) | {"T": 8}
         result = make(shape="tiny", **sizes)()
         if name == "plain batched backward":
             close(result, plain_backward(subject, subject.batch(2, 8)))
@@ -184,3 +184,12 @@ def test_a_missed_target_is_called_missed():
     assert row["met"] is False
     assert "missed" in command.verdict(row["met"])
     assert command.speed_table([row]).row_count == 1
+
+
+def test_scale_runs_small_and_its_numbers_hold():
+    """The large part on a small model: within its grant, entries equal to autograd's, C equal to influence."""
+    found = scale.in_own_process("large", **scale.QUICK)
+    assert found["checked"] == scale.QUICK["checked"]
+    assert found["worst_entry"] < 1e-5
+    assert found["influence_against_C"] < 1e-4
+    assert found["peak_MB"] <= 1.1 * found["grant_MB"]

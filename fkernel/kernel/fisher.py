@@ -190,7 +190,7 @@ def influence(
     """
     check_sides(f, params, E, U)
     microbatch = usual_microbatch(microbatch, E, U)
-    m = microbatch_within(memory, microbatch, f, params, (E, U), (reverse, forward), vectors=3)
+    m = microbatch_within(memory, microbatch, f, params, (E, U), (reverse, forward), vectors=1, least=3)
     with recycled():
         with naming("U"):
             towards = func.vjp(f, m)(params, U, weights)

@@ -58,6 +58,7 @@ def microbatch_within(
     batches: tuple[Any, ...],
     passes: tuple[Pass, ...],
     vectors: int,
+    least: int = 0,
 ) -> int:
     """Find the largest microbatch whose passes stay within a grant.
 
@@ -68,23 +69,28 @@ def microbatch_within(
         params: θ.
         batches: those that the passes run over.
         passes: of `reverse`, `forward`, `twice_forward`.
-        vectors: vectors of the parameters' size that are held meanwhile.
+        vectors: vectors of the parameters' size that are held beside a pass.
+        least: vectors that are held at some other moment, without a pass.
 
     Raises:
         BatchError: one sequence at a time does not fit; the message says what would.
     """
     if memory is None:
         return microbatch
-    held = vectors * bytes_of(params)
+    P, budget = bytes_of(params), parse_bytes(memory)
     longest = [trim(take(batch, by_length(batch)[:1])) for batch in batches]
+    fitting, needed = microbatch, ceil(least * P / USABLE)
     with explained(params):
-        each = max(work_of(lambda p, x, one=one: one(f, p, x), params, x).peak for one in passes for x in longest)
-    budget = parse_bytes(memory)
-    fitting = int(budget * USABLE - held) // max(each, 1)
-    if fitting < 1:
-        needed = ceil((held + each) / USABLE)
+        for one in passes:
+            # A reverse pass makes a vector of its own, which more sequences do not make larger.
+            held = (vectors + (one is reverse)) * P
+            peaks = [work_of(lambda p, x, one=one: one(f, p, x), params, x).peak for x in longest]
+            each = max(1, max(peaks) - (one is reverse) * P)
+            fitting = min(fitting, int(budget * USABLE - held) // each)
+            needed = max(needed, ceil((held + each) / USABLE))
+    if fitting < 1 or budget < needed:
         raise BatchError(
-            f"memory={memory!r} cannot hold {vectors} vectors of {tree.size(params)} parameters ({held} bytes) and one "
-            f"sequence's activations ({each} bytes); give at least {needed} bytes, or shorten the sequences."
+            f"memory={memory!r} cannot hold {max(vectors + 1, least)} vectors of {tree.size(params)} parameters "
+            f"({P} bytes each) and one sequence's activations; give at least {needed} bytes, or shorten the sequences."
         )
-    return min(microbatch, fitting)
+    return fitting

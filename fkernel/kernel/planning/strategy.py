@@ -37,8 +37,8 @@ BLOCK = 64
 """Streamed sequences of the greatest length a block, at most, where more gain nothing that their memory would not."""
 HOLES = 1.5
 """Memory that a pass takes, over what is alive in it at once; the highest that was seen (benchmarks/)."""
-LIBRARIES = 40_000_000
-"""Bytes that libraries keep for themselves, and that a tiny problem does not make them take."""
+LIBRARIES = 80_000_000
+"""Bytes that libraries take for themselves at first use; a tiny problem is charged less, or nothing would fit it."""
 USABLE = 0.95
 """Share of a grant that is planned with."""
 
@@ -195,7 +195,7 @@ def cost(load: Workload, rates: Rates, strategy: Strategy) -> Option:
     memory = n_h * n_s * 2 * load.itemsize + h * s * 12 + h * each_h
     memory += int(s * each_s + max(contracting, beside))
     memory += m * each_s if name == "store" else 0  # a shard's bytes on their way to the disk
-    memory += int(0.03 * memory) + min(LIBRARIES, memory // 4)
+    memory += int(0.03 * memory) + min(LIBRARIES, memory // 2)
 
     seconds = load.producing(held, m, rates) + load.multiplying(held, rates) * (1 if dense else blocks)
     seconds += load.producing(streamed, m, rates) * (tiles if name == "recompute" else 1)
