@@ -868,7 +868,7 @@ def _with_memory(entry: str, params: dict[str, torch.Tensor], memory: int | str)
 
 @pytest.mark.parametrize("entry", ["kernel", "influence", "explain_step"])
 def test_too_little_memory_says_how_much_would_do(params, entry):
-    """The first message's number is enough, and one byte less is not (kernel), or hardly less (vectors count twice)."""
+    """What the last message asks for is enough, and 2 % less is not; explain_step may have to ask twice."""
     with clear_error(fk.BatchError, "memory=7", "4 parameters", "at least") as caught:
         _with_memory(entry, params, 7)
     needed = int(str(caught.value).split("at least ")[1].split(" bytes")[0])

@@ -84,11 +84,6 @@ def microbatches(batch: Any, size: int | None) -> Iterator[tuple[slice | Tensor,
         yield rows if as_it_came else order[rows], trim(take(ordered, rows))
 
 
-def row_of(rows: slice | Tensor, row: int) -> int:
-    """Tell which row of the batch a microbatch's row is."""
-    return row + rows.start if isinstance(rows, slice) else int(rows[row])
-
-
 def stacked(fn: Callable[..., Any], size: int | None) -> Callable[..., Any]:
     """Wrap fn(params, batch, *rest) -> tensors with one row a sequence so that it sees `size` sequences at a time."""
 
