@@ -192,4 +192,4 @@ def test_scale_runs_small_and_its_numbers_hold():
     assert found["checked"] == scale.QUICK["checked"]
     assert found["worst_entry"] < 1e-5
     assert found["influence_against_C"] < 1e-4
-    assert found["peak_MB"] <= 1.1 * found["grant_MB"]
+    assert found["kernel_MB"] <= 1.1 * found["grant_MB"]

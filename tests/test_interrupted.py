@@ -12,6 +12,7 @@ import torch
 import fkernel as fk
 from fkernel import precond
 from fkernel.kernel import recycling
+from fkernel.kernel.store import Store
 
 W = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(6, 4)
 PARAMS = {"w": W}
@@ -83,23 +84,56 @@ def test_after_sigkill_the_same_call_gives_the_same_kernel(strategy, tmp_path, e
 
 
 def test_a_second_call_reads_what_the_first_one_stored(tmp_path, expected):
-    """The first makes a plan, E's three gradients and U's five; the second a plan, E's three and one to compare."""
+    """The first makes a plan, E's three gradients and U's five; the second a plan, and one of each to compare."""
     store = STRATEGIES[2]
-    for calls in (1 + 3 + 5, 1 + 3 + 1):
+    for calls in (1 + 3 + 5, 1 + 1 + 1):
         counting = Stopping(0, interrupt)
         torch.testing.assert_close(computed(counting, store, tmp_path), expected, rtol=1e-12, atol=1e-12)
         assert counting.calls == calls
 
 
-@pytest.mark.parametrize("other", ["params", "batch", "f"])
-def test_a_store_of_something_else_is_refused(other, tmp_path):
+@pytest.mark.parametrize("other", ["params", "U", "E", "microbatch"])
+def test_a_store_keeps_what_is_different_apart(other, tmp_path, expected):
     computed(f, STRATEGIES[2], tmp_path)
     params = {"w": W + 1e-6} if other == "params" else PARAMS
-    batch = U.flip(0) if other == "batch" else U
-    changed = (lambda p, x: 1.01 * f(p, x)) if other == "f" else f
-    with pytest.raises(fk.StoreError, match="another function" if other == "f" else "something else"):
-        fk.kernel(changed, params, E, batch, P, strategy=STRATEGIES[2], store=tmp_path)
-    computed(f, STRATEGIES[2], tmp_path)  # left as it was
+    E_, U_ = E.flip(0) if other == "E" else E, U.flip(0) if other == "U" else U
+    strategy = STRATEGIES[2]._replace(tokens=2) if other == "microbatch" else STRATEGIES[2]
+    K = fk.kernel(f, params, E_, U_, P, strategy=strategy, store=tmp_path)
+    torch.testing.assert_close(K, fk.kernel(f, params, E_, U_, P), rtol=1e-12, atol=1e-12)
+    new = {"params": 2, "U": 1, "E": 1, "microbatch": 2}[other]
+    assert len([*tmp_path.iterdir()]) == 2 + new
+    torch.testing.assert_close(computed(f, STRATEGIES[2], tmp_path), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_store_of_another_function_is_refused(tmp_path):
+    def g(scale):
+        return lambda p, x: scale * f(p, x)
+
+    fk.kernel(g(1.0), PARAMS, E, U, P, strategy=STRATEGIES[2], store=tmp_path)
+    with pytest.raises(fk.StoreError, match="another function"):
+        fk.kernel(g(1.01), PARAMS, E, U, P, strategy=STRATEGIES[2], store=tmp_path)
+    fk.kernel(g(1.0), PARAMS, E, U, P, strategy=STRATEGIES[2], store=tmp_path)  # left as it was
+
+
+@pytest.mark.parametrize("tile", [None, 1, 2])
+@pytest.mark.parametrize("block", [None, 2])
+@pytest.mark.parametrize("held", ["E", "U"])
+def test_a_store_is_contracted_in_any_parts(held, tile, block, tmp_path, expected):
+    strategy = fk.Strategy("store", held, tile, block, 2, False)
+    torch.testing.assert_close(computed(f, strategy, tmp_path), expected, rtol=1e-12, atol=1e-12)
+    K = fk.kernel(f, PARAMS, U, U, P, strategy=strategy, store=tmp_path)
+    torch.testing.assert_close(K, fk.kernel(f, PARAMS, U, U, P), rtol=1e-12, atol=1e-12)
+
+
+def test_what_cannot_be_written_is_an_error_of_the_call_that_wrote_it(tmp_path, monkeypatch):
+    """Writing goes on beside the next pass, in a thread of its own."""
+
+    def full(self, i, handles):
+        raise fk.StoreError(f"No room for shard {i}")
+
+    monkeypatch.setattr(Store, "write", full)
+    with pytest.raises(fk.StoreError, match="No room for shard 0"):
+        computed(f, STRATEGIES[2], tmp_path)
 
 
 def test_a_store_needs_a_place():
@@ -109,7 +143,7 @@ def test_a_store_needs_a_place():
 
 def test_a_flipped_bit_is_never_served(tmp_path):
     computed(f, STRATEGIES[2], tmp_path)
-    shard = sorted((tmp_path / "U").glob("shard-*.safetensors"))[2]
+    shard = sorted(tmp_path.glob("U-*/shard-*.safetensors"))[2]
     content = bytearray(shard.read_bytes())
     content[-3] ^= 4
     shard.write_bytes(content)

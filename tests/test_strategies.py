@@ -23,19 +23,20 @@ def forms(T: int):
         fk.Strategy("factored", "U", None, 2 * T, T, False),
         fk.Strategy("recompute", "E", T, 2 * T, None, True),
         fk.Strategy("recompute", "U", T, 2 * T, None, False),
+        fk.Strategy("store", "E", 2 * T, None, T, False),
     ]
 
 
 @pytest.mark.parametrize("arbitrary", [False, True], ids=["diagonal", "any callable"])
 @pytest.mark.parametrize("case", EXAMPLES, ids=lambda case: case.model_name)
-def test_every_strategy_gives_the_same_kernel(case, arbitrary):
+def test_every_strategy_gives_the_same_kernel(case, arbitrary, tmp_path):
     S, params, E, U = case.engine(fk)
     D = precond.diagonal({name: leaf.abs() + 0.1 for name, leaf in case.tree(21).items()})
     P = (lambda x: D(x)) if arbitrary else D
     J = func.per_sequence_grad(S)
     expected = func.contract(J(params, E), D(J(params, U)))
     for strategy in forms(E.input_ids.shape[1]):
-        K = fk.kernel(S, params, E, U, P, strategy=strategy)
+        K = fk.kernel(S, params, E, U, P, strategy=strategy, store=tmp_path)
         torch.testing.assert_close(K, expected, rtol=1e-9, atol=1e-12, msg=lambda m, s=strategy: f"{s}: {m}")
 
 

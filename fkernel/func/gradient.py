@@ -110,7 +110,8 @@ def per_sequence_handles(f: Function, microbatch: int | None = None) -> Callable
     def handles(params: Tree, batch: Any) -> Handles:
         with boundary(f, params, batch):
             pieces = groups(batch, token_grant(batch, microbatch))
-            return stack_handles(handle_pieces(f, params, batch, pieces, plan_of(f, params, batch)))
+            plan = plan_of(f, params, batch)
+            return stack_handles(packed(piece) for piece in handle_pieces(f, params, batch, pieces, plan))
 
     return handles
 
@@ -160,7 +161,7 @@ def handle_pieces(f: Function, params: Tree, batch: Any, pieces: Iterable[slice]
             _check_factors(handles)
         except NonFiniteError as error:
             raise error.at(rows.start) from None
-        yield packed({name: smallest(handle, params[name]) for name, handle in handles.items()})
+        yield {name: smallest(handle, params[name]) for name, handle in handles.items()}
 
 
 def _check_factors(handles: Mapping[str, Piece]) -> None:

@@ -15,7 +15,6 @@ the inverse Fisher matrix; for f = log π and P = I it is the neural tangent ker
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,7 @@ from fkernel.kernel.sides import (
     transformed,
     written_out,
 )
-from fkernel.kernel.stored import stored
+from fkernel.kernel.spilled import spilled
 from fkernel.precond import Diagonal, Preconditioner
 from fkernel.shapes import Tensor, Tree
 
@@ -74,8 +73,9 @@ def kernel(
         microbatch: sequences of the greatest length under way at once, and so many tokens of shorter ones; None:
             eight, or as many as have 1024 tokens. A grant may lower it.
         strategy: how to compute it, instead of choosing; such as `fkernel.estimate(...).chosen.strategy`.
-        store: a directory for gradients on disk. With one, the strategy "store" is open to choice, and U's or E's
-            gradients that it holds from an earlier call (of the same θ and batch) are read, not computed.
+        store: a directory for gradients on disk. With one, the strategy "store" is open to choice; gradients that it
+            holds from an earlier call (of the same f, θ, batch and microbatches) are read, not computed. Each batch
+            has a folder of its own there, to be deleted when it is wanted no more.
 
     Returns:
         [n_E, n_U] in the parameters' dtype; positive where u's gradient raises f of e. Units: f², times P's.
@@ -113,34 +113,42 @@ def _executed(
     plan: Plan,
     store: Path | str | None,
 ) -> Tensor:
-    held, streamed = (Ordered("E", E), Ordered("U", U))[:: 1 if strategy.held == "E" else -1]
+    side_E = Ordered("E", E)
+    side_U = side_E if E is U and isinstance(precond, Diagonal) else Ordered("U", U)
+    if strategy.name == "store":
+        K = spilled(strategy, f, params, side_E, side_U, precond, plan, _given(store))
+    else:
+        K = _streamed(strategy, f, params, side_E, side_U, precond, plan)
+    # K has the sides' own orders: put rows and columns back where the caller has them.
+    return K[side_E.order.argsort()][:, side_U.order.argsort()].to(next(iter(params.values())).dtype)
+
+
+def _streamed(
+    strategy: Strategy, f: Function, params: Tree, E: Ordered, U: Ordered, precond: Preconditioner, plan: Plan
+) -> Tensor:
+    """Compute K with tiles of one side held in memory, [n_E, n_U] in the sides' own orders."""
+    held, streamed = (E, U)[:: 1 if strategy.held == "E" else -1]
     D = precond.d if isinstance(precond, Diagonal) else None
     K = next(iter(params.values())).new_empty(len(held), len(streamed))
-    with ExitStack() as open_stores:
 
-        def source(side: Ordered, on_disk: bool) -> tuple[list[slice], Pieces]:
-            cuts = cuts_of(side, strategy.tokens)
-            pieces = pieces_of(f, params, side, cuts, plan)
-            if on_disk:
-                pieces = open_stores.enter_context(stored(_given(store), f, params, side, cuts, pieces))
-            rows = side.name == "U" and not isinstance(precond, Diagonal)
-            return cuts, rows_under(precond, pieces, params, side, cuts) if rows else pieces
+    def source(side: Ordered) -> tuple[list[slice], Pieces]:
+        cuts = cuts_of(side, strategy.tokens)
+        pieces = pieces_of(f, params, side, cuts, plan)
+        return cuts, rows_under(precond, pieces, params, side, cuts) if side is U and D is None else pieces
 
-        cuts_h, pieces_h = source(held, on_disk=False)
-        cuts_s, pieces_s = source(streamed, on_disk=strategy.name == "store")
-        for tile in blocks(held, cuts_h, strategy.tile):
-            rows = slice(cuts_h[tile[0]].start, cuts_h[tile[-1]].stop)
-            J = written_out(pieces_h, tile, cuts_h, params) if strategy.dense else gathered(pieces_h, tile)
-            if E is U and D is not None and len(tile) == len(cuts_h):
-                K[:] = func.contract(J, J, diagonal=D)
-                break
-            for block in blocks(streamed, cuts_s, strategy.block):
-                columns = slice(cuts_s[block[0]].start, cuts_s[block[-1]].stop)
-                K[rows, columns] = func.contract(J, gathered(pieces_s, block), diagonal=D)
-            del J  # or it would be alive while the next tile is made
-    # K has the sides' own orders: put rows and columns back where the caller has them.
-    back = K[held.order.argsort()][:, streamed.order.argsort()]
-    return back if strategy.held == "E" else back.T.contiguous()
+    cuts_h, pieces_h = source(held)
+    cuts_s, pieces_s = source(streamed)
+    for tile in blocks(held, cuts_h, strategy.tile):
+        rows = slice(cuts_h[tile[0]].start, cuts_h[tile[-1]].stop)
+        J = written_out(pieces_h, tile, cuts_h, params) if strategy.dense else gathered(pieces_h, tile)
+        if E is U and len(tile) == len(cuts_h):
+            K[:] = func.contract(J, J, diagonal=D)
+            break
+        for block in blocks(streamed, cuts_s, strategy.block):
+            columns = slice(cuts_s[block[0]].start, cuts_s[block[-1]].stop)
+            K[rows, columns] = func.contract(J, gathered(pieces_s, block), diagonal=D)
+        del J  # or it would be alive while the next tile is made
+    return K if held is E else K.T.contiguous()
 
 
 def _given(store: Path | str | None) -> Path | str:

@@ -34,6 +34,13 @@ def recycled() -> Iterator[None]:
         _leave(libc)
 
 
+def trim() -> None:
+    """Give back to the system what is free: what comes next is of other sizes, or mapped from a file."""
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
 _lock = threading.Lock()
 _depth = [0]
 """How many `recycled` are under way, in all threads: the first sets malloc's thresholds, the last puts them back."""

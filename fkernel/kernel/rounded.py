@@ -40,12 +40,25 @@ from fkernel.func.boundary import explained
 from fkernel.func.capture import Plan
 from fkernel.func.contract import tile_columns
 from fkernel.func.gradient import plan_of
-from fkernel.func.handles import Factored, Handle, Handles, Rows, Stack, Sum, count, form, packed, shape_of, tensors
+from fkernel.func.handles import (
+    Factored,
+    Handle,
+    Handles,
+    Rows,
+    Stack,
+    Sum,
+    count,
+    form,
+    packed,
+    shape_of,
+    stack_handles,
+    tensors,
+)
 from fkernel.func.objective import Function
 from fkernel.kernel.planning import usual_microbatch
 from fkernel.kernel.planning.strategy import default
 from fkernel.kernel.recycling import recycled
-from fkernel.kernel.sides import Ordered, blocks, check_sides, cuts_of, gathered, naming, pieces_of
+from fkernel.kernel.sides import Ordered, blocks, check_sides, cuts_of, naming, pieces_of
 from fkernel.precond import Diagonal, Preconditioner
 from fkernel.shapes import Tensor, Tree
 
@@ -141,16 +154,16 @@ def _executed(
             stored.append(packed(narrowed(exact, dtype)))
         errors.append(shard_norms(exact, d, less=stored[-1]))
         del exact
-    J, ε = gathered(stored.__getitem__, range(len(stored))), torch.cat(errors)
+    J, ε = stack_handles(stored), torch.cat(errors)
     stored.clear()
 
     K = ε.new_empty(len(held), len(streamed), dtype=_widest(params))
     B = torch.empty_like(K)
     for block in blocks(streamed, cuts_s, how.block):
         columns = slice(cuts_s[block[0]].start, cuts_s[block[-1]].stop)
-        parts = [pieces_s(i) for i in block]
+        parts = [packed(pieces_s(i)) for i in block]
         B[:, columns] = SLACK * ε @ torch.cat([shard_norms(part, d) for part in parts]).T
-        K[:, columns] = func.contract(J, gathered(parts.__getitem__, range(len(parts))), diagonal=d)
+        K[:, columns] = func.contract(J, stack_handles(parts), diagonal=d)
     # Both have the sides' own orders: put rows and columns back where the caller has them.
     K, B = (each[held.order.argsort()][:, streamed.order.argsort()] for each in (K, B))
     return Rounded(K, B, dtype) if how.held == "E" else Rounded(K.T.contiguous(), B.T.contiguous(), dtype)

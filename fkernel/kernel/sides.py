@@ -15,7 +15,7 @@ from fkernel.func.batch import by_length, length, lengths, take, trim
 from fkernel.func.boundary import check_inputs, explained
 from fkernel.func.capture import Plan
 from fkernel.func.gradient import handle_pieces
-from fkernel.func.handles import Handles, stack_handles, write_out
+from fkernel.func.handles import Handles, packed, stack_handles, write_out
 from fkernel.func.microbatch import groups
 from fkernel.func.objective import Function
 from fkernel.precond import Preconditioner
@@ -91,8 +91,8 @@ def cuts_of(side: Ordered, tokens: int | None) -> list[slice]:
 
 
 def gathered(pieces: Pieces, block: Sequence[int]) -> Handles:
-    """Hold the gradients of some microbatches as they are."""
-    return stack_handles(pieces(i) for i in block)
+    """Hold the gradients of some microbatches as they are, apart from the temporaries of the passes that made them."""
+    return stack_handles(packed(pieces(i)) for i in block)
 
 
 def written_out(pieces: Pieces, block: Sequence[int], cuts: Sequence[slice], params: Tree) -> Tree:

@@ -1,17 +1,19 @@
-"""A side's gradients, read from disk where they are there, computed and written where they are not."""
+"""A side's gradients on disk: read where they are there, computed and written where they are not."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 from fkernel import func
 from fkernel.errors import StoreError
+from fkernel.func.capture import Plan
 from fkernel.func.handles import Handles
 from fkernel.func.objective import Function, name_of
-from fkernel.kernel.sides import Ordered, Pieces
-from fkernel.kernel.store import open_store
+from fkernel.kernel.sides import Ordered, Pieces, pieces_of
+from fkernel.kernel.store import Store, open_store
 from fkernel.kernel.store.fingerprint import fingerprint
 from fkernel.shapes import Tree
 
@@ -21,27 +23,40 @@ TOLERANCE = 1e-3
 
 @contextmanager
 def stored(
-    directory: Path | str, f: Function, params: Tree, side: Ordered, cuts: Sequence[slice], pieces: Pieces
-) -> Iterator[Pieces]:
-    """Put a store between a side's microbatches and whoever asks for them.
+    directory: Path | str, f: Function, params: Tree, side: Ordered, cuts: Sequence[slice], plan: Plan
+) -> Iterator[Store]:
+    """Open a side's store, complete: what it does not hold yet is computed and written.
 
-    The store is known by the contents of θ and of the batch and by f's name. What f computes cannot be fingerprinted,
-    so the first microbatch of a store that is not new is computed again and held against what is stored.
+    A store is known by the contents of θ and of the batch, by f's name and by its microbatches, and lives in a folder
+    that is named after them: stores of other checkpoints and of other batches lie beside it. What f computes cannot be
+    fingerprinted, so the first microbatch of a store that is not new is computed again and held against what is stored.
 
     Raises:
         StoreError: see `open_store`; or the stored gradients are not this f's.
     """
     identity = {"parameters": fingerprint(params), "batch": fingerprint(side.batch), "f": name_of(f)}
-    with open_store(Path(directory) / side.name, identity, list(cuts)) as store:
+    known_by = fingerprint({**identity, "cuts": [rows.stop for rows in cuts]})
+    folder = Path(directory) / f"{side.name}-{known_by[:12]}"
+    pieces = pieces_of(f, params, side, cuts, plan)
+    with open_store(folder, identity, list(cuts)) as store:
         if store.has(0):
-            _compare(pieces(0), store.read(0), Path(directory) / side.name)
+            _compare(pieces(0), store.read(0), folder)
+        _complete(store, pieces)
+        yield store
 
-        def piece(i: int) -> Handles:
-            if not store.has(i):
-                store.write(i, pieces(i))
-            return store.read(i)
 
-        yield piece
+def _complete(store: Store, pieces: Pieces) -> None:
+    """Compute and write what is missing; a microbatch is written while the next one is computed."""
+    writing: Future[None] | None = None
+    with ThreadPoolExecutor(1) as writer:
+        for i in [i for i in range(len(store.groups)) if not store.has(i)]:
+            handles = pieces(i)
+            if writing is not None:
+                writing.result()
+            writing = writer.submit(store.write, i, handles)
+            del handles  # the writer's alone, or two would be alive beside the pass
+        if writing is not None:
+            writing.result()
 
 
 def _compare(computed: Handles, read: Handles, directory: Path) -> None:

@@ -23,7 +23,7 @@ from fkernel.func.gradient import first_derivative, pull_back, second_derivative
 from fkernel.func.objective import Function, bare
 from fkernel.func.work import work_of
 from fkernel.kernel.budget import parse_bytes
-from fkernel.kernel.planning.strategy import USABLE
+from fkernel.kernel.planning.strategy import HOLES, USABLE
 from fkernel.shapes import Tree
 
 Pass = Callable[[Function, Tree, Any], Any]
@@ -85,7 +85,7 @@ def microbatch_within(
             # A reverse pass makes a vector of its own, which more sequences do not make larger.
             held = (vectors + (one is reverse)) * P
             peaks = [work_of(lambda p, x, one=one: one(f, p, x), params, x).peak for x in longest]
-            each = max(1, max(peaks) - (one is reverse) * P)
+            each = max(1, ceil(HOLES * (max(peaks) - (one is reverse) * P)))
             fitting = min(fitting, int(budget * USABLE - held) // each)
             needed = max(needed, ceil((held + each) / USABLE))
     if fitting < 1 or budget < needed:

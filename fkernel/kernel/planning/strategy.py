@@ -8,14 +8,16 @@ gradient meets once:
 
     memory      one tile, written out: every gradient is computed once and multiplied out once
     factored    one tile, in handles: smaller, but multiplied out again for every block
-    store       several tiles; what streams past the first is written to disk, and read for the others
     recompute   several tiles; what streams is computed again for every tile
+    store       both sides' handles are written to disk, and read back a few parameters at a time (`kernel.spilled`)
 
 Below, a side has n sequences of t₁ ≥ t₂ ≥ … tokens, P parameters; h of the held ones are a tile, in `tiles` of them.
 
     bytes     held (h·P, or h handles) + one block's handles + the larger of activations and contraction tiles + K
+              store: K + the larger of (activations + a microbatch's handles) and (one parameter's handles + tiles)
     seconds   gradients of both sides (once; the streamed side `tiles` times where it is computed again)
-              + multiplying out (held: once, or once a block; streamed: once a tile) + 2 n_E n_U P + disk
+              + multiplying out (held: once, or once a block; streamed: once a tile) + 2 n_E n_U P
+              store: writing goes on beside the passes, so the slower of the two counts; reading comes after
 """
 
 from __future__ import annotations
@@ -150,33 +152,42 @@ def options(
 
 def _forms(load: Workload, microbatch: int, name: Name) -> Iterator[Strategy]:
     """Walk the forms of a strategy: which side is held, how much of it, written out or not, how wide a microbatch."""
-    T = load.longest
-    pairs: tuple[tuple[Side, Side], ...] = (("E", "U"), ("U", "E"))
-    for held, streamed in pairs:
-        total_h, total_s = sum(load.tokens[held]), sum(load.tokens[streamed])
-        one_tile = name in ("memory", "factored")
-        written_out = (name == "memory",) if one_tile else (False, True)
-        if load.dense_U and held == "U":
-            written_out = (True,)
-        for m in sorted({microbatch, max(1, microbatch // 2), max(1, microbatch // 4), 1}):
+    T, total = load.longest, {side: sum(counts) for side, counts in load.tokens.items()}
+    for m in sorted({microbatch, max(1, microbatch // 2), max(1, microbatch // 4), 1}):
+        if name == "store":  # neither side is held; how much of each is contracted at a time is all there is to say
+            for tile in _parts(total["E"], m * T):
+                for block in _parts(total["U"], m * T):
+                    yield Strategy(name, "E", tile, block, m * T, False)
+            continue
+        pairs: tuple[tuple[Side, Side], ...] = (("E", "U"), ("U", "E"))
+        for held, streamed in pairs:
+            one_tile = name in ("memory", "factored")
+            written_out = (name == "memory",) if one_tile else (False, True)
+            if load.dense_U and held == "U":
+                written_out = (True,)
             for dense in written_out:
-                most = min(BLOCK * T, total_s) if dense or load.dense_U else total_s
-                for block in sorted({m * T, *(b for b in _parts(most) if b > m * T)}):
-                    for tile in (None,) if one_tile else [h for h in _parts(total_h) if T <= h < total_h] or [T]:
+                most = min(BLOCK * T, total[streamed]) if dense or load.dense_U else total[streamed]
+                for block in _parts(most, m * T):
+                    for tile in (None,) if one_tile else _parts(total[held], T)[1:] or [T]:
                         yield Strategy(name, held, tile, block, m * T, dense)
 
 
-def _parts(n: int) -> list[int]:
-    """A number and its parts, by ratios of about 1.4."""
+def _parts(n: int, least: int) -> list[int]:
+    """A number and its parts, by ratios of about 1.4, down to the least that makes sense."""
     sizes = []
-    while n >= 1:
+    while n > least:
         sizes.append(n)
-        n = min(n - 1, int(n / 1.4))
-    return sizes
+        n = int(n / 1.4)
+    return [*sizes, least]
 
 
 def cost(load: Workload, rates: Rates, strategy: Strategy) -> Option:
     """Predict what a strategy takes, by the formulas above."""
+    memory, disk, seconds = (_spilled if strategy.name == "store" else _streamed)(load, rates, strategy)
+    return Option(strategy, int(1.03 * memory) + min(LIBRARIES, memory // 2), disk, seconds)
+
+
+def _streamed(load: Workload, rates: Rates, strategy: Strategy) -> tuple[int, int, float]:
     name, held, tile, block, tokens, dense = strategy
     streamed = "U" if held == "E" else "E"
     T, row = load.longest, load.row
@@ -194,16 +205,35 @@ def cost(load: Workload, rates: Rates, strategy: Strategy) -> Option:
     contracting = min(tile_bytes((0 if dense else h) + (0 if rows_of_U else s), load.itemsize), (h + s) * row)
     memory = n_h * n_s * 2 * load.itemsize + h * s * 12 + h * each_h
     memory += int(s * each_s + max(contracting, beside))
-    memory += m * each_s if name == "store" else 0  # a shard's bytes on their way to the disk
-    memory += int(0.03 * memory) + min(LIBRARIES, memory // 2)
 
     seconds = load.producing(held, m, rates) + load.multiplying(held, rates) * (1 if dense else blocks)
     seconds += load.producing(streamed, m, rates) * (tiles if name == "recompute" else 1)
     seconds += load.multiplying(streamed, rates) * tiles + 2.0 * n_h * n_s * load.size / rates.flops
     seconds += blocks * n_h * row / rates.moved if dense else 0.0
-    disk = n_s * each_s if name == "store" else 0
-    seconds += disk / rates.write + (tiles - 1) * disk / rates.read
-    return Option(strategy, memory, disk, seconds)
+    return memory, 0, seconds
+
+
+def _spilled(load: Workload, rates: Rates, strategy: Strategy) -> tuple[int, int, float]:
+    _, held, tile, block, tokens, _ = strategy
+    n = {side: len(load.tokens[side]) for side in ("E", "U")}
+    at_once = dict(zip("EU" if held == "E" else "UE", (tile, block), strict=True))
+    rows = {side: _rows(load.tokens[side], at_once[side]) for side in n}
+    times = {"E": ceil(n["U"] / rows["U"]), "U": ceil(n["E"] / rows["E"])}
+    m = max(1, (tokens or load.longest) // load.longest)
+
+    kept = {side: load.kept_by(side, rows[side]) for side in n}
+    passing = m * (HOLES * load.peak(load.longest) + load.kept(load.longest))
+    contracting = load.widest * sum(rows[side] * kept[side] for side in n)
+    contracting += tile_bytes(sum(rows.values()), load.itemsize)
+    if load.dense_U:  # rows of U are read, put under P and joined
+        contracting += rows["U"] * 3 * load.row
+    memory = n["E"] * n["U"] * 16 + rows["E"] * rows["U"] * 12 + int(max(passing, contracting))
+
+    disk = {side: n[side] * load.kept_by(side, n[side]) for side in n}
+    seconds = max(sum(load.producing(side, m, rates) for side in n), sum(disk.values()) / rates.write)
+    seconds += sum(times[side] * (load.multiplying(side, rates) + disk[side] / rates.read) for side in n)
+    seconds += 2.0 * n["E"] * n["U"] * load.size / rates.flops
+    return memory, sum(disk.values()), seconds
 
 
 def _rows(counts: list[int], tokens: int | None) -> int:

@@ -14,7 +14,7 @@ from fkernel import tree
 from fkernel.func.batch import Sequences, find_sequences, length, lengths, take, trim
 from fkernel.func.capture import Plan
 from fkernel.func.gradient import handles_of
-from fkernel.func.handles import Factored, Handles, Rows, Stack, Sum, smallest
+from fkernel.func.handles import Factored, Handles, Rows, Stack, Sum, smallest, tensors
 from fkernel.func.objective import Function, bare
 from fkernel.func.work import Work, work_of
 from fkernel.kernel.planning.machine import Rates
@@ -49,6 +49,7 @@ class Workload:
         forming: floating-point operations that multiplying out one token's factors takes.
         gradients: work of one sequence's gradient in handles, by its tokens.
         dense_U: whether U's gradients must be rows, because the preconditioner is an arbitrary function.
+        widest: share of the handles' bytes that one parameter takes, at most.
     """
 
     def __init__(
@@ -59,10 +60,11 @@ class Workload:
         forming: float,
         gradients: Curve,
         dense_U: bool = False,
+        widest: float = 1.0,
     ) -> None:
         """Take the numbers."""
         self.tokens, self.size, self.itemsize = tokens, size, itemsize
-        self.forming, self.gradients, self.dense_U = forming, gradients, dense_U
+        self.forming, self.gradients, self.dense_U, self.widest = forming, gradients, dense_U, widest
 
     @property
     def row(self) -> int:
@@ -138,11 +140,13 @@ def counted(
     T = max(tokens["E"][0], tokens["U"][0])
     points = [(T, work_of(gradient, params, one))]
     forming = sum(_forming(handle) for handle in made[0].values()) / T
+    sizes = [sum(leaf.numel() * leaf.element_size() for leaf in tensors(handle)) for handle in made[0].values()]
     if len({*tokens["E"], *tokens["U"]}) > 1:
         points += [(t, work_of(gradient, params, x)) for t, x in _shortened(one, (0.5, 0.25))]
     made.clear()
     leaf = next(iter(params.values()))
-    return Workload(tokens, tree.size(params), leaf.element_size(), forming, Curve(tuple(points)), dense_U)
+    widest = min(1.0, max(sizes) / max(1, points[0][1].kept))
+    return Workload(tokens, tree.size(params), leaf.element_size(), forming, Curve(tuple(points)), dense_U, widest)
 
 
 def _each(batch: Any) -> list[int]:

@@ -16,12 +16,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError
 
 from fkernel.errors import StoreError, listing
 from fkernel.func.handles import Handle, Handles, count
@@ -29,7 +27,7 @@ from fkernel.kernel.store import journal
 from fkernel.kernel.store.files import NO_ROOM, TEMPORARY, checksum, hashed, locked, plain_errors, write_atomically
 from fkernel.kernel.store.journal import Journal, Record
 from fkernel.kernel.store.manifest import SCHEMA, describe, differences
-from fkernel.kernel.store.shards import pack, unpack
+from fkernel.kernel.store.shards import Layout, layout, pack, unpack
 
 MANIFEST, LOCK = "manifest.json", "lock"
 _BEGIN_ANEW = "choose another directory, or delete this one to begin anew"
@@ -47,7 +45,7 @@ class Store:
         """Read what is there; `open_store` has made sure that it is what was asked for."""
         self.directory, self.groups = directory, groups
         self._journal = Journal(directory, groups)
-        self._verified: dict[int, tuple[int, ...]] = {}
+        self._verified: dict[int, tuple[tuple[int, ...], Layout]] = {}
         self._open = True
 
     def close(self) -> None:
@@ -97,12 +95,14 @@ class Store:
             self._journal.forget_unfinished()
             write_atomically(path, hashed(packed.chunks(), digest))
             self._journal.add(Record(i, [start, stop], path.name, packed.nbytes, digest.hexdigest()))
+            self._verified[i] = _state(path), layout(path)
 
-    def read(self, i: int) -> dict[str, Handle]:
-        """Map shard i into memory, after holding it against its checksum unless that was done and no one touched it.
+    def read(self, i: int, names: Collection[str] | None = None) -> dict[str, Handle]:
+        """Read shard i, after holding it against its checksum unless that was done and no one touched it.
 
         Args:
             i: its position among the groups.
+            names: of the parameters whose handles are wanted; None for all.
 
         Returns:
             {name: handle} as written: kinds, dtypes, layouts and what is shared, on the CPU. Changing a tensor in place
@@ -115,17 +115,17 @@ class Store:
         if record is None:
             raise StoreError(f"Shard {i} of {str(self.directory)!r} is not there; compute it and write it first.")
         try:
-            if self._verified.get(i) != (state := _state(path)):
+            state = _state(path)
+            if i not in self._verified or self._verified[i][0] != state:
                 self._verify(record, path)
-            handles = unpack(path)
+                self._verified[i] = state, layout(path)
+            return unpack(path, self._verified[i][1], names)
         except StoreError:
             raise
         except FileNotFoundError as error:
             raise self._damaged(i, "is missing") from error
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise self._damaged(i, f"cannot be read ({error})") from error
-        self._verified[i] = state
-        return handles
 
     def _verify(self, record: Record, path: Path) -> None:
         size = path.stat().st_size
@@ -254,4 +254,4 @@ def _settle(path: Path, wanted: dict[str, Any]) -> None:
 def _state(path: Path) -> tuple[int, ...]:
     """What changes where a file does."""
     found = path.stat()
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns

@@ -8,10 +8,10 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from fkernel.errors import StoreError
-from fkernel.kernel.store.fingerprint import CHUNK_BYTES
+from fkernel.kernel.store import direct
 
 TEMPORARY = ".tmp"
 """What the name of a file ends in while it is being written."""
@@ -76,9 +76,8 @@ def write_atomically(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
     """Write a file beside its place, flush it to the disk and move it into place; leave nothing where that fails."""
     temporary = path.with_name(path.name + TEMPORARY)
     try:
-        with open(temporary, "wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
+        with direct.opened(temporary, direct.NEW) as file:
+            direct.write(file, chunks)
             flush(file)
         os.replace(temporary, path)
     except BaseException:  # Ctrl-C, too
@@ -92,10 +91,9 @@ def write_atomically(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
         os.close(directory)
 
 
-def flush(file: IO[bytes]) -> None:
+def flush(file: int) -> None:
     """Bring to the disk what was written."""
-    file.flush()
-    os.fsync(file.fileno())
+    os.fsync(file)
 
 
 def hashed(chunks: Iterable[bytes | memoryview], digest: Any) -> Iterator[bytes | memoryview]:
@@ -107,8 +105,7 @@ def hashed(chunks: Iterable[bytes | memoryview], digest: Any) -> Iterator[bytes 
 
 def checksum(path: Path) -> str:
     """SHA-256 of a file, a chunk at a time."""
-    digest, chunk = hashlib.sha256(), bytearray(CHUNK_BYTES)
-    with open(path, "rb", buffering=0) as file:
-        while got := file.readinto(chunk):
-            digest.update(memoryview(chunk)[:got])
+    digest = hashlib.sha256()
+    for chunk in direct.contents(path):
+        digest.update(chunk)
     return digest.hexdigest()

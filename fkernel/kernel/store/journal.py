@@ -78,7 +78,8 @@ class Journal:
         line = json.dumps(asdict(record)).encode() + b"\n"
         with open(self._path, "ab") as file:
             file.write(line)
-            flush(file)
+            file.flush()
+            flush(file.fileno())
         self._records[record.index] = record
         self._end += len(line)
 
@@ -90,7 +91,7 @@ class Journal:
         if self._path.exists() and self._path.stat().st_size != self._end:
             with open(self._path, "r+b") as file:
                 file.truncate(self._end)
-                flush(file)
+                flush(file.fileno())
 
 
 def file_name(i: int) -> str:

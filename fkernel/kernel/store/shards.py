@@ -4,24 +4,25 @@
     header                 JSON: each tensor's dtype, shape and place, and in its metadata which handles they make up
     tensors                one after the other, widest dtype first, so that each begins at a multiple of its own width
 
-The format is simple enough to be streamed from the tensors themselves, through the checksum and without a second copy,
-and any safetensors reader opens the result. What layers share is stored once and shared again; what was expanded is
-stored unexpanded; a transposed tensor is stored as it lies in memory and transposed again, so that its products are
-computed by the same steps as before.
+The format is simple enough to be streamed from the tensors themselves, through the checksum and past the page cache
+(`fkernel.kernel.store.direct`), and any safetensors reader opens the result. What layers share is stored once and
+shared again; what was expanded is stored unexpanded; a transposed tensor is stored as it lies in memory and transposed
+again, so that its products are computed by the same steps as before.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 
 from fkernel.errors import StoreError
 from fkernel.func.handles import Factored, Handle, Handles, Rows, Stack, Sum
+from fkernel.kernel.store import direct
 from fkernel.kernel.store.fingerprint import contents
 from fkernel.shapes import Tensor
 
@@ -91,21 +92,62 @@ def pack(handles: Handles) -> Packed:
     return Packed(len(text).to_bytes(8, "little") + text, tuple(tensor for _, tensor in ordered))
 
 
-def unpack(path: Path) -> dict[str, Handle]:
-    """Read a shard by mapping it into memory: its tensors' bytes are read where and when they are used.
+class Layout(NamedTuple):
+    """Where in a shard its handles are.
 
-    Changing such a tensor in place changes no file.
+    Attributes:
+        structure: {parameter: what its handle is made of}.
+        places: {tensor: (dtype, shape, first byte, byte after the last)}.
+    """
+
+    structure: dict[str, dict[str, Any]]
+    places: dict[str, tuple[torch.dtype, list[int], int, int]]
+
+
+def layout(path: Path) -> Layout:
+    """Read a shard's header.
 
     Args:
         path: a file that `pack` laid out.
 
     Raises:
-        SafetensorError, OSError, KeyError, ValueError: the file is no such file.
+        OSError, KeyError, ValueError, TypeError: the file is no such file.
     """
-    with safe_open(path, framework="pt") as file:
-        structure = json.loads(file.metadata()[_METADATA])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
-    return {name: _handle(node, tensors) for name, node in structure.items()}
+    with direct.opened(path) as file:
+        size = int.from_bytes(bytes(direct.read(file, 0, 8).numpy()), "little")
+        header = json.loads(bytes(direct.read(file, 8, 8 + size).numpy()))
+    structure = json.loads(header.pop("__metadata__")[_METADATA])
+    named = {name: dtype for dtype, name in _DTYPES.items()}
+    places = {
+        name: (named[tensor["dtype"]], tensor["shape"], *(8 + size + place for place in tensor["data_offsets"]))
+        for name, tensor in header.items()
+    }
+    return Layout(structure, places)
+
+
+def unpack(path: Path, found: Layout, names: Collection[str] | None = None) -> dict[str, Handle]:
+    """Read handles of a shard, past the system's page cache.
+
+    Args:
+        path: a file that `pack` laid out.
+        found: its layout.
+        names: of the parameters whose handles are wanted; None for all.
+
+    Raises:
+        OSError, KeyError, ValueError: the file is no such file.
+    """
+    wanted = {name: found.structure[name] for name in (found.structure if names is None else names)}
+    with direct.opened(path) as file:
+        tensors = {name: _read(file, *found.places[name]) for node in wanted.values() for name in _names(node)}
+    return {name: _handle(node, tensors) for name, node in wanted.items()}
+
+
+def _read(file: int, dtype: torch.dtype, shape: list[int], start: int, stop: int) -> Tensor:
+    stored = direct.read(file, start, stop)
+    if sys.byteorder == "big":
+        stored = stored.view(-1, dtype.itemsize).flip(1).reshape(-1)
+    # Tensors lie at multiples of their own widths, but what surrounds them was read as pages.
+    return stored.view(dtype).view(shape)
 
 
 class _Stored:
@@ -166,6 +208,16 @@ def _handle(node: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
             return _tensor(parts, tensors)
         case _:
             raise ValueError(f"a handle of unknown kind {kind!r}")
+
+
+def _names(node: dict[str, Any]) -> Iterator[str]:
+    """Walk the names of the tensors that a handle is made of."""
+    ((kind, parts),) = node.items()
+    if kind in ("stack", "sum"):
+        for part in parts:
+            yield from _names(part)
+    else:
+        yield from (part["tensor"] for part in ([parts] if kind == "dense" else parts[:2]))
 
 
 def _tensor(node: dict[str, Any], tensors: dict[str, Tensor]) -> Tensor:
