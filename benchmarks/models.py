@@ -41,6 +41,17 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_key_value_heads": 2,
         "vocab_size": 151936,
     },
+    # 0.2M to 10M parameters: one shape at four widths
+    **{
+        f"width {d}": {
+            "hidden_size": d,
+            "intermediate_size": 3 * d,
+            "num_hidden_layers": 3,
+            "num_attention_heads": d // 32,
+            "vocab_size": 512,
+        }
+        for d in (64, 128, 256, 512)
+    },
     # 25k parameters: for finding out whether a benchmark runs at all
     "tiny": {
         "hidden_size": 32,

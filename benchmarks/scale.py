@@ -1,11 +1,13 @@
-"""`python -m benchmarks.scale`: half a billion parameters under a memory grant, and thousands of sequences without K.
+"""`python -m benchmarks.scale`: half a billion parameters, thousands of sequences, and what an estimate is worth.
 
     large     Qwen2.5-0.5B's shape, all of its 494M parameters (tied, random, fp32): K, C and influence of 32 × 16
               sequences of 128 tokens within 8 GiB, against one plain batched backward pass over the same 48 sequences
               and the ideal GEMM; entries are checked against plain autograd
     many      the demo policy's shape: influence of up to 4096 sequences on 1024, and what a further one takes of memory
+    curves    time and memory of a kernel against n_U, n_E, T and P (`benchmarks.curves`); benchmarks/results/curves.png
+    planner   `fkernel.estimate` against what happens, over a grid of cases (`benchmarks.planner`)
 
-Every part runs in a process of its own; results and environment go to benchmarks/results/scale.json.
+Every measurement is made in a process of its own; results and environment go to benchmarks/results/scale.json.
 """
 
 from __future__ import annotations
@@ -18,11 +20,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import memory
+from benchmarks import curves, memory, planner
 from benchmarks.environment import ROOT, environment
 from benchmarks.limits import chunks, plain_backward
 from benchmarks.models import THREADS, build
@@ -142,44 +145,87 @@ def _status(field: str) -> float:
     return memory._status(field) or memory._high_water()
 
 
-PARTS: dict[str, Callable[..., dict[str, Any]]] = {"limit": limit, "large": large, "many": many}
+RUNS: dict[str, Callable[..., dict[str, Any]]] = {
+    "limit": limit,
+    "large": large,
+    "many": many,
+    "point": curves.point,
+    "planned": planner.planned,
+    "run": planner.run,
+}
 
 
 def in_own_process(part: str, **sizes: Any) -> dict[str, Any]:
-    """Run one part in a fresh interpreter."""
-    command = [sys.executable, "-m", "benchmarks.scale", "--part", part, "--sizes", json.dumps(sizes)]
+    """Run one measurement in a fresh interpreter."""
+    command = [sys.executable, "-m", "benchmarks.scale", "--run", part, "--sizes", json.dumps(sizes)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{part} {sizes} failed:\n{done.stderr}")
+    print(part, json.dumps(sizes), file=sys.stderr, flush=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(quick: bool = False) -> dict[str, Any]:
-    """Run all parts; the quick ones are small, for finding out whether they run."""
+def measure_large(quick: bool) -> dict[str, Any]:
+    """Half a billion parameters, and the limit."""
     sizes = QUICK if quick else LARGE
-    first = {**in_own_process("large", **sizes), **in_own_process("limit", **sizes)}
-    first["ratio"] = first["kernel_s"] / (first["backward_s"] + first["gemm_s"])
-    print(json.dumps(first), flush=True)
-    rest = [in_own_process("many", n_U=n, n_E=64 if quick else 1024) for n in ((32, 64) if quick else MANY)]
-    peaks = [memory.Peak("influence", {"n_U": part["n_U"]}, 0.0, part["grown_MB"]) for part in rest]
-    return {"large": first, "many": rest, "many_MB_per_sequence": memory.slope(peaks)}
+    found = {**in_own_process("large", **sizes), **in_own_process("limit", **sizes)}
+    return {**found, "ratio": found["kernel_s"] / (found["backward_s"] + found["gemm_s"]), "target": 1.5}
+
+
+def measure_many(quick: bool) -> dict[str, Any]:
+    """Thousands of sequences without K."""
+    runs = [in_own_process("many", n_U=n, n_E=64 if quick else 1024) for n in ((32, 64) if quick else MANY)]
+    peaks = [memory.Peak("influence", {"n_U": run["n_U"]}, 0.0, run["grown_MB"]) for run in runs]
+    return {"runs": runs, "MB_per_sequence": memory.slope(peaks), "target": 0.05}
+
+
+def measure_curves(quick: bool) -> dict[str, Any]:
+    """Time and memory as each size grows."""
+    points = {
+        name: [in_own_process("point", **{**curves.USUAL, size: value}) for value in values]
+        for name, (size, values) in (curves.QUICK if quick else curves.CURVES).items()
+    }
+    exponents = curves.fitted(points)
+    with tempfile.TemporaryDirectory() as folder:
+        curves.draw(points, exponents, (Path(folder) if quick else RESULTS.parent) / "curves.png")
+    return {"points": points, "exponents": exponents}
+
+
+def measure_planner(quick: bool) -> dict[str, Any]:
+    """Estimates against what happens."""
+    rows = []
+    for case in planner.cases(quick):
+        row = {**case, **in_own_process("planned", **case)}
+        sizes = {key: case[key] for key in ("shape", "n_E", "n_U", "T")}
+        for option in row["options"]:
+            if option["feasible"]:
+                option |= in_own_process("run", **sizes, strategy=option["strategy"])
+        rows.append(row)
+    return {**planner.verdict(rows), "rows": rows}
+
+
+PARTS = {"large": measure_large, "many": measure_many, "curves": measure_curves, "planner": measure_planner}
 
 
 def main() -> None:
-    """Run everything and save it, or one part for the process that asked."""
+    """Measure all parts or one, and save what was found; or make one measurement, for the process that asked."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--part", choices=PARTS)
-    parser.add_argument("--sizes", default="{}")
+    parser.add_argument("--only", choices=PARTS, help="one part; the others' results stay as they are")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, nothing saved")
+    parser.add_argument("--run", choices=RUNS, help="one measurement, printed")
+    parser.add_argument("--sizes", default="{}", help="its sizes, as JSON")
     given = parser.parse_args()
     torch.set_num_threads(THREADS)
-    if given.part:
-        print(json.dumps(PARTS[given.part](**json.loads(given.sizes))))
+    if given.run:
+        print(json.dumps(RUNS[given.run](**json.loads(given.sizes))))
         return
-    results = measure(given.quick)
-    print(json.dumps(results, indent=1))
-    if not given.quick:
-        RESULTS.write_text(json.dumps({"environment": environment(), **results}, indent=1) + "\n")
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for name in [given.only] if given.only else PARTS:
+        found = {"environment": environment(), **PARTS[name](given.quick)}
+        print(name, json.dumps({key: value for key, value in found.items() if key != "rows"}, indent=1), flush=True)
+        if not given.quick:
+            results[name] = found
+            RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

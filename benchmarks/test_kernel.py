@@ -8,14 +8,16 @@ import torch
 from benchmarks.conftest import Sides
 from benchmarks.limits import plain_backward, plain_forward
 from benchmarks.models import Subject
-from fkernel import influence, kernel, precond
+from fkernel import func, influence, kernel, precond
 
-T = 64
+T = 128
 N_E, N_U = 32, 16
+SHORTEST, LONGEST = 20, 250
 KERNEL = ("plain backward over E and U + GEMM", "kernel")
 INFLUENCE = ("plain backward over U + 3 forwards over E", "influence", "kernel @ weights")
-TARGET = 1.3
-"""influence, as a multiple of its limit."""
+RAGGED = ("every sequence as long as the longest", "kernel of a ragged batch")
+TARGETS = {"kernel": 1.25, "influence": 1.15, "kernel of a ragged batch": 1 / 1.5}
+"""As multiples of the first side of each group."""
 
 
 def kernel_sides(subject: Subject, n_E: int = N_E, n_U: int = N_U, T: int = T) -> Sides:
@@ -45,6 +47,26 @@ def influence_sides(subject: Subject, n_E: int = N_E, n_U: int = N_U, T: int = T
     }
 
 
+def ragged_sides(subject: Subject, n_E: int = N_E, n_U: int = N_U, T: int = LONGEST) -> Sides:
+    """The kernel of sequences of very different lengths, and of the same with padding that counts as tokens."""
+    lengths = torch.linspace(SHORTEST * T // LONGEST, T, n_E + n_U).long()
+    lengths = lengths[torch.randperm(n_E + n_U, generator=torch.Generator().manual_seed(3))]
+    full, P = subject.batch(n_E + n_U, T, 1), response(subject)
+    real = torch.arange(T) < lengths[:, None]
+    scored = real & (torch.arange(T) >= (lengths // 4).clamp(min=1)[:, None])
+    # Padding as a loop without buckets has it: attended to by nothing that counts, and computed all the same.
+    padded = func.Sequences(full.input_ids, full.attention_mask, scored)
+    ragged = func.Sequences(full.input_ids * real, real, scored)
+
+    def sides(batch: func.Sequences) -> tuple[func.Sequences, func.Sequences]:
+        return func.Sequences(*(leaf[:n_E] for leaf in batch)), func.Sequences(*(leaf[n_E:] for leaf in batch))
+
+    return {
+        RAGGED[0]: lambda: kernel(subject.f, subject.params, *sides(padded), P, microbatch=8),
+        RAGGED[1]: lambda: kernel(subject.f, subject.params, *sides(ragged), P, microbatch=8),
+    }
+
+
 def response(subject: Subject) -> precond.Preconditioner:
     """P_step after a batch of random gradients."""
     return precond.adamw_response(subject.adamw_state(), {**subject.vector(1, 0.1)})
@@ -52,19 +74,18 @@ def response(subject: Subject) -> precond.Preconditioner:
 
 @pytest.mark.parametrize("side", KERNEL)
 def test_kernel(race, subject, side):
-    race(side, f"kernel, {N_E} × {N_U}", lambda: kernel_sides(subject), n_E=N_E, n_U=N_U, T=T, P=subject.size)
+    sizes = {"n_E": N_E, "n_U": N_U, "T": T, "P": subject.size}
+    race(side, f"kernel, {N_E} × {N_U}", lambda: kernel_sides(subject), TARGETS.get(side), **sizes)
 
 
 @pytest.mark.parametrize("side", INFLUENCE)
 def test_influence(race, subject, side):
-    target = TARGET if side == "influence" else None
-    race(
-        side,
-        f"influence, {N_E} × {N_U}",
-        lambda: influence_sides(subject),
-        target,
-        n_E=N_E,
-        n_U=N_U,
-        T=T,
-        P=subject.size,
-    )
+    sizes = {"n_E": N_E, "n_U": N_U, "T": T, "P": subject.size}
+    race(side, f"influence, {N_E} × {N_U}", lambda: influence_sides(subject), TARGETS.get(side), **sizes)
+
+
+@pytest.mark.parametrize("side", RAGGED)
+def test_ragged(race, subject, side):
+    T = LONGEST
+    sizes = {"n_E": N_E, "n_U": N_U, "T": f"{SHORTEST} to {T}", "P": subject.size}
+    race(side, f"ragged kernel, {N_E} × {N_U}", lambda: ragged_sides(subject, T=T), TARGETS.get(side), **sizes)

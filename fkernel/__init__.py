@@ -28,6 +28,7 @@ from fkernel.kernel import (
     kernel,
     loss_gradient,
     realised_change,
+    recycled,
     rounded_kernel,
 )
 
@@ -56,6 +57,7 @@ __all__ = [
     "loss_gradient",
     "precond",
     "realised_change",
+    "recycled",
     "rounded_kernel",
     "tree",
 ]

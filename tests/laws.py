@@ -7,6 +7,7 @@ with imports nothing from the library.
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -292,6 +293,37 @@ def frozen_and_post_step_agree_as_beta2_nears_one(fk: Any, case: Case) -> None:
     close_trees(fk.precond.adam(case.state(fk))(ones), {name: 1 / (v.sqrt() + 1e-8) for name, v in v_hat.items()})
 
 
+def every_strategy_gives_the_same_kernel(fk: Any, case: Case) -> None:
+    """Held or streamed, written out or in factors, from memory or from disk, in parts of any size: K is K."""
+    S, params, E, U = case.engine(fk)
+    D = {name: leaf.abs() + 0.1 for name, leaf in case.tree(21).items()}
+    P, T = fk.precond.diagonal(D), E.input_ids.shape[1]
+    J = [
+        torch.stack([flat(oracle.gradient(case.model, x, case.temperature)) for x in side]) for side in (case.E, case.U)
+    ]
+    K = J[0] @ (flat(D) * J[1]).T
+    for name, held, tile, block, tokens, dense in (
+        ("memory", "U", None, T, T, True),
+        ("factored", "E", None, T, 2 * T, False),
+        ("recompute", "U", T, T, T, False),
+        ("store", "E", T, T, T, False),
+    ):
+        with tempfile.TemporaryDirectory() as disk:
+            for _ in range(2 if name == "store" else 1):  # the second time it is read
+                strategy = fk.Strategy(name, held, tile, block, tokens, dense)
+                close(fk.kernel(S, params, E, U, P, strategy=strategy, store=disk), K)
+
+
+def rounding_stays_within_its_bound(fk: Any, case: Case) -> None:
+    """Gradients kept in half the bits: every entry of K within its own bound, and the bound no empty promise."""
+    S, params, E, U = case.engine(fk)
+    D = {name: leaf.abs() + 0.1 for name, leaf in case.tree(21).items()}
+    rounded = fk.rounded_kernel(S, params, E, U, fk.precond.diagonal(D), dtype=torch.bfloat16)
+    error = (rounded.values - fk.kernel(S, params, E, U, fk.precond.diagonal(D))).abs()
+    assert bool((error <= rounded.bound).all()), f"{float((error / rounded.bound).max()):.2f} times its bound"
+    assert float((error / rounded.bound).max()) > 1e-3
+
+
 LAWS: dict[str, Law] = {
     law.__name__: law
     for law in (
@@ -308,5 +340,7 @@ LAWS: dict[str, Law] = {
         preconditioner_stands_on_one_side,
         scores_are_tempered_sums_over_the_response,
         frozen_and_post_step_agree_as_beta2_nears_one,
+        every_strategy_gives_the_same_kernel,
+        rounding_stays_within_its_bound,
     )
 }

@@ -137,7 +137,7 @@ MUTATIONS = [
     ),
     Mutation(
         "sorted rows left sorted", "influence_equals_kernel_times_weights",
-        "kernel/fisher.py", "K[held.order.argsort()]", "K",
+        "kernel/fisher.py", "K[side_E.order.argsort()]", "K",
     ),
     Mutation(
         "gradients of sorted microbatches left sorted", "gradients_equal_a_loop_of_autograd",
@@ -210,8 +210,7 @@ MUTATIONS = [
     ),
     Mutation(
         "rows and columns swapped", "preconditioner_stands_on_one_side",
-        "kernel/fisher.py", 'back if strategy.held == "E" else back.T.contiguous()',
-        'back if strategy.held == "E" else back.reshape(back.shape[::-1])',
+        "kernel/fisher.py", "K if held is E else K.T.contiguous()", "K if held is E else K.reshape(K.shape[::-1])",
     ),
     Mutation(
         "shifted mask", "scores_are_tempered_sums_over_the_response",
@@ -233,6 +232,33 @@ MUTATIONS = [
     Mutation(
         "frozen form without bias correction", "frozen_and_post_step_agree_as_beta2_nears_one",
         "precond/adam.py", "return v / (1 - beta2**t)\n    if g is not None", "return v\n    if g is not None",
+    ),
+    Mutation(
+        "a tile's rows written over by the next one's", "every_strategy_gives_the_same_kernel",
+        "kernel/fisher.py", "rows = slice(cuts_h[tile[0]].start, cuts_h[tile[-1]].stop)",
+        "rows = slice(0, cuts_h[tile[-1]].stop - cuts_h[tile[0]].start)",
+    ),
+    Mutation(
+        "only the last share of the parameters counts", "every_strategy_gives_the_same_kernel",
+        "kernel/spilled.py", "K[rows, columns] += func.contract", "K[rows, columns] = func.contract",
+    ),
+    Mutation(
+        "a share of the parameters left out", "every_strategy_gives_the_same_kernel",
+        "kernel/spilled.py", "for names in shares:", "for names in shares[1:]:",
+    ),
+    Mutation(
+        "factors read back in another order", "every_strategy_gives_the_same_kernel",
+        "kernel/store/shards.py", "return Factored(*(_tensor(part, tensors) for part in parts))",
+        "return Factored(*(_tensor(part, tensors).flip(2) for part in parts))",
+    ),
+    Mutation(
+        "an error counted a thousandfold too small", "rounding_stays_within_its_bound",
+        "kernel/rounded.py", "SLACK * ε @", "1e-3 * SLACK * ε @",
+    ),
+    Mutation(
+        "the error of what was not rounded", "rounding_stays_within_its_bound",
+        "kernel/rounded.py", "errors.append(shard_norms(exact, d, less=stored[-1]))",
+        "errors.append(shard_norms(exact, d, less=exact))",
     ),
     Mutation(
         "post-step form without v", "frozen_and_post_step_agree_as_beta2_nears_one",

@@ -868,15 +868,10 @@ def _with_memory(entry: str, params: dict[str, torch.Tensor], memory: int | str)
 
 @pytest.mark.parametrize("entry", ["kernel", "influence", "explain_step"])
 def test_too_little_memory_says_how_much_would_do(params, entry):
-    """What the last message asks for is enough, and 2 % less is not; explain_step may have to ask twice."""
+    """What the message asks for is enough, and 2 % less is not."""
     with clear_error(fk.BatchError, "memory=7", "4 parameters", "at least") as caught:
         _with_memory(entry, params, 7)
     needed = int(str(caught.value).split("at least ")[1].split(" bytes")[0])
-    for _ in range(2):  # explain_step asks for its passes first, and for its kernel next
-        try:
-            assert _with_memory(entry, params, needed) is not None
-        except fk.BatchError as error:
-            needed = int(str(error).split("at least ")[1].split(" bytes")[0])
     assert _with_memory(entry, params, needed) is not None
     with pytest.raises(fk.BatchError):
         _with_memory(entry, params, int(0.98 * needed))

@@ -102,6 +102,11 @@ def test_concatenated_rows_are_the_rows(tiny):
     close(concatenated(J).sum(1), sum(leaf.flatten(1).sum(1) for leaf in J.values()))
 
 
+def test_padding_changes_no_entry_of_a_ragged_kernel():
+    padded, ragged = (side() for side in test_kernel.ragged_sides(build("tiny"), 3, 2, T=40).values())
+    close(ragged, padded)
+
+
 def test_memory_callables_run():
     subject = build("tiny")
     for name, make in memory.MEASURED.items():

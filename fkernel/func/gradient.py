@@ -38,7 +38,6 @@ from fkernel.func.handles import (
     at,
     form,
     is_bounded,
-    packed,
     smallest,
     stack_handles,
     summands,
@@ -47,7 +46,6 @@ from fkernel.func.handles import (
 )
 from fkernel.func.microbatch import groups, microbatches, stacked, summed, token_grant
 from fkernel.func.objective import Function, bare, check_values, name_of
-from fkernel.func.storage import empty_rows
 from fkernel.shapes import Shaped, Tensor, Tree
 
 
@@ -111,7 +109,7 @@ def per_sequence_handles(f: Function, microbatch: int | None = None) -> Callable
         with boundary(f, params, batch):
             pieces = groups(batch, token_grant(batch, microbatch))
             plan = plan_of(f, params, batch)
-            return stack_handles(packed(piece) for piece in handle_pieces(f, params, batch, pieces, plan))
+            return stack_handles(handle_pieces(f, params, batch, pieces, plan))
 
     return handles
 
@@ -125,7 +123,7 @@ def gradient_rows(f: Function, microbatch: int | None, plan: Plan) -> Callable[[
 
     def dense(params: Tree, batch: Any) -> Tree:
         n = length(batch)
-        J = {name: empty_rows(n, leaf) for name, leaf in params.items()}
+        J = {name: leaf.new_empty(n, *leaf.shape) for name, leaf in params.items()}
         doubtful: set[str] = set()
         values = next(iter(params.values())).new_empty(n)
         for rows, part in microbatches(batch, microbatch):

@@ -3,6 +3,7 @@
 from fkernel.kernel.calibration import Calibration, calibrate
 from fkernel.kernel.fisher import influence, kernel
 from fkernel.kernel.planning import Estimate, Option, Strategy, estimate
+from fkernel.kernel.recycling import recycled
 from fkernel.kernel.rounded import Rounded, rounded_kernel
 from fkernel.kernel.step import StepEffect, explain_step, loss_gradient, realised_change
 
@@ -20,5 +21,6 @@ __all__ = [
     "kernel",
     "loss_gradient",
     "realised_change",
+    "recycled",
     "rounded_kernel",
 ]

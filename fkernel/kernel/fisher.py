@@ -18,14 +18,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fkernel import func
+from fkernel import func, tree
 from fkernel.errors import BatchError
 from fkernel.func.boundary import explained
 from fkernel.func.capture import Plan
 from fkernel.func.gradient import plan_of
+from fkernel.func.handles import packed
 from fkernel.func.objective import Function
+from fkernel.kernel.budget import parse_bytes
 from fkernel.kernel.planning import Strategy, choose, usual_microbatch
-from fkernel.kernel.planning.passes import forward, microbatch_within, reverse
+from fkernel.kernel.planning.passes import fit, forward, reverse
 from fkernel.kernel.recycling import recycled
 from fkernel.kernel.sides import (
     Ordered,
@@ -96,11 +98,12 @@ def kernel(
     microbatch = usual_microbatch(microbatch, E, U)
     with explained(params):
         plan = plan_of(f, params, E)
+    promised = memory is not None or strategy is not None
     if strategy is None:
         dense_U = not isinstance(precond, Diagonal)
         strategy = choose(f, params, E, U, plan, memory, microbatch, dense_U, store is not None)
     with recycled():
-        return _executed(strategy, f, params, E, U, precond, plan, store)
+        return _executed(strategy, f, params, E, U, precond, plan, store, promised)
 
 
 def _executed(
@@ -112,21 +115,33 @@ def _executed(
     precond: Preconditioner,
     plan: Plan,
     store: Path | str | None,
+    promised: bool,
 ) -> Tensor:
     side_E = Ordered("E", E)
     side_U = side_E if E is U and isinstance(precond, Diagonal) else Ordered("U", U)
     if strategy.name == "store":
         K = spilled(strategy, f, params, side_E, side_U, precond, plan, _given(store))
     else:
-        K = _streamed(strategy, f, params, side_E, side_U, precond, plan)
+        K = _streamed(strategy, f, params, side_E, side_U, precond, plan, promised)
     # K has the sides' own orders: put rows and columns back where the caller has them.
     return K[side_E.order.argsort()][:, side_U.order.argsort()].to(next(iter(params.values())).dtype)
 
 
 def _streamed(
-    strategy: Strategy, f: Function, params: Tree, E: Ordered, U: Ordered, precond: Preconditioner, plan: Plan
+    strategy: Strategy,
+    f: Function,
+    params: Tree,
+    E: Ordered,
+    U: Ordered,
+    precond: Preconditioner,
+    plan: Plan,
+    promised: bool,
 ) -> Tensor:
-    """Compute K with tiles of one side held in memory, [n_E, n_U] in the sides' own orders."""
+    """Compute K with tiles of one side held in memory, [n_E, n_U] in the sides' own orders.
+
+    What is held lies among the temporaries of the passes, and holes between them are memory too. Where memory was
+    promised it is moved together, which costs a copy.
+    """
     held, streamed = (E, U)[:: 1 if strategy.held == "E" else -1]
     D = precond.d if isinstance(precond, Diagonal) else None
     K = next(iter(params.values())).new_empty(len(held), len(streamed))
@@ -134,7 +149,9 @@ def _streamed(
     def source(side: Ordered) -> tuple[list[slice], Pieces]:
         cuts = cuts_of(side, strategy.tokens)
         pieces = pieces_of(f, params, side, cuts, plan)
-        return cuts, rows_under(precond, pieces, params, side, cuts) if side is U and D is None else pieces
+        if side is U and not isinstance(precond, Diagonal):
+            return cuts, rows_under(precond, pieces, params, side, cuts)
+        return cuts, (lambda i: packed(pieces(i))) if promised else pieces
 
     cuts_h, pieces_h = source(held)
     cuts_s, pieces_s = source(streamed)
@@ -198,7 +215,12 @@ def influence(
     """
     check_sides(f, params, E, U)
     microbatch = usual_microbatch(microbatch, E, U)
-    m = microbatch_within(memory, microbatch, f, params, (E, U), (reverse, forward), vectors=1, least=3)
+    m, needed = fit(memory, microbatch, f, params, (E, U), (reverse, forward), vectors=1, least=3)
+    if memory is not None and parse_bytes(memory) < needed:
+        raise BatchError(
+            f"memory={memory!r} cannot hold three vectors of {tree.size(params)} parameters, and one sequence's "
+            f"activations; give at least {needed} bytes, or shorten the sequences."
+        )
     with recycled():
         with naming("U"):
             towards = func.vjp(f, m)(params, U, weights)

@@ -17,11 +17,21 @@ _USUAL = 32 << 20  # where glibc's own, moving thresholds end up in a process th
 
 @contextmanager
 def recycled() -> Iterator[None]:
-    """Within, memory that one microbatch frees is what the next one is given.
+    """Within, memory that is freed is what is taken next; afterwards, what is free goes back to the system.
 
-    glibc hands every block above 32 MB back to the system when it is freed, and takes the next one fresh. Microbatches
-    free and take the same blocks over and over; keeping them made a pass over a batch a quarter faster. Process-wide,
-    as malloc is; afterwards the thresholds are glibc's own and what is free goes back. Elsewhere nothing happens.
+    glibc hands every block above 32 MB back to the system when it is freed, and takes the next one fresh. Fresh memory
+    is slow: 0.2 s a GB on a machine of its own, and up to 3 s on a virtual one whose host takes back what is free.
+    Microbatches free and take the same blocks over and over. Every call of the library that runs passes enters this by
+    itself; a loop of such calls, over checkpoints or batches, is faster inside of one that goes around it. It is
+    process-wide, as malloc is, and may be entered more than once. Without glibc nothing happens.
+
+    Example:
+        >>> import torch
+        >>> f = lambda params, x: x @ params["w"]
+        >>> from fkernel import kernel, precond
+        >>> checkpoints = [{"w": torch.zeros(2)}, {"w": torch.ones(2)}]
+        >>> with recycled():
+        ...     kernels = [kernel(f, params, torch.eye(2), torch.eye(2), precond.identity()) for params in checkpoints]
     """
     libc = _glibc()
     if libc is None:
@@ -32,13 +42,6 @@ def recycled() -> Iterator[None]:
         yield
     finally:
         _leave(libc)
-
-
-def trim() -> None:
-    """Give back to the system what is free: what comes next is of other sizes, or mapped from a file."""
-    libc = _glibc()
-    if libc is not None:
-        libc.malloc_trim(0)
 
 
 _lock = threading.Lock()

@@ -28,7 +28,6 @@ Numerical Algorithms" (2002), §3, for bounds that are computed along with the r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -41,14 +40,13 @@ from fkernel.func.capture import Plan
 from fkernel.func.contract import tile_columns
 from fkernel.func.gradient import plan_of
 from fkernel.func.handles import (
-    Factored,
     Handle,
     Handles,
     Rows,
-    Stack,
-    Sum,
     count,
+    each_tensor,
     form,
+    key_of,
     packed,
     shape_of,
     stack_handles,
@@ -188,32 +186,17 @@ def narrowed(handles: Handles, dtype: torch.dtype) -> Handles:
     def narrow(leaf: Tensor) -> Tensor:
         if not leaf.is_floating_point() or leaf.dtype.itemsize <= dtype.itemsize:
             return leaf
-        key = leaf.data_ptr(), leaf.dtype, leaf.shape, leaf.stride()
-        if key not in done:
+        if (key := key_of(leaf)) not in done:
             # A repeated dimension takes no storage, and goes on taking none.
             once = leaf[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in leaf.stride())]
             done[key] = once.to(dtype).expand(leaf.shape)
         return done[key]
 
-    small = {name: _each(narrow, handle) for name, handle in handles.items()}
+    small = {name: each_tensor(narrow, handle) for name, handle in handles.items()}
     for name, handle in small.items():
         for wide, narrower in zip(tensors(handles[name]), tensors(handle), strict=True):
             _check_range(wide, narrower, name)
     return small
-
-
-def _each(fn: Callable[[Tensor], Tensor], handle: Handle) -> Handle:
-    match handle:
-        case Sum(parts):
-            return Sum(tuple(_each(fn, part) for part in parts))  # pyright: ignore[reportArgumentType]
-        case Stack(parts):
-            return Stack(tuple(_each(fn, part) for part in parts))  # pyright: ignore[reportArgumentType]
-        case Factored(inputs, cotangents):
-            return Factored(fn(inputs), fn(cotangents))
-        case Rows(ids, cotangents, size):
-            return Rows(ids, fn(cotangents), size)
-        case _:
-            return fn(handle)
 
 
 def _check_range(wide: Tensor, narrow: Tensor, name: str) -> None:

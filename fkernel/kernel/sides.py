@@ -15,7 +15,7 @@ from fkernel.func.batch import by_length, length, lengths, take, trim
 from fkernel.func.boundary import check_inputs, explained
 from fkernel.func.capture import Plan
 from fkernel.func.gradient import handle_pieces
-from fkernel.func.handles import Handles, packed, stack_handles, write_out
+from fkernel.func.handles import Handles, stack_handles, write_out
 from fkernel.func.microbatch import groups
 from fkernel.func.objective import Function
 from fkernel.precond import Preconditioner
@@ -65,8 +65,9 @@ def rows_under(P: Preconditioner, pieces: Pieces, params: Tree, side: Ordered, c
 
     def piece(i: int) -> Handles:
         n = cuts[i].stop - cuts[i].start
+        rows = write_out([(slice(0, n), pieces(i))], params, n)  # what is wrong with a piece has its names already
         with naming(side.name, side.order[cuts[i]]), explained(params):
-            return {**transformed(P, write_out([(slice(0, n), pieces(i))], params, n))}
+            return {**transformed(P, rows)}
 
     return piece
 
@@ -91,8 +92,8 @@ def cuts_of(side: Ordered, tokens: int | None) -> list[slice]:
 
 
 def gathered(pieces: Pieces, block: Sequence[int]) -> Handles:
-    """Hold the gradients of some microbatches as they are, apart from the temporaries of the passes that made them."""
-    return stack_handles(packed(pieces(i)) for i in block)
+    """Hold the gradients of some microbatches as they are."""
+    return stack_handles(pieces(i) for i in block)
 
 
 def written_out(pieces: Pieces, block: Sequence[int], cuts: Sequence[slice], params: Tree) -> Tree:

@@ -59,7 +59,7 @@ def spilled(
     with ExitStack() as opened:
         x = opened.enter_context(stored(directory, f, params, E, cuts_E, plan))
         y = x if U is E else opened.enter_context(stored(directory, f, params, U, cuts_U, plan))
-        rows_of_U = None if D is not None else rows_under(precond, y.read, params, U, cuts_U)
+        rows_of_U = None if isinstance(precond, Diagonal) else rows_under(precond, y.read, params, U, cuts_U)
         shares = [*_shares({name: nbytes({name: handle}) for name, handle in x.read(0).items()})]
         for own in blocks(U, cuts_U, block):
             columns, dense = _rows(own, cuts_U), None if rows_of_U is None else gathered(rows_of_U, own)

@@ -21,8 +21,9 @@ from fkernel.func.boundary import check_weights, explained
 from fkernel.func.gradient import plan_of
 from fkernel.func.objective import Function
 from fkernel.kernel.fisher import kernel
-from fkernel.kernel.planning import choose, usual_microbatch
-from fkernel.kernel.planning.passes import bytes_of, forward, microbatch_within, reverse, twice_forward
+from fkernel.kernel.planning import Strategy, choose, usual_microbatch
+from fkernel.kernel.planning.passes import bytes_of, fit, forward, reverse, twice_forward
+from fkernel.kernel.recycling import recycled
 from fkernel.kernel.sides import check_sides, naming
 from fkernel.precond import AdamWState, AdamWStep, adamw_response, adamw_step, clip_factor
 from fkernel.precond.state import check_covers
@@ -154,10 +155,25 @@ def explain_step(
     check_covers(state, list(params), params, "params")
     # Alive beside the kernel: g, P_step and the three parts of Δθ; beside the curvature, their sum.
     microbatch, passes = usual_microbatch(microbatch, E, U), (reverse, forward, twice_forward)
-    m = microbatch_within(memory, microbatch, f, params, (E, U), passes, vectors=6)
+    m, needed = fit(memory, microbatch, f, params, (E, U), passes, vectors=6)
     with explained(params):
         plan = plan_of(f, params, E)
-    strategy = choose(f, params, E, U, plan, memory, microbatch, False, False, reserved=5 * bytes_of(params))
+    strategy = choose(f, params, E, U, plan, memory, microbatch, False, False, 5 * bytes_of(params), needed)
+    with recycled():
+        return _explained(f, params, E, U, weights, state, max_norm, m, strategy)
+
+
+def _explained(
+    f: Function,
+    params: Tree,
+    E: Any,
+    U: Any,
+    weights: Tensor,
+    state: AdamWState,
+    max_norm: float | None,
+    m: int,
+    strategy: Strategy,
+) -> tuple[StepEffect, AdamWStep]:
     g, clip, norm = loss_gradient(f, params, U, weights, max_norm=max_norm, microbatch=m)
     step = adamw_step(params, {**g}, state)
     K = kernel(f, params, E, U, adamw_response(state, {**g}), strategy=strategy)

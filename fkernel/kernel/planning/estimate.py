@@ -134,24 +134,28 @@ def choose(
     dense_U: bool,
     store: bool,
     reserved: int = 0,
+    needed: int = 0,
 ) -> Strategy:
     """Choose how to compute a kernel within what a grant leaves beside some reserved bytes.
 
     Raises:
-        BatchError: the grant is too small for every strategy; the message says what would be needed.
+        BatchError: the grant is too small for every strategy, or below what is needed before or after; the message
+            says what would be enough for all of it.
     """
     if memory is None:
         T = max(1 if counts is None else int(counts.max()) for counts in (lengths(E), lengths(U)))
         return default(length(E), length(U), T, microbatch, dense_U)
     budget = parse_bytes(memory)
     found = estimated(f, params, E, U, plan, max(0, budget - reserved), microbatch, dense_U, store)
-    if found.chosen is None:
-        raise _too_small(found.options, budget, found.workload, reserved)
+    if found.chosen is None or budget < needed:
+        raise _too_small(found.options, budget, found.workload, reserved, needed)
     return found.chosen.strategy
 
 
-def _too_small(found: tuple[Option, ...], budget: int | None, load: Workload, reserved: int = 0) -> BatchError:
-    least = min(option.needs for option in found) + reserved
+def _too_small(
+    found: tuple[Option, ...], budget: int | None, load: Workload, reserved: int = 0, needed: int = 0
+) -> BatchError:
+    least = max(needed, min(option.needs for option in found) + reserved)
     beside = f"{reserved} bytes of vectors, " if reserved else ""
     return BatchError(
         f"memory={budget} bytes is too small for every strategy: for {load.size} parameters and sequences of "

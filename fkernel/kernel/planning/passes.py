@@ -11,12 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import ceil
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from fkernel import tree
-from fkernel.errors import BatchError
 from fkernel.func.batch import by_length, take, trim
 from fkernel.func.boundary import explained
 from fkernel.func.gradient import first_derivative, pull_back, second_derivative
@@ -50,7 +48,19 @@ def bytes_of(params: Tree) -> int:
     return sum(leaf.numel() * leaf.element_size() for leaf in params.values())
 
 
-def microbatch_within(
+class Fit(NamedTuple):
+    """What a grant allows.
+
+    Attributes:
+        microbatch: the largest whose passes stay within it, at least one.
+        needed: bytes that one sequence at a time needs; a smaller grant cannot be kept.
+    """
+
+    microbatch: int
+    needed: int
+
+
+def fit(
     memory: int | str | None,
     microbatch: int,
     f: Function,
@@ -59,8 +69,8 @@ def microbatch_within(
     passes: tuple[Pass, ...],
     vectors: int,
     least: int = 0,
-) -> int:
-    """Find the largest microbatch whose passes stay within a grant.
+) -> Fit:
+    """Find the largest microbatch whose passes stay within a grant, and what one sequence at a time needs.
 
     Args:
         memory: the grant; None leaves the microbatch as it is.
@@ -71,12 +81,9 @@ def microbatch_within(
         passes: of `reverse`, `forward`, `twice_forward`.
         vectors: vectors of the parameters' size that are held beside a pass.
         least: vectors that are held at some other moment, without a pass.
-
-    Raises:
-        BatchError: one sequence at a time does not fit; the message says what would.
     """
     if memory is None:
-        return microbatch
+        return Fit(microbatch, 0)
     P, budget = bytes_of(params), parse_bytes(memory)
     longest = [trim(take(batch, by_length(batch)[:1])) for batch in batches]
     fitting, needed = microbatch, ceil(least * P / USABLE)
@@ -88,9 +95,4 @@ def microbatch_within(
             each = max(1, ceil(HOLES * (max(peaks) - (one is reverse) * P)))
             fitting = min(fitting, int(budget * USABLE - held) // each)
             needed = max(needed, ceil((held + each) / USABLE))
-    if fitting < 1 or budget < needed:
-        raise BatchError(
-            f"memory={memory!r} cannot hold {max(vectors + 1, least)} vectors of {tree.size(params)} parameters "
-            f"({P} bytes each) and one sequence's activations; give at least {needed} bytes, or shorten the sequences."
-        )
-    return fitting
+    return Fit(max(1, fitting), needed)
