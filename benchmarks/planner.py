@@ -30,8 +30,8 @@ def cases(quick: bool = False) -> Iterator[Case]:
         yield {"shape": "tiny", "n_E": 4, "n_U": 8, "T": 32, "ample": 0.5}
         return
     for shape, sizes in (
-        ("small", ((32, 64, 128), (16, 128, 128), (64, 64, 64), (48, 96, 256), (128, 256, 64))),
-        ("base", ((16, 32, 128), (8, 24, 256), (32, 32, 64), (12, 12, 128), (4, 64, 64))),
+        ("small", ((16, 32, 128), (8, 64, 128), (32, 32, 64), (16, 48, 256), (64, 128, 64))),
+        ("base", ((8, 16, 128), (4, 12, 256), (16, 16, 64), (6, 6, 128), (2, 32, 64))),
     ):
         for n_E, n_U, T in sizes:
             for ample in (0.1, 0.5, 1.2):
@@ -61,7 +61,7 @@ def planned(shape: str, n_E: int, n_U: int, T: int, ample: float) -> dict[str, A
     }
 
 
-def run(shape: str, n_E: int, n_U: int, T: int, strategy: list[Any], seconds: float = 1.0) -> dict[str, Any]:
+def run(shape: str, n_E: int, n_U: int, T: int, strategy: list[Any], seconds: float = 0.6) -> dict[str, Any]:
     """Run one strategy: what the first call adds to the process, and the median time of those that follow."""
     f, params, E, U, P = _problem(shape, n_E, n_U, T)
     memory._forget_peak()
@@ -76,7 +76,7 @@ def run(shape: str, n_E: int, n_U: int, T: int, strategy: list[Any], seconds: fl
 
     once()
     peak = (memory._status("VmHWM") or memory._high_water()) - before
-    while len(times) < 3 or sum(times) < seconds:
+    while len(times) < 2 or sum(times) < seconds:
         times.append(once())
     return {"measured_MB": peak, "measured_s": median(times)}
 

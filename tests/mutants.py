@@ -244,7 +244,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a share of the parameters left out", "every_strategy_gives_the_same_kernel",
-        "kernel/spilled.py", "for names in shares:", "for names in shares[1:]:",
+        "kernel/spilled.py", "for names in shares:\n", "for names in shares[1:]:\n",
     ),
     Mutation(
         "factors read back in another order", "every_strategy_gives_the_same_kernel",

@@ -91,4 +91,5 @@ def sequences(ids: Tensor, given: Written) -> Sequences:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    serve(lambda: load(Path(sys.argv[1]), sys.argv[2:]).once)
+    with fkernel.recycled():
+        serve(lambda: load(Path(sys.argv[1]), sys.argv[2:]).once)
