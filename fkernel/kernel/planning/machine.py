@@ -24,6 +24,7 @@ from fkernel.func.gradient import handles_of, plan_of
 from fkernel.func.handles import Factored
 from fkernel.func.work import Work, work_of
 from fkernel.kernel.recycling import recycled
+from fkernel.kernel.store import open_store
 from fkernel.places import default_cache_root
 from fkernel.shapes import Tree
 
@@ -38,8 +39,8 @@ class Rates(NamedTuple):
         moved: bytes read and written by all other operations of a pass over a small transformer.
         call: seconds that an operation takes before it computes anything.
         forming: floating-point operations of multiplying factors out and contracting them.
-        write: bytes written to disk and synchronised.
-        read: bytes read back from a mapped file.
+        write: bytes of gradients put into a store.
+        read: bytes of gradients read from one.
     """
 
     flops: float
@@ -86,7 +87,7 @@ def calibrate(dtype: torch.dtype = torch.float32) -> Rates:
     with recycled():
         flops, call, forming = _products(dtype), _calls(dtype), _forms(dtype)
         moved = _moves(dtype, flops, call)
-    write, read = _disk()
+        write, read = _disk()
     return Rates(flops, moved, call, forming, write, read)
 
 
@@ -142,20 +143,21 @@ def _calls(dtype: torch.dtype) -> float:
 
 
 def _disk() -> tuple[float, float]:
-    size = 128 * MB
-    block = bytes(os.urandom(MB))
-    with tempfile.TemporaryFile() as file:
-        start = time.perf_counter()
-        for _ in range(size // MB):
-            file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
-        middle = time.perf_counter()
-        file.seek(0)
-        room = bytearray(MB)
-        while file.readinto(room):
-            pass
-        return size / (middle - start), size / (time.perf_counter() - middle)
+    """Time a store: gradients written, hashed and brought to the disk, and read back; the first of three warms up."""
+    size, writes, reads = 64 * MB, list[float](), list[float]()
+    handles = {"w": torch.ones(1, size // 4)}
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        open_store(Path(directory) / "rates", {}, [slice(i, i + 1) for i in range(3)]) as store,
+    ):
+        for i in range(3):
+            start = time.perf_counter()
+            store.write(i, handles)
+            middle = time.perf_counter()
+            store.read(i)
+            writes.append(middle - start)
+            reads.append(time.perf_counter() - middle)
+    return size / median(writes[1:]), size / median(reads[1:])
 
 
 def _median(fn: Callable[[], Any], seconds: float = 0.4) -> float:

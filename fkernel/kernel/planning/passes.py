@@ -21,8 +21,11 @@ from fkernel.func.gradient import first_derivative, pull_back, second_derivative
 from fkernel.func.objective import Function, bare
 from fkernel.func.work import work_of
 from fkernel.kernel.budget import parse_bytes
-from fkernel.kernel.planning.strategy import HOLES, USABLE
+from fkernel.kernel.planning.strategy import USABLE
 from fkernel.shapes import Tree
+
+HOLES = 1.5
+"""Memory that a pass takes beside vectors of the parameters' size, over what is alive in it at once."""
 
 Pass = Callable[[Function, Tree, Any], Any]
 

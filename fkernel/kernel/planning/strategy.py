@@ -17,7 +17,7 @@ Below, a side has n sequences of t₁ ≥ t₂ ≥ … tokens, P parameters; h o
               store: K + the larger of (activations + a microbatch's handles) and (one parameter's handles + tiles)
     seconds   gradients of both sides (once; the streamed side `tiles` times where it is computed again)
               + multiplying out (held: once, or once a block; streamed: once a tile) + 2 n_E n_U P
-              store: writing goes on beside the passes, so the slower of the two counts; reading comes after
+              store: and what is written and read
 """
 
 from __future__ import annotations
@@ -37,10 +37,17 @@ TOKENS = 1024
 """Under way at once: eight sequences, or as many as have so many tokens; more are no faster on a CPU (benchmarks/)."""
 BLOCK = 64
 """Streamed sequences of the greatest length a block, at most, where more gain nothing that their memory would not."""
-HOLES = 1.5
-"""Memory that a pass takes, over what is alive in it at once; the highest that was seen (benchmarks/)."""
-LIBRARIES = 80_000_000
+HOLES = 1.3
+"""Memory that a pass takes, over what is alive in it at once. This and the next three: fitted to the planner's grid of
+cases (benchmarks/planner.py), where they hold memory to 15 % nine times of ten."""
+HANDLES = 1.35
+"""The same for handles, which are many pieces, or are copied into one."""
+ROWS = 1.05
+"""The same for gradients that are written out."""
+LIBRARIES = 35_000_000
 """Bytes that libraries take for themselves at first use; a tiny problem is charged less, or nothing would fit it."""
+STARTING = 0.2
+"""Seconds that any kernel takes before and after its work: arguments are checked, f's layers are looked for."""
 USABLE = 0.95
 """Share of a grant that is planned with."""
 
@@ -184,7 +191,7 @@ def _parts(n: int, least: int) -> list[int]:
 def cost(load: Workload, rates: Rates, strategy: Strategy) -> Option:
     """Predict what a strategy takes, by the formulas above."""
     memory, disk, seconds = (_spilled if strategy.name == "store" else _streamed)(load, rates, strategy)
-    return Option(strategy, int(1.03 * memory) + min(LIBRARIES, memory // 2), disk, seconds)
+    return Option(strategy, memory + min(LIBRARIES, memory // 2), disk, STARTING + seconds)
 
 
 def _streamed(load: Workload, rates: Rates, strategy: Strategy) -> tuple[int, int, float]:
@@ -194,17 +201,16 @@ def _streamed(load: Workload, rates: Rates, strategy: Strategy) -> tuple[int, in
     n_h, n_s = len(load.tokens[held]), len(load.tokens[streamed])
     # Sequences of the greatest length stand first, so the first tile, block and microbatch are the largest.
     h, s = _rows(load.tokens[held], tile), _rows(load.tokens[streamed], block)
-    m = max(1, (tokens or T) // T)
+    m = min(max(1, (tokens or T) // T), max(n_h, n_s))
     tiles, blocks = ceil(n_h / h), ceil(n_s / s)
 
     rows_of_U = load.dense_U and streamed == "U"
-    each_h = row if dense else load.kept_by(held, h)
-    each_s = 3 * row if rows_of_U else load.kept_by(streamed, s)
+    each_h = ROWS * row if dense else HANDLES * load.kept_by(held, h)
+    each_s = 3 * row if rows_of_U else HANDLES * load.kept_by(streamed, s)
     # What is kept is copied out of the pass that made it, and what a pass frees leaves holes.
     beside = m * (HOLES * load.peak(T) + (2 * row if load.dense_U else 0))
     contracting = min(tile_bytes((0 if dense else h) + (0 if rows_of_U else s), load.itemsize), (h + s) * row)
-    memory = n_h * n_s * 2 * load.itemsize + h * s * 12 + h * each_h
-    memory += int(s * each_s + max(contracting, beside))
+    memory = n_h * n_s * 2 * load.itemsize + h * s * 12 + int(h * each_h + s * each_s + max(contracting, beside))
 
     seconds = load.producing(held, m, rates) + load.multiplying(held, rates) * (1 if dense else blocks)
     seconds += load.producing(streamed, m, rates) * (tiles if name == "recompute" else 1)
@@ -219,10 +225,10 @@ def _spilled(load: Workload, rates: Rates, strategy: Strategy) -> tuple[int, int
     at_once = dict(zip("EU" if held == "E" else "UE", (tile, block), strict=True))
     rows = {side: _rows(load.tokens[side], at_once[side]) for side in n}
     times = {"E": ceil(n["U"] / rows["U"]), "U": ceil(n["E"] / rows["E"])}
-    m = max(1, (tokens or load.longest) // load.longest)
+    m = min(max(1, (tokens or load.longest) // load.longest), max(n.values()))
 
     kept = {side: load.kept_by(side, rows[side]) for side in n}
-    passing = m * (HOLES * load.peak(load.longest) + load.kept(load.longest))
+    passing = m * (HOLES * load.peak(load.longest) + HANDLES * load.kept(load.longest))
     contracting = load.widest * sum(rows[side] * kept[side] for side in n)
     contracting += tile_bytes(sum(rows.values()), load.itemsize)
     if load.dense_U:  # rows of U are read, put under P and joined
@@ -230,7 +236,8 @@ def _spilled(load: Workload, rates: Rates, strategy: Strategy) -> tuple[int, int
     memory = n["E"] * n["U"] * 16 + rows["E"] * rows["U"] * 12 + int(max(passing, contracting))
 
     disk = {side: n[side] * load.kept_by(side, n[side]) for side in n}
-    seconds = max(sum(load.producing(side, m, rates) for side in n), sum(disk.values()) / rates.write)
+    # Writing goes on beside the passes, which need every core: it costs what it costs by itself.
+    seconds = sum(load.producing(side, m, rates) + disk[side] / rates.write for side in n)
     seconds += sum(times[side] * (load.multiplying(side, rates) + disk[side] / rates.read) for side in n)
     seconds += 2.0 * n["E"] * n["U"] * load.size / rates.flops
     return memory, sum(disk.values()), seconds
