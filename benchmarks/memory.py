@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.limits import MICROBATCH, plain_backward
 from benchmarks.models import THREADS, build
-from fkernel import func, influence, kernel, precond
+from fkernel import explain_step, func, influence, kernel, precond
 from fkernel.kernel.planning import rates
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,6 +72,25 @@ def granted(shape: str = "base", n_E: int = 16, n_U: int = 32, T: int = 128, gra
     return lambda: kernel(subject.f, subject.params, E, U, diagonal, memory=int(grant * MB))
 
 
+def granted_influence(
+    shape: str = "base", n_E: int = 16, n_U: int = 32, T: int = 128, grant: int = 700
+) -> Callable[[], Any]:
+    """The influence of n_U sequences on n_E within a grant of so many MB."""
+    subject = build(shape)
+    E, U, weights = subject.batch(n_E, T, 1), subject.batch(n_U, T, 2), torch.ones(n_U)
+    return lambda: influence(subject.f, subject.params, E, U, scaled, weights, memory=int(grant * MB))
+
+
+def granted_step(
+    shape: str = "base", n_E: int = 16, n_U: int = 32, T: int = 128, grant: int = 700
+) -> Callable[[], Any]:
+    """One step on n_U sequences explained for n_E, within a grant of so many MB."""
+    subject = build(shape)
+    E, U, weights, state = subject.batch(n_E, T, 1), subject.batch(n_U, T, 2), torch.ones(n_U), subject.adamw_state()
+    rates()
+    return lambda: explain_step(subject.f, subject.params, E, U, weights, state, memory=int(grant * MB))
+
+
 def scaled(x: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A preconditioner without a memory of its own."""
     return {name: 0.5 * leaf for name, leaf in x.items()}
@@ -82,6 +101,8 @@ MEASURED: dict[str, Callable[..., Callable[[], Any]]] = {
     "plain batched backward": backward,
     "influence": effect,
     "kernel within a grant": granted,
+    "influence within a grant": granted_influence,
+    "explain_step within a grant": granted_step,
 }
 
 

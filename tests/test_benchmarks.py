@@ -107,10 +107,14 @@ def test_padding_changes_no_entry_of_a_ragged_kernel():
     close(ragged, padded)
 
 
+GRANTED = ("kernel within a grant", "influence within a grant", "explain_step within a grant")
+
+
 def test_memory_callables_run():
     subject = build("tiny")
     for name, make in memory.MEASURED.items():
-        sizes = {"influence": {"n_U": 3}, "kernel within a grant": {"n_U": 3}}.get(name, {"n": 2}) | {"T": 8}
+        named = {"influence": {"n_U": 3}, **{granted: {"n_E": 2, "n_U": 3} for granted in GRANTED}}
+        sizes = named.get(name, {"n": 2}) | {"T": 8}
         result = make(shape="tiny", **sizes)()
         if name == "plain batched backward":
             close(result, plain_backward(subject, subject.batch(2, 8)))
