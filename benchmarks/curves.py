@@ -73,19 +73,24 @@ def fitted(points: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, float
 def draw(points: dict[str, list[dict[str, Any]]], exponents: dict[str, dict[str, float]], path: Path) -> None:
     """Draw all curves, time above and memory below, on logarithmic axes."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator
 
     figure = Figure(figsize=(3.1 * len(points), 5.4), layout="constrained")
-    grid = figure.subplots(2, len(points), squeeze=False)
+    # One scale a row: a curve that is flat looks flat.
+    grid = figure.subplots(2, len(points), squeeze=False, sharey="row")
     for column, (name, curve) in enumerate(points.items()):
         for row, (what, unit) in enumerate((("seconds", "s"), ("MB", "MB"))):
             axes, x, y = grid[row][column], [each[name] for each in curve], [each[what] for each in curve]
             k = exponents[name][f"{what}, upper half"]
             axes.loglog(x, y, "o-", color="#2166ac")
             axes.loglog(x, [y[-1] * (each / x[-1]) ** k for each in x], "--", color="#555555", linewidth=1)
-            axes.set_title(f"{'time' if row == 0 else 'memory'} ∝ {name}$^{{{k:.2f}}}$", fontsize=10)
-            axes.set_xlabel({"P": "P, parameters", "T": "T, tokens"}.get(name, f"${name}$, sequences"))
-            axes.set_ylabel(unit)
+            axes.set_title(f"{'time' if row == 0 else 'memory'} $\\propto {name}^{{{k:.2f}}}$", fontsize=10)
+            axes.set_xlabel(f"${name}$, {'parameters' if name == 'P' else 'tokens' if name == 'T' else 'sequences'}")
             axes.set_xticks(x, [f"{each / 1e6:.1f}M" if each > 1e5 else str(each) for each in x])
             axes.minorticks_off()
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            if column == 0:
+                axes.set_ylabel(unit)
             axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)

@@ -24,7 +24,7 @@ from fkernel.kernel.budget import parse_bytes
 from fkernel.kernel.planning.strategy import USABLE
 from fkernel.shapes import Tree
 
-HOLES = 1.5
+HOLES = 1.8
 """Memory that a pass takes beside vectors of the parameters' size, over what is alive in it at once."""
 
 Pass = Callable[[Function, Tree, Any], Any]
