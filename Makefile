@@ -33,7 +33,7 @@ lint: $(READY) ## Check style, format and types
 bench: $(READY) ## Measure speed and memory, print ratios to the limit, save JSON
 	@$(BIN)/python -m benchmarks $(ARGS)
 
-scale: $(READY) ## Exact kernels of a 494M-parameter model within 8 GiB, save JSON (about ten minutes)
+scale: $(READY) ## Exact kernels of a 494M-parameter model within 8 GiB, save JSON (half an hour)
 	@$(BIN)/python -m benchmarks.scale $(ARGS)
 
 peers: $(READY) $(PEERS) ## Compare with the research code's method and with bergson, save JSON

@@ -17,8 +17,8 @@ from benchmarks import memory
 from benchmarks.models import build
 from fkernel import Strategy, estimate, kernel, precond
 
-CLOSE = 1.10
-"""A strategy within ten percent of the fastest is a right choice: two runs of one differ by as much."""
+CLOSE = 1.05
+"""A strategy within five percent of the fastest is a right choice: two runs of one differ by more than that."""
 MEMORY, TIME, CHOICE = 0.15, 0.30, 0.90
 
 Case = dict[str, Any]

@@ -195,6 +195,16 @@ def test_a_missed_target_is_called_missed():
     assert command.speed_table([row]).row_count == 1
 
 
+@pytest.mark.parametrize("measure", [scale.measure_curves, scale.measure_planner])
+def test_curves_and_planner_run_small(measure):
+    found = measure(True)
+    if measure is scale.measure_curves:
+        assert found["exponents"]["n_U"]["seconds"] == found["exponents"]["n_U"]["seconds, upper half"]
+    else:
+        assert found["cases"] == 1
+        assert all(option["measured_s"] > 0 for option in found["rows"][0]["options"] if option["feasible"])
+
+
 def test_scale_runs_small_and_its_numbers_hold():
     """The large part on a small model: within its grant, entries equal to autograd's, C equal to influence."""
     found = scale.in_own_process("large", **scale.QUICK)
