@@ -1,24 +1,26 @@
 """`fkernel.estimate` against what happens: memory, time and choice over a grid of cases.
 
 A case is a model, two batches and a grant between what the smallest strategy needs and what the largest does. Every
-strategy that is feasible is run in a process of its own: its first call gives the peak memory that it adds, further
-calls the time.
+strategy that is feasible is run in a process of its own, for the peak memory that its first call adds; for their times
+they take turns in one process, and each round is its own comparison (`benchmarks.ratios`).
 """
 
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Iterator
+from functools import partial
 from statistics import median
 from typing import Any
 
 from benchmarks import memory
 from benchmarks.models import build
+from benchmarks.ratios import interleaved
 from fkernel import Strategy, estimate, kernel, precond
 
 CLOSE = 1.05
-"""A strategy within five percent of the fastest is a right choice: two runs of one differ by more than that."""
+"""A strategy within five percent of the fastest is a right choice."""
+ROUNDS = 7
 MEMORY, TIME, CHOICE = 0.15, 0.30, 0.90
 
 Case = dict[str, Any]
@@ -61,24 +63,27 @@ def planned(shape: str, n_E: int, n_U: int, T: int, ample: float) -> dict[str, A
     }
 
 
-def run(shape: str, n_E: int, n_U: int, T: int, strategy: list[Any], seconds: float = 0.6) -> dict[str, Any]:
-    """Run one strategy: what the first call adds to the process, and the median time of those that follow."""
-    f, params, E, U, P = _problem(shape, n_E, n_U, T)
+def run(shape: str, n_E: int, n_U: int, T: int, strategy: list[Any]) -> dict[str, Any]:
+    """Run one strategy in a process of its own: what its first call adds to it."""
+    problem = _problem(shape, n_E, n_U, T)
     memory._forget_peak()
     before = memory._status("VmRSS") or memory._high_water()
-    times: list[float] = []
+    with tempfile.TemporaryDirectory() as disk:
+        kernel(*problem, strategy=Strategy(*strategy), store=disk)
+    return {"measured_MB": (memory._status("VmHWM") or memory._high_water()) - before}
 
-    def once() -> float:
+
+def race(shape: str, n_E: int, n_U: int, T: int, strategies: list[list[Any]], rounds: int) -> dict[str, Any]:
+    """Let strategies take turns in one process: the seconds of each, as multiples of the first one's in every round."""
+    problem = _problem(shape, n_E, n_U, T)
+
+    def once(strategy: Strategy) -> None:
         with tempfile.TemporaryDirectory() as disk:
-            start = time.perf_counter()
-            kernel(f, params, E, U, P, strategy=Strategy(*strategy), store=disk)
-            return time.perf_counter() - start
+            kernel(*problem, strategy=strategy, store=disk)
 
-    once()
-    peak = (memory._status("VmHWM") or memory._high_water()) - before
-    while len(times) < 2 or sum(times) < seconds:
-        times.append(once())
-    return {"measured_MB": peak, "measured_s": median(times)}
+    sides = {str(i): partial(once, Strategy(*strategy)) for i, strategy in enumerate(strategies)}
+    found = interleaved(sides, rounds)
+    return {"measured_s": [found["0"].seconds * found[name].ratio for name in sides]}
 
 
 def _problem(shape: str, n_E: int, n_U: int, T: int) -> tuple[Any, ...]:

@@ -152,6 +152,7 @@ RUNS: dict[str, Callable[..., dict[str, Any]]] = {
     "point": curves.point,
     "planned": planner.planned,
     "run": planner.run,
+    "race": planner.race,
 }
 
 
@@ -193,16 +194,26 @@ def measure_curves(quick: bool) -> dict[str, Any]:
 
 def measure_planner(quick: bool) -> dict[str, Any]:
     """Estimates against what happens."""
-    rows, known = [], {}
-    for case in planner.cases(quick):
-        row = {**case, **in_own_process("planned", **case)}
-        sizes = {key: case[key] for key in ("shape", "n_E", "n_U", "T")}
+    rows = [{**case, **in_own_process("planned", **case)} for case in planner.cases(quick)]
+    same: dict[str, dict[str, Any]] = {}  # several grants may lead to one form of a strategy
+    for row in rows:
+        sizes = {key: row[key] for key in ("shape", "n_E", "n_U", "T")}
+        forms = same.setdefault(json.dumps(sizes), {})
+        forms |= {json.dumps(option["strategy"]): {} for option in row["options"] if option["feasible"]}
+    for sizes, forms in same.items():
+        strategies = [json.loads(form) for form in forms]
+        times = in_own_process(
+            "race", **json.loads(sizes), strategies=strategies, rounds=1 if quick else planner.ROUNDS
+        )
+        for form, seconds in zip(forms, times["measured_s"], strict=True):
+            forms[form] = {
+                "measured_s": seconds,
+                **in_own_process("run", **json.loads(sizes), strategy=json.loads(form)),
+            }
+    for row in rows:
+        forms = same[json.dumps({key: row[key] for key in ("shape", "n_E", "n_U", "T")})]
         for option in row["options"]:
-            if option["feasible"]:
-                key = json.dumps([sizes, option["strategy"]])  # several grants may lead to one form
-                known[key] = known.get(key) or in_own_process("run", **sizes, strategy=option["strategy"])
-                option |= known[key]
-        rows.append(row)
+            option |= forms.get(json.dumps(option["strategy"]), {})
     return {**planner.verdict(rows), "rows": rows}
 
 

@@ -16,7 +16,7 @@ from fkernel.func.boundary import check_inputs, explained
 from fkernel.func.capture import Plan
 from fkernel.func.gradient import handle_pieces
 from fkernel.func.handles import Handles, stack_handles, write_out
-from fkernel.func.microbatch import groups
+from fkernel.func.microbatch import cut
 from fkernel.func.objective import Function
 from fkernel.precond import Preconditioner
 from fkernel.shapes import Tensor, Tree
@@ -88,7 +88,7 @@ def blocks(side: Ordered, cuts: Sequence[slice], tokens: int | None) -> Iterator
 
 def cuts_of(side: Ordered, tokens: int | None) -> list[slice]:
     """Cut a side into microbatches."""
-    return [*groups(side.batch, tokens)]
+    return cut(side.tokens, tokens)
 
 
 def gathered(pieces: Pieces, block: Sequence[int]) -> Handles:

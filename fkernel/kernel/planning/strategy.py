@@ -212,8 +212,8 @@ def _streamed(load: Workload, rates: Rates, strategy: Strategy) -> tuple[int, in
     contracting = min(tile_bytes((0 if dense else h) + (0 if rows_of_U else s), load.itemsize), (h + s) * row)
     memory = n_h * n_s * 2 * load.itemsize + h * s * 12 + int(h * each_h + s * each_s + max(contracting, beside))
 
-    seconds = load.producing(held, m, rates) + load.multiplying(held, rates) * (1 if dense else blocks)
-    seconds += load.producing(streamed, m, rates) * (tiles if name == "recompute" else 1)
+    seconds = load.producing(held, tokens, rates) + load.multiplying(held, rates) * (1 if dense else blocks)
+    seconds += load.producing(streamed, tokens, rates) * (tiles if name == "recompute" else 1)
     seconds += load.multiplying(streamed, rates) * tiles + 2.0 * n_h * n_s * load.size / rates.flops
     seconds += blocks * n_h * row / rates.moved if dense else 0.0
     return memory, 0, seconds
@@ -237,7 +237,7 @@ def _spilled(load: Workload, rates: Rates, strategy: Strategy) -> tuple[int, int
 
     disk = {side: n[side] * load.kept_by(side, n[side]) for side in n}
     # Writing goes on beside the passes, which need every core: it costs what it costs by itself.
-    seconds = sum(load.producing(side, m, rates) + disk[side] / rates.write for side in n)
+    seconds = sum(load.producing(side, tokens, rates) + disk[side] / rates.write for side in n)
     seconds += sum(times[side] * (load.multiplying(side, rates) + disk[side] / rates.read) for side in n)
     seconds += 2.0 * n["E"] * n["U"] * load.size / rates.flops
     return memory, sum(disk.values()), seconds

@@ -7,7 +7,7 @@ degree in the number of tokens, so three lengths give all.
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 from fkernel import tree
@@ -15,6 +15,7 @@ from fkernel.func.batch import Sequences, find_sequences, length, lengths, take,
 from fkernel.func.capture import Plan
 from fkernel.func.gradient import handles_of
 from fkernel.func.handles import Factored, Handles, Rows, Stack, Sum, smallest, tensors
+from fkernel.func.microbatch import cut
 from fkernel.func.objective import Function, bare
 from fkernel.func.work import Work, work_of
 from fkernel.kernel.planning.machine import Rates
@@ -65,6 +66,7 @@ class Workload:
         """Take the numbers."""
         self.tokens, self.size, self.itemsize = tokens, size, itemsize
         self.forming, self.gradients, self.dense_U, self.widest = forming, gradients, dense_U, widest
+        self._cuts = cache(lambda side, tokens: cut(self.tokens[side], tokens))
 
     @property
     def row(self) -> int:
@@ -76,15 +78,11 @@ class Workload:
         """Tokens of the longest sequence."""
         return max(max(counts) for counts in self.tokens.values())
 
-    def producing(self, side: str, microbatch: int, rates: Rates) -> float:
-        """Predict the seconds that one side's handles take, in microbatches of so many longest sequences."""
-        total, at, counts = 0.0, 0, self.tokens[side]
-        while at < len(counts):
-            company = max(1, microbatch * self.longest // counts[at])
-            together = counts[at : at + company]
-            total += rates.seconds(self.gradients(counts[at]).times(len(together)))
-            at += company
-        return total
+    def producing(self, side: str, tokens: int | None, rates: Rates) -> float:
+        """Predict the seconds that one side's handles take, in microbatches of at most so many tokens."""
+        counts = self.tokens[side]
+        work = (self.gradients(counts[rows.start]).times(rows.stop - rows.start) for rows in self._cuts(side, tokens))
+        return sum(map(rates.seconds, work))
 
     def multiplying(self, side: str, rates: Rates) -> float:
         """Predict the seconds that multiplying out one side's handles takes; dense leaves are read."""
