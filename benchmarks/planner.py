@@ -20,7 +20,7 @@ from fkernel import Strategy, estimate, kernel, precond
 
 CLOSE = 1.05
 """A strategy within five percent of the fastest is a right choice."""
-ROUNDS = 7
+ROUNDS = 5
 MEMORY, TIME, CHOICE = 0.15, 0.30, 0.90
 
 Case = dict[str, Any]

@@ -181,8 +181,9 @@ def stack(parts: list[Handle]) -> Handle:
     flat = [piece for part in parts for piece in (part.parts if isinstance(part, Stack) else (part,))]
     if len(flat) == 1:
         return flat[0]
-    if all(isinstance(part, Tensor) for part in flat):
-        return torch.cat([part for part in flat if isinstance(part, Tensor)])
+    vectors = [part for part in flat if isinstance(part, Tensor) and part.ndim < 3]
+    if len(vectors) == len(flat):  # of biases and norms, which are small
+        return torch.cat(vectors)
     rows = [part for part in flat if isinstance(part, Rows)]
     if len(rows) == len(flat):  # together, so that `compressed` sees all of a batch's ids
         t = max(part.ids.shape[1] for part in rows)

@@ -37,14 +37,14 @@ TOKENS = 1024
 """Under way at once: eight sequences, or as many as have so many tokens; more are no faster on a CPU (benchmarks/)."""
 BLOCK = 64
 """Streamed sequences of the greatest length a block, at most, where more gain nothing that their memory would not."""
-HOLES = 1.3
+HOLES = 1.4
 """Memory that a pass takes, over what is alive in it at once. This and the next four were fitted to one run of the
-planner's grid (benchmarks/planner.py), where 73 % of the chosen strategies' predictions then were within 15 %."""
-HANDLES = 1.35
+planner's grid (benchmarks/planner.py), where 98 % of all strategies' predictions then were within 15 %."""
+HANDLES = 1.2
 """The same for handles, which are many pieces, or are copied into one."""
-ROWS = 1.05
+ROWS = 1.1
 """The same for gradients that are written out."""
-LIBRARIES = 35_000_000
+LIBRARIES = 20_000_000
 """Bytes that libraries take for themselves at first use; a tiny problem is charged less, or nothing would fit it."""
 STARTING = 0.2
 """Seconds that any kernel takes before and after its work: arguments are checked, f's layers are looked for."""
@@ -169,23 +169,23 @@ def _forms(load: Workload, microbatch: int, name: Name) -> Iterator[Strategy]:
         pairs: tuple[tuple[Side, Side], ...] = (("E", "U"), ("U", "E"))
         for held, streamed in pairs:
             one_tile = name in ("memory", "factored")
-            written_out = (name == "memory",) if one_tile else (False, True)
-            if load.dense_U and held == "U":
-                written_out = (True,)
-            for dense in written_out:
-                most = min(BLOCK * T, total[streamed]) if dense or load.dense_U else total[streamed]
-                for block in _parts(most, m * T):
-                    for tile in (None,) if one_tile else _parts(total[held], T)[1:] or [T]:
-                        yield Strategy(name, held, tile, block, m * T, dense)
+            dense = name == "memory" or (load.dense_U and held == "U")
+            most = min(BLOCK * T, total[streamed]) if dense or load.dense_U else total[streamed]
+            for block in _parts(most, m * T):
+                # A tile holds a microbatch at least, and one that holds all of them recomputes nothing.
+                for tile in (None,) if one_tile else _parts(total[held], m * T)[1:] or [T] * (m == 1):
+                    yield Strategy(name, held, tile, block, m * T, dense)
 
 
 def _parts(n: int, least: int) -> list[int]:
-    """A number and its parts, by ratios of about 1.4, down to the least that makes sense."""
-    sizes = []
-    while n > least:
-        sizes.append(n)
-        n = int(n / 1.4)
-    return [*sizes, least]
+    """A number and its parts, whole multiples of the least that makes sense, by ratios of about 1.4."""
+    sizes, size = [n], float(n)
+    while size > least:
+        size /= 1.4
+        whole = max(1, int(size) // least) * least
+        if whole < sizes[-1]:
+            sizes.append(whole)
+    return sizes
 
 
 def cost(load: Workload, rates: Rates, strategy: Strategy) -> Option:
@@ -200,17 +200,17 @@ def _streamed(load: Workload, rates: Rates, strategy: Strategy) -> tuple[int, in
     T, row = load.longest, load.row
     n_h, n_s = len(load.tokens[held]), len(load.tokens[streamed])
     # Sequences of the greatest length stand first, so the first tile, block and microbatch are the largest.
-    h, s = _rows(load.tokens[held], tile), _rows(load.tokens[streamed], block)
     m = min(max(1, (tokens or T) // T), max(n_h, n_s))
+    h, s = _rows(load.tokens[held], tile, m * T), _rows(load.tokens[streamed], block, m * T)
     tiles, blocks = ceil(n_h / h), ceil(n_s / s)
 
     rows_of_U = load.dense_U and streamed == "U"
     each_h = ROWS * row if dense else HANDLES * load.kept_by(held, h)
     each_s = 3 * row if rows_of_U else HANDLES * load.kept_by(streamed, s)
     # What is kept is copied out of the pass that made it, and what a pass frees leaves holes.
-    beside = m * (HOLES * load.peak(T) + (2 * row if load.dense_U else 0))
+    passing = min(m, max(h, s)) * (HOLES * load.peak(T) + (2 * row if load.dense_U else 0))
     contracting = min(tile_bytes((0 if dense else h) + (0 if rows_of_U else s), load.itemsize), (h + s) * row)
-    memory = n_h * n_s * 2 * load.itemsize + h * s * 12 + int(h * each_h + s * each_s + max(contracting, beside))
+    memory = n_h * n_s * 2 * load.itemsize + h * s * 12 + int(h * each_h + s * each_s + max(contracting, passing))
 
     seconds = load.producing(held, tokens, rates) + load.multiplying(held, rates) * (1 if dense else blocks)
     seconds += load.producing(streamed, tokens, rates) * (tiles if name == "recompute" else 1)
@@ -223,9 +223,9 @@ def _spilled(load: Workload, rates: Rates, strategy: Strategy) -> tuple[int, int
     _, held, tile, block, tokens, _ = strategy
     n = {side: len(load.tokens[side]) for side in ("E", "U")}
     at_once = dict(zip("EU" if held == "E" else "UE", (tile, block), strict=True))
-    rows = {side: _rows(load.tokens[side], at_once[side]) for side in n}
-    times = {"E": ceil(n["U"] / rows["U"]), "U": ceil(n["E"] / rows["E"])}
     m = min(max(1, (tokens or load.longest) // load.longest), max(n.values()))
+    rows = {side: _rows(load.tokens[side], at_once[side], m * load.longest) for side in n}
+    times = {"E": ceil(n["U"] / rows["U"]), "U": ceil(n["E"] / rows["E"])}
 
     kept = {side: load.kept_by(side, rows[side]) for side in n}
     passing = m * (HOLES * load.peak(load.longest) + HANDLES * load.kept(load.longest))
@@ -243,8 +243,9 @@ def _spilled(load: Workload, rates: Rates, strategy: Strategy) -> tuple[int, int
     return memory, sum(disk.values()), seconds
 
 
-def _rows(counts: list[int], tokens: int | None) -> int:
-    """How many sequences, the longest first, so many tokens hold."""
-    if tokens is None:
+def _rows(counts: list[int], tokens: int | None, microbatch: int) -> int:
+    """How many sequences, the longest first, so many tokens hold, in whole microbatches of so many."""
+    if tokens is None or tokens >= sum(counts):
         return len(counts)
-    return min(len(counts), max(1, tokens * len(counts) // sum(counts)))
+    whole = max(microbatch, tokens // microbatch * microbatch)
+    return min(len(counts), max(1, whole * len(counts) // sum(counts)))

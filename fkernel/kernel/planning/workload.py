@@ -7,7 +7,7 @@ degree in the number of tokens, so three lengths give all.
 
 from __future__ import annotations
 
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 from fkernel import tree
@@ -66,7 +66,6 @@ class Workload:
         """Take the numbers."""
         self.tokens, self.size, self.itemsize = tokens, size, itemsize
         self.forming, self.gradients, self.dense_U, self.widest = forming, gradients, dense_U, widest
-        self._cuts = cache(lambda side, tokens: cut(self.tokens[side], tokens))
 
     @property
     def row(self) -> int:
@@ -81,7 +80,9 @@ class Workload:
     def producing(self, side: str, tokens: int | None, rates: Rates) -> float:
         """Predict the seconds that one side's handles take, in microbatches of at most so many tokens."""
         counts = self.tokens[side]
-        work = (self.gradients(counts[rows.start]).times(rows.stop - rows.start) for rows in self._cuts(side, tokens))
+        work = (
+            self.gradients(counts[rows.start]).times(rows.stop - rows.start) for rows in _cuts(tuple(counts), tokens)
+        )
         return sum(map(rates.seconds, work))
 
     def multiplying(self, side: str, rates: Rates) -> float:
@@ -100,6 +101,12 @@ class Workload:
     def peak(self, t: int) -> int:
         """Bytes that are alive at once, at most, while they are made."""
         return max(self.gradients(t).peak, self.kept(t))
+
+
+@lru_cache(64)
+def _cuts(counts: tuple[int, ...], tokens: int | None) -> list[slice]:
+    """Cut a side once: many forms of a strategy share a cut."""
+    return cut(counts, tokens)
 
 
 def workload(f: Function, params: Tree, E: Any, U: Any, plan: Plan, dense_U: bool = False) -> Workload:
