@@ -86,9 +86,9 @@ class Workload:
         return sum(map(rates.seconds, work))
 
     def multiplying(self, side: str, rates: Rates) -> float:
-        """Predict the seconds that multiplying out one side's handles takes; dense leaves are read."""
+        """Predict the seconds that multiplying out one side's handles takes: rows are written, dense leaves copied."""
         n, tokens = len(self.tokens[side]), sum(self.tokens[side])
-        return tokens * self.forming / rates.forming + n * self.row / rates.moved
+        return tokens * self.forming / rates.forming + 2.0 * n * self.row / rates.moved
 
     def kept_by(self, side: str, n: int) -> int:
         """Bytes that the handles of one sequence take, on average over a side's n longest."""
