@@ -7,10 +7,14 @@ Above it: `kernel`, `influence`, `explain_step`.
 from fkernel import func, precond, tree
 from fkernel.errors import (
     BatchError,
+    CheckpointError,
     FKernelError,
     ModelError,
     NonFiniteError,
     OptimizerStateError,
+    PlanError,
+    RolloutError,
+    RolloutWarning,
     StoreError,
     TreeError,
 )
@@ -37,12 +41,16 @@ __version__ = "0.1.0"
 __all__ = [
     "BatchError",
     "Calibration",
+    "CheckpointError",
     "Estimate",
     "FKernelError",
     "ModelError",
     "NonFiniteError",
     "OptimizerStateError",
     "Option",
+    "PlanError",
+    "RolloutError",
+    "RolloutWarning",
     "Rounded",
     "StepEffect",
     "StoreError",

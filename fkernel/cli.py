@@ -67,6 +67,20 @@ def estimate(
         raise typer.Exit(1)
 
 
+@app.command()
+def sample(
+    plan: Annotated[Path, typer.Argument(help="A sample plan, YAML or JSON (see the documentation of fkernel.study).")],
+    rows: Annotated[int, typer.Option(help="Sequences to show in the table.")] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the batch's diagnostics as JSON.")] = False,
+) -> None:
+    """Draw one batch of a checkpoint, score it, and save it to a directory.
+
+    Example: fkernel sample update.yaml
+    """
+    with _said():
+        _sample(plan, rows, as_json)
+
+
 @contextmanager
 def _said() -> Iterator[None]:
     """Say a mistake in one line, and exit."""
@@ -107,6 +121,26 @@ def _demo(console: Console, out: Path, cache: Path | None, seed: int, rows: int)
         if value.pearson < 0.9999 or abs(value.slope - 1) > 0.02 or value.relative_error > bound:
             missed.append(f"{name} {value}, bounds r ≥ 0.9999, slope 1 ± 0.02, relative error ≤ {bound}")
     return missed
+
+
+def _sample(path: Path, rows: int, as_json: bool) -> None:
+    with Console(stderr=True).status("importing torch and transformers"):
+        from fkernel import report
+        from fkernel.demo.progress import visible
+        from fkernel.study import SamplePlan, read_plan, sampled
+
+    plan = read_plan(path, SamplePlan)
+    with visible(Console(stderr=True)) as progress:
+        bar = progress.add_task("sampling", total=None)
+        batch = sampled(plan, lambda n: progress.advance(bar, n))
+    if as_json:
+        typer.echo(json.dumps({"out": plan.out, **batch.diagnostics}, indent=1))
+        return
+    console = Console()
+    wide = console if console.width >= 120 or console.is_terminal else Console(width=140)
+    wide.print(report.batch_table(batch, rows))
+    for line in (*report.batch_lines(batch.diagnostics), f"Wrote {plan.out}"):
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 def _estimate(

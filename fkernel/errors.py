@@ -29,6 +29,22 @@ class OptimizerStateError(FKernelError, ValueError):
     """An optimizer state is incomplete, impossible, or of a kind that is not modelled."""
 
 
+class CheckpointError(FKernelError, OSError):
+    """A checkpoint cannot be read: a file is missing or damaged, or no layout is recognised."""
+
+
+class PlanError(FKernelError, ValueError):
+    """A plan's file cannot be read, or asks for something that there is not: where in it, and what was expected."""
+
+
+class RolloutError(FKernelError, ValueError):
+    """Prompts, responses, rewards or a saved batch cannot be trusted, and which of them."""
+
+
+class RolloutWarning(UserWarning):
+    """Something about sampled responses that a reader of their kernel should know, and that may be meant."""
+
+
 class StoreError(FKernelError, OSError):
     """A store on disk cannot be opened, written or read: in use, of something else, damaged, or out of room."""
 

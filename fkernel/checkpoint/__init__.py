@@ -1,15 +1,23 @@
 """From files to what the engine takes: a model, or its skeleton, and AdamW's state keyed by parameter name."""
 
-from fkernel.checkpoint.model import load_model
+from fkernel.checkpoint.loading import Checkpoint, Provenance, load
+from fkernel.checkpoint.model import load_adapter, load_model, load_tokenizer
 from fkernel.checkpoint.optimizer import adamw_state, load_adamw_state
+from fkernel.checkpoint.order import ORDERS
 from fkernel.checkpoint.skeleton import Skeleton, estimate_model, skeleton_of, workload_of
 
 __all__ = [
+    "ORDERS",
+    "Checkpoint",
+    "Provenance",
     "Skeleton",
     "adamw_state",
     "estimate_model",
+    "load",
     "load_adamw_state",
+    "load_adapter",
     "load_model",
+    "load_tokenizer",
     "skeleton_of",
     "workload_of",
 ]

@@ -1,40 +1,138 @@
-"""A Hugging Face causal language model from a directory, ready to be differentiated."""
+"""A Hugging Face causal language model, or a LoRA adapter on one, ready to be differentiated."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from fkernel.errors import ModelError
+from fkernel.checkpoint.files import first_line, read_json
+from fkernel.errors import CheckpointError, ModelError
+
+HUB = "hub:"
+"""Prefix of a model that may be fetched: hub:org/name. Everything else is a directory, and nothing is fetched."""
+ADAPTER = "adapter_config.json"
 
 
-def load_model(path: str | Path) -> Any:
-    """Load what `save_pretrained` wrote, in float32, with eager attention, in eval mode, offline.
+def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> Any:
+    """Load what `save_pretrained` wrote, with eager attention, in eval mode; offline, unless a hub id is named.
 
     Args:
-        path: a directory with `config.json` and safetensors weights.
+        path: a directory with `config.json` and safetensors weights, one file or shards; or "hub:org/name".
+        dtype: of the parameters: float32, or float64 for laws. Half precision is widened, which is exact.
+        trust_remote_code: whether code that came with the model may be executed.
 
     Returns:
         A transformers causal language model.
 
     Raises:
-        ModelError: no such directory, or no model in it.
+        ModelError: no such directory, no model in it, weights that are not safetensors or not all the model's.
     """
+    source = _source(path)
+    try:
+        with _quiet():
+            found: Any = AutoModelForCausalLM.from_pretrained(
+                source,
+                attn_implementation="eager",
+                dtype=dtype,
+                local_files_only=isinstance(source, Path),
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
+    except Exception as error:  # transformers and its models raise whatever they like
+        raise ModelError(f"transformers loads no causal language model from {path}: {first_line(error)}") from error
+    model, told = found
+    for what, names in (("lacks", told["missing_keys"]), ("has foreign", told["unexpected_keys"])):
+        if names:  # transformers would go on with random weights
+            shown = sorted(map(str, names))
+            raise ModelError(f"The weights at {path} {what} {len(shown)} parameter(s), such as {shown[0]!r}.")
+    return model.eval()
+
+
+def load_adapter(
+    path: str | Path,
+    base: str | Path | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+) -> Any:
+    """Load a PEFT adapter on its base model, the adapter's parameters trainable and the base's frozen.
+
+    Args:
+        path: a directory with `adapter_config.json`.
+        base: the base model's directory or "hub:org/name"; by default what the adapter recorded, where that is a
+            directory here.
+        dtype: as in `load_model`.
+        trust_remote_code: as in `load_model`.
+
+    Raises:
+        ModelError: peft is not installed, the base is not here, or the adapter does not fit it.
+    """
+    try:
+        from peft import PeftModel  # an optional package
+    except ImportError:
+        raise ModelError(f"{path} is a PEFT adapter; install peft to load it: pip install 'fkernel[peft]'.") from None
+    recorded = read_json(Path(path) / ADAPTER, "a PEFT adapter's configuration").get("base_model_name_or_path")
+    if base is None and not (recorded and Path(recorded).is_dir()):
+        raise ModelError(
+            f"The adapter at {path} records its base model as {recorded!r}, which is no directory here; say where it "
+            f"is: base='directory', or base='hub:org/name'."
+        )
+    model = load_model(base or recorded, dtype=dtype, trust_remote_code=trust_remote_code)
+    try:
+        with _quiet():
+            adapted = PeftModel.from_pretrained(model, str(path), is_trainable=True, autocast_adapter_dtype=False)
+    except Exception as error:
+        raise ModelError(f"The adapter at {path} does not fit its base model {base or recorded}: {error}") from error
+    return adapted.to(dtype).eval()
+
+
+def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """Load the tokenizer beside a model; None where a directory holds none.
+
+    Raises:
+        CheckpointError: its files are there, and no tokenizer can be made of them.
+    """
+    source = _source(path, "tokenizer_config.json")
+    if isinstance(source, Path) and not any((source / name).is_file() for name in TOKENIZER):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(
+            source, local_files_only=isinstance(source, Path), trust_remote_code=trust_remote_code
+        )
+    except Exception as error:
+        raise CheckpointError(f"transformers loads no tokenizer from {path}: {first_line(error)}") from error
+
+
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+def _source(path: str | Path, wanted: str = "config.json") -> Path | str:
+    """Tell a directory from the name of a model that may be fetched."""
+    if str(path).startswith(HUB):
+        return str(path).removeprefix(HUB)
     directory = Path(path)
-    if not (directory / "config.json").is_file():
-        found = sorted(item.name for item in directory.iterdir()) if directory.is_dir() else "no such directory"
+    if not directory.is_dir():
+        raise ModelError(f"There is no directory {path}; a model that may be fetched is named {HUB}org/name.")
+    if wanted == "config.json" and not (directory / wanted).is_file():
+        found = sorted(item.name for item in directory.iterdir())
         raise ModelError(f"{directory} holds no config.json ({found}); expected a directory of save_pretrained().")
+    return directory
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' progress bars off, and leave them as they were."""
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            directory, attn_implementation="eager", dtype=torch.float32, local_files_only=True, use_safetensors=True
-        )
+        yield
     finally:
         if bars:
             logging.enable_progress_bar()
-    return model.eval()

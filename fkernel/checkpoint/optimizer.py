@@ -1,63 +1,104 @@
-"""AdamW's state_dict → AdamWState, keyed by the parameter names that the optimizer recorded.
+"""AdamW's state_dict → AdamWState, keyed by parameter name.
 
-A state_dict numbers its parameters. `torch.optim.AdamW(model.named_parameters())` also records their names in each
-group (torch ≥ 2.6), and those are believed; nothing is ever matched by position or by shape.
+A state_dict numbers its parameters, and whose moments are number i must not be guessed. In the order in which they
+are believed, names are
+
+    recorded      `torch.optim.AdamW(model.named_parameters())` records `param_names` in each group (torch ≥ 2.6);
+                  distributed checkpoints use names instead of numbers
+    given         by the caller, or in a file beside the state
+    found         the one known order of the model's parameters that fits every shape (`fkernel.checkpoint.order`)
+
+lr, betas, ε and decay are the groups' own; there is no default for any of them.
 """
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fkernel.checkpoint.files import read_tensors
+from fkernel.checkpoint.names import unwrapped
+from fkernel.checkpoint.order import Groups, find_order
 from fkernel.errors import OptimizerStateError, listing
 from fkernel.precond import AdamWState
 from fkernel.precond.state import check_covers
 from fkernel.shapes import Tensor, Tree
 
+FOREIGN = {
+    "state1": "bitsandbytes' 8-bit state: its moments are quantised in blocks, and D = 1/(√v̂+ε) of them is not the "
+    "optimizer's",
+    "exp_avg_sq_row": "Adafactor's: its second moment is a product of rows and columns, and no diagonal of ours",
+    "momentum_buffer": "SGD's, which has no second moment",
+    "square_avg": "RMSprop's or Adadelta's",
+    "exp_inf": "Adamax's, whose second moment is a maximum",
+    "sum": "Adagrad's, whose second moment does not decay",
+    "max_exp_avg_sq": "AMSGrad's, whose second moment is a maximum",
+}
+"""{a name in a parameter's state: whose it is}."""
 
-def load_adamw_state(path: str | Path, params: Tree) -> AdamWState:
+Names = Sequence[str] | Sequence[Sequence[str]] | Mapping[str, Any]
+
+
+def load_adamw_state(
+    path: str | Path,
+    params: Tree,
+    *,
+    model: torch.nn.Module | None = None,
+    names: Names | None = None,
+    order: str | None = None,
+    decoupled: bool | None = None,
+) -> AdamWState:
     """Read `optimizer.pt` (weights only: nothing in the file is executed) and key it by parameter name.
 
     Args:
         path: a file written by `torch.save(optimizer.state_dict())`.
         params: {name: tensor}, the parameters that the state must be about.
+        model: as in `adamw_state`.
+        names: as in `adamw_state`.
+        order: as in `adamw_state`.
+        decoupled: as in `adamw_state`.
 
     Returns:
         The state before the next step.
 
     Raises:
-        OptimizerStateError: the file is missing, damaged or holds something else; see also `adamw_state`.
+        CheckpointError: the file is missing, damaged or holds something else; see also `adamw_state`.
     """
-    try:
-        state_dict = torch.load(Path(path), map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise OptimizerStateError(f"There is no optimizer state at {path}.") from None
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
-        raise OptimizerStateError(
-            f"{path} could not be read as tensors only ({str(error).splitlines()[0]}); expected a file written by "
-            f"torch.save(optimizer.state_dict())."
-        ) from error
-    return adamw_state(state_dict, params)
+    state_dict = read_tensors(Path(path), "an optimizer state")
+    return adamw_state(state_dict, params, model=model, names=names, order=order, decoupled=decoupled)
 
 
-def adamw_state(state_dict: Any, params: Tree) -> AdamWState:
+def adamw_state(
+    state_dict: Any,
+    params: Tree,
+    *,
+    model: torch.nn.Module | None = None,
+    names: Names | None = None,
+    order: str | None = None,
+    decoupled: bool | None = None,
+) -> AdamWState:
     """Key a `torch.optim.AdamW` state_dict by parameter name.
 
     Args:
-        state_dict: what `optimizer.state_dict()` returned, with `param_names` recorded in every group.
+        state_dict: what `optimizer.state_dict()` returned.
         params: {name: tensor}, the parameters that the state must be about. One that the optimizer has not stepped
             yet has zero moments and step 0.
+        model: where no names are recorded or given: the model, whose known orders are tried.
+        names: where none are recorded: the parameters' names in the optimizer's order, as one list, as one list a
+            group, or as {"0": name, …}.
+        order: which of the known orders, where several fit; see `fkernel.checkpoint.order`.
+        decoupled: whether weight decay is AdamW's (True) or Adam's (False), where the state does not say: torch before
+            2.7 wrote the same for both.
 
     Returns:
         The state before the next step; learning rate, betas, ε and decay are the groups' own.
 
     Raises:
-        OptimizerStateError: names are not recorded, the optimizer is not plain AdamW (amsgrad, maximize, coupled
-            decay), or a number in it is impossible.
+        OptimizerStateError: no names, or more than one order of them fits; the optimizer is not plain AdamW (amsgrad,
+            maximize, coupled decay, 8-bit, another one); or a number in it is impossible.
         TreeError: it is about other parameters, or shapes differ.
 
     Example:
@@ -68,40 +109,129 @@ def adamw_state(state_dict: Any, params: Tree) -> AdamWState:
     """
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
         raise OptimizerStateError("This is no optimizer state_dict: it lacks 'state' and 'param_groups'.")
+    groups: list[Mapping[str, Any]] = state_dict["param_groups"]
+    for number, group in enumerate(groups):
+        _check_group(group, number, decoupled)
     group_of: dict[str, Mapping[str, Any]] = {}
     entry_of: dict[str, Mapping[str, Any]] = {}
-    for number, group in enumerate(state_dict["param_groups"]):
-        _check_group(group, number)
-        for name, index in zip(group["param_names"], group["params"], strict=True):
+    for group, named in zip(groups, names_of(state_dict, params, model, names, order), strict=True):
+        for name, index in zip(named, group["params"], strict=True):
+            if name in group_of:
+                raise OptimizerStateError(f"The names given for the optimizer's parameters hold {name!r} twice.")
             group_of[name], entry_of[name] = group, state_dict["state"].get(index, {})
-    names = [name for name in params if name in group_of] + [name for name in group_of if name not in params]
+    # A frozen parameter that the optimizer was given has no state, and is never moved: it is not the optimizer's.
+    foreign = [name for name in group_of if name not in params and entry_of[name]]
+    each = [name for name in params if name in group_of] + foreign
     state = AdamWState(
-        step={name: int(entry_of[name].get("step", 0)) for name in names},
-        exp_avg={name: _moment(entry_of[name], "exp_avg", name, params) for name in names},
-        exp_avg_sq={name: _moment(entry_of[name], "exp_avg_sq", name, params) for name in names},
-        lr={name: float(group_of[name]["lr"]) for name in names},
-        beta1={name: float(group_of[name]["betas"][0]) for name in names},
-        beta2={name: float(group_of[name]["betas"][1]) for name in names},
-        eps={name: float(group_of[name]["eps"]) for name in names},
-        weight_decay={name: float(group_of[name]["weight_decay"]) for name in names},
+        step={name: int(entry_of[name].get("step", 0)) for name in each},
+        exp_avg={name: _moment(entry_of[name], "exp_avg", name, params) for name in each},
+        exp_avg_sq={name: _moment(entry_of[name], "exp_avg_sq", name, params) for name in each},
+        lr={name: float(group_of[name]["lr"]) for name in each},
+        beta1={name: float(group_of[name]["betas"][0]) for name in each},
+        beta2={name: float(group_of[name]["betas"][1]) for name in each},
+        eps={name: float(group_of[name]["eps"]) for name in each},
+        weight_decay={name: float(group_of[name]["weight_decay"]) for name in each},
     )
     check_covers(state, list(params), params, "params")
     return state
 
 
-def _check_group(group: Mapping[str, Any], number: int) -> None:
-    if "param_names" not in group:
+def names_of(
+    state_dict: Mapping[str, Any],
+    params: Tree,
+    model: torch.nn.Module | None = None,
+    names: Names | None = None,
+    order: str | None = None,
+) -> Groups:
+    """Name every numbered place of a state_dict, group by group: recorded, given or found names.
+
+    Arguments and errors as in `adamw_state`.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1)
+        >>> state_dict = torch.optim.AdamW(model.parameters()).state_dict()
+        >>> names_of(state_dict, dict(model.named_parameters()), model)
+        [['weight', 'bias']]
+    """
+    groups = state_dict["param_groups"]
+    sizes = [len(group["params"]) for group in groups]
+    recorded = [_recorded(group, params) for group in groups]
+    given = None if names is None else _given(names, sizes)
+    if all(group is not None for group in recorded):
+        found = [group or [] for group in recorded]
+        if given not in (None, found):
+            raise OptimizerStateError(
+                "The optimizer recorded its parameters' names, and they are not those that were given; give none."
+            )
+        return found
+    if given is not None:
+        return given
+    if model is None:
+        bare = next(i for i, group in enumerate(recorded) if group is None)
         raise OptimizerStateError(
-            f"Parameter group {number} records no param_names, so its {len(group['params'])} moments cannot be told "
-            f"apart; build the optimizer with torch.optim.AdamW(model.named_parameters(), …)."
+            f"Parameter group {bare} records no param_names, so its {sizes[bare]} moments cannot be told apart. Give "
+            f"their names in the optimizer's order (names=), or the model (model=), whose known orders are then tried."
         )
+    places = [[_place(state_dict["state"].get(index, {})) for index in group["params"]] for group in groups]
+    return find_order(places, model, order)
+
+
+def _recorded(group: Mapping[str, Any], params: Tree) -> list[str] | None:
+    if "param_names" in group:
+        return [unwrapped(name, params) for name in group["param_names"]]
+    if group["params"] and not all(isinstance(index, str) for index in group["params"]):
+        return None
+    return [unwrapped(name, params) for name in group["params"]]
+
+
+def _given(names: Names, sizes: list[int]) -> Groups:
+    """Bring names to one list a group."""
+    if isinstance(names, Mapping):
+        try:
+            names = [str(names[str(i)]) for i in range(len(names))]
+        except KeyError as missing:
+            raise OptimizerStateError(
+                f"The names given for the optimizer's parameters lack number {missing}; expected {{'0': name, …}}."
+            ) from None
+    if all(isinstance(name, str) for name in names):
+        flat = [str(name) for name in names]
+        if len(flat) != sum(sizes):
+            raise OptimizerStateError(f"{len(flat)} names were given for the {sum(sizes)} parameters of the optimizer.")
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        return [flat[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+    grouped = [[*group] for group in names]
+    if [len(group) for group in grouped] != sizes:
+        raise OptimizerStateError(
+            f"Names were given for groups of {[len(group) for group in grouped]} parameters; the optimizer's groups "
+            f"are {sizes}."
+        )
+    return grouped
+
+
+def _place(entry: Mapping[str, Any]) -> tuple[int, ...] | None:
+    moment = entry.get("exp_avg_sq", entry.get("exp_avg"))
+    return None if moment is None else tuple(moment.shape)
+
+
+def _check_group(group: Mapping[str, Any], number: int, decoupled: bool | None) -> None:
     missing = [key for key in ("lr", "betas", "eps", "weight_decay") if key not in group]
     if missing:
         raise OptimizerStateError(f"Parameter group {number} lacks {listing(missing)}: this is not an AdamW state.")
     for flag in ("amsgrad", "maximize"):
         if group.get(flag, False):
             raise OptimizerStateError(f"Parameter group {number} has {flag}=True, which is not modelled.")
-    if not group.get("decoupled_weight_decay", True) and group["weight_decay"]:
+    if "correct_bias" in group or group.get("bias_correction", True) is not True:
+        raise OptimizerStateError(
+            f"Parameter group {number} is of an Adam that adds ε before the bias correction, or corrects none "
+            f"(transformers' old AdamW, apex), which is not modelled; torch.optim.AdamW is."
+        )
+    said = group.get("decoupled_weight_decay", decoupled)
+    if group["weight_decay"] and said is None:
+        raise OptimizerStateError(
+            f"Parameter group {number} has weight_decay={group['weight_decay']} and does not say whose: torch before "
+            f"2.7 wrote the same for AdamW and for Adam. Say decoupled=True if the training used AdamW."
+        )
+    if group["weight_decay"] and not said:
         raise OptimizerStateError(
             f"Parameter group {number} is Adam's with weight_decay={group['weight_decay']} added to the gradient; only "
             f"AdamW's decoupled decay is modelled."
@@ -109,8 +239,12 @@ def _check_group(group: Mapping[str, Any], number: int) -> None:
 
 
 def _moment(entry: Mapping[str, Any], key: str, name: str, params: Tree) -> Tensor:
+    for foreign, whose in FOREIGN.items():
+        if foreign in entry:
+            raise OptimizerStateError(f"The state of {name!r} is {whose}; only AdamW's is modelled.")
     if key in entry:
-        return entry[key]
+        moment = entry[key]
+        return moment if moment.dtype in (torch.float32, torch.float64) else moment.float()
     if entry:
         raise OptimizerStateError(f"The state of {name!r} has {listing([*entry])} but no {key}: not an AdamW state.")
-    return torch.zeros_like(params[name]) if name in params else torch.zeros(())
+    return torch.zeros_like(params[name])

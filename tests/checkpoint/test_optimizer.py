@@ -99,10 +99,10 @@ def test_nothing_in_a_file_is_executed(model, tmp_path):
 
     path = tmp_path / "optimizer.pt"
     path.write_bytes(pickle.dumps(Payload()))
-    with pytest.raises(fk.OptimizerStateError, match="could not be read as tensors only"):
+    with pytest.raises(fk.CheckpointError, match="could not be read as tensors only"):
         load_adamw_state(path, params_of(model))
     torch.save({"state": Payload()}, path)
-    with pytest.raises(fk.OptimizerStateError, match="could not be read as tensors only"):
+    with pytest.raises(fk.CheckpointError, match="could not be read as tensors only"):
         load_adamw_state(path, params_of(model))
 
 
@@ -115,11 +115,12 @@ def test_damaged_files_are_refused_with_the_reason(model, tmp_path, damage):
     if damage == "missing":
         path.unlink()
     expected = {
-        "truncated": "could not be read as tensors only",
-        "missing": "There is no optimizer state at",
-        "something else": "lacks 'state' and 'param_groups'",
+        "truncated": (fk.CheckpointError, "could not be read as tensors only"),
+        "missing": (fk.CheckpointError, "There is no file .*expected an optimizer state"),
+        "something else": (fk.OptimizerStateError, "lacks 'state' and 'param_groups'"),
     }
-    with pytest.raises(fk.OptimizerStateError, match=expected[damage]):
+    kind, message = expected[damage]
+    with pytest.raises(kind, match=message):
         load_adamw_state(path, params_of(model))
 
 
@@ -139,5 +140,5 @@ def test_directory_without_a_model_is_refused(tmp_path):
     (tmp_path / "weights.bin").touch()
     with pytest.raises(fk.ModelError, match=r"holds no config.json \(\['weights.bin'\]\)"):
         load_model(tmp_path)
-    with pytest.raises(fk.ModelError, match="no such directory"):
+    with pytest.raises(fk.ModelError, match=r"There is no directory .*a model that may be fetched is named hub:"):
         load_model(tmp_path / "nowhere")

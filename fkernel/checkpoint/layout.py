@@ -1,0 +1,103 @@
+"""Where a training run keeps what: the layouts that trainers write, told apart by the names of their files.
+
+    huggingface   config.json, model*.safetensors          save_pretrained; Trainer and TRL add optimizer.pt,
+                                                           scheduler.pt, trainer_state.json
+    adapter       adapter_config.json, adapter_model.*     the same of a PEFT model; its base model is elsewhere
+    nested        model/ (one of the above), optimizer.pt  the study's own; optimizer_param_names.json, scheduler.pt
+    accelerate    model*.safetensors, optimizer.bin        Accelerator.save_state: weights without a configuration
+    fsdp          pytorch_model_fsdp_0/, optimizer_0/      the same of sharded training
+    distributed   .metadata, *.distcp                      torch.distributed.checkpoint of {"model": …, "optimizer": …}
+    file          a file                                   torch.save({"model": …, "optimizer": …})
+
+The last four say nothing about the architecture: the caller gives a model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from fkernel.checkpoint.distributed import METADATA
+from fkernel.checkpoint.model import ADAPTER
+from fkernel.errors import CheckpointError
+
+Kind = Literal["huggingface", "adapter", "nested", "accelerate", "fsdp", "distributed", "file"]
+NAMES = "optimizer_param_names.json"
+TRAINER_STATE = "trainer_state.json"
+
+
+class Layout(NamedTuple):
+    """Where things are.
+
+    Attributes:
+        kind: which layout.
+        model: the directory of weights and configuration, or the file or directory that holds a state dict.
+        optimizer: the optimizer's file or directory; None where there is none, or where it is inside `model`.
+        names: a file with the parameters' names in the optimizer's order, or None.
+        scheduler: the scheduler's file, or None.
+        trainer_state: trainer_state.json, or None.
+    """
+
+    kind: Kind
+    model: Path
+    optimizer: Path | None = None
+    names: Path | None = None
+    scheduler: Path | None = None
+    trainer_state: Path | None = None
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether the caller must say what architecture it is."""
+        return self.kind in ("accelerate", "fsdp", "distributed", "file")
+
+
+def find_layout(path: str | Path) -> Layout:
+    """Tell how a checkpoint is laid out.
+
+    Raises:
+        CheckpointError: there is nothing, or nothing that is recognised; it says what was found and expected.
+    """
+    root = Path(path)
+    if root.is_file():
+        return Layout("file", root)
+    if not root.is_dir():
+        raise CheckpointError(f"There is no checkpoint at {root}: no such directory or file.")
+    if (root / METADATA).is_file():
+        return Layout("distributed", root)
+    beside = {
+        "optimizer": _first(root, "optimizer.pt", "optimizer.bin", "optimizer_0"),
+        "names": _first(root, NAMES),
+        "scheduler": _first(root, "scheduler.pt", "scheduler.bin"),
+        "trainer_state": _first(root, TRAINER_STATE),
+    }
+    if (root / ADAPTER).is_file():
+        return Layout("adapter", root, **beside)
+    if (root / "config.json").is_file():
+        return Layout("huggingface", root, **beside)
+    if (root / "model").is_dir():
+        return Layout("nested", root / "model", **beside)
+    sharded = _first(root, "pytorch_model_fsdp_0")
+    if sharded is not None:
+        return Layout("fsdp", sharded, **beside)
+    if _first(root, "model.safetensors", "model.safetensors.index.json") is not None:
+        return Layout("accelerate", root, **beside)
+    raise CheckpointError(_unknown(root))
+
+
+def _first(root: Path, *names: str) -> Path | None:
+    return next((root / name for name in names if (root / name).exists()), None)
+
+
+def _unknown(root: Path) -> str:
+    inside = sorted(item.name for item in root.iterdir())
+    steps = [name for name in inside if name.startswith("checkpoint-")]
+    if steps:
+        latest = max(steps, key=lambda name: (len(name), name))
+        return f"{root} holds {len(steps)} checkpoint(s); name one of them, such as {root / latest}."
+    pickled = [name for name in inside if name.startswith("pytorch_model") and name.endswith(".bin")]
+    if pickled:
+        return f"{root} holds weights as {pickled[0]} and no config.json; save them with save_pretrained()."
+    return (
+        f"{root} is no checkpoint that is recognised: it holds {inside[:8]}. Expected one of: config.json with "
+        f"safetensors, {ADAPTER}, a folder model/, model.safetensors, pytorch_model_fsdp_0/, {METADATA}."
+    )

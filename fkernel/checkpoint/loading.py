@@ -1,0 +1,213 @@
+"""A directory or a file that a training run left → the model, its tokenizer and AdamW's state, keyed by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fkernel.checkpoint.distributed import read_distributed
+from fkernel.checkpoint.files import read_json, read_tensors
+from fkernel.checkpoint.layout import Layout, find_layout
+from fkernel.checkpoint.model import ADAPTER, HUB, load_adapter, load_model, load_tokenizer
+from fkernel.checkpoint.optimizer import Names, adamw_state
+from fkernel.checkpoint.weights import architecture, filled, read_safetensors
+from fkernel.errors import CheckpointError, ModelError, OptimizerStateError
+from fkernel.kernel.store.fingerprint import fingerprint
+from fkernel.precond import AdamWState
+from fkernel.shapes import Tree
+
+WEIGHTS = ("model", "model_state_dict", "state_dict")
+OPTIMIZER = ("optimizer", "optim", "optimizer_state_dict")
+"""Under which keys people save the two."""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a checkpoint came from.
+
+    Attributes:
+        path: what was asked for.
+        layout: which of `fkernel.checkpoint.layout`.
+        fingerprint: hash over names, shapes, dtypes and contents of all parameters, frozen ones too; what is computed
+            from the checkpoint records it, and is refused beside another.
+        optimizer: where the optimizer's state was read, or None.
+        base: an adapter's base model, or None.
+    """
+
+    path: str
+    layout: str
+    fingerprint: str
+    optimizer: str | None = None
+    base: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """What a training run left, as the engine takes it.
+
+    Attributes:
+        model: the policy, in eval mode, with eager attention; parameters that were not trained do not require grad.
+        tokenizer: its tokenizer, or None where none was saved.
+        optimizer: AdamW's state before the next step, about exactly the trained parameters; None where none was saved.
+        step: optimizer steps taken, or None where nothing tells.
+        provenance: where it came from.
+    """
+
+    model: Any
+    tokenizer: Any
+    optimizer: AdamWState | None
+    step: int | None
+    provenance: Provenance
+
+
+def load(
+    path: str | Path,
+    *,
+    model: str | Path | torch.nn.Module | None = None,
+    base: str | Path | None = None,
+    names: Names | None = None,
+    order: str | None = None,
+    decoupled: bool | None = None,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+) -> Checkpoint:
+    """Load a checkpoint as its training wrote it; see `fkernel.checkpoint.layout` for what is recognised.
+
+    Nothing that a file contains is executed, and nothing is fetched unless a name begins with "hub:".
+
+    Args:
+        path: a directory, a file of `torch.save({"model": …, "optimizer": …})`, or "hub:org/name".
+        model: for layouts without an architecture: a directory with config.json, or a model, which is copied.
+        base: an adapter's base model, where the adapter does not record a directory that is here.
+        names: the parameters' names in the optimizer's order, where the state records none; a file
+            optimizer_param_names.json beside it is read by itself.
+        order: which known order of the parameters the optimizer had, where several fit; `fkernel.checkpoint.order`.
+        decoupled: whether weight decay is AdamW's, where the state does not say; known for Hugging Face's Trainer.
+        dtype: of the parameters: float32, or float64 for laws.
+        trust_remote_code: whether code that came with the model may be executed.
+
+    Raises:
+        CheckpointError: no layout is recognised, or a file is missing or damaged.
+        ModelError: the weights do not fit the model, or there is none.
+        OptimizerStateError, TreeError: see `adamw_state`; or the scheduler's learning rate is not the optimizer's.
+
+    Example:
+        >>> import tempfile
+        >>> net = torch.nn.Linear(2, 1)
+        >>> optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
+        >>> with tempfile.TemporaryDirectory() as run:
+        ...     torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict()}, f"{run}/last.pt")
+        ...     loaded = load(f"{run}/last.pt", model=net)
+        >>> loaded.optimizer.lr
+        {'weight': 0.1, 'bias': 0.1}
+    """
+    if str(path).startswith(HUB):
+        policy = load_model(path, dtype=dtype, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+        return Checkpoint(policy, tokenizer, None, None, Provenance(str(path), "hub", _fingerprint(policy)))
+    layout = find_layout(path)
+    if layout.needs_model and model is None:
+        raise ModelError(
+            f"{path} holds weights and says nothing about the architecture ({layout.kind} layout); give model=, a "
+            f"directory with config.json or a model."
+        )
+    state_dict: Any = None
+    if layout.needs_model:
+        assert model is not None
+        weights, state_dict = _state_dicts(layout)
+        policy = filled(architecture(model, trust_remote_code), weights, dtype, layout.model)
+    elif (layout.model / ADAPTER).is_file():
+        policy = load_adapter(layout.model, base, dtype=dtype, trust_remote_code=trust_remote_code)
+    else:
+        policy = load_model(layout.model, dtype=dtype, trust_remote_code=trust_remote_code)
+    if layout.optimizer is not None:
+        state_dict = _optimizer_in(layout.optimizer)
+    trained = {name: leaf for name, leaf in policy.named_parameters() if leaf.requires_grad}
+    told = None if layout.trainer_state is None else read_json(layout.trainer_state, "a trainer's state")
+    if layout.names is not None and names is None:
+        names = read_json(layout.names, "names of the optimizer's parameters")
+    optimizer = None
+    if state_dict is not None:
+        known = True if told is not None and decoupled is None else decoupled  # Trainer has AdamW, and no other Adam
+        optimizer = adamw_state(state_dict, trained, model=policy, names=names, order=order, decoupled=known)
+        _check_schedule(layout.scheduler, state_dict)
+    return Checkpoint(
+        model=policy,
+        tokenizer=_tokenizer(layout, model, base, trust_remote_code),
+        optimizer=optimizer,
+        step=_step(told, optimizer),
+        provenance=Provenance(
+            path=str(path),
+            layout=layout.kind,
+            fingerprint=_fingerprint(policy),
+            optimizer=str(layout.optimizer or layout.model) if optimizer else None,
+            base=None if base is None else str(base),
+        ),
+    )
+
+
+def _fingerprint(model: torch.nn.Module) -> str:
+    parameters: Tree = {name: leaf.detach() for name, leaf in model.named_parameters()}
+    return fingerprint(parameters)
+
+
+def _state_dicts(layout: Layout) -> tuple[Mapping[str, Any], Any]:
+    """Read (the model's state dict, the optimizer's or None) where one file or directory may hold both."""
+    if layout.kind == "accelerate":
+        return read_safetensors(layout.model), None
+    if layout.kind == "file":
+        found = read_tensors(layout.model, 'a checkpoint {"model": …, "optimizer": …}')
+    else:
+        found = read_distributed(layout.model)
+    if not isinstance(found, Mapping):
+        raise CheckpointError(f"{layout.model} holds a {type(found).__name__}; expected a dictionary of state dicts.")
+    weights = next((found[key] for key in WEIGHTS if key in found), None)
+    if weights is None and all(isinstance(leaf, torch.Tensor) for leaf in found.values()):
+        return found, None  # a bare state dict
+    if weights is None:
+        raise CheckpointError(f"{layout.model} holds {sorted(map(str, found))}; expected the weights under 'model'.")
+    return weights, next((found[key] for key in OPTIMIZER if key in found), None)
+
+
+def _optimizer_in(path: Path) -> Any:
+    if path.is_dir():
+        found = read_distributed(path)
+        return next((found[key] for key in OPTIMIZER if key in found), found)
+    return read_tensors(path, "an optimizer state")
+
+
+def _check_schedule(path: Path | None, state_dict: Any) -> None:
+    """Hold the scheduler's learning rates against the optimizer's: both are those of the next step."""
+    if path is None:
+        return
+    last = read_tensors(path, "a scheduler's state").get("_last_lr")
+    own = [float(group["lr"]) for group in state_dict["param_groups"]]
+    if last is None or len(last) != len(own):
+        return  # a scheduler of another kind
+    if any(abs(float(a) - b) > 1e-6 * abs(b) for a, b in zip(last, own, strict=True)):
+        raise OptimizerStateError(
+            f"The optimizer's learning rates are {own}, its scheduler at {path} has set {last}: the two are not of the "
+            f"same step. Remove the one that is stale."
+        )
+
+
+def _step(told: Any, optimizer: AdamWState | None) -> int | None:
+    if isinstance(told, Mapping) and "global_step" in told:
+        return int(told["global_step"])
+    return max(optimizer.step.values()) if optimizer else None
+
+
+def _tokenizer(layout: Layout, model: Any, base: str | Path | None, trust_remote_code: bool) -> Any:
+    """Load the tokenizer from beside the checkpoint, its weights, its base model or its architecture."""
+    near = [layout.model, layout.model.parent if layout.kind in ("nested", "fsdp") else None, base]
+    near.append(None if isinstance(model, torch.nn.Module) else model)
+    for place in near:
+        if place is not None and (str(place).startswith(HUB) or Path(place).is_dir()):
+            found = load_tokenizer(place, trust_remote_code=trust_remote_code)
+            if found is not None:
+                return found
+    return None

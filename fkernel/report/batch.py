@@ -1,0 +1,56 @@
+"""A sampled batch, for a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from fkernel.rollout import GeneratedBatch
+
+
+def batch_table(batch: GeneratedBatch, rows: int = 8) -> Table:
+    """Tabulate the first sequences of a batch.
+
+    Args:
+        batch: the batch.
+        rows: sequences to show.
+    """
+    table = Table(title=f"{min(rows, len(batch))} of {len(batch)} sequences")
+    for name in ("sequence", "prompt", "response", "tokens", "log π", "reward", "advantage", "ended by"):
+        number = name in ("tokens", "log π", "reward", "advantage")
+        table.add_column(name, justify="right" if number else "left", no_wrap=True)
+    for record in batch.records[:rows]:
+        table.add_row(
+            record.sequence_id,
+            _short(record.prompt, 24, last=True),
+            _short(record.response, 32),
+            str(len(record.response_ids)),
+            f"{record.logprob:.2f}",
+            *("–" if value is None else f"{value:+.3g}" for value in (record.reward, record.advantage)),
+            record.finish,
+        )
+    return table
+
+
+def batch_lines(diagnostics: dict[str, Any]) -> list[str]:
+    """Say what a look at the batch should begin with."""
+
+    def share(name: str) -> str:
+        return "–" if diagnostics[name] is None else f"{diagnostics[name]:.0%}"
+
+    length, entropy = diagnostics["length"], diagnostics["entropy"]
+    return [
+        f"{diagnostics['sequences']} sequences of {diagnostics['prompts']} prompts, {diagnostics['groups']} groups; "
+        f"accuracy {share('accuracy')}, without signal {share('without_signal')}, truncated {share('truncated')}",
+        f"tokens {length['min']:.0f} to {length['max']:.0f}, median {length['median']:.0f}; mean entropy "
+        f"{entropy['mean']:.2f} nats a token",
+    ]
+
+
+def _short(text: str, most: int, last: bool = False) -> str:
+    plain = text.replace("\n", "⏎")
+    if len(plain) <= most:
+        return escape(plain)
+    return escape("…" + plain[1 - most :] if last else plain[: most - 1] + "…")

@@ -1,0 +1,238 @@
+"""Records together: as the engine's tensors, by id, by prompt, in numbers; filtered and merged without renumbering."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from fkernel.errors import RolloutError, listing
+from fkernel.func import Sequences, pad
+from fkernel.rollout.advantages import Advantage, advantage_of, loss_weights
+from fkernel.rollout.record import SequenceRecord
+from fkernel.rollout.sampling import Sampling
+from fkernel.shapes import Tensor
+
+
+@dataclass(frozen=True)
+class GeneratedBatch:
+    """Sequences that were sampled or written, and what they were sampled from.
+
+    Attributes:
+        records: the sequences, in order; their ids differ.
+        checkpoint: fingerprint of the policy that wrote and scored them; None where there is none.
+        sampling: how they were drawn; None for sequences written by hand.
+        pad_id: token that `sequences` is padded with.
+    """
+
+    records: tuple[SequenceRecord, ...]
+    checkpoint: str | None = None
+    sampling: Sampling | None = None
+    pad_id: int = 0
+
+    def __post_init__(self) -> None:
+        """Check that there are sequences, and that ids name them."""
+        if not self.records:
+            raise RolloutError("A batch needs at least one sequence.")
+        names = [record.sequence_id for record in self.records]
+        twice = sorted({name for name in names if names.count(name) > 1}) if len({*names}) < len(names) else []
+        if twice:
+            raise RolloutError(f"Ids name one sequence each; {listing(twice)} occur(s) more than once.")
+
+    def __len__(self) -> int:
+        """Count the sequences."""
+        return len(self.records)
+
+    def __iter__(self) -> Iterator[SequenceRecord]:
+        """Walk the sequences."""
+        return iter(self.records)
+
+    @property
+    def ids(self) -> list[str]:
+        """Display ids, in order."""
+        return [record.sequence_id for record in self.records]
+
+    @cached_property
+    def sequences(self) -> Sequences:
+        """The tokens, [n t], as the engine takes them."""
+        return pad([r.prompt_ids for r in self.records], [r.response_ids for r in self.records], self.pad_id)
+
+    @property
+    def groups(self) -> Tensor:
+        """[n] int64, which draw of a prompt each sequence belongs to, counted from 0 in this batch.
+
+        Draws are told apart by the ids' stems (U-004 of U-004-03), which two merged batches do not share.
+        """
+        stems = [record.sequence_id.rpartition("-")[0] for record in self.records]
+        number = {stem: i for i, stem in enumerate(dict.fromkeys(stems))}
+        return torch.tensor([number[stem] for stem in stems])
+
+    @property
+    def rewards(self) -> Tensor:
+        """[n] rewards.
+
+        Raises:
+            RolloutError: a sequence has none.
+        """
+        return self._numbers("reward")
+
+    @property
+    def advantages(self) -> Tensor:
+        """[n] advantages.
+
+        Raises:
+            RolloutError: a sequence has none.
+        """
+        return self._numbers("advantage")
+
+    @property
+    def loss_weights(self) -> Tensor:
+        """[n] w·A: what the engine takes as `weights`.
+
+        Raises:
+            RolloutError: a sequence has no loss weight, or no advantage.
+        """
+        return self._numbers("weight") * self.advantages
+
+    def _numbers(self, field: str) -> Tensor:
+        missing = [record.sequence_id for record in self.records if getattr(record, field) is None]
+        if missing:
+            raise RolloutError(f"{len(missing)} of {len(self)} sequences have no {field}: {listing(missing)}.")
+        return torch.tensor([getattr(record, field) for record in self.records])
+
+    def by_id(self, sequence_id: str) -> SequenceRecord:
+        """Find a sequence by its display id.
+
+        Raises:
+            RolloutError: there is none of that id; it names near ones.
+        """
+        for record in self.records:
+            if record.sequence_id == sequence_id:
+                return record
+        from difflib import get_close_matches
+
+        near = get_close_matches(sequence_id, self.ids, n=3) or self.ids[:3]
+        raise RolloutError(f"There is no sequence {sequence_id!r} in this batch of {len(self)}; near: {listing(near)}.")
+
+    def by_prompt(self, global_prompt_id: str) -> list[SequenceRecord]:
+        """Find the sequences of a prompt, all its draws together.
+
+        Raises:
+            RolloutError: there is none.
+        """
+        found = [record for record in self.records if record.provenance.global_prompt_id == global_prompt_id]
+        if not found:
+            raise RolloutError(f"No sequence of this batch belongs to the prompt {global_prompt_id!r}.")
+        return found
+
+    def clone_with_subset(self, keep: Iterable[str] | Callable[[SequenceRecord], bool]) -> GeneratedBatch:
+        """Keep some sequences, under their own ids and in their own order.
+
+        Args:
+            keep: their ids, or a function that tells.
+
+        Raises:
+            RolloutError: an id is unknown, or nothing is left.
+        """
+        if callable(keep):
+            return replace(self, records=tuple(record for record in self.records if keep(record)))
+        wanted = {self.by_id(name).sequence_id for name in keep}
+        return replace(self, records=tuple(record for record in self.records if record.sequence_id in wanted))
+
+    @staticmethod
+    def merge(batches: Sequence[GeneratedBatch]) -> GeneratedBatch:
+        """Put batches behind each other; every sequence keeps its id.
+
+        Raises:
+            RolloutError: an id occurs twice, or the batches are of different policies or distributions.
+        """
+        if not batches:
+            raise RolloutError("There is nothing to merge: no batch was given.")
+        first = batches[0]
+        for batch in batches[1:]:
+            if batch.checkpoint != first.checkpoint:
+                raise RolloutError(
+                    "Batches of two checkpoints cannot be one: their log-probabilities are of two policies."
+                )
+            if batch.sampling != first.sampling and None not in (batch.sampling, first.sampling):
+                raise RolloutError(
+                    f"Batches sampled differently cannot be one: {batch.sampling} and {first.sampling}; their log q "
+                    f"are of two distributions."
+                )
+        sampling = next((batch.sampling for batch in batches if batch.sampling), None)
+        return replace(first, records=tuple(record for batch in batches for record in batch), sampling=sampling)
+
+    def with_advantages(self, rule: str | Advantage) -> GeneratedBatch:
+        """Set advantages from the rewards, by a rule of `fkernel.rollout.advantages`.
+
+        Raises:
+            RolloutError: there is no such rule, or a sequence has no reward; or the rule gives another shape.
+        """
+        of = advantage_of(rule)
+        assert of is not None
+        values = of(self.rewards, self.groups)
+        if values.shape != (len(self),):
+            raise RolloutError(f"The advantage rule gave shape {list(values.shape)} for {len(self)} rewards.")
+        return self._set("advantage", values)
+
+    def with_loss_weights(self, rule: str, **options: Any) -> GeneratedBatch:
+        """Set loss weights by a rule of `fkernel.rollout.advantages.loss_weights`; options as there."""
+        lengths = [len(record.response_ids) for record in self.records]
+        return self._set("weight", loss_weights(lengths, rule, groups=self.groups.tolist(), **options))
+
+    def _set(self, field: str, values: Tensor) -> GeneratedBatch:
+        pairs = zip(self.records, values.tolist(), strict=True)
+        return replace(self, records=tuple(replace(record, **{field: value}) for record, value in pairs))
+
+    @property
+    def diagnostics(self) -> dict[str, Any]:
+        """What a look at the batch should begin with; numbers and short lists, JSON.
+
+        accuracy and without_signal (share of groups whose rewards are all equal, so that advantages relative to the
+        group vanish) are None without rewards.
+        """
+        rewards = [record.reward for record in self.records if record.reward is not None]
+        by_group: dict[int, set[float | None]] = {}
+        for group, record in zip(self.groups.tolist(), self.records, strict=True):
+            by_group.setdefault(group, set()).add(record.reward)
+        return {
+            "sequences": len(self),
+            "prompts": len({record.provenance.global_prompt_id for record in self.records}),
+            "groups": len(by_group),
+            "accuracy": fmean(rewards) if len(rewards) == len(self) else None,
+            "without_signal": (
+                fmean(len(each) == 1 for each in by_group.values()) if len(rewards) == len(self) else None
+            ),
+            "truncated": fmean(record.truncated for record in self.records),
+            "length": _spread([len(record.response_ids) for record in self.records]),
+            "entropy": _spread([fmean(record.entropies) for record in self.records]),
+            "logprob": _spread([record.logprob for record in self.records]),
+        }
+
+    def to_frame(self) -> Any:
+        """Make a pandas table, one row a sequence.
+
+        Raises:
+            RolloutError: pandas is not installed.
+        """
+        try:
+            import pandas as pd  # an optional package
+        except ImportError:
+            raise RolloutError("to_frame needs pandas: pip install pandas.") from None
+        rows = []
+        for record in self.records:
+            row = {"sequence_id": record.sequence_id, **asdict(record.provenance)}
+            row |= {"prompt": record.prompt, "response": record.response, "tokens": len(record.response_ids)}
+            row |= {"logprob": record.logprob, "entropy": fmean(record.entropies), "finish": record.finish}
+            row |= {"reward": record.reward, "advantage": record.advantage, "weight": record.weight}
+            rows.append(row | {"content_hash": record.content_hash})
+        return pd.DataFrame(rows).set_index("sequence_id")
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    quarters = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0, 0.25, 0.5, 0.75, 1]).double())
+    return {"mean": fmean(values), **dict(zip(("min", "q1", "median", "q3", "max"), quarters.tolist(), strict=True))}

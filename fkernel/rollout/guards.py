@@ -1,0 +1,125 @@
+"""What goes wrong between a prompt and a score, looked for where it would still be cheap to mend.
+
+What makes a number wrong is an error; what a reader should know, and may be meant, is a warning.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from fkernel.errors import RolloutError, RolloutWarning
+from fkernel.rollout.record import SequenceRecord
+
+TOLERANCE = 1e-3
+"""Nats by which a token's log-probability may differ between sampling and teacher forcing: float32 stays below 1e-4."""
+
+
+def check_recorded(
+    recorded: Sequence[float], recomputed: Sequence[float], name: str, tolerance: float = TOLERANCE
+) -> None:
+    """Hold log-probabilities that were recorded at sampling against those of teacher forcing.
+
+    Raises:
+        RolloutError: one differs by more than the tolerance: the model, its temperature, the tokens or their positions
+            were not the same.
+    """
+    if len(recorded) != len(recomputed):
+        raise RolloutError(f"{name}: {len(recorded)} log-probabilities were recorded for {len(recomputed)} tokens.")
+    off = [abs(a - b) for a, b in zip(recorded, recomputed, strict=True)]
+    worst = max(range(len(off)), key=lambda t: off[t] if off[t] == off[t] else float("inf"))
+    if not off[worst] <= tolerance:
+        raise RolloutError(
+            f"{name}: log π of token {worst} was {recorded[worst]:.6g} at sampling and is {recomputed[worst]:.6g} "
+            f"now, which differs by more than {tolerance:g} nats. Was it sampled from another checkpoint, at another "
+            f"temperature, or from other tokens?"
+        )
+
+
+def check_temperature(sampled: float, scored: float) -> None:
+    """Warn where sequences were sampled at one temperature and are scored at another.
+
+    A policy gradient is of the distribution that was sampled from; trainers score at the sampling temperature.
+    """
+    if sampled != scored:
+        warnings.warn(
+            f"The sequences were sampled at temperature {sampled:g} and are scored at {scored:g}; trainers score at "
+            f"the temperature that they sample at (sequence_logprob(apply, temperature={sampled:g})).",
+            RolloutWarning,
+            stacklevel=2,
+        )
+
+
+def check_truncated(records: Sequence[SequenceRecord]) -> None:
+    """Warn of responses that ended for want of room: their reward is of half a sentence."""
+    cut = [record.sequence_id for record in records if record.truncated]
+    if cut:
+        warnings.warn(
+            f"{len(cut)} of {len(records)} responses were cut off before their end ({', '.join(cut[:3])}, …); more "
+            f"max_new_tokens would let them end.",
+            RolloutWarning,
+            stacklevel=2,
+        )
+
+
+def encode(tokenizer: Any, text: str, name: str) -> list[int]:
+    """Tokenize a prompt, with the special tokens that the tokenizer puts before one, once.
+
+    Raises:
+        RolloutError: there is no token, BOS stands there twice, or an EOS was put behind.
+    """
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token_id
+    # A template that begins with BOS has said so; the tokenizer would put a second one before it.
+    ids = list(tokenizer.encode(text, add_special_tokens=not (bos and text.startswith(bos))))
+    if not ids:
+        raise RolloutError(f"{name}: the prompt {text[:40]!r} has no token; is it empty, or outside of the vocabulary?")
+    if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
+        raise RolloutError(f"{name}: the prompt begins with two BOS tokens; leave {bos!r} out of the template.")
+    if ids[-1] == eos and tokenizer.eos_token and not text.endswith(tokenizer.eos_token):
+        raise RolloutError(
+            f"{name}: the tokenizer put its EOS behind the prompt, so the response would begin after the end; build "
+            f"it with add_eos_token=False."
+        )
+    return ids
+
+
+def check_concatenation(tokenizer: Any, prompt: str, response: str, ids: Sequence[int], name: str) -> None:
+    """Warn where prompt + response, tokenized as one text, are other tokens than those that are scored.
+
+    Both are right; they are different sequences. A sampler puts the response's tokens behind the prompt's, so that is
+    what is scored.
+    """
+    bos = tokenizer.bos_token
+    whole = list(tokenizer.encode(prompt + response, add_special_tokens=not (bos and prompt.startswith(bos))))
+    if whole != [*ids]:
+        at = next((i for i, (a, b) in enumerate(zip(whole, ids, strict=False)) if a != b), min(len(whole), len(ids)))
+        warnings.warn(
+            f"{name}: tokenized as one text, prompt and response are {len(whole)} tokens and differ from the "
+            f"{len(ids)} that are scored from token {at} on; the boundary between the two falls inside a token.",
+            RolloutWarning,
+            stacklevel=2,
+        )
+
+
+def check_room(model: Any, lengths: Sequence[int], room: int, names: Sequence[str]) -> None:
+    """Check that prompts, and what may follow them, fit into the model's context.
+
+    Raises:
+        RolloutError: one does not; it names the prompt and what would fit.
+    """
+    config = getattr(model, "config", None)
+    context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if context is None:
+        return
+    worst = max(range(len(lengths)), key=lambda i: lengths[i])
+    if lengths[worst] >= context:
+        raise RolloutError(
+            f"{names[worst]}: the prompt has {lengths[worst]} tokens, the model's context holds {context} and no "
+            f"response would fit behind it; drop or shorten the prompt."
+        )
+    if lengths[worst] + room > context:
+        raise RolloutError(
+            f"{names[worst]}: a prompt of {lengths[worst]} tokens and {room} new ones exceed the model's context of "
+            f"{context}; at most {context - lengths[worst]} fit (max_new_tokens)."
+        )

@@ -1,0 +1,1 @@
+"""Checkpoints as real trainers write them."""
