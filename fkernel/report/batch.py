@@ -28,7 +28,8 @@ def batch_table(batch: GeneratedBatch, rows: int = 8) -> Table:
             _short(record.response, 32),
             str(len(record.response_ids)),
             f"{record.logprob:.2f}",
-            *("–" if value is None else f"{value:+.3g}" for value in (record.reward, record.advantage)),
+            "–" if record.reward is None else f"{record.reward:g}",
+            "–" if record.advantage is None else f"{record.advantage:+.3g}",
             record.finish,
         )
     return table
