@@ -200,32 +200,41 @@ def test_damaged_distributed_checkpoints_are_refused(tmp_path, damage):
         checkpoint.load(run.path, model=run.model)
 
 
-def test_an_order_that_two_trainers_share_is_refused(tmp_path):
-    """Two equal halves: what decays in one order could be what does not in another."""
-    net = torch.nn.ModuleDict({"norm": torch.nn.Linear(3, 3, bias=False), "up": torch.nn.Linear(3, 3, bias=False)})
-    groups = [{"params": [net["up"].weight], "weight_decay": 0.1}, {"params": [net["norm"].weight]}]
-    optimizer = torch.optim.AdamW(groups, lr=0.1, weight_decay=0.0)
-    net["norm"](net["up"](torch.ones(1, 3))).sum().backward()
-    optimizer.step()
-    found = checkpoint.adamw_state(optimizer.state_dict(), trained(net), model=net)
-    assert found.weight_decay == {"norm.weight": 0.0, "up.weight": 0.1}
-    net["bias"] = torch.nn.Linear(3, 3, bias=False)
-    torch.manual_seed(0)
-
-
-def test_ambiguous_orders_name_the_flag_that_decides():
-    """Matrices that a name calls a norm, and a vector that no name does: two rules, two equally shaped orders."""
+def odd_one() -> torch.nn.Module:
+    """A matrix that is called a norm, and a vector that is not: two rules put them into two orders of equal sizes."""
     net = torch.nn.Module()
-    net.first_norm, net.second = torch.nn.Parameter(torch.ones(3, 3)), torch.nn.Parameter(torch.ones(3, 3))
-    net.third_bias, net.fourth = torch.nn.Parameter(torch.ones(3, 3)), torch.nn.Parameter(torch.ones(3, 3))
-    by_trainer = checkpoint.ORDERS["trainer"](net)
-    before = checkpoint.ORDERS["trainer_before_4_51"](net)
-    assert by_trainer != before
-    places = [[(3, 3)] * 2, [(3, 3)] * 2]
-    assert find_order(places, net) == by_trainer
-    net.fourth = torch.nn.Parameter(torch.ones(3))
-    places = [[(3, 3)] * 3, [(3,)]]
-    assert find_order(places, net) == checkpoint.ORDERS["by_dimension"](net)
+    net.first_norm, net.second = torch.nn.Parameter(torch.ones(3, 3)), torch.nn.Parameter(torch.ones(3))
+    return net
+
+
+def test_two_orders_that_fit_are_never_chosen_between():
+    """Before the first step there are no moments whose shapes could tell, and yet a rate and a decay each."""
+    net = odd_one()
+    groups = [{"params": [net.second], "weight_decay": 0.1}, {"params": [net.first_norm], "weight_decay": 0.0}]
+    state_dict = torch.optim.AdamW(groups, lr=0.1).state_dict()
+    with pytest.raises(
+        fk.OptimizerStateError,
+        match=r"more than one known order of them fits every shape: trainer, by_dimension. .*order='trainer'.*names=",
+    ):
+        checkpoint.adamw_state(state_dict, trained(net), model=net)
+    said = checkpoint.adamw_state(state_dict, trained(net), model=net, order="trainer")
+    assert said.weight_decay == {"first_norm": 0.0, "second": 0.1}
+    other = checkpoint.adamw_state(state_dict, trained(net), model=net, order="by_dimension")
+    assert other.weight_decay == {"first_norm": 0.1, "second": 0.0}
+
+
+def test_shapes_of_moments_tell_orders_apart():
+    net = odd_one()
+    assert find_order([[(3,)], [(3, 3)]], net) == checkpoint.ORDERS["trainer"](net)
+    assert find_order([[(3, 3)], [(3,)]], net) == checkpoint.ORDERS["by_dimension"](net)
+    with pytest.raises(fk.OptimizerStateError, match=r"by_dimension: 'first_norm' is \[3, 3\], .* place \[3\]"):
+        find_order([[(3,)], [(3, 3)]], net, order="by_dimension")
+
+
+def test_an_empty_group_may_or_may_not_have_been_kept():
+    net = torch.nn.Linear(3, 2, bias=False)
+    assert find_order([[(2, 3)], []], net) == [["weight"], []]
+    assert find_order([[(2, 3)]], net) == [["weight"]]
 
 
 def test_shapes_and_sizes_decide_and_are_told():
