@@ -44,7 +44,7 @@ def score(model: Any, batch: Sequences, sampling: Sampling, microbatch: int = 8)
     Raises:
         BatchError: the batch cannot be scored; see `fkernel.func.sequence_logprob`.
     """
-    apply, params = func.make_functional(model)
+    apply, params = func.make_functional(model, select=lambda name: True)  # a frozen model is scored as well
     func.sequence_logprob(apply).check(batch)
     order = by_length(batch)
     ordered = take(batch, order)
