@@ -45,7 +45,7 @@ def scoring_sides(subject: Subject, longest: int) -> Sides:
 
 
 def drawing_sides(subject: Subject, longest: int) -> Sides:
-    """A few tokens behind prompts of very different lengths; no EOS is drawn, so that both sides draw as many."""
+    """A few tokens behind prompts of very different lengths; both sides draw with the same seeds."""
     ids = subject.batch(N, longest).input_ids.tolist()
     prompts = [row[:length] for row, length in zip(ids, ragged(longest), strict=True)]
     model, seeds, sampling = subject.apply.module, [*range(N)], Sampling(max_new_tokens=NEW)

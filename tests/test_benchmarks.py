@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import memory, scale, test_adam, test_contract, test_gradient, test_kernel, test_logprob
+from benchmarks import memory, scale, test_adam, test_contract, test_gradient, test_kernel, test_logprob, test_rollout
 from benchmarks.environment import environment
 from benchmarks.limits import concatenated, plain_backward
 from benchmarks.models import build
@@ -94,6 +94,15 @@ def test_logprob_reads_the_bare_forward(tiny):
     picked = log_p.gather(-1, batch.input_ids[:, 1:, None])[..., 0]
     close(S, (picked * scored).sum(1))
     close(H[:, 1:], -(log_p.exp() * log_p).sum(-1) * scored)
+
+
+def test_scoring_and_drawing_run_on_a_frozen_model(tiny):
+    """Padding of neighbours changes no statistic beyond rounding."""
+    as_they_come, ours = (side() for side in test_rollout.scoring_sides(tiny, 32).values())
+    for one, other in zip((x for part in as_they_come for x in part), ours, strict=True):
+        close(torch.tensor(one.logprobs), torch.tensor(other.logprobs))
+    drawn = test_rollout.drawing_sides(tiny, 32)["draw"]()
+    assert all(1 <= len(one.response_ids) <= test_rollout.NEW for one in drawn)
 
 
 def test_concatenated_rows_are_the_rows(tiny):
