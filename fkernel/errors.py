@@ -49,6 +49,10 @@ class StoreError(FKernelError, OSError):
     """A store on disk cannot be opened, written or read: in use, of something else, damaged, or out of room."""
 
 
+class ResultsError(FKernelError, ValueError):
+    """A results directory is missing, incomplete, or of another schema; or it does not hold what is asked."""
+
+
 class DemoError(FKernelError, RuntimeError):
     """The demo could not make a policy worth explaining, and what to change."""
 

@@ -82,6 +82,19 @@ def influence_equals_kernel_times_weights(fk: Any, case: Case) -> None:
     close(torch.stack(shards).sum(0), K)
 
 
+def held_gradients_give_what_passes_give(fk: Any, case: Case) -> None:
+    """Jᵀw and the norms of handles are those of another pass, whatever the handles are made of."""
+    S, params, _, U = case.engine(fk)
+    D = {name: leaf.abs() + 0.1 for name, leaf in case.tree(15).items()}
+    J = rows(fk.func.per_sequence_grad(S)(params, U))
+    handles = fk.func.per_sequence_handles(S, case.microbatch)(params, U)
+    close_trees(fk.func.weighted_sum(handles, case.weights), fk.func.vjp(S)(params, U, case.weights))
+    plain, weighted = fk.func.squared_norms(handles, diagonal=D)
+    close(plain, J.square().sum(1))
+    close(weighted, J.square() @ flat(D))
+    close(fk.func.squared_norms(handles).weighted, plain)
+
+
 def self_kernel_is_symmetric_and_positive_semidefinite(fk: Any, case: Case) -> None:
     S, params, _, U = case.engine(fk)
     P = fk.precond.diagonal({name: leaf.abs() for name, leaf in case.tree(13).items()})
@@ -330,6 +343,7 @@ LAWS: dict[str, Law] = {
         gradients_equal_a_loop_of_autograd,
         derivatives_agree_with_central_differences,
         influence_equals_kernel_times_weights,
+        held_gradients_give_what_passes_give,
         self_kernel_is_symmetric_and_positive_semidefinite,
         company_changes_nothing,
         left_padding_is_refused,

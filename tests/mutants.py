@@ -189,7 +189,8 @@ MUTATIONS = [
     ),
     Mutation(
         "P_step without lr", "contributions_momentum_and_decay_are_the_jvp_of_the_step",
-        "precond/adam.py", "else _rate(state, name) * (1 - state.beta1[name])", "else (1 - state.beta1[name])",
+        "precond/adam.py", "{name: _rate(state, name) * (1 - state.beta1[name]) for name",
+        "{name: (1 - state.beta1[name]) for name",
     ),
     Mutation(
         "loss taken as gain", "prediction_meets_the_step_really_taken",
@@ -259,6 +260,18 @@ MUTATIONS = [
         "the error of what was not rounded", "rounding_stays_within_its_bound",
         "kernel/rounded.py", "errors.append(shard_norms(exact, d, less=stored[-1]))",
         "errors.append(shard_norms(exact, d, less=exact))",
+    ),
+    Mutation(
+        "weights of held factors lose their sign", "held_gradients_give_what_passes_give",
+        "func/held.py", "w[:, None, None]).flatten(0, 1).mT", "w.abs()[:, None, None]).flatten(0, 1).mT",
+    ),
+    Mutation(
+        "a later part of a tied table counted once more", "held_gradients_give_what_passes_give",
+        "func/held.py", "total += vector", "total += 2 * vector",
+    ),
+    Mutation(
+        "only the last tile's norm", "held_gradients_give_what_passes_give",
+        "func/held.py", "weighted += squares", "weighted[:] = squares",
     ),
     Mutation(
         "post-step form without v", "frozen_and_post_step_agree_as_beta2_nears_one",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -206,3 +207,19 @@ def test_pages_execute_and_build_without_a_warning(tmp_path):
     assert build.returncode == 0, build.stdout + build.stderr
     for page in ("index", "quickstart", "mathematics", "errors", "api/func"):
         assert (tmp_path / "html" / f"{page}.html").exists()
+
+
+# ------------------------------------------------------------------------------------------------------ plan and schema
+
+
+def test_every_row_of_the_plan_is_somewhere_that_exists():
+    rows = re.findall(r"^\| (\d+) \|.*\| `([\w./]+)` \|$", (DOCS / "plan_coverage.md").read_text("utf-8"), re.MULTILINE)
+    assert [int(number) for number, _ in rows] == [n for n in range(1, 93) if n not in (20, 34)]
+    assert [where for _, where in rows if not (ROOT / where).exists()] == []
+
+
+def test_the_published_schema_is_that_of_plans():
+    from fkernel.study import FisherKernelPlan
+
+    published = json.loads((DOCS / "plan.schema.json").read_text("utf-8"))
+    assert published == FisherKernelPlan.model_json_schema(), "fkernel plan schema > docs/plan.schema.json"

@@ -4,7 +4,8 @@
   model/            the policy before the last step: config, safetensors, tokenizer
   optimizer.pt      AdamW's state_dict before the last step, parameter names recorded
   update.json       U: the last step's batch, with advantages and loss weights
-  evaluation.json   E: held-out samples from the same policy
+  update/           the same, as `fkernel.rollout.save_batch` writes a batch
+  train.jsonl       the problems that were trained on, one a line; test.jsonl those that were held out
   after/model/      the policy after the last step
   step.json         the numbers of the run
   complete.json     sizes of all other files; written last
@@ -24,6 +25,7 @@ from pathlib import Path
 import torch
 from rich.progress import Progress
 
+from fkernel.demo.handed import hand_over
 from fkernel.demo.policy import PolicyConfig, SupervisionConfig, build_model, count_parameters, supervise
 from fkernel.demo.records import read_json, write_json
 from fkernel.demo.reinforce import ReinforceConfig, reinforce, write_step
@@ -33,7 +35,7 @@ from fkernel.places import default_cache_root
 
 COMPLETE = "complete.json"
 # Every module whose text decides what lands on disk; progress bars do not.
-MODULES = ("cache", "policy", "records", "reinforce", "sampling", "score", "task", "tokenizer")
+MODULES = ("cache", "handed", "policy", "records", "reinforce", "sampling", "score", "task", "tokenizer")
 PACKAGES = ("torch", "transformers", "tokenizers")
 
 
@@ -143,7 +145,8 @@ def _make(config: DemoConfig, directory: Path, key: str, progress: Progress | No
     began = time.perf_counter()
     supervised = supervise(model, tokenizer, train, held_out, config.supervision, progress)
     supervised_at = time.perf_counter()
-    infos = reinforce(model, tokenizer, train, held_out, config.reinforce, directory, progress)
+    infos = reinforce(model, tokenizer, train, config.reinforce, directory, progress)
+    hand_over(directory, train, held_out, config.reinforce)
     facts = {
         "key": key,
         "config": asdict(config),

@@ -16,13 +16,13 @@ class Record:
 
     Attributes:
         sample: the sample.
-        advantage: A_u, reward minus the mean of its group; None for evaluation samples.
-        weight: w_u of the loss −Σ w_u A_u S_u; None for evaluation samples.
+        advantage: A_u, reward minus the mean of its group.
+        weight: w_u of the loss −Σ w_u A_u S_u.
     """
 
     sample: Sample
-    advantage: float | None = None
-    weight: float | None = None
+    advantage: float
+    weight: float
 
 
 def write_json(path: Path, value: Any) -> None:

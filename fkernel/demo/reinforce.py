@@ -37,7 +37,6 @@ class ReinforceConfig:
         steps: optimizer steps, at least 2; the last one is kept. A first step has no momentum to explain.
         prompts: training problems a step (groups).
         completions: responses a problem (the size of a group).
-        evaluation: held-out problems sampled once each before the last step.
         lr: AdamW's learning rate, constant.
         weight_decay: AdamW's decoupled decay, on all parameters.
         max_norm: gradient clipping.
@@ -51,7 +50,6 @@ class ReinforceConfig:
     steps: int = 5
     prompts: int = 16
     completions: int = 8
-    evaluation: int = 48
     lr: float = 1e-5
     weight_decay: float = 0.01
     max_norm: float = 1.0
@@ -155,21 +153,19 @@ def reinforce(
     model: Qwen2ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     train: Sequence[Problem],
-    held_out: Sequence[Problem],
     config: ReinforceConfig,
     directory: Path,
     progress: Progress | None = None,
 ) -> list[StepInfo]:
     """Take ``config.steps`` real steps with ``model`` and keep the last one.
 
-    Writes ``model/``, ``optimizer.pt``, ``update.json`` and ``evaluation.json`` before the last step is
-    applied, ``after/model/`` afterwards.
+    Writes ``model/``, ``optimizer.pt`` and ``update.json`` before the last step is applied, ``after/model/``
+    afterwards.
 
     Args:
         model: the supervised policy; changed in place.
         tokenizer: the demo's tokenizer.
         train: problems to draw batches from, without replacement.
-        held_out: problems to evaluate on; the last ``config.evaluation`` are used.
         config: the steps.
         directory: where to write; exists.
         progress: where to draw; nothing is drawn without it.
@@ -181,7 +177,7 @@ def reinforce(
         ValueError: too few problems for the configuration.
         DemoError: too few groups of the last batch hold both right and wrong answers.
     """
-    _require_problems(train, held_out, config)
+    _require_problems(train, config)
     progress = progress or silent()
     bar = progress.add_task("REINFORCE", total=config.steps)
     pad = token_id(tokenizer, PAD)
@@ -195,10 +191,9 @@ def reinforce(
         advantage = advantages(torch.tensor([s.reward for s in batch]), config.completions)
         if step == config.steps:
             _require_signal(advantage, config)
-            evaluation = _draw(model, tokenizer, held_out[-config.evaluation :], 1, config, 2 * step + 1, "E")
             save_model(model, tokenizer, directory / "model")
             torch.save(optimizer.state_dict(), directory / "optimizer.pt")
-            _write_batches(directory, batch, advantage, evaluation)
+            _write_batch(directory, batch, advantage)
         loss = backward(model, batch, advantage, pad, config.temperature)
         norm, factor = clip(model, config.max_norm)
         optimizer.step()
@@ -263,11 +258,10 @@ def _draw(
     return sample(model, tokenizer, problems, completions, config.temperature, config.max_new_tokens, seed, prefix)
 
 
-def _write_batches(directory: Path, batch: list[Sample], advantage: Tensor, evaluation: list[Sample]) -> None:
-    """Write U with its advantages and weights, and E."""
+def _write_batch(directory: Path, batch: list[Sample], advantage: Tensor) -> None:
+    """Write U with its advantages and weights."""
     update = [Record(s, a, 1 / len(batch)) for s, a in zip(batch, advantage.tolist(), strict=True)]
     write_records(directory / "update.json", update)
-    write_records(directory / "evaluation.json", [Record(s) for s in evaluation])
 
 
 def _signal(advantage: Tensor, completions: int) -> int:
@@ -285,10 +279,9 @@ def _require_signal(advantage: Tensor, config: ReinforceConfig) -> None:
         )
 
 
-def _require_problems(train: Sequence[Problem], held_out: Sequence[Problem], config: ReinforceConfig) -> None:
+def _require_problems(train: Sequence[Problem], config: ReinforceConfig) -> None:
     needed = config.steps * config.prompts
-    if len(train) < needed or len(held_out) < config.evaluation:
+    if len(train) < needed:
         raise ValueError(
-            f"{config.steps} steps of {config.prompts} prompts need {needed} training problems and "
-            f"{config.evaluation} held-out ones; got {len(train)} and {len(held_out)}"
+            f"{config.steps} steps of {config.prompts} prompts need {needed} training problems; got {len(train)}"
         )

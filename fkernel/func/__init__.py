@@ -9,6 +9,7 @@ from fkernel.func.evaluate import evaluate
 from fkernel.func.functional import Apply, make_functional
 from fkernel.func.gradient import curvature, jvp, per_sequence_grad, per_sequence_handles, vjp
 from fkernel.func.handles import Factored, Handle, Handles, Rows, Stack, Sum
+from fkernel.func.held import SquaredNorms, squared_norms, weighted_sum
 from fkernel.func.logprob import sequence_logprob, token_entropy, token_logprobs
 from fkernel.func.objective import Objective
 
@@ -20,6 +21,7 @@ __all__ = [
     "Objective",
     "Rows",
     "Sequences",
+    "SquaredNorms",
     "Stack",
     "Sum",
     "contract",
@@ -31,7 +33,9 @@ __all__ = [
     "per_sequence_grad",
     "per_sequence_handles",
     "sequence_logprob",
+    "squared_norms",
     "token_entropy",
     "token_logprobs",
     "vjp",
+    "weighted_sum",
 ]

@@ -65,9 +65,9 @@ def contract(x: Handles, y: Handles, *, diagonal: Tree | None = None, jit: bool 
         tensor([[3.],
                 [8.]])
     """
-    n, m = _rows(x, "x"), _rows(y, "y")
-    _check_fit(x, y, diagonal)
-    leaf, dtype = tensors(next(iter(x.values())))[0], _widest(x, y)
+    n, m = rows_of(x, "x"), rows_of(y, "y")
+    check_fit(x, y, diagonal)
+    leaf, dtype = tensors(next(iter(x.values())))[0], widest(x, y)
     shard = _compiled() if (leaf.device.type != "cpu" if jit is None else jit) else _einsum
     total = torch.zeros(n, m, dtype=torch.float64, device=leaf.device)
     for name in x:
@@ -92,7 +92,7 @@ def _shards(x: Handle, y: Handle, D: Tensor | None, dtype: torch.dtype) -> Itera
     shape, n, m = shape_of(x), count(x), count(y)
     width = math.prod(shape[1:])
     step = max(1, tile_columns(n + m, dtype.itemsize) // width)
-    tile_x, tile_y = _tiles(x, step, dtype), _tiles(y, step, dtype)
+    tile_x, tile_y = tiles(x, step, dtype), tiles(y, step, dtype)
     room: Tensor | None = None
     for start in range(0, shape[0], step):
         r = min(step, shape[0] - start)
@@ -111,7 +111,7 @@ def _shards(x: Handle, y: Handle, D: Tensor | None, dtype: torch.dtype) -> Itera
         yield left, right
 
 
-def _tiles(x: Handle, step: int, dtype: torch.dtype) -> Callable[[int, int], Tensor]:
+def tiles(x: Handle, step: int, dtype: torch.dtype) -> Callable[[int, int], Tensor]:
     """Make (start, r) -> [n, r·width], rows start … start + r of the leading dimension; dense ones are not copied."""
     shape, n = shape_of(x), count(x)
     width = math.prod(shape[1:])
@@ -137,7 +137,8 @@ def _compiled() -> Callable[[Tensor, Tensor], Tensor]:
     return torch.compile(lambda left, right: _einsum(left, right), dynamic=True)
 
 
-def _widest(x: Handles, y: Handles) -> torch.dtype:
+def widest(x: Handles, y: Handles) -> torch.dtype:
+    """Tell the dtype that products of two sides are computed in: the widest, at least float32."""
     dtype = torch.float32
     for leaf in (leaf for side in (x, y) for handle in side.values() for leaf in tensors(handle)):
         if leaf.is_floating_point():
@@ -145,7 +146,8 @@ def _widest(x: Handles, y: Handles) -> torch.dtype:
     return dtype
 
 
-def _rows(x: Handles, side: str) -> int:
+def rows_of(x: Handles, side: str) -> int:
+    """Count the sequences of a side, or raise TreeError or BatchError where there is no one number, or none."""
     scalars = [name for name, handle in x.items() if isinstance(handle, Tensor) and handle.ndim == 0]
     counts = {-1} if scalars else {count(handle) for handle in x.values()}
     if len(counts) != 1 or -1 in counts:
@@ -156,7 +158,8 @@ def _rows(x: Handles, side: str) -> int:
     return n
 
 
-def _check_fit(x: Handles, y: Handles, diagonal: Tree | None) -> None:
+def check_fit(x: Handles, y: Handles, diagonal: Tree | None) -> None:
+    """Raise TreeError unless both sides and the diagonal are about the same parameters, shapes included."""
     tree.check_names(y, x, "y", "x")
     if diagonal is not None:
         tree.check_names(x, diagonal, "the tree to precondition", "the preconditioner")

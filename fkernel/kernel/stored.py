@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from fkernel import func
 from fkernel.errors import StoreError
@@ -41,22 +42,34 @@ def stored(
     with open_store(folder, identity, list(cuts)) as store:
         if store.has(0):
             _compare(pieces(0), store.read(0), folder)
-        _complete(store, pieces)
+        complete(store, pieces)
         yield store
 
 
-def _complete(store: Store, pieces: Pieces) -> None:
-    """Compute and write what is missing; a microbatch is written while the next one is computed."""
+def complete(store: Store, pieces: Pieces, tick: Callable[[int], Any] = lambda n: None) -> int:
+    """Compute and write what is missing; a microbatch is written while the next one is computed.
+
+    Args:
+        store: an open one.
+        pieces: i ↦ the gradients of microbatch i.
+        tick: called with the number of sequences of every microbatch that is computed.
+
+    Returns:
+        How many sequences' gradients were computed.
+    """
     writing: Future[None] | None = None
+    missing = [i for i in range(len(store.groups)) if not store.has(i)]
     with ThreadPoolExecutor(1) as writer:
-        for i in [i for i in range(len(store.groups)) if not store.has(i)]:
+        for i in missing:
             handles = pieces(i)
             if writing is not None:
                 writing.result()
             writing = writer.submit(store.write, i, handles)
             del handles  # the writer's alone, or two would be alive beside the pass
+            tick(store.groups[i][1] - store.groups[i][0])
         if writing is not None:
             writing.result()
+    return sum(store.groups[i][1] - store.groups[i][0] for i in missing)
 
 
 def _compare(computed: Handles, read: Handles, directory: Path) -> None:

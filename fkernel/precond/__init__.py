@@ -1,6 +1,6 @@
 """Pure linear maps on parameter space, and AdamW's among them. Never looks at a model or a batch."""
 
-from fkernel.precond.adam import AdamWStep, adam, adamw_response, adamw_step
+from fkernel.precond.adam import AdamWStep, adam, adamw_response, adamw_step, gradient_rates
 from fkernel.precond.clipping import clip_factor
 from fkernel.precond.state import AdamWState, adamw_init
 from fkernel.precond.transform import Diagonal, Preconditioner, chain, diagonal, identity, select
@@ -17,6 +17,7 @@ __all__ = [
     "chain",
     "clip_factor",
     "diagonal",
+    "gradient_rates",
     "identity",
     "select",
 ]

@@ -101,8 +101,24 @@ def adamw_response(state: AdamWState, grads: Grads, unseen: Unseen = "eps") -> P
         {'w': tensor([0.1250])}
     """
     D = _inverse_root(state, grads, unseen)
-    moved = {name: 0.0 if grads[name] is None else _rate(state, name) * (1 - state.beta1[name]) for name in D}
-    return diagonal({name: moved[name] * D[name] for name in D})
+    rate = gradient_rates(state)
+    return diagonal({name: (0.0 if grads[name] is None else rate[name]) * D[name] for name in D})
+
+
+def gradient_rates(state: AdamWState) -> dict[str, float]:
+    """Tell how far a step goes along D g, parameter by parameter: what turns a bare D into nats.
+
+    lr (1−β1)/bc1, with which the batch's part of the step is −lr (1−β1)/bc1 · D · g whatever form D has
+
+    Args:
+        state: the AdamW state before the step.
+
+    Example:
+        >>> from fkernel.precond import adamw_init
+        >>> gradient_rates(adamw_init({"w": torch.zeros(1)}, lr=0.5))
+        {'w': 0.5}
+    """
+    return {name: _rate(state, name) * (1 - state.beta1[name]) for name in state.names}
 
 
 def adamw_step(params: Tree, grads: Grads, state: AdamWState) -> AdamWStep:

@@ -2,40 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
-from fkernel.study import SequenceInfo, StepResults
+from fkernel.rollout import GeneratedBatch
+from fkernel.study import FisherKernelResults, RequestResult, SequenceInfo
+
+EFFECTS = {
+    "predicted": "predicted ΔS",
+    "batch": "batch",
+    "momentum": "momentum",
+    "decay": "decay",
+    "curvature": "curvature",
+    "realised": "realised ΔS",
+}
 
 
-def effects_table(results: StepResults, rows: int = 10) -> Table:
+def effects_table(result: RequestResult, rows: int = 10) -> Table:
     """Tabulate the evaluation sequences that moved most: predicted change, its parts, realised, top contributors.
 
     Args:
-        results: finished results.
-        rows: sequences to show, by the size of their realised change.
+        result: of one request.
+        rows: sequences to show, by the size of their realised (or predicted) change.
 
     Returns:
         A rich table; all changes in thousandths of a nat.
     """
-    table = Table(title=f"The {min(rows, len(results.evaluation))} sequences that moved most (10⁻³ nats)")
+    given = {title: v for name, title in EFFECTS.items() if (v := getattr(result, name)) is not None}
+    shown = min(rows, len(result.evaluation))
+    table = Table(title=f"{result.name}: the {shown} sequences that moved most (10⁻³ nats)")
     table.add_column("sequence", no_wrap=True)
-    for name in ("predicted ΔS", "batch", "momentum", "decay", "curvature", "realised ΔS"):
-        table.add_column(name, justify="right", style="bold" if "ΔS" in name else None)
+    for title in given:
+        table.add_column(title, justify="right", style="bold" if "ΔS" in title else None)
     table.add_column("top three contributors", no_wrap=True)
-    for row in np.argsort(-np.abs(results.realised), kind="stable")[:rows]:
-        info = results.evaluation[row]
-        effects = (results.second_order, results.batch, results.momentum, results.decay, results.curvature)
-        changes = [f"{1e3 * values[row]:+.2f}" for values in (*effects, results.realised)]
-        culprits = [f"{1e3 * nats:+.2f}  {_text(u)}" for u, nats in results.top_contributors(int(row))]
+    moved = result.predicted if result.realised is None else result.realised
+    for row in np.argsort(-np.abs(moved), kind="stable")[:rows]:
+        info = result.evaluation[row]
+        changes = [f"{1e3 * values[row]:+.2f}" for values in given.values()]
+        culprits = [f"{1e3 * nats:+.2f}  {_text(u)}" for u, nats in result.top_contributors(int(row))]
         table.add_row(f"{_text(info)}\nS = {info.logprob:.2f} nats", *changes, "\n".join(culprits), end_section=True)
     return table
 
 
-def calibration_table(results: StepResults) -> Table:
+def calibration_table(result: RequestResult) -> Table:
     """Tabulate the prediction against the step really taken: correlation, slope and relative error."""
-    table = Table(title="Predicted against the step really taken")
+    table = Table(title=f"{result.name}: predicted against the step really taken")
     for name in ("prediction", "Pearson r", "slope", "relative error"):
         table.add_column(name, justify="left" if name == "prediction" else "right")
     labels = {
@@ -43,11 +57,89 @@ def calibration_table(results: StepResults) -> Table:
         "first_order": "batch + momentum + decay",
         "second_order": "… + curvature ½ΔθᵀHΔθ",
     }
-    for name, value in results.calibration.items():
+    for name, value in result.calibration.items():
         table.add_row(labels[name], f"{value.pearson:.6f}", f"{value.slope:.4f}", f"{value.relative_error:.3%}")
     return table
 
 
+def pair_view(result: RequestResult, row: str, column: str) -> Table:
+    """Show two sequences side by side, with their texts and the kernel's entry between them.
+
+    Args:
+        result: of one request that kept its kernel.
+        row: id of a sequence of E.
+        column: id of a sequence of U.
+
+    Raises:
+        ResultsError: the kernel was not kept, or there is no such sequence.
+    """
+    e, u = result.row(row), result.column(column)
+    K, C = result.kept("kernel")[e, u], result.kept("contributions")[e, u]
+    title = f"K = {K:.4g}, cosine {result.cosines[e, u]:+.3f}: {column} moves {row} by {1e3 * C:+.3f} · 10⁻³ nats"
+    table = Table(title=title, show_lines=True)
+    table.add_column("")
+    for info in (result.evaluation[e], result.update[u]):
+        table.add_column(info.id, overflow="fold")
+    for name in ("prompt", "response", "logprob", "reward", "advantage"):
+        values = (getattr(info, name) for info in (result.evaluation[e], result.update[u]))
+        shown = (
+            "" if value is None else f"{value:.3f}" if isinstance(value, float) else escape(value) for value in values
+        )
+        table.add_row(name, *shown)
+    norms = (result.kept("diagonal")[e], result.kept("update_diagonal")[u])
+    table.add_row("√⟨∇S, P ∇S⟩", *(f"{max(value, 0.0) ** 0.5:.4g}" for value in norms))
+    return table
+
+
+def influence_table(
+    batch: GeneratedBatch, before: Mapping[str, float], after: Mapping[str, float], rows: int = 20, units: str = "nats"
+) -> Table:
+    """Tabulate what U's step does to U's own sequences, under the step's advantages and under others.
+
+    Args:
+        batch: U.
+        before: {id: change} under the step's own advantages.
+        after: {id: change} under others, the same ids.
+        rows: sequences to show, by the size of their change.
+        units: of the changes.
+    """
+    scale, unit = (1e3, "10⁻³ nats") if units == "nats" else (1.0, units)
+    table = Table(title=f"What the update batch does to its own sequences ({unit})")
+    changed = dict(before) != dict(after)
+    for name in ("sequence", "advantage", "Σ C", *(["under others"] if changed else [])):
+        table.add_column(name, justify="left" if name == "sequence" else "right", no_wrap=True)
+    for name in sorted(after, key=lambda name: -abs(after[name]))[:rows]:
+        record = batch.by_id(name)
+        advantage = "" if record.advantage is None else f"{record.advantage:+.3f}"
+        changes = [f"{scale * values[name]:+.4g}" for values in (before, *([after] if changed else []))]
+        table.add_row(escape(f"{name} {_cut(record.prompt)}{_cut(record.response)}"), advantage, *changes)
+    return table
+
+
+def study_lines(results: FisherKernelResults) -> list[str]:
+    """Say what is known of the step and of U, a line each."""
+    step, own = results.step, results.self_kernel
+    said = [f"Step: clip {step['clip']:.4g}, ‖∇L‖ {step['grad_norm']:.4g}"]
+    if "lr" in step:
+        said[0] += f", lr {', '.join(f'{lr:g}' for lr in step['lr'])}"
+    if own is not None:
+        said.append(
+            f"U: {len(own.ids)} sequences move along {own.effective_rank:.1f} directions (effective rank of K_UU); "
+            f"mean |cosine| {_number(own.same_prompt[1])} within a prompt, {_number(own.cross_prompt[1])} across."
+        )
+    return said
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
 def _text(info: SequenceInfo) -> str:
     reward = "" if info.reward is None else (" ✓" if info.reward > 0 else " ✗")
-    return escape(f"{info.id} {info.prompt}{info.response}{reward}")
+    return escape(f"{info.id} {_cut(info.prompt)}{_cut(info.response)}{reward}")
+
+
+def _cut(text: str, most: int = 28) -> str:
+    """Keep the end of a long text, on one line: instructions come first, the question last."""
+    plain = text.replace("\n", "⏎")
+    return plain if len(plain) <= most else "…" + plain[1 - most :]

@@ -177,14 +177,15 @@ class GeneratedBatch:
         values = of(self.rewards, self.groups)
         if values.shape != (len(self),):
             raise RolloutError(f"The advantage rule gave shape {list(values.shape)} for {len(self)} rewards.")
-        return self._set("advantage", values)
+        return self.with_values("advantage", values)
 
     def with_loss_weights(self, rule: str, **options: Any) -> GeneratedBatch:
         """Set loss weights by a rule of `fkernel.rollout.advantages.loss_weights`; options as there."""
         lengths = [len(record.response_ids) for record in self.records]
-        return self._set("weight", loss_weights(lengths, rule, groups=self.groups.tolist(), **options))
+        return self.with_values("weight", loss_weights(lengths, rule, groups=self.groups.tolist(), **options))
 
-    def _set(self, field: str, values: Tensor) -> GeneratedBatch:
+    def with_values(self, field: str, values: Tensor) -> GeneratedBatch:
+        """Set "reward", "advantage" or "weight" of every sequence, [n]."""
         pairs = zip(self.records, values.tolist(), strict=True)
         return replace(self, records=tuple(replace(record, **{field: value}) for record, value in pairs))
 

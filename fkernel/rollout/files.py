@@ -4,7 +4,7 @@
   records.jsonl        one sequence a line: ids, texts, reward, provenance
   tokens.safetensors   prompt_ids, response_ids, logprobs, logqs, entropies, each laid end to end; prompts and
                        responses, tokens of each sequence
-  manifest.json        schema version, fingerprint of the checkpoint, sampling, checksums of the other two
+  manifest.json        schema version, fingerprint of the checkpoint, sampling, checksums of the other two and its own
 
 It is written beside its place and renamed when everything is on the disk.
 """
@@ -26,6 +26,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from fkernel.errors import RolloutError
+from fkernel.kernel.store.sealed import sealed, unsealed
 from fkernel.rollout.batch import GeneratedBatch
 from fkernel.rollout.record import Provenance, SequenceRecord
 from fkernel.rollout.sampling import Sampling
@@ -65,7 +66,7 @@ def save_batch(batch: GeneratedBatch, directory: str | Path) -> Path:
         "diagnostics": batch.diagnostics,
         "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()},
     }
-    contents[MANIFEST] = (json.dumps(manifest, indent=1) + "\n").encode()
+    contents[MANIFEST] = sealed(manifest)
     place.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{place.name}.partial-", dir=place.parent))
     try:
@@ -94,7 +95,7 @@ def load_batch(directory: str | Path, checkpoint: str | None = None) -> Generate
     """
     place = Path(directory)
     try:
-        manifest = json.loads((place / MANIFEST).read_text(encoding="utf-8"))
+        manifest = unsealed((place / MANIFEST).read_bytes())
         schema = manifest["schema"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RolloutError(f"There is no batch at {place}: its {MANIFEST} cannot be read ({error}).") from error

@@ -76,12 +76,26 @@ def encode(tokenizer: Any, text: str, name: str) -> list[int]:
         raise RolloutError(f"{name}: the prompt {text[:40]!r} has no token; is it empty, or outside of the vocabulary?")
     if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
         raise RolloutError(f"{name}: the prompt begins with two BOS tokens; leave {bos!r} out of the template.")
+    _check_read(tokenizer, text, ids, name)
     if ids[-1] == eos and tokenizer.eos_token and not text.endswith(tokenizer.eos_token):
         raise RolloutError(
             f"{name}: the tokenizer put its EOS behind the prompt, so the response would begin after the end; build "
             f"it with add_eos_token=False."
         )
     return ids
+
+
+def _check_read(tokenizer: Any, text: str, ids: Sequence[int], name: str) -> None:
+    """Warn where the tokens do not say what the text says: a vocabulary without a character drops it silently."""
+    said, meant = ("".join(part.split()) for part in (tokenizer.decode(list(ids)), text))
+    if meant not in said:
+        lost = sorted({*meant} - {*said})
+        warnings.warn(
+            f"{name}: the tokenizer reads the prompt otherwise than it is written"
+            f"{f', without {lost[:5]}' if lost else ''}; the policy is asked {said[:60]!r}.",
+            RolloutWarning,
+            stacklevel=3,
+        )
 
 
 def check_concatenation(tokenizer: Any, prompt: str, response: str, ids: Sequence[int], name: str) -> None:

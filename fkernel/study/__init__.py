@@ -1,7 +1,60 @@
-"""Plans and finished results: what is to be done, what was found, and how both are written and read."""
+"""Studies: a plan names a checkpoint, an update batch and what is asked about its step; a runner answers; results last.
 
+plan → workspace (U, its gradients, P) → one answer a request → results
+"""
+
+from fkernel.errors import ResultsError
+from fkernel.study.checks import check_inputs, check_out
+from fkernel.study.diagnostics import Blocks, Spectrum, cosines, spectrum, top_contributors
+from fkernel.study.environment import environment
+from fkernel.study.gradients import GradientCache, Gradients
+from fkernel.study.log import LEVELS, recorded
+from fkernel.study.outcome import Entry, RequestResult, SelfKernel, SequenceInfo
+from fkernel.study.plan import TEMPLATE, FisherKernelPlan, NumericsPlan, PreconditionerPlan, StepPlan, StoragePlan
+from fkernel.study.questions import entry_of, influence_of, self_kernel_of
 from fkernel.study.reading import read_plan
-from fkernel.study.results import ResultsError, SequenceInfo, StepResults
+from fkernel.study.requests import AnyRequest, BatchRequest, CapturePlan
+from fkernel.study.results import FisherKernelResults
+from fkernel.study.runner import FisherKernelRunner
 from fkernel.study.sample import SamplePlan, sampled
+from fkernel.study.workspace import KernelWorkspace, load_workspace, serialize_workspace
 
-__all__ = ["ResultsError", "SamplePlan", "SequenceInfo", "StepResults", "read_plan", "sampled"]
+__all__ = [
+    "LEVELS",
+    "TEMPLATE",
+    "AnyRequest",
+    "BatchRequest",
+    "Blocks",
+    "CapturePlan",
+    "Entry",
+    "FisherKernelPlan",
+    "FisherKernelResults",
+    "FisherKernelRunner",
+    "GradientCache",
+    "Gradients",
+    "KernelWorkspace",
+    "NumericsPlan",
+    "PreconditionerPlan",
+    "RequestResult",
+    "ResultsError",
+    "SamplePlan",
+    "SelfKernel",
+    "SequenceInfo",
+    "Spectrum",
+    "StepPlan",
+    "StoragePlan",
+    "check_inputs",
+    "check_out",
+    "cosines",
+    "entry_of",
+    "environment",
+    "influence_of",
+    "load_workspace",
+    "read_plan",
+    "recorded",
+    "sampled",
+    "self_kernel_of",
+    "serialize_workspace",
+    "spectrum",
+    "top_contributors",
+]

@@ -1,186 +1,249 @@
-"""One explained step as a finished result: arrays by sequence id, with the texts, ready to be shown or saved.
+"""A study's results as a directory: complete or absent, readable without this library.
 
 <directory>/
-  results.json   everything but the matrices, schema-versioned; written last
-  kernel.npz     K and C [n_E n_U], the effects [n_E], and the ids of rows and columns; loads without pickle
+  results.json       every request: sequences, effects, top contributors, diagnostics; schema-versioned, written last
+  kernel.npz         arrays with the ids of their rows and columns; loads without pickle
+  plan.json          what ran, every default filled in
+  environment.json   versions, machine, revision, seeds, the plan's hash
 """
 
 from __future__ import annotations
 
 import json
-import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
-import torch
 
-from fkernel.errors import FKernelError
-from fkernel.kernel import Calibration, calibrate
+from fkernel.errors import ResultsError
+from fkernel.study.outcome import EFFECTS, Entry, RequestResult, SelfKernel, SequenceInfo
+from fkernel.study.tables import to_frame, to_xarray
+from fkernel.study.whole import whole
 
-SCHEMA = 1
-_EFFECTS = ("momentum", "decay", "curvature", "realised")
-
-
-class ResultsError(FKernelError, ValueError):
-    """A results directory is missing, incomplete, or of a newer schema."""
-
-
-@dataclass(frozen=True)
-class SequenceInfo:
-    """A sequence as people know it.
-
-    Attributes:
-        id: display id, such as U-004-03.
-        prompt: the prompt's text.
-        response: the response's text.
-        logprob: S before the step, nats.
-        reward: None where none was given.
-        advantage: A_u; None for evaluation sequences.
-        weight: w_u, the loss weight; None for evaluation sequences.
-    """
-
-    id: str
-    prompt: str
-    response: str
-    logprob: float
-    reward: float | None = None
-    advantage: float | None = None
-    weight: float | None = None
+SCHEMA = 2
+FILES = ("kernel.npz", "plan.json", "environment.json", "results.json")
+_ARRAYS = ("batch", *EFFECTS, "squared_norms", "diagonal", "top", "top_contributions", "kernel", "contributions")
+_OWN = ("eigenvalues", "squared_norms", "diagonal", "kernel")
 
 
 @dataclass(frozen=True, eq=False)
-class StepResults:
-    """What one optimizer step did to every sequence of E, and which sequence of U did it. All in nats.
+class FisherKernelResults:
+    """What a plan found.
 
     Attributes:
-        evaluation: the rows, n_E sequences.
-        update: the columns, n_U sequences.
-        kernel: [n_E n_U] ⟨∇S_e, P_step ∇S_u⟩, nats per unit of c·w_u·A_u.
-        contributions: [n_E n_U] C, nats.
-        momentum: [n_E] nats.
-        decay: [n_E] nats.
-        curvature: [n_E] nats, ½ ΔθᵀH_eΔθ.
-        realised: [n_E] nats, S after the step minus S before.
-        step: what is known of the step: clip, grad_norm, lr, ….
-        environment: versions, threads, dtype.
+        plan: what ran, every default filled in.
+        environment: where.
+        update: U, n_U sequences.
+        step: what is known of the step: c, ‖∇L‖, and so on.
+        self_kernel: U against itself; None unless it was asked for.
+        requests: {name: result}, in the plan's order.
     """
 
-    evaluation: tuple[SequenceInfo, ...]
-    update: tuple[SequenceInfo, ...]
-    kernel: np.ndarray
-    contributions: np.ndarray
-    momentum: np.ndarray
-    decay: np.ndarray
-    curvature: np.ndarray
-    realised: np.ndarray
-    step: dict[str, Any]
+    plan: dict[str, Any]
     environment: dict[str, Any]
+    update: tuple[SequenceInfo, ...]
+    step: dict[str, Any]
+    self_kernel: SelfKernel | None
+    requests: dict[str, RequestResult]
+
+    def __getitem__(self, name: str) -> RequestResult:
+        """Give the result of one request.
+
+        Raises:
+            ResultsError: there is none of that name.
+        """
+        if name not in self.requests:
+            raise ResultsError(f"There is no request {name!r}; these results have {', '.join(self.requests)}.")
+        return self.requests[name]
 
     @property
-    def batch(self) -> np.ndarray:
-        """[n_E] nats: Σ_u C_eu, what the update batch did."""
-        return self.contributions.sum(1)
+    def units(self) -> str:
+        """What contributions are in: "nats", or "bare" where P was not calibrated."""
+        return "nats" if self.plan["preconditioner"]["calibrated"] else "bare"
 
     @property
-    def first_order(self) -> np.ndarray:
-        """[n_E] nats: batch + momentum + decay."""
-        return self.batch + self.momentum + self.decay
+    def contributions(self) -> Any:
+        """The contributions of all requests that kept them, an `xarray.DataArray` over (eval, update).
 
-    @property
-    def second_order(self) -> np.ndarray:
-        """[n_E] nats: first order + curvature."""
-        return self.first_order + self.curvature
+        `results.contributions.sel(eval="E-003-00")` is what U did to one sequence.
 
-    @property
-    def calibration(self) -> dict[str, Calibration]:
-        """The prediction held against the step really taken: K·A alone, first order, second order."""
-        predictions = {"batch": self.batch, "first_order": self.first_order, "second_order": self.second_order}
-        realised = torch.from_numpy(self.realised)
-        return {name: calibrate(torch.from_numpy(p), realised) for name, p in predictions.items()}
+        Raises:
+            ResultsError: none was kept, or xarray is not installed.
+        """
+        found = self.to_xarray()
+        if "contributions" not in found:
+            raise ResultsError("No request kept its contributions; ask for capture: {kernel: true} in the plan.")
+        return found["contributions"]
 
-    def top_contributors(self, row: int, k: int = 3) -> list[tuple[SequenceInfo, float]]:
-        """Return the k update sequences that moved one evaluation sequence most, with their nats, largest first."""
-        order = np.argsort(-np.abs(self.contributions[row]), kind="stable")[:k]
-        return [(self.update[u], float(self.contributions[row, u])) for u in order]
+    def to_xarray(self, request: str | None = None) -> Any:
+        """Make an `xarray.Dataset` with dimensions eval and update, ids as coordinates.
 
-    def save(self, directory: str | Path) -> Path:
-        """Write `results.json` and `kernel.npz`; each file appears whole or not at all, the JSON last.
+        Args:
+            request: one request's name; None for all, one behind the other, told apart by the coordinate `request`.
+
+        Raises:
+            ResultsError: xarray is not installed, or there is no such request.
+        """
+        return to_xarray(self.update, self.units, self._some(request))
+
+    def to_netcdf(self, path: str | Path, request: str | None = None) -> Path:
+        """Write `to_xarray` to a NetCDF file.
+
+        Raises:
+            ResultsError: as `to_xarray`.
+        """
+        with whole(Path(path)) as temporary:
+            self.to_xarray(request).to_netcdf(temporary)
+        return Path(path)
+
+    def to_frame(self, request: str | None = None) -> Any:
+        """Make a pandas table, one row a sequence of E: texts, effects, the largest contributor.
+
+        Raises:
+            ResultsError: pandas is not installed, or there is no such request.
+        """
+        return to_frame(self._some(request))
+
+    def _some(self, request: str | None) -> list[RequestResult]:
+        return [*self.requests.values()] if request is None else [self[request]]
+
+    def save_results(self, directory: str | Path) -> Path:
+        """Write the four files; each appears whole or not at all, results.json last.
 
         Returns:
             The directory.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        arrays = {name: getattr(self, name) for name in ("kernel", "contributions", *_EFFECTS)}
-        arrays["evaluation_ids"] = np.array([s.id for s in self.evaluation], dtype=np.str_)
-        arrays["update_ids"] = np.array([s.id for s in self.update], dtype=np.str_)
-        with _whole(directory / "kernel.npz") as temporary, temporary.open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
-        with _whole(directory / "results.json") as temporary:
-            text = json.dumps(self._to_json(), indent=1, allow_nan=False, ensure_ascii=False)
-            temporary.write_text(text + "\n", encoding="utf-8")
+        (directory / "results.json").unlink(missing_ok=True)  # its absence says that the others are being changed
+        with whole(directory / "kernel.npz") as temporary, temporary.open("wb") as file:
+            np.savez(file, allow_pickle=False, **self._arrays())
+        for name, content in (
+            ("plan.json", self.plan),
+            ("environment.json", self.environment),
+            ("results.json", self._record()),
+        ):
+            with whole(directory / name) as temporary:
+                text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
+                temporary.write_text(text + "\n", encoding="utf-8")
         return directory
 
     @classmethod
-    def load(cls, directory: str | Path) -> StepResults:
-        """Read what `save` wrote.
+    def load(cls, directory: str | Path) -> FisherKernelResults:
+        """Read what `save_results` wrote.
 
         Raises:
-            ResultsError: a file is missing or unreadable, or the schema is newer than this version knows.
+            ResultsError: a file is missing or unreadable, or the schema is another than this version's.
         """
-        directory = Path(directory)
+        place = Path(directory)
         try:
-            data = json.loads((directory / "results.json").read_text(encoding="utf-8"))
-            with np.load(directory / "kernel.npz", allow_pickle=False) as file:
-                arrays = {name: file[name] for name in ("kernel", "contributions", *_EFFECTS)}
-                ids = [file[name].tolist() for name in ("evaluation_ids", "update_ids")]
+            plan, environment, data = (
+                json.loads((place / name).read_text(encoding="utf-8"))
+                for name in ("plan.json", "environment.json", "results.json")
+            )
+            with np.load(place / "kernel.npz", allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
         except (OSError, ValueError, KeyError, BadZipFile) as error:
-            raise ResultsError(f"{directory} holds no readable results.json and kernel.npz: {error}") from error
-        if data.get("schema", 0) > SCHEMA:
-            raise ResultsError(f"{directory} was written with schema {data['schema']}; this fkernel reads {SCHEMA}.")
-        names = [field.name for field in fields(SequenceInfo)]
-        rows, columns = (
-            tuple(SequenceInfo(**{k: item[k] for k in names}) for item in data[side])
-            for side in ("evaluation", "update")
-        )
-        if [[s.id for s in side] for side in (rows, columns)] != ids:
-            raise ResultsError(f"{directory}: results.json and kernel.npz are about different sequences.")
-        return cls(rows, columns, **arrays, step=data["step"], environment=data["environment"])
+            raise ResultsError(
+                f"{place} holds no readable results.json, plan.json, environment.json and kernel.npz: {error}"
+            ) from error
+        if data.get("schema") != SCHEMA:
+            raise ResultsError(f"{place} was written with schema {data.get('schema')}; this fkernel reads {SCHEMA}.")
+        try:
+            return _read(plan, environment, data, arrays, cls)
+        except (KeyError, TypeError) as error:
+            raise ResultsError(f"{place} is damaged: {type(error).__name__} {error}.") from error
 
-    def _to_json(self) -> dict[str, Any]:
-        effects = ("batch", "momentum", "decay", "curvature", "first_order", "second_order", "realised")
-        evaluation = [
-            asdict(info)
-            | {name: float(getattr(self, name)[row]) for name in effects}
-            | {"top_contributors": [{"id": u.id, "nats": nats} for u, nats in self.top_contributors(row)]}
-            for row, info in enumerate(self.evaluation)
-        ]
+    def _arrays(self) -> dict[str, np.ndarray]:
+        found = {"update_ids": _ids(self.update)}
+        own = self.self_kernel
+        if own is not None:
+            found["self/ids"] = np.array(own.ids, dtype=np.str_)
+            found |= {f"self/{name}": v for name in _OWN if (v := getattr(own, name)) is not None}
+        for name, result in self.requests.items():
+            found[f"{name}/evaluation_ids"] = _ids(result.evaluation)
+            found |= {f"{name}/{key}": v for key in _ARRAYS if (v := getattr(result, key)) is not None}
+            if result.update_diagonal is not None:
+                found["update_diagonal"] = result.update_diagonal
+        return found
+
+    def _record(self) -> dict[str, Any]:
+        own = self.self_kernel
+        kept = ("effective_rank", "participation", "same_prompt", "cross_prompt", "norm_ratio")
         return {
             "schema": SCHEMA,
-            "units": "nats; positive raises the log-probability of the row's sequence",
-            "calibration": {name: value._asdict() for name, value in self.calibration.items()},
+            "units": f"{self.units}; positive raises the log-probability of the row's sequence",
             "step": self.step,
-            "environment": self.environment,
-            "evaluation": evaluation,
             "update": [asdict(info) for info in self.update],
+            "self_kernel": None if own is None else {name: getattr(own, name) for name in kept},
+            "requests": {name: _request(result) for name, result in self.requests.items()},
         }
 
 
-@contextmanager
-def _whole(target: Path) -> Iterator[Path]:
-    """A temporary path beside the target, renamed onto it when the block ends well and removed when it does not."""
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o644)  # mkstemp's own mode is private
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _ids(sequences: tuple[SequenceInfo, ...]) -> np.ndarray:
+    return np.array([info.id for info in sequences], dtype=np.str_)
+
+
+def _request(result: RequestResult) -> dict[str, Any]:
+    effects = ("batch", *EFFECTS, "first_order", "second_order", "squared_norms", "diagonal")
+    given = {name: values for name in effects if (values := getattr(result, name)) is not None}
+    rows = [
+        asdict(info)
+        | {name: float(values[row]) for name, values in given.items()}
+        | {"top_contributors": [{"id": u.id, "value": v} for u, v in result.top_contributors(row, _width(result))]}
+        for row, info in enumerate(result.evaluation)
+    ]
+    return {
+        "kind": result.kind,
+        "calibration": {name: value._asdict() for name, value in result.calibration.items()},
+        "selected": [asdict(entry) for entry in result.selected],
+        "facts": result.facts,
+        "evaluation": rows,
+    }
+
+
+def _width(result: RequestResult) -> int:
+    return 0 if result.top is None else result.top.shape[1]
+
+
+def _read(
+    plan: dict[str, Any],
+    environment: dict[str, Any],
+    data: Mapping[str, Any],
+    arrays: Mapping[str, np.ndarray],
+    kind: type[FisherKernelResults],
+) -> FisherKernelResults:
+    names = [field.name for field in fields(SequenceInfo)]
+
+    def infos(rows: Any, ids: np.ndarray) -> tuple[SequenceInfo, ...]:
+        found = tuple(SequenceInfo(**{name: row[name] for name in names}) for row in rows)
+        if [info.id for info in found] != ids.tolist():
+            raise ResultsError("results.json and kernel.npz are about different sequences.")
+        return found
+
+    update = infos(data["update"], arrays["update_ids"])
+    requests = {}
+    for name, row in data["requests"].items():
+        given = {key: arrays[f"{name}/{key}"] for key in _ARRAYS if f"{name}/{key}" in arrays}
+        if "diagonal" in given:
+            given["update_diagonal"] = arrays["update_diagonal"]
+        evaluation = infos(row["evaluation"], arrays[f"{name}/evaluation_ids"])
+        selected = tuple(Entry(**entry) for entry in row["selected"])
+        requests[name] = RequestResult(
+            name, row["kind"], evaluation, update, selected=selected, facts=row["facts"], **given
+        )
+    own = None
+    if data["self_kernel"] is not None:
+        found, given = data["self_kernel"], {key: arrays[f"self/{key}"] for key in _OWN if f"self/{key}" in arrays}
+        own = SelfKernel(
+            ids=tuple(arrays["self/ids"].tolist()),
+            effective_rank=found["effective_rank"],
+            participation=found["participation"],
+            same_prompt=tuple(found["same_prompt"]),
+            cross_prompt=tuple(found["cross_prompt"]),
+            **given,
+        )
+    return kind(plan, environment, update, data["step"], own, requests)

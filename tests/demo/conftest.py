@@ -11,7 +11,7 @@ TINY = DemoConfig(
     task=TaskConfig(low=10, high=12, held_out=4),
     policy=PolicyConfig(layers=2, width=32, heads=2, mlp=64),
     supervision=SupervisionConfig(batch=32, lr=3e-3, warmup=5, max_steps=60, check_every=30, band=(0.0, 1.0)),
-    reinforce=ReinforceConfig(steps=2, prompts=4, completions=6, evaluation=3, min_groups=1),
+    reinforce=ReinforceConfig(steps=2, prompts=4, completions=6, min_groups=1),
 )
 
 

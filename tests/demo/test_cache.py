@@ -38,7 +38,9 @@ def test_the_layout_is_complete(prepared: Path) -> None:
         "model/tokenizer.json",
         "optimizer.pt",
         "update.json",
-        "evaluation.json",
+        "update/manifest.json",
+        "train.jsonl",
+        "test.jsonl",
         "step.json",
         "after/model/model.safetensors",
         "complete.json",
@@ -124,7 +126,9 @@ def test_the_same_configuration_makes_the_same_bytes(prepared: Path, tiny: DemoC
     assert torch.equal(torch.get_rng_state(), state)
     for name in (
         "update.json",
-        "evaluation.json",
+        "update/records.jsonl",
+        "update/tokens.safetensors",
+        "test.jsonl",
         "model/model.safetensors",
         "after/model/model.safetensors",
     ):

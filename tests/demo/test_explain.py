@@ -7,10 +7,10 @@ from typer.testing import CliRunner
 
 import fkernel.demo
 from fkernel.cli import app
-from fkernel.demo.explain import explain
-from fkernel.study import StepResults
+from fkernel.demo.explain import demo_plan
+from fkernel.study import FisherKernelResults, FisherKernelRunner
 
-FILES = ["heatmap.png", "kernel.npz", "predicted_vs_realised.png", "results.json"]
+REQUESTS = ["held_out", "self", "three_prompts", "probes"]
 
 
 @pytest.fixture
@@ -20,26 +20,39 @@ def tiny_demo(monkeypatch, tiny, tmp_path):
     return ["demo", "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]
 
 
-def test_explanation_meets_the_real_step(prepared):
-    results = explain(prepared)
-    assert len(results.update) == results.kernel.shape[1]
-    assert results.calibration["first_order"].relative_error < 0.05
-    assert results.calibration["second_order"].pearson > 0.999
+def test_explanation_meets_the_real_step(prepared, tmp_path):
+    results = FisherKernelRunner(demo_plan(prepared, tmp_path / "out")).run()
+    assert list(results.requests) == REQUESTS
+    for name in ("held_out", "self"):
+        assert results[name].calibration["first_order"].relative_error < 0.05
+        assert results[name].calibration["second_order"].pearson > 0.999
     weights = [u.weight * u.advantage for u in results.update if u.weight is not None and u.advantage is not None]
-    assert results.contributions == pytest.approx(results.kernel * weights * results.step["clip"], rel=1e-5, abs=1e-9)
+    found = results["held_out"]
+    assert found.contributions == pytest.approx(found.kernel * weights * results.step["clip"], rel=1e-5, abs=1e-9)
+    right, wrong = results["probes"].evaluation
+    assert (right.prompt, right.response, wrong.response) == ("37+85=", "122", "123")
+
+
+def test_a_path_may_hold_what_yaml_would_take_for_its_own(prepared, tmp_path):
+    out = tmp_path / "it's: #1, [here]"
+    plan = demo_plan(prepared, out, seed=3)
+    assert (plan.out, plan.numerics.seed) == (str(out), 3)
+    assert plan.update.path == str(prepared / "update")
 
 
 def test_command_writes_everything_and_a_second_run_uses_the_cache(tiny_demo, tmp_path):
     result = CliRunner().invoke(app, tiny_demo)
     assert result.exit_code in (0, 1), result.output  # so small a policy need not meet the demo's bounds
-    for word in ("predicted ΔS", "momentum", "top three contributors", "Pearson r", "Wrote"):
+    for word in ("predicted ΔS", "momentum", "top three contributors", "Pearson r", "Wrote", "37+85=123"):
         assert word in result.output
     out = tmp_path / "out"
-    assert sorted(p.name for p in out.iterdir()) == FILES
+    assert {"results.json", "kernel.npz", "plan.json", "pictures", "workspace"} <= {p.name for p in out.iterdir()}
     kept = sorted((tmp_path / "cache").rglob("*"))
     times = [p.stat().st_mtime_ns for p in kept]
     CliRunner().invoke(app, tiny_demo)
     assert [p.stat().st_mtime_ns for p in sorted((tmp_path / "cache").rglob("*"))] == times
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["gradients_computed"] for line in lines if "gradients_computed" in line] == [24, 0]
 
 
 def test_prediction_out_of_bounds_is_said_and_exits_with_1(tiny_demo, monkeypatch):
@@ -63,13 +76,13 @@ def test_demo_meets_its_required_calibration(tmp_path):
     """The real command, as `make demo` runs it."""
     result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")])
     assert result.exit_code == 0, result.output
-    results = StepResults.load(tmp_path / "out")
-    first, second = results.calibration["first_order"], results.calibration["second_order"]
+    results = FisherKernelResults.load(tmp_path / "out")
+    first, second = (results["held_out"].calibration[name] for name in ("first_order", "second_order"))
     assert first.pearson >= 0.9999
     assert abs(first.slope - 1) <= 0.02
     assert first.relative_error <= 0.02
     assert second.relative_error <= 0.003
-    assert 0.4 <= results.step["accuracy_before_rl"] <= 0.8
-    assert results.step["steps_before"] >= 3
+    assert 0.4 <= results.step["sampling"]["accuracy"] <= 0.8
+    assert results.step["step"] >= 3
     data = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert {len(row["top_contributors"]) for row in data["evaluation"]} == {3}
+    assert {len(row["top_contributors"]) for row in data["requests"]["held_out"]["evaluation"]} == {10}

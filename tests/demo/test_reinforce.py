@@ -9,12 +9,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from fkernel import checkpoint
 from fkernel.demo import DemoConfig, ReinforceConfig
 from fkernel.demo.policy import build_model
 from fkernel.demo.records import Record, read_records
 from fkernel.demo.reinforce import advantages, clip, reinforce
 from fkernel.demo.task import splits
 from fkernel.demo.tokenizer import build_tokenizer
+from fkernel.rollout import load_batch
 
 
 def load(directory: Path) -> PreTrainedModel:
@@ -41,8 +43,6 @@ def test_the_saved_step_reproduces_the_model_after_it(prepared: Path) -> None:
     step = json.loads((prepared / "step.json").read_text())
     optimizer = restored_optimizer(model, prepared / "optimizer.pt")
     for record in read_records(prepared / "update.json"):
-        assert record.advantage is not None
-        assert record.weight is not None
         (-record.weight * record.advantage * one_sequence_logprob(model, record)).backward()
     norm, factor = clip(model, step["max_norm"])
     optimizer.step()
@@ -74,13 +74,19 @@ def test_update_records_hold_advantages_and_weights(prepared: Path, tiny: DemoCo
     assert any(r.advantage for r in records)
 
 
-def test_evaluation_records_are_held_out(prepared: Path, tiny: DemoConfig) -> None:
+def test_prompts_are_split_and_the_update_batch_is_of_those_trained_on(prepared: Path, tiny: DemoConfig) -> None:
     train, held_out = splits(tiny.task)
-    evaluation, update = (read_records(prepared / f"{name}.json") for name in ("evaluation", "update"))
-    assert [r.sample.id for r in evaluation] == ["E-000-00", "E-001-00", "E-002-00"]
-    assert {r.sample.problem for r in evaluation} <= set(held_out)
-    assert {r.sample.problem for r in update} <= set(train)
-    assert {(r.advantage, r.weight) for r in evaluation} == {(None, None)}
+    questions = {
+        split: [json.loads(line)["question"] for line in (prepared / f"{split}.jsonl").read_text().splitlines()]
+        for split in ("train", "test")
+    }
+    assert questions == {"train": [p.prompt for p in train], "test": [p.prompt for p in held_out]}
+    batch = load_batch(prepared / "update", checkpoint=checkpoint.load(prepared).provenance.fingerprint)
+    for record, saved in zip(read_records(prepared / "update.json"), batch, strict=True):
+        assert (saved.sequence_id, saved.response_ids) == (record.sample.id, record.sample.response_ids)
+        assert (saved.reward, saved.advantage, saved.weight) == (record.sample.reward, record.advantage, record.weight)
+        place = int(saved.provenance.global_prompt_id.removeprefix("train-"))
+        assert train[place] == record.sample.problem
 
 
 def test_the_saved_tokenizer_reads_the_saved_prompts(prepared: Path) -> None:
@@ -116,19 +122,19 @@ def test_clip_reports_what_it_multiplied_with(scale: float) -> None:
 
 
 def test_a_batch_without_signal_is_refused(tmp_path: Path, tiny: DemoConfig) -> None:
-    train, held_out = splits(tiny.task)
+    train, _ = splits(tiny.task)
     tokenizer = build_tokenizer()
     config = replace(tiny.reinforce, min_groups=5)
     with pytest.raises(RuntimeError, match="of 4 groups of the last batch hold both"):
-        reinforce(build_model(tiny.policy, tokenizer), tokenizer, train, held_out, config, tmp_path)
+        reinforce(build_model(tiny.policy, tokenizer), tokenizer, train, config, tmp_path)
 
 
 def test_too_few_problems_are_refused(tmp_path: Path, tiny: DemoConfig) -> None:
-    train, held_out = splits(tiny.task)
+    train, _ = splits(tiny.task)
     tokenizer = build_tokenizer()
     config = replace(tiny.reinforce, prompts=100)
     with pytest.raises(ValueError, match="need 200 training problems"):
-        reinforce(build_model(tiny.policy, tokenizer), tokenizer, train, held_out, config, tmp_path)
+        reinforce(build_model(tiny.policy, tokenizer), tokenizer, train, config, tmp_path)
 
 
 @pytest.mark.parametrize("bad", [{"steps": 1}, {"completions": 1}])

@@ -260,6 +260,17 @@ class TestGuards:
         with pytest.raises(fk.RolloutError, match="put its EOS behind the prompt"):
             generator(model, tokenizer).generate_from_custom_prompts(["a"])
 
+    def test_characters_outside_of_the_vocabulary(self):
+        from fkernel.demo.tokenizer import build_tokenizer
+        from fkernel.rollout.guards import encode
+
+        with pytest.warns(fk.RolloutWarning, match=r"test-3: .* without \['\?'\]; the policy is asked '1\+1='"):
+            encode(build_tokenizer(), "1+1=?", "test-3")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            encode(build_tokenizer(), "1+1=", "test-3")
+            encode(byte_tokenizer(bos_token="<bos>"), "wörds  and\nspaces", "test-3")
+
     def test_boundary_inside_a_token(self, model):
         from transformers import Qwen2Tokenizer
 

@@ -1,19 +1,20 @@
 """The command line: parse, delegate, and say in one line what the user can mend.
 
 Exit codes: 0 done; 2 the user's mistake; 1 ours, a demo whose prediction missed its bounds, or a memory grant that
-nothing fits.
+nothing fits; 130 stopped by Ctrl-C, and the same command goes on from what is complete.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+
+from fkernel.cli import study
+from fkernel.cli.said import complain, importing, said, told, wide
 
 app = typer.Typer(
     help="fkernel: why did this sequence's probability move? One AdamW step, explained in nats.",
@@ -38,12 +39,17 @@ def demo(
 
     Example: fkernel demo --out demo-out
     """
-    with _said():
-        missed = _demo(Console(), out, cache, seed, rows)
+    with said():
+        missed = _demo(out, cache, seed, rows)
     for line in missed:
-        _complain(f"the prediction missed its bounds: {line}")
+        complain(f"the prediction missed its bounds: {line}")
     if missed:
         raise typer.Exit(1)
+
+
+for command in (study.run, study.query, study.influence, study.show):
+    app.command()(command)
+app.add_typer(study.plan_app, name="plan")
 
 
 @app.command()
@@ -61,7 +67,7 @@ def estimate(
 
     Example: fkernel estimate path/to/model --n-u 32 --n-e 16 --tokens 128 --memory 8GiB
     """
-    with _said():
+    with said():
         feasible = _estimate(model, n_u, n_e, tokens, memory, store, dtype, as_json)
     if not feasible:
         raise typer.Exit(1)
@@ -77,68 +83,46 @@ def sample(
 
     Example: fkernel sample update.yaml
     """
-    with _said():
+    with said():
         _sample(plan, rows, as_json)
 
 
-@contextmanager
-def _said() -> Iterator[None]:
-    """Say a mistake in one line, and exit."""
-    from fkernel.errors import DemoError, FKernelError  # here, so that --help does not wait for torch
-
-    try:
-        yield
-    except (FKernelError, OSError) as error:
-        _complain(str(error))
-        raise typer.Exit(1 if isinstance(error, DemoError) else 2) from error
-
-
-def _complain(text: str) -> None:
-    Console(stderr=True).print(f"fkernel: {text}", style="red", markup=False, highlight=False, soft_wrap=True)
-
-
-def _demo(console: Console, out: Path, cache: Path | None, seed: int, rows: int) -> list[str]:
-    with console.status("importing torch and transformers"):
-        from fkernel import report
+def _demo(out: Path, cache: Path | None, seed: int, rows: int) -> list[str]:
+    """Prepare the policy, run the plan that the package ships, and tell which bounds the prediction missed."""
+    with importing():
         from fkernel.demo import prepare, seeded
-        from fkernel.demo.explain import explain
+        from fkernel.demo.explain import demo_plan
         from fkernel.demo.progress import visible
 
-    with visible(console) as progress:
+    console = Console()
+    with visible(Console(stderr=True)) as progress:
         directory = prepare(seeded(seed), cache, progress)
-        results = explain(directory, progress)
-    results.save(out)
-    report.heatmap(results, out / "heatmap.png")
-    report.predicted_vs_realised(results, out / "predicted_vs_realised.png")
-    wide = console if console.width >= 132 or console.is_terminal else Console(width=140)
-    wide.print(report.effects_table(results, rows))
-    wide.print(report.calibration_table(results))
-    names = ", ".join(("results.json", "kernel.npz", "heatmap.png", "predicted_vs_realised.png"))
-    console.print(f"Wrote {out}: {names}", highlight=False)
-    missed = []
+    results = study.execute(demo_plan(directory, out, seed), overwrite=False, log="minimal")
+    study.show_results(results, rows, "held_out")
+    study.show_results(results, rows, "probes")
+    study.say_step(results)
+    console.print(f"Wrote {out}. More: fkernel show {out}", highlight=False, soft_wrap=True)
+    missed, found = [], results["held_out"].calibration
     for name, bound in BOUNDS.items():
-        value = results.calibration[name]
+        value = found[name]
         if value.pearson < 0.9999 or abs(value.slope - 1) > 0.02 or value.relative_error > bound:
             missed.append(f"{name} {value}, bounds r ≥ 0.9999, slope 1 ± 0.02, relative error ≤ {bound}")
     return missed
 
 
 def _sample(path: Path, rows: int, as_json: bool) -> None:
-    with Console(stderr=True).status("importing torch and transformers"):
+    with importing():
         from fkernel import report
-        from fkernel.demo.progress import visible
         from fkernel.study import SamplePlan, read_plan, sampled
 
     plan = read_plan(path, SamplePlan)
-    with visible(Console(stderr=True)) as progress:
-        bar = progress.add_task("sampling", total=None)
-        batch = sampled(plan, lambda n: progress.advance(bar, n))
+    with told("minimal") as tick:
+        batch = sampled(plan, lambda n: tick("sampling", n, 2 * plan.request.size))
     if as_json:
         typer.echo(json.dumps({"out": plan.out, **batch.diagnostics}, indent=1))
         return
     console = Console()
-    wide = console if console.width >= 120 or console.is_terminal else Console(width=140)
-    wide.print(report.batch_table(batch, rows))
+    wide(120).print(report.batch_table(batch, rows))
     for line in (*report.batch_lines(batch.diagnostics), f"Wrote {plan.out}"):
         console.print(line, highlight=False, soft_wrap=True)
 
@@ -164,11 +148,10 @@ def _estimate(
     if as_json:
         typer.echo(json.dumps(report.estimate_record(found), indent=1))
     else:
-        console = Console()
-        wide = console if console.width >= 100 or console.is_terminal else Console(width=100)
-        wide.print(report.estimate_table(found))
+        console = wide(100)
+        console.print(report.estimate_table(found))
         if found.chosen:
-            wide.print(report.estimate_line(found), highlight=False, soft_wrap=True)
+            console.print(report.estimate_line(found), highlight=False, soft_wrap=True)
     if not found.chosen:
-        _complain(report.estimate_line(found))
+        complain(report.estimate_line(found))
     return found.chosen is not None

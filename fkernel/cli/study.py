@@ -1,0 +1,276 @@
+"""`fkernel run | query | influence | show | plan`: a study from the shell."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from fkernel.cli.said import importing, said, told, wide
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Workspace = Annotated[Path, typer.Argument(help="A workspace that `fkernel run` made: OUT/workspace.")]
+
+plan_app = typer.Typer(help="Write, check and describe plans.", no_args_is_help=True)
+
+
+def run(
+    plan: Annotated[Path, typer.Argument(help="A plan, YAML or JSON; `fkernel plan init` writes one.")],
+    out: Annotated[Path | None, typer.Option(help="Directory for the results, instead of the plan's.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace results that another plan left there.")] = False,
+    rows: Annotated[int, typer.Option(help="Sequences to show of each request.")] = 5,
+    log: Annotated[str, typer.Option(help="What to say meanwhile: minimal, normal, detailed or debug.")] = "normal",
+    as_json: AsJson = False,
+) -> None:
+    """Compute what a plan asks for, and save it.
+
+    Example: fkernel run study.yaml
+
+    A run that is stopped goes on where it was when the same command is given again.
+    """
+    with said():
+        with importing():
+            from fkernel.study import FisherKernelPlan, read_plan
+        asked = read_plan(plan, FisherKernelPlan)
+        if out is not None:
+            asked = asked.model_copy(update={"out": str(out)})
+        results = execute(asked, overwrite, log)
+        if as_json:
+            typer.echo(json.dumps(summary(results, asked.out), indent=1))
+        else:
+            show_results(results, rows)
+            Console().print(f"Wrote {asked.out}", highlight=False, soft_wrap=True)
+
+
+def execute(plan: Any, overwrite: bool, log: str) -> Any:
+    """Run a plan and write everything that it makes."""
+    from fkernel import report
+    from fkernel.study import FisherKernelRunner, check_out, recorded
+
+    out = Path(plan.out)
+    check_out(plan, overwrite)
+    with recorded(out / "log.jsonl"), told(log) as tick:
+        runner = FisherKernelRunner(plan, tick=tick)
+        results = runner.run()
+        if plan.storage.batches:
+            runner.save_batches(out)
+        results.save_results(out)
+        if plan.storage.pictures:
+            report.draw_all(results, out / "pictures")
+    return results
+
+
+def query(
+    workspace: Workspace,
+    one: Annotated[str, typer.Argument(help="Id of a sequence of U, or of a batch given with --batch.")],
+    other: Annotated[str, typer.Argument(help="The same; where it is U's, its contribution is told.")],
+    batch: Annotated[list[Path] | None, typer.Option(help="Saved batches to look ids up in, beside U.")] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="The plan that ran (OUT/plan.json); needed for sequences outside of U.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell the kernel's entry of any two sequences.
+
+    Example: fkernel query study/workspace U-000-01 U-003-00
+    """
+    with said():
+        with importing():
+            from dataclasses import asdict
+
+            from fkernel.study import entry_of, load_workspace
+        with load_workspace(workspace) as opened:
+            entry = entry_of(opened, *(_cache(opened, name, batch or [], plan, workspace) for name in (one, other)))
+        if as_json:
+            typer.echo(json.dumps(asdict(entry), indent=1))
+            return
+        print_ = Console(highlight=False).print
+        print_(f"K({entry.row}, {entry.column}) = {entry.kernel:.6g}    cosine {entry.cosine:+.4f}", soft_wrap=True)
+        if entry.contribution is not None:
+            unit = "nats" if opened.asked["preconditioner"]["calibrated"] else "(bare)"
+            print_(f"{entry.column} moves {entry.row} by {entry.contribution:+.6g} {unit}", soft_wrap=True)
+
+
+def _cache(workspace: Any, name: str, batches: list[Path], plan: Path | None, place: Path) -> Any:
+    """Find a sequence's gradient: U's is read, another's is computed by the plan's checkpoint."""
+    from fkernel.errors import PlanError
+    from fkernel.rollout import load_batch
+    from fkernel.study import FisherKernelPlan, FisherKernelRunner, read_plan
+
+    if name in workspace.index:
+        return workspace.cache(name)
+    found = [loaded for path in batches if name in (loaded := load_batch(path)).ids]
+    if not found:
+        workspace.batch.by_id(name)
+    where = plan or place.parent / "plan.json"
+    if not where.is_file():
+        raise PlanError(f"{name} is outside of U, so its gradient needs the checkpoint; say --plan OUT/plan.json.")
+    runner = FisherKernelRunner(read_plan(where, FisherKernelPlan))
+    runner.adopt(workspace)
+    return runner.external(found[0].clone_with_subset([name]))
+
+
+def influence(
+    workspace: Workspace,
+    ids: Annotated[list[str] | None, typer.Option("--id", help="Sequences of U to tell of; * stands for any.")] = None,
+    advantages: Annotated[
+        str | None, typer.Option(help="Another advantage rule: group_mean, grpo, rloo, raw or module.function.")
+    ] = None,
+    change: Annotated[list[str] | None, typer.Option("--set", help="Another advantage: ID=VALUE.")] = None,
+    rows: Annotated[int, typer.Option(help="Sequences to show, largest first.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Tell what U's step does to U's own sequences, also under other advantages; no gradient is computed.
+
+    Example: fkernel influence study/workspace --advantages rloo --set U-003-01=0
+    """
+    with said():
+        with importing():
+            from fkernel import report
+            from fkernel.study import influence_of, load_workspace
+        with load_workspace(workspace) as opened:
+            chosen = opened.advantages_of(advantages, _changes(change or []))
+            found = influence_of(opened, tuple(ids) if ids else None, chosen)
+            before = influence_of(opened, tuple(ids) if ids else None)
+            batch, calibrated = opened.batch, opened.asked["preconditioner"]["calibrated"]
+        if as_json:
+            typer.echo(json.dumps(found, indent=1))
+        else:
+            wide(100).print(report.influence_table(batch, before, found, rows, "nats" if calibrated else "bare"))
+
+
+def _changes(given: list[str]) -> dict[str, float]:
+    from fkernel.errors import PlanError
+
+    found = {}
+    for text in given:
+        name, _, value = text.partition("=")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            raise PlanError(f"--set {text}: expected ID=NUMBER, such as U-003-01=0.5.") from None
+    return found
+
+
+def show(
+    results: Annotated[Path, typer.Argument(help="A directory that `fkernel run` wrote.")],
+    request: Annotated[str | None, typer.Option(help="One request only, by name.")] = None,
+    rows: Annotated[int, typer.Option(help="Sequences to show of each request.")] = 10,
+    netcdf: Annotated[Path | None, typer.Option(help="Write everything to a NetCDF file, too.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show finished results.
+
+    Example: fkernel show study --request held_out --rows 20
+    """
+    with said():
+        with importing():
+            from fkernel.study import FisherKernelResults
+        found = FisherKernelResults.load(results)
+        if netcdf is not None:
+            found.to_netcdf(netcdf, request)
+        if as_json:
+            typer.echo(json.dumps(summary(found, str(results), request), indent=1))
+        else:
+            show_results(found, rows, request)
+
+
+def show_results(results: Any, rows: int, request: str | None = None) -> None:
+    """Print tables of some requests."""
+    from fkernel import report
+
+    console = wide(132)
+    for result in [*results.requests.values()] if request is None else [results[request]]:
+        console.print(report.effects_table(result, rows))
+        if result.calibration:
+            console.print(report.calibration_table(result))
+    if request is None:
+        say_step(results)
+
+
+def say_step(results: Any) -> None:
+    """Print what is known of the step and of U."""
+    from fkernel import report
+
+    for line in report.study_lines(results):
+        Console().print(line, highlight=False, soft_wrap=True)
+
+
+def summary(results: Any, out: str, request: str | None = None) -> dict[str, Any]:
+    """Return what a program would ask first."""
+    chosen = results.requests if request is None else {request: results[request]}
+    return {
+        "out": out,
+        "units": results.units,
+        "step": results.step,
+        "requests": {
+            name: {
+                "sequences": len(result.evaluation),
+                "calibration": {key: value._asdict() for key, value in result.calibration.items()},
+                "evaluation": [
+                    {
+                        "id": info.id,
+                        "predicted": float(result.predicted[row]),
+                        "realised": None if result.realised is None else float(result.realised[row]),
+                        "top": [[u.id, v] for u, v in result.top_contributors(row)],
+                    }
+                    for row, info in enumerate(result.evaluation)
+                ],
+            }
+            for name, result in chosen.items()
+        },
+    }
+
+
+@plan_app.command()
+def init(path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("study.yaml")) -> None:
+    """Write a plan to begin with.
+
+    Example: fkernel plan init study.yaml
+    """
+    with said():
+        from fkernel.errors import PlanError
+        from fkernel.study import TEMPLATE
+
+        if path.exists():
+            raise PlanError(f"There is something at {path} already; choose another name.")
+        path.write_text(TEMPLATE, encoding="utf-8")
+        Console().print(f"Wrote {path}; next: edit it, then fkernel plan check {path}", highlight=False, soft_wrap=True)
+
+
+@plan_app.command()
+def check(
+    path: Annotated[Path, typer.Argument(help="A plan, YAML or JSON.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan with every default filled in.")] = False,
+) -> None:
+    """Check a plan and the files it names, without loading a model.
+
+    Example: fkernel plan check study.yaml
+    """
+    with said():
+        with importing():
+            from fkernel.study import FisherKernelPlan, check_inputs, read_plan
+        plan = read_plan(path, FisherKernelPlan)
+        check_inputs(plan)
+        if as_json:
+            typer.echo(json.dumps(plan.record(), indent=1))
+            return
+        asked = ", ".join(f"{request.name} ({request.kind})" for request in plan.requests) or "none"
+        Console().print(
+            f"{path} is a plan (hash {plan.hash[:12]}). Requests: {asked}.", highlight=False, soft_wrap=True
+        )
+
+
+@plan_app.command()
+def schema() -> None:
+    """Print the JSON schema of plans.
+
+    Example: fkernel plan schema > plan.schema.json
+    """
+    with said():
+        with importing():
+            from fkernel.study import FisherKernelPlan
+        typer.echo(json.dumps(FisherKernelPlan.model_json_schema(), indent=1))

@@ -1,0 +1,55 @@
+"""What can be seen to be wrong before anything is computed: files that a plan names, and the place it writes to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from fkernel.errors import PlanError
+from fkernel.study.plan import FisherKernelPlan
+
+
+def check_inputs(plan: FisherKernelPlan) -> None:
+    """Look for the files that a plan names, before anything is computed.
+
+    Raises:
+        PlanError: one is missing; a line each, with the place in the plan.
+    """
+    named = {"checkpoint.path": plan.checkpoint.path, "checkpoint.base": plan.checkpoint.base}
+    named["checkpoint.model"] = plan.checkpoint.model
+    if plan.step.after is not None:
+        named["step.after.path"] = plan.step.after.path
+    for i, prompts in enumerate(plan.prompts):
+        named[f"prompts.{i}.jsonl"], named[f"prompts.{i}.dataset"] = prompts.jsonl, prompts.dataset
+    named["update.path"] = getattr(plan.update, "path", None)
+    named |= {f"requests.{i}.path": getattr(request, "path", None) for i, request in enumerate(plan.requests)}
+    missing = [
+        f"{place}: there is nothing at {path}; expected a file or a directory."
+        for place, path in named.items()
+        if path is not None and not str(path).startswith("hub:") and not Path(path).exists()
+    ]
+    if missing:
+        raise PlanError("\n".join(missing))
+
+
+def check_out(plan: FisherKernelPlan, overwrite: bool = False) -> None:
+    """Refuse to write over what another plan found.
+
+    Raises:
+        PlanError: the plan's `out` is a file, or holds results of another plan.
+    """
+    out = Path(plan.out)
+    if out.exists() and not out.is_dir():
+        raise PlanError(f"{out} is a file; results need a directory (out:).")
+    recorded = out / "environment.json"
+    if overwrite or not recorded.is_file():
+        return
+    try:
+        before = json.loads(recorded.read_text(encoding="utf-8")).get("plan_hash")
+    except ValueError:
+        before = None
+    if before != plan.hash:
+        raise PlanError(
+            f"{out} holds results of another plan (hash {str(before)[:12]}, this one's is {plan.hash[:12]}); choose "
+            f"another directory (out:), or say --overwrite."
+        )

@@ -1,0 +1,173 @@
+"""A workspace's files: complete, or such that the next run goes on with them; for one process at a time.
+
+<directory>/
+  asked.json             everything that decides what is in here; written first, and compared at every later opening
+  batch/                 U, as `save_batch` wrote it
+  gradients/             one folder of shards for U, as `fkernel.kernel.store` keeps them
+  response.safetensors   P, {name: [*shape]}
+  complete.json          c, ‖∇L‖ and the checksums of what P was made of; written last
+  lock                   names the one process that has it open
+
+Every file is written beside its place and moved there, and shards are recorded one by one, so that a program that is
+stopped leaves the workspace complete, or one that the next run goes on with at the microbatch it was cut off in.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as save_tensors
+
+from fkernel.errors import StoreError, listing
+from fkernel.kernel.sides import Ordered, Pieces
+from fkernel.kernel.store import open_store
+from fkernel.kernel.store.directory import MANIFEST
+from fkernel.kernel.store.files import checksum, locked, plain_errors, write_atomically
+from fkernel.kernel.store.fingerprint import fingerprint
+from fkernel.kernel.store.manifest import differences
+from fkernel.kernel.store.sealed import sealed, unsealed
+from fkernel.kernel.stored import complete
+from fkernel.precond import Diagonal
+from fkernel.rollout import load_batch, save_batch
+from fkernel.rollout.batch import GeneratedBatch
+from fkernel.study.gradients import Gradients
+
+SCHEMA = 1
+ASKED, COMPLETE, LOCK = "asked.json", "complete.json", "lock"
+BATCH, GRADIENTS, RESPONSE = "batch", "gradients", "response.safetensors"
+
+
+class WorkspaceDirectory:
+    """A workspace's files, opened by one process at a time; see the top of this module."""
+
+    def __init__(self, path: str | Path, asked: Mapping[str, Any] | None) -> None:
+        """Open a directory, make it where it is not there, and lock it.
+
+        Args:
+            path: where.
+            asked: what is to be in it; None takes whatever is there.
+
+        Raises:
+            StoreError: another process has it, it is of something else, it holds strangers, or there is none.
+        """
+        self.path, self.opened = Path(path), ExitStack()
+        if asked is None and not (self.path / ASKED).is_file():
+            raise StoreError(f"There is no workspace at {self.path}: it has no {ASKED}. `fkernel run` makes one.")
+        with plain_errors("open", self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            strangers = sorted({p.name for p in self.path.iterdir()} - {LOCK, ASKED + ".tmp"})
+            if strangers and not (self.path / ASKED).exists():
+                raise StoreError(
+                    f"{self.path} is no workspace, and it is not empty: it holds {listing(strangers)}. Nothing was "
+                    f"touched; choose another directory."
+                )
+        self.opened.enter_context(locked(self.path, LOCK))
+        try:
+            self.asked = self._settle(asked)
+        except BaseException:
+            self.opened.close()
+            raise
+
+    def _settle(self, asked: Mapping[str, Any] | None) -> dict[str, Any]:
+        place = self.path / ASKED
+        if not place.exists():
+            assert asked is not None
+            self._write(ASKED, {"schema": SCHEMA, **asked})
+        stored = self._read(ASKED)
+        if stored.get("schema") != SCHEMA:
+            raise StoreError(
+                f"The workspace at {self.path} has schema {stored.get('schema')}; this version of fkernel reads "
+                f"{SCHEMA}. Choose another directory."
+            )
+        if asked is not None:
+            wanted = json.loads(json.dumps({"schema": SCHEMA, **asked}))
+            if found := differences(stored, wanted):
+                raise StoreError(
+                    f"The workspace at {self.path} is of something else: {'; '.join(found)}. Choose another directory "
+                    f"(storage.workspace), or delete this one."
+                )
+        return stored
+
+    @property
+    def complete(self) -> dict[str, Any] | None:
+        """What was written last; None where the workspace is not complete."""
+        return self._read(COMPLETE) if (self.path / COMPLETE).is_file() else None
+
+    def batch(self, make: Callable[[], GeneratedBatch], checkpoint: str | None) -> GeneratedBatch:
+        """Read U, or make and save it."""
+        place = self.path / BATCH
+        if not place.exists():
+            save_batch(make(), place)
+        return load_batch(place, checkpoint=checkpoint)
+
+    def cuts(self) -> list[slice] | None:
+        """Read how the gradients that are there, if any, were cut into microbatches: a run that goes on keeps to it."""
+        place = self.path / GRADIENTS / MANIFEST
+        if not place.is_file():
+            return None
+        try:
+            return [slice(*rows) for rows in json.loads(place.read_text(encoding="utf-8"))["groups"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{place} cannot be read ({error}); delete {place.parent} to begin it anew.") from error
+
+    def gradients(
+        self,
+        side: Ordered,
+        cuts: list[slice],
+        pieces: Pieces | None,
+        tick: Callable[[int], Any] = lambda n: None,
+        device: torch.device | None = None,
+    ) -> Gradients:
+        """Open U's gradients; compute and write those that are missing."""
+        identity = {key: self.asked[key] for key in ("checkpoint", "parameters", "temperature", "dtype")}
+        identity["batch"] = fingerprint(side.batch)
+        store = self.opened.enter_context(open_store(self.path / GRADIENTS, identity, cuts))
+        if pieces is None and not store.complete:
+            raise self.unfinished()
+        computed = 0 if pieces is None else complete(store, pieces, tick)
+        return Gradients(side, cuts, store.read, computed, device)
+
+    def unfinished(self) -> StoreError:
+        """Say that a run was cut off."""
+        return StoreError(f"The workspace at {self.path} is not complete; run its plan again, and it is finished.")
+
+    def seal(self, P: Diagonal, clip: float, grad_norm: float) -> None:
+        """Write P and what is left, last of all."""
+        chunks: list[bytes] = [save_tensors({k: v.cpu().contiguous() for k, v in (P.d or {}).items()})]
+        write_atomically(self.path / RESPONSE, chunks)
+        facts = {"clip": clip, "grad_norm": grad_norm, "sha256": checksum(self.path / RESPONSE)}
+        self._write(COMPLETE, facts)
+
+    def response(self) -> tuple[Diagonal, float, float]:
+        """Read (P, c, ‖∇L‖).
+
+        Raises:
+            StoreError: the workspace is not complete, or P is not what was written.
+        """
+        facts = self.complete
+        if facts is None:
+            raise self.unfinished()
+        place = self.path / RESPONSE
+        with plain_errors("read", self.path):
+            if not place.is_file() or checksum(place) != facts["sha256"]:
+                raise StoreError(f"{place} is not what was written; delete {COMPLETE} beside it to have it made again.")
+            d = load_file(place)
+        return Diagonal(d or None), facts["clip"], facts["grad_norm"]
+
+    def _read(self, name: str) -> dict[str, Any]:
+        try:
+            return unsealed((self.path / name).read_bytes())
+        except (OSError, ValueError) as error:
+            raise StoreError(
+                f"{self.path / name} cannot be read ({error}); delete the workspace to begin anew."
+            ) from error
+
+    def _write(self, name: str, content: Mapping[str, Any]) -> None:
+        with plain_errors("write to", self.path):
+            write_atomically(self.path / name, [sealed(content)])

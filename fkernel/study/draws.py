@@ -1,0 +1,147 @@
+"""The sample generator's five ways to make a batch, as plans ask for them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from fkernel.rollout import SampleGenerator
+from fkernel.rollout.batch import GeneratedBatch
+from fkernel.study.parts import Strict
+
+
+class Draw(Strict):
+    """One batch to be drawn or scored; `seed: null` takes the plan's."""
+
+    @property
+    def size(self) -> int:
+        """How many sequences are drawn; 0 where none is, or nobody knows before."""
+        return 0
+
+    def generate(self, hub: SampleGenerator, seed: int = 0) -> GeneratedBatch:
+        """Make the batch."""
+        raise TypeError(f"{type(self).__name__} does not say how it is drawn.")
+
+
+class UpdateDraw(Draw):
+    """U: `SampleGenerator.generate_update_batch`."""
+
+    kind: Literal["update"]
+    batch_size_prompts: int = Field(gt=0)
+    completions_per_prompt: int = Field(gt=0)
+    dataset_split: str = "train"
+    seed: int | None = None
+    reward: str | None = "math"
+    advantage: str | None = "group_mean"
+    weights: str | None = "sequence"
+    weight_options: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Count them."""
+        return self.batch_size_prompts * self.completions_per_prompt
+
+    def generate(self, hub: SampleGenerator, seed: int = 0) -> GeneratedBatch:
+        """Draw it."""
+        return hub.generate_update_batch(
+            self.batch_size_prompts,
+            self.completions_per_prompt,
+            self.dataset_split,
+            seed if self.seed is None else self.seed,
+            self.reward,
+            self.advantage,
+            self.weights,
+            **self.weight_options,
+        )
+
+
+class EvaluationDraw(Draw):
+    """E: `SampleGenerator.generate_evaluation_batch`."""
+
+    kind: Literal["evaluation"]
+    batch_size_prompts: int = Field(gt=0)
+    completions_per_prompt: int = Field(1, gt=0)
+    with_replacement: bool = True
+    dataset_split: str = "test"
+    seed: int | None = None
+    reward: str | None = None
+
+    @property
+    def size(self) -> int:
+        """Count them."""
+        return self.batch_size_prompts * self.completions_per_prompt
+
+    def generate(self, hub: SampleGenerator, seed: int = 0) -> GeneratedBatch:
+        """Draw it."""
+        return hub.generate_evaluation_batch(
+            self.batch_size_prompts,
+            self.completions_per_prompt,
+            self.with_replacement,
+            self.dataset_split,
+            seed if self.seed is None else self.seed,
+            self.reward,
+        )
+
+
+class PromptIdsDraw(Draw):
+    """Certain prompts: `SampleGenerator.generate_from_prompt_ids`."""
+
+    kind: Literal["prompt_ids"]
+    prompt_ids: tuple[str | int, ...] = Field(min_length=1)
+    dataset_split: str = "test"
+    completions_per_prompt: int = Field(1, gt=0)
+    seed: int | None = None
+    reward: str | None = None
+
+    @property
+    def size(self) -> int:
+        """Count them."""
+        return len(self.prompt_ids) * self.completions_per_prompt
+
+    def generate(self, hub: SampleGenerator, seed: int = 0) -> GeneratedBatch:
+        """Draw it."""
+        seed = seed if self.seed is None else self.seed
+        return hub.generate_from_prompt_ids(
+            self.prompt_ids, self.dataset_split, self.completions_per_prompt, seed, self.reward
+        )
+
+
+class CustomPromptsDraw(Draw):
+    """Prompts written by hand: `SampleGenerator.generate_from_custom_prompts`."""
+
+    kind: Literal["custom_prompts"]
+    prompts: tuple[str, ...] = Field(min_length=1)
+    completions_per_prompt: int = Field(1, gt=0)
+    seed: int | None = None
+
+    @property
+    def size(self) -> int:
+        """Count them."""
+        return len(self.prompts) * self.completions_per_prompt
+
+    def generate(self, hub: SampleGenerator, seed: int = 0) -> GeneratedBatch:
+        """Draw it."""
+        seed = seed if self.seed is None else self.seed
+        return hub.generate_from_custom_prompts(self.prompts, self.completions_per_prompt, seed)
+
+
+class CustomSequenceDraw(Draw):
+    """A prompt and a response written by hand: `SampleGenerator.build_custom_sequence`."""
+
+    kind: Literal["custom_sequence"]
+    prompt: str
+    response: str
+    metadata: dict[str, Any] = Field(default_factory=dict)
+    raw: bool = False
+    ended: bool = True
+
+    def generate(self, hub: SampleGenerator, seed: int = 0) -> GeneratedBatch:
+        """Score it."""
+        return hub.build_custom_sequence(self.prompt, self.response, self.metadata, raw=self.raw, ended=self.ended)
+
+
+AnyDraw = Annotated[
+    UpdateDraw | EvaluationDraw | PromptIdsDraw | CustomPromptsDraw | CustomSequenceDraw,
+    Field(discriminator="kind"),
+]

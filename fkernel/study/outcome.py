@@ -1,0 +1,247 @@
+"""What was found about one request: arrays by sequence id, in nats."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from fkernel.errors import ResultsError, listing
+from fkernel.kernel import Calibration, calibrate
+from fkernel.rollout import SequenceRecord
+from fkernel.study.diagnostics import cosines
+
+EFFECTS = ("momentum", "decay", "curvature", "realised")
+
+
+@dataclass(frozen=True)
+class SequenceInfo:
+    """A sequence as people know it.
+
+    Attributes:
+        id: display id, such as U-004-03.
+        prompt: the prompt's text.
+        response: the response's text.
+        logprob: S before the step at temperature 1, nats.
+        reward: None where none was given.
+        advantage: A_u; None where there is none.
+        weight: w_u, the loss weight; None where there is none.
+        prompt_id: its prompt's global_prompt_id.
+        content_hash: of its tokens.
+    """
+
+    id: str
+    prompt: str
+    response: str
+    logprob: float
+    reward: float | None = None
+    advantage: float | None = None
+    weight: float | None = None
+    prompt_id: str = ""
+    content_hash: str = ""
+
+
+def info_of(record: SequenceRecord) -> SequenceInfo:
+    """Keep what results show of a record."""
+    return SequenceInfo(
+        record.sequence_id,
+        record.prompt,
+        record.response,
+        record.logprob,
+        record.reward,
+        record.advantage,
+        record.weight,
+        record.provenance.global_prompt_id,
+        record.content_hash,
+    )
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry of the kernel.
+
+    Attributes:
+        row: an id of E (or of U).
+        column: an id of U.
+        kernel: ⟨∇S_row, P ∇S_column⟩.
+        cosine: the same over both norms.
+        contribution: what column did to row, nats; None where column has no weight.
+    """
+
+    row: str
+    column: str
+    kernel: float
+    cosine: float
+    contribution: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class RequestResult:
+    """What one optimizer step did to every sequence of a batch, and which sequence of U did it.
+
+    In nats where P is calibrated; a bare P gives `batch` and `contributions` in units of its own, and then no
+    prediction is made.
+
+    Attributes:
+        name: the request's.
+        kind: the request's.
+        evaluation: the rows, n_E sequences.
+        update: the columns, n_U sequences.
+        batch: [n_E] Σ_u C_eu, what the update batch did.
+        momentum: [n_E] nats; None where there is no optimizer state or P is bare, as the next three.
+        decay: [n_E] nats.
+        curvature: [n_E] nats, ½ ΔθᵀH_eΔθ; None also where it was not asked for.
+        realised: [n_E] nats, S after the step minus S before; None also where it was not asked for, or where other
+            advantages than the step's were.
+        squared_norms: [n_E] ‖∇S_e‖²; None where only the influence was asked for, as all that follows.
+        diagonal: [n_E] K_ee.
+        update_diagonal: [n_U] K_uu.
+        top: [n_E k] columns of the largest |C_eu|, largest first.
+        top_contributions: [n_E k] their C_eu.
+        kernel: [n_E n_U] K; None unless it was kept, as the next.
+        contributions: [n_E n_U] C.
+        selected: entries that were asked for by id.
+        facts: JSON: same-prompt and cross-prompt blocks, sampling diagnostics, advantages that were overridden.
+    """
+
+    name: str
+    kind: str
+    evaluation: tuple[SequenceInfo, ...]
+    update: tuple[SequenceInfo, ...]
+    batch: np.ndarray
+    momentum: np.ndarray | None = None
+    decay: np.ndarray | None = None
+    curvature: np.ndarray | None = None
+    realised: np.ndarray | None = None
+    squared_norms: np.ndarray | None = None
+    diagonal: np.ndarray | None = None
+    update_diagonal: np.ndarray | None = None
+    top: np.ndarray | None = None
+    top_contributions: np.ndarray | None = None
+    kernel: np.ndarray | None = None
+    contributions: np.ndarray | None = None
+    selected: tuple[Entry, ...] = ()
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def first_order(self) -> np.ndarray | None:
+        """[n_E] nats: batch + momentum + decay."""
+        return None if self.momentum is None or self.decay is None else self.batch + self.momentum + self.decay
+
+    @property
+    def second_order(self) -> np.ndarray | None:
+        """[n_E] nats: first order + curvature."""
+        first = self.first_order
+        return None if first is None or self.curvature is None else first + self.curvature
+
+    @property
+    def predicted(self) -> np.ndarray:
+        """[n_E]: the best prediction there is; second order, first order or the batch's part alone."""
+        for best in (self.second_order, self.first_order):
+            if best is not None:
+                return best
+        return self.batch
+
+    @property
+    def calibration(self) -> dict[str, Calibration]:
+        """The predictions held against the step really taken: K·A alone, first order, second order.
+
+        Empty without a realised change, or where fewer than two sequences moved differently.
+        """
+        if self.realised is None:
+            return {}
+        predictions = {"batch": self.batch, "first_order": self.first_order, "second_order": self.second_order}
+        realised = torch.from_numpy(self.realised)
+        found = {}
+        for name, prediction in predictions.items():
+            if prediction is not None and len(prediction) > 1 and prediction.std() * self.realised.std() > 0:
+                found[name] = calibrate(torch.from_numpy(prediction), realised)
+        return found
+
+    @property
+    def cosines(self) -> np.ndarray:
+        """[n_E n_U] K_eu / √(K_ee K_uu).
+
+        Raises:
+            ResultsError: the kernel was not kept.
+        """
+        K, rows, columns = (torch.from_numpy(self.kept(name)) for name in ("kernel", "diagonal", "update_diagonal"))
+        return cosines(K, rows, columns).numpy()
+
+    def kept(self, name: str) -> np.ndarray:
+        """Give an array that a plan may leave out.
+
+        Raises:
+            ResultsError: this one did.
+        """
+        found = getattr(self, name)
+        if found is None:
+            raise ResultsError(
+                f"The request {self.name!r} kept no {name}; ask for capture: {{kernel: true}} in its plan."
+            )
+        return found
+
+    def row(self, sequence_id: str) -> int:
+        """Find the row of a sequence of E.
+
+        Raises:
+            ResultsError: there is none of that id.
+        """
+        return _place(self.evaluation, sequence_id, f"The request {self.name!r}")
+
+    def column(self, sequence_id: str) -> int:
+        """Find the column of a sequence of U.
+
+        Raises:
+            ResultsError: there is none of that id.
+        """
+        return _place(self.update, sequence_id, "The update batch")
+
+    def top_contributors(self, row: int, k: int = 3) -> list[tuple[SequenceInfo, float]]:
+        """Return the k update sequences that moved one evaluation sequence most, with their nats, largest first."""
+        if self.top is None or self.top_contributions is None:
+            return []
+        pairs = zip(self.top[row, :k], self.top_contributions[row, :k], strict=True)
+        return [(self.update[u], float(nats)) for u, nats in pairs]
+
+
+def _place(sequences: tuple[SequenceInfo, ...], sequence_id: str, where: str) -> int:
+    ids = [info.id for info in sequences]
+    if sequence_id not in ids:
+        raise ResultsError(f"{where} has no sequence {sequence_id!r}; it has {listing(ids)}.")
+    return ids.index(sequence_id)
+
+
+@dataclass(frozen=True, eq=False)
+class SelfKernel:
+    """U against itself.
+
+    Attributes:
+        ids: [n_U] of the rows and columns.
+        eigenvalues: [n_U] of K_UU, largest first.
+        effective_rank: exp of the eigenvalues' entropy.
+        participation: (Σ λ)² / Σ λ².
+        squared_norms: [n_U] ‖∇S_u‖².
+        diagonal: [n_U] K_uu.
+        same_prompt: (mean K, mean |cosine|, entries) of different sequences of one prompt.
+        cross_prompt: the same of different prompts.
+        kernel: [n_U n_U]; None unless it was asked for.
+    """
+
+    ids: tuple[str, ...]
+    eigenvalues: np.ndarray
+    effective_rank: float
+    participation: float
+    squared_norms: np.ndarray
+    diagonal: np.ndarray
+    same_prompt: tuple[float | None, float | None, int]
+    cross_prompt: tuple[float | None, float | None, int]
+    kernel: np.ndarray | None = None
+
+    @property
+    def norm_ratio(self) -> float | None:
+        """The largest √K_uu over the smallest; None where a gradient is zero."""
+        least = float(self.diagonal.min())
+        return float(self.diagonal.max() / least) ** 0.5 if least > 0 else None

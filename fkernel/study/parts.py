@@ -1,0 +1,112 @@
+"""What plans are made of: a checkpoint, where prompts come from, how responses are drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from fkernel import checkpoint
+from fkernel.rollout import Gym, PromptSource, SampleGenerator, Sampling, dataset, jsonl
+
+
+class Strict(BaseModel):
+    """Frozen; keys that are not known are mistakes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class CheckpointPlan(Strict):
+    """What `fkernel.checkpoint.load` is given."""
+
+    path: str
+    model: str | None = Field(None, description="a directory with config.json, for layouts without an architecture")
+    base: str | None = Field(None, description="an adapter's base model")
+    order: Literal["named_parameters", "all_parameters", "trainer", "trainer_before_4_51", "by_dimension"] | None = None
+    decoupled: bool | None = None
+    trust_remote_code: bool = False
+
+    def load(self, dtype: torch.dtype = torch.float32) -> checkpoint.Checkpoint:
+        """Load it."""
+        return checkpoint.load(self.path, dtype=dtype, **self.model_dump(exclude={"path"}))
+
+
+class PromptsPlan(Strict):
+    """Where prompts come from: exactly one of a file, a data set and a task."""
+
+    jsonl: str | None = None
+    dataset: str | None = Field(None, description="a directory of save_to_disk()")
+    task: str | None = Field(None, description="a reasoning-gym task")
+    split: str = "train"
+    question: str = Field("question", description="column, of a file or a data set")
+    answer: str = Field("answer", description="column, of a file or a data set")
+    size: int = Field(1000, gt=0, description="questions, of a task")
+    seed: int = Field(0, description="of a task")
+    options: dict[str, Any] = Field(default_factory=dict, description="of a task")
+
+    @model_validator(mode="after")
+    def _one(self) -> PromptsPlan:
+        one_of(self, "jsonl", "dataset", "task")
+        return self
+
+    def source(self) -> PromptSource:
+        """Open it."""
+        if self.task is not None:
+            return Gym(self.task, self.split, self.size, self.seed, **self.options)
+        if self.jsonl is not None:
+            return jsonl(self.jsonl, self.split, self.question, self.answer)
+        assert self.dataset is not None
+        return dataset(self.dataset, self.split, self.question, self.answer)
+
+
+class SamplingPlan(Strict):
+    """How responses are drawn; see `fkernel.rollout.Sampling`."""
+
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+    max_new_tokens: int = Field(default=256, ge=1)
+    stop_strings: tuple[str, ...] = ()
+
+
+def one_of(model: BaseModel, *names: str) -> None:
+    """Raise ValueError unless exactly one of some fields is given."""
+    given = [name for name in names if getattr(model, name) is not None]
+    if len(given) != 1:
+        listed = f"{', '.join(names[:-1])} and {names[-1]}"
+        raise ValueError(f"give exactly one of {listed}, not {' and '.join(given) or 'none'}")
+
+
+class SourcePlan(Strict):
+    """What a `SampleGenerator` is made of, beside the checkpoint; common to all plans."""
+
+    checkpoint: CheckpointPlan
+    prompts: tuple[PromptsPlan, ...] = Field((), description="one a split")
+    template: str = Field("gsm8k_r1", description="gsm8k_r1, chat or bare")
+    sampling: SamplingPlan = SamplingPlan()
+
+    @model_validator(mode="after")
+    def _splits(self) -> SourcePlan:
+        splits = [prompts.split for prompts in self.prompts]
+        twice = sorted({split for split in splits if splits.count(split) > 1})
+        if twice:
+            raise ValueError(f"two prompt sources have the split {twice[0]!r}; give each one of its own (split:)")
+        return self
+
+    def generator(
+        self, loaded: checkpoint.Checkpoint, microbatch: int = 32, tick: Callable[[int], Any] = lambda n: None
+    ) -> SampleGenerator:
+        """Make the hub for U and E."""
+        sources: Mapping[str, PromptSource] = {prompts.split: prompts.source() for prompts in self.prompts}
+        return SampleGenerator(
+            loaded.model,
+            loaded.tokenizer,
+            sources,
+            fingerprint=loaded.provenance.fingerprint,
+            sampling=Sampling(**self.sampling.model_dump()),
+            template=self.template,
+            microbatch=microbatch,
+            tick=tick,
+        )

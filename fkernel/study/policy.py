@@ -1,0 +1,114 @@
+"""A plan's checkpoint as the engine takes it, and what of both decides what a workspace holds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fkernel import func
+from fkernel.checkpoint import Checkpoint
+from fkernel.errors import PlanError, listing
+from fkernel.kernel.store.fingerprint import fingerprint
+from fkernel.precond import AdamWState
+from fkernel.rollout.batch import GeneratedBatch
+from fkernel.shapes import Tree
+from fkernel.study.evaluate import Policy
+from fkernel.study.plan import FisherKernelPlan
+from fkernel.study.response import restricted
+from fkernel.study.workspace import identity_of_batch
+
+
+def policy_of(plan: FisherKernelPlan, loaded: Checkpoint, temperature: float) -> Policy:
+    """Make S, θ and the optimizer's state, of the selected parameters.
+
+    Raises:
+        PlanError: a pattern names no parameter, or one that the optimizer did not train.
+    """
+    apply, params = func.make_functional(loaded.model, chosen_parameters(plan, loaded.model))
+    state = loaded.optimizer
+    if state is not None and set(state.names) != set(params):
+        missing = sorted(set(params) - set(state.names))
+        if missing:
+            raise PlanError(f"parameters: the optimizer did not train {listing(missing)}; leave them out.")
+    if state is not None:
+        state = restricted(state, params)
+    return Policy(func.sequence_logprob(apply, temperature), params, state, None)
+
+
+def after_of(plan: FisherKernelPlan, params: Tree) -> Tree | None:
+    """Load θ after the step, where it was really taken.
+
+    Raises:
+        PlanError: it is another model's.
+    """
+    if plan.step.after is None:
+        return None
+    later = plan.step.after.load(getattr(torch, plan.numerics.dtype)).model.to(plan.numerics.device)
+    named = {name: leaf.detach() for name, leaf in later.named_parameters()}
+    if missing := sorted(set(params) - set(named)):
+        raise PlanError(f"step.after: {plan.step.after.path} has no {listing(missing)}; is it the same model's?")
+    return {name: named[name] for name in params}
+
+
+def chosen_parameters(plan: FisherKernelPlan, model: Any) -> list[str] | None:
+    """Find the parameters that a plan's patterns name; None for all that were trained.
+
+    Raises:
+        PlanError: a pattern names none.
+    """
+    if plan.parameters is None:
+        return None
+    trained = [name for name, leaf in model.named_parameters() if leaf.requires_grad]
+    for pattern in plan.parameters:
+        if not any(fnmatchcase(name, pattern) for name in trained):
+            raise PlanError(
+                f"parameters: {pattern!r} names none of the {len(trained)} trained ones; {listing(trained)}."
+            )
+    return [name for name in trained if any(fnmatchcase(name, pattern) for pattern in plan.parameters)]
+
+
+def asked_of(plan: FisherKernelPlan, loaded: Checkpoint, made: GeneratedBatch | None) -> dict[str, Any]:
+    """List everything that decides what a workspace holds, JSON.
+
+    Args:
+        plan: the plan.
+        loaded: its checkpoint.
+        made: U, where it is given rather than drawn.
+    """
+    names = chosen_parameters(plan, loaded.model)
+    names = names or [name for name, leaf in loaded.model.named_parameters() if leaf.requires_grad]
+    sampling = plan.sampling.temperature if made is None or made.sampling is None else made.sampling.temperature
+    return {
+        "checkpoint": loaded.provenance.fingerprint,
+        "parameters": {"patterns": plan.parameters, "count": len(names), "sha256": _hash(names)},
+        "optimizer": None if loaded.optimizer is None else _fingerprint(loaded.optimizer),
+        "update": _drawn(plan) if made is None else {"batch": identity_of_batch(made)},
+        "temperature": plan.numerics.temperature or sampling,
+        "dtype": plan.numerics.dtype,
+        "preconditioner": plan.preconditioner.model_dump(mode="json"),
+        "step": {"max_norm": plan.step.max_norm, "clip": plan.step.clip},
+    }
+
+
+def _drawn(plan: FisherKernelPlan) -> dict[str, Any]:
+    """What decides which U is drawn: the draw, the sampling, the template, the prompts and what their files hold."""
+    record = plan.model_dump(mode="json", include={"update", "sampling", "template", "prompts"})
+    files = {prompts.jsonl for prompts in plan.prompts if prompts.jsonl is not None}
+    record["files"] = {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in sorted(files)}
+    record["seed"] = plan.numerics.seed
+    return record
+
+
+def _fingerprint(state: AdamWState) -> str:
+    """Name an optimizer's state, numbers and moments."""
+    numbers = {field: getattr(state, field) for field in ("step", "lr", "beta1", "beta2", "eps", "weight_decay")}
+    return _hash([numbers, fingerprint(state.exp_avg), fingerprint(state.exp_avg_sq)])
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,78 @@
+"""What a workspace answers by itself, without the model: no gradient is computed here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fkernel import func
+from fkernel.kernel import recycled
+from fkernel.shapes import Tensor
+from fkernel.study.diagnostics import BlockTally, cosines, spectrum
+from fkernel.study.gradients import GradientCache
+from fkernel.study.outcome import Entry, SelfKernel
+from fkernel.study.workspace import KernelWorkspace, selected
+
+
+def self_kernel_of(
+    workspace: KernelWorkspace, ids: Sequence[str] | None = None, full: bool = False, room: int | None = None
+) -> SelfKernel:
+    """Compute K_UU, or the part of some sequences, with its spectrum.
+
+    Args:
+        workspace: U.
+        ids: patterns on ids; None for all.
+        full: whether the matrix is kept.
+        room: bytes of gradients that are held on one side at a time; None for all.
+
+    Raises:
+        RolloutError: a pattern names no sequence.
+    """
+    ids = workspace.batch.ids if ids is None else selected(workspace.batch.ids, ids, "U")
+    at = torch.tensor([workspace.index[name] for name in ids])
+    with recycled():
+        K = workspace.self_kernel(room)[at][:, at]
+        norms = workspace.norms
+    prompts = [workspace.batch.records[i].provenance.global_prompt_id for i in at.tolist()]
+    same = torch.tensor([[a == b for b in prompts] for a in prompts])
+    others = ~torch.eye(len(ids), dtype=torch.bool)
+    cosine, tally = cosines(K, norms.weighted[at], norms.weighted[at]), BlockTally()
+    tally.add(K[others], cosine[others], same[others])
+    found = spectrum(K)
+    return SelfKernel(
+        tuple(ids),
+        found.eigenvalues.numpy(),
+        found.effective_rank,
+        found.participation,
+        norms.plain[at].numpy(),
+        norms.weighted[at].numpy(),
+        *tally.blocks,
+        kernel=K.numpy() if full else None,
+    )
+
+
+def entry_of(workspace: KernelWorkspace, one: GradientCache, other: GradientCache) -> Entry:
+    """Make the kernel's entry of two gradients; a contribution too, where the second one is U's."""
+    K = workspace.kernel_between(one, other)
+    scale = one.preconditioned_norm * other.preconditioned_norm
+    weight = workspace.weights[workspace.index[other.sequence_id]] if other.sequence_id in workspace.index else None
+    nats = None if weight is None else float(weight) * K
+    return Entry(one.sequence_id, other.sequence_id, K, K / scale if scale else 0.0, nats)
+
+
+def influence_of(
+    workspace: KernelWorkspace, ids: tuple[str, ...] | None = None, advantages: Any = None
+) -> dict[str, float]:
+    """Compute Σ_j C(t, j) for sequences t of U, as {id: nats}, from gradients that the workspace holds."""
+    wanted = workspace.batch.ids if ids is None else selected(workspace.batch.ids, ids, "U")
+    weights: Tensor = workspace.weights_with(advantages)
+    towards = {name: leaf[None] for name, leaf in workspace.P(workspace.gradients.weighted_sum(weights)).items()}
+    found = dict.fromkeys(wanted, 0.0)
+    for rows, handles in workspace.gradients:
+        for row, nats in zip(rows.tolist(), func.contract(handles, towards)[:, 0].tolist(), strict=True):
+            name = workspace.batch.ids[row]
+            if name in found:
+                found[name] = nats
+    return found

@@ -1,0 +1,205 @@
+"""What may be asked of a workspace: one batch E each, of the kinds of the sample generator, saved, or handed in."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_serializer, model_validator
+
+from fkernel.errors import PlanError
+from fkernel.rollout import CustomSample, SampleGenerator, check_recorded, load_batch, score
+from fkernel.rollout.batch import GeneratedBatch
+from fkernel.rollout.rewards import dotted
+from fkernel.study.draws import (
+    CustomPromptsDraw,
+    CustomSequenceDraw,
+    Draw,
+    EvaluationDraw,
+    PromptIdsDraw,
+    UpdateDraw,
+)
+from fkernel.study.parts import Strict, one_of
+
+
+class Submatrix(Strict):
+    """Entries of K to keep: every pair of some rows and some columns, by id; `*` stands for any characters."""
+
+    rows: tuple[str, ...] = Field(min_length=1)
+    columns: tuple[str, ...] = Field(min_length=1)
+
+
+class CapturePlan(Strict):
+    """What of a request is computed, and what of that is kept."""
+
+    kernel: bool = Field(False, description="keep K and C whole; memory and files grow with n_E · n_U")
+    top_k: int = Field(10, ge=0, description="contributors kept for each sequence")
+    pairs: tuple[tuple[str, str], ...] = Field((), description="[E id, U id], whose entries are kept")
+    submatrices: tuple[Submatrix, ...] = Field((), description="blocks of K that are kept")
+    curvature: bool = Field(True, description="½ ΔθᵀHΔθ, by one pass of second derivatives over E")
+    realised: bool = Field(True, description="take the step, and hold the prediction against what it does")
+
+    @property
+    def influence_only(self) -> bool:
+        """Whether nothing is asked that needs K: then one jvp over E gives the influence."""
+        return not (self.kernel or self.top_k or self.pairs or self.submatrices)
+
+
+class FromFile(Draw):
+    """A batch that `save_batch` wrote; it must be of the plan's checkpoint."""
+
+    kind: Literal["from_file"]
+    path: str
+
+    def generate(self, hub: SampleGenerator, seed: int = 0) -> GeneratedBatch:
+        """Read it."""
+        return load_batch(self.path, checkpoint=hub.fingerprint)
+
+
+class SamplePayload(Strict):
+    """A prompt and a response, as `CustomSample` takes them."""
+
+    prompt: str
+    response: str
+    metadata: dict[str, Any] = Field(default_factory=dict)
+    raw: bool = False
+    ended: bool = True
+
+
+class Payload(Draw):
+    """Sequences that are handed in: written out, made by a function, or (from Python) a batch; exactly one of them."""
+
+    kind: Literal["payload"]
+    samples: tuple[SamplePayload, ...] | None = Field(None, min_length=1)
+    callback: str | None = Field(None, description="dotted name of a function: SampleGenerator -> GeneratedBatch")
+    batch: Any = Field(None, description="from Python only")
+
+    @model_validator(mode="after")
+    def _one(self) -> Payload:
+        one_of(self, "samples", "callback", "batch")
+        if not isinstance(self.batch, GeneratedBatch | None):
+            raise ValueError("a batch is handed in from Python, as a GeneratedBatch; in a file, give samples")
+        return self
+
+    @field_serializer("batch")
+    def _shown(self, batch: GeneratedBatch | None) -> Any:
+        return None if batch is None else {"ids": batch.ids}
+
+    def generate(self, hub: SampleGenerator, seed: int = 0) -> GeneratedBatch:
+        """Score what was written, call the function, or take the batch."""
+        if self.batch is not None:
+            return _ours(self.batch, hub, "the batch that was handed in")
+        if self.callback is not None:
+            found = dotted(self.callback, "a function that makes a batch: SampleGenerator -> GeneratedBatch")(hub)
+            if not isinstance(found, GeneratedBatch):
+                raise PlanError(f"{self.callback} returned a {type(found).__name__}; expected a GeneratedBatch.")
+            return _ours(found, hub, f"the batch of {self.callback}")
+        assert self.samples is not None
+        given = (CustomSample(**sample.model_dump()) for sample in self.samples)
+        return GeneratedBatch.merge([hub.build_custom_sequence(sample) for sample in given])
+
+
+def _ours(batch: GeneratedBatch, hub: SampleGenerator, what: str) -> GeneratedBatch:
+    """Hold a batch that was handed in against the policy: by its fingerprint, or else by its log-probabilities."""
+    if batch.checkpoint is None:
+        for record, known in zip(batch, score(hub.model, batch.sequences, hub.sampling), strict=True):
+            check_recorded(record.logprobs, known.logprobs, record.sequence_id)
+        return replace(batch, checkpoint=hub.fingerprint)
+    if batch.checkpoint != hub.fingerprint:
+        raise PlanError(
+            f"{what} is of the checkpoint {batch.checkpoint[:12]}, the plan's is {(hub.fingerprint or 'none')[:12]}: "
+            f"its log-probabilities are another policy's."
+        )
+    return batch
+
+
+UpdateSource = Annotated[UpdateDraw | FromFile | Payload, Field(discriminator="kind")]
+"""Where U comes from."""
+
+
+class BatchRequest(Draw):
+    """What every request may say beside how its batch is made.
+
+    Attributes:
+        name: what results call it; unique. By default its kind, numbered where there are several.
+        sequence_ids: keep these sequences only; `*` stands for any characters.
+        advantages: other advantages of U for this request: a rule's name, or {id: advantage} for some of U. P stays as
+            it is, so that the answer is linear in them, and there is no realised change to compare with.
+        capture: instead of the plan's.
+    """
+
+    name: str | None = Field(None, min_length=1, pattern=r"^[\w.-]+$")
+    sequence_ids: tuple[str, ...] | None = Field(None, min_length=1)
+    advantages: str | dict[str, float] | None = None
+    capture: CapturePlan | None = None
+
+
+class UpdateBatch(BatchRequest):
+    """U itself, with the gradients that the workspace holds; or another batch drawn as one, where sizes are given."""
+
+    kind: Literal["update"]
+    batch_size_prompts: int | None = Field(None, gt=0)
+    completions_per_prompt: int | None = Field(None, gt=0)
+    dataset_split: str = "train"
+    seed: int | None = None
+    reward: str | None = "math"
+    advantage: str | None = "group_mean"
+    weights: str | None = "sequence"
+    weight_options: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _both(self) -> UpdateBatch:
+        if (self.batch_size_prompts is None) != (self.completions_per_prompt is None):
+            raise ValueError("give batch_size_prompts and completions_per_prompt, or neither for U itself")
+        return self
+
+    @property
+    def size(self) -> int:
+        """Count what is drawn: nothing, where it is U itself."""
+        return (self.batch_size_prompts or 0) * (self.completions_per_prompt or 0)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is the workspace's own U."""
+        return self.batch_size_prompts is None
+
+    def generate(self, hub: SampleGenerator, seed: int = 0) -> GeneratedBatch:
+        """Draw another one."""
+        own = set(BatchRequest.model_fields)
+        return UpdateDraw.model_validate(self.model_dump(exclude=own)).generate(hub, seed)
+
+
+class EvaluationBatch(EvaluationDraw, BatchRequest):
+    """A request of kind evaluation."""
+
+
+class PromptIdsBatch(PromptIdsDraw, BatchRequest):
+    """A request of kind prompt_ids."""
+
+
+class CustomPromptsBatch(CustomPromptsDraw, BatchRequest):
+    """A request of kind custom_prompts."""
+
+
+class CustomSequenceBatch(CustomSequenceDraw, BatchRequest):
+    """A request of kind custom_sequence."""
+
+
+class FromFileBatch(FromFile, BatchRequest):
+    """A request of kind from_file."""
+
+
+class PayloadBatch(Payload, BatchRequest):
+    """A request of kind payload."""
+
+
+AnyRequest = Annotated[
+    UpdateBatch
+    | EvaluationBatch
+    | PromptIdsBatch
+    | CustomPromptsBatch
+    | CustomSequenceBatch
+    | FromFileBatch
+    | PayloadBatch,
+    Field(discriminator="kind"),
+]

@@ -1,0 +1,316 @@
+"""From a plan to results: a workspace is made once, and every request is asked of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fkernel import func
+from fkernel.checkpoint import Checkpoint
+from fkernel.errors import PlanError
+from fkernel.kernel.sides import check_sides
+from fkernel.precond import AdamWStep
+from fkernel.rollout import SampleGenerator, load_batch, save_batch
+from fkernel.rollout.batch import GeneratedBatch
+from fkernel.study.checks import check_inputs
+from fkernel.study.draws import Draw
+from fkernel.study.environment import environment
+from fkernel.study.evaluate import Grant, Policy, Question, evaluate, grant_of, room_of
+from fkernel.study.gradients import GradientCache
+from fkernel.study.log import LOGGER, phase, say
+from fkernel.study.outcome import Entry, RequestResult, SelfKernel, info_of
+from fkernel.study.plan import FisherKernelPlan
+from fkernel.study.policy import after_of, policy_of
+from fkernel.study.prepare import prepared
+from fkernel.study.questions import entry_of, influence_of, self_kernel_of
+from fkernel.study.requests import UpdateBatch
+from fkernel.study.results import FisherKernelResults
+from fkernel.study.workspace import KernelWorkspace, named_errors, selected, tokens_of
+
+Tick = Callable[[str, int, int], Any]
+"""(what is done, how many sequences of it are done now, how many there are)."""
+
+
+class FisherKernelRunner:
+    """Executes a plan; or answers questions about its workspace one at a time.
+
+    Attributes:
+        plan: what it was given.
+        logger: where it says what it does.
+        workspace: the one that was prepared last; None before.
+    """
+
+    def __init__(
+        self,
+        config: FisherKernelPlan | Mapping[str, Any],
+        logger: logging.Logger | None = None,
+        tick: Tick = lambda what, n, total: None,
+    ) -> None:
+        """Take a plan; nothing is loaded yet.
+
+        Args:
+            config: a plan, or its keys and values.
+            logger: Python's; `fkernel`'s own by default.
+            tick: called while sequences are done, for a progress bar.
+        """
+        self.logger, self.tick = logger or LOGGER, tick
+        self._take(config if isinstance(config, FisherKernelPlan) else FisherKernelPlan.model_validate(config))
+
+    def _take(self, plan: FisherKernelPlan) -> None:
+        """Begin anew with a plan."""
+        self.plan = plan
+        self.workspace: KernelWorkspace | None = None
+        self._step: AdamWStep | None = None
+        self._batches: dict[str, GeneratedBatch] = {}
+        self._drawn = ("sampling", 0)
+        for loaded in ("checkpoint", "generator", "policy"):
+            self.__dict__.pop(loaded, None)
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The checkpoint, loaded when it is first needed."""
+        with phase(self.logger, "loading the checkpoint", path=self.plan.checkpoint.path) as found:
+            loaded = self.plan.checkpoint.load(getattr(torch, self.plan.numerics.dtype))
+            loaded.model.to(self.plan.numerics.device)
+            found["fingerprint"] = loaded.provenance.fingerprint[:12]
+        return loaded
+
+    @cached_property
+    def generator(self) -> SampleGenerator:
+        """The hub for U and E, made when a request first needs it."""
+        return self.plan.generator(self.checkpoint, tick=lambda n: self.tick(self._drawn[0], n, self._drawn[1]))
+
+    @cached_property
+    def policy(self) -> Policy:
+        """The checkpoint as the engine takes it; S at the temperature that U was sampled at, unless the plan says."""
+        found = policy_of(self.plan, self.checkpoint, self._given(None).asked["temperature"])
+        return found._replace(after=after_of(self.plan, found.params))
+
+    def prepare_update_workspace(self, plan: FisherKernelPlan | None = None) -> KernelWorkspace:
+        """Make U's workspace, go on with one that was cut off, or open one that is complete.
+
+        Args:
+            plan: instead of the runner's own.
+
+        Returns:
+            The workspace; it stays open, for this process alone, until it is closed.
+
+        Raises:
+            FKernelError: whatever is wrong with the checkpoint, the batch, or the place where gradients are kept.
+        """
+        if plan is not None:
+            self._take(plan)
+        plan = self.plan
+        with phase(self.logger, "preparing the workspace") as found:
+            workspace, self._step = prepared(
+                plan, self.checkpoint, lambda: self._generated(plan.update, "U"), partial(self.tick, "gradients of U")
+            )
+            self.workspace = workspace
+            found |= {"sequences": len(workspace.batch), "gradients_computed": workspace.gradients.computed}
+            found["gradients_read"] = len(workspace.batch) - workspace.gradients.computed
+        return workspace
+
+    def adopt(self, workspace: KernelWorkspace) -> None:
+        """Take a workspace that was opened elsewhere.
+
+        Raises:
+            PlanError: it is of another checkpoint than the plan's.
+        """
+        if workspace.asked["checkpoint"] != self.checkpoint.provenance.fingerprint:
+            raise PlanError(
+                f"The workspace is of the checkpoint {workspace.asked['checkpoint'][:12]}, the plan's is "
+                f"{self.checkpoint.provenance.fingerprint[:12]}."
+            )
+        self.workspace = workspace
+
+    def compute_self_kernel(
+        self,
+        workspace: KernelWorkspace | None = None,
+        sequence_ids: tuple[str, ...] | None = None,
+        capture_full: bool = False,
+    ) -> SelfKernel:
+        """Compute K_UU, or the part of some sequences, with its spectrum.
+
+        Args:
+            workspace: the one prepared last by default.
+            sequence_ids: patterns on ids; None for all.
+            capture_full: whether the matrix is kept.
+
+        Raises:
+            RolloutError: a pattern names no sequence.
+        """
+        workspace = self._given(workspace)
+        with phase(self.logger, "kernel of U with itself"):
+            room = room_of(self._grant(workspace.batch), workspace)
+            return self_kernel_of(workspace, sequence_ids, capture_full, room)
+
+    def evaluate_batch(
+        self,
+        request: Any,
+        workspace: KernelWorkspace | None = None,
+        capture_full: bool | None = None,
+        batch: GeneratedBatch | None = None,
+    ) -> RequestResult:
+        """Ask what U's step does to every sequence of a batch, and which sequence of U does it.
+
+        Args:
+            request: one of the plan's kinds, such as `plan.requests[0]`.
+            workspace: the one prepared last by default.
+            capture_full: whether K and C are kept whole; None as the request says.
+            batch: E itself, instead of what the request would draw.
+
+        Raises:
+            FKernelError: E cannot be made or scored, or something is asked that is not there.
+        """
+        workspace, plan = self._given(workspace), self.plan
+        name = request.name or request.kind
+        capture = request.capture or plan.capture
+        if capture_full is not None:
+            capture = capture.model_copy(update={"kernel": capture_full})
+        with phase(self.logger, f"request {name}") as found:
+            E = self._batch(request, workspace) if batch is None else batch
+            if request.sequence_ids is not None:
+                E = E.clone_with_subset(selected(E.ids, request.sequence_ids, f"the request {name!r}"))
+            self._batches[name] = E
+            with named_errors(E):
+                tokens = tokens_of(E, self.policy.params)
+                check_sides(self.policy.f, self.policy.params, tokens, tokens)
+                question = Question(name, request.kind, capture, request.advantages, request.capture is not None)
+                grant, size = self._grant(E), len(E)
+                result = evaluate(
+                    question, E, workspace, self.policy, self._step, grant, lambda n: self.tick(name, n, size)
+                )
+            found |= {"sequences": len(E)}
+            found |= {f"{key}_relative_error": v.relative_error for key, v in result.calibration.items()}
+        return result
+
+    def query(self, one: str, other: str, workspace: KernelWorkspace | None = None) -> Entry:
+        """Compute K of any two sequences: of U, or of a batch that was evaluated (`name/E-000-00` where ids repeat).
+
+        Raises:
+            RolloutError, PlanError: there is no such sequence, or more than one of that id.
+        """
+        workspace = self._given(workspace)
+        return entry_of(workspace, self.cache(one, workspace), self.cache(other, workspace))
+
+    def cache(self, sequence_id: str, workspace: KernelWorkspace | None = None) -> GradientCache:
+        """Give the gradient of a sequence of U, which is read, or of a batch that was evaluated, which is computed."""
+        workspace = self._given(workspace)
+        if sequence_id in workspace.index:
+            return workspace.cache(sequence_id)
+        name, _, own = sequence_id.rpartition("/")
+        places = [batch for key, batch in self._batches.items() if own in batch.ids and (not name or key == name)]
+        if not places:
+            workspace.batch.by_id(sequence_id)  # its error names near ids
+        if len(places) > 1:
+            raise PlanError(f"{sequence_id!r} is a sequence of several requests; say which: NAME/{sequence_id}.")
+        return self.external(places[0].clone_with_subset([own]), workspace)
+
+    def external(self, batch: GeneratedBatch, workspace: KernelWorkspace | None = None) -> GradientCache:
+        """Compute the gradient of a batch of one."""
+        workspace, policy = self._given(workspace), self.policy
+        E = tokens_of(batch, policy.params)
+
+        def read() -> Any:
+            with named_errors(batch):
+                return func.per_sequence_handles(policy.f)(policy.params, E)
+
+        return GradientCache(batch.ids[0], read, workspace.P)
+
+    def influence(
+        self,
+        ids: tuple[str, ...] | None = None,
+        advantages: Any = None,
+        workspace: KernelWorkspace | None = None,
+    ) -> dict[str, float]:
+        """Compute Σ_j C(t, j) for sequences t of U; no gradient is computed.
+
+        Args:
+            ids: patterns on ids; None for all of U.
+            advantages: other advantages: a rule's name, or {id: advantage}.
+            workspace: the one prepared last by default.
+
+        Returns:
+            {id: nats}, in U's order.
+        """
+        return influence_of(self._given(workspace), ids, advantages)
+
+    def run(self, plan: FisherKernelPlan | None = None) -> FisherKernelResults:
+        """Execute a plan.
+
+        Args:
+            plan: instead of the runner's own.
+
+        Raises:
+            FKernelError: the first thing that is wrong; what was computed until then stays in the workspace.
+        """
+        if plan is not None:
+            self._take(plan)
+        plan = self.plan
+        check_inputs(plan)
+        about = environment() | {"plan_hash": plan.hash, "seed": plan.numerics.seed}
+        say(self.logger, f"plan {plan.hash[:12]}, out {plan.out}", **about)
+        with self.prepare_update_workspace() as workspace:
+            own = self.compute_self_kernel(workspace, capture_full=plan.capture.kernel) if plan.self_kernel else None
+            found = {str(request.name): self.evaluate_batch(request, workspace) for request in plan.requests}
+            rows = {entry.row for result in found.values() for entry in result.selected}
+            for row in sorted({row for row, _ in plan.capture.pairs} - rows):
+                missed = f"capture.pairs: no request has a sequence {row!r}; nothing was kept for it"
+                say(self.logger, missed, logging.WARNING)
+            return FisherKernelResults(
+                plan=plan.record(),
+                environment=about | {"fingerprint": workspace.asked["checkpoint"]},
+                update=tuple(map(info_of, workspace.batch)),
+                step=self._facts(workspace),
+                self_kernel=own,
+                requests=found,
+            )
+
+    def save_batches(self, out: str | Path) -> None:
+        """Save every batch that was evaluated, and is not there yet, to `<out>/batches/<name>`.
+
+        So is U, as `batches/update_batch`, where no workspace keeps it.
+        """
+        own = self.workspace if self.workspace and self.workspace.directory is None else None
+        for name, batch in {**self._batches, **({"update_batch": own.batch} if own else {})}.items():
+            place = Path(out) / "batches" / name
+            if place.exists() and load_batch(place).ids != batch.ids:
+                raise PlanError(f"There is another batch at {place}; choose another directory (out:), or delete it.")
+            if not place.exists():
+                save_batch(batch, place)
+
+    def _facts(self, workspace: KernelWorkspace) -> dict[str, Any]:
+        state, computed = self.policy.state, workspace.gradients.computed
+        facts: dict[str, Any] = {"clip": workspace.clip, "grad_norm": workspace.grad_norm}
+        facts |= {"step": self.checkpoint.step, "temperature": workspace.asked["temperature"]}
+        facts |= {"parameters": sum(leaf.numel() for leaf in self.policy.params.values())}
+        if state is not None:
+            facts |= {"lr": sorted({*state.lr.values()}), "weight_decay": sorted({*state.weight_decay.values()})}
+        facts["sampling"] = workspace.batch.diagnostics
+        say(self.logger, "gradients of U", computed=computed, read=len(workspace.batch) - computed)
+        return facts
+
+    def _given(self, workspace: KernelWorkspace | None) -> KernelWorkspace:
+        found = workspace or self.workspace
+        if found is None:
+            raise PlanError("There is no workspace yet; call prepare_update_workspace() first.")
+        return found
+
+    def _batch(self, request: Any, workspace: KernelWorkspace) -> GeneratedBatch:
+        if isinstance(request, UpdateBatch) and request.is_own:
+            return workspace.batch
+        return self._generated(request, str(request.name))
+
+    def _generated(self, draw: Draw, what: str) -> GeneratedBatch:
+        """Make a batch; every sequence that is drawn is told of twice, drawn and scored."""
+        self._drawn = (f"sampling {what}", 2 * draw.size)
+        return draw.generate(self.generator, self.plan.numerics.seed)
+
+    def _grant(self, batch: GeneratedBatch) -> Grant:
+        tokens = tokens_of(batch, self.policy.params)
+        return grant_of(self.plan.numerics.memory, self.plan.numerics.microbatch, self.policy, tokens)

@@ -1,0 +1,65 @@
+"""Results as labelled arrays and tables, for the libraries that people analyse with."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fkernel.errors import ResultsError
+from fkernel.study.outcome import EFFECTS, RequestResult, SequenceInfo
+
+VECTORS = ("batch", *EFFECTS, "first_order", "second_order", "squared_norms", "diagonal")
+MATRICES = ("kernel", "contributions")
+
+
+def to_xarray(update: Sequence[SequenceInfo], units: str, requests: Sequence[RequestResult]) -> Any:
+    """Make an `xarray.Dataset` of some requests against one U; rows that lack a quantity have NaN."""
+    xr = _package("xarray")
+    rows = [info for result in requests for info in result.evaluation]
+    ids = [info.id for info in rows]
+    coordinates = {
+        "eval": ids,
+        "update": [info.id for info in update],
+        "request": ("eval", [result.name for result in requests for _ in result.evaluation]),
+        "prompt": ("eval", [info.prompt for info in rows]),
+        "response": ("eval", [info.response for info in rows]),
+        "advantage": ("update", [np.nan if u.advantage is None else u.advantage for u in update]),
+    }
+    found = {}
+    for names, dimensions in ((VECTORS, ("eval",)), (MATRICES, ("eval", "update"))):
+        for name in names:
+            parts = [getattr(result, name) for result in requests]
+            if any(part is not None for part in parts):
+                shape = (len(update),) * (len(dimensions) - 1)
+                filled = [
+                    np.full((len(result.evaluation), *shape), np.nan) if part is None else part
+                    for result, part in zip(requests, parts, strict=True)
+                ]
+                unit = {"units": units} if name not in ("kernel", "squared_norms", "diagonal") else {}
+                found[name] = (dimensions, np.concatenate(filled), unit)
+    return xr.Dataset(found, coordinates, {"units": units})
+
+
+def to_frame(requests: Sequence[RequestResult]) -> Any:
+    """Make a pandas table of some requests, one row a sequence."""
+    pd = _package("pandas")
+    rows = []
+    for result in requests:
+        for row, info in enumerate(result.evaluation):
+            entry: dict[str, Any] = {"request": result.name, "id": info.id, "prompt": info.prompt}
+            entry |= {"response": info.response, "logprob": info.logprob, "reward": info.reward}
+            entry |= {name: float(v[row]) for name in VECTORS if (v := getattr(result, name)) is not None}
+            for u, value in result.top_contributors(row, 1):
+                entry |= {"top_contributor": u.id, "top_contribution": value}
+            rows.append(entry)
+    return pd.DataFrame(rows).set_index(["request", "id"])
+
+
+def _package(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ResultsError(f"This needs {name}: pip install 'fkernel[study]'.") from None

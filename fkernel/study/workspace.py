@@ -1,0 +1,233 @@
+"""U as a workspace: its sequences, their gradients, P; made once, kept, and asked as often as one likes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fkernel import func
+from fkernel.errors import NonFiniteError, RolloutError, listing
+from fkernel.func import Sequences
+from fkernel.func.handles import packed
+from fkernel.kernel.sides import Ordered, Pieces
+from fkernel.precond import Diagonal
+from fkernel.rollout import load_batch
+from fkernel.rollout.batch import GeneratedBatch
+from fkernel.shapes import Tensor, Tree
+from fkernel.study.directory import BATCH, WorkspaceDirectory
+from fkernel.study.gradients import GradientCache, Gradients
+
+
+class KernelWorkspace:
+    """U, its gradients and P, ready to be asked; a context manager that keeps its directory to itself until closed.
+
+    Attributes:
+        batch: U.
+        gradients: J_U.
+        P: the preconditioner.
+        clip: c.
+        grad_norm: ‖∇L‖ before clipping.
+        asked: everything that decides what it holds: fingerprints, preconditioner, step, temperature.
+        directory: where it is kept; None in memory.
+    """
+
+    def __init__(
+        self,
+        batch: GeneratedBatch,
+        gradients: Gradients,
+        P: Diagonal,
+        clip: float,
+        grad_norm: float,
+        asked: Mapping[str, Any],
+        directory: Path | None = None,
+        opened: ExitStack | None = None,
+    ) -> None:
+        """Take what was made or read."""
+        self.batch, self.gradients, self.P, self.clip, self.grad_norm = batch, gradients, P, clip, grad_norm
+        self.asked, self.directory, self._opened = dict(asked), directory, opened or ExitStack()
+        self.index = {name: row for row, name in enumerate(batch.ids)}
+        self._caches: dict[str, GradientCache] = {}
+        self._self_kernel: Tensor | None = None
+        self._norms: Any = None
+
+    def __enter__(self) -> KernelWorkspace:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let other processes have the directory; nothing more is read from it."""
+        self._opened.close()
+
+    @property
+    def weights(self) -> Tensor:
+        """[n_U] c·w·A, what contributions weigh the kernel's columns with."""
+        return self.clip * self.batch.loss_weights
+
+    def weights_with(self, advantages: str | Mapping[str, float] | None) -> Tensor:
+        """[n_U] c·w·A under other advantages: a rule's name, or {id: advantage} for some of U.
+
+        Raises:
+            RolloutError: there is no such rule, or no such sequence.
+        """
+        if advantages is None:
+            return self.weights
+        if isinstance(advantages, str):
+            return self.clip * self.batch.with_advantages(advantages).loss_weights
+        A = self.batch.advantages.clone()
+        for name, value in advantages.items():
+            A[self.row(name)] = value
+        return self.clip * self.batch.with_values("advantage", A).loss_weights
+
+    def advantages_of(self, rule: str | None, changes: Mapping[str, float]) -> dict[str, float] | None:
+        """Make other advantages of a rule and of single changes; None where there is neither.
+
+        Raises:
+            RolloutError: there is no such rule, or no such sequence.
+        """
+        if rule is None and not changes:
+            return None
+        batch = self.batch if rule is None else self.batch.with_advantages(rule)
+        found = dict(zip(batch.ids, batch.advantages.tolist(), strict=True))
+        for name in changes:
+            self.row(name)
+        return found | dict(changes)
+
+    def row(self, sequence_id: str) -> int:
+        """Find the row of a sequence of U.
+
+        Raises:
+            RolloutError: there is none of that id; it names near ones.
+        """
+        self.batch.by_id(sequence_id)
+        return self.index[sequence_id]
+
+    def rows_of(self, batch: GeneratedBatch) -> Tensor | None:
+        """Find the rows of a batch whose sequences are U's own, [n]; None where one is not."""
+        at = [self.index.get(name, -1) for name in batch.ids]
+        if any(row < 0 or self.batch.records[row] is not record for row, record in zip(at, batch, strict=True)):
+            return None
+        return torch.tensor(at)
+
+    def cache(self, sequence_id: str) -> GradientCache:
+        """Give one sequence's gradient: raw, preconditioned, and its norms, each made when it is asked for."""
+        row = self.row(sequence_id)
+        if sequence_id not in self._caches:
+            self._caches[sequence_id] = GradientCache(sequence_id, lambda: self.gradients.one(row), self.P)
+        return self._caches[sequence_id]
+
+    def kernel_between(self, one: GradientCache, other: GradientCache) -> float:
+        """⟨∇S(one), P ∇S(other)⟩, of any two sequences."""
+        return float(func.contract(one.handles, other.handles, diagonal=self.P.d))
+
+    def self_kernel(self, room: int | None = None) -> Tensor:
+        """K_UU [n_U n_U], computed when it is first asked for."""
+        if self._self_kernel is None:
+            self._self_kernel = self.gradients.self_kernel(self.P, room)
+        return self._self_kernel
+
+    @property
+    def norms(self) -> Any:
+        """`func.SquaredNorms` of U, computed when they are first asked for."""
+        if self._norms is None:
+            self._norms = self.gradients.squared_norms(self.P)
+        return self._norms
+
+
+def tokens_of(batch: GeneratedBatch, params: Tree) -> Any:
+    """Give a batch's `Sequences` where the parameters are."""
+    device = next(iter(params.values())).device
+    return Sequences(*(leaf.to(device) for leaf in batch.sequences))
+
+
+@contextmanager
+def named_errors(batch: GeneratedBatch) -> Iterator[None]:
+    """Name the sequence by its id where the engine names a row."""
+    try:
+        yield
+    except NonFiniteError as error:
+        if error.row is None:
+            raise
+        raise NonFiniteError(f"{batch.ids[error.row]}: {error}", row=error.row, parameter=error.parameter) from error
+
+
+def identity_of_batch(batch: GeneratedBatch) -> str:
+    """Name the content of U: tokens, advantages and loss weights of every sequence, with its id."""
+    rows = [[r.sequence_id, r.content_hash, r.advantage, r.weight] for r in batch]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def held_in_memory(side: Ordered, cuts: list[slice], pieces: Pieces, tick: Callable[[int], Any]) -> Gradients:
+    """Compute U's gradients and hold them."""
+    held = []
+    for i, rows in enumerate(cuts):
+        held.append(packed(pieces(i)))
+        tick(rows.stop - rows.start)
+    return Gradients(side, cuts, held.__getitem__, len(side))
+
+
+def load_workspace(path: str | Path) -> KernelWorkspace:
+    """Open a complete workspace for questions about U; no model is needed.
+
+    Args:
+        path: its directory.
+
+    Returns:
+        The workspace; close it, or use it in a `with`.
+
+    Raises:
+        StoreError: there is none, it is not complete, damaged, or another process has it.
+    """
+    directory = WorkspaceDirectory(path, None)
+    try:
+        P, clip, norm = directory.response()
+        batch = load_batch(directory.path / BATCH, checkpoint=directory.asked["checkpoint"])
+        side = Ordered("U", batch.sequences)
+        cuts = directory.cuts()
+        if cuts is None:
+            raise directory.unfinished()
+        gradients = directory.gradients(side, cuts, None)
+        return KernelWorkspace(batch, gradients, P, clip, norm, directory.asked, directory.path, directory.opened)
+    except BaseException:
+        directory.opened.close()
+        raise
+
+
+def serialize_workspace(workspace: KernelWorkspace, path: str | Path) -> Path:
+    """Write a workspace that is held in memory to a directory; one that is kept already is left where it is.
+
+    Raises:
+        StoreError: the directory holds something, or cannot be written.
+    """
+    if workspace.directory is not None:
+        return workspace.directory
+    directory = WorkspaceDirectory(path, workspace.asked)
+    with directory.opened:
+        directory.batch(lambda: workspace.batch, workspace.asked["checkpoint"])
+        own = workspace.gradients
+        directory.gradients(own.side, own.cuts, own.read)
+        directory.seal(workspace.P, workspace.clip, workspace.grad_norm)
+    return Path(path)
+
+
+def selected(ids: Iterable[str], patterns: Iterable[str], what: str, strict: bool = True) -> list[str]:
+    """Find the ids that patterns name, in the ids' order; `*` stands for any characters.
+
+    Raises:
+        RolloutError: a pattern names none, where strict.
+    """
+    ids, kept = list(ids), set[str]()
+    for pattern in patterns:
+        found = {name for name in ids if fnmatchcase(name, pattern)}
+        if not found and strict:
+            raise RolloutError(f"{pattern!r} names no sequence of {what}; it has {listing(ids)}.")
+        kept |= found
+    return [name for name in ids if name in kept]

@@ -1,0 +1,1 @@
+"""Plans, workspaces, runners, results and the commands around them."""

@@ -1,0 +1,111 @@
+"""A plan says what is wrong with it in one line, with the place and the nearest valid name."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+import fkernel as fk
+from fkernel.study import TEMPLATE, FisherKernelPlan, check_inputs, read_plan
+
+
+@pytest.fixture
+def base():
+    return {
+        "checkpoint": {"path": "nowhere"},
+        "update": {"kind": "update", "batch_size_prompts": 2, "completions_per_prompt": 2},
+        "requests": [{"kind": "update"}],
+        "out": "out",
+    }
+
+
+def said(tmp_path, plan) -> str:
+    file = tmp_path / "plan.yaml"
+    file.write_text(yaml.safe_dump(plan))
+    with pytest.raises(fk.PlanError) as caught:
+        read_plan(file, FisherKernelPlan)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"preconditoner": {}}, "preconditoner: there is no such key; did you mean 'preconditioner'?"),
+        ({"preconditioner": {"form": "fozen"}}, "preconditioner.form: expected 'post-step', 'frozen' or 'identity'"),
+        ({"preconditioner": {"form": "identity", "unseen": "zero"}}, "unseen has no meaning"),
+        ({"step": {"max_norm": 1.0, "clip": 0.5}}, "max_norm and clip say the same in two ways"),
+        ({"storage": {"persist": False, "workspace": "w"}}, "persist: false keeps none"),
+        ({"numerics": {"memory": "8 gallons"}}, "expected bytes, or a size such as"),
+        ({"numerics": {"dtype": "bfloat16"}}, "numerics.dtype: expected 'float32' or 'float64'"),
+        ({"requests": [{"kind": "evaluations"}]}, "requests.0"),
+        ({"requests": [{"kind": "evaluation"}]}, "requests.0.evaluation.batch_size_prompts: is missing."),
+        (
+            {"requests": [{"kind": "evaluation", "batch_size_prompts": 3, "completions_per_promt": 2}]},
+            "completions_per_promt: there is no such key; did you mean 'completions_per_prompt'?",
+        ),
+        ({"requests": [{"kind": "update", "completions_per_prompt": 3}]}, "or neither for U itself"),
+        ({"requests": [{"kind": "payload"}]}, "give exactly one of samples, callback and batch, not none"),
+        ({"requests": [{"kind": "payload", "batch": 3}]}, "a batch is handed in from Python"),
+        ({"requests": [{"kind": "update", "name": "a"}] * 2}, "two requests have the name 'a'"),
+        ({"requests": [{"kind": "update", "name": "a b"}]}, "requests.0.update.name"),
+        ({"requests": [{"kind": "update", "capture": {"topk": 3}}]}, "did you mean 'top_k'?"),
+        ({"update": {"kind": "evaluation"}}, "update"),
+        ({"out": 3}, "out: expected a valid string"),
+        ({"capture": {"top_k": -1}}, "capture.top_k: expected greater than or equal to 0"),
+    ],
+)
+def test_mistakes_are_said_in_one_line(tmp_path, base, changes, message):
+    text = said(tmp_path, {**base, **changes})
+    assert message in text, text
+    assert len(text.splitlines()) == 1, text
+    assert str(tmp_path / "plan.yaml") in text
+
+
+def test_missing_files_are_said_with_their_place(base):
+    plan = FisherKernelPlan.model_validate(
+        base | {"requests": [{"kind": "from_file", "path": "no/batch"}], "prompts": [{"jsonl": "no.jsonl"}]}
+    )
+    with pytest.raises(fk.PlanError) as caught:
+        check_inputs(plan)
+    assert str(caught.value).splitlines() == [
+        "checkpoint.path: there is nothing at nowhere; expected a file or a directory.",
+        "prompts.0.jsonl: there is nothing at no.jsonl; expected a file or a directory.",
+        "requests.0.path: there is nothing at no/batch; expected a file or a directory.",
+    ]
+
+
+def test_defaults_are_filled_in_and_the_record_is_a_fixed_point(base):
+    plan = FisherKernelPlan.model_validate(base)
+    record = plan.record()
+    assert record["preconditioner"] == {"form": "post-step", "calibrated": True, "unseen": None}
+    assert record["requests"][0]["name"] == "update"
+    assert json.loads(json.dumps(record)) == record
+    assert FisherKernelPlan.model_validate(record).record() == record
+    assert FisherKernelPlan.model_validate(record).hash == plan.hash
+    assert FisherKernelPlan.model_validate(base | {"out": "elsewhere"}).hash == plan.hash
+    assert FisherKernelPlan.model_validate(base | {"self_kernel": False}).hash != plan.hash
+
+
+def test_requests_of_one_kind_are_numbered(base):
+    plan = FisherKernelPlan.model_validate(base | {"requests": [{"kind": "update"}, {"kind": "update"}]})
+    assert [request.name for request in plan.requests] == ["update-1", "update-2"]
+
+
+def test_the_template_is_a_plan():
+    plan = FisherKernelPlan.model_validate(yaml.safe_load(TEMPLATE))
+    assert [request.name for request in plan.requests] == ["self", "held_out", "probe"]
+
+
+def test_a_plan_is_frozen(base):
+    plan = FisherKernelPlan.model_validate(base)
+    with pytest.raises(ValueError, match="frozen"):
+        plan.out = "elsewhere"
+
+
+def test_the_schema_names_every_key_and_kind():
+    schema = json.dumps(FisherKernelPlan.model_json_schema())
+    kinds = ["update", "evaluation", "prompt_ids", "custom_prompts", "custom_sequence", "from_file", "payload"]
+    for word in [*FisherKernelPlan.model_fields, *kinds]:
+        assert f'"{word}"' in schema

@@ -1,0 +1,236 @@
+"""Finished results: what is saved is what is read, whole or refused; tables and pictures show it."""
+
+import dataclasses
+import json
+import re
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from fkernel import report
+from fkernel.errors import ResultsError
+from fkernel.study import Entry, FisherKernelResults, RequestResult, SelfKernel, SequenceInfo
+
+VECTORS = ("batch", "momentum", "decay", "curvature", "realised", "squared_norms", "diagonal")
+
+
+@pytest.fixture
+def result() -> RequestResult:
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(3, 4)).astype(np.float32)
+    weights = np.array([0.5, -0.5, 0.25, -0.25], dtype=np.float32)
+    contributions = 0.5 * kernel * weights
+    momentum, decay, curvature = (rng.normal(size=3).astype(np.float32) * s for s in (0.3, 1e-3, 1e-2))
+    batch = contributions.sum(1)
+    top = np.argsort(-np.abs(contributions), axis=1)[:, :3]
+    return RequestResult(
+        name="held_out",
+        kind="evaluation",
+        evaluation=tuple(
+            SequenceInfo(f"E-00{i}-00", f"{i}+{i}=", str(2 * i), -1.5, 1.0, prompt_id=f"test-{i}") for i in range(3)
+        ),
+        update=tuple(
+            SequenceInfo(f"U-00{i // 2}-0{i % 2}", f"[{i // 2}]=", "x", -2.0, 0.0, 0.5, 0.25, f"train-{i // 2}")
+            for i in range(4)
+        ),
+        batch=batch,
+        momentum=momentum,
+        decay=decay,
+        curvature=curvature,
+        realised=batch + momentum + decay + curvature + np.float32(1e-3),
+        squared_norms=np.array([1.0, 4.0, 9.0]),
+        diagonal=np.array([9.0, 9.0, 9.0]),
+        update_diagonal=np.array([9.0, 16.0, 9.0, 9.0]),
+        top=top,
+        top_contributions=np.take_along_axis(contributions, top, 1),
+        kernel=kernel,
+        contributions=contributions,
+        selected=(Entry("E-000-00", "U-000-01", 0.5, 0.1, 0.2),),
+        facts={"blocks": {"same_prompt": [None, None, 0], "cross_prompt": [0.1, 0.2, 12]}},
+    )
+
+
+@pytest.fixture
+def results(result) -> FisherKernelResults:
+    bare = dataclasses.replace(
+        result, name="influence", momentum=None, decay=None, curvature=None, realised=None, squared_norms=None,
+        diagonal=None, update_diagonal=None, top=None, top_contributions=None, kernel=None, contributions=None,
+        selected=(), facts={},
+    )  # fmt: skip
+    own = SelfKernel(
+        tuple(u.id for u in result.update), np.array([4.0, 2.0, 1.0, 0.5]), 3.1, 2.8, np.ones(4), np.ones(4),
+        (0.5, 0.6, 4), (0.1, 0.2, 8), np.eye(4),
+    )  # fmt: skip
+    plan = {"preconditioner": {"calibrated": True}}
+    step = {"clip": 0.5, "grad_norm": 2.0, "lr": [1e-5]}
+    return FisherKernelResults(plan, {"torch": "2"}, result.update, step, own, {"held_out": result, "influence": bare})
+
+
+def test_what_is_saved_is_what_is_read(results, tmp_path):
+    again = FisherKernelResults.load(results.save_results(tmp_path / "out"))
+    assert again.update == results.update
+    for name, result in results.requests.items():
+        read = again[name]
+        assert (read.evaluation, read.update, read.selected, read.facts) == (
+            result.evaluation, result.update, result.selected, result.facts,
+        )  # fmt: skip
+        for field in (*VECTORS, "update_diagonal", "top", "top_contributions", "kernel", "contributions"):
+            np.testing.assert_array_equal(getattr(read, field), getattr(result, field))
+    assert (again.step, again.plan, again.environment) == (results.step, results.plan, results.environment)
+    assert again.self_kernel.same_prompt == results.self_kernel.same_prompt
+    np.testing.assert_array_equal(again.self_kernel.eigenvalues, results.self_kernel.eigenvalues)
+    files = ["environment.json", "kernel.npz", "plan.json", "results.json"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == files
+
+
+def test_json_says_what_a_reader_needs(results, tmp_path):
+    results.save_results(tmp_path)
+    data = json.loads((tmp_path / "results.json").read_text())["requests"]["held_out"]
+    row = data["evaluation"][0]
+    assert row["first_order"] == pytest.approx(row["batch"] + row["momentum"] + row["decay"], rel=1e-5)
+    assert row["second_order"] == pytest.approx(row["first_order"] + row["curvature"], rel=1e-5)
+    top = row["top_contributors"]
+    assert [abs(t["value"]) for t in top] == sorted((abs(t["value"]) for t in top), reverse=True)
+    C = results["held_out"].contributions[0]
+    best = np.abs(C).argmax()
+    assert top[0] == {"id": results.update[best].id, "value": pytest.approx(float(C[best]))}
+    assert set(data["calibration"]) == {"batch", "first_order", "second_order"}
+
+
+def test_every_field_of_the_json_is_documented(results, tmp_path):
+    from pathlib import Path
+
+    results.save_results(tmp_path)
+    data = json.loads((tmp_path / "results.json").read_text())
+    page = (Path(__file__).parents[2] / "docs" / "results.md").read_text()
+    request = data["requests"]["held_out"]
+    fields = [*data, *data["self_kernel"], *request, *request["evaluation"][0], *request["selected"][0]]
+    assert [name for name in fields if not re.search(rf"[`.]{name}\b", page)] == []
+    with np.load(tmp_path / "kernel.npz", allow_pickle=False) as file:
+        names = {name.removeprefix("held_out/").removeprefix("influence/") for name in file.files}
+    assert [name for name in names if not re.search(rf"[`./]{name}\b", page)] == []
+
+
+def test_arrays_load_without_pickle_and_carry_their_ids(results, tmp_path):
+    results.save_results(tmp_path)
+    with np.load(tmp_path / "kernel.npz", allow_pickle=False) as file:
+        assert file["held_out/evaluation_ids"].tolist() == [s.id for s in results["held_out"].evaluation]
+        assert file["update_ids"].tolist() == [s.id for s in results.update]
+        assert file["held_out/contributions"].shape == (3, 4)
+        assert "influence/kernel" not in file
+
+
+def test_calibration_sees_a_wrong_scale_that_correlation_misses(result):
+    scaled = dataclasses.replace(result, realised=result.second_order / 2)
+    value = scaled.calibration["second_order"]
+    assert value.pearson == pytest.approx(1.0)
+    assert value.slope == pytest.approx(0.5)
+    assert value.relative_error == pytest.approx(1.0)
+
+
+def test_cosines_and_lookups(result):
+    assert result.cosines[0, 1] == pytest.approx(result.kernel[0, 1] / 12)
+    assert (result.row("E-002-00"), result.column("U-001-01")) == (2, 3)
+    with pytest.raises(ResultsError, match=r"no sequence 'E-9'; it has 'E-000-00'"):
+        result.row("E-9")
+
+
+def test_labelled_arrays_tell_what_is_missing(results):
+    found = results.to_xarray()
+    assert dict(found.sizes) == {"eval": 6, "update": 4}
+    rows = found["contributions"].sel(eval="E-001-00")
+    assert rows.sizes["eval"] == 2  # one of each request
+    assert found["request"].sel(eval="E-001-00").values.tolist() == ["held_out", "influence"]
+    assert np.isnan(found["realised"].values[3:]).all()
+    one = results.to_xarray("held_out")["contributions"].sel(eval="E-001-00", update="U-001-00")
+    assert float(one) == results["held_out"].contributions[1, 2]
+    with pytest.raises(ResultsError, match="no request 'nothing'"):
+        results.to_xarray("nothing")
+    bare = dataclasses.replace(results, requests={"influence": results["influence"]})
+    with pytest.raises(ResultsError, match="No request kept its contributions"):
+        bare.contributions  # noqa: B018
+    frame = results.to_frame()
+    assert frame.loc[("held_out", "E-000-00"), "top_contributor"] == results["held_out"].top_contributors(0)[0][0].id
+
+
+def test_saving_over_results_never_leaves_old_and_new_together(results, tmp_path):
+    results.save_results(tmp_path)
+    broken = dataclasses.replace(results, step={"clip": float("nan")})
+    with pytest.raises(ValueError, match="JSON"):
+        broken.save_results(tmp_path)
+    with pytest.raises(ResultsError, match=r"no readable results\.json"):
+        FisherKernelResults.load(tmp_path)
+    results.save_results(tmp_path)
+    assert FisherKernelResults.load(tmp_path).step == results.step
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.parametrize("fault", ["no json", "no arrays", "newer", "other ids", "truncated", "lacking"])
+def test_unfit_directories_are_refused(results, tmp_path, fault):
+    results.save_results(tmp_path)
+    path = tmp_path / "results.json"
+    data = json.loads(path.read_text())
+    if fault == "no json":
+        path.unlink()
+    elif fault == "no arrays":
+        (tmp_path / "kernel.npz").unlink()
+    elif fault == "truncated":
+        (tmp_path / "kernel.npz").write_bytes((tmp_path / "kernel.npz").read_bytes()[:100])
+    else:
+        data["schema"] = 99 if fault == "newer" else data["schema"]
+        data["update"][0]["id"] = "U-999-99" if fault == "other ids" else data["update"][0]["id"]
+        if fault == "lacking":
+            del data["requests"]["held_out"]["kind"]
+        path.write_text(json.dumps(data))
+    expected = {"newer": "schema 99", "other ids": "different sequences", "lacking": "damaged"}.get(
+        fault, "no readable"
+    )
+    with pytest.raises(ResultsError, match=expected):
+        FisherKernelResults.load(tmp_path)
+
+
+def test_tables_show_every_part_and_the_culprits(results, result):
+    console = Console(width=200, record=True)
+    console.print(report.effects_table(result, rows=2))
+    console.print(report.calibration_table(result))
+    console.print(report.effects_table(results["influence"]))
+    console.print(report.pair_view(result, "E-001-00", "U-001-00"))
+    for line in report.study_lines(results):
+        console.print(line)
+    text = console.export_text()
+    largest = np.abs(result.realised).argmax()
+    assert result.evaluation[largest].id in text
+    assert f"{1e3 * result.realised[largest]:+.2f}" in text
+    for column in ("batch", "momentum", "decay", "curvature", "realised", "Pearson r", "slope", "relative error"):
+        assert column in text
+    assert "[0]=" in text or "[1]=" in text  # brackets in a prompt are text, not markup
+    assert f"{1e3 * result.contributions[1, 2]:+.3f}" in text
+    assert "effective rank" in text
+
+
+def test_pictures_have_a_symmetric_scale_whose_zero_is_white(result, tmp_path):
+    figure = report.heatmap(result, tmp_path / "heatmap.png")
+    image = figure.axes[0].images[0]
+    low, high = image.get_clim()
+    assert low == -high
+    assert image.cmap(0.5)[:3] == pytest.approx((1, 1, 1), abs=0.02)
+    assert (tmp_path / "heatmap.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_picture_that_there_are_numbers_for_is_drawn(results, tmp_path):
+    found = {path.name for path in report.draw_all(results, tmp_path / "pictures")}
+    kinds = ("contributors", "heatmap", "influence", "predicted_vs_realised")
+    assert found == {*(f"held_out_{kind}.png" for kind in kinds), "influence_influence.png", "spectrum.png"}
+    for name in found:
+        assert (tmp_path / "pictures" / name).stat().st_size > 5_000
+
+
+def test_rows_and_columns_of_a_heatmap_are_grouped_by_prompt(result):
+    mixed = dataclasses.replace(
+        result,
+        update=tuple(result.update[i] for i in (0, 2, 1, 3)),
+        contributions=result.contributions[:, [0, 2, 1, 3]],
+    )
+    shown = report.heatmap(mixed).axes[0].images[0].get_array()
+    np.testing.assert_allclose(np.asarray(shown), 1e3 * result.contributions)

@@ -1,0 +1,469 @@
+"""What a study says is what the engine says, what the optimizer did, and the same each time it is asked."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import fkernel as fk
+from fkernel import checkpoint
+from fkernel.rollout import GeneratedBatch, SampleGenerator
+from fkernel.study import (
+    FisherKernelPlan,
+    FisherKernelResults,
+    FisherKernelRunner,
+    influence_of,
+    load_workspace,
+    recorded,
+    serialize_workspace,
+)
+from tests.study.conftest import MAX_NORM, Run
+
+EFFECTS = ("batch", "momentum", "decay", "curvature", "realised", "kernel", "contributions")
+
+
+def executed(plan: dict[str, Any]) -> FisherKernelResults:
+    return FisherKernelRunner(plan).run()
+
+
+def same(one: FisherKernelResults, other: FisherKernelResults, rtol: float = 0.0) -> None:
+    """Equal to the last bit, or nearly."""
+    assert list(one.requests) == list(other.requests)
+    for name in one.requests:
+        assert one[name].evaluation == other[name].evaluation
+        for field in (*EFFECTS, "squared_norms", "diagonal", "top", "top_contributions"):
+            a, b = getattr(one[name], field), getattr(other[name], field)
+            assert (a is None) == (b is None)
+            if a is not None:
+                atol = 10 * rtol * float(np.abs(b).max())
+                np.testing.assert_allclose(a, b, rtol=rtol, atol=atol, err_msg=f"{name}.{field}")
+
+
+@pytest.fixture(scope="module")
+def study(run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], FisherKernelResults]:
+    plan = run.plan(tmp_path_factory.mktemp("study") / "out")
+    plan["requests"] += [{"kind": "update", "name": "self"}]
+    results = executed(plan)
+    results.save_results(plan["out"])
+    return plan, results
+
+
+def test_it_is_what_explain_step_says(run, study):
+    _, results = study
+    loaded = checkpoint.load(run.before)
+    apply, params = fk.func.make_functional(loaded.model)
+    S = fk.func.sequence_logprob(apply)
+    assert loaded.optimizer is not None
+    own = run.batch
+    effect, step = fk.explain_step(
+        S, params, own.sequences, own.sequences, own.loss_weights, loaded.optimizer, max_norm=MAX_NORM
+    )
+    found = results["self"]
+    assert effect.clip < 1
+    assert results.step["clip"] == pytest.approx(effect.clip, rel=1e-5)
+    for name in ("kernel", "contributions", "batch", "momentum", "decay", "curvature"):
+        expected = getattr(effect, name).numpy()
+        np.testing.assert_allclose(getattr(found, name), expected, rtol=2e-4, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(
+        found.squared_norms, [float(fk.tree.norm(g)) ** 2 for g in _gradients(S, params, own)], rtol=1e-4
+    )
+    assert step.total.keys() == params.keys()
+
+
+def _gradients(S, params, batch):
+    J = fk.func.per_sequence_grad(S)(params, batch.sequences)
+    return [{name: leaf[i] for name, leaf in J.items()} for i in range(len(batch))]
+
+
+def test_the_prediction_meets_the_step_that_torch_took(study):
+    _, results = study
+    for name in ("held_out", "self"):
+        calibration = results[name].calibration
+        assert calibration["second_order"].pearson > 0.999, calibration
+        assert abs(calibration["second_order"].slope - 1) < 0.02
+        assert calibration["second_order"].relative_error < 0.02
+        assert calibration["batch"].relative_error > 0.1  # momentum matters here
+
+
+def test_the_step_executed_here_is_the_step_that_torch_took(run, study, tmp_path):
+    plan, results = study
+    step = {"max_norm": MAX_NORM}
+    own = executed({**plan, "step": step, "storage": {"persist": False, "pictures": False}})
+    np.testing.assert_allclose(own["held_out"].realised, results["held_out"].realised, rtol=1e-2, atol=2e-5)
+
+
+def test_a_second_run_computes_no_gradient_and_gives_the_same_bits(study):
+    plan, results = study
+    again = FisherKernelRunner(plan)
+    found = again.run()
+    assert again.workspace is not None
+    assert again.workspace.gradients.computed == 0
+    same(found, results)
+
+
+def test_the_recorded_plan_reproduces_the_results(study, tmp_path):
+    plan, results = study
+    record = json.loads((Path(plan["out"]) / "plan.json").read_text())
+    asked = FisherKernelPlan.model_validate(record)
+    assert asked.record() == record
+    assert asked.hash == FisherKernelPlan.model_validate(plan).hash == results.environment["plan_hash"]
+    same(FisherKernelRunner(asked).run(), results)
+
+
+def test_in_memory_it_is_the_same(study):
+    plan, results = study
+    runner = FisherKernelRunner({**plan, "storage": {"persist": False, "pictures": False}})
+    same(runner.run(), results, rtol=1e-5)  # where tensors lie in memory decides the order of sums
+    assert runner.workspace is not None
+    assert runner.workspace.directory is None
+    assert runner.workspace.gradients.computed == len(results.update)
+
+
+def test_what_is_saved_is_what_is_read(study):
+    plan, results = study
+    again = FisherKernelResults.load(plan["out"])
+    same(again, results)
+    assert again.step == results.step
+    assert again.self_kernel is not None
+    assert results.self_kernel is not None
+    np.testing.assert_array_equal(again.self_kernel.kernel, results.self_kernel.kernel)
+    assert again.self_kernel.effective_rank == results.self_kernel.effective_rank
+
+
+def test_labelled_arrays(study, tmp_path):
+    import xarray as xr
+
+    _, results = study
+    row = results["held_out"].row("E-002-00")
+    found = results.contributions.sel(eval="E-002-00")
+    np.testing.assert_array_equal(found.values, results["held_out"].contributions[row])
+    assert found.dims == ("update",)
+    assert float(found.sel(update="U-001-02")) == results["held_out"].contributions[row, 5]
+    assert results.contributions.attrs["units"] == "nats"
+    path = results.to_netcdf(tmp_path / "study.nc")
+    with xr.open_dataset(path) as again:
+        np.testing.assert_array_equal(again["realised"].values, results.to_xarray()["realised"].values)
+        assert again["eval"].values.tolist() == results.to_xarray()["eval"].values.tolist()
+    frame = results.to_frame("held_out")
+    assert frame.loc[("held_out", "E-002-00"), "realised"] == results["held_out"].realised[row]
+
+
+def test_the_streamed_rows_do_not_depend_on_the_grant(run, study, tmp_path):
+    plan, results = study
+    changed = {**plan, "numerics": {"microbatch": 2, "memory": "60MB"}, "storage": {"persist": False}}
+    runner = FisherKernelRunner({**changed, "storage": {"persist": False, "pictures": False}})
+    found = runner.run()
+    for name in EFFECTS:
+        a, b = (getattr(r["held_out"], name) for r in (found, results))
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max(), err_msg=name)
+
+
+def test_memory_that_cannot_be_kept_is_said_with_what_is_needed(run, tmp_path):
+    with pytest.raises(fk.BatchError, match="give at least"):
+        executed(run.plan(tmp_path / "out", numerics={"memory": "10KB"}))
+
+
+def test_influence_alone_needs_no_kernel(study):
+    plan, results = study
+    capture = {"kernel": False, "top_k": 0, "realised": False, "curvature": False}
+    runner = FisherKernelRunner({**plan, "capture": capture, "self_kernel": False})
+    found = runner.run()["held_out"]
+    np.testing.assert_allclose(found.batch, results["held_out"].batch, rtol=1e-3, atol=1e-6)
+    assert (found.kernel, found.top, found.realised, found.curvature) == (None,) * 4
+    with pytest.raises(fk.ResultsError, match="kept no contributions"):
+        found.kept("contributions")
+
+
+def test_questions_about_pairs_of_any_batches(run, study):
+    plan, results = study
+    runner = FisherKernelRunner(plan)
+    with runner.prepare_update_workspace() as workspace:
+        request = runner.plan.requests[0]
+        runner.evaluate_batch(request)
+        entry = runner.query("E-001-00", "U-002-01")
+        expected = results["held_out"]
+        u = workspace.index["U-002-01"]
+        assert entry.kernel == pytest.approx(expected.kernel[1, u], rel=1e-4)
+        assert entry.contribution == pytest.approx(expected.contributions[1, u], rel=1e-4)
+        assert entry.cosine == pytest.approx(expected.cosines[1, u], abs=1e-4)
+        assert runner.query("U-002-01", "E-001-00").contribution is None
+        assert runner.query("U-002-01", "U-002-01").cosine == pytest.approx(1)
+        assert runner.query("E-001-00", "E-001-00").cosine == pytest.approx(1)
+        assert runner.query("held_out/E-001-00", "U-002-01").kernel == entry.kernel
+        with pytest.raises(fk.RolloutError, match=r"no sequence 'U-002-99'.*near: 'U-002"):
+            runner.query("U-002-99", "U-002-01")
+        assert workspace.gradients.computed == 0
+
+
+def test_influence_of_u_on_itself_and_under_other_advantages(run, study):
+    plan, results = study
+    with load_workspace(f"{plan['out']}/workspace") as workspace:
+        found = influence_of(workspace)
+        np.testing.assert_allclose([*found.values()], results["self"].batch, rtol=1e-3, atol=1e-6)
+        silent = influence_of(workspace, ("U-000-*",), dict.fromkeys(workspace.batch.ids, 0.0))
+        assert silent == {"U-000-00": 0.0, "U-000-01": 0.0, "U-000-02": 0.0}
+        twice = dict(zip(workspace.batch.ids, (2 * workspace.batch.advantages).tolist(), strict=True))
+        for name, value in influence_of(workspace, None, twice).items():
+            assert value == pytest.approx(2 * found[name], rel=1e-4, abs=1e-8)
+        rloo = workspace.batch.with_advantages("rloo").loss_weights
+        assert influence_of(workspace, None, "rloo")["U-000-00"] == pytest.approx(
+            float(results["self"].kernel[0] @ (workspace.clip * rloo).numpy()), rel=1e-3, abs=1e-7
+        )
+
+
+def test_one_sequences_gradient_raw_and_preconditioned(run, study):
+    plan, results = study
+    with load_workspace(f"{plan['out']}/workspace") as workspace:
+        cache = workspace.cache("U-001-00")
+        own = results["self"]
+        row = workspace.index["U-001-00"]
+        assert cache.norm**2 == pytest.approx(own.squared_norms[row], rel=1e-4)
+        assert cache.preconditioned_norm**2 == pytest.approx(own.diagonal[row], rel=1e-4)
+        assert float(fk.tree.dot(cache.raw, cache.preconditioned)) == pytest.approx(own.diagonal[row], rel=1e-4)
+        assert workspace.cache("U-001-00") is cache
+        cache.release()
+        assert "raw" not in vars(cache)
+        assert float(fk.tree.norm(cache.raw)) == cache.norm
+
+
+def test_self_kernel_of_some_sequences(study):
+    plan, results = study
+    with load_workspace(f"{plan['out']}/workspace") as workspace:
+        runner = FisherKernelRunner(plan)
+        runner.adopt(workspace)
+        part = runner.compute_self_kernel(sequence_ids=("U-001-*",), capture_full=True)
+        assert part.ids == ("U-001-00", "U-001-01", "U-001-02")
+        np.testing.assert_allclose(part.kernel, results["self"].kernel[3:6, 3:6], rtol=1e-4)
+        assert 1 <= part.effective_rank <= 3
+        assert part.cross_prompt[2] == 0
+        assert runner.compute_self_kernel().kernel is None
+        with pytest.raises(fk.RolloutError, match="names no sequence"):
+            runner.compute_self_kernel(sequence_ids=("V-*",))
+
+
+# --------------------------------------------------------------------------------------------------- kinds of requests
+
+
+def callback(hub: SampleGenerator) -> GeneratedBatch:
+    return hub.build_custom_sequence("3+4=", "8")
+
+
+def no_batch(hub: SampleGenerator) -> int:
+    return 3
+
+
+def test_every_kind_of_request_and_its_filters(run, study, tmp_path):
+    plan, _ = study
+    given = replace(run.batch, records=run.batch.records[:2])
+    requests = [
+        {"kind": "update", "name": "own", "sequence_ids": ["U-001-*"]},
+        {"kind": "update", "name": "another", "batch_size_prompts": 2, "completions_per_prompt": 2, "reward": None,
+         "weights": None, "seed": 8},
+        {"kind": "evaluation", "batch_size_prompts": 3, "sequence_ids": ["E-002-*", "E-000-00"]},
+        {"kind": "prompt_ids", "prompt_ids": ["test-000001", 0], "completions_per_prompt": 2},
+        {"kind": "custom_prompts", "prompts": ["1+1=", "2+2="]},
+        {"kind": "custom_sequence", "prompt": "3+4=", "response": "7"},
+        {"kind": "custom_sequence", "prompt": "3+4=", "response": "8", "metadata": {"why": "wrong on purpose"}},
+        {"kind": "from_file", "path": str(run.update), "sequence_ids": ["U-002-00"]},
+        {"kind": "payload", "name": "written", "samples": [{"prompt": "a", "response": x} for x in "bc"]},
+        {"kind": "payload", "name": "called", "callback": "tests.study.test_runner.callback"},
+        {"kind": "payload", "name": "handed", "batch": given},
+    ]  # fmt: skip
+    runner = FisherKernelRunner({**plan, "out": str(tmp_path / "out"), "requests": requests, "self_kernel": False})
+    results = runner.run()
+    ids = {name: [info.id for info in result.evaluation] for name, result in results.requests.items()}
+    assert ids["own"] == ["U-001-00", "U-001-01", "U-001-02"]
+    assert ids["another"] == ["U-000-00", "U-000-01", "U-001-00", "U-001-01"]
+    assert ids["evaluation"] == ["E-000-00", "E-002-00"]
+    assert ids["prompt_ids"] == ["P-000-00", "P-000-01", "P-001-00", "P-001-01"]
+    assert len(ids["custom_prompts"]) == 2
+    assert ids["from_file"] == ["U-002-00"]
+    assert len(ids["written"]) == 2
+    assert ids["called"] == ids["custom_sequence-2"]
+    assert ids["custom_sequence-1"] != ids["custom_sequence-2"]
+    assert ids["handed"] == ["U-000-00", "U-000-01"]
+    own = FisherKernelResults.load(plan["out"])["self"]
+    np.testing.assert_array_equal(results["own"].kernel, own.kernel[3:6])
+    np.testing.assert_allclose(results["handed"].kernel, own.kernel[:2], rtol=1e-3, atol=1e-7)
+    np.testing.assert_allclose(results["from_file"].kernel[0], own.kernel[6], rtol=1e-3, atol=1e-7)
+    assert results.plan["requests"][-1]["kind"] == "from_file"
+    runner.save_batches(tmp_path / "out")
+    same_again = FisherKernelRunner({**results.plan, "out": str(tmp_path / "out")}).run()
+    same(same_again, results)
+
+
+def test_the_wrong_answer_is_a_probe_that_moves_differently(study, tmp_path):
+    plan, _ = study
+    wrong = {"kind": "payload", "samples": [{"prompt": "3+4=", "response": "7"}, {"prompt": "3+4=", "response": "9"}]}
+    found = executed({**plan, "requests": [wrong], "out": str(tmp_path)})["payload"]
+    assert found.evaluation[0].response == "7"
+    assert found.predicted[0] != found.predicted[1]
+
+
+@pytest.mark.parametrize("advantages", ["rloo", {"U-000-00": 3.0, "U-001-02": 7.0}])
+def test_other_advantages_for_one_request(run, study, tmp_path, advantages):
+    plan, results = study
+    request = {"kind": "evaluation", "name": "held_out", "batch_size_prompts": 4, "advantages": advantages}
+    found = executed({**plan, "requests": [request], "out": str(tmp_path)})["held_out"]
+    np.testing.assert_array_equal(found.kernel, results["held_out"].kernel)
+    assert found.realised is None  # no such step was taken
+    A = run.batch.advantages
+    other = run.batch.with_advantages(advantages).advantages if isinstance(advantages, str) else A.clone()
+    if isinstance(advantages, dict):
+        other[0], other[5] = 3.0, 7.0
+    expected = results["held_out"].kernel * (results.step["clip"] * other / len(A)).numpy()
+    assert not torch.equal(other, A)
+    np.testing.assert_allclose(found.contributions, expected, rtol=1e-4, atol=1e-9)
+    np.testing.assert_allclose(found.batch, expected.sum(1), rtol=1e-3, atol=1e-7)
+
+
+def test_selected_entries_are_kept_without_the_rest(study, tmp_path):
+    plan, results = study
+    capture = {
+        "pairs": [["E-001-00", "U-000-02"]],
+        "submatrices": [{"rows": ["E-00[02]-00"], "columns": ["U-001-*"]}],
+        "top_k": 2,
+    }
+    found = executed({**plan, "capture": capture, "out": str(tmp_path)})["held_out"]
+    assert found.kernel is None
+    assert len(found.selected) == 1 + 2 * 3
+    for entry in found.selected:
+        e, u = results["held_out"].row(entry.row), [i.id for i in results.update].index(entry.column)
+        assert entry.kernel == pytest.approx(results["held_out"].kernel[e, u], rel=1e-4)
+        assert entry.contribution == pytest.approx(results["held_out"].contributions[e, u], rel=1e-4)
+        assert entry.cosine == pytest.approx(results["held_out"].cosines[e, u], abs=1e-5)
+    best = np.abs(results["held_out"].contributions[0]).argsort()[::-1][:2]
+    assert found.top[0].tolist() == best.tolist()
+    own = {**plan["requests"][0], "capture": {"pairs": [["E-999-00", "U-000-00"]]}}
+    with pytest.raises(fk.RolloutError, match="names a row"):
+        executed({**plan, "requests": [own], "out": str(tmp_path)})
+
+
+def test_a_pair_of_the_plan_that_no_request_has_is_said(study, tmp_path, caplog):
+    plan, _ = study
+    capture = {"pairs": [["E-001-00", "U-000-02"], ["E-999-00", "U-000-00"]]}
+    with caplog.at_level("WARNING", logger="fkernel"):
+        results = executed({**plan, "capture": capture, "out": str(tmp_path)})
+    assert [entry.row for entry in results["held_out"].selected] == ["E-001-00"]
+    assert results["self"].selected == ()
+    assert [record.getMessage() for record in caplog.records] == [
+        "capture.pairs: no request has a sequence 'E-999-00'; nothing was kept for it"
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------ preconditioners
+
+
+@pytest.mark.parametrize("form", ["post-step", "frozen", "identity"])
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_preconditioners(run, tmp_path, form, calibrated):
+    chosen = {"form": form, "calibrated": calibrated}
+    if form == "frozen":
+        chosen["unseen"] = "zero"
+    results = executed(run.plan(tmp_path / "out", preconditioner=chosen, storage={"persist": False, "pictures": False}))
+    found = results["held_out"]
+    loaded = checkpoint.load(run.before)
+    apply, params = fk.func.make_functional(loaded.model)
+    S = fk.func.sequence_logprob(apply)
+    state = loaded.optimizer
+    assert state is not None
+    g, _, _ = fk.loss_gradient(S, params, run.batch.sequences, run.batch.loss_weights, max_norm=MAX_NORM)
+    D = {
+        "post-step": lambda: fk.precond.adam(state, {**g}, "eps"),
+        "frozen": lambda: fk.precond.adam(state, None, "zero"),
+        "identity": fk.precond.identity,
+    }[form]()
+    J = fk.func.per_sequence_grad(S)(params, run.batch.sequences)
+    rate = fk.precond.gradient_rates(state) if calibrated else dict.fromkeys(params, 1.0)
+    P_J = {name: rate[name] * leaf for name, leaf in D(J).items()}
+    hub = FisherKernelRunner(run.plan(tmp_path / "out2")).generator
+    E = hub.generate_evaluation_batch(4)
+    assert E.ids == [info.id for info in found.evaluation]
+    K = fk.func.contract(fk.func.per_sequence_grad(S)(params, E.sequences), P_J)
+    np.testing.assert_allclose(found.kernel, K.numpy(), rtol=2e-3, atol=1e-5 * float(K.abs().max()))
+    assert (found.momentum is None) == (not calibrated)
+    assert results.units == ("nats" if calibrated else "bare")
+
+
+def test_a_checkpoint_without_optimizer_is_for_the_bare_identity_only(run, tmp_path):
+    plan = run.plan(tmp_path / "out", checkpoint={"path": str(run.before / "model")}, step={})
+    with pytest.raises(fk.OptimizerStateError, match=r"has no optimizer state.*identity"):
+        executed(plan)
+    bare = {"form": "identity", "calibrated": False}
+    found = executed({**plan, "preconditioner": bare, "out": str(tmp_path / "bare")})["held_out"]
+    assert found.momentum is None
+    assert np.isfinite(found.kernel).all()
+
+
+def test_some_parameters_only(run, tmp_path):
+    chosen = executed(run.plan(tmp_path / "a", parameters=["*norm*", "*layers.1.mlp*"], step={"clip": 0.5}))
+    assert chosen.step["clip"] == 0.5
+    whole = executed(run.plan(tmp_path / "b"))
+    assert 0 < chosen.step["parameters"] < whole.step["parameters"]
+    assert (chosen["held_out"].squared_norms < whole["held_out"].squared_norms).all()
+    with pytest.raises(fk.PlanError, match=r"'\*nothing\*' names none of"):
+        executed(run.plan(tmp_path / "c", parameters=["*nothing*"]))
+
+
+def test_an_overflow_is_named_by_the_sequences_id(run, tmp_path, monkeypatch):
+    runner = FisherKernelRunner(run.plan(tmp_path / "out"))
+    with torch.no_grad():
+        runner.checkpoint.model.model.embed_tokens.weight[60] = 3e38  # finite, and what is computed from it is not
+    with pytest.raises(fk.NonFiniteError, match=r"U-00\d-0\d: "):
+        runner.run()
+
+
+def test_a_batch_of_another_checkpoint_is_refused(run, tmp_path):
+    plan = run.plan(tmp_path / "out", checkpoint={"path": str(run.after / "model")})
+    with pytest.raises(fk.RolloutError, match="another policy's"):
+        executed(plan)
+
+
+def test_a_callback_that_makes_no_batch_is_said(run, tmp_path):
+    plan = run.plan(tmp_path, requests=[{"kind": "payload", "callback": "tests.study.test_runner.no_batch"}])
+    with pytest.raises(fk.PlanError, match="returned a int; expected a GeneratedBatch"):
+        executed(plan)
+
+
+def test_a_batch_without_fingerprint_is_held_against_the_policy(run, tmp_path):
+    """Records that another program sampled carry log-probabilities, and those tell."""
+    foreign = replace(run.batch, checkpoint=None)
+    plan = run.plan(tmp_path / "out", update={"kind": "payload", "batch": foreign})
+    results = executed(plan)
+    assert [info.id for info in results.update] == run.batch.ids
+    first = foreign.records[0]
+    wrong = replace(first, logprobs=tuple(value - 0.01 for value in first.logprobs))
+    other = replace(foreign, records=(wrong, *foreign.records[1:]))
+    with pytest.raises(fk.RolloutError, match="Was it sampled from another checkpoint"):
+        executed(run.plan(tmp_path / "other", update={"kind": "payload", "batch": other}))
+
+
+def test_a_workspace_in_memory_can_be_written(run, study, tmp_path):
+    plan, results = study
+    runner = FisherKernelRunner({**plan, "storage": {"persist": False, "pictures": False}})
+    with runner.prepare_update_workspace() as workspace:
+        place = serialize_workspace(workspace, tmp_path / "kept")
+    with load_workspace(place) as again:
+        assert serialize_workspace(again, tmp_path / "elsewhere") == place
+        np.testing.assert_array_equal(again.self_kernel().numpy(), results["self"].kernel)
+
+
+def test_the_log_has_phases_versions_and_counts(study, tmp_path):
+    plan, _ = study
+    with recorded(tmp_path / "log.jsonl"):
+        executed({**plan, "out": str(tmp_path / "out")})
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    first = lines[0]
+    assert {"versions", "git", "plan_hash", "seed", "threads"} <= set(first)
+    ended = {line["phase"]: line for line in lines if line.get("event") == "end"}
+    assert {"loading the checkpoint", "preparing the workspace", "request held_out"} <= set(ended)
+    assert all(line["seconds"] >= 0 and line["peak_mb"] > 0 for line in ended.values())
+    assert ended["preparing the workspace"]["gradients_computed"] == 9
+    assert logging.getLogger("fkernel").handlers == [logging.getLogger("fkernel").handlers[0]]
