@@ -180,7 +180,9 @@ def evaluate(
         if step is not None:
             found |= _effects(E, policy, step, grant, capture, overridden=question.advantages is not None)
     facts = found.pop("facts", {}) | {"sampling": batch.diagnostics, "advantages": question.advantages}
-    arrays = {name: v.cpu().numpy() if isinstance(v, Tensor) else v for name, v in found.items()}
+    arrays: dict[str, Any] = {
+        name: value.cpu().numpy() if isinstance(value, Tensor) else value for name, value in found.items()
+    }
     return RequestResult(
         name=question.name,
         kind=question.kind,

@@ -132,12 +132,12 @@ class FisherKernelPlan(SourcePlan):
     update: UpdateSource
     requests: tuple[AnyRequest, ...] = ()
     preconditioner: PreconditionerPlan = PreconditionerPlan()
-    step: StepPlan = StepPlan()
+    step: StepPlan = StepPlan.model_validate({})
     parameters: tuple[str, ...] | None = Field(None, min_length=1)
     self_kernel: bool = True
-    capture: CapturePlan = CapturePlan()
+    capture: CapturePlan = CapturePlan.model_validate({})
     storage: StoragePlan = StoragePlan()
-    numerics: NumericsPlan = NumericsPlan()
+    numerics: NumericsPlan = NumericsPlan.model_validate({})
     out: str
 
     @field_validator("requests")

@@ -9,6 +9,7 @@ import fkernel.demo
 from fkernel.cli import app
 from fkernel.demo.explain import demo_plan
 from fkernel.study import FisherKernelResults, FisherKernelRunner
+from fkernel.study.requests import FromFile
 
 REQUESTS = ["held_out", "self", "three_prompts", "probes"]
 
@@ -28,7 +29,9 @@ def test_explanation_meets_the_real_step(prepared, tmp_path):
         assert results[name].calibration["second_order"].pearson > 0.999
     weights = [u.weight * u.advantage for u in results.update if u.weight is not None and u.advantage is not None]
     found = results["held_out"]
-    assert found.contributions == pytest.approx(found.kernel * weights * results.step["clip"], rel=1e-5, abs=1e-9)
+    assert found.contributions == pytest.approx(
+        found.kept("kernel") * weights * results.step["clip"], rel=1e-5, abs=1e-9
+    )
     right, wrong = results["probes"].evaluation
     assert (right.prompt, right.response, wrong.response) == ("37+85=", "122", "123")
 
@@ -37,6 +40,7 @@ def test_a_path_may_hold_what_yaml_would_take_for_its_own(prepared, tmp_path):
     out = tmp_path / "it's: #1, [here]"
     plan = demo_plan(prepared, out, seed=3)
     assert (plan.out, plan.numerics.seed) == (str(out), 3)
+    assert isinstance(plan.update, FromFile)
     assert plan.update.path == str(prepared / "update")
 
 

@@ -72,12 +72,12 @@ def test_query(study):
     assert "K(U-000-01, U-002-00) = " in said
     assert "U-002-00 moves U-000-01 by" in said
     found = json.loads(told("query", workspace, "U-000-01", "U-002-00", "--json").stdout)
-    K = FisherKernelResults.load(place / "out")["self"].kernel
+    K = FisherKernelResults.load(place / "out")["self"].kept("kernel")
     assert found["kernel"] == pytest.approx(K[1, 6], rel=1e-4)
     batch = place / "out" / "batches" / "held_out"
     outside = json.loads(told("query", workspace, "E-001-00", "U-002-00", "--batch", batch, "--json").stdout)
     assert outside["kernel"] == pytest.approx(
-        FisherKernelResults.load(place / "out")["held_out"].kernel[1, 6], rel=1e-3
+        FisherKernelResults.load(place / "out")["held_out"].kept("kernel")[1, 6], rel=1e-3
     )
     assert "no sequence 'U-000-99'" in told("query", workspace, "U-000-99", "U-002-00", code=2).stderr
 
@@ -154,4 +154,4 @@ def test_ctrl_c_leaves_a_workspace_that_the_same_command_finishes(run, tmp_path)
         assert b"the same command goes on from there" in err
         assert b"Traceback" not in err
     told("run", tmp_path / "study.yaml")
-    assert FisherKernelResults.load(tmp_path / "out")["held_out"].kernel.shape == (2, 9)
+    assert FisherKernelResults.load(tmp_path / "out")["held_out"].kept("kernel").shape == (2, 9)

@@ -78,6 +78,8 @@ def test_what_is_saved_is_what_is_read(results, tmp_path):
         for field in (*VECTORS, "update_diagonal", "top", "top_contributions", "kernel", "contributions"):
             np.testing.assert_array_equal(getattr(read, field), getattr(result, field))
     assert (again.step, again.plan, again.environment) == (results.step, results.plan, results.environment)
+    assert again.self_kernel is not None
+    assert results.self_kernel is not None
     assert again.self_kernel.same_prompt == results.self_kernel.same_prompt
     np.testing.assert_array_equal(again.self_kernel.eigenvalues, results.self_kernel.eigenvalues)
     files = ["environment.json", "kernel.npz", "plan.json", "results.json"]
