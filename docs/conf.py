@@ -44,7 +44,7 @@ myst_enable_extensions = ["amsmath", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
-nb_execution_timeout = 120
+nb_execution_timeout = 300  # the tutorial trains
 nb_output_stderr = "remove"  # notices of dependencies (progress bars, deprecations) are not what a page is about
 
 autodoc_member_order = "bysource"

@@ -62,6 +62,11 @@ def response(
             f"The checkpoint has no optimizer state, and the preconditioner {plan.form!r} needs one; take a checkpoint "
             f"that has, or ask for preconditioner: {{form: identity, calibrated: false}}."
         )
+    if state is not None and plan.calibrated and not any(state.lr.values()):
+        raise OptimizerStateError(
+            "The learning rate of the checkpoint's next step is 0: its schedule has ended, and nothing would move. "
+            "Take an earlier checkpoint, or ask for preconditioner: {calibrated: false}."
+        )
     norm = float(tree.norm(ascent))
     clip = precond.clip_factor(ascent, step.max_norm) if step.clip is None else step.clip
     g = {**tree.scale(-clip, ascent)}

@@ -405,6 +405,19 @@ def test_a_checkpoint_without_optimizer_is_for_the_bare_identity_only(run, tmp_p
     assert np.isfinite(found.kept("kernel")).all()
 
 
+def test_a_schedule_that_has_ended_is_said(run, tmp_path):
+    state = torch.load(run.before / "optimizer.pt", weights_only=True)
+    state["param_groups"][0]["lr"] = 0.0
+    (tmp_path / "last").mkdir()
+    (tmp_path / "last" / "model").symlink_to(run.before / "model")
+    torch.save(state, tmp_path / "last" / "optimizer.pt")
+    plan = run.plan(tmp_path / "out", checkpoint={"path": str(tmp_path / "last")})
+    with pytest.raises(fk.OptimizerStateError, match="its schedule has ended"):
+        executed(plan)
+    bare = executed({**plan, "preconditioner": {"calibrated": False}, "out": str(tmp_path / "bare")})
+    assert np.abs(bare["held_out"].kept("contributions")).max() > 0
+
+
 def test_some_parameters_only(run, tmp_path):
     chosen = executed(run.plan(tmp_path / "a", parameters=["*norm*", "*layers.1.mlp*"], step={"clip": 0.5}))
     assert chosen.step["clip"] == 0.5
