@@ -23,7 +23,7 @@ AGAIN = "test_a_second_run_computes_no_gradient_and_gives_the_same_bits"
 MUTATIONS = [
     Mutation(
         "completions of a prompt share a stream",
-        f"{ROLLOUT}/test_generator.py::test_seeds_cover_prompts_and_completions",
+        f"{ROLLOUT}/test_generator.py::test_completions_of_a_prompt_are_drawn_apart",
         "rollout/generator.py", "seeds = [seed_of(seed, prefix, g, k) for g, k, _ in draws]",
         "seeds = [seed_of(seed, prefix, g) for g, k, _ in draws]",
     ),
@@ -97,4 +97,4 @@ def test_a_changed_line_fails_its_test(mutation, tmp_path):
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 1, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "1 failed" in done.stdout, done.stdout[-2000:]
+    assert f"FAILED {mutation.law}" in done.stdout, done.stdout[-2000:]  # and not an error in setting it up

@@ -67,6 +67,13 @@ def test_seeds_cover_prompts_and_completions(model, tokenizer):
     assert [r.provenance.global_prompt_id for r in other] != [r.provenance.global_prompt_id for r in first]
 
 
+def test_completions_of_a_prompt_are_drawn_apart(model, tokenizer):
+    batch = generator(model, tokenizer).generate_update_batch(3, 4, seed=1, reward_cfg=None)
+    for group in range(3):
+        said = {record.response_ids for record in batch if record.provenance.group == group}
+        assert len(said) > 1
+
+
 def test_evaluation_batch_draws_with_replacement(model, tokenizer):
     batch = generator(model, tokenizer).generate_evaluation_batch(40, seed=0)
     assert batch.ids[3] == "E-003-00"
