@@ -93,6 +93,16 @@ def held_gradients_give_what_passes_give(fk: Any, case: Case) -> None:
     close(plain, J.square().sum(1))
     close(weighted, J.square() @ flat(D))
     close(fk.func.squared_norms(handles).weighted, plain)
+    # Models this small are written out; factors and rows are taken apart by themselves.
+    draw = torch.Generator().manual_seed(case.seed)
+    a, delta, moves = (torch.randn(3, 4, k, generator=draw, dtype=torch.float64) for k in (5, 6, 5))
+    ids, w = torch.randint(6, (3, 4), generator=draw), torch.randn(3, generator=draw, dtype=torch.float64)
+    dense = torch.einsum("nto,nti->noi", delta, a)
+    for n, t in torch.cartesian_prod(torch.arange(3), torch.arange(4)).tolist():
+        dense[n, ids[n, t]] += moves[n, t]
+    tied = {"w": fk.func.Sum((fk.func.Factored(a, delta), fk.func.Rows(ids, moves, 6)))}
+    close(fk.func.weighted_sum(tied, w)["w"], torch.einsum("n,noi->oi", w, dense))
+    close(fk.func.squared_norms(tied).plain, dense.square().sum((1, 2)))
 
 
 def self_kernel_is_symmetric_and_positive_semidefinite(fk: Any, case: Case) -> None:

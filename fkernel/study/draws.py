@@ -24,18 +24,23 @@ class Draw(Strict):
         raise TypeError(f"{type(self).__name__} does not say how it is drawn.")
 
 
-class UpdateDraw(Draw):
-    """U: `SampleGenerator.generate_update_batch`."""
+class UpdateRules(Draw):
+    """How an update batch is rewarded and weighted."""
 
     kind: Literal["update"]
-    batch_size_prompts: int = Field(gt=0)
-    completions_per_prompt: int = Field(gt=0)
     dataset_split: str = "train"
     seed: int | None = None
     reward: str | None = "math"
     advantage: str | None = "group_mean"
     weights: str | None = "sequence"
     weight_options: dict[str, Any] = Field(default_factory=dict)
+
+
+class UpdateDraw(UpdateRules):
+    """U: `SampleGenerator.generate_update_batch`."""
+
+    batch_size_prompts: int = Field(gt=0)
+    completions_per_prompt: int = Field(gt=0)
 
     @property
     def size(self) -> int:

@@ -95,11 +95,18 @@ class SourcePlan(Strict):
             raise ValueError(f"two prompt sources have the split {twice[0]!r}; give each one of its own (split:)")
         return self
 
+    def sources(self) -> Mapping[str, PromptSource]:
+        """Open where prompts come from, {split: source}."""
+        return {prompts.split: prompts.source() for prompts in self.prompts}
+
     def generator(
-        self, loaded: checkpoint.Checkpoint, microbatch: int = 32, tick: Callable[[int], Any] = lambda n: None
+        self,
+        loaded: checkpoint.Checkpoint,
+        sources: Mapping[str, PromptSource],
+        microbatch: int = 32,
+        tick: Callable[[int], Any] = lambda n: None,
     ) -> SampleGenerator:
         """Make the hub for U and E."""
-        sources: Mapping[str, PromptSource] = {prompts.split: prompts.source() for prompts in self.prompts}
         return SampleGenerator(
             loaded.model,
             loaded.tokenizer,

@@ -18,6 +18,7 @@ from fkernel.study.draws import (
     EvaluationDraw,
     PromptIdsDraw,
     UpdateDraw,
+    UpdateRules,
 )
 from fkernel.study.parts import Strict, one_of
 
@@ -134,18 +135,11 @@ class BatchRequest(Draw):
     capture: CapturePlan | None = None
 
 
-class UpdateBatch(BatchRequest):
+class UpdateBatch(UpdateRules, BatchRequest):
     """U itself, with the gradients that the workspace holds; or another batch drawn as one, where sizes are given."""
 
-    kind: Literal["update"]
     batch_size_prompts: int | None = Field(None, gt=0)
     completions_per_prompt: int | None = Field(None, gt=0)
-    dataset_split: str = "train"
-    seed: int | None = None
-    reward: str | None = "math"
-    advantage: str | None = "group_mean"
-    weights: str | None = "sequence"
-    weight_options: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _both(self) -> UpdateBatch:

@@ -83,7 +83,10 @@ class FisherKernelRunner:
     @cached_property
     def generator(self) -> SampleGenerator:
         """The hub for U and E, made when a request first needs it."""
-        return self.plan.generator(self.checkpoint, tick=lambda n: self.tick(self._drawn[0], n, self._drawn[1]))
+        sources = self.plan.sources()
+        return self.plan.generator(
+            self.checkpoint, sources, tick=lambda n: self.tick(self._drawn[0], n, self._drawn[1])
+        )
 
     @cached_property
     def policy(self) -> Policy:

@@ -31,7 +31,8 @@ def sampled(plan: SamplePlan, tick: Callable[[int], Any] = lambda n: None) -> Ge
     """
     if Path(plan.out).exists():  # before an hour of sampling, not after it
         raise RolloutError(f"There is something at {plan.out} already; choose another directory (out:), or delete it.")
-    hub = plan.generator(plan.checkpoint.load(), plan.microbatch, tick)
+    sources = plan.sources()  # and before a checkpoint is loaded
+    hub = plan.generator(plan.checkpoint.load(), sources, plan.microbatch, tick)
     batch = plan.request.generate(hub)
     save_batch(batch, plan.out)
     return batch
