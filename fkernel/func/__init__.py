@@ -8,28 +8,42 @@ from fkernel.func.contract import contract
 from fkernel.func.evaluate import evaluate
 from fkernel.func.functional import Apply, make_functional
 from fkernel.func.gradient import curvature, jvp, per_sequence_grad, per_sequence_handles, vjp
+from fkernel.func.groups import Part, by_kind, by_layer, contract_by, grouped, part_of
 from fkernel.func.handles import Factored, Handle, Handles, Rows, Stack, Sum
 from fkernel.func.held import SquaredNorms, squared_norms, weighted_sum
 from fkernel.func.logprob import sequence_logprob, token_entropy, token_logprobs
 from fkernel.func.objective import Objective
+from fkernel.func.observables import Answers, Pair, expected_reward, kl_divergence, log_odds, mean_entropy
 
 __all__ = [
+    "Answers",
     "Apply",
     "Factored",
     "Handle",
     "Handles",
     "Objective",
+    "Pair",
+    "Part",
     "Rows",
     "Sequences",
     "SquaredNorms",
     "Stack",
     "Sum",
+    "by_kind",
+    "by_layer",
     "contract",
+    "contract_by",
     "curvature",
     "evaluate",
+    "expected_reward",
+    "grouped",
     "jvp",
+    "kl_divergence",
+    "log_odds",
     "make_functional",
+    "mean_entropy",
     "pad",
+    "part_of",
     "per_sequence_grad",
     "per_sequence_handles",
     "sequence_logprob",

@@ -2,6 +2,7 @@
 
 from fkernel.precond.adam import AdamWStep, adam, adamw_response, adamw_step, gradient_rates
 from fkernel.precond.clipping import clip_factor
+from fkernel.precond.linearized import Update, linearized, partition
 from fkernel.precond.state import AdamWState, adamw_init
 from fkernel.precond.transform import Diagonal, Preconditioner, chain, diagonal, identity, select
 
@@ -10,6 +11,7 @@ __all__ = [
     "AdamWStep",
     "Diagonal",
     "Preconditioner",
+    "Update",
     "adam",
     "adamw_init",
     "adamw_response",
@@ -19,5 +21,7 @@ __all__ = [
     "diagonal",
     "gradient_rates",
     "identity",
+    "linearized",
+    "partition",
     "select",
 ]

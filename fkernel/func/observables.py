@@ -1,0 +1,187 @@
+"""Quantities other than log π that a step changes, each an (params, batch) -> [n] for the same engine.
+
+    mean_entropy      (1/|response|) Σ_t H_t                            nats a token
+    kl_divergence     Σ_t KL(π_θ(·|x_<t) ‖ π_ref(·|x_<t))               nats, over the response's positions
+    log_odds          S(a) − S(b)                                       nats, of two responses
+    expected_reward   Σ_k p_k r_k,  p = softmax_k S(a_k)                the rewards' unit, over a finite set of answers
+
+Each has contributions of U as S has: ⟨∇f(e), P ∇S(u)⟩ · c w_u A_u.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from fkernel.errors import BatchError
+from fkernel.func.batch import Sequences
+from fkernel.func.logprob import LogitsFn, sequence_logprob, token_entropy
+from fkernel.func.objective import Objective, bare
+from fkernel.shapes import Tensor, Tree
+
+
+class Pair(NamedTuple):
+    """Two responses to each prompt.
+
+    Attributes:
+        first: n sequences.
+        second: n sequences.
+    """
+
+    first: Sequences
+    second: Sequences
+
+
+class Answers(NamedTuple):
+    """A finite set of answers to each prompt.
+
+    Attributes:
+        answers: k batches of n sequences: the k-th answer to every prompt.
+        rewards: [n k].
+    """
+
+    answers: tuple[Sequences, ...]
+    rewards: Tensor
+
+
+def mean_entropy(apply: LogitsFn, temperature: float = 1.0) -> Objective:
+    """Make the mean entropy of the distributions that a response was drawn from, nats a token.
+
+    (1/|response|) Σ_{t in response} H_t
+
+    Args:
+        apply: (params, input_ids, attention_mask) -> logits [n t v], as `make_functional` returns it.
+        temperature: τ > 0.
+
+    Returns:
+        (params, Sequences[n t]) -> [n].
+
+    Raises:
+        As `sequence_logprob`.
+
+    Example:
+        >>> from fkernel.func import pad
+        >>> uniform = lambda params, ids, mask: params["w"] * torch.zeros(*ids.shape, 4)
+        >>> mean_entropy(uniform)({"w": torch.ones(())}, pad([[0]], [[1, 2]]))  # log 4
+        tensor([1.3863])
+    """
+    H = token_entropy(apply, temperature)
+
+    def mean(params: Tree, batch: Sequences) -> Tensor:
+        return bare(H)(params, batch).sum(1) / batch.response_mask.sum(1)
+
+    return Objective(mean, H.check, "the mean entropy")
+
+
+def kl_divergence(apply: LogitsFn, reference: Tree, temperature: float = 1.0) -> Objective:
+    """Make the divergence from a reference policy, along the response.
+
+    Σ_{t in response} Σ_v π_θ(v) (log π_θ(v) − log π_ref(v))
+
+    Args:
+        apply: as in `mean_entropy`.
+        reference: the reference's parameters, {name: [*shape]}, of the same model.
+        temperature: τ > 0, of both.
+
+    Returns:
+        (params, Sequences[n t]) -> [n], nats.
+
+    Raises:
+        As `sequence_logprob`.
+
+    Example:
+        >>> from fkernel.func import pad
+        >>> logits = lambda params, ids, mask: params["w"] * torch.ones(*ids.shape, 2).cumsum(-1)
+        >>> kl = kl_divergence(logits, {"w": torch.zeros(())})
+        >>> kl({"w": torch.zeros(())}, pad([[0]], [[1]]))
+        tensor([0.])
+    """
+    S = sequence_logprob(apply, temperature)
+    return Objective(partial(_kl, apply, reference, temperature), S.check, "KL")
+
+
+def _kl(apply: LogitsFn, reference: Tree, temperature: float, params: Tree, batch: Sequences) -> Tensor:
+    log_p, log_q = (
+        (apply(theta, batch.input_ids, batch.attention_mask)[:, :-1] / temperature).log_softmax(-1)
+        for theta in (params, reference)
+    )
+    inside = log_p != -torch.inf
+    gap = torch.where(inside, log_p - torch.where(inside, log_q, 0.0), 0.0)
+    each = (log_p.exp() * gap).sum(-1)
+    return torch.where(batch.response_mask[:, 1:].bool(), each, 0.0).sum(1)
+
+
+def log_odds(apply: LogitsFn, temperature: float = 1.0) -> Objective:
+    """Make the log-odds of two responses.
+
+    S(first) − S(second)
+
+    Args:
+        apply: as in `mean_entropy`.
+        temperature: τ > 0.
+
+    Returns:
+        (params, Pair of n) -> [n], nats.
+
+    Raises:
+        As `sequence_logprob`.
+
+    Example:
+        >>> from fkernel.func import pad
+        >>> uniform = lambda params, ids, mask: params["w"] * torch.zeros(*ids.shape, 4)
+        >>> log_odds(uniform)({"w": torch.ones(())}, Pair(pad([[0]], [[1]]), pad([[0]], [[1, 2]])))
+        tensor([1.3863])
+    """
+    S = sequence_logprob(apply, temperature)
+
+    def odds(params: Tree, batch: Pair) -> Tensor:
+        return bare(S)(params, batch.first) - bare(S)(params, batch.second)
+
+    def check(batch: Pair) -> None:
+        S.check(batch.first)
+        S.check(batch.second)
+
+    return Objective(odds, check, "log-odds")
+
+
+def expected_reward(apply: LogitsFn, temperature: float = 1.0) -> Objective:
+    """Make the expected reward over a finite set of answers, in which the policy is certain to answer.
+
+    Σ_k p_k r_k,  p_k = exp S(a_k) / Σ_l exp S(a_l)
+
+    Args:
+        apply: as in `mean_entropy`.
+        temperature: τ > 0.
+
+    Returns:
+        (params, Answers of n) -> [n], the rewards' unit.
+
+    Raises:
+        BatchError: (when called) rewards are not one for each answer.
+        As `sequence_logprob`.
+
+    Example:
+        >>> from fkernel.func import pad
+        >>> uniform = lambda params, ids, mask: params["w"] * torch.zeros(*ids.shape, 4)
+        >>> answers = Answers((pad([[0]], [[1]]), pad([[0]], [[2]])), torch.tensor([[1.0, 0.0]]))
+        >>> expected_reward(uniform)({"w": torch.ones(())}, answers)
+        tensor([0.5000])
+    """
+    S = sequence_logprob(apply, temperature)
+
+    def expectation(params: Tree, batch: Answers) -> Tensor:
+        scores = torch.stack([bare(S)(params, answer) for answer in batch.answers], 1)
+        return (scores.softmax(1) * batch.rewards.to(scores)).sum(1)
+
+    def check(batch: Answers) -> None:
+        if batch.rewards.ndim != 2 or batch.rewards.shape[1] != len(batch.answers):
+            raise BatchError(
+                f"rewards have shape {list(batch.rewards.shape)} for {len(batch.answers)} answers; expected [n k], one "
+                f"reward for each answer."
+            )
+        for answer in batch.answers:
+            S.check(answer)
+
+    return Objective(expectation, check, "the expected reward")
