@@ -45,6 +45,10 @@ class RolloutWarning(UserWarning):
     """Something about sampled responses that a reader of their kernel should know, and that may be meant."""
 
 
+class PreconditionerWarning(UserWarning):
+    """A kernel that says next to nothing about the model, because a few coordinates of its diagonal carry it."""
+
+
 class StoreError(FKernelError, OSError):
     """A store on disk cannot be opened, written or read: in use, of something else, damaged, or out of room."""
 

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-ROOMS = ["fkernel", "fkernel.func", "fkernel.precond", "fkernel.tree", "fkernel.errors"]
+ROOMS = ["fkernel", "fkernel.analysis", "fkernel.func", "fkernel.precond", "fkernel.tree", "fkernel.errors"]
 
 
 def _extension(name: str) -> ModuleType:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import fkernel
-from fkernel import func, precond, tree
+from fkernel import analysis, func, precond, tree
 
 PACKAGE = Path(fkernel.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -29,6 +29,7 @@ FLOORS = {
     "func": 1,
     "precond": 1,
     "kernel": 2,
+    "analysis": 3,
     "checkpoint": 3,
     "rollout": 4,
     "study": 5,
@@ -242,7 +243,7 @@ def test_the_kernel_stays_a_function_although_a_package_has_its_name():
 
 def public_names() -> Iterator[tuple[str, Any]]:
     """Yield every public name once, under its shortest address."""
-    for module in (fkernel, func, precond):
+    for module in (fkernel, func, precond, analysis):
         yield from ((f"{module.__name__}.{name}", getattr(module, name)) for name in module.__all__)
     for name, value in vars(tree).items():
         if inspect.isfunction(value) and value.__module__ == tree.__name__ and not name.startswith("_"):
@@ -284,7 +285,7 @@ def test_a_public_function_explains_its_arguments(name):
 
 
 def test_every_exported_name_exists_and_is_listed_once():
-    for module in (fkernel, func, precond):
+    for module in (fkernel, func, precond, analysis):
         assert len(set(module.__all__)) == len(module.__all__)
         assert all(hasattr(module, name) for name in module.__all__)
 

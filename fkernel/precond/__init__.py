@@ -1,6 +1,7 @@
 """Pure linear maps on parameter space, and AdamW's among them. Never looks at a model or a batch."""
 
 from fkernel.precond.adam import AdamWStep, adam, adamw_response, adamw_step, gradient_rates
+from fkernel.precond.alternatives import alternatives
 from fkernel.precond.clipping import clip_factor
 from fkernel.precond.linearized import Update, linearized, partition
 from fkernel.precond.state import AdamWState, adamw_init
@@ -16,6 +17,7 @@ __all__ = [
     "adamw_init",
     "adamw_response",
     "adamw_step",
+    "alternatives",
     "chain",
     "clip_factor",
     "diagonal",

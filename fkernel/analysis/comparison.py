@@ -1,0 +1,113 @@
+"""Which preconditioner matters: what influences look like under each, held against what really happened.
+
+    influence_e(P) = ⟨∇S_e, P J_Uᵀ(c w A)⟩                 one jvp each; no kernel
+
+The optimizer's own P, in the form that it divides by (post-step), is held against the realised change; the others say
+what is lost by a kernel that takes another. Momentum and decay are no part of an influence, so a second column holds
+each against the realised change without them.
+
+Correlations do not see scale: another optimizer's learning rate plays no part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from fkernel import func
+from fkernel.errors import BatchError
+from fkernel.func.objective import Function
+from fkernel.kernel.planning import usual_microbatch
+from fkernel.precond import Preconditioner
+from fkernel.shapes import Tensor, Tree
+
+
+class Agreement(NamedTuple):
+    """An influence held against the realised change.
+
+    Attributes:
+        influence: [n_E] what U does to E under this P.
+        realised: correlation r with the realised change.
+        of_batch: r with the realised change less momentum and decay.
+        rank: Spearman's correlation with the latter.
+    """
+
+    influence: Tensor
+    realised: float
+    of_batch: float
+    rank: float
+
+
+def compare(
+    f: Function,
+    params: Tree,
+    E: Any,
+    ascent: Tree,
+    preconditioners: Mapping[str, Preconditioner],
+    realised: Tensor,
+    others: Tensor,
+    *,
+    microbatch: int | None = None,
+) -> dict[str, Agreement]:
+    """Hold influences under several preconditioners against what happened.
+
+    Args:
+        f: S, (params, batch) -> [n].
+        params: θ.
+        E: the sequences, two or more.
+        ascent: J_Uᵀ(c w A), {name: [*shape]}.
+        preconditioners: {what it is called: P}.
+        realised: [n_E] nats, `fkernel.realised_change`.
+        others: [n_E] nats, momentum + decay.
+        microbatch: as in `fkernel.kernel`.
+
+    Returns:
+        {name: Agreement}, in the order given; a correlation of what does not vary is NaN.
+
+    Raises:
+        BatchError: fewer than two sequences, or of different numbers.
+
+    Example:
+        >>> from fkernel import precond
+        >>> f = lambda params, x: x @ params["w"]
+        >>> P = {"plain": precond.identity(), "other": precond.diagonal({"w": torch.tensor([1.0, 3.0])})}
+        >>> x, moved = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]), torch.tensor([1.0, 3.0, 4.0])
+        >>> found = compare(f, {"w": torch.zeros(2)}, x, {"w": torch.ones(2)}, P, moved, torch.zeros(3))
+        >>> {name: round(agreement.realised, 3) for name, agreement in found.items()}
+        {'plain': 0.756, 'other': 1.0}
+    """
+    if not len(realised) == len(others) > 1:
+        raise BatchError(f"realised is of {len(realised)} sequences, others of {len(others)}; expected two or more.")
+    along = func.jvp(f, usual_microbatch(microbatch, E))
+    batch, found = realised - others, dict[str, Agreement]()
+    for name, P in preconditioners.items():
+        influence = along(params, E, P(ascent))
+        r = (correlation(influence, realised), correlation(influence, batch))
+        found[name] = Agreement(influence, *r, correlation(ranks(influence), ranks(batch)))
+    return found
+
+
+def correlation(x: Tensor, y: Tensor) -> float:
+    """Pearson's r of two [n]; NaN where one does not vary.
+
+    Example:
+        >>> correlation(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 4.0, 6.0]))
+        1.0
+    """
+    x, y = ((each.double() - each.double().mean()) for each in (x, y))
+    scale = float(x.norm() * y.norm())
+    return round(float(x @ y) / scale, 12) if scale > 0 else float("nan")
+
+
+def ranks(x: Tensor) -> Tensor:
+    """Give ranks from 0, [n] float64; equal values share the mean of theirs.
+
+    Example:
+        >>> ranks(torch.tensor([3.0, 1.0, 3.0]))
+        tensor([1.5000, 0.0000, 1.5000], dtype=torch.float64)
+    """
+    _, place, count = torch.unique(x, return_inverse=True, return_counts=True)
+    last = count.cumsum(0).double()
+    return (last - (count.double() + 1) / 2)[place]

@@ -1,0 +1,124 @@
+"""Through which parts of the model a step moved a sequence, and what a method that leaves some out would not see.
+
+An inner product is a sum over parameters, so every quantity splits, and the parts add up to the whole:
+
+    C_e = Σ_groups C_e^group,   C_eu^group = c w_u A_u Σ_{names in group} ⟨∇S_e[name], P ∇S_u[name]⟩
+
+Every part (layer and kind at once) is contracted once; layers and kinds are sums of parts.
+
+    share    Σ |C^group| / Σ_groups Σ |C^group|     of what moved, in either direction
+    missed   ‖Σ_{left out} C^group‖ / ‖C‖           the relative error of a method that leaves some kinds out
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+
+from fkernel import func
+from fkernel.func.groups import by_kind, by_layer
+from fkernel.shapes import Tensor, Tree
+
+ENDS = ("embedding", "positions", "head")
+"""Kinds that common methods leave out."""
+
+
+def by_part(name: str) -> str:
+    """Group parameters by layer and kind at once: "layer 3 · MLP".
+
+    Args:
+        name: as `named_parameters` has it.
+
+    Example:
+        >>> by_part("model.layers.3.mlp.up_proj.weight"), by_part("model.embed_tokens.weight")
+        ('layer 3 · MLP', 'embedding')
+    """
+    layer, kind = by_layer(name), by_kind(name)
+    return kind if layer == kind else f"{layer} · {kind}"
+
+
+def summed(parts: Mapping[str, Tensor], names: Iterable[str], key: Callable[[str], str]) -> dict[str, Tensor]:
+    """Add parts up to coarser groups.
+
+    Args:
+        parts: {part: tensor}, of `by_part`.
+        names: of parameters, from which it is known what part belongs to what group.
+        key: name ↦ group, such as `func.by_kind`.
+
+    Example:
+        >>> names = ["h.0.mlp.up_proj", "h.1.mlp.up_proj"]
+        >>> summed({by_part(name): torch.ones(1) for name in names}, names, by_kind)
+        {'MLP': tensor([2.])}
+    """
+    group_of = {by_part(name): key(name) for name in names}
+    found: dict[str, Tensor] = {}
+    for part, value in parts.items():
+        group = group_of[part]
+        found[group] = found[group] + value if group in found else value
+    return found
+
+
+def norms_by(
+    handles: func.Handles, key: Callable[[str], str] = by_part, *, diagonal: Tree | None = None
+) -> dict[str, func.SquaredNorms]:
+    """Compute ‖g‖² and ⟨g, D g⟩ of every sequence, {group: [n] each}; they add up to `func.squared_norms`.
+
+    Args:
+        handles: {name: [n, *shape]}, or handles.
+        key: name ↦ group.
+        diagonal: D, {name: [*shape]}; None for ones.
+
+    Example:
+        >>> J = {"wte.weight": torch.ones(1, 2), "lm_head.weight": torch.ones(1, 3)}
+        >>> {group: norms.plain.item() for group, norms in norms_by(J, by_kind).items()}
+        {'embedding': 2.0, 'head': 3.0}
+    """
+    return {
+        group: func.squared_norms(
+            {name: handles[name] for name in names},
+            diagonal=None if diagonal is None else {name: diagonal[name] for name in names},
+        )
+        for group, names in func.grouped(handles, key).items()
+    }
+
+
+def shares(groups: Mapping[str, Tensor]) -> dict[str, float]:
+    """Tell how much of what moved went through each group, in either direction; they add up to 1.
+
+    Σ |C^group| / Σ_groups Σ |C^group|
+
+    Args:
+        groups: {group: [...]}, such as contributions by kind.
+
+    Example:
+        >>> shares({"MLP": torch.tensor([1.0, -1.0]), "norm": torch.tensor([0.0, 2.0])})
+        {'MLP': 0.5, 'norm': 0.5}
+    """
+    sizes = {group: float(value.double().abs().sum()) for group, value in groups.items()}
+    whole = sum(sizes.values())
+    return {group: size / whole if whole else 0.0 for group, size in sizes.items()}
+
+
+def missed(groups: Mapping[str, Tensor], left_out: Iterable[str] = ENDS) -> float:
+    """Tell how wrong a method is that leaves some kinds out.
+
+    ‖Σ_{left out} C^group‖ / ‖Σ_groups C^group‖
+
+    Args:
+        groups: {kind: [...]}, additive to the whole.
+        left_out: kinds.
+
+    Returns:
+        The relative error that it makes; 0 where it leaves nothing out that matters, and NaN where nothing moved.
+
+    Example:
+        >>> missed({"MLP": torch.tensor([3.0]), "head": torch.tensor([1.0])})
+        0.25
+    """
+    values = [value.double() for value in groups.values()]
+    whole, gone = torch.stack(values).sum(0), torch.zeros_like(values[0])
+    for group in left_out:
+        gone = gone + groups[group].double() if group in groups else gone
+    size = float(whole.norm())
+    return float(gone.norm()) / size if size else float("nan")

@@ -1,0 +1,133 @@
+"""Preconditioners that an influence could be computed with, each at the gradient of the step in question.
+
+    identity     1
+    frozen       1/(√v̂+ε), v̂ stored                       coordinates that were never seen are left out
+    post-step    1/(√v̂'+ε)                                 what AdamW divides by
+    adamw        −∂Δθ/∂g of AdamW as a whole               v' moves with g, too
+    rmsprop, adafactor, lion, muon                         −∂Δθ/∂g of theirs (`fkernel.precond.updates`)
+
+Another optimizer's state is not in AdamW's checkpoint; it is made of what is there: v̂ for a second moment (its means
+over rows and columns for Adafactor), m for a momentum. Lion's sign has no derivative to speak of and is smoothed at the
+width of what it is taken of. Muon moves matrices, as far as AdamW would, and AdamW the rest, as trainings with it do.
+
+Source: J. Liu et al., "Muon is scalable for LLM training" (2025), for the size of Muon's moves beside AdamW's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+
+from fkernel import tree
+from fkernel.errors import OptimizerStateError
+from fkernel.precond.adam import adam, adamw_response
+from fkernel.precond.linearized import linearized, partition
+from fkernel.precond.state import AdamWState, check_covers
+from fkernel.precond.transform import Diagonal, Preconditioner, diagonal, identity
+from fkernel.precond.updates import (
+    AdafactorState,
+    LionState,
+    MuonState,
+    RMSpropState,
+    adafactor,
+    adamw,
+    lion,
+    muon,
+    rmsprop,
+)
+from fkernel.shapes import Tree
+
+NAMES = ("identity", "frozen", "post-step", "adamw", "rmsprop", "adafactor", "lion", "muon")
+
+
+def alternatives(
+    params: Tree,
+    grads: Tree,
+    state: AdamWState,
+    matrices: Collection[str] | None = None,
+    which: Collection[str] = NAMES,
+) -> dict[str, Preconditioner]:
+    """Make preconditioners to compare.
+
+    Args:
+        params: θ.
+        grads: g = c ∇L of the step, {name: [*shape]}.
+        state: AdamW's before the step.
+        matrices: names that Muon would move; by default whatever has two dimensions.
+        which: of `fkernel.precond.alternatives.NAMES`.
+
+    Returns:
+        {name: P}, in the order of `which`; none carries AdamW's learning rate but adamw.
+
+    Raises:
+        OptimizerStateError: a name is not known, or "frozen" is asked for before the first step.
+        TreeError: the trees are about other parameters.
+
+    Example:
+        >>> import torch
+        >>> from fkernel.precond import adamw_init
+        >>> params = {"w": torch.ones(2)}
+        >>> found = alternatives(params, params, adamw_init(params, lr=0.1), which=["identity", "post-step"])
+        >>> {name: P({"w": torch.ones(2)})["w"].tolist() for name, P in found.items()}
+        {'identity': [1.0, 1.0], 'post-step': [1.0, 1.0]}
+    """
+    check_covers(state, list(params), params, "params")
+    check_covers(state, list(grads), grads, "grads")
+    made: dict[str, Callable[[], Preconditioner]] = {
+        "identity": identity,
+        "frozen": partial(adam, state, None, "zero"),
+        "post-step": partial(adam, state, {**grads}, "eps"),
+        "adamw": lambda: linearized(adamw, grads, state),
+        "rmsprop": lambda: linearized(rmsprop, grads, _rmsprop(state)),
+        "adafactor": lambda: linearized(adafactor, grads, _adafactor(params, state)),
+        "lion": lambda: linearized(lion, grads, _lion(grads, state)),
+        "muon": lambda: _muon(grads, state, matrices),
+    }
+    if unknown := [name for name in which if name not in made]:
+        raise OptimizerStateError(f"{unknown[0]!r} is no preconditioner that is known; expected {', '.join(made)}.")
+    return {name: made[name]() for name in which}
+
+
+def _v_hat(state: AdamWState) -> Tree:
+    """v / (1 − β2^t); v itself, which is 0, before the first step."""
+    shares = {name: 1 - state.beta2[name] ** t if t else 1.0 for name, t in state.step.items()}
+    return {name: v / shares[name] for name, v in state.exp_avg_sq.items()}
+
+
+def _rmsprop(state: AdamWState) -> RMSpropState:
+    first = state.names[0]
+    return RMSpropState(_v_hat(state), lr=1.0, alpha=state.beta2[first], eps=state.eps[first])
+
+
+def _adafactor(params: Tree, state: AdamWState) -> AdafactorState:
+    v = _v_hat(state)
+    flat = {name for name, leaf in v.items() if leaf.ndim < 2}
+    return AdafactorState(
+        row_var={name: leaf.mean(-1, keepdim=True) for name, leaf in v.items() if name not in flat},
+        col_var={name: leaf.mean(-2, keepdim=True) for name, leaf in v.items() if name not in flat},
+        variance={name: v[name] for name in flat},
+        scale={name: float(leaf.square().mean().sqrt()) for name, leaf in params.items()},
+        step=max(state.step.values()),
+    )
+
+
+def _lion(grads: Tree, state: AdamWState) -> LionState:
+    blend = tree.add(tree.scale(0.9, state.exp_avg), tree.scale(0.1, grads))
+    width = float(tree.norm(blend)) / tree.size(blend) ** 0.5
+    return LionState(state.exp_avg, lr=1.0, beta1=0.9, width=width)
+
+
+def _muon(grads: Tree, state: AdamWState, matrices: Collection[str] | None) -> Preconditioner:
+    """Muon for matrices, at the learning rate that gives them the size of AdamW's moves; AdamW for the rest."""
+    chosen = [name for name, g in grads.items() if g.ndim == 2 and (matrices is None or name in matrices)]
+    parts: dict[Sequence[str], Preconditioner] = {}
+    for name in chosen:
+        o, i = grads[name].shape
+        lr = state.lr[name] * 0.2 * max(o, i) ** 0.5 / max(1.0, o / i) ** 0.5
+        parts[(name,)] = linearized(muon, {name: grads[name]}, MuonState({name: state.exp_avg[name]}, lr=lr))
+    if rest := tuple(name for name in grads if name not in chosen):
+        response = adamw_response(state, {**grads})
+        assert isinstance(response, Diagonal)
+        assert response.d is not None
+        parts[rest] = diagonal({name: response.d[name] for name in rest})
+    return partition(parts)

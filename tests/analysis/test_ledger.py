@@ -1,0 +1,94 @@
+"""A ledger closes, its remainder falls as the expansion says, and its floor is the size of real rounding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fkernel as fk
+from fkernel import func, precond, tree
+from fkernel.analysis import ledger, rounding_floor, step_sweep
+from tests.cases import EXAMPLES
+
+
+@pytest.fixture(params=EXAMPLES, ids=lambda case: case.model_name)
+def case(request):
+    return request.param
+
+
+def explained(case, max_norm=0.05, lr=1e-4):
+    S, params, E, U = case.engine(fk)
+    effect, step = fk.explain_step(S, params, E, U, case.weights, case.state(fk, lr=lr), max_norm=max_norm)
+    return S, params, E, effect, step
+
+
+def accounted(effect, realised, floor):
+    parts = {name: getattr(effect, name) for name in ("batch", "momentum", "decay", "curvature", "clip")}
+    return ledger(**parts, realised=realised, floor=floor)
+
+
+def test_a_ledger_closes_and_its_parts_are_what_they_say(case):
+    S, params, E, effect, step = explained(case)
+    realised = fk.realised_change(S, params, tree.add(params, step.total), E)
+    found = accounted(effect, realised, rounding_floor(S, params, E))
+    torch.testing.assert_close(found.closed, realised, rtol=1e-12, atol=1e-15)
+    assert effect.clip < 1
+    torch.testing.assert_close(found.unclipped + found.clipping, effect.batch, rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(found.unclipped, (effect.kernel * case.weights).sum(1), rtol=1e-10, atol=1e-15)
+    assert (found.remainder.abs() < 1e-2 * found.curvature.abs().max()).all()
+
+
+def test_nothing_is_clipped_where_the_norm_is_small(case):
+    _, _, _, effect, _ = explained(case, max_norm=1e6)
+    assert effect.clip == 1.0
+    zero = torch.zeros(len(case.E), dtype=torch.float64)
+    assert accounted(effect, zero, zero).clipping.abs().max() == 0
+
+
+def test_remainders_fall_as_the_square_and_the_cube_of_the_rate(case):
+    S, params, E, _, step = explained(case, lr=1e-3)
+    found = step_sweep(S, params, E, step.total, [10**-1.5, 0.1, 10**-0.5, 1.0])
+    s = found.scales.log()
+
+    def slope(predicted):
+        errors = (predicted - found.realised).norm(dim=1).log()
+        return ((s - s.mean()) @ (errors - errors.mean()) / (s - s.mean()).square().sum()).item()
+
+    assert slope(found.first) == pytest.approx(2, abs=0.05)
+    assert slope(found.second) == pytest.approx(3, abs=0.1)
+
+
+def test_the_floor_is_the_size_of_the_rounding_that_is_seen():
+    ratios = []
+    for case in EXAMPLES:
+        S, params, E, _ = case.engine(fk)
+        small, towards = tree.cast(params, torch.float32), case.tree(31)
+        single = case.model.float()
+        apply, _ = func.make_functional(single)
+        T = func.sequence_logprob(apply, case.temperature)
+        floor = rounding_floor(T, small, E)
+        seen = []
+        for i in range(12):
+            after = tree.add(small, {n: 1e-4 * leaf.float().roll(i, 0) for n, leaf in towards.items()})
+            exact = S(tree.cast(after, torch.float64), E) - S(tree.cast(small, torch.float64), E)
+            seen.append((T(after, E) - T(small, E)).double() - exact)
+        case.model.double()
+        ratios.append(torch.stack(seen).square().mean(0).sqrt() / floor)
+    found = torch.cat(ratios)
+    assert found.min() > 0.1
+    assert found.max() < 3, found
+
+
+def test_sizes_that_disagree_are_said(case):
+    _, _, _, effect, _ = explained(case)
+    one = torch.ones(len(case.E) + 1, dtype=torch.float64)
+    with pytest.raises(fk.BatchError, match=r"are of \[2, 2, 2, 2, 3, 3\] sequences|are of \[4, 4, 4, 4, 5, 5\] seq"):
+        accounted(effect, one, one)
+
+
+def test_the_step_at_a_multiple_of_the_rate_is_that_multiple(case):
+    _, params, _, U = case.engine(fk)
+    g = func.vjp(case.engine(fk)[0])(params, U, case.weights)
+    one, ten = (precond.adamw_step(params, {**g}, case.state(fk, lr=lr)).total for lr in (1e-3, 1e-2))
+    for name in one:
+        torch.testing.assert_close(10 * one[name], ten[name], rtol=1e-12, atol=0.0)

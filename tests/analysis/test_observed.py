@@ -1,0 +1,63 @@
+"""Other observables than log π: contributions of U, momentum, decay and curvature, held against the step taken."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fkernel as fk
+from fkernel import func, tree
+from fkernel.analysis import explain_observable
+from tests.cases import EXAMPLES
+
+
+@pytest.fixture(params=EXAMPLES, ids=lambda case: case.model_name)
+def case(request):
+    return request.param
+
+
+def observables(case, params, E):
+    apply, _ = func.make_functional(case.model)
+    flipped = func.Sequences(*(leaf.flip(0) for leaf in E))
+    rewards = torch.tensor([[1.0, 0.0]], dtype=torch.float64).expand(len(case.E), 2)
+    reference = tree.axpy(0.1, case.tree(61), params)
+    return {
+        "entropy": (func.mean_entropy(apply), E),
+        "KL": (func.kl_divergence(apply, reference), E),
+        "odds": (func.log_odds(apply), func.Pair(E, flipped)),
+        "reward": (func.expected_reward(apply), func.Answers((E, flipped), rewards)),
+    }
+
+
+@pytest.mark.parametrize("name", ["entropy", "KL", "odds", "reward"])
+def test_a_prediction_meets_the_step_that_is_taken(case, name):
+    S, params, E, U = case.engine(fk)
+    f, batch = observables(case, params, E)[name]
+    weights, state = case.weights, case.state(fk, lr=1e-4)
+    effect = explain_observable(f, S, params, batch, U, weights, state, max_norm=0.05)
+    _, step = fk.explain_step(S, params, E, U, weights, state, max_norm=0.05)
+    realised = fk.realised_change(f, params, tree.add(params, step.total), batch)
+    assert (effect.first_order - realised).norm() < 0.1 * realised.norm()
+    assert (effect.second_order - realised).norm() < 0.1 * (effect.first_order - realised).norm()
+    torch.testing.assert_close(effect.batch, func.jvp(f)(params, batch, step.batch), rtol=1e-9, atol=1e-14)
+
+
+def test_log_probability_is_one_of_them(case):
+    S, params, E, U = case.engine(fk)
+    state = case.state(fk)
+    ours, _ = fk.explain_step(S, params, E, U, case.weights, state)
+    found = explain_observable(S, S, params, E, U, case.weights, state)
+    for mine, other in zip(found[:5], ours[:5], strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-14)
+
+
+def test_the_log_odds_are_the_difference_of_two_rows(case):
+    _, params, E, U = case.engine(fk)
+    f, pair = observables(case, params, E)["odds"]
+    state = case.state(fk)
+    ours, _ = fk.explain_step(func.sequence_logprob(func.make_functional(case.model)[0]), params, E, U, case.weights,
+                              state)  # fmt: skip
+    found = explain_observable(f, func.sequence_logprob(func.make_functional(case.model)[0]), params, pair, U,
+                               case.weights, state)  # fmt: skip
+    torch.testing.assert_close(found.contributions, ours.contributions - ours.contributions.flip(0), rtol=1e-8,
+                               atol=1e-13)  # fmt: skip
