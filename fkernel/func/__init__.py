@@ -12,8 +12,19 @@ from fkernel.func.groups import Part, by_kind, by_layer, contract_by, grouped, p
 from fkernel.func.handles import Factored, Handle, Handles, Rows, Stack, Sum
 from fkernel.func.held import SquaredNorms, squared_norms, weighted_sum
 from fkernel.func.logprob import sequence_logprob, token_entropy, token_logprobs
+from fkernel.func.losses import (
+    Weighted,
+    clipped_ratio_weights,
+    clipped_sequence_ratio_weights,
+    corrected_kl_penalty_weights,
+    kl_penalty_weights,
+    policy_gradient_weights,
+    preference_weights,
+    weighted_logprob,
+)
 from fkernel.func.objective import Objective
 from fkernel.func.observables import Answers, Pair, expected_reward, kl_divergence, log_odds, mean_entropy
+from fkernel.func.squares import squared_sum
 
 __all__ = [
     "Answers",
@@ -29,16 +40,21 @@ __all__ = [
     "SquaredNorms",
     "Stack",
     "Sum",
+    "Weighted",
     "by_kind",
     "by_layer",
+    "clipped_ratio_weights",
+    "clipped_sequence_ratio_weights",
     "contract",
     "contract_by",
+    "corrected_kl_penalty_weights",
     "curvature",
     "evaluate",
     "expected_reward",
     "grouped",
     "jvp",
     "kl_divergence",
+    "kl_penalty_weights",
     "log_odds",
     "make_functional",
     "mean_entropy",
@@ -46,10 +62,14 @@ __all__ = [
     "part_of",
     "per_sequence_grad",
     "per_sequence_handles",
+    "policy_gradient_weights",
+    "preference_weights",
     "sequence_logprob",
     "squared_norms",
+    "squared_sum",
     "token_entropy",
     "token_logprobs",
     "vjp",
+    "weighted_logprob",
     "weighted_sum",
 ]

@@ -96,7 +96,7 @@ def count(handle: Handle) -> int:
     return sum(count(part) for part in handle.parts) if isinstance(handle, Stack) else len(tensors(handle)[0])
 
 
-def at(handle: Piece, rows: slice) -> Piece:
+def at(handle: Piece, rows: slice | Tensor) -> Piece:
     """Take some sequences of one microbatch's handle."""
     match handle:
         case Sum(parts):
@@ -105,7 +105,7 @@ def at(handle: Piece, rows: slice) -> Piece:
             return _rows_of(handle, rows)
 
 
-def _rows_of(handle: Tensor | Factored | Rows, rows: slice) -> Tensor | Factored | Rows:
+def _rows_of(handle: Tensor | Factored | Rows, rows: slice | Tensor) -> Tensor | Factored | Rows:
     match handle:
         case Factored(inputs, cotangents):
             return Factored(inputs[rows], cotangents[rows])

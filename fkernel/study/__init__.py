@@ -4,12 +4,13 @@ plan → workspace (U, its gradients, P) → one answer a request → results
 """
 
 from fkernel.errors import ResultsError
+from fkernel.study.analyses.plan import AnalysesPlan, RequestAnalyses
 from fkernel.study.checks import check_inputs, check_out
 from fkernel.study.diagnostics import Blocks, Spectrum, cosines, spectrum, top_contributors
 from fkernel.study.environment import environment
 from fkernel.study.gradients import GradientCache, Gradients
 from fkernel.study.log import LEVELS, recorded
-from fkernel.study.outcome import Entry, RequestResult, SelfKernel, SequenceInfo
+from fkernel.study.outcome import Entry, Finding, RequestResult, SelfKernel, SequenceInfo
 from fkernel.study.plan import TEMPLATE, FisherKernelPlan, NumericsPlan, PreconditionerPlan, StepPlan, StoragePlan
 from fkernel.study.questions import entry_of, influence_of, self_kernel_of
 from fkernel.study.reading import read_plan
@@ -22,11 +23,13 @@ from fkernel.study.workspace import KernelWorkspace, load_workspace, serialize_w
 __all__ = [
     "LEVELS",
     "TEMPLATE",
+    "AnalysesPlan",
     "AnyRequest",
     "BatchRequest",
     "Blocks",
     "CapturePlan",
     "Entry",
+    "Finding",
     "FisherKernelPlan",
     "FisherKernelResults",
     "FisherKernelRunner",
@@ -35,6 +38,7 @@ __all__ = [
     "KernelWorkspace",
     "NumericsPlan",
     "PreconditionerPlan",
+    "RequestAnalyses",
     "RequestResult",
     "ResultsError",
     "SamplePlan",

@@ -12,114 +12,21 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fkernel import func, tree
-from fkernel.errors import BatchError, RolloutError
-from fkernel.func.contract import tile_bytes
-from fkernel.func.gradient import plan_of
-from fkernel.func.handles import stack_handles
+from fkernel import func
+from fkernel.errors import RolloutError
 from fkernel.kernel import realised_change
-from fkernel.kernel.budget import parse_bytes
-from fkernel.kernel.planning import usual_microbatch
-from fkernel.kernel.planning.passes import fit, forward, reverse, twice_forward
-from fkernel.kernel.planning.strategy import USABLE
 from fkernel.kernel.recycling import recycled
-from fkernel.kernel.sides import Ordered, cuts_of, pieces_of
-from fkernel.precond import AdamWState, AdamWStep
+from fkernel.precond import AdamWStep
 from fkernel.rollout.batch import GeneratedBatch
-from fkernel.shapes import Tensor, Tree
+from fkernel.shapes import Tensor
+from fkernel.study.analyses.accounts import Accounts
+from fkernel.study.analyses.plan import RequestAnalyses
+from fkernel.study.analyses.situation import Situation
 from fkernel.study.diagnostics import BlockTally, cosines, top_contributors
-from fkernel.study.gradients import within
 from fkernel.study.outcome import Entry, RequestResult, info_of
 from fkernel.study.requests import CapturePlan
+from fkernel.study.rows import Grant, Policy, Rows, kernel_rows, own_rows
 from fkernel.study.workspace import KernelWorkspace, selected, tokens_of
-
-HELD = 1 << 30
-"""Bytes of E's gradients that are held at a time where no memory was granted."""
-
-
-class Policy(NamedTuple):
-    """A checkpoint as the engine takes it.
-
-    Attributes:
-        f: S, (params, batch) -> [n].
-        params: θ.
-        state: AdamW's state before the step, of these parameters; or None.
-        after: θ after the step, where it was really taken; or None.
-    """
-
-    f: func.Objective
-    params: Tree
-    state: AdamWState | None
-    after: Tree | None
-
-
-class Grant(NamedTuple):
-    """What may be under way at once.
-
-    Attributes:
-        microbatch: sequences of the greatest length in a pass.
-        memory: bytes for gradients and activations; None where none were granted.
-    """
-
-    microbatch: int
-    memory: int | None
-
-
-def grant_of(memory: int | str | None, microbatch: int | None, policy: Policy, batch: Any) -> Grant:
-    """Find the largest microbatch whose passes stay within a grant.
-
-    Raises:
-        BatchError: one sequence at a time does not; it says what would be needed.
-    """
-    wanted = usual_microbatch(microbatch, batch)
-    if memory is None:
-        return Grant(wanted, None)
-    passes = (reverse, forward, twice_forward)
-    m, needed = fit(memory, wanted, policy.f, policy.params, (batch,), passes, vectors=0)
-    if parse_bytes(memory) < needed:
-        raise BatchError(f"memory={memory!r} cannot hold one sequence's activations; give at least {needed} bytes.")
-    return Grant(m, parse_bytes(memory))
-
-
-def room_of(grant: Grant, workspace: KernelWorkspace) -> int:
-    """Bytes of gradients that may be held at once: what a grant leaves beside a pass, one of U and tiles."""
-    if grant.memory is None:
-        return HELD
-    beside = 2 * workspace.gradients.largest + tile_bytes(2 * grant.microbatch, 8)
-    return max(1, int(USABLE * grant.memory) - beside)
-
-
-class Rows(NamedTuple):
-    """Some rows of K.
-
-    Attributes:
-        at: [r] which rows.
-        K: [r n_U].
-        norms: of the rows' gradients.
-    """
-
-    at: Tensor
-    K: Tensor
-    norms: func.SquaredNorms
-
-
-def kernel_rows(batch: Any, workspace: KernelWorkspace, policy: Policy, grant: Grant) -> Iterator[Rows]:
-    """Walk K_EU a few rows at a time; E's gradients are computed, U's are read."""
-    side = Ordered("E", batch)
-    cuts = cuts_of(side, grant.microbatch * max(side.tokens))
-    pieces = pieces_of(policy.f, policy.params, side, cuts, plan_of(policy.f, policy.params, batch))
-    for block, held in within(room_of(grant, workspace), pieces, len(cuts)):
-        J = stack_handles(held)
-        at = torch.cat([side.order[cuts[i]] for i in block])
-        norms = func.SquaredNorms(*(each.cpu() for each in func.squared_norms(J, diagonal=workspace.P.d)))
-        yield Rows(at, workspace.gradients.rows_against(J, workspace.P), norms)
-        del J, held  # or they would be alive while the next ones are made
-
-
-def own_rows(workspace: KernelWorkspace, own: Tensor, grant: Grant) -> Iterator[Rows]:
-    """Give rows of K_UU, for which no gradient is computed."""
-    norms, K = workspace.norms, workspace.self_kernel(room_of(grant, workspace))
-    yield Rows(torch.arange(len(own)), K[own], func.SquaredNorms(norms.plain[own], norms.weighted[own]))
 
 
 class Question(NamedTuple):
@@ -131,6 +38,7 @@ class Question(NamedTuple):
         capture: what is computed and kept.
         advantages: other advantages than the step's, as `KernelWorkspace.weights_with` takes them.
         strict: whether an entry whose row this batch lacks is an error; what is captured of all requests is not.
+        analyses: what else is asked.
     """
 
     name: str
@@ -138,6 +46,7 @@ class Question(NamedTuple):
     capture: CapturePlan
     advantages: Any = None
     strict: bool = True
+    analyses: RequestAnalyses = RequestAnalyses()
 
 
 def evaluate(
@@ -167,18 +76,21 @@ def evaluate(
     capture = question.capture
     weights = workspace.weights_with(question.advantages)
     E = tokens_of(batch, policy.params)
-    found: dict[str, Any] = {}
+    at = Situation(batch, E, workspace, policy, step, grant, capture, weights, question.advantages)
+    found = at.found
+    accounts = Accounts(question.analyses, at, question.strict)
     with recycled():
-        if capture.influence_only:
+        if capture.influence_only and not question.analyses.of_rows:
             towards = workspace.P(workspace.gradients.weighted_sum(weights))
             found["batch"] = func.jvp(policy.f, grant.microbatch)(policy.params, E, towards)
             tick(len(batch))
         else:
             own = workspace.rows_of(batch)
             rows = kernel_rows(E, workspace, policy, grant) if own is None else own_rows(workspace, own, grant)
-            found |= _reduced(rows, question, batch, workspace, weights, tick)
+            found |= _reduced(rows, question, batch, workspace, weights, tick, accounts)
         if step is not None:
-            found |= _effects(E, policy, step, grant, capture, overridden=question.advantages is not None)
+            found |= _effects(at, step)
+        analyses = accounts.findings()
     facts = found.pop("facts", {}) | {"sampling": batch.diagnostics, "advantages": question.advantages}
     arrays: dict[str, Any] = {
         name: value.cpu().numpy() if isinstance(value, Tensor) else value for name, value in found.items()
@@ -189,24 +101,22 @@ def evaluate(
         evaluation=tuple(map(info_of, batch)),
         update=tuple(map(info_of, workspace.batch)),
         facts=facts,
+        analyses=analyses,
         **arrays,
     )
 
 
-def _effects(
-    E: Any, policy: Policy, step: AdamWStep, grant: Grant, capture: CapturePlan, overridden: bool
-) -> dict[str, Tensor]:
+def _effects(at: Situation, step: AdamWStep) -> dict[str, Tensor]:
     """Momentum, decay, curvature and the realised change, [n_E] each."""
-    f, params, m = policy.f, policy.params, grant.microbatch
+    f, params, E, m = at.policy.f, at.policy.params, at.E, at.grant.microbatch
     along = func.jvp(f, m)
     found = {"momentum": along(params, E, step.momentum), "decay": along(params, E, step.decay)}
-    if overridden:
+    if at.overridden:
         return found  # the step that was taken is another one
-    if capture.curvature:
+    if at.capture.curvature:
         found["curvature"] = 0.5 * func.curvature(f, m)(params, E, step.total)
-    if capture.realised:
-        after = policy.after or tree.add(params, step.total)
-        found["realised"] = realised_change(f, params, after, E, microbatch=m)
+    if at.capture.realised:
+        found["realised"] = realised_change(f, params, at.after, E, microbatch=m)
     return found
 
 
@@ -217,6 +127,7 @@ def _reduced(
     workspace: KernelWorkspace,
     weights: Tensor,
     tick: Callable[[int], Any],
+    accounts: Accounts,
 ) -> dict[str, Any]:
     """Take rows of K as they come; keep what was asked for."""
     capture, n, m = question.capture, len(batch), len(workspace.batch)
@@ -226,7 +137,8 @@ def _reduced(
     kept |= {"top": torch.empty(n, k, dtype=torch.int64)}
     wanted, tally, entries = _wanted(question, batch, workspace), BlockTally(), list[Entry]()
     prompts = [record.provenance.global_prompt_id for record in workspace.batch]
-    for at, K, norms in rows:
+    for block in rows:
+        at, K, norms, _ = block
         C = K * weights.to(K)
         cosine = cosines(K, norms.weighted, columns)
         if "batch" not in kept:
@@ -242,6 +154,7 @@ def _reduced(
             for u in wanted.get(e, ()):
                 ids = batch.ids[e], workspace.batch.ids[u]
                 entries.append(Entry(*ids, float(K[r, u]), float(cosine[r, u]), float(C[r, u])))
+        accounts.add(block)
         tick(len(at))
     place = {name: i for i, name in enumerate(batch.ids)}
     entries.sort(key=lambda entry: (place[entry.row], workspace.index[entry.column]))

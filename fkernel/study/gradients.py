@@ -42,6 +42,11 @@ class Gradients:
         for i, rows in enumerate(self.cuts):
             yield self.side.order[rows], self.read(i)
 
+    def blocks(self) -> Iterator[tuple[Tensor, Callable[[], Handles]]]:
+        """Walk the microbatches: (their rows in the caller's batch, what reads their handles)."""
+        for i, rows in enumerate(self.cuts):
+            yield self.side.order[rows], lambda i=i: self.read(i)
+
     def weighted_sum(self, weights: Tensor) -> Tree:
         """Compute J_Uᵀ w, [n_U] -> {name: [*shape]}; no gradient is computed."""
         total: Tree = {}
@@ -55,6 +60,23 @@ class Gradients:
         """Compute ⟨g_e, P g_u⟩ for some gradients g_e and all of U, [n_e n_U]."""
         parts = [func.contract(others, handles, diagonal=P.d) for _, handles in self]
         return torch.cat(parts, 1).cpu()[:, self.side.order.argsort()]
+
+    def parts_against(self, others: Handles, P: precond.Diagonal, key: Callable[[str], str]) -> dict[str, Tensor]:
+        """Compute ⟨g_e, P g_u⟩ by groups of parameters, {group: [n_e n_u]}; they add up to `rows_against`."""
+        found: dict[str, list[Tensor]] = {}
+        for _, handles in self:
+            for group, part in func.contract_by(others, handles, key, diagonal=P.d).items():
+                found.setdefault(group, []).append(part.cpu())
+        places = self.side.order.argsort()
+        return {group: torch.cat(parts, 1)[:, places] for group, parts in found.items()}
+
+    def squared_sum(self) -> Tree:
+        """Compute Σ_u g_u², {name: [*shape]}; no gradient is computed."""
+        total: Tree = {}
+        for _, handles in self:
+            part = func.squared_sum(handles)
+            total = {name: total[name].add_(leaf) for name, leaf in part.items()} if total else part
+        return total
 
     def self_kernel(self, P: precond.Diagonal, room: int | None = None) -> Tensor:
         """Compute K_UU, [n_U n_U], symmetric to the last bit; each pair of microbatches is contracted once.

@@ -78,6 +78,30 @@ class Entry:
 
 
 @dataclass(frozen=True, eq=False)
+class Finding:
+    """What an analysis found.
+
+    Attributes:
+        arrays: by name; `docs/results.md` has their shapes.
+        facts: JSON. Where something that it needs was not there, `left_out` says what, and there are no arrays.
+    """
+
+    arrays: dict[str, np.ndarray]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """Give an array.
+
+        Raises:
+            ResultsError: there is none of that name.
+        """
+        if name not in self.arrays:
+            why = self.facts.get("left_out", f"it has {', '.join(self.arrays) or 'none'}")
+            raise ResultsError(f"This analysis has no {name!r}: {why}.")
+        return self.arrays[name]
+
+
+@dataclass(frozen=True, eq=False)
 class RequestResult:
     """What one optimizer step did to every sequence of a batch, and which sequence of U did it.
 
@@ -104,6 +128,7 @@ class RequestResult:
         contributions: [n_E n_U] C.
         selected: entries that were asked for by id.
         facts: JSON: same-prompt and cross-prompt blocks, sampling diagnostics, advantages that were overridden.
+        analyses: {name: Finding} of what the plan's `analyses` asked for.
     """
 
     name: str
@@ -124,6 +149,7 @@ class RequestResult:
     contributions: np.ndarray | None = None
     selected: tuple[Entry, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
+    analyses: dict[str, Finding] = field(default_factory=dict)
 
     @property
     def first_order(self) -> np.ndarray | None:
@@ -183,6 +209,14 @@ class RequestResult:
             )
         return found
 
+    def analysis(self, name: str) -> Finding:
+        """Give what an analysis found, such as "ledger" or "counterfactuals.rloo".
+
+        Raises:
+            ResultsError: it was not asked for.
+        """
+        return asked_for(self.analyses, name, f"The request {self.name!r}")
+
     def row(self, sequence_id: str) -> int:
         """Find the row of a sequence of E.
 
@@ -205,6 +239,18 @@ class RequestResult:
             return []
         pairs = zip(self.top[row, :k], self.top_contributions[row, :k], strict=True)
         return [(self.update[u], float(nats)) for u, nats in pairs]
+
+
+def asked_for(analyses: dict[str, Finding], name: str, whose: str) -> Finding:
+    """Give one of some findings.
+
+    Raises:
+        ResultsError: it was not asked for.
+    """
+    if name not in analyses:
+        has = f"has {', '.join(analyses)}" if analyses else "has none"
+        raise ResultsError(f"{whose} {has} of the analyses, and no {name!r}; ask for it in the plan (analyses:).")
+    return analyses[name]
 
 
 def _place(sequences: tuple[SequenceInfo, ...], sequence_id: str, where: str) -> int:

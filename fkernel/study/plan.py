@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from fkernel.kernel.budget import parse_bytes
+from fkernel.study.analyses.plan import AnalysesPlan
 from fkernel.study.parts import CheckpointPlan, SourcePlan, Strict
 from fkernel.study.requests import AnyRequest, BatchRequest, CapturePlan, UpdateSource
 
@@ -124,6 +125,7 @@ class FisherKernelPlan(SourcePlan):
         parameters: which parameters, as patterns on their names; None for all that were trained.
         self_kernel: whether K_UU is computed, with its spectrum.
         capture: what is computed and kept, of requests that do not say.
+        analyses: where the changes came from, of requests that do not say; and what U is made of.
         storage: what is written.
         numerics: dtype, memory, seed.
         out: directory of the results.
@@ -136,6 +138,7 @@ class FisherKernelPlan(SourcePlan):
     parameters: tuple[str, ...] | None = Field(None, min_length=1)
     self_kernel: bool = True
     capture: CapturePlan = CapturePlan.model_validate({})
+    analyses: AnalysesPlan = AnalysesPlan.model_validate({})
     storage: StoragePlan = StoragePlan()
     numerics: NumericsPlan = NumericsPlan.model_validate({})
     out: str
@@ -213,6 +216,7 @@ requests:
   - {kind: evaluation, name: held_out, batch_size_prompts: 16}
   - {kind: custom_sequence, name: probe, prompt: "What is 6 times 7?", response: " 42"}
 capture: {kernel: true, top_k: 10}
+analyses: {ledger: true, uncertainty: true}   # also sweep, tokens, parts, observables, counterfactuals, …
 out: study
 """
 """What `fkernel plan init` writes."""

@@ -17,9 +17,9 @@ from fkernel.kernel.store.fingerprint import fingerprint
 from fkernel.precond import AdamWState
 from fkernel.rollout.batch import GeneratedBatch
 from fkernel.shapes import Tree
-from fkernel.study.evaluate import Policy
 from fkernel.study.plan import FisherKernelPlan
 from fkernel.study.response import restricted
+from fkernel.study.rows import Policy
 from fkernel.study.workspace import identity_of_batch
 
 
@@ -37,7 +37,8 @@ def policy_of(plan: FisherKernelPlan, loaded: Checkpoint, temperature: float) ->
             raise PlanError(f"parameters: the optimizer did not train {listing(missing)}; leave them out.")
     if state is not None:
         state = restricted(state, params)
-    return Policy(func.sequence_logprob(apply, temperature), params, state, None)
+    S = func.sequence_logprob(apply, temperature)
+    return Policy(S, params, state, None, apply, temperature, loaded.tokenizer)
 
 
 def after_of(plan: FisherKernelPlan, params: Tree) -> Tree | None:

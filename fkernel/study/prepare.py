@@ -14,10 +14,10 @@ from fkernel.precond import AdamWStep
 from fkernel.rollout import check_temperature
 from fkernel.rollout.batch import GeneratedBatch
 from fkernel.study.directory import WorkspaceDirectory
-from fkernel.study.evaluate import grant_of
 from fkernel.study.plan import FisherKernelPlan
 from fkernel.study.policy import asked_of, policy_of
 from fkernel.study.response import response
+from fkernel.study.rows import grant_of
 from fkernel.study.workspace import KernelWorkspace, held_in_memory, named_errors, tokens_of
 
 

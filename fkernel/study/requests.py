@@ -11,6 +11,7 @@ from fkernel.errors import PlanError
 from fkernel.rollout import CustomSample, SampleGenerator, check_recorded, load_batch, score
 from fkernel.rollout.batch import GeneratedBatch
 from fkernel.rollout.rewards import dotted
+from fkernel.study.analyses.plan import RequestAnalyses
 from fkernel.study.draws import (
     CustomPromptsDraw,
     CustomSequenceDraw,
@@ -127,12 +128,14 @@ class BatchRequest(Draw):
         advantages: other advantages of U for this request: a rule's name, or {id: advantage} for some of U. P stays as
             it is, so that the answer is linear in them, and there is no realised change to compare with.
         capture: instead of the plan's.
+        analyses: instead of the plan's.
     """
 
     name: str | None = Field(None, min_length=1, pattern=r"^[\w.-]+$")
     sequence_ids: tuple[str, ...] | None = Field(None, min_length=1)
     advantages: str | dict[str, float] | None = None
     capture: CapturePlan | None = None
+    analyses: RequestAnalyses | None = None
 
 
 class UpdateBatch(UpdateRules, BatchRequest):

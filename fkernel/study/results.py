@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -19,11 +19,13 @@ from zipfile import BadZipFile
 import numpy as np
 
 from fkernel.errors import ResultsError
-from fkernel.study.outcome import EFFECTS, Entry, RequestResult, SelfKernel, SequenceInfo
+from fkernel.study.outcome import EFFECTS, Entry, Finding, RequestResult, SelfKernel, SequenceInfo, asked_for
 from fkernel.study.tables import to_frame, to_xarray
 from fkernel.study.whole import whole
 
-SCHEMA = 2
+SCHEMA = 3
+OWN = "update_batch"
+"""Whose arrays of U against itself are; no request has this name."""
 FILES = ("kernel.npz", "plan.json", "environment.json", "results.json")
 _ARRAYS = ("batch", *EFFECTS, "squared_norms", "diagonal", "top", "top_contributions", "kernel", "contributions")
 _OWN = ("eigenvalues", "squared_norms", "diagonal", "kernel")
@@ -40,6 +42,7 @@ class FisherKernelResults:
         step: what is known of the step: c, ‖∇L‖, and so on.
         self_kernel: U against itself; None unless it was asked for.
         requests: {name: result}, in the plan's order.
+        analyses: {name: Finding} of U itself: "health", "structure".
     """
 
     plan: dict[str, Any]
@@ -48,6 +51,7 @@ class FisherKernelResults:
     step: dict[str, Any]
     self_kernel: SelfKernel | None
     requests: dict[str, RequestResult]
+    analyses: dict[str, Finding] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> RequestResult:
         """Give the result of one request.
@@ -58,6 +62,14 @@ class FisherKernelResults:
         if name not in self.requests:
             raise ResultsError(f"There is no request {name!r}; these results have {', '.join(self.requests)}.")
         return self.requests[name]
+
+    def analysis(self, name: str) -> Finding:
+        """Give what an analysis of U found, "health" or "structure".
+
+        Raises:
+            ResultsError: it was not asked for.
+        """
+        return asked_for(self.analyses, name, "The update batch")
 
     @property
     def units(self) -> str:
@@ -161,11 +173,13 @@ class FisherKernelResults:
         found = {"update_ids": _ids(self.update)}
         own = self.self_kernel
         if own is not None:
-            found["self/ids"] = np.array(own.ids, dtype=np.str_)
-            found |= {f"self/{name}": v for name in _OWN if (v := getattr(own, name)) is not None}
+            found[f"{OWN}/ids"] = np.array(own.ids, dtype=np.str_)
+            found |= {f"{OWN}/{name}": v for name in _OWN if (v := getattr(own, name)) is not None}
+        found |= _analysed(OWN, self.analyses)
         for name, result in self.requests.items():
             found[f"{name}/evaluation_ids"] = _ids(result.evaluation)
             found |= {f"{name}/{key}": v for key in _ARRAYS if (v := getattr(result, key)) is not None}
+            found |= _analysed(name, result.analyses)
             if result.update_diagonal is not None:
                 found["update_diagonal"] = result.update_diagonal
         return found
@@ -179,6 +193,7 @@ class FisherKernelResults:
             "step": self.step,
             "update": [asdict(info) for info in self.update],
             "self_kernel": None if own is None else {name: getattr(own, name) for name in kept},
+            "analyses": {name: finding.facts for name, finding in self.analyses.items()},
             "requests": {name: _request(result) for name, result in self.requests.items()},
         }
 
@@ -201,8 +216,26 @@ def _request(result: RequestResult) -> dict[str, Any]:
         "calibration": {name: value._asdict() for name, value in result.calibration.items()},
         "selected": [asdict(entry) for entry in result.selected],
         "facts": result.facts,
+        "analyses": {name: finding.facts for name, finding in result.analyses.items()},
         "evaluation": rows,
     }
+
+
+def _analysed(whose: str, analyses: Mapping[str, Finding]) -> dict[str, np.ndarray]:
+    return {
+        f"{whose}/{analysis}/{name}": values
+        for analysis, finding in analyses.items()
+        for name, values in finding.arrays.items()
+    }
+
+
+def _findings(whose: str, facts: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> dict[str, Finding]:
+    found = {}
+    for analysis, known in facts.items():
+        start = f"{whose}/{analysis}/"
+        own = {name.removeprefix(start): values for name, values in arrays.items() if name.startswith(start)}
+        found[analysis] = Finding(own, known)
+    return found
 
 
 def _width(result: RequestResult) -> int:
@@ -233,17 +266,24 @@ def _read(
         evaluation = infos(row["evaluation"], arrays[f"{name}/evaluation_ids"])
         selected = tuple(Entry(**entry) for entry in row["selected"])
         requests[name] = RequestResult(
-            name, row["kind"], evaluation, update, selected=selected, facts=row["facts"], **given
+            name,
+            row["kind"],
+            evaluation,
+            update,
+            selected=selected,
+            facts=row["facts"],
+            analyses=_findings(name, row["analyses"], arrays),
+            **given,
         )
     own = None
     if data["self_kernel"] is not None:
-        found, given = data["self_kernel"], {key: arrays[f"self/{key}"] for key in _OWN if f"self/{key}" in arrays}
+        found, given = data["self_kernel"], {key: arrays[f"{OWN}/{key}"] for key in _OWN if f"{OWN}/{key}" in arrays}
         own = SelfKernel(
-            ids=tuple(arrays["self/ids"].tolist()),
+            ids=tuple(arrays[f"{OWN}/ids"].tolist()),
             effective_rank=found["effective_rank"],
             participation=found["participation"],
             same_prompt=tuple(found["same_prompt"]),
             cross_prompt=tuple(found["cross_prompt"]),
             **given,
         )
-    return kind(plan, environment, update, data["step"], own, requests)
+    return kind(plan, environment, update, data["step"], own, requests, _findings(OWN, data["analyses"], arrays))

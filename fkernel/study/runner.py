@@ -10,26 +10,28 @@ from typing import Any
 
 import torch
 
-from fkernel import func
+from fkernel import func, tree
 from fkernel.checkpoint import Checkpoint
 from fkernel.errors import PlanError
 from fkernel.kernel.sides import check_sides
 from fkernel.precond import AdamWStep
 from fkernel.rollout import SampleGenerator, load_batch, save_batch
 from fkernel.rollout.batch import GeneratedBatch
+from fkernel.study.analyses.update import health_of, structure_of
 from fkernel.study.checks import check_inputs
 from fkernel.study.draws import Draw
 from fkernel.study.environment import environment
-from fkernel.study.evaluate import Grant, Policy, Question, evaluate, grant_of, room_of
+from fkernel.study.evaluate import Question, evaluate
 from fkernel.study.gradients import GradientCache
 from fkernel.study.log import LOGGER, phase, say
-from fkernel.study.outcome import Entry, RequestResult, SelfKernel, info_of
+from fkernel.study.outcome import Entry, Finding, RequestResult, SelfKernel, info_of
 from fkernel.study.plan import FisherKernelPlan
 from fkernel.study.policy import after_of, policy_of
 from fkernel.study.prepare import prepared
 from fkernel.study.questions import entry_of, influence_of, self_kernel_of
 from fkernel.study.requests import UpdateBatch
 from fkernel.study.results import FisherKernelResults
+from fkernel.study.rows import Grant, Policy, grant_of, room_of
 from fkernel.study.workspace import KernelWorkspace, named_errors, selected, tokens_of
 
 Tick = Callable[[str, int, int], Any]
@@ -183,7 +185,8 @@ class FisherKernelRunner:
             with named_errors(E):
                 tokens = tokens_of(E, self.policy.params)
                 check_sides(self.policy.f, self.policy.params, tokens, tokens)
-                question = Question(name, request.kind, capture, request.advantages, request.capture is not None)
+                asked, strict = request.analyses or plan.analyses, bool(request.capture or request.analyses)
+                question = Question(name, request.kind, capture, request.advantages, strict, asked)
                 grant, size = self._grant(E), len(E)
                 result = evaluate(
                     question, E, workspace, self.policy, self._step, grant, lambda n: self.tick(name, n, size)
@@ -191,6 +194,22 @@ class FisherKernelRunner:
             found |= {"sequences": len(E)}
             found |= {f"{key}_relative_error": v.relative_error for key, v in result.calibration.items()}
         return result
+
+    def analyse_update(self, workspace: KernelWorkspace | None = None) -> dict[str, Finding]:
+        """Make the analyses of U that the plan asks for: "health" and "structure".
+
+        Raises:
+            PlanError: something is asked for that there is not.
+        """
+        workspace, asked, found = self._given(workspace), self.plan.analyses, dict[str, Finding]()
+        if asked.health:
+            found["health"] = health_of(workspace, self.policy)
+        if asked.structure is not None:
+            after = self.policy.after or (self._step and tree.add(self.policy.params, self._step.total))
+            grant = self._grant(workspace.batch)
+            seed = self.plan.numerics.seed
+            found["structure"] = structure_of(asked.structure, workspace, self.policy, grant, after, seed)
+        return found
 
     def query(self, one: str, other: str, workspace: KernelWorkspace | None = None) -> Entry:
         """Compute K of any two sequences: of U, or of a batch that was evaluated (`name/E-000-00` where ids repeat).
@@ -272,6 +291,7 @@ class FisherKernelRunner:
                 step=self._facts(workspace),
                 self_kernel=own,
                 requests=found,
+                analyses=self.analyse_update(workspace),
             )
 
     def save_batches(self, out: str | Path) -> None:

@@ -78,14 +78,28 @@ class KernelWorkspace:
         Raises:
             RolloutError: there is no such rule, or no such sequence.
         """
-        if advantages is None:
-            return self.weights
+        return self.clip * self.loss_weights_with(advantages)
+
+    def loss_weights_with(self, advantages: str | Mapping[str, float] | None) -> Tensor:
+        """[n_U] w·A under other advantages, before clipping.
+
+        Raises:
+            RolloutError: there is no such rule, or no such sequence.
+        """
+        return self.batch.with_values("advantage", self.advantages_with(advantages)).loss_weights
+
+    def advantages_with(self, advantages: str | Mapping[str, float] | None) -> Tensor:
+        """[n_U] A by another rule, or with other values for some of U.
+
+        Raises:
+            RolloutError: there is no such rule, or no such sequence.
+        """
         if isinstance(advantages, str):
-            return self.clip * self.batch.with_advantages(advantages).loss_weights
+            return self.batch.with_advantages(advantages).advantages
         A = self.batch.advantages.clone()
-        for name, value in advantages.items():
+        for name, value in (advantages or {}).items():
             A[self.row(name)] = value
-        return self.clip * self.batch.with_values("advantage", A).loss_weights
+        return A
 
     def advantages_of(self, rule: str | None, changes: Mapping[str, float]) -> dict[str, float] | None:
         """Make other advantages of a rule and of single changes; None where there is neither.

@@ -258,6 +258,7 @@ def test_a_disk_that_is_full_leaves_nothing_half_written(run, tmp_path, monkeypa
 def test_requests_stream(run, tmp_path):
     """Rows of K that are held at once do not grow with E, unless they are asked for."""
     from fkernel.study import evaluate as module
+    from fkernel.study import rows as limits
 
     most = []
     real = module.kernel_rows
@@ -271,7 +272,7 @@ def test_requests_stream(run, tmp_path):
         most.clear()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, "kernel_rows", watched)
-            patch.setattr(module, "HELD", 1)
+            patch.setattr(limits, "HELD", 1)
             request = {"kind": "evaluation", "batch_size_prompts": n}
             found = executed(asking(run, tmp_path / str(n), requests=[request], capture={"realised": False}))
         assert found["evaluation"].kernel is None

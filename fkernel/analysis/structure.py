@@ -1,0 +1,306 @@
+"""What a kernel's geometry is: its directions, its clusters, another kernel's likeness, and what plain numbers explain.
+
+A positive semi-definite K_UU holds inner products of features φ_u = P^½ ∇S_u, and nothing here needs the features:
+
+    kernel PCA   H K H = Σ_i λ_i q_i q_iᵀ,  H = I − 11ᵀ/n    scores √λ_i q_i are U S of the centred features' SVD
+    clusters     k-means on φ/‖φ‖:  ‖φ_u − μ_c‖² = K_uu − 2 mean_{v in c} K_uv + mean_{v,w in c} K_vw
+    alignment    ⟨HKH, HLH⟩_F / (‖HKH‖_F ‖HLH‖_F)            1 for the same geometry up to scale
+
+Spectra, effective ranks and blocks by prompt are in `fkernel.study.diagnostics`.
+
+Sources: B. Schölkopf, A. Smola & K.-R. Müller, "Nonlinear component analysis as a kernel eigenvalue problem" (1998),
+eq. 20; I. Dhillon, Y. Guan & B. Kulis, "Kernel k-means" (2004); D. Arthur & S. Vassilvitskii, "k-means++" (2007); C.
+Cortes, M. Mohri & A. Rostamizadeh, "Algorithms for learning kernels based on centered alignment" (2012), def. 4; S.
+Kornblith et al., "Similarity of neural network representations revisited" (2019), who call it CKA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+
+from fkernel.errors import BatchError, NonFiniteError, listing
+from fkernel.shapes import Tensor
+
+ROUNDING = 1e-10
+"""What is smaller than this, relative to what it was computed from, is zero: a variance, or a distance."""
+MOST_ROUNDS = 100
+
+
+class KernelPCA(NamedTuple):
+    """Principal components of the centred kernel, largest first.
+
+    Attributes:
+        scores: [n c] float64, coordinates of each sequence, √ of K's units; a component's sign is free, and such that
+            its largest score is positive.
+        shares: [c] share of the centred kernel's trace that each component explains.
+    """
+
+    scores: Tensor
+    shares: Tensor
+
+
+class Clusters(NamedTuple):
+    """Sequences that pull parameters in similar directions; the largest cluster is 0.
+
+    Attributes:
+        labels: [n] int64, 0 … k−1.
+        exemplars: [k] int64, the member with the largest mean cosine to its cluster.
+        within: share of the scatter about the mean that is left within clusters, in [0, 1].
+    """
+
+    labels: Tensor
+    exemplars: Tensor
+    within: float
+
+
+class Correlation(NamedTuple):
+    """How a covariate goes with an influence, in [−1, 1] each; None where either is constant.
+
+    Attributes:
+        pearson: of the values.
+        spearman: of their ranks, of equal ones the mean.
+        partial: Pearson's of what a line in the given covariate leaves of both; None also where it leaves nothing, as
+            of that covariate itself, or none is given.
+    """
+
+    pearson: float | None
+    spearman: float | None
+    partial: float | None
+
+
+def kernel_pca(K: Tensor, components: int = 2) -> KernelPCA:
+    """Find the directions along which sequences differ most.
+
+    H K H = Σ_i λ_i q_i q_iᵀ;  scores √λ_i q_i,  shares λ_i / Σ_j λ_j
+
+    Args:
+        K: [n n] symmetric, positive semi-definite.
+        components: c, 1 … n.
+
+    Returns:
+        KernelPCA; eigenvalues below zero, which rounding makes, count as zero.
+
+    Raises:
+        BatchError: K is not square, or has no so many components.
+        NonFiniteError: K holds NaN or infinity.
+
+    Example:
+        >>> found = kernel_pca(torch.tensor([[1.0, -1.0], [-1.0, 1.0]]), 1)
+        >>> found.scores.abs()[:, 0], found.shares
+        (tensor([1., 1.], dtype=torch.float64), tensor([1.], dtype=torch.float64))
+    """
+    centred = _centred(_square(K, "K"))
+    if not 1 <= components <= len(K):
+        raise BatchError(f"components is {components}; a kernel of {len(K)} sequences has 1 to {len(K)}.")
+    values, vectors = torch.linalg.eigh(centred)
+    values, vectors = values.flip(0).clamp_min(0)[:components], vectors.flip(1)[:, :components]
+    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    whole = centred.diagonal().sum().clamp_min(0)
+    shares = torch.where(whole > 0, values / whole, 0.0)
+    return KernelPCA(vectors * largest.sign() * values.sqrt(), shares)
+
+
+def clusters(K: Tensor, k: int, seed: int = 0, restarts: int = 10) -> Clusters:
+    """Group sequences by the directions in which they pull parameters: kernel k-means on cosines.
+
+    min over labels of Σ_u ‖φ_u/‖φ_u‖ − μ_c(u)‖², from seeds drawn with chances ∝ the squared distance to those before
+
+    Args:
+        K: [n n] symmetric, positive semi-definite. A sequence without gradient has cosine 0 with all.
+        k: how many clusters, 1 … n; none is empty.
+        seed: of the seeding.
+        restarts: of which the tightest is taken.
+
+    Returns:
+        Clusters, the larger first (of equal ones, that of the first sequence).
+
+    Raises:
+        BatchError: K is not square, or k or restarts out of range.
+        NonFiniteError: K holds NaN or infinity.
+
+    Example:
+        >>> J = torch.tensor([[1.0, 0.0], [2.0, 0.1], [0.0, 1.0]])
+        >>> clusters(J @ J.T, 2).labels
+        tensor([0, 0, 1])
+    """
+    K = _square(K, "K")
+    n = len(K)
+    if not 1 <= k <= n or restarts < 1:
+        raise BatchError(
+            f"k is {k} and restarts {restarts}; {n} sequences have 1 to {n} clusters, from 1 start or more."
+        )
+    norms = K.diagonal().clamp_min(0).sqrt()
+    cosine = torch.where(norms[:, None] * norms > 0, K / (norms[:, None] * norms), 0.0)
+    stream = torch.Generator().manual_seed(seed)
+    labels, left = min((_settled(cosine, _seeded(cosine, k, stream), k) for _ in range(restarts)), key=lambda t: t[1])
+    first = [int((labels == c).nonzero()[0]) for c in range(k)]
+    order = sorted(range(k), key=lambda c: (-int((labels == c).sum()), first[c]))
+    labels = torch.tensor(order, device=K.device).argsort()[labels]
+    members = torch.nn.functional.one_hot(labels, k).to(cosine)
+    mean = (cosine @ members / members.sum(0)).masked_fill(members == 0, -torch.inf)
+    scatter = float(_centred(cosine).diagonal().sum())
+    return Clusters(labels, mean.argmax(0), min(1.0, left / scatter) if scatter > ROUNDING * n else 0.0)
+
+
+def alignment(K1: Tensor, K2: Tensor) -> float | None:
+    """Tell how alike two kernels of the same sequences are: centred kernel alignment.
+
+    ⟨H K1 H, H K2 H⟩_F / (‖H K1 H‖_F ‖H K2 H‖_F)
+
+    Args:
+        K1: [n n] symmetric, positive semi-definite.
+        K2: [n n], of the same sequences in the same order.
+
+    Returns:
+        A number in [0, 1], 1 for kernels that differ by scale alone; None where one is constant, and has no geometry.
+
+    Raises:
+        BatchError: a kernel is not square, or they differ in size.
+        NonFiniteError: a kernel holds NaN or infinity.
+
+    Example:
+        >>> K = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
+        >>> alignment(K, 2 * K)
+        1.0
+    """
+    one, two = _square(K1, "K1"), _square(K2, "K2")
+    if one.shape != two.shape:
+        raise BatchError(f"K1 is of {len(one)} sequences, K2 of {len(two)}; expected the same sequences in both.")
+    x, y = _centred(one), _centred(two)
+    if any(after.norm() <= ROUNDING * before.norm() for before, after in ((one, x), (two, y))):
+        return None
+    return min(1.0, max(0.0, float((x / x.norm() * (y / y.norm())).sum())))
+
+
+def correlations(
+    values: Tensor, covariates: Mapping[str, Tensor], given: str | None = "length"
+) -> dict[str, Correlation]:
+    """Tell what of an influence goes with plain numbers, and what still does once one of them is taken out.
+
+    r_xy,  and with z given  (r_xy − r_xz r_yz) / √((1 − r_xz²)(1 − r_yz²)), computed from residuals
+
+    Args:
+        values: [n] one number a sequence, such as its influence or the size of its contributions.
+        covariates: {name: [n]} such as its length, entropy, reward, log-probability.
+        given: which covariate is taken out; None for none.
+
+    Returns:
+        {name: Correlation}; Pearson of two sequences and partial of three are ±1, whatever they are of.
+
+    Raises:
+        BatchError: lengths differ, or `given` is not among the covariates.
+        NonFiniteError: a value or covariate is NaN or infinite; it names the sequence. Leave out such sequences first.
+
+    Example:
+        >>> found = correlations(torch.tensor([1.0, 2.0, 4.0]), {"length": torch.tensor([8.0, 4.0, 2.0])})["length"]
+        >>> found.spearman, found.partial is None
+        (-1.0, True)
+    """
+    if given is not None and given not in covariates:
+        raise BatchError(f"given is {given!r}, which is no covariate; there is {listing([*covariates])}.")
+    y = _numbers(values, "values", len(values))
+    columns = {name: _numbers(x, name, len(values)) for name, x in covariates.items()}
+    z = None if given is None else columns[given]
+    return {
+        name: Correlation(
+            _pearson(x, y),
+            _pearson(_mean_ranks(x), _mean_ranks(y)),
+            None if z is None else _pearson(_residual(x, z), _residual(y, z)),
+        )
+        for name, x in columns.items()
+    }
+
+
+def _square(K: Tensor, name: str) -> Tensor:
+    """K in float64, symmetric to the last bit."""
+    if K.ndim != 2 or K.shape[0] != K.shape[1] or not len(K):
+        raise BatchError(f"{name} has shape {list(K.shape)}; expected the kernel of a batch with itself, [n n].")
+    bad = (~torch.isfinite(K)).any(1).nonzero()
+    if len(bad):
+        raise NonFiniteError(f"Row {{row}} of {name} holds a value that is not finite.", row=int(bad[0]))
+    return (K.double() + K.double().T) / 2
+
+
+def _centred(K: Tensor) -> Tensor:
+    """H K H."""
+    return K - K.mean(0) - K.mean(1, keepdim=True) + K.mean()
+
+
+def _seeded(K: Tensor, k: int, stream: torch.Generator) -> Tensor:
+    """Labels [n] of the nearest of k seeds, drawn as k-means++ does; no cluster is empty."""
+    own, seeds = K.diagonal(), []
+    nearest = torch.ones_like(own)
+    distances = own.new_empty(k, len(own))
+    for c in range(k):
+        if not bool(nearest.sum() > ROUNDING):  # fewer places than clusters: any sequence that is no seed yet
+            nearest = torch.ones_like(own)
+            nearest[seeds] = 0.0
+        seed = int(torch.multinomial(nearest.cpu(), 1, generator=stream))
+        seeds.append(seed)
+        distances[c] = (own - 2 * K[seed] + own[seed]).clamp_min(0)
+        nearest = distances[: c + 1].amin(0)
+        nearest[seeds] = 0.0
+    labels = distances.argmin(0)
+    labels[seeds] = torch.arange(k, device=K.device)  # itself, whoever else lies there
+    return labels
+
+
+def _settled(K: Tensor, labels: Tensor, k: int) -> tuple[Tensor, float]:
+    """Labels that no reassignment improves, and Σ_u ‖φ_u − μ_c(u)‖²."""
+    for _ in range(MOST_ROUNDS):
+        distances = _distances(K, labels, k)
+        new = distances.argmin(1)
+        # Sequences that are as near to their own cluster stay: rounding must not send them to and fro.
+        own = distances.gather(1, labels[:, None])[:, 0]
+        new = torch.where(distances.amin(1) < own - ROUNDING, new, labels)
+        for empty in [c for c in range(k) if not bool((new == c).any())]:
+            alone = torch.bincount(new, minlength=k)[new] == 1
+            new[distances.gather(1, new[:, None])[:, 0].masked_fill(alone, -torch.inf).argmax()] = empty
+        if bool((new == labels).all()):
+            break
+        labels = new
+    return labels, float(_distances(K, labels, k).gather(1, labels[:, None]).sum())
+
+
+def _distances(K: Tensor, labels: Tensor, k: int) -> Tensor:
+    """‖φ_u − μ_c‖², [n k]."""
+    members = torch.nn.functional.one_hot(labels, k).to(K)
+    members = members / members.sum(0)
+    to_mean = K @ members
+    return (K.diagonal()[:, None] - 2 * to_mean + (members * to_mean).sum(0)).clamp_min(0)
+
+
+def _numbers(x: Tensor, name: str, n: int) -> Tensor:
+    if x.shape != (n,):
+        raise BatchError(f"{name!r} has shape {list(x.shape)} for {n} sequences; expected one number each.")
+    bad = (~torch.isfinite(x)).nonzero()
+    if len(bad):
+        raise NonFiniteError(f"{name!r} is not finite at sequence {{row}}.", row=int(bad[0]))
+    return x.double()
+
+
+def _pearson(x: Tensor, y: Tensor) -> float | None:
+    """r_xy, or None where either is constant."""
+    a, b = x - x.mean(), y - y.mean()
+    if any(not bool(after.norm() > ROUNDING * before.norm()) for before, after in ((x, a), (y, b))):
+        return None
+    return min(1.0, max(-1.0, float((a @ b) / ((a @ a) * (b @ b)).sqrt())))
+
+
+def _residual(x: Tensor, z: Tensor) -> Tensor:
+    """What a line in z leaves of x, about 0; exactly 0 where it leaves rounding."""
+    a, c = x - x.mean(), z - z.mean()
+    if not bool(c.norm() > ROUNDING * z.norm()):
+        return a
+    c = c / c.norm()
+    left = a - (a @ c) * c
+    return torch.where(left.norm() > ROUNDING * a.norm(), left, 0.0)
+
+
+def _mean_ranks(x: Tensor) -> Tensor:
+    """Ranks from 1; equal ones share the mean of theirs."""
+    _, place, counts = torch.unique(x, return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - (counts - 1) / 2).double()[place]

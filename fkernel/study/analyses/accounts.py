@@ -1,0 +1,62 @@
+"""All analyses of one request, in two halves: those that take rows as they come, and those that follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fkernel.study.analyses.covariates import covariates_of
+from fkernel.study.analyses.effects import counterfactual_of, ledger_of, preconditioners_of, sweep_of
+from fkernel.study.analyses.observables import observable_of
+from fkernel.study.analyses.plan import RequestAnalyses
+from fkernel.study.analyses.situation import Lacking, Situation, left_out
+from fkernel.study.analyses.takers import FloorTaker, PartsTaker, UncertaintyTaker
+from fkernel.study.analyses.tokens import tokens_found
+from fkernel.study.outcome import Finding
+from fkernel.study.rows import Rows
+
+
+class Accounts:
+    """What is asked of a request beside its effects, while it is being answered."""
+
+    def __init__(self, asked: RequestAnalyses, at: Situation, strict: bool) -> None:
+        """Take what is asked; `strict` says whether an id that this request lacks is an error."""
+        self.asked, self.at, self.strict = asked, at, strict
+        self.floor = FloorTaker(at) if asked.ledger else None
+        self.parts = PartsTaker(at) if asked.parts else None
+        self.sure = UncertaintyTaker(at, asked.uncertainty) if asked.uncertainty else None
+
+    def add(self, rows: Rows) -> None:
+        """Take some rows of K."""
+        for taker in (self.floor, self.parts, self.sure):
+            if taker is not None:
+                taker.add(rows)
+
+    def findings(self) -> dict[str, Finding]:
+        """Make everything that was asked; what lacks something says what."""
+        asked, at, made = self.asked, self.at, dict[str, Callable[[], Finding]]()
+        if (floor := self.floor) is not None:
+            made["ledger"] = lambda: ledger_of(at, floor.floor)
+        if (sweep := asked.sweep) is not None:
+            made["sweep"] = lambda: sweep_of(at, sweep)
+        if (tokens := asked.tokens) is not None:
+            made["tokens"] = lambda: tokens_found(at, tokens, self.strict)
+        if self.parts is not None:
+            made["parts"] = self.parts.finding
+        for observable in asked.observables:
+            made[f"observables.{observable.name}"] = lambda one=observable: observable_of(at, one)
+        for other in asked.counterfactuals:
+            made[f"counterfactuals.{other.name}"] = lambda one=other: counterfactual_of(at, one)
+        if asked.preconditioners:
+            made["preconditioners"] = lambda: preconditioners_of(at, asked.preconditioners)
+        if self.sure is not None:
+            made["uncertainty"] = self.sure.finding
+        if asked.covariates:
+            made["covariates"] = lambda: covariates_of(at)
+        return {name: _or_left_out(make) for name, make in made.items()}
+
+
+def _or_left_out(make: Callable[[], Finding]) -> Finding:
+    try:
+        return make()
+    except Lacking as why:
+        return left_out(why)

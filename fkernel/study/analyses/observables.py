@@ -1,0 +1,112 @@
+"""Other quantities than log π of a request, each with contributions of U, momentum, decay, curvature and its change."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from fkernel import func
+from fkernel.errors import PlanError, RolloutError
+from fkernel.func.batch import take
+from fkernel.kernel import realised_change
+from fkernel.kernel.sides import check_sides
+from fkernel.rollout.rewards import dotted
+from fkernel.shapes import Tensor, Tree
+from fkernel.study.analyses.plan import ObservablePlan
+from fkernel.study.analyses.situation import Lacking, Situation
+from fkernel.study.diagnostics import top_contributors
+from fkernel.study.outcome import Finding
+from fkernel.study.rows import kernel_rows
+
+
+class Observable(NamedTuple):
+    """A function, what it takes, and what its rows are called."""
+
+    f: Any
+    batch: Any
+    rows: list[str]
+
+
+def observable_of(at: Situation, asked: ObservablePlan) -> Finding:
+    """Explain an observable as log π is explained."""
+    f, E, rows = _made(at, asked)
+    p, m, n = at.policy._replace(f=f), at.grant.microbatch, len(rows)
+    check_sides(f, p.params, E, E)
+    k, like = min(at.capture.top_k, len(at.weights)), partial(torch.zeros, dtype=torch.float64)
+    found: dict[str, Tensor] = {
+        "batch": like(n), "top": torch.zeros(n, k, dtype=torch.int64), "top_contributions": like(n, k)
+    }  # fmt: skip
+    if at.capture.kernel:
+        found["contributions"] = like(n, len(at.weights))
+    for block in kernel_rows(E, at.workspace, p, at.grant):
+        C = (block.K * at.weights.to(block.K)).double()
+        found["batch"][block.at] = C.sum(1)
+        found["top"][block.at], found["top_contributions"][block.at] = top_contributors(C, k)
+        if at.capture.kernel:
+            found["contributions"][block.at] = C
+    found["value"] = func.evaluate(f, m)(p.params, E)
+    if at.taken is not None and not at.overridden:
+        along = func.jvp(f, m)
+        found |= {"momentum": along(p.params, E, at.taken.momentum), "decay": along(p.params, E, at.taken.decay)}
+        if at.capture.curvature:
+            found["curvature"] = 0.5 * func.curvature(f, m)(p.params, E, at.taken.total)
+        if at.capture.realised:
+            found["realised"] = realised_change(f, p.params, at.after, E, microbatch=m)
+    return Finding({name: value.cpu().numpy() for name, value in found.items()}, {"kind": asked.kind, "rows": rows})
+
+
+def _made(at: Situation, asked: ObservablePlan) -> Observable:
+    apply, temperature, ids = at.policy.apply, at.policy.temperature, at.batch.ids
+    match asked.kind:
+        case "entropy":
+            return Observable(func.mean_entropy(apply, temperature), at.E, ids)
+        case "kl":
+            return Observable(func.kl_divergence(apply, _reference(at, asked), temperature), at.E, ids)
+        case "function":
+            make = dotted(str(asked.function), "a function that makes an observable: (apply, temperature) -> f")
+            return Observable(make(apply, temperature), at.E, ids)
+        case "log_odds":
+            return _odds(at, asked)
+        case _:
+            return _rewards(at)
+
+
+def _reference(at: Situation, asked: ObservablePlan) -> Tree:
+    assert asked.reference is not None
+    leaf = next(iter(at.policy.params.values()))
+    model = asked.reference.load(leaf.dtype).model.to(leaf.device)
+    named = {name: value.detach() for name, value in model.named_parameters()}
+    if missing := sorted({*at.policy.params} - {*named}):
+        raise PlanError(f"observables: {asked.reference.path} has no {missing[0]!r}; is it the same model's?")
+    return {name: named[name] for name in at.policy.params}
+
+
+def _odds(at: Situation, asked: ObservablePlan) -> Observable:
+    place = {name: i for i, name in enumerate(at.batch.ids)}
+    pairs = [pair for pair in asked.pairs or () if {*pair} <= {*place}]
+    if not pairs:
+        raise Lacking(f"none of the pairs of {asked.name!r} is of this request")
+    first, second = (take(at.E, torch.tensor([place[pair[i]] for pair in pairs])) for i in (0, 1))
+    return Observable(func.log_odds(at.policy.apply, at.policy.temperature), func.Pair(first, second), [
+        f"{a} | {b}" for a, b in pairs
+    ])  # fmt: skip
+
+
+def _rewards(at: Situation) -> Observable:
+    """The completions of a prompt are its answers; every prompt has as many."""
+    prompts: dict[str, list[int]] = {}
+    for i, record in enumerate(at.batch):
+        prompts.setdefault(record.provenance.global_prompt_id, []).append(i)
+    sizes = {len(rows) for rows in prompts.values()}
+    if sizes == {1} or len(sizes) > 1:
+        raise Lacking(f"it needs two answers or more a prompt, of each prompt as many; there are {sorted(sizes)}")
+    try:
+        rewards = at.batch.rewards
+    except RolloutError as error:
+        raise Lacking(str(error)) from None
+    table = torch.tensor([*prompts.values()])
+    answers = tuple(take(at.E, table[:, k]) for k in range(table.shape[1]))
+    f = func.expected_reward(at.policy.apply, at.policy.temperature)
+    return Observable(f, func.Answers(answers, rewards[table].to(at.before)), [*prompts])

@@ -1,0 +1,98 @@
+"""What an analysis of a request is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from fkernel import func, tree
+from fkernel.precond import AdamWStep
+from fkernel.rollout.batch import GeneratedBatch
+from fkernel.shapes import Tensor, Tree
+from fkernel.study.outcome import Finding
+from fkernel.study.requests import CapturePlan
+from fkernel.study.rows import Grant, Policy
+from fkernel.study.workspace import KernelWorkspace
+
+
+@dataclass(eq=False)
+class Situation:
+    """A request in the middle of being answered.
+
+    Attributes:
+        batch: E.
+        E: its tokens, where the parameters are.
+        workspace: U.
+        policy: the checkpoint.
+        taken: Δθ; None where there is no optimizer state, or P is not calibrated.
+        grant: what may be under way at once.
+        capture: what is kept.
+        weights: [n_U] c·w·A of this request.
+        advantages: others than the step's own, as `KernelWorkspace.weights_with` takes them; or None.
+        found: effects that are known so far, by name.
+    """
+
+    batch: GeneratedBatch
+    E: Any
+    workspace: KernelWorkspace
+    policy: Policy
+    taken: AdamWStep | None
+    grant: Grant
+    capture: CapturePlan
+    weights: Tensor
+    advantages: Any = None
+    found: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def overridden(self) -> bool:
+        """Whether the request has other advantages than the step that was taken."""
+        return self.advantages is not None
+
+    @property
+    def step(self) -> AdamWStep:
+        """Δθ.
+
+        Raises:
+            Lacking: there is none.
+        """
+        if self.taken is None:
+            raise Lacking("it needs the step: a checkpoint with optimizer state, and a calibrated preconditioner")
+        return self.taken
+
+    def effect(self, name: str) -> Tensor:
+        """One of the effects, [n_E] nats.
+
+        Raises:
+            Lacking: it was not computed.
+        """
+        if name not in self.found and self.overridden:
+            raise Lacking("the request has other advantages than the step that was taken")
+        if name not in self.found:
+            raise Lacking(f"it needs {name}: ask for capture: {{{name}: true}}, of a checkpoint with optimizer state")
+        return self.found[name]
+
+    @cached_property
+    def after(self) -> Tree:
+        """θ after the step: where it was really taken, or as it is executed here."""
+        return self.policy.after or tree.add(self.policy.params, self.step.total)
+
+    @cached_property
+    def before(self) -> Tensor:
+        """[n_E] S before the step, at the study's temperature."""
+        return func.evaluate(self.policy.f, self.grant.microbatch)(self.policy.params, self.E)
+
+    @cached_property
+    def gradient(self) -> Tree:
+        """g = c ∇L of the step that was taken."""
+        ascent = self.workspace.gradients.weighted_sum(self.workspace.weights.to(self.before))
+        return tree.scale(-1.0, ascent)
+
+
+class Lacking(Exception):
+    """An analysis lacks what it needs; the message says what."""
+
+
+def left_out(why: Lacking) -> Finding:
+    """Record that an analysis was asked for and could not be made."""
+    return Finding({}, {"left_out": str(why)})

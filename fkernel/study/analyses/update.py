@@ -1,0 +1,55 @@
+"""Analyses of U itself: what P rests on, and what U is made of."""
+
+from __future__ import annotations
+
+import torch
+
+from fkernel.analysis import alignment, clusters, health, kernel_pca
+from fkernel.errors import PlanError
+from fkernel.kernel import kernel
+from fkernel.shapes import Tree
+from fkernel.study.analyses.plan import StructurePlan
+from fkernel.study.outcome import Finding
+from fkernel.study.rows import Grant, Policy, room_of
+from fkernel.study.workspace import KernelWorkspace, tokens_of
+
+
+def health_of(workspace: KernelWorkspace, policy: Policy) -> Finding:
+    """Tell what P rests on; a warning says so where it is next to nothing."""
+    if policy.state is None or workspace.P.d is None:
+        return Finding({}, {"left_out": "it needs an optimizer's second moment, and a preconditioner made of it"})
+    found = health(policy.state, workspace.P.d, workspace.gradients.squared_sum())
+    shares = {name: None if share is None else share._asdict() for name, share in found._asdict().items()
+              if name in ("unseen", "below_eps", "smallest")}  # fmt: skip
+    facts = {"coordinates": found.coordinates, "dominated": found.dominated, "by_parameter": found.by_parameter}
+    return Finding({}, facts | shares)
+
+
+def structure_of(
+    asked: StructurePlan, workspace: KernelWorkspace, policy: Policy, grant: Grant, after: Tree | None, seed: int
+) -> Finding:
+    """Find principal components, clusters and exemplars of U; and how far its kernel turns in the step.
+
+    Raises:
+        PlanError: there are fewer sequences than components or clusters, or there is no step to align with.
+    """
+    K, n = workspace.self_kernel(room_of(grant, workspace)), len(workspace.batch)
+    for what in ("components", "clusters"):
+        if getattr(asked, what) > n:
+            raise PlanError(f"analyses.structure.{what} is {getattr(asked, what)}, and U has {n} sequences.")
+    pca, groups = kernel_pca(K, asked.components), clusters(K, asked.clusters, seed)
+    ids = workspace.batch.ids
+    facts = {
+        "ids": ids,
+        "shares": pca.shares.tolist(),
+        "exemplars": [ids[i] for i in groups.exemplars.tolist()],
+        "sizes": torch.bincount(groups.labels, minlength=asked.clusters).tolist(),
+        "within": groups.within,
+    }
+    if asked.alignment:
+        if after is None:
+            raise PlanError("analyses.structure.alignment needs a step: an optimizer's state, or step.after.")
+        U = tokens_of(workspace.batch, policy.params)
+        later = kernel(policy.f, after, U, U, workspace.P, microbatch=grant.microbatch)
+        facts["alignment"] = alignment(K, later.cpu())
+    return Finding({"scores": pca.scores.numpy(), "labels": groups.labels.numpy()}, facts)

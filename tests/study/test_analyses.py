@@ -1,0 +1,308 @@
+"""A plan's analyses: each is what the low-level function says, is saved and read, and adds up to the whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pydantic
+import pytest
+
+import fkernel as fk
+from fkernel import checkpoint, func
+from fkernel.study import FisherKernelPlan, FisherKernelResults, FisherKernelRunner, RequestResult
+from tests.study.conftest import MAX_NORM, Run
+
+EVERYTHING: dict[str, Any] = {
+    "ledger": True,
+    "sweep": {"scales": [0.1, 1.0, 10.0]},
+    "tokens": {"pairs": [["E-000-00", "U-001-02"]]},
+    "parts": True,
+    "observables": [
+        {"name": "entropy", "kind": "entropy"},
+        {"name": "own", "kind": "function", "function": "tests.study.test_analyses.first_token"},
+        {"name": "odds", "kind": "log_odds", "pairs": [["E-000-00", "E-000-01"]]},
+        {"name": "reward", "kind": "expected_reward"},
+    ],
+    "counterfactuals": [
+        {"name": "rloo", "advantages": "rloo"},
+        {"name": "without", "drop": ["U-000-*"]},
+        {"name": "unclipped", "max_norm": "none"},
+        {"name": "same", "scale": {"U-000-00": 1.0}},
+    ],
+    "preconditioners": ["identity", "post-step", "muon"],
+    "uncertainty": {"draws": 50},
+    "covariates": True,
+    "health": True,
+    "structure": {"clusters": 3, "alignment": True},
+}
+
+
+def first_token(apply: Any, temperature: float) -> Any:
+    """log π of the first token of the response."""
+    logprobs = func.token_logprobs(apply, temperature)
+    return lambda params, batch: logprobs(params, batch).gather(1, batch.response_mask.int().argmax(1)[:, None])[:, 0]
+
+
+def differs(prompt: Any, response: str) -> float:
+    """A reward that no two responses share."""
+    return sum(response.encode()) / 1000
+
+
+@pytest.fixture(scope="module")
+def study(run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], FisherKernelResults]:
+    plan = run.plan(tmp_path_factory.mktemp("analyses") / "out", analyses=EVERYTHING)
+    draw = {"kind": "evaluation", "name": "held_out", "batch_size_prompts": 4, "completions_per_prompt": 2}
+    plan["requests"] = [{**draw, "reward": "tests.study.test_analyses.differs"}, {"kind": "update", "name": "self"}]
+    plan["analyses"] = {**EVERYTHING, "observables": [*EVERYTHING["observables"], kl(run)]}
+    results = FisherKernelRunner(plan).run()
+    results.save_results(plan["out"])
+    return plan, results
+
+
+def kl(run: Run) -> dict[str, Any]:
+    return {"name": "moved", "kind": "kl", "reference": {"path": str(run.after)}}
+
+
+@pytest.fixture(scope="module", params=["held_out", "self"])
+def result(study: Any, request: pytest.FixtureRequest) -> RequestResult:
+    return study[1][request.param]
+
+
+def test_the_ledger_closes(result):
+    ledger = result.analysis("ledger")
+    parts = ("unclipped", "clipping", "momentum", "decay", "curvature", "remainder")
+    np.testing.assert_allclose(sum(ledger[name] for name in parts), result.realised, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(ledger["unclipped"] + ledger["clipping"], result.batch, rtol=1e-6)
+    assert ledger.facts["clip"] < 1
+    assert (ledger["floor"] > 0).all()
+    assert ledger.facts["second_order_error"] < ledger.facts["first_order_error"] < 0.1
+    assert ledger.facts["floor"] < 0.05
+
+
+def test_tokens_add_up(result):
+    tokens = result.analysis("tokens")
+    np.testing.assert_allclose(tokens["logprob"].sum(1), result.first_order, rtol=1e-3, atol=1e-7)
+    assert tokens["logprob"].shape == tokens["response"].shape
+    for row, texts in enumerate(tokens.facts["tokens"]):
+        assert len(texts) == tokens["response"][row].sum()
+        if len("".join(texts).encode()) == len(result.evaluation[row].response.encode()):
+            assert "".join(texts).startswith(result.evaluation[row].response[:1])
+    for pair in tokens.facts["pairs"]:
+        e, u = result.row(pair["row"]), result.column(pair["column"])
+        np.testing.assert_allclose(tokens[pair["array"]].sum(), result.contributions[e, u], rtol=1e-3, atol=1e-9)
+    assert len(tokens.facts["pairs"]) == (result.name == "held_out")
+
+
+@pytest.mark.parametrize("view", ["kind", "layer"])
+def test_parts_add_up(result, view):
+    parts = result.analysis("parts")
+    close = {"rtol": 1e-4, "atol": 1e-9}
+    np.testing.assert_allclose(parts[f"{view}_batch"].sum(0), result.batch, **close)
+    np.testing.assert_allclose(parts[f"{view}_contributions"].sum(0), result.contributions, **close)
+    np.testing.assert_allclose(parts[f"{view}_squared_norms"].sum(0), result.squared_norms, rtol=1e-6)
+    assert len(parts.facts[f"{view}s"]) == len(parts[f"{view}_batch"])
+    assert sum(parts.facts[f"{view}_shares"].values()) == pytest.approx(1)
+    assert parts.facts["missed"] > 0
+
+
+@pytest.mark.parametrize("name", ["entropy", "own", "odds", "reward", "moved"])
+def test_observables_are_predicted(study, name):
+    found = study[1]["held_out"].analysis(f"observables.{name}")
+    predicted = found["batch"] + found["momentum"] + found["decay"] + found["curvature"]
+    error = np.linalg.norm(predicted - found["realised"]) / np.linalg.norm(found["realised"])
+    assert error < 0.02
+    assert len(found.facts["rows"]) == len(found["value"])
+    np.testing.assert_allclose(found["contributions"].sum(1), found["batch"], rtol=1e-9, atol=1e-15)
+    assert (np.abs(found["top_contributions"][:, 0]) == np.abs(found["contributions"]).max(1)).all()
+
+
+def test_an_observable_that_lacks_something_says_so(study):
+    lacking = study[1]["self"].analysis("observables.odds")
+    assert "none of the pairs" in lacking.facts["left_out"]
+    with pytest.raises(fk.ResultsError, match="has no 'batch': none of the pairs"):
+        lacking["batch"]
+
+
+def test_counterfactuals(result, study):
+    same, rloo = (result.analysis(f"counterfactuals.{name}") for name in ("same", "rloo"))
+    np.testing.assert_allclose(same["exact"], result.first_order, rtol=1e-4, atol=1e-8)
+    np.testing.assert_allclose(same["frozen"], same["exact"], rtol=1e-4, atol=1e-8)
+    np.testing.assert_allclose(same["taken"], result.first_order, rtol=1e-4, atol=1e-8)
+    without = result.analysis("counterfactuals.without")
+    gone = [i for i, info in enumerate(result.update) if info.id.startswith("U-000-")]
+    assert gone
+    # Frozen, the rest is linear but for the other clipping factor.
+    c = without.facts["clip"] / study[1].step["clip"]
+    rest = np.delete(result.contributions, gone, 1).sum(1) * c + result.momentum + result.decay
+    np.testing.assert_allclose(without["frozen"], rest, rtol=1e-3, atol=1e-7)
+    assert result.analysis("counterfactuals.unclipped").facts["clip"] == 1
+    assert rloo.facts["changed"] == {"advantages": "rloo"}
+    assert rloo.facts["frozen_error"] > 0
+
+
+def test_a_counterfactual_is_the_step_that_would_have_been_taken(run, study):
+    """Really take the step without one prompt, and hold the prediction against it."""
+    loaded = checkpoint.load(run.before)
+    apply, params = func.make_functional(loaded.model)
+    S = func.sequence_logprob(apply)
+    U, result = run.batch.sequences, study[1]["self"]
+    weights = run.batch.loss_weights.float()
+    weights[[name.startswith("U-000-") for name in run.batch.ids]] = 0
+    g, _, _ = fk.loss_gradient(S, params, U, weights, max_norm=MAX_NORM)
+    step = fk.precond.adamw_step(params, {**g}, loaded.optimizer)
+    realised = fk.realised_change(S, params, fk.tree.add(params, step.total), U).numpy()
+    without = result.analysis("counterfactuals.without")
+    error = np.linalg.norm(without["exact"] + without["curvature"] - realised) / np.linalg.norm(realised)
+    assert error < 0.01
+    assert np.linalg.norm(result.realised - realised) > 5 * error * np.linalg.norm(realised)
+
+
+def test_the_optimizers_own_preconditioner_agrees_best(result):
+    found = result.analysis("preconditioners")
+    table = found.facts["agreement"]
+    assert [*table] == found.facts["names"] == ["identity", "post-step", "muon"]
+    assert table["post-step"]["of_batch"] > 0.999
+    assert table["post-step"]["of_batch"] >= max(row["of_batch"] for row in table.values()) - 1e-9
+
+
+def test_uncertainty(result):
+    found = result.analysis("uncertainty")
+    assert (found["low"] <= found["high"]).all()
+    np.testing.assert_allclose(found["prompt_contributions"].sum(1), result.batch, rtol=1e-4, atol=1e-9)
+    assert (found["p"] > 0).all()
+    assert (found["top_p"] <= 1).all()
+    assert found["top_p"].shape == result.top.shape
+    assert len(found.facts["prompts"]) == found["prompt_p"].shape[1] == 3
+
+
+def test_covariates(result):
+    table = result.analysis("covariates").facts["correlations"]
+    assert {"influence", "size", "realised"} == {*table}
+    assert {"length", "entropy", "logprob", "reward"} == {*table["influence"]}
+    assert table["influence"]["length"]["partial"] is None
+
+
+def test_the_sweep(result):
+    sweep = result.analysis("sweep")
+    np.testing.assert_allclose(sweep["first"][1], result.first_order, rtol=1e-3, atol=1e-7)
+    np.testing.assert_allclose(sweep["realised"][1], result.realised, rtol=0.05, atol=1e-5)
+    assert sweep["second_error"][2] < sweep["first_error"][2]
+
+
+def test_u_itself(study):
+    _, results = study
+    health, structure = results.analysis("health"), results.analysis("structure")
+    assert health.facts["unseen"]["coordinates"] < 0.5
+    assert sum(health.facts["by_parameter"].values()) == pytest.approx(1)
+    assert sum(structure.facts["sizes"]) == len(results.update) == len(structure["labels"])
+    assert {*structure.facts["exemplars"]} <= {info.id for info in results.update}
+    assert 0.9 < structure.facts["alignment"] <= 1
+
+
+def test_what_is_saved_is_what_is_read(study):
+    plan, results = study
+    read = FisherKernelResults.load(plan["out"])
+    pairs = [(results.analyses, read.analyses)]
+    pairs += [(results[name].analyses, read[name].analyses) for name in results.requests]
+    for ours, theirs in pairs:
+        assert [*ours] == [*theirs]
+        for name, finding in ours.items():
+            assert {*finding.arrays} == {*theirs[name].arrays}
+            for key, values in finding.arrays.items():
+                np.testing.assert_array_equal(values, theirs[name][key])
+            assert theirs[name].facts.keys() == finding.facts.keys()
+
+
+def test_other_advantages_have_no_ledger_and_say_so(run, tmp_path):
+    request = {"kind": "update", "name": "other", "advantages": "rloo"}
+    asked = {"ledger": True, "preconditioners": ["identity"], "covariates": True}
+    found = FisherKernelRunner(run.plan(tmp_path / "out", requests=[request], analyses=asked)).run()["other"]
+    for name in ("ledger", "preconditioners"):
+        assert "other advantages than the step" in found.analysis(name).facts["left_out"]
+    assert found.analysis("covariates").facts["correlations"]
+
+
+def test_without_an_optimizer_what_needs_a_step_says_so(run, tmp_path):
+    plan = run.plan(
+        tmp_path / "out",
+        preconditioner={"form": "identity", "calibrated": False},
+        checkpoint={"path": str(run.before / "model")},
+        step={},
+        analyses={**EVERYTHING, "tokens": True, "structure": {"clusters": 2}, "observables": []},
+    )
+    results = FisherKernelRunner(plan).run()
+    found = results["held_out"].analyses
+    for name in ("ledger", "sweep", "tokens", "counterfactuals.rloo", "preconditioners"):
+        assert "left_out" in found[name].facts
+    assert "left_out" not in found["parts"].facts
+    assert "second moment" in results.analysis("health").facts["left_out"]
+
+
+def test_a_request_has_analyses_of_its_own(run, tmp_path):
+    requests = [
+        {"kind": "evaluation", "name": "one", "batch_size_prompts": 2, "analyses": {"ledger": True}},
+        {"kind": "evaluation", "name": "two", "batch_size_prompts": 2},
+    ]
+    capture = {"kernel": False, "top_k": 0}
+    found = FisherKernelRunner(
+        run.plan(tmp_path / "out", requests=requests, analyses={"covariates": True}, capture=capture)
+    ).run()
+    assert [*found["one"].analyses] == ["ledger"]
+    assert [*found["two"].analyses] == ["covariates"]
+    with pytest.raises(fk.ResultsError, match=r"'two' has covariates of the analyses, and no 'ledger'; ask for it"):
+        found["two"].analysis("ledger")
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"counterfactuals": [{"name": "nothing"}]}, "changes nothing"),
+        (
+            {"counterfactuals": [{"name": "a", "lr": 2}, {"name": "a", "lr": 3}]},
+            "two counterfactuals have the name 'a'",
+        ),
+        ({"observables": [{"name": "a", "kind": "kl"}]}, "kind 'kl' needs reference"),
+        ({"observables": [{"name": "a", "kind": "entropy", "function": "x.y"}]}, "needs function, and no other kind"),
+        ({"preconditioners": ["sgd"]}, "identity"),
+        ({"sweep": {"scales": [0.0]}}, "greater than 0"),
+        ({"unknown": True}, "unknown"),
+    ],
+)
+def test_mistakes_in_a_plan_are_said(run, tmp_path, asked, message):
+    with pytest.raises(pydantic.ValidationError, match=message):
+        FisherKernelPlan.model_validate(run.plan(tmp_path, analyses=asked))
+
+
+@pytest.mark.parametrize(
+    ("asked", "error", "message"),
+    [
+        ({"counterfactuals": [{"name": "a", "drop": ["U-9*"]}]}, fk.RolloutError, "'U-9\\*' names no sequence of U"),
+        ({"counterfactuals": [{"name": "a", "drop_prompts": ["x"]}]}, fk.RolloutError, "the prompts of U"),
+        ({"structure": {"clusters": 99}}, fk.PlanError, "clusters is 99, and U has 9"),
+        ({"observables": [{"name": "a", "kind": "function", "function": "no.such"}]}, fk.FKernelError, "no.such"),
+    ],
+)
+def test_mistakes_that_only_a_run_sees_are_said(run, tmp_path, asked, error, message):
+    with pytest.raises(error, match=message):
+        FisherKernelRunner(run.plan(tmp_path / "out", analyses=asked)).run()
+
+
+def test_what_a_switch_takes():
+    plan = FisherKernelPlan.model_validate
+    base = {"checkpoint": {"path": "x"}, "update": {"kind": "from_file", "path": "y"}, "out": "z"}
+    on, off = (plan({**base, "analyses": {"sweep": switch}}).analyses.sweep for switch in (True, False))
+    assert on is not None
+    assert len(on.scales) == 25
+    assert off is None
+
+
+def test_rows_in_small_blocks_give_the_same(run, study, tmp_path):
+    plan, results = study
+    again = FisherKernelRunner({**plan, "out": str(tmp_path / "out"), "numerics": {"microbatch": 1}}).run()
+    for name in ("parts", "uncertainty", "ledger"):
+        for key, values in results["held_out"].analysis(name).arrays.items():
+            other = again["held_out"].analysis(name)[key]
+            if key in ("remainder", "top_p", "prompt_p", "p"):
+                continue
+            np.testing.assert_allclose(values, other, rtol=2e-3, atol=1e-5 * np.abs(values).max(), err_msg=key)
