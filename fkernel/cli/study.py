@@ -187,6 +187,8 @@ def show_results(results: Any, rows: int, request: str | None = None) -> None:
         console.print(report.effects_table(result, rows))
         if result.calibration:
             console.print(report.calibration_table(result))
+        for table in report.analysis_tables(result, rows):
+            console.print(table, highlight=False)
     if request is None:
         say_step(results)
 
@@ -197,6 +199,8 @@ def say_step(results: Any) -> None:
 
     for line in report.study_lines(results):
         Console().print(line, highlight=False, soft_wrap=True)
+    for table in report.update_tables(results):
+        wide(132).print(table, highlight=False, soft_wrap=isinstance(table, str))
 
 
 def summary(results: Any, out: str, request: str | None = None) -> dict[str, Any]:
@@ -210,6 +214,7 @@ def summary(results: Any, out: str, request: str | None = None) -> dict[str, Any
             name: {
                 "sequences": len(result.evaluation),
                 "calibration": {key: value._asdict() for key, value in result.calibration.items()},
+                "analyses": {key: finding.facts for key, finding in result.analyses.items()},
                 "evaluation": [
                     {
                         "id": info.id,

@@ -9,8 +9,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from fkernel.rollout import GeneratedBatch
-from fkernel.study import FisherKernelResults, RequestResult, SequenceInfo
+from fkernel.study import Finding, FisherKernelResults, RequestResult, SequenceInfo
 
+CHANCE = 0.05
+"""A contributor's p from which on it is said to be told apart from chance."""
 EFFECTS = {
     "predicted": "predicted ΔS",
     "batch": "batch",
@@ -37,12 +39,18 @@ def effects_table(result: RequestResult, rows: int = 10) -> Table:
     table.add_column("sequence", no_wrap=True)
     for title in given:
         table.add_column(title, justify="right", style="bold" if "ΔS" in title else None)
+    sure = result.analyses.get("uncertainty")
     table.add_column("top three contributors", no_wrap=True)
+    if sure is not None:
+        table.caption = f"* told apart from chance (p ≤ {CHANCE}); † its prompt is; others could be chance"
     moved = result.predicted if result.realised is None else result.realised
     for row in np.argsort(-np.abs(moved), kind="stable")[:rows]:
         info = result.evaluation[row]
         changes = [f"{1e3 * values[row]:+.2f}" for values in given.values()]
-        culprits = [f"{1e3 * nats:+.2f}  {_text(u)}" for u, nats in result.top_contributors(int(row))]
+        culprits = [
+            f"{1e3 * nats:+.2f}{_mark(sure, int(row), k, u)}  {_text(u)}"
+            for k, (u, nats) in enumerate(result.top_contributors(int(row)))
+        ]
         table.add_row(f"{_text(info)}\nS = {info.logprob:.2f} nats", *changes, "\n".join(culprits), end_section=True)
     return table
 
@@ -128,6 +136,16 @@ def study_lines(results: FisherKernelResults) -> list[str]:
             f"mean |cosine| {_number(own.same_prompt[1])} within a prompt, {_number(own.cross_prompt[1])} across."
         )
     return said
+
+
+def _mark(sure: Finding | None, row: int, k: int, u: SequenceInfo) -> str:
+    """Whether the k-th contributor to a row is told apart from chance: "*" itself, "†" its prompt, or neither."""
+    if sure is None or "top_p" not in sure.arrays:
+        return ""
+    if sure["top_p"][row, k] <= CHANCE:
+        return "*"
+    prompts = sure.facts["prompts"]
+    return "†" if u.prompt_id in prompts and sure["prompt_p"][row, prompts.index(u.prompt_id)] <= CHANCE else " "
 
 
 def _number(value: float | None) -> str:

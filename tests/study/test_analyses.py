@@ -117,6 +117,13 @@ def test_observables_are_predicted(study, name):
     assert (np.abs(found["top_contributions"][:, 0]) == np.abs(found["contributions"]).max(1)).all()
 
 
+def test_a_pair_that_a_request_of_its_own_lacks_is_an_error(run, tmp_path):
+    odds = {"name": "odds", "kind": "log_odds", "pairs": [["E-000-00", "E-9"]]}
+    request = {"kind": "evaluation", "batch_size_prompts": 2, "analyses": {"observables": [odds]}}
+    with pytest.raises(fk.RolloutError, match=r"observables.odds: .E-9. is none of this request"):
+        FisherKernelRunner(run.plan(tmp_path / "out", requests=[request])).run()
+
+
 def test_an_observable_that_lacks_something_says_so(study):
     lacking = study[1]["self"].analysis("observables.odds")
     assert "none of the pairs" in lacking.facts["left_out"]

@@ -43,7 +43,7 @@ class Accounts:
         if self.parts is not None:
             made["parts"] = self.parts.finding
         for observable in asked.observables:
-            made[f"observables.{observable.name}"] = lambda one=observable: observable_of(at, one)
+            made[f"observables.{observable.name}"] = lambda one=observable: observable_of(at, one, self.strict)
         for other in asked.counterfactuals:
             made[f"counterfactuals.{other.name}"] = lambda one=other: counterfactual_of(at, one)
         if asked.preconditioners:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fkernel import func
-from fkernel.errors import PlanError, RolloutError
+from fkernel.errors import PlanError, RolloutError, listing
 from fkernel.func.batch import take
 from fkernel.kernel import realised_change
 from fkernel.kernel.sides import check_sides
@@ -29,9 +29,14 @@ class Observable(NamedTuple):
     rows: list[str]
 
 
-def observable_of(at: Situation, asked: ObservablePlan) -> Finding:
-    """Explain an observable as log π is explained."""
-    f, E, rows = _made(at, asked)
+def observable_of(at: Situation, asked: ObservablePlan, strict: bool) -> Finding:
+    """Explain an observable as log π is explained.
+
+    Raises:
+        RolloutError: a pair names a sequence that is not there, where strict.
+        FKernelError: the observable cannot be made, or is none.
+    """
+    f, E, rows = _made(at, asked, strict)
     p, m, n = at.policy._replace(f=f), at.grant.microbatch, len(rows)
     check_sides(f, p.params, E, E)
     k, like = min(at.capture.top_k, len(at.weights)), partial(torch.zeros, dtype=torch.float64)
@@ -57,7 +62,7 @@ def observable_of(at: Situation, asked: ObservablePlan) -> Finding:
     return Finding({name: value.cpu().numpy() for name, value in found.items()}, {"kind": asked.kind, "rows": rows})
 
 
-def _made(at: Situation, asked: ObservablePlan) -> Observable:
+def _made(at: Situation, asked: ObservablePlan, strict: bool) -> Observable:
     apply, temperature, ids = at.policy.apply, at.policy.temperature, at.batch.ids
     match asked.kind:
         case "entropy":
@@ -68,7 +73,7 @@ def _made(at: Situation, asked: ObservablePlan) -> Observable:
             make = dotted(str(asked.function), "a function that makes an observable: (apply, temperature) -> f")
             return Observable(make(apply, temperature), at.E, ids)
         case "log_odds":
-            return _odds(at, asked)
+            return _odds(at, asked, strict)
         case _:
             return _rewards(at)
 
@@ -83,9 +88,11 @@ def _reference(at: Situation, asked: ObservablePlan) -> Tree:
     return {name: named[name] for name in at.policy.params}
 
 
-def _odds(at: Situation, asked: ObservablePlan) -> Observable:
+def _odds(at: Situation, asked: ObservablePlan, strict: bool) -> Observable:
     place = {name: i for i, name in enumerate(at.batch.ids)}
     pairs = [pair for pair in asked.pairs or () if {*pair} <= {*place}]
+    if strict and (unknown := [name for pair in asked.pairs or () for name in pair if name not in place]):
+        raise RolloutError(f"observables.{asked.name}: {unknown[0]!r} is none of this request's {listing([*place])}.")
     if not pairs:
         raise Lacking(f"none of the pairs of {asked.name!r} is of this request")
     first, second = (take(at.E, torch.tensor([place[pair[i]] for pair in pairs])) for i in (0, 1))

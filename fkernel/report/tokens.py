@@ -1,0 +1,123 @@
+"""Responses coloured by what the step did to their tokens: for a terminal, and as HTML.
+
+Red raises, blue lowers, white does nothing; the scale is symmetric, and its ends are the largest |Δ log π| of a token
+in the request, so that rows compare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+import numpy as np
+from rich.table import Table
+from rich.text import Text
+
+from fkernel.errors import ResultsError
+from fkernel.study import Finding, RequestResult
+
+RAISED, LOWERED = (178, 24, 43), (33, 102, 172)
+STEPS = 1e3
+"""Numbers are shown in 10⁻³ nats."""
+
+
+def token_table(result: RequestResult, rows: int = 5) -> Table:
+    """Show the responses of the sequences that moved most, token by token.
+
+    Args:
+        result: of one request whose plan asked for tokens.
+        rows: sequences to show, by the size of their change.
+
+    Raises:
+        ResultsError: tokens were not asked for.
+    """
+    found = result.analysis("tokens")
+    table = Table(title=f"{result.name}: tokens (red raises, blue lowers; 10⁻³ nats below)")
+    for name in ("sequence", "response", "Σ", "Δ entropy"):
+        table.add_column(name, justify="left" if name in ("sequence", "response") else "right")
+    logprob, entropy = found["logprob"], found["entropy"]
+    for row in np.argsort(-np.abs(logprob.sum(1)), kind="stable")[:rows]:
+        texts, changes = _row(found, int(row))
+        shown = Text.assemble(token_text(texts, changes, _largest(found)), "\n", _numbers(changes))
+        sums = (f"{STEPS * logprob[row].sum():+.2f}", f"{STEPS * entropy[row].sum():+.2f}")
+        table.add_row(result.evaluation[row].id, shown, *sums, end_section=True)
+    return table
+
+
+def token_text(texts: Sequence[str], changes: Sequence[float], largest: float) -> Text:
+    """Colour tokens for a terminal.
+
+    Args:
+        texts: of the tokens, k of them.
+        changes: Δ log π of each, nats.
+        largest: |Δ log π| of the strongest colour.
+    """
+    found = Text()
+    for text, change in zip(texts, changes, strict=True):
+        style = f"{_ink(change / largest)} on {_colour(change / largest)}"
+        found.append(f"{_plain(text)}", style)
+        found.append(" ")
+    return found
+
+
+def token_html(result: RequestResult, rows: list[str] | None = None) -> str:
+    """Make an HTML fragment: prompts, and responses with every token coloured; the numbers are in its tooltips.
+
+    Args:
+        result: of one request whose plan asked for tokens.
+        rows: ids of its sequences; None for all.
+
+    Raises:
+        ResultsError: tokens were not asked for, or there is no such sequence.
+    """
+    found = result.analysis("tokens")
+    places = range(len(result.evaluation)) if rows is None else [result.row(name) for name in rows]
+    lines = [_line(result, found, row) for row in places]
+    return (
+        '<div class="fkernel-tokens" style="font-family: monospace; line-height: 1.8">\n'
+        + "\n".join(lines)
+        + "\n</div>\n"
+    )
+
+
+def _line(result: RequestResult, found: Finding, row: int) -> str:
+    texts, changes = _row(found, row)
+    info, largest = result.evaluation[row], _largest(found)
+    entropy = found["entropy"][row][found["response"][row]].tolist()
+    spans = [
+        f'<span style="background: {_colour(x / largest)}; color: {_ink(x / largest)}; white-space: pre-wrap" '
+        f'title="Δ log π {STEPS * x:+.3f}, Δ entropy {STEPS * h:+.3f} (10⁻³ nats)">{escape(_plain(text))}</span>'
+        for text, x, h in zip(texts, changes, entropy, strict=True)
+    ]
+    whole = f"{STEPS * sum(changes):+.2f} · 10⁻³ nats"
+    return f"<div><b>{escape(info.id)}</b> {escape(_plain(info.prompt))}{''.join(spans)} <small>{whole}</small></div>"
+
+
+def _row(found: Finding, row: int) -> tuple[list[str], list[float]]:
+    """Texts of a response's tokens, and what the step did to each, nats."""
+    if "left_out" in found.facts:
+        raise ResultsError(f"Tokens were left out: {found.facts['left_out']}.")
+    return found.facts["tokens"][row], found["logprob"][row][found["response"][row]].tolist()
+
+
+def _largest(found: Finding) -> float:
+    return float(np.abs(found["logprob"]).max()) or 1.0
+
+
+def _numbers(changes: Sequence[float]) -> Text:
+    return Text("  ".join(f"{STEPS * x:+.1f}" for x in changes), "dim")
+
+
+def _colour(x: float) -> str:
+    """White at 0, red at 1, blue at −1."""
+    end, share = (RAISED if x > 0 else LOWERED), min(1.0, abs(x))
+    return "#" + "".join(f"{round(255 + share * (part - 255)):02x}" for part in end)
+
+
+def _ink(x: float) -> str:
+    return "#ffffff" if abs(x) > 0.6 else "#000000"
+
+
+def _plain(text: str) -> str:
+    """Show what has no shape of its own."""
+    return "".join(c if c.isprintable() else "⏎" if c == "\n" else "·" for c in text) or "∅"
