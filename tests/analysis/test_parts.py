@@ -57,4 +57,5 @@ def test_shares_add_up_to_one():
     groups = {"a": torch.tensor([1.0, -3.0]), "b": torch.tensor([-1.0, 3.0])}
     assert sum(shares(groups).values()) == pytest.approx(1)
     assert math.isnan(missed(groups, ["a"]))  # they cancel: nothing moved
+    assert shares({"a": torch.tensor([1.0, -3.0]), "b": torch.tensor([0.0, 1.0])}) == {"a": 0.8, "b": 0.2}
     assert shares({"a": torch.zeros(2)}) == {"a": 0.0}

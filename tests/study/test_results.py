@@ -10,7 +10,7 @@ from rich.console import Console
 
 from fkernel import report
 from fkernel.errors import ResultsError
-from fkernel.study import Entry, FisherKernelResults, RequestResult, SelfKernel, SequenceInfo
+from fkernel.study import Entry, Finding, FisherKernelResults, RequestResult, SelfKernel, SequenceInfo
 
 VECTORS = ("batch", "momentum", "decay", "curvature", "realised", "squared_norms", "diagonal")
 
@@ -84,6 +84,20 @@ def test_what_is_saved_is_what_is_read(results, tmp_path):
     np.testing.assert_array_equal(again.self_kernel.eigenvalues, results.self_kernel.eigenvalues)
     files = ["environment.json", "kernel.npz", "plan.json", "results.json"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == files
+
+
+@pytest.mark.parametrize("name", ["self", "update"])
+def test_a_request_may_have_any_name_but_one(results, tmp_path, name):
+    """Arrays of U against itself are kept under `update_batch`, which a plan gives to no request."""
+    found = dataclasses.replace(results.requests["held_out"], name=name)
+    health = {"health": Finding({"x": np.ones(2)}, {"y": 1})}
+    given = dataclasses.replace(results, requests={name: found}, analyses=health)
+    again = FisherKernelResults.load(given.save_results(tmp_path / "out"))
+    assert again.self_kernel is not None
+    np.testing.assert_array_equal(again.self_kernel.kernel, results.self_kernel.kernel)
+    np.testing.assert_array_equal(again[name].kernel, found.kernel)
+    np.testing.assert_array_equal(again.analysis("health")["x"], np.ones(2))
+    assert again.analysis("health").facts == {"y": 1}
 
 
 def test_json_says_what_a_reader_needs(results, tmp_path):
