@@ -24,6 +24,7 @@ from fkernel.func.losses import (
 )
 from fkernel.func.objective import Objective
 from fkernel.func.observables import Answers, Pair, expected_reward, kl_divergence, log_odds, mean_entropy
+from fkernel.func.padding import as_trained
 from fkernel.func.squares import squared_sum
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "Stack",
     "Sum",
     "Weighted",
+    "as_trained",
     "by_kind",
     "by_layer",
     "clipped_ratio_weights",

@@ -92,7 +92,7 @@ def split(model: nn.Module, chosen: Iterable[str]) -> tuple[Apply, Tree]:
         {'bias': tensor(..., device='meta', size=(3,))}
     """
     named = dict(model.named_parameters())
-    module = _structural_copy(model)
+    module = structural_copy(model)
     _put_right(module)
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None  # pyright: ignore
     vocab_size = getattr(embedding, "num_embeddings", None)
@@ -138,7 +138,7 @@ def _max_length(module: nn.Module) -> int | None:
     return None if rotary else getattr(config, "max_position_embeddings", None)
 
 
-def _structural_copy(model: nn.Module) -> nn.Module:
+def structural_copy(model: nn.Module) -> nn.Module:
     """Copy modules and configuration, share tensors; parameters become constants (ties stay ties)."""
     memo: dict[int, object] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
     memo |= {id(buffer): buffer for buffer in model.buffers()}

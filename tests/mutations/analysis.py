@@ -5,6 +5,12 @@ from tests.mutants import Mutation
 ANALYSIS = "tests/analysis"
 MUTATIONS = [
     Mutation(
+        "padding's row trained like any other",
+        "tests/test_padding.py::test_the_loss_gradient_is_the_trainers",
+        "func/padding.py", "embedded.detach(), embedded)",
+        "embedded, embedded)",
+    ),
+    Mutation(
         'clipping that adds',
         f"{ANALYSIS}/test_ledger.py::test_a_ledger_closes_and_its_parts_are_what_they_say",
         'analysis/ledger.py', 'clipping = batch - unclipped',
