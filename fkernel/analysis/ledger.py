@@ -110,7 +110,7 @@ def rounding_floor(f: Function, params: Tree, E: Any, *, microbatch: int | None 
         microbatch: as in `fkernel.kernel`.
 
     Returns:
-        [n_E] in f's units. A size, not a bound.
+        [n_E] in f's units. A size, not a bound: what is seen may be a few times as large.
 
     Raises:
         As `fkernel.kernel`.
