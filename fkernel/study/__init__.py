@@ -10,6 +10,8 @@ from fkernel.study.diagnostics import Blocks, Spectrum, cosines, spectrum, top_c
 from fkernel.study.environment import environment
 from fkernel.study.gradients import GradientCache, Gradients
 from fkernel.study.log import LEVELS, recorded
+from fkernel.study.loss_plan import ClippedRatioLoss, KLPlan, PolicyGradientLoss, PreferenceLoss, SequenceRatioLoss
+from fkernel.study.loss_terms import LossTerms
 from fkernel.study.outcome import Entry, Finding, RequestResult, SelfKernel, SequenceInfo
 from fkernel.study.plan import TEMPLATE, FisherKernelPlan, NumericsPlan, PreconditionerPlan, StepPlan, StoragePlan
 from fkernel.study.questions import entry_of, influence_of, self_kernel_of
@@ -28,6 +30,7 @@ __all__ = [
     "BatchRequest",
     "Blocks",
     "CapturePlan",
+    "ClippedRatioLoss",
     "Entry",
     "Finding",
     "FisherKernelPlan",
@@ -35,15 +38,20 @@ __all__ = [
     "FisherKernelRunner",
     "GradientCache",
     "Gradients",
+    "KLPlan",
     "KernelWorkspace",
+    "LossTerms",
     "NumericsPlan",
+    "PolicyGradientLoss",
     "PreconditionerPlan",
+    "PreferenceLoss",
     "RequestAnalyses",
     "RequestResult",
     "ResultsError",
     "SamplePlan",
     "SelfKernel",
     "SequenceInfo",
+    "SequenceRatioLoss",
     "Spectrum",
     "StepPlan",
     "StoragePlan",

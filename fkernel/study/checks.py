@@ -19,6 +19,8 @@ def check_inputs(plan: FisherKernelPlan) -> None:
     named["checkpoint.model"] = plan.checkpoint.model
     if plan.step.after is not None:
         named["step.after.path"] = plan.step.after.path
+    if plan.step.loss is not None:
+        named |= {f"step.loss.{place}.path": one.path for place, one in plan.step.loss.checkpoints.items()}
     for i, prompts in enumerate(plan.prompts):
         named[f"prompts.{i}.jsonl"], named[f"prompts.{i}.dataset"] = prompts.jsonl, prompts.dataset
     named["update.path"] = getattr(plan.update, "path", None)

@@ -5,7 +5,8 @@
   batch/                 U, as `save_batch` wrote it
   gradients/             one folder of shards for U, as `fkernel.kernel.store` keeps them
   response.safetensors   P, {name: [*shape]}
-  complete.json          c, ‖∇L‖ and the checksums of what P was made of; written last
+  loss.safetensors       what a loss that the plan names made of U: ρ [n t], the KL term's share of the ascent
+  complete.json          c, ‖∇L‖, what is known of the loss, and the checksums of the two before; written last
   lock                   names the one process that has it open
 
 Every file is written beside its place and moved there, and shards are recorded one by one, so that a program that is
@@ -25,6 +26,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 
 from fkernel.errors import StoreError, listing
+from fkernel.func.losses import Weighted
 from fkernel.kernel.sides import Ordered, Pieces
 from fkernel.kernel.store import open_store
 from fkernel.kernel.store.directory import MANIFEST
@@ -37,10 +39,11 @@ from fkernel.precond import Diagonal
 from fkernel.rollout import load_batch, save_batch
 from fkernel.rollout.batch import GeneratedBatch
 from fkernel.study.gradients import Gradients
+from fkernel.study.loss_terms import LossTerms
 
 SCHEMA = 1
 ASKED, COMPLETE, LOCK = "asked.json", "complete.json", "lock"
-BATCH, GRADIENTS, RESPONSE = "batch", "gradients", "response.safetensors"
+BATCH, GRADIENTS, RESPONSE, LOSS = "batch", "gradients", "response.safetensors", "loss.safetensors"
 
 
 class WorkspaceDirectory:
@@ -99,12 +102,17 @@ class WorkspaceDirectory:
         """What was written last; None where the workspace is not complete."""
         return self._read(COMPLETE) if (self.path / COMPLETE).is_file() else None
 
-    def batch(self, make: Callable[[], GeneratedBatch], checkpoint: str | None) -> GeneratedBatch:
+    @property
+    def sampler(self) -> str | None:
+        """Fingerprint of the policy that U is of: the checkpoint, or another one that the loss knows; None for any."""
+        return self.asked.get("sampled_by", self.asked["checkpoint"])
+
+    def batch(self, make: Callable[[], GeneratedBatch]) -> GeneratedBatch:
         """Read U, or make and save it."""
         place = self.path / BATCH
         if not place.exists():
             save_batch(make(), place)
-        return load_batch(place, checkpoint=checkpoint)
+        return load_batch(place, checkpoint=self.sampler)
 
     def cuts(self) -> list[slice] | None:
         """Read how the gradients that are there, if any, were cut into microbatches: a run that goes on keeps to it."""
@@ -126,7 +134,9 @@ class WorkspaceDirectory:
     ) -> Gradients:
         """Open U's gradients; compute and write those that are missing."""
         identity = {key: self.asked[key] for key in ("checkpoint", "parameters", "temperature", "dtype")}
-        identity["batch"] = fingerprint(side.batch)
+        identity |= {key: self.asked[key] for key in ("loss",) if key in self.asked}
+        batch = side.batch
+        identity["batch"] = fingerprint(batch.sequences if isinstance(batch, Weighted) else batch)
         store = self.opened.enter_context(open_store(self.path / GRADIENTS, identity, cuts))
         if pieces is None and not store.complete:
             raise self.unfinished()
@@ -137,12 +147,24 @@ class WorkspaceDirectory:
         """Say that a run was cut off."""
         return StoreError(f"The workspace at {self.path} is not complete; run its plan again, and it is finished.")
 
-    def seal(self, P: Diagonal, clip: float, grad_norm: float) -> None:
+    def seal(self, P: Diagonal, clip: float, grad_norm: float, loss: LossTerms | None = None) -> None:
         """Write P and what is left, last of all."""
         chunks: list[bytes] = [save_tensors({k: v.cpu().contiguous() for k, v in (P.d or {}).items()})]
         write_atomically(self.path / RESPONSE, chunks)
-        facts = {"clip": clip, "grad_norm": grad_norm, "sha256": checksum(self.path / RESPONSE)}
+        facts: dict[str, Any] = {"clip": clip, "grad_norm": grad_norm, "sha256": checksum(self.path / RESPONSE)}
+        if loss is not None:
+            write_atomically(self.path / LOSS, [save_tensors(loss.tensors())])
+            facts["loss"] = {"facts": loss.facts, "sha256": checksum(self.path / LOSS)}
         self._write(COMPLETE, facts)
+
+    def loss(self) -> LossTerms | None:
+        """Read what the loss made of U; None where it is the policy gradient.
+
+        Raises:
+            StoreError: it is not what was written.
+        """
+        facts = (self.complete or {}).get("loss")
+        return None if facts is None else LossTerms.of(self._tensors(LOSS, facts), facts["facts"])
 
     def response(self) -> tuple[Diagonal, float, float]:
         """Read (P, c, ‖∇L‖).
@@ -153,12 +175,14 @@ class WorkspaceDirectory:
         facts = self.complete
         if facts is None:
             raise self.unfinished()
-        place = self.path / RESPONSE
+        return Diagonal(self._tensors(RESPONSE, facts) or None), facts["clip"], facts["grad_norm"]
+
+    def _tensors(self, name: str, facts: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        place = self.path / name
         with plain_errors("read", self.path):
             if not place.is_file() or checksum(place) != facts["sha256"]:
                 raise StoreError(f"{place} is not what was written; delete {COMPLETE} beside it to have it made again.")
-            d = load_file(place)
-        return Diagonal(d or None), facts["clip"], facts["grad_norm"]
+            return load_file(place)
 
     def _read(self, name: str) -> dict[str, Any]:
         try:

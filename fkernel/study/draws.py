@@ -23,6 +23,10 @@ class Draw(Strict):
         """Make the batch."""
         raise TypeError(f"{type(self).__name__} does not say how it is drawn.")
 
+    def of_any(self, hub: SampleGenerator, seed: int = 0) -> GeneratedBatch:
+        """Make the batch, and take it of whatever policy where it is given: the step's loss knows who sampled it."""
+        return self.generate(hub, seed)
+
 
 class UpdateRules(Draw):
     """How an update batch is rewarded and weighted."""

@@ -1,6 +1,7 @@
 """One batch E against a workspace: rows of K stream by, and what is asked of them is kept.
 
     C_eu = c w_u A_u K_eu,   batch_e = Σ_u C_eu;   momentum, decay, curvature and the realised change by passes over E
+    penalty_e = c ⟨∇S_e, P · the KL term's share of the ascent⟩, where the step's loss has one
 
 Where nothing is asked that needs K, batch = J_E (P J_Uᵀ(c w A)) is one jvp.
 """
@@ -88,6 +89,8 @@ def evaluate(
             own = workspace.rows_of(batch)
             rows = kernel_rows(E, workspace, policy, grant) if own is None else own_rows(workspace, own, grant)
             found |= _reduced(rows, question, batch, workspace, weights, tick, accounts)
+        if at.added is not None:
+            found["penalty"] = func.jvp(policy.f, grant.microbatch)(policy.params, E, at.added)
         if step is not None:
             found |= _effects(at, step)
         analyses = accounts.findings()

@@ -13,7 +13,7 @@ from fkernel.kernel import Calibration, calibrate
 from fkernel.rollout import SequenceRecord
 from fkernel.study.diagnostics import cosines
 
-EFFECTS = ("momentum", "decay", "curvature", "realised")
+EFFECTS = ("penalty", "momentum", "decay", "curvature", "realised")
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class SequenceInfo:
         id: display id, such as U-004-03.
         prompt: the prompt's text.
         response: the response's text.
-        logprob: S before the step at temperature 1, nats.
+        logprob: S at temperature 1, nats, of the policy that wrote the record: the one before the step, or an older one
+            where the step's loss has U of an older one.
         reward: None where none was given.
         advantage: A_u; None where there is none.
         weight: w_u, the loss weight; None where there is none.
@@ -114,6 +115,7 @@ class RequestResult:
         evaluation: the rows, n_E sequences.
         update: the columns, n_U sequences.
         batch: [n_E] Σ_u C_eu, what the update batch did.
+        penalty: [n_E] what the loss's KL term did; None where there is none.
         momentum: [n_E] nats; None where there is no optimizer state or P is bare, as the next three.
         decay: [n_E] nats.
         curvature: [n_E] nats, ½ ΔθᵀH_eΔθ; None also where it was not asked for.
@@ -136,6 +138,7 @@ class RequestResult:
     evaluation: tuple[SequenceInfo, ...]
     update: tuple[SequenceInfo, ...]
     batch: np.ndarray
+    penalty: np.ndarray | None = None
     momentum: np.ndarray | None = None
     decay: np.ndarray | None = None
     curvature: np.ndarray | None = None
@@ -153,8 +156,10 @@ class RequestResult:
 
     @property
     def first_order(self) -> np.ndarray | None:
-        """[n_E] nats: batch + momentum + decay."""
-        return None if self.momentum is None or self.decay is None else self.batch + self.momentum + self.decay
+        """[n_E] nats: batch + penalty, where there is one, + momentum + decay."""
+        if self.momentum is None or self.decay is None:
+            return None
+        return (self.batch if self.penalty is None else self.batch + self.penalty) + self.momentum + self.decay
 
     @property
     def second_order(self) -> np.ndarray | None:

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from fkernel.kernel.budget import parse_bytes
 from fkernel.study.analyses.plan import AnalysesPlan
+from fkernel.study.loss_plan import LossPlan
 from fkernel.study.parts import CheckpointPlan, SourcePlan, Strict
 from fkernel.study.requests import AnyRequest, BatchRequest, CapturePlan, UpdateSource
 
@@ -47,11 +48,14 @@ class StepPlan(Strict):
             its norm; excludes max_norm.
         after: the checkpoint after the step, where it was really taken: realised changes are then measured on it, and
             not on the step executed here.
+        loss: what the step was taken on, where it is not the policy gradient −Σ w A S: a clipped ratio (PPO, GRPO,
+            GSPO), a penalty on the divergence from a reference beside it, or preferences (DPO).
     """
 
     max_norm: float | None = Field(None, gt=0)
     clip: float | None = Field(None, gt=0, le=1)
     after: CheckpointPlan | None = None
+    loss: LossPlan | None = None
 
     @model_validator(mode="after")
     def _one(self) -> StepPlan:
@@ -161,6 +165,15 @@ class FisherKernelPlan(SourcePlan):
         if twice:
             raise ValueError(f"two requests have the name {twice[0]!r}; give each one of its own (name:)")
         return tuple(found)
+
+    @model_validator(mode="after")
+    def _sampled(self) -> FisherKernelPlan:
+        if self.update.kind == "update" and self.step.loss is not None and "old" in self.step.loss.checkpoints:
+            raise ValueError(
+                "step.loss.old sampled U, and update: {kind: update} draws another U from the checkpoint itself; give "
+                "the batch of that step (from_file), or leave old out"
+            )
+        return self
 
     @property
     def workspace_path(self) -> str:

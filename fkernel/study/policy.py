@@ -17,6 +17,7 @@ from fkernel.kernel.store.fingerprint import fingerprint
 from fkernel.precond import AdamWState
 from fkernel.rollout.batch import GeneratedBatch
 from fkernel.shapes import Tree
+from fkernel.study.losses import as_it_came, asked_of_loss
 from fkernel.study.plan import FisherKernelPlan
 from fkernel.study.response import restricted
 from fkernel.study.rows import Policy
@@ -80,7 +81,11 @@ def asked_of(plan: FisherKernelPlan, loaded: Checkpoint, made: GeneratedBatch | 
         plan: the plan.
         loaded: its checkpoint.
         made: U, where it is given rather than drawn.
+
+    Raises:
+        PlanError: U is of another policy than the loss says.
     """
+    loss = plan.step.loss
     names = chosen_parameters(plan, loaded.model)
     names = names or [name for name, leaf in loaded.model.named_parameters() if leaf.requires_grad]
     sampling = plan.sampling.temperature if made is None or made.sampling is None else made.sampling.temperature
@@ -88,11 +93,12 @@ def asked_of(plan: FisherKernelPlan, loaded: Checkpoint, made: GeneratedBatch | 
         "checkpoint": loaded.provenance.fingerprint,
         "parameters": {"patterns": plan.parameters, "count": len(names), "sha256": _hash(names)},
         "optimizer": None if loaded.optimizer is None else _fingerprint(loaded.optimizer),
-        "update": _drawn(plan) if made is None else {"batch": identity_of_batch(made)},
+        "update": _drawn(plan) if made is None else {"batch": identity_of_batch(as_it_came(loss, made))},
         "temperature": plan.numerics.temperature or sampling,
         "dtype": plan.numerics.dtype,
         "preconditioner": plan.preconditioner.model_dump(mode="json"),
         "step": {"max_norm": plan.step.max_norm, "clip": plan.step.clip},
+        **asked_of_loss(loss, getattr(torch, plan.numerics.dtype), made),
     }
 
 

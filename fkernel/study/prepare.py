@@ -6,18 +6,23 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
+from fkernel import tree
 from fkernel.checkpoint import Checkpoint
+from fkernel.func import Sequences
 from fkernel.func.gradient import plan_of
 from fkernel.kernel import recycled
+from fkernel.kernel.planning import usual_microbatch
 from fkernel.kernel.sides import Ordered, check_sides, cuts_of, pieces_of
 from fkernel.precond import AdamWStep
 from fkernel.rollout import check_temperature
 from fkernel.rollout.batch import GeneratedBatch
 from fkernel.study.directory import WorkspaceDirectory
+from fkernel.study.loss_terms import LossTerms, columns_of
+from fkernel.study.losses import terms_of, weighed
 from fkernel.study.plan import FisherKernelPlan
 from fkernel.study.policy import asked_of, policy_of
 from fkernel.study.response import response
-from fkernel.study.rows import grant_of
+from fkernel.study.rows import Policy, grant_of
 from fkernel.study.workspace import KernelWorkspace, held_in_memory, named_errors, tokens_of
 
 
@@ -50,56 +55,91 @@ def prepared(
     Raises:
         FKernelError: the batch or the place where gradients are kept is at fault.
     """
-    given = None if plan.update.kind == "update" else _weighted(make())
+    given = None if plan.update.kind == "update" else make()
+    if given is not None:
+        _check_weights(plan, given)
     asked = asked_of(plan, checkpoint, given)
+    policy = policy_of(plan, checkpoint, asked["temperature"])
+
+    def ready() -> GeneratedBatch:
+        return _ready(plan, policy, make() if given is None else given)
+
     if not plan.storage.persist:
-        return _made(plan, checkpoint, given or _weighted(make()), asked, None, tick)
+        return _made(plan, checkpoint, policy, ready(), asked, None, tick)
     directory = WorkspaceDirectory(plan.workspace_path, asked)
     with ExitStack() as stack:
         stack.callback(directory.opened.close)
-        batch = directory.batch(lambda: given or _weighted(make()), checkpoint.provenance.fingerprint)
-        found = _made(plan, checkpoint, batch, asked, directory, tick)
+        found = _made(plan, checkpoint, policy, directory.batch(ready), asked, directory, tick)
         stack.pop_all()
     return found
 
 
-def _weighted(batch: GeneratedBatch) -> GeneratedBatch:
+def _check_weights(plan: FisherKernelPlan, batch: GeneratedBatch) -> None:
     """Say now what lacks a weight or an advantage, and not after an hour."""
-    batch.loss_weights  # noqa: B018 - raises
-    return batch
+    if plan.step.loss is None or plan.step.loss.kind != "preference":
+        batch.loss_weights  # noqa: B018 - raises
+
+
+def _ready(plan: FisherKernelPlan, policy: Policy, batch: GeneratedBatch) -> GeneratedBatch:
+    """Set the weights that the loss sets."""
+    _check_weights(plan, batch)
+    tokens = tokens_of(batch, policy.params)
+    with named_errors(batch):
+        return weighed(plan.step.loss, batch, policy, tokens, usual_microbatch(plan.numerics.microbatch, tokens))
 
 
 def _made(
     plan: FisherKernelPlan,
     checkpoint: Checkpoint,
+    policy: Policy,
     batch: GeneratedBatch,
     asked: Mapping[str, Any],
     directory: WorkspaceDirectory | None,
     tick: Callable[[int, int], Any],
 ) -> Prepared:
     """Compute what is missing of U's gradients, then P from them."""
-    policy = policy_of(plan, checkpoint, asked["temperature"])
     if batch.sampling is not None:
         check_temperature(batch.sampling.temperature, asked["temperature"])
-    U = tokens_of(batch, policy.params)
+    tokens = tokens_of(batch, policy.params)
 
     def told(n: int) -> None:
         tick(n, len(batch))
 
     with named_errors(batch), recycled():
-        check_sides(policy.f, policy.params, U, U)
+        check_sides(policy.f, policy.params, tokens, tokens)
+        grant = grant_of(plan.numerics.memory, plan.numerics.microbatch, policy, tokens)
+        loss = _terms(plan, checkpoint, policy, batch, tokens, grant.microbatch, directory)
+        f, U = columns_of(policy.f, policy.apply, policy.temperature, tokens, loss)
         side = Ordered("U", U)
-        grant = grant_of(plan.numerics.memory, plan.numerics.microbatch, policy, U)
         cuts = (directory and directory.cuts()) or cuts_of(side, grant.microbatch * max(side.tokens))
-        pieces = pieces_of(policy.f, policy.params, side, cuts, plan_of(policy.f, policy.params, U))
+        pieces = pieces_of(f, policy.params, side, cuts, plan_of(f, policy.params, U))
         if directory is None:
             gradients = held_in_memory(side, cuts, pieces, told)
         else:
-            gradients = directory.gradients(side, cuts, pieces, told, U.input_ids.device)
+            gradients = directory.gradients(side, cuts, pieces, told, tokens.input_ids.device)
         ascent = gradients.weighted_sum(batch.loss_weights.to(next(iter(policy.params.values()))))
+        if loss is not None and loss.penalty is not None:
+            ascent = tree.add(ascent, loss.penalty)
     found = response(plan.preconditioner, plan.step, policy.params, policy.state, ascent)
     if directory is not None and directory.complete is None:
-        directory.seal(found.P, found.clip, found.grad_norm)
+        directory.seal(found.P, found.clip, found.grad_norm, loss)
     place, opened = (None, None) if directory is None else (directory.path, directory.opened)
-    workspace = KernelWorkspace(batch, gradients, found.P, found.clip, found.grad_norm, asked, place, opened)
+    workspace = KernelWorkspace(batch, gradients, found.P, found.clip, found.grad_norm, asked, place, opened, loss)
     return Prepared(workspace, found.step if plan.preconditioner.calibrated else None)
+
+
+def _terms(
+    plan: FisherKernelPlan,
+    checkpoint: Checkpoint,
+    policy: Policy,
+    batch: GeneratedBatch,
+    tokens: Sequences,
+    microbatch: int,
+    directory: WorkspaceDirectory | None,
+) -> LossTerms | None:
+    """Read what the loss made of U, where the workspace is complete; else compute it."""
+    if directory is not None and directory.complete is not None:
+        kept = directory.loss()
+        return None if kept is None else kept.beside(policy.params)
+    fingerprint = checkpoint.provenance.fingerprint
+    return terms_of(plan.step.loss, batch, policy, tokens, microbatch, fingerprint)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fkernel import func
+from fkernel.errors import PlanError
 from fkernel.kernel import recycled
 from fkernel.shapes import Tensor
 from fkernel.study.diagnostics import BlockTally, cosines, spectrum
@@ -65,7 +66,18 @@ def entry_of(workspace: KernelWorkspace, one: GradientCache, other: GradientCach
 def influence_of(
     workspace: KernelWorkspace, ids: tuple[str, ...] | None = None, advantages: Any = None
 ) -> dict[str, float]:
-    """Compute Σ_j C(t, j) for sequences t of U, as {id: nats}, from gradients that the workspace holds."""
+    """Compute Σ_j C(t, j) for sequences t of U, as {id: nats}, from gradients that the workspace holds.
+
+    Raises:
+        RolloutError: an id or a rule is not known.
+        PlanError: the gradients that it holds are not ∇S, or advantages change their signs; see `KernelWorkspace`.
+    """
+    if workspace.loss is not None and workspace.loss.ratio is not None:
+        raise PlanError(
+            f"The workspace's gradients of U are Σ_t ρ_t ∇log π(u_t) of the loss {workspace.loss.facts['kind']}, and "
+            f"not ∇S: they do not say how log π of U's own sequences moves. Ask a plan for it: requests: "
+            f"[{{kind: update}}]."
+        )
     wanted = workspace.batch.ids if ids is None else selected(workspace.batch.ids, ids, "U")
     weights: Tensor = workspace.weights_with(advantages)
     towards = {name: leaf[None] for name, leaf in workspace.P(workspace.gradients.weighted_sum(weights)).items()}

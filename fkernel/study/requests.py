@@ -48,7 +48,7 @@ class CapturePlan(Strict):
 
 
 class FromFile(Draw):
-    """A batch that `save_batch` wrote; it must be of the plan's checkpoint."""
+    """A batch that `save_batch` wrote; of the plan's checkpoint, but for a U whose loss (`step.loss`) takes any."""
 
     kind: Literal["from_file"]
     path: str
@@ -57,15 +57,20 @@ class FromFile(Draw):
         """Read it."""
         return load_batch(self.path, checkpoint=hub.fingerprint)
 
+    def of_any(self, hub: SampleGenerator, seed: int = 0) -> GeneratedBatch:
+        """Read it, of whatever policy it is."""
+        return load_batch(self.path)
+
 
 class SamplePayload(Strict):
-    """A prompt and a response, as `CustomSample` takes them."""
+    """A prompt and a response, as `CustomSample` takes them, and a reward."""
 
     prompt: str
     response: str
     metadata: dict[str, Any] = Field(default_factory=dict)
     raw: bool = False
     ended: bool = True
+    reward: float | None = None
 
 
 class Payload(Draw):
@@ -89,16 +94,26 @@ class Payload(Draw):
 
     def generate(self, hub: SampleGenerator, seed: int = 0) -> GeneratedBatch:
         """Score what was written, call the function, or take the batch."""
+        what = "the batch that was handed in" if self.callback is None else f"the batch of {self.callback}"
+        return _ours(self.of_any(hub, seed), hub, what)
+
+    def of_any(self, hub: SampleGenerator, seed: int = 0) -> GeneratedBatch:
+        """Do the same, and take a batch of whatever policy it is."""
         if self.batch is not None:
-            return _ours(self.batch, hub, "the batch that was handed in")
+            return self.batch
         if self.callback is not None:
             found = dotted(self.callback, "a function that makes a batch: SampleGenerator -> GeneratedBatch")(hub)
             if not isinstance(found, GeneratedBatch):
                 raise PlanError(f"{self.callback} returned a {type(found).__name__}; expected a GeneratedBatch.")
-            return _ours(found, hub, f"the batch of {self.callback}")
+            return found
         assert self.samples is not None
-        given = (CustomSample(**sample.model_dump()) for sample in self.samples)
-        return GeneratedBatch.merge([hub.build_custom_sequence(sample) for sample in given])
+        return GeneratedBatch.merge([_scored(sample, hub) for sample in self.samples])
+
+
+def _scored(sample: SamplePayload, hub: SampleGenerator) -> GeneratedBatch:
+    """Score what was written."""
+    batch = hub.build_custom_sequence(CustomSample(**sample.model_dump(exclude={"reward"})))
+    return replace(batch, records=(replace(batch.records[0], reward=sample.reward),))
 
 
 def _ours(batch: GeneratedBatch, hub: SampleGenerator, what: str) -> GeneratedBatch:

@@ -112,9 +112,7 @@ class FisherKernelRunner:
             self._take(plan)
         plan = self.plan
         with phase(self.logger, "preparing the workspace") as found:
-            workspace, self._step = prepared(
-                plan, self.checkpoint, lambda: self._generated(plan.update, "U"), partial(self.tick, "gradients of U")
-            )
+            workspace, self._step = prepared(plan, self.checkpoint, self._update, partial(self.tick, "gradients of U"))
             self.workspace = workspace
             found |= {"sequences": len(workspace.batch), "gradients_computed": workspace.gradients.computed}
             found["gradients_read"] = len(workspace.batch) - workspace.gradients.computed
@@ -315,6 +313,8 @@ class FisherKernelRunner:
         if state is not None:
             facts |= {"lr": sorted({*state.lr.values()}), "weight_decay": sorted({*state.weight_decay.values()})}
         facts["sampling"] = workspace.batch.diagnostics
+        if workspace.loss is not None:
+            facts["loss"] = workspace.loss.facts
         say(self.logger, "gradients of U", computed=computed, read=len(workspace.batch) - computed)
         return facts
 
@@ -329,10 +329,15 @@ class FisherKernelRunner:
             return workspace.batch
         return self._generated(request, str(request.name))
 
-    def _generated(self, draw: Draw, what: str) -> GeneratedBatch:
+    def _update(self) -> GeneratedBatch:
+        """Make U, of the checkpoint; or of any policy, where the step's loss takes it."""
+        draw, loss = self.plan.update, self.plan.step.loss
+        return self._generated(draw, "U", draw.of_any if loss is not None and loss.foreign else draw.generate)
+
+    def _generated(self, draw: Draw, what: str, make: Callable[..., GeneratedBatch] | None = None) -> GeneratedBatch:
         """Make a batch; every sequence that is drawn is told of twice, drawn and scored."""
         self._drawn = (f"sampling {what}", 2 * draw.size)
-        return draw.generate(self.generator, self.plan.numerics.seed)
+        return (make or draw.generate)(self.generator, self.plan.numerics.seed)
 
     def _grant(self, batch: GeneratedBatch) -> Grant:
         tokens = tokens_of(batch, self.policy.params)

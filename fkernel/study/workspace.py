@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from fkernel import func
-from fkernel.errors import NonFiniteError, RolloutError, listing
+from fkernel import func, tree
+from fkernel.errors import NonFiniteError, PlanError, RolloutError, listing
 from fkernel.func import Sequences
 from fkernel.func.handles import packed
 from fkernel.kernel.sides import Ordered, Pieces
@@ -23,6 +23,7 @@ from fkernel.rollout.batch import GeneratedBatch
 from fkernel.shapes import Tensor, Tree
 from fkernel.study.directory import BATCH, WorkspaceDirectory
 from fkernel.study.gradients import GradientCache, Gradients
+from fkernel.study.loss_terms import LossTerms
 
 
 class KernelWorkspace:
@@ -30,12 +31,14 @@ class KernelWorkspace:
 
     Attributes:
         batch: U.
-        gradients: J_U.
+        gradients: J_U; its rows are ∇S, or, where the step's loss has ratios, Σ_t ρ_ut ∇log π(u_t): the kernel of U
+            with itself, norms and `cache` of its sequences are then of these.
         P: the preconditioner.
         clip: c.
         grad_norm: ‖∇L‖ before clipping.
         asked: everything that decides what it holds: fingerprints, preconditioner, step, temperature.
         directory: where it is kept; None in memory.
+        loss: what the step's loss made of U; None where it is the policy gradient.
     """
 
     def __init__(
@@ -48,10 +51,12 @@ class KernelWorkspace:
         asked: Mapping[str, Any],
         directory: Path | None = None,
         opened: ExitStack | None = None,
+        loss: LossTerms | None = None,
     ) -> None:
         """Take what was made or read."""
         self.batch, self.gradients, self.P, self.clip, self.grad_norm = batch, gradients, P, clip, grad_norm
         self.asked, self.directory, self._opened = dict(asked), directory, opened or ExitStack()
+        self.loss = loss
         self.index = {name: row for row, name in enumerate(batch.ids)}
         self._caches: dict[str, GradientCache] = {}
         self._self_kernel: Tensor | None = None
@@ -85,8 +90,35 @@ class KernelWorkspace:
 
         Raises:
             RolloutError: there is no such rule, or no such sequence.
+            PlanError: the step's loss depends on the advantages' signs, and one changes.
         """
-        return self.batch.with_values("advantage", self.advantages_with(advantages)).loss_weights
+        return self.signed(self.batch.with_values("advantage", self.advantages_with(advantages)).loss_weights)
+
+    def signed(self, weights: Tensor) -> Tensor:
+        """Check [n_U] other w·A against a loss that was evaluated for the signs of the step's own; 0 goes with both.
+
+        Raises:
+            PlanError: a sign changes.
+        """
+        own = self.batch.advantages
+        if self.keeps_signs and bool((moved := (weights != 0) & (weights.sign() != own.sign())).any()):
+            row = int(moved.nonzero()[0])
+            raise PlanError(
+                f"The advantage of {self.batch.ids[row]} is {float(own[row]):g}, and what is asked changes its sign. "
+                f"step.loss ({self.asked['loss']['kind']}) was evaluated for the step's own signs, and would weigh "
+                f"tokens otherwise: ask for advantages of the same signs, or 0; or leave step.loss out."
+            )
+        return weights
+
+    @property
+    def keeps_signs(self) -> bool:
+        """Whether the step's loss was evaluated for the signs of its advantages."""
+        return "loss" in self.asked and self.asked["loss"]["kind"] != "policy_gradient"
+
+    def with_penalty(self, ascent: Tree, scale: float = 1.0) -> Tree:
+        """Add the KL term's share, times a factor, to what U ascends; it has no advantages."""
+        penalty = None if self.loss is None else self.loss.penalty
+        return ascent if penalty is None else tree.axpy(scale, penalty, ascent)
 
     def advantages_with(self, advantages: str | Mapping[str, float] | None) -> Tensor:
         """[n_U] A by another rule, or with other values for some of U.
@@ -125,7 +157,9 @@ class KernelWorkspace:
         return self.index[sequence_id]
 
     def rows_of(self, batch: GeneratedBatch) -> Tensor | None:
-        """Find the rows of a batch whose sequences are U's own, [n]; None where one is not."""
+        """Find the rows of a batch whose sequences are U's own, [n]; None where one is not, or U's rows are not ∇S."""
+        if self.loss is not None and self.loss.ratio is not None:
+            return None
         at = [self.index.get(name, -1) for name in batch.ids]
         if any(row < 0 or self.batch.records[row] is not record for row, record in zip(at, batch, strict=True)):
             return None
@@ -143,7 +177,7 @@ class KernelWorkspace:
         return float(func.contract(one.handles, other.handles, diagonal=self.P.d))
 
     def self_kernel(self, room: int | None = None) -> Tensor:
-        """K_UU [n_U n_U], computed when it is first asked for."""
+        """K_UU [n_U n_U], of U's columns, computed when it is first asked for."""
         if self._self_kernel is None:
             self._self_kernel = self.gradients.self_kernel(self.P, room)
         return self._self_kernel
@@ -203,13 +237,14 @@ def load_workspace(path: str | Path) -> KernelWorkspace:
     directory = WorkspaceDirectory(path, None)
     try:
         P, clip, norm = directory.response()
-        batch = load_batch(directory.path / BATCH, checkpoint=directory.asked["checkpoint"])
+        batch = load_batch(directory.path / BATCH, checkpoint=directory.sampler)
         side = Ordered("U", batch.sequences)
         cuts = directory.cuts()
         if cuts is None:
             raise directory.unfinished()
         gradients = directory.gradients(side, cuts, None)
-        return KernelWorkspace(batch, gradients, P, clip, norm, directory.asked, directory.path, directory.opened)
+        asked, place, opened = directory.asked, directory.path, directory.opened
+        return KernelWorkspace(batch, gradients, P, clip, norm, asked, place, opened, directory.loss())
     except BaseException:
         directory.opened.close()
         raise
@@ -225,10 +260,10 @@ def serialize_workspace(workspace: KernelWorkspace, path: str | Path) -> Path:
         return workspace.directory
     directory = WorkspaceDirectory(path, workspace.asked)
     with directory.opened:
-        directory.batch(lambda: workspace.batch, workspace.asked["checkpoint"])
+        directory.batch(lambda: workspace.batch)
         own = workspace.gradients
         directory.gradients(own.side, own.cuts, own.read)
-        directory.seal(workspace.P, workspace.clip, workspace.grad_norm)
+        directory.seal(workspace.P, workspace.clip, workspace.grad_norm, workspace.loss)
     return Path(path)
 
 

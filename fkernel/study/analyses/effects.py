@@ -17,9 +17,12 @@ from fkernel.study.workspace import KernelWorkspace, selected
 
 
 def ledger_of(at: Situation, floor: Tensor) -> Finding:
-    """Make the ledger of every sequence; facts are of the whole request."""
+    """Make the ledger of every sequence; facts are of the whole request. A penalty is clipped with the batch's part."""
     parts = {name: at.effect(name).double() for name in ("momentum", "decay", "curvature", "realised")}
-    found = ledger(**parts, batch=at.found["batch"].double(), floor=floor, clip=at.workspace.clip)
+    batch = at.found["batch"].double()
+    if "penalty" in at.found:
+        batch = batch + at.found["penalty"].to(batch)
+    found = ledger(**parts, batch=batch, floor=floor, clip=at.workspace.clip)
     size = float(found.realised.norm()) or float("nan")
     facts = {
         "clip": at.workspace.clip,
@@ -47,6 +50,7 @@ def weights_of(asked: CounterfactualPlan, workspace: KernelWorkspace) -> Tensor:
 
     Raises:
         RolloutError: a rule, a sequence or a prompt is not known.
+        PlanError: the step's loss depends on the advantages' signs, and one changes.
     """
     batch = workspace.batch
     w = workspace.loss_weights_with(asked.advantages).clone()
@@ -57,7 +61,7 @@ def weights_of(asked: CounterfactualPlan, workspace: KernelWorkspace) -> Tensor:
     for patterns, factor in [(asked.drop, 0.0), (asked.flip, -1.0), *scaled]:
         for name in selected(batch.ids, patterns, "U"):
             w[workspace.index[name]] *= factor
-    return w
+    return workspace.signed(w)
 
 
 def counterfactual_of(at: Situation, asked: CounterfactualPlan) -> Finding:
@@ -66,6 +70,7 @@ def counterfactual_of(at: Situation, asked: CounterfactualPlan) -> Finding:
     taken = at.step
     assert p.state is not None
     ascent = at.workspace.gradients.weighted_sum(weights_of(asked, at.workspace).to(at.before))
+    ascent = at.workspace.with_penalty(ascent)
     max_norm = step["max_norm"] if asked.max_norm == "step" else None if asked.max_norm == "none" else asked.max_norm
     clip = step["clip"] if asked.max_norm == "step" else None
     other = alternative_step(p.params, ascent, p.state, at.gradient, max_norm=max_norm, clip=clip, lr=asked.lr)

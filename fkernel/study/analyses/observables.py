@@ -52,8 +52,10 @@ def observable_of(at: Situation, asked: ObservablePlan, strict: bool) -> Finding
         if at.capture.kernel:
             found["contributions"][block.at] = C
     found["value"] = func.evaluate(f, m)(p.params, E)
+    along = func.jvp(f, m)
+    if at.added is not None:
+        found["penalty"] = along(p.params, E, at.added)
     if at.taken is not None and not at.overridden:
-        along = func.jvp(f, m)
         found |= {"momentum": along(p.params, E, at.taken.momentum), "decay": along(p.params, E, at.taken.decay)}
         if at.capture.curvature:
             found["curvature"] = 0.5 * func.curvature(f, m)(p.params, E, at.taken.total)

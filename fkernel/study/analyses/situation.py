@@ -83,10 +83,18 @@ class Situation:
         return func.evaluate(self.policy.f, self.grant.microbatch)(self.policy.params, self.E)
 
     @cached_property
+    def added(self) -> Tree | None:
+        """P c · the KL term's share of the ascent: what it moves the parameters by; None where the loss has none."""
+        loss = self.workspace.loss
+        if loss is None or loss.penalty is None:
+            return None
+        return self.workspace.P(tree.scale(self.workspace.clip, loss.penalty))
+
+    @cached_property
     def gradient(self) -> Tree:
         """g = c ∇L of the step that was taken."""
         ascent = self.workspace.gradients.weighted_sum(self.workspace.weights.to(self.before))
-        return tree.scale(-1.0, ascent)
+        return tree.scale(-1.0, self.workspace.with_penalty(ascent, self.workspace.clip))
 
 
 class Lacking(Exception):

@@ -96,6 +96,8 @@ class UncertaintyTaker:
         self.scale = at.workspace.clip * batch.with_values("advantage", ones).loss_weights
         self.prompts = resamplings(batch.groups, asked.draws, seed)
         self.shuffled = permutations(batch.groups, asked.draws, seed)
+        if at.workspace.keeps_signs:  # the loss was evaluated for these signs: nothing may be permuted, and p is 1
+            self.shuffled = self.shuffled._replace(orders=torch.arange(len(batch)).expand(asked.draws, -1))
         self.names = _names_by_place(batch, self.prompts.place)
         k = min(max(1, at.capture.top_k), len(batch))
         self.arrays = {name: torch.zeros(n, dtype=torch.float64) for name in ("low", "high", "error", "p")}
@@ -113,6 +115,8 @@ class UncertaintyTaker:
         columns, _ = top_contributors(C, k)
         arrays["top_p"][rows.at] = found.sequences.gather(1, columns)
         self.facts |= {"informative": found.informative.tolist(), "least": found.least.tolist()}
+        if self.at.workspace.keeps_signs:
+            self.facts |= {"informative": [False] * len(self.names), "least": [1.0] * len(found.least)}
         if self.prompts.prompts < 2:
             return
         sure = influence_interval(C, self.prompts, self.asked.coverage)

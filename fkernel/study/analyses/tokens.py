@@ -38,6 +38,8 @@ def tokens_found(at: Situation, asked: TokensPlan, strict: bool) -> Finding:
             continue
         e, u = (take(x, torch.tensor([i])) for x, i in ((at.E, place[row]), (U, at.workspace.row(column))))
         K = token_kernel(p.f, p.params, e, u, at.workspace.P, microbatch=m)
+        if at.workspace.loss is not None and at.workspace.loss.ratio is not None:
+            K = K * at.workspace.loss.ratio[at.workspace.row(column)][u.response_mask[0].bool()].to(K)
         name = f"pair_{len(facts['pairs'])}"
         arrays[name] = (K * float(at.weights[at.workspace.index[column]])).cpu().numpy()
         columns = read(at.workspace.batch.by_id(column).response_ids)

@@ -9,6 +9,7 @@ from fkernel.errors import PlanError
 from fkernel.kernel import kernel
 from fkernel.shapes import Tree
 from fkernel.study.analyses.plan import StructurePlan
+from fkernel.study.loss_terms import columns_of
 from fkernel.study.outcome import Finding
 from fkernel.study.rows import Grant, Policy, room_of
 from fkernel.study.workspace import KernelWorkspace, tokens_of
@@ -50,6 +51,7 @@ def structure_of(
         if after is None:
             raise PlanError("analyses.structure.alignment needs a step: an optimizer's state, or step.after.")
         U = tokens_of(workspace.batch, policy.params)
-        later = kernel(policy.f, after, U, U, workspace.P, microbatch=grant.microbatch)
+        f, columns = columns_of(policy.f, policy.apply, policy.temperature, U, workspace.loss)
+        later = kernel(f, after, columns, columns, workspace.P, microbatch=grant.microbatch)
         facts["alignment"] = alignment(K, later.cpu())
     return Finding({"scores": pca.scores.numpy(), "labels": groups.labels.numpy()}, facts)
