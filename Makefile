@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench scale peers docs clean
+.PHONY: help demo test mutants lint bench scale peers docs clean
 .DELETE_ON_ERROR:
 
 help: ## List these targets
@@ -24,6 +24,9 @@ demo: $(READY) ## Train a small policy, take real AdamW steps, explain the last 
 
 test: $(READY) ## Run every test, law and docstring example
 	@$(BIN)/pytest $(ARGS)
+
+mutants: $(READY) ## Try every deliberate mistake; each must fail its test (a quarter of an hour)
+	@FKERNEL_MUTANTS=all $(BIN)/pytest tests/test_mutations.py tests/test_upper_mutations.py $(ARGS)
 
 lint: $(READY) ## Check style, format and types
 	@$(BIN)/ruff check

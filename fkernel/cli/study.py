@@ -60,6 +60,10 @@ def execute(plan: Any, overwrite: bool, log: str) -> Any:
         results.save_results(out)
         if plan.storage.pictures:
             report.draw_all(results, out / "pictures")
+            for name, result in results.requests.items():
+                if "tokens" in result.analyses and "left_out" not in result.analyses["tokens"].facts:
+                    page = out / "pictures" / f"{name}_tokens.html"
+                    page.write_text(report.token_html(result), encoding="utf-8")
     return results
 
 

@@ -134,7 +134,7 @@ class WorkspaceDirectory:
     ) -> Gradients:
         """Open U's gradients; compute and write those that are missing."""
         identity = {key: self.asked[key] for key in ("checkpoint", "parameters", "temperature", "dtype")}
-        identity |= {key: self.asked[key] for key in ("loss",) if key in self.asked}
+        identity |= {key: self.asked[key] for key in ("loss", "padding") if key in self.asked}
         batch = side.batch
         identity["batch"] = fingerprint(batch.sequences if isinstance(batch, Weighted) else batch)
         store = self.opened.enter_context(open_store(self.path / GRADIENTS, identity, cuts))

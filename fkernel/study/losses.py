@@ -155,7 +155,7 @@ def _penalty(
         if asked.corrected
         else losses.kl_penalty_weights(now, reference, w, mask, asked.beta)
     )
-    pull = func.vjp(weighted_logprob(policy.apply, policy.temperature), microbatch)
+    pull = func.vjp(weighted_logprob(policy.trained, policy.temperature), microbatch)
     d = (reference - now)[mask]
     return pull(policy.params, Weighted(tokens, omega), torch.ones_like(w)), float((d.expm1() - d).mean())
 

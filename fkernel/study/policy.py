@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,10 @@ def policy_of(plan: FisherKernelPlan, loaded: Checkpoint, temperature: float) ->
             raise PlanError(f"parameters: the optimizer did not train {listing(missing)}; leave them out.")
     if state is not None:
         state = restricted(state, params)
-    S = func.sequence_logprob(apply, temperature)
-    return Policy(S, params, state, None, apply, temperature, loaded.tokenizer)
+    # What a step does to E is told by the derivative; what U gave the optimizer is what training took for one.
+    true, trained = replace(apply, padding_idx=None), func.as_trained(apply)
+    S, columns = (func.sequence_logprob(each, temperature) for each in (true, trained))
+    return Policy(S, params, state, None, true, temperature, loaded.tokenizer, trained, columns, apply.padding_idx)
 
 
 def after_of(plan: FisherKernelPlan, params: Tree) -> Tree | None:
@@ -88,18 +91,23 @@ def asked_of(plan: FisherKernelPlan, loaded: Checkpoint, made: GeneratedBatch | 
     loss = plan.step.loss
     names = chosen_parameters(plan, loaded.model)
     names = names or [name for name, leaf in loaded.model.named_parameters() if leaf.requires_grad]
-    sampling = plan.sampling.temperature if made is None or made.sampling is None else made.sampling.temperature
     return {
         "checkpoint": loaded.provenance.fingerprint,
         "parameters": {"patterns": plan.parameters, "count": len(names), "sha256": _hash(names)},
         "optimizer": None if loaded.optimizer is None else _fingerprint(loaded.optimizer),
         "update": _drawn(plan) if made is None else {"batch": identity_of_batch(as_it_came(loss, made))},
-        "temperature": plan.numerics.temperature or sampling,
+        "temperature": temperature_of(plan, made),
         "dtype": plan.numerics.dtype,
         "preconditioner": plan.preconditioner.model_dump(mode="json"),
         "step": {"max_norm": plan.step.max_norm, "clip": plan.step.clip},
         **asked_of_loss(loss, getattr(torch, plan.numerics.dtype), made),
     }
+
+
+def temperature_of(plan: FisherKernelPlan, made: GeneratedBatch | None) -> float:
+    """Return the temperature of S: the plan's, or the one that U is sampled at."""
+    sampling = plan.sampling.temperature if made is None or made.sampling is None else made.sampling.temperature
+    return plan.numerics.temperature or sampling
 
 
 def _drawn(plan: FisherKernelPlan) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from fkernel.study.directory import WorkspaceDirectory
 from fkernel.study.loss_terms import LossTerms, columns_of
 from fkernel.study.losses import terms_of, weighed
 from fkernel.study.plan import FisherKernelPlan
-from fkernel.study.policy import asked_of, policy_of
+from fkernel.study.policy import asked_of, policy_of, temperature_of
 from fkernel.study.response import response
 from fkernel.study.rows import Policy, grant_of
 from fkernel.study.workspace import KernelWorkspace, held_in_memory, named_errors, tokens_of
@@ -58,8 +58,10 @@ def prepared(
     given = None if plan.update.kind == "update" else make()
     if given is not None:
         _check_weights(plan, given)
+    policy = policy_of(plan, checkpoint, temperature_of(plan, given))
     asked = asked_of(plan, checkpoint, given)
-    policy = policy_of(plan, checkpoint, asked["temperature"])
+    if policy.padding_idx is not None:
+        asked["padding"] = policy.padding_idx
 
     def ready() -> GeneratedBatch:
         return _ready(plan, policy, make() if given is None else given)
@@ -109,7 +111,7 @@ def _made(
         check_sides(policy.f, policy.params, tokens, tokens)
         grant = grant_of(plan.numerics.memory, plan.numerics.microbatch, policy, tokens)
         loss = _terms(plan, checkpoint, policy, batch, tokens, grant.microbatch, directory)
-        f, U = columns_of(policy.f, policy.apply, policy.temperature, tokens, loss)
+        f, U = columns_of(policy.columns, policy.trained, policy.temperature, tokens, loss)
         side = Ordered("U", U)
         cuts = (directory and directory.cuts()) or cuts_of(side, grant.microbatch * max(side.tokens))
         pieces = pieces_of(f, policy.params, side, cuts, plan_of(f, policy.params, U))

@@ -37,6 +37,9 @@ class Policy(NamedTuple):
         apply: (params, input_ids, attention_mask) -> logits.
         temperature: of S.
         tokenizer: Hugging Face's.
+        trained: apply, differentiated as training does: `func.as_trained`.
+        columns: f of `trained`, whose gradients are U's.
+        padding_idx: the token whose embedding row training withholds the gradient of; None where it is not trained.
     """
 
     f: func.Objective
@@ -46,6 +49,9 @@ class Policy(NamedTuple):
     apply: Any = None
     temperature: float = 1.0
     tokenizer: Any = None
+    trained: Any = None
+    columns: Any = None
+    padding_idx: int | None = None
 
 
 class Grant(NamedTuple):

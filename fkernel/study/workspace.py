@@ -160,6 +160,9 @@ class KernelWorkspace:
         """Find the rows of a batch whose sequences are U's own, [n]; None where one is not, or U's rows are not ∇S."""
         if self.loss is not None and self.loss.ratio is not None:
             return None
+        padding = self.asked.get("padding")
+        if any(padding in (*record.prompt_ids, *record.response_ids)[:-1] for record in batch):
+            return None  # training withheld a part of their gradients
         at = [self.index.get(name, -1) for name in batch.ids]
         if any(row < 0 or self.batch.records[row] is not record for row, record in zip(at, batch, strict=True)):
             return None

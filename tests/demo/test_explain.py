@@ -47,7 +47,7 @@ def test_a_path_may_hold_what_yaml_would_take_for_its_own(prepared, tmp_path):
 def test_command_writes_everything_and_a_second_run_uses_the_cache(tiny_demo, tmp_path):
     result = CliRunner().invoke(app, tiny_demo)
     assert result.exit_code in (0, 1), result.output  # so small a policy need not meet the demo's bounds
-    for word in ("predicted ΔS", "momentum", "top three contributors", "Pearson r", "Wrote", "37+85=123"):
+    for word in ("predicted ΔS", "momentum", "top three contributors", "Pearson r", "Wrote", "37+85=123", "the ledger"):
         assert word in result.output
     out = tmp_path / "out"
     assert {"results.json", "kernel.npz", "plan.json", "pictures", "workspace"} <= {p.name for p in out.iterdir()}
@@ -85,7 +85,15 @@ def test_demo_meets_its_required_calibration(tmp_path):
     assert first.pearson >= 0.9999
     assert abs(first.slope - 1) <= 0.02
     assert first.relative_error <= 0.02
-    assert second.relative_error <= 0.003
+    assert second.relative_error <= 0.002
+    ledger = results["held_out"].analysis("ledger")
+    assert ledger.facts["second_order_error"] == pytest.approx(second.relative_error, rel=0.02)
+    assert ledger.facts["floor"] < ledger.facts["second_order_error"]
+    low, high = results["held_out"].analysis("sweep").facts["first_holds"]
+    assert low < 0.2 < high < 5
+    agreement = results["held_out"].analysis("preconditioners").facts["agreement"]
+    assert agreement["post-step"]["of_batch"] == max(row["of_batch"] for row in agreement.values()) > 0.9999
+    assert results["probes"].analysis("observables.right-over-wrong")["realised"].shape == (1,)
     assert 0.4 <= results.step["sampling"]["accuracy"] <= 0.8
     assert results.step["step"] >= 3
     data = json.loads((tmp_path / "out" / "results.json").read_text())

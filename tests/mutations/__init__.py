@@ -1,5 +1,11 @@
-"""Deliberate mistakes in what is tested as a user meets it; each names the test that must fail."""
+"""Deliberate mistakes in what is tested as a user meets it; each names the test that must fail.
 
-from tests.mutations import analysis, losses, report, study
+QUICK ones are tried whenever tests run. SLOW ones, whose tests make whole studies and trainings, are tried by
+`make mutants`, and the first of each kind always, so that they cannot rot.
+"""
 
-MUTATIONS = [*study.MUTATIONS, *analysis.MUTATIONS, *losses.MUTATIONS, *report.MUTATIONS]
+from tests.mutations import analysis, loss_plan, losses, report, study, trl
+
+QUICK = [*study.MUTATIONS, *analysis.MUTATIONS, *losses.MUTATIONS]
+SLOW = [report.MUTATIONS, loss_plan.MUTATIONS, trl.MUTATIONS]
+ALL = [*QUICK, *(mutation for kind in SLOW for mutation in kind)]

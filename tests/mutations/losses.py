@@ -1,8 +1,8 @@
-"""Losses as weights of tokens; and what of a real GRPO run a prediction may not leave out."""
+"""Losses as weights of tokens."""
 
 from tests.mutants import Mutation
 
-LOSSES, TRL = "tests/test_losses.py", "tests/study/test_trl_run.py"
+LOSSES = "tests/test_losses.py"
 MUTATIONS = [
     Mutation(
         'another threshold above',
@@ -75,23 +75,5 @@ MUTATIONS = [
         f"{LOSSES}::test_parts_of_a_loss_add_up",
         "func/losses.py", '(omega.to(each) * each).sum(1)',
         '(omega.to(each).square() * each).sum(1)',
-    ),
-    Mutation(
-        "the peak's rate for the schedule's",
-        f"{TRL}::test_the_step_is_the_one_that_the_trainer_logged",
-        'checkpoint/optimizer.py', 'lr={name: float(group_of[name]["lr"]) for name in each},',
-        'lr={name: float(group_of[name]["initial_lr"]) for name in each},',
-    ),
-    Mutation(
-        'what happened, on the weights before',
-        f"{TRL}::test_what_happened_is_measured_on_the_weights_that_the_trainer_saved",
-        'study/policy.py', 'later = plan.step.after.load(',
-        'later = plan.checkpoint.load(',
-    ),
-    Mutation(
-        'the step after is executed here, and not read',
-        f"{TRL}::test_the_batch_of_another_step_does_not_explain_this_one",
-        'study/analyses/situation.py', 'return self.policy.after or tree.add(',
-        'return tree.add(',
     ),
 ]  # fmt: skip

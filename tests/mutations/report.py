@@ -39,4 +39,46 @@ MUTATIONS = [
         'report/table.py', 'if sure["top_p"][row, k] <= CHANCE:',
         'if sure["top_p"][row, k] >= CHANCE:',
     ),
+    Mutation(
+        'bars of the ledger over each other',
+        "tests/study/test_panels.py::test_bars_of_the_ledger_do_not_cover_each_other",
+        'report/panels.py', 'start = np.where(values < 0, down, up)',
+        'start = np.zeros(count)',
+    ),
+    Mutation(
+        'guides of the other slopes',
+        "tests/study/test_panels.py::test_guides_of_the_sweep_have_the_slopes_of_theory",
+        'report/panels.py', '(ends / scales[at]) ** power',
+        '(ends / scales[at]) ** (3 - power)',
+    ),
+    Mutation(
+        "tokens' kernels turned",
+        "tests/study/test_panels.py::test_cells_of_tokens_carry_their_numbers",
+        'report/cells.py', 'values = SMALL * found[pair["array"]].astype(float)',
+        'values = SMALL * found[pair["array"]].astype(float).T',
+    ),
+    Mutation(
+        'counterfactuals against the wrong step',
+        "tests/study/test_panels.py::test_counterfactuals_are_sorted_changes_beside_the_mistake_of_a_frozen_preconditioner",
+        'report/comparisons.py', '(found["frozen"].astype(float) - found["exact"])',
+        '(found["frozen"].astype(float) - found["taken"])',
+    ),
+    Mutation(
+        "a cluster's neighbours in its colour",
+        "tests/study/test_panels.py::test_clusters_are_drawn_with_all_their_sequences",
+        'report/update_panels.py', 'of = labels == cluster',
+        'of = labels >= cluster',
+    ),
+    Mutation(
+        'what was left out is drawn',
+        "tests/study/test_panels.py::test_what_was_left_out_is_not_drawn",
+        'report/gallery.py', 'if "left_out" not in finding.facts]',
+        'if True]',
+    ),
+    Mutation(
+        'mathematics in a text',
+        "tests/study/test_panels.py::test_any_text_is_drawn",
+        'report/canvas.py', '.replace("$", r"\\$")',
+        '',
+    ),
 ]  # fmt: skip

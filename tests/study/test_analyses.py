@@ -97,9 +97,8 @@ def test_tokens_add_up(result):
 @pytest.mark.parametrize("view", ["kind", "layer"])
 def test_parts_add_up(result, view):
     parts = result.analysis("parts")
-    close = {"rtol": 1e-4, "atol": 1e-9}
-    np.testing.assert_allclose(parts[f"{view}_batch"].sum(0), result.batch, **close)
-    np.testing.assert_allclose(parts[f"{view}_contributions"].sum(0), result.contributions, **close)
+    np.testing.assert_allclose(parts[f"{view}_batch"].sum(0), result.batch, rtol=1e-4, atol=1e-9)
+    np.testing.assert_allclose(parts[f"{view}_contributions"].sum(0), result.contributions, rtol=1e-4, atol=1e-9)
     np.testing.assert_allclose(parts[f"{view}_squared_norms"].sum(0), result.squared_norms, rtol=1e-6)
     assert len(parts.facts[f"{view}s"]) == len(parts[f"{view}_batch"])
     assert sum(parts.facts[f"{view}_shares"].values()) == pytest.approx(1)
@@ -157,6 +156,7 @@ def test_a_counterfactual_is_the_step_that_would_have_been_taken(run, study):
     weights = run.batch.loss_weights.float()
     weights[[name.startswith("U-000-") for name in run.batch.ids]] = 0
     g, _, _ = fk.loss_gradient(S, params, U, weights, max_norm=MAX_NORM)
+    assert loaded.optimizer is not None
     step = fk.precond.adamw_step(params, {**g}, loaded.optimizer)
     realised = fk.realised_change(S, params, fk.tree.add(params, step.total), U).numpy()
     without = result.analysis("counterfactuals.without")

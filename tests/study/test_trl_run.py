@@ -23,9 +23,6 @@ from fkernel.study import FisherKernelResults, FisherKernelRunner, RequestResult
 from tests.checkpoint.writers import TOKENIZER
 from tests.study.trl_run import DECAY, LONGEST, SEEN, STEPS, WARMUP, Asked, Trained, held_out, trained, update_batch
 
-# A run whose batches hold the padding token is not explained exactly: see `check_tokens`.
-pytestmark = pytest.mark.filterwarnings("error:.*hold the model's padding id")
-
 AT = 4
 RUNS = {
     "full, dapo": Asked("dapo", lora=False, schedule="cosine", peak=1e-4, max_norm=0.1),
@@ -73,6 +70,20 @@ def explained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     U, E = update_batch(run, AT), held_out(run, AT)
     save_batch(U, place / "update")
     return Explained(run, place, U, E, FisherKernelRunner(run.plan(AT, place / "update", E)).run())
+
+
+def test_padding_inside_of_a_response_is_differentiated_as_the_trainer_did(tmp_path):
+    """Its embedding's row is withheld from U's gradients, and not from E's (`func.as_trained`)."""
+    run = trained(tmp_path, Asked("dapo", False, "cosine", 1e-4, max_norm=0.1, padding=True))
+    U, E = update_batch(run, AT), held_out(run, AT)
+    inside = [record for record in U if TOKENIZER.pad_token_id in (*record.prompt_ids, *record.response_ids)[:-1]]
+    assert inside
+    save_batch(U, tmp_path / "update")
+    results = FisherKernelRunner(run.plan(AT, tmp_path / "update", E)).run()
+    assert results.step["grad_norm"] == pytest.approx(run.log[AT + 1]["grad_norm"], rel=1e-5)
+    found = results["held_out"].calibration
+    assert found["first_order"].relative_error <= 0.02, found
+    assert found["second_order"].relative_error <= 0.003, found
 
 
 def test_the_prediction_is_what_the_trainer_did(explained):

@@ -48,6 +48,7 @@ class Asked(NamedTuple):
         peak: the learning rate that it comes down from.
         max_norm: of gradient clipping.
         accumulation: micro-batches a step.
+        padding: whether the padding token may be sampled, in the middle of a response too.
     """
 
     rule: str
@@ -56,6 +57,7 @@ class Asked(NamedTuple):
     peak: float
     max_norm: float
     accumulation: int = 1
+    padding: bool = False
 
 
 class Trained(NamedTuple):
@@ -148,7 +150,7 @@ def trained(place: Path, asked: Asked) -> Trained:
         num_generations=4,
         max_completion_length=LONGEST,
         temperature=1.0,
-        generation_kwargs={"suppress_tokens": [TOKENIZER.pad_token_id]},
+        generation_kwargs=None if asked.padding else {"suppress_tokens": [TOKENIZER.pad_token_id]},
         beta=0.0,
         num_iterations=1,
         max_steps=STEPS,

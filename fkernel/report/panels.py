@@ -1,0 +1,242 @@
+"""Panels of the change itself: what it is made of, how far its prediction carries, and where in the text it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fkernel.analysis.parts import ENDS
+from fkernel.report.canvas import (
+    BLUE,
+    GREY,
+    PALE,
+    PALETTE,
+    RED,
+    SMALL,
+    figure,
+    finding,
+    finish,
+    largest,
+    percent,
+    sequence_rows,
+)
+from fkernel.study import Finding, RequestResult
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+LEDGER = {
+    "unclipped": (PALETTE[0], ""),
+    "clipping": (PALETTE[4], "/////"),
+    "momentum": (PALETTE[1], ""),
+    "decay": (PALETTE[2], ""),
+    "curvature": (PALETTE[3], ""),
+}
+"""Parts whose sum is the realised change, but for the remainder: colour and hatching."""
+
+
+def ledger_panel(result: RequestResult, path: str | Path | None = None) -> Figure:
+    """Draw the ledger of the dozen sequences that moved most: parts that add up to what was realised.
+
+    Left, what raises is stacked to the right of zero and what lowers to its left; right, what is left over at first
+    order and with curvature, beside the size of the rounding.
+
+    Args:
+        result: of one request whose plan asked for the ledger.
+        path: where to write a PNG; None only returns the figure.
+
+    Raises:
+        ModelError: matplotlib is not installed.
+        ResultsError: the ledger was not asked for, or it was left out.
+    """
+    found = finding(result, "ledger")
+    order = largest(found["realised"], 12)
+    drawn = figure(9, 1.9 + 0.3 * len(order))
+    left, right = drawn.subplots(1, 2, sharey=True, width_ratios=(2.3, 1))
+    _stack(left, {name: SMALL * found[name][order] for name in LEDGER})
+    left.axvline(0, color="black", linewidth=0.8)
+    realised = {"marker": "D", "s": 34, "color": "black", "edgecolor": "white", "linewidth": 0.8, "zorder": 4}
+    left.scatter(SMALL * found["realised"][order], range(len(order)), label="realised", **realised)
+    sequence_rows(left, [result.evaluation[row] for row in order])
+    left.set_xlabel("change of log π  (10⁻³ nats)", fontsize=9)
+    who = f"the {len(order)} that moved most, part by part" if len(order) > 1 else "the change, part by part"
+    left.set_title(f"{result.name}: {who}", loc="left", fontsize=11)
+    _left_over(right, found, order)
+    style: dict[str, Any] = {"frameon": False, "fontsize": 9}
+    drawn.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=3, **style)
+    drawn.legend(*right.get_legend_handles_labels(), loc="outside lower right", **style)
+    finish(drawn, None, 9)
+    right.tick_params(axis="y", length=0, labelleft=False)
+    return finish(drawn, path, 9)
+
+
+def _stack(axes: Axes, parts: dict[str, np.ndarray]) -> None:
+    """Bars that begin where the last part of the same sign ended."""
+    count = len(next(iter(parts.values())))
+    up, down = np.zeros(count), np.zeros(count)
+    whole = max(float(sum(np.abs(values) for values in parts.values()).max()), 1e-300)  # pyright: ignore
+    for name, values in parts.items():
+        colour, hatch = LEDGER[name]
+        most = float(np.abs(values).max())
+        seen = name if most > 0.004 * whole else f"{name} (at most {most:.1g}, hardly seen)"
+        start = np.where(values < 0, down, up)
+        style = {"height": 0.74, "color": colour, "hatch": hatch, "edgecolor": "white", "linewidth": 0}
+        axes.barh(range(count), values, left=start, label=seen, **style)
+        up, down = up + np.clip(values, 0, None), down + np.clip(values, None, 0)
+
+
+def _left_over(axes: Axes, found: Finding, order: list[int]) -> None:
+    places = np.arange(len(order))
+    first = np.abs(found["remainder"] + found["curvature"])[order]
+    second, floor = np.abs(found["remainder"])[order], found["floor"][order]
+    positive = np.concatenate([x[x > 0] for x in (first, second, floor)])
+    low = 0.4 * float(positive.min()) if len(positive) else 1e-9
+    told = (
+        f"{name} {percent(found.facts[fact])}"
+        for name, fact in (
+            ("rounding floor,", "floor"),
+            ("first order, off by", "first_order_error"),
+            ("with curvature, by", "second_order_error"),
+        )
+    )
+    axes.barh(places, np.clip(floor - low, 0, None), left=low, height=0.74, color=PALE, label=next(told))
+    axes.hlines(places, np.maximum(second, low), np.maximum(first, low), color=GREY, linewidth=0.8)
+    axes.plot(_above(first), places, "o", color="white", markeredgecolor=RED, markersize=6, label=next(told))
+    axes.plot(_above(second), places, "o", color=BLUE, markersize=6, label=next(told))
+    axes.set_xscale("log")
+    axes.set_xlim(low, None)
+    axes.set_xlabel("size  (nats)", fontsize=9)
+    axes.set_title("what is left over", loc="left", fontsize=11)
+
+
+def _above(values: np.ndarray) -> np.ndarray:
+    """What a logarithmic axis can show: NaN instead of zero."""
+    return np.where(values > 0, values, np.nan)
+
+
+def sweep_panel(result: RequestResult, path: str | Path | None = None) -> Figure:
+    """Draw how far the prediction carries: its relative error while the step grows over decades.
+
+    The error of the first order grows as s, with curvature as s²; below, rounding is all that is left.
+
+    Args and errors as in `ledger_panel`, of the sweep.
+    """
+    found = finding(result, "sweep")
+    scales, facts = found["scales"].astype(float), found.facts
+    errors = {order: _above(found[f"{order}_error"].astype(float)) for order in ("first", "second")}
+    noise = _above(found["noise"].astype(float))
+    drawn = figure(8.5, 5.2)
+    axes = drawn.subplots()
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    if facts["first_holds"] is not None:
+        low, high = facts["first_holds"]
+        axes.axvspan(low / 1.2, high * 1.2, color="#fbe3d6", linewidth=0, zorder=0)
+    axes.axhline(facts["within"], color=GREY, linewidth=0.7, linestyle=":")
+    axes.text(scales[0], facts["within"] * 1.12, percent(facts["within"]), fontsize=8, color=GREY)
+    axes.plot(scales, noise, "--", color=GREY, linewidth=1.2, label="rounding, relative to what was realised")
+    for order, colour, marker, name, power in (
+        ("first", RED, "o", "first order", 1),
+        ("second", BLUE, "s", "with curvature", 2),
+    ):
+        axes.plot(scales, errors[order], f"{marker}-", color=colour, markersize=4, linewidth=1.3, label=name)
+        _guide(axes, scales, errors[order], power, colour)
+    seen = np.concatenate([values[np.isfinite(values)] for values in errors.values()])
+    low, high = (float(seen.min()), float(seen.max())) if len(seen) else (1e-6, 1.0)
+    axes.set_ylim(low / 8, max(5.0, 6 * high))
+    axes.set_xlim(scales.min() / 1.6, scales.max() * 1.6)
+    _words(axes, scales, noise, errors["first"])
+    axes.set_xlabel("size of the step  (1 is the step that was taken)", fontsize=9)
+    axes.set_ylabel("relative error  ‖predicted − realised‖ / ‖realised‖", fontsize=9)
+    drawn.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8.5, frameon=False)
+    rates = facts["lr"]
+    if rates is not None and len(rates) == 1 and rates[0] > 0:
+        top = axes.secondary_xaxis("top", functions=(lambda s: s * rates[0], lambda lr: lr / rates[0]))
+        top.set_xlabel("learning rate", fontsize=9)
+        top.tick_params(labelsize=8)
+    ends = "; ".join(f"{name} {_range(facts[f'{order}_holds'])}" for order, name in
+                     (("first", "first order (shaded)"), ("second", "with curvature")))  # fmt: skip
+    axes.set_title(
+        f"{result.name}: how far the prediction carries\nwithin {percent(facts['within'])}: {ends}",
+        loc="left",
+        fontsize=10,
+    )
+    return finish(drawn, path, 8)
+
+
+def _guide(axes: Axes, scales: np.ndarray, error: np.ndarray, power: int, colour: str) -> None:
+    """A line of the slope that theory has, through the largest scale at which the expansion still holds well."""
+    good = np.flatnonzero(np.nan_to_num(error, nan=np.inf) < 0.03)
+    if not len(good):
+        return
+    at, aside = good[-1], 1.8 if power == 1 else 0.5
+    ends = scales[at] * 10 ** (np.array([-1.2, 0.8]) / power)
+    ends = np.clip(ends, scales[0], scales[-1] / 2)
+    line = aside * error[at] * (ends / scales[at]) ** power
+    axes.plot(ends, line, color=colour, linewidth=0.9, linestyle="-.")
+    where: dict[str, Any] = {"ha": "right", "va": "bottom"} if power == 1 else {"ha": "left", "va": "top"}
+    shift = (-4, 0) if power == 1 else (3, -2)
+    told = f"slope {power}"
+    axes.annotate(told, (ends[1], line[1]), shift, textcoords="offset points", color=colour, fontsize=8, **where)
+
+
+def _words(axes: Axes, scales: np.ndarray, noise: np.ndarray, error: np.ndarray) -> None:
+    low, high = axes.get_ylim()
+    known = np.flatnonzero(np.isfinite(noise) & (noise < 0.3))
+    if len(known):
+        at = (scales[known[0]], noise[known[0]])
+        place = (max(scales[0], at[0] / 40), max(3 * low, at[1] / 8))
+        style: dict[str, Any] = {
+            "arrowprops": {"arrowstyle": "-", "color": GREY, "linewidth": 0.6},
+            "bbox": {"facecolor": "white", "linewidth": 0, "pad": 1},
+        }
+        axes.annotate("rounding is\nall there is", at, place, color=GREY, fontsize=9, va="center", **style)
+    if np.nan_to_num(error, nan=np.inf)[-1] > 0.3:
+        axes.text(scales[-1], 0.8 * high, "the expansion\nbreaks down", color=GREY, fontsize=9, ha="right", va="top")
+
+
+def _range(ends: list[float] | tuple[float, float] | None) -> str:
+    return "nowhere" if ends is None else f"{ends[0]:.2g} to {ends[1]:.2g}"
+
+
+def parts_panel(result: RequestResult, path: str | Path | None = None) -> Figure:
+    """Draw through which parts of the model the batch moved E, beside what a gradient's size would suggest.
+
+    Kinds that common methods leave out, embedding, positions and head, are hatched; the title has the error of that.
+
+    Args and errors as in `ledger_panel`, of the parts.
+    """
+    found = finding(result, "parts")
+    facts = found.facts
+    most = max(len(facts["kinds"]), len(facts["layers"]))
+    drawn = figure(9, 1.5 + 0.3 * min(most, 16))
+    for axes, view in zip(drawn.subplots(1, 2), ("kind", "layer"), strict=True):
+        names = facts[f"{view}s"]
+        places = np.arange(len(names))
+        hatches = ["/////" if name in ENDS else "" for name in names]
+        for what, colour, shift, told in (
+            ("shares", BLUE, -0.2, "of what moved, Σ|K·A|"),
+            ("norm_shares", "#a6a6a6", 0.2, "of the gradients' size, Σ‖∇S‖²"),
+        ):
+            widths = [100 * facts[f"{view}_{what}"][name] for name in names]
+            bars = axes.barh(places + shift, widths, height=0.38, color=colour, edgecolor="white", linewidth=0)
+            for bar, hatch in zip(bars, hatches, strict=True):
+                bar.set_hatch(hatch)
+            axes.barh([0], [0], color=colour, label=told)
+        every = -(-len(names) // 24)
+        axes.set_yticks(places[::every], names[::every])
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.set_xlabel("share  (%)", fontsize=9)
+        axes.set_title(f"by {'kind of parameter' if view == 'kind' else 'layer'}", loc="left", fontsize=9)
+    drawn.axes[0].barh([0], [0], color="white", edgecolor=GREY, hatch="/////", linewidth=0, label="often left out")
+    handles, told = drawn.axes[0].get_legend_handles_labels()
+    drawn.legend(handles, told, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    drawn.suptitle(
+        f"{result.name}: through which parameters the batch moved it; "
+        f"without the hatched, K·A is wrong by {percent(facts['missed'])}",
+        x=0.01, ha="left", fontsize=10,
+    )  # fmt: skip
+    return finish(drawn, path, 8)

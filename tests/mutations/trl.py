@@ -1,0 +1,31 @@
+"""What of a real GRPO run a prediction may not leave out."""
+
+from tests.mutants import Mutation
+
+TRL = "tests/study/test_trl_run.py"
+MUTATIONS = [
+    Mutation(
+        "the peak's rate for the schedule's",
+        f"{TRL}::test_the_step_is_the_one_that_the_trainer_logged",
+        'checkpoint/optimizer.py', 'lr={name: float(group_of[name]["lr"]) for name in each},',
+        'lr={name: float(group_of[name]["initial_lr"]) for name in each},',
+    ),
+    Mutation(
+        'what happened, on the weights before',
+        f"{TRL}::test_what_happened_is_measured_on_the_weights_that_the_trainer_saved",
+        'study/policy.py', 'later = plan.step.after.load(',
+        'later = plan.checkpoint.load(',
+    ),
+    Mutation(
+        'the step after is executed here, and not read',
+        f"{TRL}::test_the_batch_of_another_step_does_not_explain_this_one",
+        'study/analyses/situation.py', 'return self.policy.after or tree.add(',
+        'return tree.add(',
+    ),
+    Mutation(
+        "padding trained like any other, in a study",
+        f"{TRL}::test_padding_inside_of_a_response_is_differentiated_as_the_trainer_did",
+        "study/policy.py", "replace(apply, padding_idx=None), func.as_trained(apply)",
+        "replace(apply, padding_idx=None), replace(apply, padding_idx=None)",
+    ),
+]  # fmt: skip
