@@ -16,6 +16,7 @@ CHANCE = 0.05
 EFFECTS = {
     "predicted": "predicted ΔS",
     "batch": "batch",
+    "penalty": "KL penalty",
     "momentum": "momentum",
     "decay": "decay",
     "curvature": "curvature",
@@ -62,7 +63,7 @@ def calibration_table(result: RequestResult) -> Table:
         table.add_column(name, justify="left" if name == "prediction" else "right")
     labels = {
         "batch": "K·A alone",
-        "first_order": "batch + momentum + decay",
+        "first_order": f"batch{'' if result.penalty is None else ' + penalty'} + momentum + decay",
         "second_order": "… + curvature ½ΔθᵀHΔθ",
     }
     for name, value in result.calibration.items():

@@ -101,8 +101,8 @@ class UncertaintyPlan(Strict):
 class StructurePlan(Strict):
     """What U is made of: principal components and clusters of K_UU, and how far it turns in a step."""
 
-    components: int = Field(3, ge=1)
-    clusters: int = Field(8, ge=1)
+    components: int | None = Field(None, ge=1, description="three, or as many as there are sequences")
+    clusters: int | None = Field(None, ge=1, description="eight, or as many as there are sequences")
     alignment: bool = Field(False, description="with K_UU after the step; one more gradient a sequence of U")
 
 

@@ -35,16 +35,17 @@ def structure_of(
         PlanError: there are fewer sequences than components or clusters, or there is no step to align with.
     """
     K, n = workspace.self_kernel(room_of(grant, workspace)), len(workspace.batch)
-    for what in ("components", "clusters"):
-        if getattr(asked, what) > n:
-            raise PlanError(f"analyses.structure.{what} is {getattr(asked, what)}, and U has {n} sequences.")
-    pca, groups = kernel_pca(K, asked.components), clusters(K, asked.clusters, seed)
+    components, k = (asked.components or min(3, n), asked.clusters or min(8, n))
+    for what, wanted in (("components", components), ("clusters", k)):
+        if wanted > n:
+            raise PlanError(f"analyses.structure.{what} is {wanted}, and U has {n} sequences.")
+    pca, groups = kernel_pca(K, components), clusters(K, k, seed)
     ids = workspace.batch.ids
     facts = {
         "ids": ids,
         "shares": pca.shares.tolist(),
         "exemplars": [ids[i] for i in groups.exemplars.tolist()],
-        "sizes": torch.bincount(groups.labels, minlength=asked.clusters).tolist(),
+        "sizes": torch.bincount(groups.labels, minlength=k).tolist(),
         "within": groups.within,
     }
     if asked.alignment:
