@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -115,8 +116,10 @@ def kernel_rows(batch: Any, workspace: KernelWorkspace, policy: Policy, grant: G
         J = stack_handles(held)
         places = torch.cat([side.order[cuts[i]] for i in block])
         norms = func.SquaredNorms(*(each.cpu() for each in func.squared_norms(J, diagonal=workspace.P.d)))
-        yield Rows(places, workspace.gradients.rows_against(J, workspace.P), norms, lambda J=J: J)
-        del J, held  # or they would be alive while the next ones are made
+        current = [J]
+        yield Rows(places, workspace.gradients.rows_against(J, workspace.P), norms, partial(current.__getitem__, 0))
+        current.clear()
+        del J, held  # or they would be alive while the next ones are made, whoever keeps these rows
 
 
 def own_rows(workspace: KernelWorkspace, own: Tensor, grant: Grant) -> Iterator[Rows]:

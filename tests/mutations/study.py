@@ -64,4 +64,10 @@ MUTATIONS = [
         f"{STUDY}/test_diagnostics.py::test_top_contributors_are_by_size_and_keep_their_sign",
         "study/diagnostics.py", "return order, C.gather(1, order)", "return order, C.abs().gather(1, order)",
     ),
+    Mutation(
+        "rows that keep their gradients",
+        f"{STUDY}/test_workspace.py::test_rows_let_go_of_their_gradients",
+        "study/rows.py", "current.clear()",
+        "pass",
+    ),
 ]  # fmt: skip

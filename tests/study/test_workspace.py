@@ -17,6 +17,7 @@ import torch
 
 import fkernel as fk
 from fkernel import checkpoint
+from fkernel.func.handles import tensors
 from fkernel.kernel.store.sealed import sealed
 from fkernel.study import FisherKernelRunner, load_workspace
 from fkernel.study.directory import WorkspaceDirectory
@@ -286,3 +287,29 @@ def test_resolution_of_u_is_stable(kept):
         assert np.isfinite(workspace.weights.numpy()).all()
         with pytest.raises(fk.RolloutError, match="near"):
             workspace.row("U-000-09")
+
+
+def test_rows_let_go_of_their_gradients(run, tmp_path):
+    """Whoever keeps some rows of K does not keep the gradients that they were made of."""
+    import weakref
+
+    from fkernel.study.evaluate import kernel_rows
+    from fkernel.study.rows import Grant
+    from fkernel.study.workspace import tokens_of
+
+    runner = FisherKernelRunner(run.plan(tmp_path / "out", numerics={"microbatch": 2}))
+    with runner.prepare_update_workspace() as workspace, pytest.MonkeyPatch.context() as patch:
+        from fkernel.study import rows as limits
+
+        patch.setattr(limits, "HELD", 1)
+        E = tokens_of(run.batch, runner.policy.params)
+        kept, alive = [], []
+        for rows in kernel_rows(E, workspace, runner.policy, Grant(2, None)):
+            assert all(reference() is None for reference in alive)
+            kept.append(rows)
+            handles = rows.handles()
+            alive = [weakref.ref(leaf) for handle in handles.values() for leaf in tensors(handle)]
+            del handles
+        assert len(kept) > 2
+        with pytest.raises(IndexError):
+            kept[0].handles()
