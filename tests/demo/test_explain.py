@@ -92,7 +92,7 @@ def test_demo_meets_its_required_calibration(tmp_path):
     low, high = results["held_out"].analysis("sweep").facts["first_holds"]
     assert low < 0.2 < high < 5
     agreement = results["held_out"].analysis("preconditioners").facts["agreement"]
-    assert agreement["post-step"]["of_batch"] == max(row["of_batch"] for row in agreement.values()) > 0.9999
+    assert agreement["post-step"]["of_batch"] == max(row["of_batch"] for row in agreement.values()) > 0.999
     assert results["probes"].analysis("observables.right-over-wrong")["realised"].shape == (1,)
     assert 0.4 <= results.step["sampling"]["accuracy"] <= 0.8
     assert results.step["step"] >= 3

@@ -37,7 +37,8 @@ MUTATIONS = [
     Mutation(
         "clipping left out of a study's contributions",
         f"{STUDY}/test_runner.py::test_it_is_what_explain_step_says",
-        "study/workspace.py", "return self.clip * self.batch.loss_weights\n\n", "return self.batch.loss_weights\n\n",
+        "study/workspace.py", "return self.clip * self.loss_weights_with(advantages)",
+        "return self.loss_weights_with(advantages)",
     ),
     Mutation(
         "columns of the kernel left in the order of their lengths",

@@ -18,8 +18,8 @@ from fkernel.study.workspace import KernelWorkspace, selected
 
 def ledger_of(at: Situation, floor: Tensor) -> Finding:
     """Make the ledger of every sequence; facts are of the whole request. A penalty is clipped with the batch's part."""
-    parts = {name: at.effect(name).double() for name in ("momentum", "decay", "curvature", "realised")}
-    batch = at.found["batch"].double()
+    parts = {name: at.effect(name).double().cpu() for name in ("momentum", "decay", "curvature", "realised")}
+    batch = at.found["batch"].double().cpu()
     if "penalty" in at.found:
         batch = batch + at.found["penalty"].to(batch)
     found = ledger(**parts, batch=batch, floor=floor, clip=at.workspace.clip)
