@@ -5,6 +5,30 @@ from tests.mutants import Mutation
 ANALYSIS = "tests/analysis"
 MUTATIONS = [
     Mutation(
+        "an optimizer's Jacobian with its own sign",
+        "tests/test_linearized.py::test_linearized_is_the_derivative_of_torchs_own_step",
+        "precond/linearized.py", "return tree.scale(-1.0, found[1])",
+        "return tree.scale(1.0, found[1])",
+    ),
+    Mutation(
+        "KL the other way around",
+        "tests/test_observables.py::test_jvps_are_central_differences",
+        "func/observables.py", "(log_p.exp() * gap).sum(-1)",
+        "(log_p.exp().detach() * gap).sum(-1)",
+    ),
+    Mutation(
+        "expected reward without its normalisation",
+        "tests/test_observables.py::test_values",
+        "func/observables.py", "scores.softmax(1) * batch.rewards",
+        "scores.exp() * batch.rewards",
+    ),
+    Mutation(
+        "a part of a kernel without P",
+        "tests/test_observables.py::test_a_kernels_parts_add_up_to_it",
+        "func/groups.py", "diagonal=None if diagonal is None else {name: diagonal[name] for name in names},",
+        "diagonal=None,",
+    ),
+    Mutation(
         "padding's row trained like any other",
         "tests/test_padding.py::test_the_loss_gradient_is_the_trainers",
         "func/padding.py", "embedded.detach(), embedded)",
