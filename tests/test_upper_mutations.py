@@ -2,51 +2,84 @@
 
 The laws of the engine run inside a mutant (`tests/mutants.py`). Rooms that sample, keep, analyse and report are tested
 as a user meets them, so that here the test itself is run again, in a process of its own, on a copy that is changed.
+Two copies are tried at once, in the order of the tests.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import queue
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
+from tests.mutants import Mutation
 from tests.mutations import ALL, QUICK, SLOW
 
 ROOT = Path(__file__).parent.parent
 TRIED = ALL if os.environ.get("FKERNEL_MUTANTS") == "all" else [*QUICK, *(kind[0] for kind in SLOW)]
+UNCHANGED = Mutation("nothing", "tests/analysis/test_tokens.py", "analysis/tokens.py", "", "")
+AT_ONCE = 2
 
 
-@pytest.fixture(scope="module")
-def copy(tmp_path_factory):
-    place = tmp_path_factory.mktemp("copy")
+class Bench(NamedTuple):
+    """A copy of the project, and what runs its tests in forked children."""
+
+    copy: Path
+    zygote: subprocess.Popen[str]
+
+    def tried(self, mutation: Mutation) -> tuple[int, str]:
+        """Run a test of the copy with one line changed: pytest's exit status, and what it printed."""
+        file = self.copy / "fkernel" / mutation.file
+        source = file.read_text()
+        assert self.zygote.stdin is not None
+        assert self.zygote.stdout is not None
+        try:
+            file.write_text(source.replace(mutation.old, mutation.new) if mutation.old else source)
+            print(json.dumps({"root": str(self.copy), "test": mutation.law}), file=self.zygote.stdin, flush=True)
+            done = json.loads(self.zygote.stdout.readline())
+        finally:
+            file.write_text(source)
+        return done["code"], done["output"]
+
+
+def bench(place: Path) -> Bench:
     for name in ("fkernel", "tests"):
         shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", place)
-    return place
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    command, pipe = [sys.executable, str(ROOT / "tests" / "zygote.py")], subprocess.PIPE
+    return Bench(place, subprocess.Popen(command, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, text=True))
 
 
 @pytest.fixture(scope="module")
-def zygote():
-    """What runs a test of a copy in a forked child: (root, test) -> {"code", "output"}."""
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, str(ROOT / "tests" / "zygote.py")]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
-        tasks, answers = process.stdin, process.stdout
-        assert tasks is not None
-        assert answers is not None
+def outcomes(request, tmp_path_factory):
+    """{mutation: its outcome, or the promise of it}, of those whose tests were selected."""
+    items = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    chosen = [*dict.fromkeys(item.callspec.params["mutation"] for item in items if "outcomes" in item.fixturenames)]
+    free: queue.Queue[Bench] = queue.Queue()
+    benches = [bench(tmp_path_factory.mktemp("copy")) for _ in range(AT_ONCE)]
+    for one in benches:
+        free.put(one)
 
-        def ask(root, test):
-            print(json.dumps({"root": str(root), "test": test}), file=tasks, flush=True)
-            return json.loads(answers.readline())
+    def tried(mutation):
+        one = free.get()
+        try:
+            return one.tried(mutation)
+        finally:
+            free.put(one)
 
-        yield ask
-        tasks.close()
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        yield {mutation: pool.submit(tried, mutation) for mutation in (UNCHANGED, *chosen)}
+        pool.shutdown(cancel_futures=True)
+    for one in benches:
+        one.zygote.communicate()
 
 
 @pytest.mark.parametrize("mutation", ALL, ids=lambda mutation: mutation.name)
@@ -59,20 +92,14 @@ def test_what_is_to_be_changed_stands_once_and_its_test_exists(mutation):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mutation", TRIED, ids=lambda mutation: mutation.name)
-def test_a_changed_line_fails_its_test(mutation, copy, zygote):
-    file = copy / "fkernel" / mutation.file
-    source = file.read_text()
-    try:
-        file.write_text(source.replace(mutation.old, mutation.new))
-        done = zygote(copy, mutation.law)
-    finally:
-        file.write_text(source)
-    assert done["code"] == 1, done["output"][-3000:]
-    assert f"FAILED {mutation.law}" in done["output"], done["output"][-3000:]  # and not an error in setting it up
+def test_a_changed_line_fails_its_test(mutation, outcomes):
+    code, output = outcomes[mutation].result()
+    assert code == 1, output[-3000:]
+    assert f"FAILED {mutation.law}" in output, output[-3000:]  # and not an error in setting it up
 
 
 @pytest.mark.slow
-def test_an_unchanged_copy_passes(copy, zygote):
+def test_an_unchanged_copy_passes(outcomes):
     """Or a mutation might fail for want of anything at all."""
-    done = zygote(copy, "tests/analysis/test_tokens.py")
-    assert done["code"] == 0, done["output"][-3000:]
+    code, output = outcomes[UNCHANGED].result()
+    assert code == 0, output[-3000:]
