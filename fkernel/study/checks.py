@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 from fkernel.errors import PlanError
+from fkernel.rollout.rewards import dotted
+from fkernel.study.analyses.plan import OBSERVABLE
 from fkernel.study.plan import FisherKernelPlan
 
 
@@ -14,6 +16,7 @@ def check_inputs(plan: FisherKernelPlan) -> None:
 
     Raises:
         PlanError: one is missing; a line each, with the place in the plan.
+        RolloutError: a function that is named cannot be imported.
     """
     named = {"checkpoint.path": plan.checkpoint.path, "checkpoint.base": plan.checkpoint.base}
     named["checkpoint.model"] = plan.checkpoint.model
@@ -23,6 +26,14 @@ def check_inputs(plan: FisherKernelPlan) -> None:
         named |= {f"step.loss.{place}.path": one.path for place, one in plan.step.loss.checkpoints.items()}
     for i, prompts in enumerate(plan.prompts):
         named[f"prompts.{i}.jsonl"], named[f"prompts.{i}.dataset"] = prompts.jsonl, prompts.dataset
+    asked = {"analyses": plan.analyses}
+    asked |= {f"requests.{i}.analyses": own for i, one in enumerate(plan.requests) if (own := one.analyses) is not None}
+    for place, analyses in asked.items():
+        for one in analyses.observables:
+            if one.reference is not None:
+                named[f"{place}.observables.{one.name}.reference.path"] = one.reference.path
+            if one.function is not None:
+                dotted(one.function, OBSERVABLE)
     named["update.path"] = getattr(plan.update, "path", None)
     named |= {f"requests.{i}.path": getattr(request, "path", None) for i, request in enumerate(plan.requests)}
     missing = [

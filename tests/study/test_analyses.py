@@ -10,7 +10,7 @@ import pytest
 
 import fkernel as fk
 from fkernel import checkpoint, func
-from fkernel.study import FisherKernelPlan, FisherKernelResults, FisherKernelRunner, RequestResult
+from fkernel.study import FisherKernelPlan, FisherKernelResults, FisherKernelRunner, RequestResult, check_inputs
 from tests.study.conftest import MAX_NORM, Run
 
 EVERYTHING: dict[str, Any] = {
@@ -315,3 +315,14 @@ def test_rows_in_small_blocks_give_the_same(run, study, tmp_path):
             if key in ("remainder", "top_p", "prompt_p", "p"):
                 continue
             np.testing.assert_allclose(values, other, rtol=2e-3, atol=1e-5 * np.abs(values).max(), err_msg=key)
+
+
+def test_what_a_plan_names_is_looked_for_before_anything_is_computed(run, tmp_path):
+    missing = {"name": "moved", "kind": "kl", "reference": {"path": str(tmp_path / "nowhere")}}
+    plan = FisherKernelPlan.model_validate(run.plan(tmp_path / "out", analyses={"observables": [missing]}))
+    with pytest.raises(fk.PlanError, match=r"analyses\.observables\.moved\.reference\.path: there is nothing at"):
+        check_inputs(plan)
+    request = {"kind": "evaluation", "batch_size_prompts": 1, "analyses": {"observables": [
+        {"name": "own", "kind": "function", "function": "tests.study.test_analyses.no_such"}]}}  # fmt: skip
+    with pytest.raises(fk.RolloutError, match="no_such"):
+        check_inputs(FisherKernelPlan.model_validate(run.plan(tmp_path / "out", requests=[request])))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fkernel.study.analyses.covariates import covariates_of
-from fkernel.study.analyses.effects import counterfactual_of, ledger_of, preconditioners_of, sweep_of
+from fkernel.study.analyses.effects import counterfactual_of, ledger_of, preconditioners_of, sweep_of, weights_of
 from fkernel.study.analyses.observables import observable_of
 from fkernel.study.analyses.plan import RequestAnalyses
 from fkernel.study.analyses.situation import Lacking, Situation, left_out
@@ -21,6 +21,8 @@ class Accounts:
     def __init__(self, asked: RequestAnalyses, at: Situation, strict: bool) -> None:
         """Take what is asked; `strict` says whether an id that this request lacks is an error."""
         self.asked, self.at, self.strict = asked, at, strict
+        for other in asked.counterfactuals:
+            weights_of(other, at.workspace)  # what names nothing is said now, and not after all rows
         self.floor = FloorTaker(at) if asked.ledger else None
         self.parts = PartsTaker(at) if asked.parts else None
         self.sure = UncertaintyTaker(at, asked.uncertainty) if asked.uncertainty else None

@@ -14,7 +14,7 @@ from fkernel.kernel import realised_change
 from fkernel.kernel.sides import check_sides
 from fkernel.rollout.rewards import dotted
 from fkernel.shapes import Tensor, Tree
-from fkernel.study.analyses.plan import ObservablePlan
+from fkernel.study.analyses.plan import OBSERVABLE, ObservablePlan
 from fkernel.study.analyses.situation import Lacking, Situation
 from fkernel.study.diagnostics import top_contributors
 from fkernel.study.outcome import Finding
@@ -72,7 +72,7 @@ def _made(at: Situation, asked: ObservablePlan, strict: bool) -> Observable:
         case "kl":
             return Observable(func.kl_divergence(apply, _reference(at, asked), temperature), at.E, ids)
         case "function":
-            make = dotted(str(asked.function), "a function that makes an observable: (apply, temperature) -> f")
+            make = dotted(str(asked.function), OBSERVABLE)
             return Observable(make(apply, temperature), at.E, ids)
         case "log_odds":
             return _odds(at, asked, strict)

@@ -17,6 +17,7 @@ def _switched(value: Any) -> Any:
 
 Switch = BeforeValidator(_switched)
 NAME = r"^[\w.-]+$"
+OBSERVABLE = "a function that makes an observable: (apply, temperature) -> f"
 
 
 class SweepPlan(Strict):
