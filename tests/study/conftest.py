@@ -64,6 +64,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return made(tmp_path_factory.mktemp("training"))
 
 
+@pytest.fixture(scope="session")
+def accounted(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """(plan, results) of everything that accounts for a step."""
+    from tests.study.accounted import everything
+
+    return everything(run, tmp_path_factory.mktemp("accounted") / "out")
+
+
 def made(place: Path) -> Run:
     with torch.random.fork_rng():
         model, tokenizer = policy(), byte_tokenizer()

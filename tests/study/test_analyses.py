@@ -11,57 +11,13 @@ import pytest
 import fkernel as fk
 from fkernel import checkpoint, func
 from fkernel.study import FisherKernelPlan, FisherKernelResults, FisherKernelRunner, RequestResult, check_inputs
-from tests.study.conftest import MAX_NORM, Run
-
-EVERYTHING: dict[str, Any] = {
-    "ledger": True,
-    "sweep": {"scales": [0.1, 1.0, 10.0]},
-    "tokens": {"pairs": [["E-000-00", "U-001-02"]]},
-    "parts": True,
-    "observables": [
-        {"name": "entropy", "kind": "entropy"},
-        {"name": "own", "kind": "function", "function": "tests.study.test_analyses.first_token"},
-        {"name": "odds", "kind": "log_odds", "pairs": [["E-000-00", "E-000-01"]]},
-        {"name": "reward", "kind": "expected_reward"},
-    ],
-    "counterfactuals": [
-        {"name": "rloo", "advantages": "rloo"},
-        {"name": "without", "drop": ["U-000-*"]},
-        {"name": "unclipped", "max_norm": "none"},
-        {"name": "same", "scale": {"U-000-00": 1.0}},
-    ],
-    "preconditioners": ["identity", "post-step", "muon"],
-    "uncertainty": {"draws": 50},
-    "covariates": True,
-    "health": True,
-    "structure": {"clusters": 3, "alignment": True},
-}
-
-
-def first_token(apply: Any, temperature: float) -> Any:
-    """log π of the first token of the response."""
-    logprobs = func.token_logprobs(apply, temperature)
-    return lambda params, batch: logprobs(params, batch).gather(1, batch.response_mask.int().argmax(1)[:, None])[:, 0]
-
-
-def differs(prompt: Any, response: str) -> float:
-    """A reward that no two responses share."""
-    return sum(response.encode()) / 1000
+from tests.study.accounted import EVERYTHING
+from tests.study.conftest import MAX_NORM
 
 
 @pytest.fixture(scope="module")
-def study(run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], FisherKernelResults]:
-    plan = run.plan(tmp_path_factory.mktemp("analyses") / "out", analyses=EVERYTHING)
-    draw = {"kind": "evaluation", "name": "held_out", "batch_size_prompts": 4, "completions_per_prompt": 2}
-    plan["requests"] = [{**draw, "reward": "tests.study.test_analyses.differs"}, {"kind": "update", "name": "self"}]
-    plan["analyses"] = {**EVERYTHING, "observables": [*EVERYTHING["observables"], kl(run)]}
-    results = FisherKernelRunner(plan).run()
-    results.save_results(plan["out"])
-    return plan, results
-
-
-def kl(run: Run) -> dict[str, Any]:
-    return {"name": "moved", "kind": "kl", "reference": {"path": str(run.after)}}
+def study(accounted: Any) -> tuple[dict[str, Any], FisherKernelResults]:
+    return accounted
 
 
 @pytest.fixture(scope="module", params=["held_out", "self"])
@@ -323,6 +279,6 @@ def test_what_a_plan_names_is_looked_for_before_anything_is_computed(run, tmp_pa
     with pytest.raises(fk.PlanError, match=r"analyses\.observables\.moved\.reference\.path: there is nothing at"):
         check_inputs(plan)
     request = {"kind": "evaluation", "batch_size_prompts": 1, "analyses": {"observables": [
-        {"name": "own", "kind": "function", "function": "tests.study.test_analyses.no_such"}]}}  # fmt: skip
+        {"name": "own", "kind": "function", "function": "tests.study.accounted.no_such"}]}}  # fmt: skip
     with pytest.raises(fk.RolloutError, match="no_such"):
         check_inputs(FisherKernelPlan.model_validate(run.plan(tmp_path / "out", requests=[request])))

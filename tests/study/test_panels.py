@@ -22,7 +22,7 @@ ASKED: dict[str, Any] = {
     "parts": True,
     "observables": [
         {"name": "entropy", "kind": "entropy"},
-        {"name": "own", "kind": "function", "function": "tests.study.test_analyses.first_token"},
+        {"name": "own", "kind": "function", "function": "tests.study.accounted.first_token"},
         {"name": "odds", "kind": "log_odds", "pairs": [["E-000-00", "E-000-01"]]},
         {"name": "worth", "kind": "expected_reward"},
     ],
@@ -50,7 +50,7 @@ def results(run: Run, tmp_path_factory: pytest.TempPathFactory) -> FisherKernelR
     draw = {"kind": "evaluation", "batch_size_prompts": 4, "completions_per_prompt": 2}
     tokens = {"tokens": {"pairs": [["E-000-00", "U-001-02"]]}}
     requests = [
-        {**draw, "name": "held_out", "reward": "tests.study.test_analyses.differs", "analyses": ASKED | tokens},
+        {**draw, "name": "held_out", "reward": "tests.study.accounted.differs", "analyses": ASKED | tokens},
         {
             **draw, "name": "one", "batch_size_prompts": 1, "completions_per_prompt": 1, "seed": 3,
             "analyses": ASKED | {"tokens": True, "observables": ASKED["observables"][:2]},

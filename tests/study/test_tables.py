@@ -13,18 +13,12 @@ from rich.console import Console
 import fkernel as fk
 from fkernel import report
 from fkernel.report.accounts import TABLES, health_line, structure_table
-from fkernel.study import Finding, FisherKernelRunner
-from tests.study.test_analyses import EVERYTHING, kl
+from fkernel.study import Finding
 
 
 @pytest.fixture(scope="module")
-def results(run, tmp_path_factory):
-    draw = {"kind": "evaluation", "name": "held_out", "batch_size_prompts": 4, "completions_per_prompt": 2}
-    requests = [{**draw, "reward": "tests.study.test_analyses.differs"}, {"kind": "update", "name": "self"}]
-    analyses = {**EVERYTHING, "observables": [*EVERYTHING["observables"], kl(run)]}
-    return FisherKernelRunner(
-        run.plan(tmp_path_factory.mktemp("tables") / "out", requests=requests, analyses=analyses)
-    ).run()
+def results(accounted):
+    return accounted[1]
 
 
 def shown(*things):
