@@ -24,6 +24,7 @@ import torch
 
 from fkernel import func
 from fkernel.errors import BatchError
+from fkernel.func.batch import take
 from fkernel.func.objective import Function
 from fkernel.kernel.planning import usual_microbatch
 from fkernel.shapes import Tensor, Tree
@@ -121,8 +122,9 @@ def rounding_floor(f: Function, params: Tree, E: Any, *, microbatch: int | None 
         True
     """
     m = usual_microbatch(microbatch, E)
-    value = func.evaluate(f, m)(params, E)
-    return floor_of(func.per_sequence_handles(f, m)(params, E), value, params)
+    value, handles = func.evaluate(f, m)(params, E), func.per_sequence_handles(f, m)
+    rows = [slice(i, i + m) for i in range(0, len(value), m)]  # no more gradients are held than a microbatch has
+    return torch.cat([floor_of(handles(params, take(E, some)), value[some], params) for some in rows])
 
 
 def floor_of(handles: func.Handles, value: Tensor, params: Tree) -> Tensor:

@@ -1,10 +1,12 @@
 """Preconditioners that an influence could be computed with, each at the gradient of the step in question.
 
-    identity     1
-    frozen       1/(√v̂+ε), v̂ stored                       coordinates that were never seen are left out
-    post-step    1/(√v̂'+ε)                                 what AdamW divides by
+    identity     lr (1−β1)/bc1
+    frozen       lr (1−β1)/bc1 · 1/(√v̂+ε), v̂ stored       coordinates that were never seen are left out
+    post-step    lr (1−β1)/bc1 · 1/(√v̂'+ε)                 P_step: what AdamW does
     adamw        −∂Δθ/∂g of AdamW as a whole               v' moves with g, too
     rmsprop, adafactor, lion, muon                         −∂Δθ/∂g of theirs (`fkernel.precond.updates`)
+
+Every one has AdamW's learning rates, which may differ between parameters.
 
 Another optimizer's state is not in AdamW's checkpoint; it is made of what is there: v̂ for a second moment (its means
 over rows and columns for Adafactor), m for a momentum. Lion's sign has no derivative to speak of and is smoothed at the
@@ -15,12 +17,11 @@ Source: J. Liu et al., "Muon is scalable for LLM training" (2025), for the size 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from functools import partial
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from fkernel import tree
 from fkernel.errors import OptimizerStateError
-from fkernel.precond.adam import adam, adamw_response
+from fkernel.precond.adam import adam, adamw_response, gradient_rates
 from fkernel.precond.linearized import linearized, partition
 from fkernel.precond.state import AdamWState, check_covers
 from fkernel.precond.transform import Diagonal, Preconditioner, diagonal, identity
@@ -57,7 +58,7 @@ def alternatives(
         which: of `fkernel.precond.alternatives.NAMES`.
 
     Returns:
-        {name: P}, in the order of `which`; none carries AdamW's learning rate but adamw.
+        {name: P}, in the order of `which`.
 
     Raises:
         OptimizerStateError: a name is not known, or "frozen" is asked for before the first step.
@@ -69,23 +70,29 @@ def alternatives(
         >>> params = {"w": torch.ones(2)}
         >>> found = alternatives(params, params, adamw_init(params, lr=0.1), which=["identity", "post-step"])
         >>> {name: P({"w": torch.ones(2)})["w"].tolist() for name, P in found.items()}
-        {'identity': [1.0, 1.0], 'post-step': [1.0, 1.0]}
+        {'identity': [0.1..., 0.1...], 'post-step': [0.1..., 0.1...]}
     """
     check_covers(state, list(params), params, "params")
     check_covers(state, list(grads), grads, "grads")
+    rates = gradient_rates(state)
     made: dict[str, Callable[[], Preconditioner]] = {
-        "identity": identity,
-        "frozen": partial(adam, state, None, "zero"),
-        "post-step": partial(adam, state, {**grads}, "eps"),
+        "identity": lambda: _rated(identity(), rates),
+        "frozen": lambda: _rated(adam(state, None, "zero"), rates),
+        "post-step": lambda: adamw_response(state, {**grads}),
         "adamw": lambda: linearized(adamw, grads, state),
-        "rmsprop": lambda: linearized(rmsprop, grads, _rmsprop(state)),
-        "adafactor": lambda: linearized(adafactor, grads, _adafactor(params, state)),
-        "lion": lambda: linearized(lion, grads, _lion(grads, state)),
+        "rmsprop": lambda: _rated(linearized(rmsprop, grads, _rmsprop(state)), state.lr),
+        "adafactor": lambda: _rated(linearized(adafactor, grads, _adafactor(params, state)), state.lr),
+        "lion": lambda: _rated(linearized(lion, grads, _lion(grads, state)), state.lr),
         "muon": lambda: _muon(grads, state, matrices),
     }
     if unknown := [name for name in which if name not in made]:
         raise OptimizerStateError(f"{unknown[0]!r} is no preconditioner that is known; expected {', '.join(made)}.")
     return {name: made[name]() for name in which}
+
+
+def _rated(P: Preconditioner, rates: Mapping[str, float]) -> Preconditioner:
+    """x ↦ rate · P x, each parameter at its own."""
+    return lambda x: {name: rates[name] * leaf for name, leaf in P(x).items()}
 
 
 def _v_hat(state: AdamWState) -> Tree:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -55,10 +56,28 @@ def test_muon_moves_the_matrices_it_is_given_and_adamw_the_rest(case):
     _, params, _, ascent, g, state, _, _ = situation(case)
     matrices = [name for name, leaf in params.items() if leaf.ndim == 2 and "embed" not in name]
     found = precond.alternatives(params, g, state, matrices, ["muon", "post-step"])
-    own, rates = found["post-step"](ascent), precond.gradient_rates(state)
+    own = found["post-step"](ascent)
     for name, leaf in found["muon"](ascent).items():
-        same = torch.allclose(leaf, rates[name] * own[name], rtol=1e-10, atol=0)
+        same = torch.allclose(leaf, own[name], rtol=1e-10, atol=0)
         assert same == (name not in matrices)
+
+
+def test_parameters_keep_their_own_learning_rates():
+    """A group that hardly learns moves hardly anything, whatever the preconditioner."""
+    S, params, E, U = CASE.engine(fk)
+    lr = {name: 1e-5 if i % 2 else 1e-8 for i, name in enumerate(params)}
+    state = replace(CASE.state(fk), lr=lr)
+    g, _, _ = fk.loss_gradient(S, params, U, CASE.weights)
+    step = precond.adamw_step(params, {**g}, state)
+    realised = fk.realised_change(S, params, tree.add(params, step.total), E)
+    others = func.jvp(S)(params, E, tree.add(step.momentum, step.decay))
+    P = precond.alternatives(params, g, state)
+    assert compare(S, params, E, tree.scale(-1.0, g), P, realised, others)["post-step"].of_batch > 0.999999
+    ones = {name: torch.ones_like(leaf) for name, leaf in params.items()}
+    for name in ("identity", "rmsprop", "lion"):
+        usual = precond.alternatives(params, g, replace(state, lr=dict.fromkeys(lr, 1e-5)), which=[name])[name](ones)
+        for key, leaf in P[name](ones).items():
+            torch.testing.assert_close(leaf, usual[key] * (lr[key] / 1e-5), rtol=1e-10, atol=0.0)
 
 
 def test_ranks_are_spearmans():

@@ -79,6 +79,12 @@ def test_the_floor_is_the_size_of_the_rounding_that_is_seen():
     assert found.max() < 3, found
 
 
+def test_a_floor_does_not_depend_on_the_microbatch(case):
+    S, params, E, _ = case.engine(fk)
+    one, all_ = (rounding_floor(S, params, E, microbatch=m) for m in (1, len(case.E)))
+    torch.testing.assert_close(one, all_, rtol=1e-10, atol=0.0)
+
+
 def test_sizes_that_disagree_are_said(case):
     _, _, _, effect, _ = explained(case)
     one = torch.ones(len(case.E) + 1, dtype=torch.float64)

@@ -5,6 +5,12 @@ from tests.mutants import Mutation
 ANALYSIS = "tests/analysis"
 MUTATIONS = [
     Mutation(
+        "one learning rate for all parameters",
+        f"{ANALYSIS}/test_comparison.py::test_parameters_keep_their_own_learning_rates",
+        "precond/alternatives.py", "{name: rates[name] * leaf for",
+        "{name: max(rates.values()) * leaf for",
+    ),
+    Mutation(
         "an optimizer's Jacobian with its own sign",
         "tests/test_linearized.py::test_linearized_is_the_derivative_of_torchs_own_step",
         "precond/linearized.py", "return tree.scale(-1.0, found[1])",

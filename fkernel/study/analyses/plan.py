@@ -97,6 +97,7 @@ class UncertaintyPlan(Strict):
 
     draws: int = Field(1000, ge=20)
     coverage: float = Field(0.9, gt=0, lt=1)
+    seed: int = Field(0, description="of the draws and of the permutations")
 
 
 class StructurePlan(Strict):

@@ -87,15 +87,15 @@ class PartsTaker:
 class UncertaintyTaker:
     """Intervals by prompt, and which contributors and prompts are told apart from chance."""
 
-    def __init__(self, at: Situation, asked: UncertaintyPlan, seed: int = 0) -> None:
+    def __init__(self, at: Situation, asked: UncertaintyPlan) -> None:
         """Draw once for all rows."""
         batch = at.workspace.batch
         self.at, self.asked, n = at, asked, len(at.batch)
         self.advantages = at.workspace.advantages_with(at.advantages)
         ones = torch.ones_like(self.advantages)
         self.scale = at.workspace.clip * batch.with_values("advantage", ones).loss_weights
-        self.prompts = resamplings(batch.groups, asked.draws, seed)
-        self.shuffled = permutations(batch.groups, asked.draws, seed)
+        self.prompts = resamplings(batch.groups, asked.draws, asked.seed)
+        self.shuffled = permutations(batch.groups, asked.draws, asked.seed)
         if at.workspace.keeps_signs:  # the loss was evaluated for these signs: nothing may be permuted, and p is 1
             self.shuffled = self.shuffled._replace(orders=torch.arange(len(batch)).expand(asked.draws, -1))
         self.names = _names_by_place(batch, self.prompts.place)

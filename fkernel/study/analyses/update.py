@@ -53,6 +53,6 @@ def structure_of(
             raise PlanError("analyses.structure.alignment needs a step: an optimizer's state, or step.after.")
         U = tokens_of(workspace.batch, policy.params)
         f, columns = columns_of(policy.columns, policy.trained, policy.temperature, U, workspace.loss)
-        later = kernel(f, after, columns, columns, workspace.P, microbatch=grant.microbatch)
+        later = kernel(f, after, columns, columns, workspace.P, memory=grant.memory, microbatch=grant.microbatch)
         facts["alignment"] = alignment(K, later.cpu())
     return Finding({"scores": pca.scores.numpy(), "labels": groups.labels.numpy()}, facts)
