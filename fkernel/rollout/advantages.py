@@ -7,6 +7,10 @@ Advantages, over the completions u of one group G of size k, r̄ their mean rewa
     rloo         A_u = r_u − mean of the others           RLOO, = k/(k−1) (r_u − r̄)
     raw          A_u = r_u                                REINFORCE without a baseline
 
+A response for which the reward function returned None abstains: a rule sees the others alone, so that r̄, σ and k are of
+those that were judged, and its own advantage is 0. The only one of a group that was judged is compared with nobody: its
+advantage is 0 by group_mean, grpo and rloo, too. TRL does the same where every reward function returns None.
+
 Loss weights, with t_u tokens in response u, n responses, and L a fixed length:
 
     sequence     w_u = 1 / n                              the mean of S: REINFORCE, RLOO (TRL, sequence level)
@@ -17,11 +21,12 @@ Loss weights, with t_u tokens in response u, n responses, and L a fixed length:
     dr_grpo      w_u = 1 / (n L)                          Dr. GRPO: L is TRL's max_completion_length
 
 Where a step accumulates a micro-batches, n and Σ_v t_v are those of one micro-batch (but for dapo), and TRL divides all
-weights by a: `accumulation`, with which the weights of a step are those of its micro-batches.
+weights by a: `accumulation`, with which the weights of a step are those of its micro-batches. A response that abstains
+stays in the batch, as in TRL: it counts in n, and its tokens in Σ_v t_v.
 
 Sources: Z. Shao et al., "DeepSeekMath" (2024), eq. 3; Z. Liu et al., "Understanding R1-Zero-like training" (2025), for
 Dr. GRPO; Q. Yu et al., "DAPO" (2025), eq. 8; A. Ahmadian et al., "Back to basics" (2024), for RLOO; TRL 1.16,
-`GRPOTrainer._compute_loss`.
+`GRPOTrainer._compute_loss`; for None, `GRPOTrainer._generate_and_score_completions` and RLOOTrainer's.
 """
 
 from __future__ import annotations
@@ -35,7 +40,7 @@ from fkernel.rollout.rewards import dotted
 from fkernel.shapes import Tensor
 
 Advantage = Callable[[Tensor, Tensor], Tensor]
-"""(rewards [n], groups [n] int64) -> advantages [n]."""
+"""(rewards [n], groups [n] int64) -> advantages [n]; of responses that were judged, each with a finite reward."""
 
 
 def raw(rewards: Tensor, groups: Tensor) -> Tensor:
@@ -71,6 +76,48 @@ def rloo(rewards: Tensor, groups: Tensor) -> Tensor:
     if bool((size < 2).any()):
         raise RolloutError("RLOO compares a completion with the others of its group; a group here has only one.")
     return (rewards - mean) * size / (size - 1)
+
+
+def among_judged(rule: Advantage, rewards: Tensor, groups: Tensor) -> Tensor:
+    """Make advantages by a rule that sees the judged responses alone; those that abstain have 0.
+
+    Args:
+        rule: (rewards, groups) -> advantages.
+        rewards: [n], NaN for a response that abstains.
+        groups: [n] int64.
+
+    Returns:
+        [n].
+
+    Raises:
+        RolloutError: the rule failed, or gave no tensor, another shape than the rewards', NaN or an infinity.
+
+    Example:
+        >>> among_judged(group_mean, torch.tensor([1.0, float("nan"), 0.0]), torch.tensor([0, 0, 0]))
+        tensor([ 0.5000,  0.0000, -0.5000])
+    """
+    seen = ~rewards.isnan()
+    if rule is rloo:  # of several, the only one that was judged has no others to be compared with
+        share, size = _mean(seen.to(rewards.dtype), groups)
+        seen &= ((share * size).round() != 1) | (size == 1)
+    if not bool(seen.any()):
+        return torch.zeros_like(rewards)
+    name, n = getattr(rule, "__name__", type(rule).__name__), int(seen.sum())
+    given = f"{n} rewards" if n == len(rewards) else f"{n} rewards (the other {len(rewards) - n} responses abstain)"
+    try:
+        values = rule(rewards[seen], groups[seen])
+    except RolloutError:
+        raise
+    except Exception as error:  # a user's function may raise whatever it likes
+        raise RolloutError(
+            f"The advantage rule {name} raised {type(error).__name__} for {given}: {error}. A rule is called as "
+            f"rule(rewards [n], groups [n]) with two tensors, and returns advantages [n]."
+        ) from error
+    if not isinstance(values, torch.Tensor):
+        raise RolloutError(f"The advantage rule {name} returned a {type(values).__name__}; expected a tensor [n].")
+    if values.shape != (n,):
+        raise RolloutError(f"The advantage rule {name} gave shape {list(values.shape)} for {given}; expected [{n}].")
+    return values.new_zeros(len(rewards)).masked_scatter(seen.to(values.device), values)
 
 
 RULES: dict[str, Advantage] = {"group_mean": group_mean, "grpo": grpo, "rloo": rloo, "raw": raw}

@@ -12,7 +12,7 @@ import torch
 
 from fkernel.errors import RolloutError, listing
 from fkernel.func import Sequences, pad
-from fkernel.rollout.advantages import Advantage, advantage_of, loss_weights
+from fkernel.rollout.advantages import Advantage, advantage_of, among_judged, loss_weights
 from fkernel.rollout.record import SequenceRecord
 from fkernel.rollout.sampling import Sampling
 from fkernel.shapes import Tensor
@@ -76,7 +76,7 @@ class GeneratedBatch:
         """[n] rewards.
 
         Raises:
-            RolloutError: a sequence has none.
+            RolloutError: a sequence has none, or its reward abstained.
         """
         return self._numbers("reward")
 
@@ -99,10 +99,13 @@ class GeneratedBatch:
         return self._numbers("weight") * self.advantages
 
     def _numbers(self, field: str) -> Tensor:
-        missing = [record.sequence_id for record in self.records if getattr(record, field) is None]
+        self._check(field, self.records)
+        return torch.tensor([getattr(record, field) for record in self.records])
+
+    def _check(self, field: str, records: Sequence[SequenceRecord]) -> None:
+        missing = [record.sequence_id for record in records if getattr(record, field) is None]
         if missing:
             raise RolloutError(f"{len(missing)} of {len(self)} sequences have no {field}: {listing(missing)}.")
-        return torch.tensor([getattr(record, field) for record in self.records])
 
     def by_id(self, sequence_id: str) -> SequenceRecord:
         """Find a sequence by its display id.
@@ -167,17 +170,17 @@ class GeneratedBatch:
         return replace(first, records=tuple(record for batch in batches for record in batch), sampling=sampling)
 
     def with_advantages(self, rule: str | Advantage) -> GeneratedBatch:
-        """Set advantages from the rewards, by a rule of `fkernel.rollout.advantages`.
+        """Set advantages from the rewards, by a rule of `fkernel.rollout.advantages`; 0 where the reward abstained.
 
         Raises:
-            RolloutError: there is no such rule, or a sequence has no reward; or the rule gives another shape.
+            RolloutError: there is no such rule, or a sequence has no reward (and did not abstain); or the rule fails,
+                gives another shape, or something that is not finite.
         """
         of = advantage_of(rule)
         assert of is not None
-        values = of(self.rewards, self.groups)
-        if values.shape != (len(self),):
-            raise RolloutError(f"The advantage rule gave shape {list(values.shape)} for {len(self)} rewards.")
-        return self.with_values("advantage", values)
+        self._check("reward", [record for record in self.records if not record.abstained])
+        given = [float("nan") if record.reward is None else record.reward for record in self.records]
+        return self.with_values("advantage", among_judged(of, torch.tensor(given), self.groups))
 
     def with_loss_weights(self, rule: str, **options: Any) -> GeneratedBatch:
         """Set loss weights by a rule of `fkernel.rollout.advantages.loss_weights`; options as there."""
@@ -194,20 +197,21 @@ class GeneratedBatch:
         """What a look at the batch should begin with; numbers and short lists, JSON.
 
         accuracy and without_signal (share of groups whose rewards are all equal, so that advantages relative to the
-        group vanish) are None without rewards.
+        group vanish) are of the sequences that were judged, and None without rewards; abstained is the share of others.
         """
         rewards = [record.reward for record in self.records if record.reward is not None]
-        by_group: dict[int, set[float | None]] = {}
+        abstained = [record.abstained and record.reward is None for record in self.records]
+        known = bool(rewards) and len(rewards) + sum(abstained) == len(self)
+        by_group: dict[int, set[float]] = {group: set() for group in self.groups.tolist()}
         for group, record in zip(self.groups.tolist(), self.records, strict=True):
-            by_group.setdefault(group, set()).add(record.reward)
+            by_group[group].update([] if record.reward is None else [record.reward])
         return {
             "sequences": len(self),
             "prompts": len({record.provenance.global_prompt_id for record in self.records}),
             "groups": len(by_group),
-            "accuracy": fmean(rewards) if len(rewards) == len(self) else None,
-            "without_signal": (
-                fmean(len(each) == 1 for each in by_group.values()) if len(rewards) == len(self) else None
-            ),
+            "accuracy": fmean(rewards) if known else None,
+            "abstained": fmean(abstained),
+            "without_signal": fmean(len(each) < 2 for each in by_group.values()) if known else None,
             "truncated": fmean(record.truncated for record in self.records),
             "length": _spread([len(record.response_ids) for record in self.records]),
             "entropy": _spread([fmean(record.entropies) for record in self.records]),

@@ -46,16 +46,13 @@ def save_batch(batch: GeneratedBatch, directory: str | Path) -> Path:
         directory: where; it must not exist yet.
 
     Raises:
-        RolloutError: there is something at that place already, or metadata is no JSON.
+        RolloutError: there is something at that place already, or a record's metadata is no JSON.
         OSError: no room, or no permission; nothing is left behind.
     """
     place = Path(directory)
     if place.exists():
         raise RolloutError(f"There is something at {place} already; choose another directory, or delete it.")
-    try:
-        lines = "".join(json.dumps(_line(record), ensure_ascii=False, allow_nan=False) + "\n" for record in batch)
-    except (TypeError, ValueError) as error:
-        raise RolloutError(f"A record's metadata or reward is no JSON: {error}.") from error
+    lines = "".join(_line(record) for record in batch)
     contents = {RECORDS: lines.encode(), TOKENS: save_tensors(_tensors(batch))}
     manifest = {
         "schema": SCHEMA,
@@ -130,9 +127,18 @@ def _short(fingerprint: str | None) -> str:
     return "of no fingerprint" if fingerprint is None else fingerprint[:12]
 
 
-def _line(record: SequenceRecord) -> dict[str, Any]:
-    found = asdict(record) | {"content_hash": record.content_hash}
-    return {key: value for key, value in found.items() if key not in IDS + STATISTICS}
+def _line(record: SequenceRecord) -> str:
+    """Write one record; `abstained` stands there only where it is true, so that others stay as they always were."""
+    fields = asdict(record) | {"content_hash": record.content_hash}
+    skipped = {*IDS, *STATISTICS, *(() if record.abstained else ("abstained",))}
+    kept = {key: value for key, value in fields.items() if key not in skipped}
+    try:
+        return json.dumps(kept, ensure_ascii=False, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise RolloutError(
+            f"{record.sequence_id}: its metadata or reward is no JSON: {error}. Expected texts, finite numbers, "
+            f"true, false, null, and lists and objects of them."
+        ) from error
 
 
 def _tensors(batch: GeneratedBatch) -> dict[str, Tensor]:

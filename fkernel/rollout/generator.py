@@ -10,13 +10,20 @@ from fkernel.errors import RolloutError
 from fkernel.func import pad
 from fkernel.rollout.advantages import Advantage
 from fkernel.rollout.batch import GeneratedBatch
-from fkernel.rollout.guards import check_concatenation, check_recorded, check_room, check_truncated, encode
+from fkernel.rollout.guards import (
+    check_abstained,
+    check_concatenation,
+    check_recorded,
+    check_room,
+    check_truncated,
+    encode,
+)
 from fkernel.rollout.prompts import Prompt, PromptSource, custom
 from fkernel.rollout.record import CustomSample, Provenance, SequenceRecord, sequence_id
-from fkernel.rollout.rewards import Reward, reward_of
+from fkernel.rollout.rewards import Judge, Reward, judge_of
 from fkernel.rollout.sampling import Drawn, Sampling, draw, end_of_sequence, padding, seed_of
 from fkernel.rollout.scoring import score
-from fkernel.rollout.template import Template, template_of
+from fkernel.rollout.template import Template, render, template_of, writes_special_tokens
 
 Draw = tuple[int, int, Prompt]
 """(group, completion, prompt): one sequence that is to be drawn."""
@@ -68,6 +75,7 @@ class SampleGenerator:
         self.model, self.tokenizer, self.fingerprint = model, tokenizer, fingerprint
         self.sampling, self.microbatch, self.tick = sampling or Sampling(), microbatch, tick
         self.template = template_of(template, tokenizer)
+        self._adds = not writes_special_tokens(self.template)
         self._sources = prompts if isinstance(prompts, Mapping) or prompts is None else {prompts.split: prompts}
 
     def generate_update_batch(
@@ -88,7 +96,8 @@ class SampleGenerator:
             completions_per_prompt: completions of each.
             dataset_split: which source.
             seed: of prompts and completions.
-            reward_cfg: as in `fkernel.rollout.rewards.reward_of`; None for none.
+            reward_cfg: as in `fkernel.rollout.rewards.reward_of`; None for none. A response for which it returns None
+                has no reward: it is left out of its group's baseline, its advantage is 0, and a warning names it.
             advantage_cfg: a rule of `fkernel.rollout.advantages`; None for none, as are advantages without rewards.
             weight_cfg: loss weights, by the rules of `fkernel.rollout.advantages.loss_weights`.
             **weight_options: as there.
@@ -155,7 +164,7 @@ class SampleGenerator:
             prompt: the question, put into the template, or the whole text with `raw`; or a `CustomSample`.
             response: what is to be scored.
             metadata: whatever the caller adds; JSON.
-            raw: whether the prompt is the whole text.
+            raw: whether the prompt is the whole text, read as the template's texts are.
             ended: whether the response ends with the tokenizer's EOS, as a sampled one does.
 
         Returns:
@@ -170,13 +179,13 @@ class SampleGenerator:
             else CustomSample(prompt, response or "", metadata or {}, raw, ended)
         )
         (asked,) = custom([given.prompt])
-        text = given.prompt if given.raw else self.template(asked)
-        prompt_ids = encode(self.tokenizer, text, asked.global_prompt_id)
+        text, name = given.prompt if given.raw else render(self.template, asked), asked.global_prompt_id
+        prompt_ids = encode(self.tokenizer, text, name, self._adds)
         words = list(self.tokenizer.encode(given.response, add_special_tokens=False)) if given.response else []
         if not words and not given.ended:
             raise RolloutError(f"The response {given.response!r} has no token; there is nothing to score.")
-        check_room(self.model, [len(prompt_ids)], len(words) + given.ended, [asked.global_prompt_id])
-        check_concatenation(self.tokenizer, text, given.response, prompt_ids + words, asked.global_prompt_id)
+        check_room(self.model, [len(prompt_ids)], len(words) + given.ended, [name])
+        check_concatenation(self.tokenizer, text, given.response, prompt_ids + words, name, self._adds)
         response_ids = words + [end_of_sequence(self.tokenizer)] * given.ended
         scored = pad([prompt_ids], [response_ids], padding(self.tokenizer))
         (statistics,) = score(self.model, scored, self.sampling)
@@ -188,7 +197,7 @@ class SampleGenerator:
             response=given.response,
             **statistics._asdict(),
             finish="given",
-            provenance=Provenance(asked.global_prompt_id, "custom", "custom", 0, 0, custom=True),
+            provenance=Provenance(name, "custom", "custom", 0, 0, custom=True),
             metadata=given.metadata,
         )
         named = SequenceRecord(**{**vars(record), "sequence_id": f"C-{record.content_hash}-00"})
@@ -200,8 +209,8 @@ class SampleGenerator:
             raise RolloutError(f"There are no prompts of the split {split!r}; the generator has {known}.")
         return self._sources[split]
 
-    def _reward(self, given: str | Reward | None, split: str) -> Reward | None:
-        return reward_of(given, self._sources[split] if self._sources and split in self._sources else None)
+    def _reward(self, given: str | Reward | None, split: str) -> Judge | None:
+        return judge_of(given, self._sources[split] if self._sources and split in self._sources else None)
 
     def _drawn_prompts(self, n: int, split: str, seed: int, prefix: str, with_replacement: bool) -> list[Prompt]:
         source = self._source(split)
@@ -222,14 +231,14 @@ class SampleGenerator:
         return source[int(number)]
 
     def _sampled(
-        self, prompts: Sequence[Prompt], completions: int, seed: int, prefix: str, reward: Reward | None
+        self, prompts: Sequence[Prompt], completions: int, seed: int, prefix: str, judge: Judge | None
     ) -> GeneratedBatch:
         """Draw, score, reward; what was recorded at sampling must be what teacher forcing says."""
         if completions < 1:
             raise RolloutError(f"completions_per_prompt is {completions}; expected at least 1.")
-        texts = [self.template(prompt) for prompt in prompts]
+        texts = [render(self.template, prompt) for prompt in prompts]
         names = [prompt.global_prompt_id for prompt in prompts]
-        asked = [encode(self.tokenizer, text, name) for text, name in zip(texts, names, strict=True)]
+        asked = [encode(self.tokenizer, text, name, self._adds) for text, name in zip(texts, names, strict=True)]
         check_room(self.model, [len(ids) for ids in asked], self.sampling.max_new_tokens, names)
         draws: list[Draw] = [(g, k, prompt) for g, prompt in enumerate(prompts) for k in range(completions)]
         seeds = [seed_of(seed, prefix, g, k) for g, k, _ in draws]
@@ -241,6 +250,7 @@ class SampleGenerator:
             name = sequence_id(prefix, g, k)
             check_recorded(one.logprobs, known.logprobs, name)
             response = self._text(one)
+            reward = None if judge is None else judge(prompt, response, name)
             records.append(
                 SequenceRecord(
                     sequence_id=name,
@@ -255,11 +265,14 @@ class SampleGenerator:
                     provenance=Provenance(
                         prompt.global_prompt_id, prompt.split, prompt.source, g, k, prompt.split == "custom", seed
                     ),
-                    reward=None if reward is None else float(reward(prompt, response)),
+                    reward=reward,
+                    abstained=judge is not None and reward is None,
                 )
             )
         self.tick(len(records))
         check_truncated(records)
+        if judge is not None:
+            check_abstained(records, judge.name)
         return GeneratedBatch(tuple(records), self.fingerprint, self.sampling, padding(self.tokenizer))
 
     def _text(self, one: Drawn) -> str:

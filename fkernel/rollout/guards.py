@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from fkernel.errors import RolloutError, RolloutWarning
+from fkernel.errors import RolloutError, RolloutWarning, listing
 from fkernel.rollout.record import SequenceRecord
 
 TOLERANCE = 1e-3
@@ -63,15 +63,34 @@ def check_truncated(records: Sequence[SequenceRecord]) -> None:
         )
 
 
-def encode(tokenizer: Any, text: str, name: str) -> list[int]:
+def check_abstained(records: Sequence[SequenceRecord], reward: str) -> None:
+    """Warn of responses that a reward function could not judge: it returned None."""
+    names = [record.sequence_id for record in records if record.abstained]
+    if names:
+        warnings.warn(
+            f"The reward {reward} returned None for {len(names)} of {len(records)} responses ({listing(names)}). They "
+            f"are left out of their group's baseline; their advantage is 0, so that they move nothing.",
+            RolloutWarning,
+            stacklevel=2,
+        )
+
+
+def encode(tokenizer: Any, text: str, name: str, add_special_tokens: bool = True) -> list[int]:
     """Tokenize a prompt, with the special tokens that the tokenizer puts before one, once.
+
+    Args:
+        tokenizer: the policy's.
+        text: the whole prompt.
+        name: of the prompt, for messages.
+        add_special_tokens: False for the text of a chat template, which has them already, or has none.
 
     Raises:
         RolloutError: there is no token, BOS stands there twice, or an EOS was put behind.
     """
     bos, eos = tokenizer.bos_token, tokenizer.eos_token_id
     # A template that begins with BOS has said so; the tokenizer would put a second one before it.
-    ids = list(tokenizer.encode(text, add_special_tokens=not (bos and text.startswith(bos))))
+    adds = add_special_tokens and not (bos and text.startswith(bos))
+    ids = list(tokenizer.encode(text, add_special_tokens=adds))
     if not ids:
         raise RolloutError(f"{name}: the prompt {text[:40]!r} has no token; is it empty, or outside of the vocabulary?")
     if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
@@ -98,14 +117,17 @@ def _check_read(tokenizer: Any, text: str, ids: Sequence[int], name: str) -> Non
         )
 
 
-def check_concatenation(tokenizer: Any, prompt: str, response: str, ids: Sequence[int], name: str) -> None:
+def check_concatenation(
+    tokenizer: Any, prompt: str, response: str, ids: Sequence[int], name: str, add_special_tokens: bool = True
+) -> None:
     """Warn where prompt + response, tokenized as one text, are other tokens than those that are scored.
 
     Both are right; they are different sequences. A sampler puts the response's tokens behind the prompt's, so that is
     what is scored.
     """
     bos = tokenizer.bos_token
-    whole = list(tokenizer.encode(prompt + response, add_special_tokens=not (bos and prompt.startswith(bos))))
+    adds = add_special_tokens and not (bos and prompt.startswith(bos))
+    whole = list(tokenizer.encode(prompt + response, add_special_tokens=adds))
     if whole != [*ids]:
         at = next((i for i, (a, b) in enumerate(zip(whole, ids, strict=False)) if a != b), min(len(whole), len(ids)))
         warnings.warn(

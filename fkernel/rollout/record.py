@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from fkernel.errors import RolloutError
 
 Finish = Literal["eos", "stop_string", "length", "given"]
 """Why a response ended: its own end of sequence, a stop string, no more room; or it was written by hand."""
@@ -50,10 +53,15 @@ class SequenceRecord:
         entropies: of π (temperature 1, whole vocabulary) where the token was drawn, nats.
         finish: why it ended.
         provenance: where it came from.
-        reward: None where none was given.
+        reward: None where none was given, or the reward function returned None.
         advantage: A; None where none was given.
         weight: w, the loss weight: the loss is −Σ w A S; None where none was given.
         metadata: whatever the caller adds; JSON.
+        abstained: whether the reward function returned None, as for a response that it cannot judge. Unless a reward
+            is set later, advantages of the others are made without it, and its own is 0.
+
+    Raises:
+        RolloutError: reward, advantage or weight is NaN or infinite.
     """
 
     sequence_id: str
@@ -70,6 +78,16 @@ class SequenceRecord:
     advantage: float | None = None
     weight: float | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    abstained: bool = False
+
+    def __post_init__(self) -> None:
+        """Check that what multiplies a gradient is finite."""
+        for name in ("reward", "advantage", "weight"):
+            value = getattr(self, name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise RolloutError(
+                    f"{self.sequence_id}: its {name} is {value}; expected a finite number, or None where there is none."
+                )
 
     @property
     def logprob(self) -> float:
@@ -108,7 +126,8 @@ class CustomSample:
         prompt: the question, put into the template; or the whole text that the policy reads, with `raw`.
         response: what is to be scored, token by token.
         metadata: whatever the caller adds; JSON.
-        raw: whether the prompt is the whole text.
+        raw: whether the prompt is the whole text, such as `SequenceRecord.prompt`; it is read as the texts of the
+            generator's template are: with a chat template, no special token is added to it.
         ended: whether the response ends with the tokenizer's EOS.
     """
 

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from fkernel.errors import RolloutError
 from fkernel.rollout.prompts import Prompt
 
 Template = Callable[[Prompt], str]
-"""prompt -> text; what the tokenizer is given, special tokens included."""
+"""prompt -> text, which the tokenizer is given as trainers give it.
+
+A plain text is read as `tokenizer(text)` reads it, with the special tokens that the tokenizer puts before one (but for
+a BOS that stands there already). A chat template writes every special token itself: its text is read without any other,
+as `tokenizer.apply_chat_template(turns, tokenize=True)` reads it. A function of yours that writes a chat says so by an
+attribute: `template.writes_special_tokens = True`.
+
+Source: TRL 1.16, `GRPOTrainer._tokenize_prompts`.
+"""
 
 R1_INSTRUCTION = (
     "A conversation between User and Assistant. The User asks a question, and the Assistant solves it. The Assistant "
@@ -36,21 +45,49 @@ def bare(prompt: Prompt) -> str:
     return prompt.question
 
 
+@dataclass(frozen=True)
+class Chat:
+    """The chat template of a tokenizer.
+
+    Attributes:
+        tokenizer: whose template it is.
+        system: text of the system's turn; None for no such turn.
+    """
+
+    tokenizer: Any
+    system: str | None = None
+    writes_special_tokens: ClassVar[bool] = True
+
+    def __call__(self, prompt: Prompt) -> str:
+        """Write the question as the user's turn, and begin the assistant's.
+
+        Raises:
+            RolloutError: the template fails, or refuses such turns; the message says what the template said.
+        """
+        turns = [] if self.system is None else [{"role": "system", "content": self.system}]
+        turns.append({"role": "user", "content": prompt.question})
+        try:
+            return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template may raise whatever it likes
+            roles = " and ".join(f"a {turn['role']} turn" for turn in turns)
+            advice = "Choose" if self.system is None else "Leave the system turn out, or choose"
+            raise RolloutError(
+                f"{prompt.global_prompt_id}: the tokenizer's chat template fails on {roles}, {type(error).__name__}: "
+                f"{error}. {advice} the template 'gsm8k_r1' or 'bare', or give a function."
+            ) from error
+
+
 def chat(tokenizer: Any, system: str | None = None) -> Template:
     """Make the template of a tokenizer: the question is the user's turn, and the assistant's begins.
+
+    The tokens are those of `tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True)`.
 
     Raises:
         RolloutError: the tokenizer has no chat template.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise RolloutError("The tokenizer has no chat template; choose the template 'gsm8k_r1' or 'bare', or give one.")
-
-    def template(prompt: Prompt) -> str:
-        turns = [] if system is None else [{"role": "system", "content": system}]
-        turns.append({"role": "user", "content": prompt.question})
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-
-    return template
+    return Chat(tokenizer, system)
 
 
 TEMPLATES: dict[str, Template] = {"gsm8k_r1": gsm8k_r1, "bare": bare}
@@ -70,3 +107,31 @@ def template_of(name: str | Template, tokenizer: Any) -> Template:
     if name not in TEMPLATES:
         raise RolloutError(f"There is no template {name!r}; expected {', '.join([*TEMPLATES, 'chat'])}, or a function.")
     return TEMPLATES[name]
+
+
+def writes_special_tokens(template: Template) -> bool:
+    """Tell whether a template writes every special token itself, so that the tokenizer adds none."""
+    return bool(getattr(template, "writes_special_tokens", False))
+
+
+def render(template: Template, prompt: Prompt) -> str:
+    """Put a prompt into a template.
+
+    Raises:
+        RolloutError: the template fails, or what it returns is no text; the message names the prompt.
+    """
+    try:
+        text = template(prompt)
+    except RolloutError:
+        raise
+    except Exception as error:  # a user's function may raise whatever it likes
+        raise RolloutError(
+            f"{prompt.global_prompt_id}: the template raised {type(error).__name__}: {error}. A template is called "
+            f"with a Prompt and returns the text that the policy reads."
+        ) from error
+    if not isinstance(text, str):
+        raise RolloutError(
+            f"{prompt.global_prompt_id}: the template returned a {type(text).__name__}; expected the text that the "
+            f"policy reads, such as apply_chat_template(..., tokenize=False) returns."
+        )
+    return text
