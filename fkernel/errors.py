@@ -33,12 +33,20 @@ class CheckpointError(FKernelError, OSError):
     """A checkpoint cannot be read: a file is missing or damaged, or no layout is recognised."""
 
 
+class CheckpointWarning(UserWarning):
+    """Something that the training of a checkpoint did, or may have done, and that the explained step leaves out."""
+
+
 class PlanError(FKernelError, ValueError):
     """A plan's file cannot be read, or asks for something that there is not: where in it, and what was expected."""
 
 
 class RolloutError(FKernelError, ValueError):
     """Prompts, responses, rewards or a saved batch cannot be trusted, and which of them."""
+
+
+class ModelWarning(UserWarning):
+    """A model is computed in another way than usual, or holds something that a reader of its numbers should know."""
 
 
 class RolloutWarning(UserWarning):

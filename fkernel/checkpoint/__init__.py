@@ -1,5 +1,6 @@
 """From files to what the engine takes: a model, or its skeleton, and AdamW's state keyed by parameter name."""
 
+from fkernel.checkpoint.conditions import Condition
 from fkernel.checkpoint.loading import Checkpoint, Provenance, load
 from fkernel.checkpoint.model import load_adapter, load_model, load_tokenizer
 from fkernel.checkpoint.optimizer import adamw_state, load_adamw_state
@@ -9,6 +10,7 @@ from fkernel.checkpoint.skeleton import Skeleton, estimate_model, skeleton_of, w
 __all__ = [
     "ORDERS",
     "Checkpoint",
+    "Condition",
     "Provenance",
     "Skeleton",
     "adamw_state",

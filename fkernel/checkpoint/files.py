@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-import pickle
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fkernel.errors import CheckpointError
+
+COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+UNPICKLER = "WeightsUnpickler error: "
+"""Where PyTorch says which class of a file it does not make, four lines down."""
 
 
 def read_tensors(path: Path, what: str) -> Any:
@@ -26,7 +30,7 @@ def read_tensors(path: Path, what: str) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"There is no file {path}; expected {what}.") from None
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # what rebuilds a tensor raises whatever it likes
         raise CheckpointError(
             f"{path} could not be read as tensors only ({first_line(error)}); expected {what}, written by torch.save "
             f"without objects of other classes: nothing that a file contains is executed."
@@ -48,6 +52,21 @@ def read_json(path: Path, what: str) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    """Give the first line of a library's message, which may have dozens."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    r"""Give the line of a library's message that says what is wrong, without colours: the first, as a rule.
+
+    PyTorch says which class of a file it refused at the end of a page about how to make it execute the file.
+
+    Example:
+        >>> first_line(ValueError("\x1b[1mNot that one.\x1b[0m\nThere are 50 others."))
+        'Not that one.'
+        >>> first_line(OSError("No.\n\tWeightsUnpickler error: GLOBAL a.B was not an allowed global by default."))
+        'GLOBAL a.B was not an allowed global'
+    """
+    lines = [line.strip() for line in plain(error).splitlines() if line.strip()]
+    refused = next((line.partition(UNPICKLER)[2] for line in lines if UNPICKLER in line), "")
+    return refused.partition(" by default.")[0] or (lines[0] if lines else type(error).__name__)
+
+
+def plain(error: BaseException) -> str:
+    """Give a library's message without the codes that colour it on a terminal."""
+    return COLOURS.sub("", str(error)).strip()

@@ -3,10 +3,12 @@
     huggingface   config.json, model*.safetensors          save_pretrained; Trainer and TRL add optimizer.pt,
                                                            scheduler.pt, trainer_state.json
     adapter       adapter_config.json, adapter_model.*     the same of a PEFT model; its base model is elsewhere
+                  name/ (the same), optimizer.pt           of an adapter that has a name: the folder's
     nested        model/ (one of the above), optimizer.pt  the study's own; optimizer_param_names.json, scheduler.pt
     accelerate    model*.safetensors, optimizer.bin        Accelerator.save_state: weights without a configuration
     fsdp          pytorch_model_fsdp_0/, optimizer_0/      the same of sharded training
-    distributed   .metadata, *.distcp                      torch.distributed.checkpoint of {"model": …, "optimizer": …}
+    distributed   .metadata, *.distcp                      torch.distributed.checkpoint of {"model": …, "optimizer": …},
+                                                           nested or flattened; see `fkernel.checkpoint.contents`
     file          a file                                   torch.save({"model": …, "optimizer": …})
 
 The last four say nothing about the architecture: the caller gives a model.
@@ -15,7 +17,7 @@ The last four say nothing about the architecture: the caller gives a model.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from fkernel.checkpoint.distributed import METADATA
 from fkernel.checkpoint.model import ADAPTER
@@ -36,6 +38,7 @@ class Layout(NamedTuple):
         names: a file with the parameters' names in the optimizer's order, or None.
         scheduler: the scheduler's file, or None.
         trainer_state: trainer_state.json, or None.
+        adapter: the name that an adapter had in its training; its parameters' names hold it.
     """
 
     kind: Kind
@@ -44,6 +47,7 @@ class Layout(NamedTuple):
     names: Path | None = None
     scheduler: Path | None = None
     trainer_state: Path | None = None
+    adapter: str = "default"
 
     @property
     def needs_model(self) -> bool:
@@ -64,13 +68,10 @@ def find_layout(path: str | Path) -> Layout:
         raise CheckpointError(f"There is no checkpoint at {root}: no such directory or file.")
     if (root / METADATA).is_file():
         return Layout("distributed", root)
-    beside = {
-        "optimizer": _first(root, "optimizer.pt", "optimizer.bin", "optimizer_0"),
-        "names": _first(root, NAMES),
-        "scheduler": _first(root, "scheduler.pt", "scheduler.bin"),
-        "trainer_state": _first(root, TRAINER_STATE),
-    }
+    beside = _beside(root)
     if (root / ADAPTER).is_file():
+        if beside["optimizer"] is None and _named_adapters(root.parent) == [root.absolute().name]:
+            return Layout("adapter", root, **_beside(root.parent), adapter=root.absolute().name)
         return Layout("adapter", root, **beside)
     if (root / "config.json").is_file():
         return Layout("huggingface", root, **beside)
@@ -81,7 +82,43 @@ def find_layout(path: str | Path) -> Layout:
         return Layout("fsdp", sharded, **beside)
     if _first(root, "model.safetensors", "model.safetensors.index.json") is not None:
         return Layout("accelerate", root, **beside)
+    adapters = _named_adapters(root)
+    if len(adapters) == 1:
+        return Layout("adapter", root / adapters[0], **beside, adapter=adapters[0])
+    if adapters:
+        raise CheckpointError(
+            f"{root} holds {len(adapters)} adapters ({', '.join(adapters)}), and nothing says which of them its "
+            f"optimizer trained; name one's directory, with optimizer=False."
+        )
     raise CheckpointError(_unknown(root))
+
+
+def is_inner(path: str | Path) -> bool:
+    """Whether a directory is model/ of a nested checkpoint: its optimizer's state lies beside it, where it belongs."""
+    inner = Path(path).absolute()
+    around = inner.parent
+    return inner.name == "model" and not any((around / name).exists() for name in ("config.json", ADAPTER, METADATA))
+
+
+def _beside(root: Path) -> dict[str, Any]:
+    return {
+        "optimizer": _first(root, "optimizer.pt", "optimizer.bin", "optimizer_0"),
+        "names": _first(root, NAMES),
+        "scheduler": _first(root, "scheduler.pt", "scheduler.bin"),
+        "trainer_state": _first(root, TRAINER_STATE),
+    }
+
+
+def _named_adapters(root: Path) -> list[str]:
+    """List the adapters that PEFT saved in folders of their names, where a training's state lies around them.
+
+    A directory of checkpoints, or one that is a model or an adapter itself, has none.
+    """
+    own = any((root / name).exists() for name in ("config.json", ADAPTER, METADATA))
+    if own or _beside(root)["optimizer"] is None:
+        return []
+    names = sorted(item.parent.name for item in root.glob(f"*/{ADAPTER}"))
+    return [name for name in names if "." not in name and not name.startswith("checkpoint-")]
 
 
 def _first(root: Path, *names: str) -> Path | None:

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fkernel.checkpoint.conditions import Condition, unread_condition
+from fkernel.checkpoint.contents import optimizer_in, weights_in
 from fkernel.checkpoint.distributed import read_distributed
+from fkernel.checkpoint.evidence import conditions_of
 from fkernel.checkpoint.files import read_json, read_tensors
-from fkernel.checkpoint.layout import Layout, find_layout
+from fkernel.checkpoint.layout import Layout, find_layout, is_inner
 from fkernel.checkpoint.model import ADAPTER, HUB, load_adapter, load_model, load_tokenizer
-from fkernel.checkpoint.optimizer import Names, adamw_state
+from fkernel.checkpoint.optimizer import Names, adamw_state, names_of, plain_state
+from fkernel.checkpoint.unread import unread_optimizers
 from fkernel.checkpoint.weights import architecture, filled, read_safetensors
-from fkernel.errors import CheckpointError, ModelError, OptimizerStateError
+from fkernel.errors import CheckpointError, CheckpointWarning, ModelError, OptimizerStateError, listing
 from fkernel.kernel.store.fingerprint import fingerprint
 from fkernel.precond import AdamWState
 from fkernel.shapes import Tree
-
-WEIGHTS = ("model", "model_state_dict", "state_dict")
-OPTIMIZER = ("optimizer", "optim", "optimizer_state_dict")
-"""Under which keys people save the two."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class Checkpoint:
         optimizer: AdamW's state before the next step, about exactly the trained parameters; None where none was saved.
         step: optimizer steps taken, or None where nothing tells.
         provenance: where it came from.
+        conditions: what the training did, as far as it is known, that the function here does not: dropout, a loss of
+            the routers', half precision, frozen parameters. Loading warns of each.
     """
 
     model: Any
@@ -62,6 +65,7 @@ class Checkpoint:
     optimizer: AdamWState | None
     step: int | None
     provenance: Provenance
+    conditions: tuple[Condition, ...] = ()
 
 
 def load(
@@ -72,6 +76,7 @@ def load(
     names: Names | None = None,
     order: str | None = None,
     decoupled: bool | None = None,
+    optimizer: bool = True,
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
 ) -> Checkpoint:
@@ -84,16 +89,22 @@ def load(
         model: for layouts without an architecture: a directory with config.json, or a model, which is copied.
         base: an adapter's base model, where the adapter does not record a directory that is here.
         names: the parameters' names in the optimizer's order, where the state records none; a file
-            optimizer_param_names.json beside it is read by itself.
+            optimizer_param_names.json beside it is read by itself. Parameters that are not named, given or recorded,
+            were frozen, and do not require grad.
         order: which known order of the parameters the optimizer had, where several fit; `fkernel.checkpoint.order`.
         decoupled: whether weight decay is AdamW's, where the state does not say; known for Hugging Face's Trainer.
+        optimizer: False to leave the optimizer's state unread, where none is wanted or it is of no use here.
         dtype: of the parameters: float32, or float64 for laws.
         trust_remote_code: whether code that came with the model may be executed.
 
     Raises:
-        CheckpointError: no layout is recognised, or a file is missing or damaged.
+        CheckpointError: no layout is recognised, a file is missing or damaged, or an optimizer's files lie there that
+            are not read.
         ModelError: the weights do not fit the model, or there is none.
         OptimizerStateError, TreeError: see `adamw_state`; or the scheduler's learning rate is not the optimizer's.
+
+    Warns:
+        CheckpointWarning: one for each of `Checkpoint.conditions`.
 
     Example:
         >>> import tempfile
@@ -115,38 +126,84 @@ def load(
             f"{path} holds weights and says nothing about the architecture ({layout.kind} layout); give model=, a "
             f"directory with config.json or a model."
         )
+    weights: Mapping[str, Any] = {}
     state_dict: Any = None
     if layout.needs_model:
         assert model is not None
-        weights, state_dict = _state_dicts(layout)
+        weights, state_dict = _state_dicts(layout, optimizer)
         policy = filled(architecture(model, trust_remote_code), weights, dtype, layout.model)
     elif (layout.model / ADAPTER).is_file():
-        policy = load_adapter(layout.model, base, dtype=dtype, trust_remote_code=trust_remote_code)
+        policy = load_adapter(layout.model, base, dtype=dtype, trust_remote_code=trust_remote_code, name=layout.adapter)
     else:
         policy = load_model(layout.model, dtype=dtype, trust_remote_code=trust_remote_code)
-    if layout.optimizer is not None:
+    if layout.optimizer is not None and optimizer:
         state_dict = _optimizer_in(layout.optimizer)
-    trained = {name: leaf for name, leaf in policy.named_parameters() if leaf.requires_grad}
     told = None if layout.trainer_state is None else read_json(layout.trainer_state, "a trainer's state")
     if layout.names is not None and names is None:
         names = read_json(layout.names, "names of the optimizer's parameters")
-    optimizer = None
+    state, frozen = None, list[str]()
     if state_dict is not None:
         known = True if told is not None and decoupled is None else decoupled  # Trainer has AdamW, and no other Adam
-        optimizer = adamw_state(state_dict, trained, model=policy, names=names, order=order, decoupled=known)
+        plain = plain_state(state_dict, known)
+        names = names_of(plain, _trained(policy), policy, names, order)
+        frozen = _freeze(policy, names, path)
+        state = adamw_state(plain, _trained(policy), names=names, decoupled=known)
         _check_schedule(layout.scheduler, state_dict)
-    return Checkpoint(
+    elif optimizer and (unread := unread_optimizers(path)) and not is_inner(path):
+        raise CheckpointError(_advice(path, unread))
+    loaded = Checkpoint(
         model=policy,
         tokenizer=_tokenizer(layout, model, base, trust_remote_code),
-        optimizer=optimizer,
-        step=_step(told, optimizer),
+        optimizer=state,
+        step=_step(told, state),
         provenance=Provenance(
             path=str(path),
             layout=layout.kind,
             fingerprint=_fingerprint(policy),
-            optimizer=str(layout.optimizer or layout.model) if optimizer else None,
+            optimizer=str(layout.optimizer or layout.model) if state else None,
             base=None if base is None else str(base),
         ),
+    )
+    conditions = conditions_of(policy, layout, weights, state_dict, frozen)
+    if state is None and optimizer and is_inner(path) and (unread := unread_optimizers(path)):
+        conditions += (unread_condition(path, unread),)
+    for condition in conditions:
+        warnings.warn(str(condition), CheckpointWarning, stacklevel=2)
+    return replace(loaded, conditions=conditions)
+
+
+def _trained(model: torch.nn.Module) -> Tree:
+    return {name: leaf for name, leaf in model.named_parameters() if leaf.requires_grad}
+
+
+def _freeze(model: torch.nn.Module, names: Any, path: str | Path) -> list[str]:
+    """Mark the parameters that the optimizer does not have as not trained; they are returned."""
+    own = {name for group in names for name in group}
+    foreign = sorted(own - {name for name, _ in model.named_parameters(remove_duplicate=False)})
+    if foreign:
+        raise OptimizerStateError(
+            f"The optimizer's parameters are named {listing(foreign)}, which the model does not have. Names are those "
+            f"of model.named_parameters()."
+        )
+    frozen = [name for name in _trained(model) if name not in own]
+    if frozen and len(unread_optimizers(path)) > 1:
+        raise CheckpointError(
+            f"The optimizer at {path} does not have {listing(frozen)}, and several files of optimizers lie there: "
+            f"{listing([str(item) for item in unread_optimizers(path)])}. One step of one optimizer is explained; "
+            f"remove the others, or say optimizer=False to go on without any."
+        )
+    for name, leaf in model.named_parameters():
+        if name in frozen:
+            leaf.requires_grad_(False)
+    return frozen
+
+
+def _advice(path: str | Path, unread: list[Path]) -> str:
+    files = listing([str(item) for item in unread])
+    return (
+        f"In or beside {path} lies an optimizer's state that is not read: {files}. It is of a layout that is not "
+        f"recognised, or of the directory above: load that one; or convert it to one optimizer.pt of the whole model "
+        f"beside the weights. Say optimizer=False to load the weights without it: then no step can be explained."
     )
 
 
@@ -155,7 +212,7 @@ def _fingerprint(model: torch.nn.Module) -> str:
     return fingerprint(parameters)
 
 
-def _state_dicts(layout: Layout) -> tuple[Mapping[str, Any], Any]:
+def _state_dicts(layout: Layout, optimizer: bool) -> tuple[Mapping[str, Any], Any]:
     """Read (the model's state dict, the optimizer's or None) where one file or directory may hold both."""
     if layout.kind == "accelerate":
         return read_safetensors(layout.model), None
@@ -163,21 +220,13 @@ def _state_dicts(layout: Layout) -> tuple[Mapping[str, Any], Any]:
         found = read_tensors(layout.model, 'a checkpoint {"model": …, "optimizer": …}')
     else:
         found = read_distributed(layout.model)
-    if not isinstance(found, Mapping):
-        raise CheckpointError(f"{layout.model} holds a {type(found).__name__}; expected a dictionary of state dicts.")
-    weights = next((found[key] for key in WEIGHTS if key in found), None)
-    if weights is None and all(isinstance(leaf, torch.Tensor) for leaf in found.values()):
-        return found, None  # a bare state dict
-    if weights is None:
-        raise CheckpointError(f"{layout.model} holds {sorted(map(str, found))}; expected the weights under 'model'.")
-    return weights, next((found[key] for key in OPTIMIZER if key in found), None)
+    return weights_in(found, layout.model), optimizer_in(found, layout.model) if optimizer else None
 
 
 def _optimizer_in(path: Path) -> Any:
-    if path.is_dir():
-        found = read_distributed(path)
-        return next((found[key] for key in OPTIMIZER if key in found), found)
-    return read_tensors(path, "an optimizer state")
+    found = read_distributed(path) if path.is_dir() else read_tensors(path, "an optimizer state")
+    state_dict = optimizer_in(found, path)
+    return found if state_dict is None else state_dict  # which says what it lacks
 
 
 def _check_schedule(path: Path | None, state_dict: Any) -> None:

@@ -11,12 +11,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from fkernel.checkpoint.files import first_line, read_json
+from fkernel.checkpoint.files import first_line, plain, read_json
 from fkernel.errors import CheckpointError, ModelError
 
 HUB = "hub:"
 """Prefix of a model that may be fetched: hub:org/name. Everything else is a directory, and nothing is fetched."""
 ADAPTER = "adapter_config.json"
+RANDOM = ("pissa_niter", "loftq", "corda", "lora_ga")
+"""Initialisations that take a part out of the base model's weights, by chance or by data, each time an adapter is made:
+the base that the training had is in no file. PiSSA by a whole decomposition and OLoRA give the same base again."""
+EXACT = ("pissa", "olora")
 
 
 def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> Any:
@@ -61,6 +65,7 @@ def load_adapter(
     *,
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
+    name: str = "default",
 ) -> Any:
     """Load a PEFT adapter on its base model, the adapter's parameters trainable and the base's frozen.
 
@@ -70,26 +75,41 @@ def load_adapter(
             directory here.
         dtype: as in `load_model`.
         trust_remote_code: as in `load_model`.
+        name: the adapter's, which is a part of its parameters' names.
 
     Raises:
-        ModelError: peft is not installed, the base is not here, or the adapter does not fit it.
+        ModelError: peft is not installed, the base is not here, the adapter does not fit it, or it was made in a way
+            that changed the base and cannot be done again.
     """
     try:
         from peft import PeftModel  # an optional package
     except ImportError:
         raise ModelError(f"{path} is a PEFT adapter; install peft to load it: pip install 'fkernel[peft]'.") from None
-    recorded = read_json(Path(path) / ADAPTER, "a PEFT adapter's configuration").get("base_model_name_or_path")
+    config = read_json(Path(path) / ADAPTER, "a PEFT adapter's configuration")
+    recorded, made = config.get("base_model_name_or_path"), str(config.get("init_lora_weights")).lower()
+    if made.startswith(RANDOM):
+        raise ModelError(
+            f"The adapter at {path} has init_lora_weights={config['init_lora_weights']!r}, which took a part "
+            f"out of the base model's weights that is drawn or computed anew whenever the adapter is loaded: the base "
+            f"that was trained is in no file, and log-probabilities would be off by whole nats. Convert the adapter "
+            f"where it was trained: save_pretrained(path_initial_model_for_weight_conversion=…), or merge_and_unload()."
+        )
     if base is None and not (recorded and Path(recorded).is_dir()):
         raise ModelError(
             f"The adapter at {path} records its base model as {recorded!r}, which is no directory here; say where it "
             f"is: base='directory', or base='hub:org/name'."
         )
-    model = load_model(base or recorded, dtype=dtype, trust_remote_code=trust_remote_code)
+    as_made = torch.float32 if made in EXACT else dtype  # its decomposition is not made in float64
+    model = load_model(base or recorded, dtype=as_made, trust_remote_code=trust_remote_code)
     try:
         with _quiet():
-            adapted = PeftModel.from_pretrained(model, str(path), is_trainable=True, autocast_adapter_dtype=False)
+            adapted = PeftModel.from_pretrained(
+                model, str(path), adapter_name=name, is_trainable=True, autocast_adapter_dtype=False
+            )
     except Exception as error:
-        raise ModelError(f"The adapter at {path} does not fit its base model {base or recorded}: {error}") from error
+        raise ModelError(
+            f"The adapter at {path} does not fit its base model {base or recorded}: {plain(error)}"
+        ) from error
     return adapted.to(dtype).eval()
 
 

@@ -8,7 +8,8 @@ are believed, names are
     given         by the caller, or in a file beside the state
     found         the one known order of the model's parameters that fits every shape (`fkernel.checkpoint.order`)
 
-lr, betas, ε and decay are the groups' own; there is no default for any of them.
+lr, betas, ε and decay are the groups' own; there is no default for any of them. Whose state it is, `foreign` tells; how
+many steps were taken, `steps`.
 """
 
 from __future__ import annotations
@@ -20,24 +21,14 @@ from typing import Any
 import torch
 
 from fkernel.checkpoint.files import read_tensors
+from fkernel.checkpoint.foreign import check_flags, check_group, is_of_bitsandbytes, plain_entry
 from fkernel.checkpoint.names import unwrapped
 from fkernel.checkpoint.order import Groups, find_order
-from fkernel.errors import OptimizerStateError, listing
+from fkernel.checkpoint.steps import steps_of
+from fkernel.errors import OptimizerStateError
 from fkernel.precond import AdamWState
 from fkernel.precond.state import check_covers
 from fkernel.shapes import Tensor, Tree
-
-FOREIGN = {
-    "state1": "bitsandbytes' 8-bit state: its moments are quantised in blocks, and D = 1/(√v̂+ε) of them is not the "
-    "optimizer's",
-    "exp_avg_sq_row": "Adafactor's: its second moment is a product of rows and columns, and no diagonal of ours",
-    "momentum_buffer": "SGD's, which has no second moment",
-    "square_avg": "RMSprop's or Adadelta's",
-    "exp_inf": "Adamax's, whose second moment is a maximum",
-    "sum": "Adagrad's, whose second moment does not decay",
-    "max_exp_avg_sq": "AMSGrad's, whose second moment is a maximum",
-}
-"""{a name in a parameter's state: whose it is}."""
 
 Names = Sequence[str] | Sequence[Sequence[str]] | Mapping[str, Any]
 
@@ -98,7 +89,7 @@ def adamw_state(
 
     Raises:
         OptimizerStateError: no names, or more than one order of them fits; the optimizer is not plain AdamW (amsgrad,
-            maximize, coupled decay, 8-bit, another one); or a number in it is impossible.
+            maximize, coupled decay, 8-bit, another one); it tells no step; or a number in it is impossible.
         TreeError: it is about other parameters, or shapes differ.
 
     Example:
@@ -107,23 +98,22 @@ def adamw_state(
         >>> adamw_state(optimizer.state_dict(), dict(model.named_parameters())).lr
         {'weight': 0.1, 'bias': 0.1}
     """
-    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
-        raise OptimizerStateError("This is no optimizer state_dict: it lacks 'state' and 'param_groups'.")
-    groups: list[Mapping[str, Any]] = state_dict["param_groups"]
-    for number, group in enumerate(groups):
-        _check_group(group, number, decoupled)
+    state_dict = plain_state(state_dict, decoupled)
     group_of: dict[str, Mapping[str, Any]] = {}
     entry_of: dict[str, Mapping[str, Any]] = {}
-    for group, named in zip(groups, names_of(state_dict, params, model, names, order), strict=True):
+    step_of: dict[str, int] = {}
+    named_groups = names_of(state_dict, params, model, names, order)
+    for group, named in zip(state_dict["param_groups"], named_groups, strict=True):
         for name, index in zip(named, group["params"], strict=True):
             if name in group_of:
                 raise OptimizerStateError(f"The names given for the optimizer's parameters hold {name!r} twice.")
             group_of[name], entry_of[name] = group, state_dict["state"].get(index, {})
+        step_of |= steps_of(group, {name: entry_of[name] for name in named})
     # A frozen parameter that the optimizer was given has no state, and is never moved: it is not the optimizer's.
     foreign = [name for name in group_of if name not in params and entry_of[name]]
     each = [name for name in params if name in group_of] + foreign
     state = AdamWState(
-        step={name: int(entry_of[name].get("step", 0)) for name in each},
+        step={name: step_of[name] for name in each},
         exp_avg={name: _moment(entry_of[name], "exp_avg", name, params) for name in each},
         exp_avg_sq={name: _moment(entry_of[name], "exp_avg_sq", name, params) for name in each},
         lr={name: float(group_of[name]["lr"]) for name in each},
@@ -134,6 +124,37 @@ def adamw_state(
     )
     check_covers(state, list(params), params, "params")
     return state
+
+
+def plain_state(state_dict: Any, decoupled: bool | None = None) -> dict[str, Any]:
+    """Check that a state_dict is AdamW's, and give its states the names that `torch.optim.AdamW` gives them.
+
+    Raises:
+        OptimizerStateError: it is no optimizer's, or another optimizer's; it says whose.
+
+    Example:
+        >>> net = torch.nn.Linear(2, 1, bias=False)
+        >>> plain_state(torch.optim.NAdam(net.parameters()).state_dict())
+        Traceback (most recent call last):
+        fkernel.errors.OptimizerStateError: Parameter group 0 has 'momentum_decay': it is NAdam's, ...
+    """
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
+        raise OptimizerStateError("This is no optimizer state_dict: it lacks 'state' and 'param_groups'.")
+    entries, groups = state_dict["state"], state_dict["param_groups"]
+    whole = isinstance(entries, Mapping) and all(isinstance(entry, Mapping) for entry in entries.values())
+    whole = whole and isinstance(groups, Sequence) and all(isinstance(g, Mapping) and "params" in g for g in groups)
+    if not whole:
+        raise OptimizerStateError(
+            "This is no optimizer state_dict of torch: expected state as {number: {…}} and param_groups as a list of "
+            "{'params': […], …}."
+        )
+    for number, group in enumerate(groups):
+        check_flags(group, number)
+    plain = {index: plain_entry(entry, index) for index, entry in entries.items()}
+    for number, group in enumerate(groups):
+        bitsandbytes = any(is_of_bitsandbytes(entries.get(index)) for index in group["params"])
+        check_group(group, number, decoupled, bitsandbytes)
+    return {"state": plain, "param_groups": list(groups)}
 
 
 def names_of(
@@ -213,38 +234,8 @@ def _place(entry: Mapping[str, Any]) -> tuple[int, ...] | None:
     return None if moment is None else tuple(moment.shape)
 
 
-def _check_group(group: Mapping[str, Any], number: int, decoupled: bool | None) -> None:
-    missing = [key for key in ("lr", "betas", "eps", "weight_decay") if key not in group]
-    if missing:
-        raise OptimizerStateError(f"Parameter group {number} lacks {listing(missing)}: this is not an AdamW state.")
-    for flag in ("amsgrad", "maximize"):
-        if group.get(flag, False):
-            raise OptimizerStateError(f"Parameter group {number} has {flag}=True, which is not modelled.")
-    if "correct_bias" in group or group.get("bias_correction", True) is not True:
-        raise OptimizerStateError(
-            f"Parameter group {number} is of an Adam that adds ε before the bias correction, or corrects none "
-            f"(transformers' old AdamW, apex), which is not modelled; torch.optim.AdamW is."
-        )
-    said = group.get("decoupled_weight_decay", decoupled)
-    if group["weight_decay"] and said is None:
-        raise OptimizerStateError(
-            f"Parameter group {number} has weight_decay={group['weight_decay']} and does not say whose: torch before "
-            f"2.7 wrote the same for AdamW and for Adam. Say decoupled=True if the training used AdamW."
-        )
-    if group["weight_decay"] and not said:
-        raise OptimizerStateError(
-            f"Parameter group {number} is Adam's with weight_decay={group['weight_decay']} added to the gradient; only "
-            f"AdamW's decoupled decay is modelled."
-        )
-
-
 def _moment(entry: Mapping[str, Any], key: str, name: str, params: Tree) -> Tensor:
-    for foreign, whose in FOREIGN.items():
-        if foreign in entry:
-            raise OptimizerStateError(f"The state of {name!r} is {whose}; only AdamW's is modelled.")
-    if key in entry:
-        moment = entry[key]
-        return moment if moment.dtype in (torch.float32, torch.float64) else moment.float()
-    if entry:
-        raise OptimizerStateError(f"The state of {name!r} has {listing([*entry])} but no {key}: not an AdamW state.")
-    return torch.zeros_like(params[name])
+    if not entry:
+        return torch.zeros_like(params[name])
+    moment = entry[key]
+    return moment if moment.dtype in (torch.float32, torch.float64) else moment.float()

@@ -5,6 +5,9 @@ that order was not recorded it must be one that a known trainer makes of the mod
 not fit the sizes of the groups and the shape of every moment is out. What is left is believed only if it is one
 order: two that both fit would give two different answers, and nothing in the file says which is true.
 
+A run that froze a part of its model leaves fewer moments, and no file says which. Where no order fits whole, each is
+tried with parameters left out, and is believed only if the moments' shapes leave one way to do so, of one order.
+
     named_parameters      the trainable parameters, one group
     all_parameters        all parameters, frozen ones too, one group
     trainer               Hugging Face's Trainer, TRL: decay (neither bias nor norm), then no decay
@@ -66,10 +69,14 @@ def find_order(places: Sequence[Sequence[Shape]], model: torch.nn.Module, order:
             found.append(groups)
             fitting.append(name)
     if not found:
+        ways = _subsets(places, model, order, shapes)
+        if len(ways) == 1:
+            return ways[0]
+        several = "; with some of the model's parameters frozen, more than one way fits" if ways else ""
         raise OptimizerStateError(
             f"The optimizer recorded no parameter names, and its groups of {[len(group) for group in places]} are in "
-            f"no known order of this model's parameters ({'; '.join(reasons)}). Give their names in the optimizer's "
-            f"order: optimizer_param_names.json beside the state, or names=."
+            f"no known order of this model's parameters ({'; '.join(reasons)}{several}). Give their names in the "
+            f"optimizer's order: optimizer_param_names.json beside the state, or names=; what is not named is frozen."
         )
     if len(found) > 1:
         raise OptimizerStateError(
@@ -91,6 +98,34 @@ def _misfit(groups: Groups, places: list[list[Shape]], shapes: dict[str, tuple[i
             if shape not in (None, shapes[name]):
                 return f"{name!r} is {list(shapes[name])}, the moments in its place {list(shape or ())}"
     return ""
+
+
+def _subsets(
+    places: Sequence[Sequence[Shape]], model: torch.nn.Module, order: str | None, shapes: dict[str, tuple[int, ...]]
+) -> list[Groups]:
+    """List the ways to leave parameters out of the known orders so that every shape fits; two are enough."""
+    ways: list[Groups] = []
+    for name in ORDERS if order is None else (order,):
+        groups = ORDERS[name](model)
+        if len(groups) != len(places) or not any(shape for row in places for shape in row):
+            continue
+        first = [_chosen(group, row, shapes) for group, row in zip(groups, places, strict=True)]
+        last = [_chosen(group[::-1], row[::-1], shapes) for group, row in zip(groups, places, strict=True)]
+        early = [group for group in first if group is not None]
+        late = [group[::-1] for group in last if group is not None]
+        if len(early) == len(late) == len(groups):
+            ways += [early, late]
+    return [way for number, way in enumerate(ways) if way not in ways[:number]]
+
+
+def _chosen(group: Sequence[str], row: Sequence[Shape], shapes: dict[str, tuple[int, ...]]) -> list[str] | None:
+    """Choose a parameter for each place as early as may be, keeping the order; None where they do not suffice.
+
+    Where the earliest choice, made from either end, is the same, there is no other.
+    """
+    names = iter(group)
+    chosen = [next((name for name in names if shape in (None, shapes[name])), None) for shape in row]
+    return None if None in chosen else [name for name in chosen if name is not None]
 
 
 def _trainable(model: torch.nn.Module) -> list[str]:

@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fkernel.errors import BatchError, ModelError, listing
+from fkernel.errors import BatchError, FKernelError, ModelError, listing
 from fkernel.func.batch import Sequences, pad
 from fkernel.func.boundary import explained
 from fkernel.func.capture import make_plan
 from fkernel.func.functional import split
 from fkernel.func.logprob import sequence_logprob
 from fkernel.func.objective import Objective, bare
+from fkernel.func.rows import ONE_AT_A_TIME
 from fkernel.kernel.budget import parse_bytes
 from fkernel.kernel.planning.estimate import Estimate, weighed
 from fkernel.kernel.planning.machine import rates
@@ -101,8 +102,14 @@ def workload_of(bones: Skeleton, n_U: int, n_E: int) -> Workload:
     f, params, one = bones
     T = one.input_ids.shape[1]
     try:
+        plan = make_plan(bare(f), params, one)
+    except FKernelError:
+        raise
+    except RuntimeError:  # vmap cannot follow the model: gradients are taken one sequence at a time
+        plan = ONE_AT_A_TIME
+    try:
         with explained(params):
-            return counted(f, params, one, {"E": [T] * n_E, "U": [T] * n_U}, make_plan(bare(f), params, one))
+            return counted(f, params, one, {"E": [T] * n_E, "U": [T] * n_U}, plan)
     except RuntimeError as error:
         raise ModelError(
             f"The model cannot be counted without its weights: {_first_line(error)} Load it, and use fkernel.estimate."

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -18,6 +18,8 @@ from fkernel.checkpoint.names import unwrapped
 from fkernel.errors import CheckpointError, ModelError, listing
 
 INDEX = "model.safetensors.index.json"
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn"}
+"""{how safetensors names a dtype: how torch does}."""
 
 
 def architecture(model: str | Path | torch.nn.Module, trust_remote_code: bool = False) -> Any:
@@ -52,6 +54,19 @@ def read_safetensors(directory: Path) -> dict[str, Any]:
         return {name: leaf for file in sorted(files) for name, leaf in load_file(directory / file).items()}
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"The weights in {directory} cannot be read: {first_line(error)}") from error
+
+
+def stored_dtypes(directory: Path) -> dict[str, str]:
+    """Read how the numbers of a directory's safetensors are stored: {parameter: dtype}; no weights are read."""
+    told: dict[str, str] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"The weights in {directory} cannot be read: {first_line(error)}") from error
+        told |= {name: DTYPES[kind] for name, kind in kinds.items() if kind in DTYPES}
+    return told
 
 
 def filled(model: Any, weights: Mapping[str, Any], dtype: torch.dtype, source: Path) -> Any:

@@ -301,6 +301,15 @@ FOREIGN = {
     "adafactor": ({"step": 1, "exp_avg_sq_row": torch.zeros(4)}, "Adafactor's"),
     "sgd": ({"momentum_buffer": torch.zeros(4)}, "SGD's"),
     "lion": ({"exp_avg": torch.zeros(1, 2)}, "but no exp_avg_sq"),
+    "one moment": ({"step": 1, "state1": torch.zeros(1, 2)}, "a bitsandbytes optimizer with one moment"),
+    "lamb": (
+        {"step": 1, "state1": torch.zeros(1, 2), "state2": torch.zeros(1, 2), "unorm_vec": torch.zeros(1)},
+        "scales a step by layers",
+    ),
+    "unheard of": (
+        {"step": 1, "exp_avg": torch.zeros(1, 2), "exp_avg_sq": torch.zeros(1, 2), "curl": torch.zeros(1)},
+        "has 'curl', which AdamW's does not have",
+    ),
 }
 
 

@@ -250,6 +250,64 @@ def distributed(directory: Path) -> Ran:
     return Loop(nameless).run(directory, save)
 
 
+def within_app(directory: Path) -> Ran:
+    """torch.distributed.checkpoint as PyTorch's tutorial writes it: both under one key."""
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+    from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
+
+    def save(loop: Loop) -> None:
+        weights, optimizer = get_state_dict(loop.model, loop.optimizer)
+        app = {"app": {"model": weights, "optimizers": optimizer}}
+        save_distributed(app, checkpoint_id=directory, no_dist=True)
+
+    return Loop(nameless).run(directory, save)
+
+
+def flattened(directory: Path, key: str | None = "optimizer") -> Ran:
+    """torch.distributed.checkpoint of a flattened optimizer; without a key, weights and state are at the top."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+    from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
+
+    def save(loop: Loop) -> None:
+        options = StateDictOptions(flatten_optimizer_state_dict=True)
+        weights, optimizer = get_state_dict(loop.model, loop.optimizer, options=options)
+        both: dict[str, Any] = {"model": weights, key: optimizer} if key else {**weights, **optimizer}
+        save_distributed(both, checkpoint_id=directory, no_dist=True)
+
+    return Loop(nameless).run(directory, save)
+
+
+def listed(directory: Path) -> Ran:
+    """One file with the optimizer in a list, as Lightning writes it."""
+    path = directory / "last.ckpt"
+
+    def save(loop: Loop) -> None:
+        told = {"state_dict": loop.model.state_dict(), "optimizer_states": [loop.optimizer.state_dict()]}
+        torch.save({**told, "epoch": 1, "global_step": 2}, path)
+
+    return Loop(nameless).run(path, save)
+
+
+def named_adapter(directory: Path, where: str = "") -> Ran:
+    """PEFT's adapter with a name: saved in a folder of that name, the optimizer's state above it."""
+    from peft import LoraConfig
+    from peft.mapping_func import get_peft_model
+
+    qwen2().save_pretrained(directory / "base")
+    base = type(qwen2()).from_pretrained(directory / "base")
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model: Any = get_peft_model(base, config, adapter_name="mine").eval()
+
+    def save(loop: Loop) -> None:
+        loop.model.save_pretrained(directory / "run")
+        torch.save(loop.optimizer.state_dict(), directory / "run" / "optimizer.pt")
+
+    def adamw(model: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([leaf for leaf in model.parameters() if leaf.requires_grad], lr=1e-3, weight_decay=0.1)
+
+    return Loop(adamw, model).run(directory / "run" / where, save)
+
+
 WRITERS: dict[str, Callable[[Path], Ran]] = {
     "trainer": trainer,
     "trainer, gpt2": lambda directory: trainer(directory, gpt2),
@@ -260,4 +318,10 @@ WRITERS: dict[str, Callable[[Path], Ran]] = {
     "sharded": sharded,
     "accelerate": accelerate,
     "distributed": distributed,
+    "distributed, app": within_app,
+    "distributed, flattened": flattened,
+    "distributed, flat at the top": lambda directory: flattened(directory, key=None),
+    "file, list": listed,
+    "named adapter": named_adapter,
+    "named adapter, its folder": lambda directory: named_adapter(directory, where="mine"),
 }

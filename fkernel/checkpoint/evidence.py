@@ -1,0 +1,101 @@
+"""Where a checkpoint tells what its training did: configurations, the trainer's settings, modules and dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.modules.dropout import _DropoutNd
+
+from fkernel.checkpoint.arguments import trainer_settings
+from fkernel.checkpoint.conditions import (
+    Condition,
+    Dtypes,
+    counted,
+    find_conditions,
+    frozen_condition,
+    precision_conditions,
+)
+from fkernel.checkpoint.files import read_json
+from fkernel.checkpoint.foreign import plain_entry
+from fkernel.checkpoint.layout import Layout
+from fkernel.checkpoint.model import ADAPTER
+from fkernel.checkpoint.names import unwrapped
+from fkernel.checkpoint.weights import stored_dtypes
+
+
+def conditions_of(
+    model: Any, layout: Layout, weights: Mapping[str, Any], state_dict: Any, frozen: list[str]
+) -> tuple[Condition, ...]:
+    """List the conditions of a loaded checkpoint; see `fkernel.checkpoint.conditions`.
+
+    Args:
+        model: the loaded model, its untrained parameters marked.
+        layout: where things are.
+        weights: the state dict that the model was filled with, or {} where the weights are safetensors.
+        state_dict: the optimizer's, or None.
+        frozen: parameters that were marked because the optimizer does not have them.
+
+    Returns:
+        Nothing for a model that nothing says was trained: without optimizer, trainer's state and adapter.
+    """
+    adapted = (layout.model / ADAPTER).is_file()
+    if state_dict is None and layout.trainer_state is None and not adapted:
+        return ()
+    config, adapter = _config(model), _adapter(model, layout) if adapted else {}
+    near = [place.parent for place in (layout.trainer_state, layout.optimizer) if place is not None]
+    settings = trainer_settings(*near, layout.model if layout.model.is_dir() else layout.model.parent)
+    found = find_conditions(config, adapter, settings, {} if adapted else dict(_dropping(model)))
+    if state_dict is not None:
+        stored = {name: str(leaf.dtype) for name, leaf in weights.items() if _is_number(leaf)}
+        stored = stored or stored_dtypes(layout.model)
+        base = _base_dtypes(adapter) if adapted else {}
+        trained = stored if adapted else _of(stored, model)
+        found += precision_conditions(counted(iter(trained.values())), _moments(state_dict), base)
+    if frozen:
+        total = len(frozen) + sum(leaf.requires_grad for _, leaf in model.named_parameters())
+        found += (frozen_condition(frozen, total),)
+    return found
+
+
+def _config(model: Any) -> Mapping[str, Any]:
+    config: Any = getattr(model, "config", None)
+    if isinstance(config, Mapping):
+        return config
+    return config.to_dict() if hasattr(config, "to_dict") else {}
+
+
+def _adapter(model: Any, layout: Layout) -> Mapping[str, Any]:
+    """Read the adapter's configuration, with the base that was in fact loaded."""
+    told = read_json(layout.model / ADAPTER, "a PEFT adapter's configuration")
+    loaded = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return {**told, "base_model_name_or_path": loaded or told.get("base_model_name_or_path")}
+
+
+def _base_dtypes(adapter: Mapping[str, Any]) -> Dtypes:
+    place = Path(str(adapter.get("base_model_name_or_path")))
+    return counted(iter(stored_dtypes(place).values())) if place.is_dir() else {}
+
+
+def _dropping(model: Any) -> Iterator[tuple[str, float]]:
+    for name, module in model.named_modules():
+        rate = module.p if isinstance(module, _DropoutNd) else getattr(module, "dropout", 0.0)
+        if isinstance(rate, float) and rate > 0:
+            yield name or type(module).__name__, rate
+
+
+def _of(stored: Mapping[str, str], model: torch.nn.Module) -> Mapping[str, str]:
+    """Keep the trained parameters' dtypes; all of them, where the names are others."""
+    trained = {name for name, leaf in model.named_parameters() if leaf.requires_grad}
+    return {name: kind for name, kind in stored.items() if unwrapped(name, trained) in trained} or stored
+
+
+def _moments(state_dict: Mapping[str, Any]) -> Dtypes:
+    entries = [plain_entry(entry, index) for index, entry in state_dict["state"].items()]
+    return counted(leaf.dtype for entry in entries for key, leaf in entry.items() if key != "step")
+
+
+def _is_number(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
