@@ -9,7 +9,7 @@ from fkernel.analysis.health import Health, Share, health
 from fkernel.analysis.ledger import Ledger, ledger, rounding_floor
 from fkernel.analysis.observed import explain_observable
 from fkernel.analysis.parts import by_part, missed, norms_by, shares, summed
-from fkernel.analysis.significance import Permutations, Significance, permutations, significance
+from fkernel.analysis.significance import Permutations, Significance, permutation_rms, permutations, significance
 from fkernel.analysis.structure import Clusters, Correlation, KernelPCA, alignment, clusters, correlations, kernel_pca
 from fkernel.analysis.sweep import DECADES, Sweep, step_sweep
 from fkernel.analysis.tokens import TokenChange, apart, token_change, token_kernel
@@ -58,6 +58,7 @@ __all__ = [
     "ledger",
     "missed",
     "norms_by",
+    "permutation_rms",
     "permutations",
     "rank_interval",
     "resamplings",

@@ -1,12 +1,16 @@
 """Which preconditioner matters: what influences look like under each, held against what really happened.
 
-    influence_e(P) = ⟨∇S_e, P J_Uᵀ(c w A)⟩                 one jvp each; no kernel
+    influence_e(P) = ⟨∇S_e, P J_Uᵀ(c w A)⟩                 two jvps each; no kernel
 
-The optimizer's own P, in the form that it divides by (post-step), is held against the realised change; the others say
-what is lost by a kernel that takes another. Momentum and decay are no part of an influence, so a second column holds
-each against the realised change without them.
+P of the whole ascent is the move that P's optimizer makes of g: take `precond.secant` or `precond.broyden` of another
+optimizer, as `precond.alternatives` does, and not its derivative, which along g may be 0. The optimizer's own P, in the
+form that it divides by (post-step), is held against the realised change; the others say what is lost by a kernel that
+takes another. Momentum and decay are no part of an influence, so a second column holds each against the realised change
+without them.
 
-Correlations do not see scale: another optimizer's learning rate plays no part.
+Correlations do not see scale: another optimizer's learning rate plays no part. So an influence of nothing but rounding
+would have a correlation, too. P is linear, so that another size of the ascent changes rounding and nothing else: an
+influence that does not vary by `ROUNDINGS` times what then changes has the correlation NaN.
 """
 
 from __future__ import annotations
@@ -16,12 +20,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fkernel import func
+from fkernel import func, tree
 from fkernel.errors import BatchError
 from fkernel.func.objective import Function
+from fkernel.kernel.calibration import varies
 from fkernel.kernel.planning import usual_microbatch
 from fkernel.precond import Preconditioner
 from fkernel.shapes import Tensor, Tree
+
+ROUNDINGS = 30
+"""How many times its rounding an influence must vary by, to be held against anything."""
+OTHER_SIZE = 0.7
+"""Size of the ascent at which an influence is computed once more; no power of two, which would round alike."""
 
 
 class Agreement(NamedTuple):
@@ -29,7 +39,7 @@ class Agreement(NamedTuple):
 
     Attributes:
         influence: [n_E] what U does to E under this P.
-        realised: correlation r with the realised change.
+        realised: correlation r with the realised change; NaN, as the next two, where the influence is rounding.
         of_batch: r with the realised change less momentum and decay.
         rank: Spearman's correlation with the latter.
     """
@@ -64,7 +74,7 @@ def compare(
         microbatch: as in `fkernel.kernel`.
 
     Returns:
-        {name: Agreement}, in the order given; a correlation of what does not vary is NaN.
+        {name: Agreement}, in the order given; a correlation of what does not vary, or by rounding only, is NaN.
 
     Raises:
         BatchError: fewer than two sequences, or of different numbers.
@@ -84,30 +94,41 @@ def compare(
     batch, found = realised - others, dict[str, Agreement]()
     for name, P in preconditioners.items():
         influence = along(params, E, P(ascent))
-        r = (correlation(influence, realised), correlation(influence, batch))
-        found[name] = Agreement(influence, *r, correlation(ranks(influence), ranks(batch)))
+        again = along(params, E, P(tree.scale(OTHER_SIZE, ascent))) / OTHER_SIZE
+        if _varies(influence, again - influence):
+            r = (correlation(influence, realised), correlation(influence, batch))
+            found[name] = Agreement(influence, *r, correlation(ranks(influence), ranks(batch)))
+        else:
+            found[name] = Agreement(influence, float("nan"), float("nan"), float("nan"))
     return found
 
 
+def _varies(influence: Tensor, rounding: Tensor) -> bool:
+    """Tell whether an influence varies by more than its rounding."""
+    x = influence.double()
+    return float((x - x.mean()).norm()) > ROUNDINGS * float(rounding.double().norm())
+
+
 def correlation(x: Tensor, y: Tensor) -> float:
-    """Pearson's r of two [n]; NaN where one does not vary.
+    """Pearson's r of two [n]; NaN where one does not vary by more than rounding.
 
     Example:
         >>> correlation(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 4.0, 6.0]))
         1.0
     """
+    if not (varies(x) and varies(y)):
+        return float("nan")
     x, y = ((each.double() - each.double().mean()) for each in (x, y))
-    scale = float(x.norm() * y.norm())
-    return round(float(x @ y) / scale, 12) if scale > 0 else float("nan")
+    return round(float((x / x.norm()) @ (y / y.norm())), 12)
 
 
 def ranks(x: Tensor) -> Tensor:
-    """Give ranks from 0, [n] float64; equal values share the mean of theirs.
+    """Give ranks from 0, [n] float64; equal values share the mean of theirs, and all do where only rounding differs.
 
     Example:
         >>> ranks(torch.tensor([3.0, 1.0, 3.0]))
         tensor([1.5000, 0.0000, 1.5000], dtype=torch.float64)
     """
-    _, place, count = torch.unique(x, return_inverse=True, return_counts=True)
+    _, place, count = torch.unique(x if varies(x) else torch.zeros_like(x), return_inverse=True, return_counts=True)
     last = count.cumsum(0).double()
     return (last - (count.double() + 1) / 2)[place]

@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
-from fkernel import func
+from fkernel import func, tree
+from fkernel.errors import TreeError, listing
 from fkernel.func.groups import by_kind, by_layer
 from fkernel.shapes import Tensor, Tree
 
@@ -41,22 +42,42 @@ def by_part(name: str) -> str:
 def summed(parts: Mapping[str, Tensor], names: Iterable[str], key: Callable[[str], str]) -> dict[str, Tensor]:
     """Add parts up to coarser groups.
 
+    C^group = Σ_{parts in group} C^part;  Σ_groups C^group = Σ_parts C^part
+
     Args:
         parts: {part: tensor}, of `by_part`.
-        names: of parameters, from which it is known what part belongs to what group.
+        names: of the parameters that the parts are of, from which it is known what part belongs to what group.
         key: name ↦ group, such as `func.by_kind`.
+
+    Raises:
+        TreeError: a group would hold a part of a part, so that the sums could not be told, or parts and names are not
+            of the same parameters.
 
     Example:
         >>> names = ["h.0.mlp.up_proj", "h.1.mlp.up_proj"]
         >>> summed({by_part(name): torch.ones(1) for name in names}, names, by_kind)
         {'MLP': tensor([2.])}
     """
-    group_of = {by_part(name): key(name) for name in names}
+    group_of = _groups(parts, names, key)
     found: dict[str, Tensor] = {}
     for part, value in parts.items():
         group = group_of[part]
         found[group] = found[group] + value if group in found else value
     return found
+
+
+def _groups(parts: Mapping[str, Tensor], names: Iterable[str], key: Callable[[str], str]) -> dict[str, str]:
+    """The group that each part belongs to, whole."""
+    members = func.grouped(names, by_part)
+    tree.check_names(parts, members, "parts", "names")
+    found = {part: [*dict.fromkeys(map(key, own))] for part, own in members.items()}
+    for part, groups in found.items():
+        if len(groups) > 1:
+            raise TreeError(
+                f"The part {part!r} has parameters of {len(groups)} groups, {listing(groups)}; expected groups of "
+                f"whole parts. Take a coarser key, or split the kernel by this one: func.contract_by(x, y, key)."
+            )
+    return {part: groups[0] for part, groups in found.items()}
 
 
 def norms_by(

@@ -4,14 +4,15 @@ A positive semi-definite K_UU holds inner products of features φ_u = P^½ ∇S_
 
     kernel PCA   H K H = Σ_i λ_i q_i q_iᵀ,  H = I − 11ᵀ/n    scores √λ_i q_i are U S of the centred features' SVD
     clusters     k-means on φ/‖φ‖:  ‖φ_u − μ_c‖² = K_uu − 2 mean_{v in c} K_uv + mean_{v,w in c} K_vw
-    alignment    ⟨HKH, HLH⟩_F / (‖HKH‖_F ‖HLH‖_F)            1 for the same geometry up to scale
+    alignment    ⟨K̃, L̃⟩_F / (‖K̃‖_F ‖L̃‖_F)                  1 for the same geometry up to scale, 0 for unrelated ones
 
 Spectra, effective ranks and blocks by prompt are in `fkernel.study.diagnostics`.
 
 Sources: B. Schölkopf, A. Smola & K.-R. Müller, "Nonlinear component analysis as a kernel eigenvalue problem" (1998),
-eq. 20; I. Dhillon, Y. Guan & B. Kulis, "Kernel k-means" (2004); D. Arthur & S. Vassilvitskii, "k-means++" (2007); C.
-Cortes, M. Mohri & A. Rostamizadeh, "Algorithms for learning kernels based on centered alignment" (2012), def. 4; S.
-Kornblith et al., "Similarity of neural network representations revisited" (2019), who call it CKA.
+eq. 20; I. Dhillon, Y. Guan & B. Kulis, "Kernel k-means" (2004); D. Arthur & S. Vassilvitskii, "k-means++" (2007); L.
+Song et al., "Feature selection via dependence maximization" (2012), eq. 4, and G. Székely & M. Rizzo, "Partial distance
+correlation with methods for dissimilarities" (2014), def. 2, for K̃; S. Kornblith et al., "Similarity of neural network
+representations revisited" (2019), who call the alignment CKA.
 """
 
 from __future__ import annotations
@@ -146,33 +147,41 @@ def clusters(K: Tensor, k: int, seed: int = 0, restarts: int = 10) -> Clusters:
 
 
 def alignment(K1: Tensor, K2: Tensor) -> float | None:
-    """Tell how alike two kernels of the same sequences are: centred kernel alignment.
+    """Tell how alike two kernels of the same sequences are: centred kernel alignment, without its bias.
 
-    ⟨H K1 H, H K2 H⟩_F / (‖H K1 H‖_F ‖H K2 H‖_F)
+    ⟨K̃1, K̃2⟩_F / (‖K̃1‖_F ‖K̃2‖_F),   K̃_uv = K_uv − (r_u + r_v)/(n−2) + s/((n−1)(n−2)) where u ≠ v, and 0 where u = v
+
+    with r_u = Σ_{v≠u} K_uv and s = Σ_u r_u. The diagonal is left out: of n sequences with many more parameters it is
+    most of H K H, and would make unrelated kernels look the same. ⟨K̃1, K̃2⟩_F / (n(n−3)) is the unbiased estimator of
+    HSIC, whose mean is 0 where the features are independent.
 
     Args:
         K1: [n n] symmetric, positive semi-definite.
         K2: [n n], of the same sequences in the same order.
 
     Returns:
-        A number in [0, 1], 1 for kernels that differ by scale alone; None where one is constant, and has no geometry.
+        A number in [−1, 1], 1 for kernels that differ by scale alone, and about 0 for those of unrelated features; None
+        of fewer than four sequences, which cannot tell, and where a K̃ is zero: inner products that are all equal, such
+        as none at all, have no geometry.
 
     Raises:
         BatchError: a kernel is not square, or they differ in size.
         NonFiniteError: a kernel holds NaN or infinity.
 
     Example:
-        >>> K = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
-        >>> alignment(K, 2 * K)
+        >>> x = torch.tensor([[0.0], [1.0], [2.0], [5.0]])
+        >>> alignment(x @ x.T, 2 * x @ x.T)
         1.0
     """
     one, two = _square(K1, "K1"), _square(K2, "K2")
     if one.shape != two.shape:
         raise BatchError(f"K1 is of {len(one)} sequences, K2 of {len(two)}; expected the same sequences in both.")
-    x, y = _centred(one), _centred(two)
+    if len(one) < 4:
+        return None
+    x, y = _centred_apart(one), _centred_apart(two)
     if any(after.norm() <= ROUNDING * before.norm() for before, after in ((one, x), (two, y))):
         return None
-    return min(1.0, max(0.0, float((x / x.norm() * (y / y.norm())).sum())))
+    return min(1.0, max(-1.0, float((x / x.norm() * (y / y.norm())).sum())))
 
 
 def correlations(
@@ -227,6 +236,15 @@ def _square(K: Tensor, name: str) -> Tensor:
 def _centred(K: Tensor) -> Tensor:
     """H K H."""
     return K - K.mean(0) - K.mean(1, keepdim=True) + K.mean()
+
+
+def _centred_apart(K: Tensor) -> Tensor:
+    """K̃, centred without its diagonal: rows and columns add up to 0, and so does what it leaves out."""
+    n = len(K)
+    off = K - torch.diag(K.diagonal())
+    rows = off.sum(1) / (n - 2)
+    centred = off - rows - rows[:, None] + rows.sum() / (n - 1)
+    return centred - torch.diag(centred.diagonal())
 
 
 def _seeded(K: Tensor, k: int, stream: torch.Generator) -> Tensor:

@@ -186,7 +186,8 @@ def structure_table(results: FisherKernelResults) -> Table:
     """Tabulate the clusters of U, each by its exemplar."""
     found = results.analysis("structure")
     facts = found.facts
-    turned = f"; alignment with K_UU after the step {facts['alignment']:.4f}" if facts.get("alignment") else ""
+    alignment = facts.get("alignment")  # null where U has too few sequences, or nothing but norms
+    turned = "" if alignment is None else f"; alignment with K_UU after the step {alignment:.4f}"
     table = Table(
         title="U: sequences that pull in similar directions",
         caption=f"{facts['within']:.0%} of the scatter is left within clusters; the first {len(facts['shares'])} "

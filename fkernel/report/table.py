@@ -57,8 +57,17 @@ def effects_table(result: RequestResult, rows: int = 10) -> Table:
 
 
 def calibration_table(result: RequestResult) -> Table:
-    """Tabulate the prediction against the step really taken: correlation, slope and relative error."""
-    table = Table(title=f"{result.name}: predicted against the step really taken")
+    """Tabulate the prediction against what the step did: correlation, slope and relative error.
+
+    Where the step was executed here, for want of `step.after`, the table says that this proves less.
+    """
+    proven = result.facts.get("realised_on") == "step.after"
+    table = Table(title=f"{result.name}: predicted against the step {'really taken' if proven else 'executed here'}")
+    if not proven:
+        table.caption = (
+            "self-consistent: both come from one reading of the optimizer's state, so this is no evidence for it; "
+            "step.after, the checkpoint after the step, would be"
+        )
     for name in ("prediction", "Pearson r", "slope", "relative error"):
         table.add_column(name, justify="left" if name == "prediction" else "right")
     labels = {
@@ -128,9 +137,15 @@ def influence_table(
 def study_lines(results: FisherKernelResults) -> list[str]:
     """Say what is known of the step and of U, a line each."""
     step, own = results.step, results.self_kernel
+    certificates, conditions = (results.environment.get(name, []) for name in ("certificates", "conditions"))
     said = [f"Step: clip {step['clip']:.4g}, ‖∇L‖ {step['grad_norm']:.4g}"]
     if "lr" in step:
         said[0] += f", lr {', '.join(f'{lr:g}' for lr in step['lr'])}"
+    said += [f"Certificate {one['name']} failed: {one['detail']}" for one in certificates if one["passed"] is False]
+    if made := [one for one in certificates if one["passed"]]:
+        names = ", ".join(dict.fromkeys(one["name"] for one in made))
+        said.append(f"Certified on this model: {names} (environment.json has the numbers).")
+    said += [f"The training did what is not modelled here: {one['found']}" for one in conditions]
     if own is not None:
         said.append(
             f"U: {len(own.ids)} sequences move along {own.effective_rank:.1f} directions (effective rank of K_UU); "

@@ -88,7 +88,8 @@ def structure_panel(results: FisherKernelResults, path: str | Path | None = None
     shares = [percent(share) for share in facts["shares"]]
     left.set_xlabel(f"component 1  ({shares[0]} of what varies; in units of √K)", fontsize=9)
     left.set_ylabel(f"component 2  ({shares[1]}; √K)" if len(shares) > 1 else "sequence of U", fontsize=9)
-    turn = f"; alignment with K after the step {facts['alignment']:.4f}" if "alignment" in facts else ""
+    alignment = facts.get("alignment")
+    turn = "" if alignment is None else f"; alignment with K after the step {alignment:.4f}"
     left.set_title(f"what U is made of{turn}", loc="left", fontsize=10)
     _sizes(right, facts["sizes"], [results.update[row] for row in exemplars])
     right.set_title(f"clusters, named by exemplar; {percent(facts['within'])} within", loc="left", fontsize=10)

@@ -33,6 +33,9 @@ class Spectrum(NamedTuple):
 class Blocks(NamedTuple):
     """The kernel within prompts and across them: mean K, mean |cosine|, and how many entries; None where there is none.
 
+    Entries are of different sequences: that of a sequence with itself is its squared norm, and would make a prompt's
+    block larger than it is.
+
     Attributes:
         same_prompt: [mean K, mean |cosine|, entries] of pairs that share a prompt.
         cross_prompt: the same of the others.
@@ -106,7 +109,7 @@ class BlockTally:
         self._sums = torch.zeros(2, 3, dtype=torch.float64)
 
     def add(self, K: Tensor, cosine: Tensor, same: Tensor) -> None:
-        """Take some rows: K [r m], their cosines [r m], and whether each pair shares a prompt [r m]."""
+        """Take some pairs of different sequences: K, their cosines, and whether each shares a prompt, one shape."""
         for i, chosen in enumerate((same, ~same)):
             self._sums[i] += torch.stack([K.double()[chosen].sum(), cosine[chosen].abs().sum(), chosen.sum().double()])
 

@@ -59,3 +59,29 @@ def test_shares_add_up_to_one():
     assert math.isnan(missed(groups, ["a"]))  # they cancel: nothing moved
     assert shares({"a": torch.tensor([1.0, -3.0]), "b": torch.tensor([0.0, 1.0])}) == {"a": 0.8, "b": 0.2}
     assert shares({"a": torch.zeros(2)}) == {"a": 0.0}
+
+
+def test_a_part_that_lies_in_two_groups_is_refused():
+    """Groups of parts of parts: nothing is put into the wrong one, and nothing is lost."""
+    names = ["h.0.mlp.up.weight", "h.0.mlp.down.weight", "h.1.mlp.up.weight", "wte.weight"]
+    J = {name: torch.full((1, 2), float(i + 1)) for i, name in enumerate(names)}
+    parts = func.contract_by(J, J, by_part)
+    with pytest.raises(fk.TreeError, match=r"'layer 0 · MLP' has parameters of 2 groups, 'up', 'down'; expected"):
+        summed(parts, names, lambda name: name.split(".")[-2])
+    with pytest.raises(fk.TreeError, match=r"of 2 groups, 'h.0.mlp.up.weight', 'h.0.mlp.down.weight'"):
+        summed(parts, names, lambda name: name)
+    # one parameter a part: as fine a key as any is then whole
+    alone = {name: J[name] for name in names if "down" not in name}
+    found = summed(func.contract_by(alone, alone, by_part), alone, lambda name: name)
+    assert {name: K.item() for name, K in found.items()} == {name: 2 * J[name][0, 0].item() ** 2 for name in alone}
+
+
+def test_parts_and_names_are_of_the_same_parameters():
+    names = ["h.0.mlp.up.weight", "wte.weight"]
+    parts = {by_part(name): torch.ones(1) for name in names}
+    with pytest.raises(fk.TreeError, match="parts has 'embedding', which names lacks"):
+        summed(parts, names[:1], func.by_kind)
+    with pytest.raises(fk.TreeError, match="parts lacks 'head', which names has"):
+        summed(parts, [*names, "lm_head.weight"], func.by_kind)
+    with pytest.raises(fk.TreeError, match=r"parts lacks 'layer 0 · MLP', which names has; parts has 'MLP'"):
+        summed({"MLP": torch.ones(1), "embedding": torch.ones(1)}, names, func.by_kind)

@@ -8,7 +8,14 @@ import pytest
 import torch
 
 import fkernel as fk
-from fkernel.analysis.uncertainty import group_sums, influence_interval, rank_interval, resamplings, total_ranks
+from fkernel.analysis.uncertainty import (
+    group_sums,
+    influence_interval,
+    rank_interval,
+    resamplings,
+    student_quantile,
+    total_ranks,
+)
 from tests.laws import close
 
 DTYPE = torch.float64
@@ -60,39 +67,69 @@ def test_the_jackknife_of_a_sum_is_a_means():
     close(found.error, 12 * x.std(1) / math.sqrt(12))
 
 
+def test_intervals_are_students(C):
+    """Around the influence, with three degrees of freedom of four prompts."""
+    stats = pytest.importorskip("scipy.stats")
+    for coverage in (0.5, 0.9, 0.999):
+        found = influence_interval(C, resamplings(GROUPS, 10), coverage)
+        half = float(stats.t.ppf((1 + coverage) / 2, 3)) * found.error
+        close(found.low, C.sum(1) - half)
+        close(found.high, C.sum(1) + half)
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 7, 15, 30, 255, 1000])
+def test_quantiles_are_students(freedom):
+    stats = pytest.importorskip("scipy.stats")
+    for coverage in (0.01, 0.5, 0.9, 0.99, 0.999999):
+        expected = stats.t.ppf((1 + coverage) / 2, freedom)
+        assert student_quantile(coverage, freedom) == pytest.approx(expected, rel=1e-9)
+
+
+def test_quantiles_of_one_and_two_degrees_have_closed_forms():
+    assert student_quantile(0.9, 1) == pytest.approx(math.tan(0.45 * math.pi), rel=1e-12)
+    assert student_quantile(0.9, 2) == pytest.approx(0.9 * math.sqrt(2 / (1 - 0.81)), rel=1e-12)
+
+
+def ahead_of_the_fifth(C, draws):
+    """[r G]: how many of each prompt are ahead of a row's fifth contributor."""
+    size = C.abs()
+    fifth = size.sort(1, descending=True).values[:, 4:5]
+    return group_sums((size > fifth).double(), draws.place, draws.prompts)
+
+
 def test_the_bootstrap_agrees_with_its_closed_form(C):
     """Var x* = G · Var(x_g), biased: the standard deviation of many draws is √((G−1)/G) of the jackknife's."""
     draws = resamplings(GROUPS, 20_000, seed=2)
-    found = influence_interval(C, draws, coverage=0.6827)
-    drawn = draws.counts @ group_sums(C, draws.place, draws.prompts).T
-    torch.testing.assert_close(drawn.std(0), found.error * math.sqrt(3 / 4), rtol=0.03, atol=0.0)
-    torch.testing.assert_close(found.low, drawn.quantile((1 - 0.6827) / 2, dim=0))
-    torch.testing.assert_close(found.high, drawn.quantile((1 + 0.6827) / 2, dim=0))
+    _, ranks = rank_interval(C, draws, coverage=0.6827)
+    drawn = draws.counts @ ahead_of_the_fifth(C, draws).T
+    torch.testing.assert_close(drawn.std(0), ranks.error[:, 4] * math.sqrt(3 / 4), rtol=0.03, atol=0.0)
+    torch.testing.assert_close(ranks.low[:, 4], drawn.quantile((1 - 0.6827) / 2, dim=0))
+    torch.testing.assert_close(ranks.high[:, 4], drawn.quantile((1 + 0.6827) / 2, dim=0))
 
 
 @pytest.mark.parametrize("draws", [1, 2, 3, 10])
 def test_few_draws_have_percentiles_too(C, draws):
-    found = influence_interval(C, (made := resamplings(GROUPS, draws)), coverage=0.8)
-    drawn = made.counts @ group_sums(C, made.place, made.prompts).T
-    torch.testing.assert_close(found.low, drawn.quantile(0.1, dim=0))
-    torch.testing.assert_close(found.high, drawn.quantile(0.9, dim=0))
+    _, ranks = rank_interval(C, (made := resamplings(GROUPS, draws)), coverage=0.8)
+    drawn = made.counts @ ahead_of_the_fifth(C, made).T
+    torch.testing.assert_close(ranks.low[:, 4], drawn.quantile(0.1, dim=0))
+    torch.testing.assert_close(ranks.high[:, 4], drawn.quantile(0.9, dim=0))
 
 
-def test_the_bootstrap_covers():
-    """800 batches of 40 prompts, 5 completions each that share their prompt's effect: 90% intervals hold about 90%.
+@pytest.mark.parametrize("prompts", [2, 3, 4, 8, 16, 40])
+def test_intervals_cover(prompts):
+    """3000 batches, 5 completions a prompt that share its effect: 90% intervals hold 90%, of few prompts too.
 
-    Percentiles are a little narrow at 40 prompts (√(39/40), and no t-quantile: about 88.5%). Three standard errors of
-    a share of 800 are 3%. Taken as 200 independent sequences, the same intervals would cover about 60%.
+    Three standard errors of a share of 3000 are 1.7%. Taken as independent sequences, they would hold far fewer.
     """
     generator = torch.Generator().manual_seed(11)
-    effects = torch.randn(800, 40, 1, generator=generator, dtype=DTYPE)
-    C = (0.3 + effects + 0.8 * torch.randn(800, 40, 5, generator=generator, dtype=DTYPE)).flatten(1)
-    groups, truth = torch.arange(40).repeat_interleave(5), 0.3 * 200
-    found = influence_interval(C, resamplings(groups, 1000, seed=4), coverage=0.9)
+    effects = torch.randn(3000, prompts, 1, generator=generator, dtype=DTYPE)
+    C = (0.3 + effects + 0.8 * torch.randn(3000, prompts, 5, generator=generator, dtype=DTYPE)).flatten(1)
+    groups, truth = torch.arange(prompts).repeat_interleave(5), 0.3 * 5 * prompts
+    found = influence_interval(C, resamplings(groups, 1), coverage=0.9)
     covered = ((found.low <= truth) & (truth <= found.high)).double().mean()
-    assert 0.885 - 0.03 < float(covered) < 0.90 + 0.03
-    alone = influence_interval(C, resamplings(torch.arange(200), 1000, seed=4), coverage=0.9)
-    assert ((alone.low <= truth) & (truth <= alone.high)).double().mean() < 0.7
+    assert abs(float(covered) - 0.9) < 0.017
+    alone = influence_interval(C, resamplings(torch.arange(5 * prompts), 1), coverage=0.9)
+    assert ((alone.low <= truth) & (truth <= alone.high)).double().mean() < 0.75
 
 
 def test_ranks_count_who_is_ahead(C):

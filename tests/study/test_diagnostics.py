@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from fkernel.report import structure_panel
+from fkernel.report.accounts import structure_table
+from fkernel.study import FisherKernelRunner
 from fkernel.study.diagnostics import BlockTally, cosines, spectrum, top_contributors
 from fkernel.study.outcome import SelfKernel
 
@@ -51,6 +55,31 @@ def test_blocks_do_not_depend_on_how_rows_come(J):
     assert whole.blocks.same_prompt[0] == pytest.approx(float(K[same].mean()))
     assert whole.blocks.cross_prompt[1] == pytest.approx(float(cosine[~same].abs().mean()))
     assert whole.blocks.same_prompt[2] + whole.blocks.cross_prompt[2] == 36
+
+
+def test_blocks_are_of_different_sequences(run, tmp_path):
+    """Of U against itself as of U's own kernel; a batch of others counts every pair."""
+    requests = [{"kind": "evaluation", "name": "held_out", "batch_size_prompts": 2}, {"kind": "update", "name": "self"}]
+    results = FisherKernelRunner(run.plan(tmp_path / "out", requests=requests)).run()
+    own, blocks = results.self_kernel, results["self"].facts["blocks"]
+    n = len(results.update)
+    for kind in ("same_prompt", "cross_prompt"):
+        assert blocks[kind] == pytest.approx(getattr(own, kind), rel=1e-6)
+    assert blocks["same_prompt"][2] + blocks["cross_prompt"][2] == n * (n - 1)
+    held_out = results["held_out"]
+    assert sum(block[2] for block in held_out.facts["blocks"].values()) == n * len(held_out.evaluation)
+
+
+@pytest.mark.parametrize(("alignment", "shown"), [(None, None), (0.0, "0.0000"), (-0.25, "-0.2500")])
+def test_an_alignment_that_there_is_none_of_is_left_out(accounted, alignment, shown):
+    structure = accounted[1].analysis("structure")
+    one = replace(structure, facts=structure.facts | {"alignment": alignment})
+    results = replace(accounted[1], analyses=accounted[1].analyses | {"structure": one})
+    caption = str(structure_table(results).caption)
+    title = structure_panel(results).axes[0].get_title(loc="left")
+    for text, name in ((caption, "alignment with K_UU"), (title, "alignment with K after")):
+        assert (name in text) == (shown is not None)
+        assert shown is None or shown in text
 
 
 def test_top_contributors_are_by_size_and_keep_their_sign():

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
+from fkernel import func, tree
 from fkernel.analysis import (
     by_part,
     group_sums,
     influence_interval,
     missed,
     norms_by,
+    permutation_rms,
     permutations,
     rank_interval,
     resamplings,
@@ -21,13 +25,18 @@ from fkernel.analysis import (
 )
 from fkernel.analysis.ledger import floor_of
 from fkernel.func.groups import by_kind, by_layer
+from fkernel.func.handles import Handles
+from fkernel.precond import Diagonal
 from fkernel.rollout.batch import GeneratedBatch
-from fkernel.shapes import Tensor
+from fkernel.shapes import Tensor, Tree
 from fkernel.study.analyses.plan import UncertaintyPlan
 from fkernel.study.analyses.situation import Situation
 from fkernel.study.diagnostics import top_contributors
 from fkernel.study.outcome import Finding
-from fkernel.study.rows import Rows
+from fkernel.study.plan import PreconditionerPlan, StepPlan
+from fkernel.study.response import response
+from fkernel.study.rows import Policy, Rows, taken
+from fkernel.study.workspace import KernelWorkspace
 
 
 class FloorTaker:
@@ -85,7 +94,12 @@ class PartsTaker:
 
 
 class UncertaintyTaker:
-    """Intervals by prompt, and which contributors and prompts are told apart from chance."""
+    """Intervals by prompt, and which contributors and prompts are told apart from chance.
+
+    Both are of K under a P that does not depend on how advantages fell within prompts: the step's own, where that is
+    frozen or the identity; else one with the mean of g² over all permutations (`permutation_rms`), which costs one more
+    contraction. An interval's width is of that, its middle the influence under the step's own.
+    """
 
     def __init__(self, at: Situation, asked: UncertaintyPlan) -> None:
         """Draw once for all rows."""
@@ -95,7 +109,7 @@ class UncertaintyTaker:
         ones = torch.ones_like(self.advantages)
         self.scale = at.workspace.clip * batch.with_values("advantage", ones).loss_weights
         self.prompts = resamplings(batch.groups, asked.draws, asked.seed)
-        self.shuffled = permutations(batch.groups, asked.draws, asked.seed)
+        self.shuffled = permutations(batch.groups, asked.draws, asked.seed, judged(batch))
         if at.workspace.keeps_signs:  # the loss was evaluated for these signs: nothing may be permuted, and p is 1
             self.shuffled = self.shuffled._replace(orders=torch.arange(len(batch)).expand(asked.draws, -1))
         self.names = _names_by_place(batch, self.prompts.place)
@@ -104,12 +118,16 @@ class UncertaintyTaker:
         self.arrays |= {name: torch.zeros(n, k, dtype=torch.float64) for name in ("rank_low", "rank_high", "top_p")}
         self.arrays["prompt_p"] = torch.zeros(n, len(self.names), dtype=torch.float64)
         self.arrays["prompt_contributions"] = torch.zeros(n, len(self.names), dtype=torch.float64)
+        form = at.workspace.asked["preconditioner"]["form"]
+        self.permuted = form == "post-step"
         self.facts: dict[str, Any] = {"draws": asked.draws, "coverage": asked.coverage, "prompts": self.names}
+        self.facts["preconditioner"] = "permutation mean" if self.permuted else form
 
     def add(self, rows: Rows) -> None:
         """Take some rows; an interval needs two prompts."""
         C, arrays, k = (rows.K * self.at.weights.to(rows.K)).double(), self.arrays, self.arrays["top_p"].shape[1]
-        found = significance(rows.K, self.scale, self.advantages, self.shuffled)
+        K = self._kernel(rows)
+        found = significance(K, self.scale, self.advantages, self.shuffled)
         arrays["p"][rows.at], arrays["prompt_p"][rows.at] = found.influence, found.prompts
         arrays["prompt_contributions"][rows.at] = group_sums(C, self.prompts.place, self.prompts.prompts)
         columns, _ = top_contributors(C, k)
@@ -119,10 +137,19 @@ class UncertaintyTaker:
             self.facts |= {"informative": [False] * len(self.names), "least": [1.0] * len(found.least)}
         if self.prompts.prompts < 2:
             return
-        sure = influence_interval(C, self.prompts, self.asked.coverage)
-        arrays["low"][rows.at], arrays["high"][rows.at], arrays["error"][rows.at] = sure.low, sure.high, sure.error
+        sure = influence_interval(K * self.at.weights.to(K), self.prompts, self.asked.coverage)
+        apart = C.sum(1) - sure.estimate
+        arrays["low"][rows.at], arrays["high"][rows.at] = sure.low + apart, sure.high + apart
+        arrays["error"][rows.at] = sure.error
         _, ranks = rank_interval(C, self.prompts, k, self.asked.coverage)
         arrays["rank_low"][rows.at], arrays["rank_high"][rows.at] = ranks.low, ranks.high
+
+    def _kernel(self, rows: Rows) -> Tensor:
+        """The rows under a P that advantages do not enter as they fell, [r n_U]."""
+        if not self.permuted:
+            return rows.K
+        workspace = self.at.workspace
+        return workspace.gradients.rows_against(rows.handles(), permuted_preconditioner(workspace, self.at.policy))
 
     def finding(self) -> Finding:
         """What was found."""
@@ -131,6 +158,53 @@ class UncertaintyTaker:
             for name in ("low", "high", "error", "rank_low", "rank_high"):
                 del kept[name]
         return Finding({name: value.numpy() for name, value in kept.items()}, self.facts)
+
+
+_PERMUTED: WeakKeyDictionary[KernelWorkspace, Diagonal] = WeakKeyDictionary()
+
+
+def permuted_preconditioner(workspace: KernelWorkspace, policy: Policy) -> Diagonal:
+    """Make P as the step's own is made, with the mean of g² over all permutations of advantages in place of g².
+
+    The clipping factor is that of the mean square, too. It is made once for all requests, of gradients that are held.
+    """
+    if workspace not in _PERMUTED:
+        like = next(iter(policy.params.values()))
+        loss, batch = workspace.loss, workspace.batch
+        weights = batch.with_values("advantage", torch.ones_like(batch.advantages)).loss_weights
+        rms = permutation_rms(
+            lambda x: _summed(workspace, policy, x, func.weighted_sum),
+            lambda x: _summed(workspace, policy, x, func.squared_sum),
+            weights.to(like.device, torch.promote_types(like.dtype, torch.float32)),
+            batch.advantages,
+            batch.groups,
+            None if loss is None else loss.penalty,
+            judged(batch),
+        )
+        plan, step = (workspace.asked[name] for name in ("preconditioner", "step"))
+        made = response(PreconditionerPlan(**plan), StepPlan(**step), policy.params, policy.state, rms)
+        _PERMUTED[workspace] = made.P
+    return _PERMUTED[workspace]
+
+
+def judged(batch: GeneratedBatch) -> Tensor | None:
+    """Tell which sequences have a reward that might have been another's of their prompt, [n] bool; None for all.
+
+    One whose reward abstained has the advantage 0 whatever the others' rewards are.
+    """
+    found = torch.tensor([not record.abstained or record.reward is not None for record in batch])
+    return None if bool(found.all()) else found
+
+
+def _summed(workspace: KernelWorkspace, policy: Policy, x: Tensor, of: Callable[[Handles, Tensor], Tree]) -> Tree:
+    """Σ_u x_u of U's gradients, or of their squares; only those whose x is not 0 are read."""
+    total: Tree = {}
+    for rows, read in workspace.gradients.blocks():
+        chosen = x.cpu()[rows].nonzero()[:, 0]
+        if len(chosen):
+            part = of(taken(read(), chosen), x[rows[chosen].to(x.device)])
+            total = {name: total[name].add_(leaf) for name, leaf in part.items()} if total else part
+    return total or tree.zeros_like(policy.params)
 
 
 def _names_by_place(batch: GeneratedBatch, place: Tensor) -> list[str]:
