@@ -3,7 +3,7 @@
     mean_entropy      (1/|response|) Σ_t H_t                            nats a token
     kl_divergence     Σ_t KL(π_θ(·|x_<t) ‖ π_ref(·|x_<t))               nats, over the response's positions
     log_odds          S(a) − S(b)                                       nats, of two responses
-    expected_reward   Σ_k p_k r_k,  p = softmax_k S(a_k)                the rewards' unit, over a finite set of answers
+    expected_reward   Σ_k p_k r_k,  p = softmax_k S(a_k)                the rewards' unit, over different answers
 
 Each has contributions of U as S has: ⟨∇f(e), P ∇S(u)⟩ · c w_u A_u.
 """
@@ -35,11 +35,11 @@ class Pair(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """A finite set of answers to each prompt.
+    """A finite set of answers to each prompt; one that is given several times is one of the set.
 
     Attributes:
         answers: k batches of n sequences: the k-th answer to every prompt.
-        rewards: [n k].
+        rewards: [n k]; of an answer that is given several times, the mean counts.
     """
 
     answers: tuple[Sequences, ...]
@@ -75,15 +75,19 @@ def mean_entropy(apply: LogitsFn, temperature: float = 1.0) -> Objective:
     return Objective(mean, H.check, "the mean entropy")
 
 
-def kl_divergence(apply: LogitsFn, reference: Tree, temperature: float = 1.0) -> Objective:
+def kl_divergence(
+    apply: LogitsFn, reference: Tree, temperature: float = 1.0, reference_apply: LogitsFn | None = None
+) -> Objective:
     """Make the divergence from a reference policy, along the response.
 
     Σ_{t in response} Σ_v π_θ(v) (log π_θ(v) − log π_ref(v))
 
     Args:
         apply: as in `mean_entropy`.
-        reference: the reference's parameters, {name: [*shape]}, of the same model.
+        reference: the reference's parameters, {name: [*shape]}: all of them, whichever ones the policy's `params` are.
         temperature: τ > 0, of both.
+        reference_apply: what the reference's parameters go into; None for `apply`, whose own constants then stand for
+            whatever `reference` leaves out.
 
     Returns:
         (params, Sequences[n t]) -> [n], nats.
@@ -99,13 +103,15 @@ def kl_divergence(apply: LogitsFn, reference: Tree, temperature: float = 1.0) ->
         tensor([0.])
     """
     S = sequence_logprob(apply, temperature)
-    return Objective(partial(_kl, apply, reference, temperature), S.check, "KL")
+    return Objective(partial(_kl, apply, reference_apply or apply, reference, temperature), S.check, "KL")
 
 
-def _kl(apply: LogitsFn, reference: Tree, temperature: float, params: Tree, batch: Sequences) -> Tensor:
+def _kl(
+    policy: LogitsFn, other: LogitsFn, reference: Tree, temperature: float, params: Tree, batch: Sequences
+) -> Tensor:
     log_p, log_q = (
         (apply(theta, batch.input_ids, batch.attention_mask)[:, :-1] / temperature).log_softmax(-1)
-        for theta in (params, reference)
+        for apply, theta in ((policy, params), (other, reference))
     )
     inside = log_p != -torch.inf
     gap = torch.where(inside, log_p - torch.where(inside, log_q, 0.0), 0.0)
@@ -149,7 +155,9 @@ def log_odds(apply: LogitsFn, temperature: float = 1.0) -> Objective:
 def expected_reward(apply: LogitsFn, temperature: float = 1.0) -> Objective:
     """Make the expected reward over a finite set of answers, in which the policy is certain to answer.
 
-    Σ_k p_k r_k,  p_k = exp S(a_k) / Σ_l exp S(a_l)
+    Σ_k p_k r_k,  p_k = exp S(a_k) / Σ_l exp S(a_l),  k and l over the answers that differ in a token
+
+    An answer that is given n_k times is one of the set: each time has p_k / n_k.
 
     Args:
         apply: as in `mean_entropy`.
@@ -173,6 +181,7 @@ def expected_reward(apply: LogitsFn, temperature: float = 1.0) -> Objective:
 
     def expectation(params: Tree, batch: Answers) -> Tensor:
         scores = torch.stack([bare(S)(params, answer) for answer in batch.answers], 1)
+        scores = scores - _times_given(batch.answers).to(scores).log()
         return (scores.softmax(1) * batch.rewards.to(scores)).sum(1)
 
     def check(batch: Answers) -> None:
@@ -185,3 +194,17 @@ def expected_reward(apply: LogitsFn, temperature: float = 1.0) -> Objective:
             S.check(answer)
 
     return Objective(expectation, check, "the expected reward")
+
+
+def _times_given(answers: tuple[Sequences, ...]) -> Tensor:
+    """Count how often each answer to a prompt is given, [n k]: 1 where it differs from all others in a token."""
+    width = max(answer.input_ids.shape[1] for answer in answers)
+
+    def told(answer: Sequences) -> Tensor:
+        """What makes two answers the same, [n 2 t]: the tokens, and which are the response; −1 in padding."""
+        both = torch.stack([answer.input_ids, answer.response_mask.to(answer.input_ids)], 1)
+        shown = both.masked_fill(~answer.attention_mask[:, None].bool(), -1)
+        return torch.nn.functional.pad(shown, (0, width - shown.shape[-1]), value=-1)
+
+    given = torch.stack([told(answer) for answer in answers], 1)
+    return (given[:, :, None] == given[:, None]).flatten(3).all(3).sum(2)

@@ -3,7 +3,7 @@
 from fkernel.precond.adam import AdamWStep, adam, adamw_response, adamw_step, gradient_rates
 from fkernel.precond.alternatives import alternatives
 from fkernel.precond.clipping import clip_factor
-from fkernel.precond.linearized import Update, linearized, partition
+from fkernel.precond.linearized import Update, broyden, linearized, partition, secant
 from fkernel.precond.state import AdamWState, adamw_init
 from fkernel.precond.transform import Diagonal, Preconditioner, chain, diagonal, identity, select
 
@@ -18,6 +18,7 @@ __all__ = [
     "adamw_response",
     "adamw_step",
     "alternatives",
+    "broyden",
     "chain",
     "clip_factor",
     "diagonal",
@@ -25,5 +26,6 @@ __all__ = [
     "identity",
     "linearized",
     "partition",
+    "secant",
     "select",
 ]

@@ -3,14 +3,18 @@
     identity     lr (1−β1)/bc1
     frozen       lr (1−β1)/bc1 · 1/(√v̂+ε), v̂ stored       coordinates that were never seen are left out
     post-step    lr (1−β1)/bc1 · 1/(√v̂'+ε)                 P_step: what AdamW does
-    adamw        −∂Δθ/∂g of AdamW as a whole               v' moves with g, too
-    rmsprop, adafactor, lion, muon                         −∂Δθ/∂g of theirs (`fkernel.precond.updates`)
+    adamw, rmsprop, lion   −(F(g) − F(0))/g                coordinate by coordinate: `fkernel.precond.secant`
+    adafactor, muon        −∂F/∂g, made to meet the move   `fkernel.precond.broyden`
 
-Every one has AdamW's learning rates, which may differ between parameters.
+F(g) is the step on g. Applied to the ascent −g, each of the last five gives F(g) − F(0), the move that its optimizer
+makes of g: the derivative along g would not do, since it is 0 for an optimizer that does not see the scale of g.
+
+Every one has AdamW's learning rates, which may differ between parameters; RMSprop has its β2 and ε, too, and Adafactor
+its number of steps. Lion's β1 and Muon's μ are their own usual ones.
 
 Another optimizer's state is not in AdamW's checkpoint; it is made of what is there: v̂ for a second moment (its means
-over rows and columns for Adafactor), m for a momentum. Lion's sign has no derivative to speak of and is smoothed at the
-width of what it is taken of. Muon moves matrices, as far as AdamW would, and AdamW the rest, as trainings with it do.
+over rows and columns for Adafactor), m for a momentum. Muon moves matrices, as far as AdamW would, and AdamW the rest,
+as trainings with it do.
 
 Source: J. Liu et al., "Muon is scalable for LLM training" (2025), for the size of Muon's moves beside AdamW's.
 """
@@ -19,10 +23,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from fkernel import tree
 from fkernel.errors import OptimizerStateError
 from fkernel.precond.adam import adam, adamw_response, gradient_rates
-from fkernel.precond.linearized import linearized, partition
+from fkernel.precond.linearized import broyden, partition, secant
 from fkernel.precond.state import AdamWState, check_covers
 from fkernel.precond.transform import Diagonal, Preconditioner, diagonal, identity
 from fkernel.precond.updates import (
@@ -61,7 +64,7 @@ def alternatives(
         {name: P}, in the order of `which`.
 
     Raises:
-        OptimizerStateError: a name is not known, or "frozen" is asked for before the first step.
+        OptimizerStateError: a name is not known, "frozen" is asked for before the first step, or a move is not finite.
         TreeError: the trees are about other parameters.
 
     Example:
@@ -79,10 +82,10 @@ def alternatives(
         "identity": lambda: _rated(identity(), rates),
         "frozen": lambda: _rated(adam(state, None, "zero"), rates),
         "post-step": lambda: adamw_response(state, {**grads}),
-        "adamw": lambda: linearized(adamw, grads, state),
-        "rmsprop": lambda: _rated(linearized(rmsprop, grads, _rmsprop(state)), state.lr),
-        "adafactor": lambda: _rated(linearized(adafactor, grads, _adafactor(params, state)), state.lr),
-        "lion": lambda: _rated(linearized(lion, grads, _lion(grads, state)), state.lr),
+        "adamw": lambda: secant(adamw, grads, state),
+        "rmsprop": lambda: _rated(secant(rmsprop, grads, _rmsprop(state)), state.lr),
+        "adafactor": lambda: _rated(broyden(adafactor, grads, _adafactor(params, state)), state.lr),
+        "lion": lambda: _rated(secant(lion, grads, LionState(state.exp_avg, lr=1.0)), state.lr),
         "muon": lambda: _muon(grads, state, matrices),
     }
     if unknown := [name for name in which if name not in made]:
@@ -102,8 +105,7 @@ def _v_hat(state: AdamWState) -> Tree:
 
 
 def _rmsprop(state: AdamWState) -> RMSpropState:
-    first = state.names[0]
-    return RMSpropState(_v_hat(state), lr=1.0, alpha=state.beta2[first], eps=state.eps[first])
+    return RMSpropState(_v_hat(state), lr=1.0, alpha=state.beta2, eps=state.eps)
 
 
 def _adafactor(params: Tree, state: AdamWState) -> AdafactorState:
@@ -114,14 +116,8 @@ def _adafactor(params: Tree, state: AdamWState) -> AdafactorState:
         col_var={name: leaf.mean(-2, keepdim=True) for name, leaf in v.items() if name not in flat},
         variance={name: v[name] for name in flat},
         scale={name: float(leaf.square().mean().sqrt()) for name, leaf in params.items()},
-        step=max(state.step.values()),
+        step=state.step,
     )
-
-
-def _lion(grads: Tree, state: AdamWState) -> LionState:
-    blend = tree.add(tree.scale(0.9, state.exp_avg), tree.scale(0.1, grads))
-    width = float(tree.norm(blend)) / tree.size(blend) ** 0.5
-    return LionState(state.exp_avg, lr=1.0, beta1=0.9, width=width)
 
 
 def _muon(grads: Tree, state: AdamWState, matrices: Collection[str] | None) -> Preconditioner:
@@ -131,7 +127,7 @@ def _muon(grads: Tree, state: AdamWState, matrices: Collection[str] | None) -> P
     for name in chosen:
         o, i = grads[name].shape
         lr = state.lr[name] * 0.2 * max(o, i) ** 0.5 / max(1.0, o / i) ** 0.5
-        parts[(name,)] = linearized(muon, {name: grads[name]}, MuonState({name: state.exp_avg[name]}, lr=lr))
+        parts[(name,)] = broyden(muon, {name: grads[name]}, MuonState({name: state.exp_avg[name]}, lr=lr))
     if rest := tuple(name for name in grads if name not in chosen):
         response = adamw_response(state, {**grads})
         assert isinstance(response, Diagonal)

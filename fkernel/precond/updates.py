@@ -1,12 +1,15 @@
-"""Optimizers as pure functions of the gradient, (g, state) → Δθ, for `linearized` to differentiate.
+"""Optimizers as pure functions of the gradient, F: (g, state) → Δθ, for `secant`, `broyden` and `linearized`.
 
     adamw        Δθ = −lr (β1 m + (1−β1) g)/bc1 / (√(v'/bc2)+ε)      v' = β2 v + (1−β2) g²
     rmsprop      Δθ = −lr g / (√v' + ε)                              v' = α v + (1−α) g²
     adafactor    Δθ = −α g / √V' / max(1, RMS(g/√V')/d)              V' = r' c'ᵀ / mean(r'), a product of two vectors
     lion         Δθ = −lr s(β1 m + (1−β1) g)                         s = sign, or x/√(x²+w²) of width w
-    muon         Δθ = −lr κ NS(g + μ b')                             b' = μ b + (1−μ) g, NS: Newton-Schulz
+    muon         Δθ = −lr κ NS((1−μ) g + μ b')                       b' = μ b + (1−μ) g,  κ = √max(1, o/i)
+                                                                     NS(b') without Nesterov; NS: Newton-Schulz
 
-Decoupled weight decay does not depend on g and is left out. Each is what `torch.optim` executes (Lion is not in it).
+Decoupled weight decay does not depend on g and is left out. Each is what `torch.optim` executes (Lion is not in it);
+what torch's documentation of Muon says, g + μ b' with b' = μ b + g, is not. Where v' = 0, which is a coordinate that
+never had a gradient, √v' is differentiated as the constant that it is for a gradient that stays 0.
 
 Source: D. P. Kingma & J. Ba (2015); T. Tieleman & G. Hinton (2012); N. Shazeer & M. Stern, "Adafactor" (2018); X. Chen
 et al., "Symbolic discovery of optimization algorithms" (2023); K. Jordan et al., "Muon" (2024).
@@ -14,6 +17,7 @@ et al., "Symbolic discovery of optimization algorithms" (2023); K. Jordan et al.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +25,9 @@ import torch
 from fkernel.errors import OptimizerStateError
 from fkernel.precond.state import AdamWState
 from fkernel.shapes import Tensor, Tree
+
+Rate = float | Mapping[str, float]
+"""One number for all parameters, or {name: number}, as parameter groups have it."""
 
 
 def adamw(grads: Tree, state: AdamWState) -> Tree:
@@ -40,7 +47,7 @@ def adamw(grads: Tree, state: AdamWState) -> Tree:
         t, beta1, beta2 = state.step[name] + 1, state.beta1[name], state.beta2[name]
         m = beta1 * state.exp_avg[name] + (1 - beta1) * g
         v = beta2 * state.exp_avg_sq[name] + (1 - beta2) * g * g
-        root = (v / (1 - beta2**t)).sqrt() + state.eps[name]
+        root = _root(v / (1 - beta2**t)) + state.eps[name]
         moved[name] = -state.lr[name] * m / (1 - beta1**t) / root
     return moved
 
@@ -51,15 +58,15 @@ class RMSpropState:
 
     Attributes:
         square_avg: v, {name: [*shape]}.
-        lr: learning rate.
+        lr: learning rate; one number, or {name: number}, as the next two.
         alpha: decay of v.
         eps: ε.
     """
 
     square_avg: Tree
-    lr: float = 1e-2
-    alpha: float = 0.99
-    eps: float = 1e-8
+    lr: Rate = 1e-2
+    alpha: Rate = 0.99
+    eps: Rate = 1e-8
 
 
 def rmsprop(grads: Tree, state: RMSpropState) -> Tree:
@@ -73,10 +80,12 @@ def rmsprop(grads: Tree, state: RMSpropState) -> Tree:
         >>> rmsprop({"w": torch.tensor([2.0])}, RMSpropState({"w": torch.tensor([4.0])}, lr=1.0, alpha=0.5, eps=0.0))
         {'w': tensor([-1.])}
     """
-    return {
-        name: -state.lr * g / ((state.alpha * state.square_avg[name] + (1 - state.alpha) * g * g).sqrt() + state.eps)
-        for name, g in grads.items()
-    }
+    moved: Tree = {}
+    for name, g in grads.items():
+        alpha = _of(state.alpha, name)
+        root = _root(alpha * state.square_avg[name] + (1 - alpha) * g * g) + _of(state.eps, name)
+        moved[name] = -_of(state.lr, name) * g / root
+    return moved
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +97,7 @@ class AdafactorState:
         col_var: {name: [*shape[:-2], 1, shape[-1]]} of the same.
         variance: {name: [d]} of vectors.
         scale: {name: RMS(θ)}, what a relative step is relative to.
-        step: steps taken.
+        step: steps taken; one number, or {name: number}.
         lr: largest relative step.
         beta2_decay: exponent of the decay, 1 − t^beta2_decay.
         eps1: least root of the second moment; None: the dtype's ε.
@@ -100,7 +109,7 @@ class AdafactorState:
     col_var: Tree
     variance: Tree
     scale: dict[str, float]
-    step: int = 0
+    step: int | Mapping[str, int] = 0
     lr: float = 1e-2
     beta2_decay: float = -0.8
     eps1: float | None = None
@@ -120,10 +129,10 @@ def adafactor(grads: Tree, state: AdafactorState) -> Tree:
         >>> adafactor({"w": torch.tensor([4.0])}, state)
         {'w': tensor([-0.5000])}
     """
-    t = state.step + 1
-    share, rate = t**state.beta2_decay, min(state.lr, t**-0.5)
     moved: Tree = {}
     for name, g in grads.items():
+        t = _of(state.step, name) + 1
+        share, rate = t**state.beta2_decay, min(state.lr, t**-0.5)
         eps1 = torch.finfo(g.dtype).eps if state.eps1 is None else state.eps1
         if g.ndim > 1:
             rows = torch.lerp(state.row_var[name], g.square().mean(-1, keepdim=True), share)
@@ -132,7 +141,7 @@ def adafactor(grads: Tree, state: AdafactorState) -> Tree:
         else:
             v = torch.lerp(state.variance[name], g * g, share)
         update = g * v.clamp(min=eps1 * eps1).rsqrt()
-        size = update.square().mean().sqrt() / state.d
+        size = _root(update.square().mean()) / state.d
         moved[name] = -max(state.eps2, state.scale[name]) * rate * update / size.clamp(min=1.0)
     return moved
 
@@ -228,8 +237,19 @@ def _orthogonal(x: Tensor, state: MuonState) -> Tensor:
     a, b, c = state.coefficients
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
-    x = x / x.norm().clamp(min=state.eps)
+    x = x / _root(x.square().sum()).clamp(min=state.eps)
     for _ in range(state.steps):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.T if tall else x
+
+
+def _of(rate: Rate, name: str) -> float:
+    """Give a parameter's own number."""
+    return rate[name] if isinstance(rate, Mapping) else rate
+
+
+def _root(v: Tensor) -> Tensor:
+    """√v, with derivative 0 where v is 0: there its own is infinite, times that of v, which is 0."""
+    dark = v == 0
+    return torch.where(dark, 0.0, torch.where(dark, 1.0, v).sqrt())

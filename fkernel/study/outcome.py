@@ -13,7 +13,7 @@ from fkernel.kernel import Calibration, calibrate
 from fkernel.rollout import SequenceRecord
 from fkernel.study.diagnostics import cosines
 
-EFFECTS = ("penalty", "momentum", "decay", "curvature", "realised")
+EFFECTS = ("penalty", "momentum", "decay", "curvature", "realised", "unselected")
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,10 @@ class RequestResult:
         momentum: [n_E] nats; None where there is no optimizer state or P is bare, as the next three.
         decay: [n_E] nats.
         curvature: [n_E] nats, ½ ΔθᵀH_eΔθ; None also where it was not asked for.
-        realised: [n_E] nats, S after the step minus S before; None also where it was not asked for, or where other
-            advantages than the step's were.
+        realised: [n_E] nats, S of the whole model after the step minus S before; None also where it was not asked for,
+            or where other advantages than the step's were.
+        unselected: [n_E] nats, the part of `realised` that parameters did which the plan does not select, after the
+            selected ones had moved; None where there are none, or `step.after` is not given. No prediction is about it.
         squared_norms: [n_E] ‖∇S_e‖²; None where only the influence was asked for, as all that follows.
         diagonal: [n_E] K_ee.
         update_diagonal: [n_U] K_uu.
@@ -143,6 +145,7 @@ class RequestResult:
     decay: np.ndarray | None = None
     curvature: np.ndarray | None = None
     realised: np.ndarray | None = None
+    unselected: np.ndarray | None = None
     squared_norms: np.ndarray | None = None
     diagonal: np.ndarray | None = None
     update_diagonal: np.ndarray | None = None

@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from fkernel.shapes import Tree
 from fkernel.study.losses import as_it_came, asked_of_loss
 from fkernel.study.plan import FisherKernelPlan
 from fkernel.study.response import restricted
-from fkernel.study.rows import Policy
+from fkernel.study.rows import Policy, Unselected
 from fkernel.study.workspace import identity_of_batch
 
 
@@ -42,17 +43,41 @@ def policy_of(plan: FisherKernelPlan, loaded: Checkpoint, temperature: float) ->
     # What a step does to E is told by the derivative; what U gave the optimizer is what training took for one.
     true, trained = replace(apply, padding_idx=None), func.as_trained(apply)
     S, columns = (func.sequence_logprob(each, temperature) for each in (true, trained))
-    return Policy(S, params, state, None, true, temperature, loaded.tokenizer, trained, columns, apply.padding_idx)
+    rest, row = cache(partial(unselected_of, plan, loaded.model, params)), apply.padding_idx
+    return Policy(S, params, state, None, true, temperature, loaded.tokenizer, trained, columns, row, rest)
 
 
 def after_of(plan: FisherKernelPlan, params: Tree) -> Tree | None:
-    """Load θ after the step, where it was really taken.
+    """Load the selected parameters after the step, where it was really taken.
 
     Raises:
         PlanError: it is another model's.
     """
-    if plan.step.after is None:
-        return None
+    return None if plan.step.after is None else _later(plan, params)
+
+
+def unselected_of(plan: FisherKernelPlan, model: Any, params: Tree) -> Unselected:
+    """Find the parameters that the plan does not select and that the step moved, where it was really taken.
+
+    Args:
+        plan: the plan.
+        model: its checkpoint's.
+        params: those that are selected.
+
+    Raises:
+        PlanError: step.after is another model's.
+    """
+    rest = {name: leaf.detach() for name, leaf in model.named_parameters() if name not in params}
+    if plan.step.after is None or plan.parameters is None or not rest:
+        return Unselected({}, {})
+    after = _later(plan, rest)
+    moved = [name for name, leaf in rest.items() if not torch.equal(leaf, after[name].to(leaf))]
+    return Unselected(*({name: whole[name] for name in moved} for whole in (rest, after)))
+
+
+def _later(plan: FisherKernelPlan, params: Tree) -> Tree:
+    """Load some parameters after the step."""
+    assert plan.step.after is not None
     later = plan.step.after.load(getattr(torch, plan.numerics.dtype)).model.to(plan.numerics.device)
     named = {name: leaf.detach() for name, leaf in later.named_parameters()}
     if missing := sorted(set(params) - set(named)):

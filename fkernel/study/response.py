@@ -13,6 +13,7 @@ what really happens.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import fields
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ import torch
 from fkernel import precond, tree
 from fkernel.errors import OptimizerStateError
 from fkernel.precond import AdamWState, AdamWStep, Diagonal
+from fkernel.precond.adam import Grads
 from fkernel.shapes import Tree
 from fkernel.study.plan import PreconditionerPlan, StepPlan
 
@@ -42,7 +44,12 @@ class Response(NamedTuple):
 
 
 def response(
-    plan: PreconditionerPlan, step: StepPlan, params: Tree, state: AdamWState | None, ascent: Tree
+    plan: PreconditionerPlan,
+    step: StepPlan,
+    params: Tree,
+    state: AdamWState | None,
+    ascent: Tree,
+    unused: Collection[str] = (),
 ) -> Response:
     """Make P and the step.
 
@@ -52,6 +59,7 @@ def response(
         params: θ.
         state: AdamW's before the step, or None where the checkpoint has none.
         ascent: J_Uᵀ(w A) = −∇L, {name: [*shape]}.
+        unused: parameters that the loss never uses: the optimizer leaves them alone, momentum and decay included.
 
     Raises:
         OptimizerStateError: what is asked for needs a state, or the state does not allow it.
@@ -69,12 +77,12 @@ def response(
         )
     norm = float(tree.norm(ascent))
     clip = precond.clip_factor(ascent, step.max_norm) if step.clip is None else step.clip
-    g = {**tree.scale(-clip, ascent)}
-    moved = None if state is None else precond.adamw_step(params, {**g}, state)
+    g: Grads = {**tree.scale(-clip, ascent), **dict.fromkeys(unused)}
+    moved = None if state is None else precond.adamw_step(params, g, state)
     return Response(_preconditioner(plan, params, state, g), moved, clip, norm)
 
 
-def _preconditioner(plan: PreconditionerPlan, params: Tree, state: AdamWState | None, g: Tree) -> Diagonal:
+def _preconditioner(plan: PreconditionerPlan, params: Tree, state: AdamWState | None, g: Grads) -> Diagonal:
     if plan.form == "identity":
         if not plan.calibrated:
             return precond.identity()
@@ -83,12 +91,12 @@ def _preconditioner(plan: PreconditionerPlan, params: Tree, state: AdamWState | 
         return precond.diagonal({name: torch.full_like(leaf, rates[name]) for name, leaf in params.items()})
     assert state is not None
     usual = "eps" if plan.form == "post-step" else "error"
-    D = precond.adam(state, {**g} if plan.form == "post-step" else None, plan.unseen or usual)
+    D = precond.adam(state, g if plan.form == "post-step" else None, plan.unseen or usual)
     assert isinstance(D, Diagonal)
     assert D.d is not None
     if not plan.calibrated:
         return D
-    rates = precond.gradient_rates(state)
+    rates = {name: 0.0 if g[name] is None else rate for name, rate in precond.gradient_rates(state).items()}
     return precond.diagonal({name: rates[name] * leaf for name, leaf in D.d.items()})
 
 

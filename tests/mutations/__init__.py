@@ -4,8 +4,15 @@ QUICK ones are tried whenever tests run. SLOW ones, whose tests make whole studi
 `make mutants`, and the first of each kind always, so that they cannot rot.
 """
 
-from tests.mutations import analysis, loss_plan, losses, report, study, trl
+from tests.mutations import analysis, checkpoint, loss_plan, losses, preconditioners, report, rollout, study, trl
 
-QUICK = [*study.MUTATIONS, *analysis.MUTATIONS, *losses.MUTATIONS]
-SLOW = [report.MUTATIONS, loss_plan.MUTATIONS, trl.MUTATIONS]
+QUICK = [
+    *study.MUTATIONS,
+    *analysis.MUTATIONS,
+    *losses.MUTATIONS,
+    *preconditioners.MUTATIONS,
+    *rollout.MUTATIONS,
+    *checkpoint.MUTATIONS,
+]
+SLOW = [report.MUTATIONS, loss_plan.MUTATIONS, trl.MUTATIONS, preconditioners.STUDIES]
 ALL = [*QUICK, *(mutation for kind in SLOW for mutation in kind)]

@@ -1,9 +1,19 @@
-"""All analyses of one request, in two halves: those that take rows as they come, and those that follow."""
+"""All analyses of one request, in two halves: those that take rows as they come, and those that follow.
+
+One that fails is left out, with its reason and a warning, and the others are answered. What a plan names and is not
+there is an error all the same.
+"""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
+import torch
+
+from fkernel.errors import FKernelError, NonFiniteError, PlanError, RolloutError
 from fkernel.study.analyses.covariates import covariates_of
 from fkernel.study.analyses.effects import counterfactual_of, ledger_of, preconditioners_of, sweep_of, weights_of
 from fkernel.study.analyses.observables import observable_of
@@ -13,6 +23,11 @@ from fkernel.study.analyses.takers import FloorTaker, PartsTaker, UncertaintyTak
 from fkernel.study.analyses.tokens import tokens_found
 from fkernel.study.outcome import Finding
 from fkernel.study.rows import Rows
+
+FAILURES = (FKernelError, ArithmeticError, torch.linalg.LinAlgError, np.linalg.LinAlgError)  # pyright: ignore
+"""What may go wrong in one analysis and is no reason to lose the others."""
+MISTAKES = (PlanError, RolloutError)
+"""What is wrong with the plan: an id, a rule or a function that is not there."""
 
 
 class Accounts:
@@ -26,12 +41,14 @@ class Accounts:
         self.floor = FloorTaker(at) if asked.ledger else None
         self.parts = PartsTaker(at) if asked.parts else None
         self.sure = UncertaintyTaker(at, asked.uncertainty) if asked.uncertainty else None
+        self.failed: dict[str, Finding] = {}
 
     def add(self, rows: Rows) -> None:
-        """Take some rows of K."""
-        for taker in (self.floor, self.parts, self.sure):
-            if taker is not None:
-                taker.add(rows)
+        """Take some rows of K; what fails takes no more of them."""
+        for name, taker in (("ledger", self.floor), ("parts", self.parts), ("uncertainty", self.sure)):
+            if taker is not None and name not in self.failed:
+                _, lost = self._tried(name, lambda taker=taker: taker.add(rows))
+                self.failed |= {} if lost is None else {name: lost}
 
     def findings(self) -> dict[str, Finding]:
         """Make everything that was asked; what lacks something says what."""
@@ -54,11 +71,28 @@ class Accounts:
             made["uncertainty"] = self.sure.finding
         if asked.covariates:
             made["covariates"] = lambda: covariates_of(at)
-        return {name: _or_left_out(make) for name, make in made.items()}
+        return {name: self.failed.get(name) or self._finding(name, make) for name, make in made.items()}
 
+    def _finding(self, name: str, make: Callable[[], Finding]) -> Finding:
+        """Make one finding, or say why there is none."""
+        found, lost = self._tried(name, make)
+        return lost or found
 
-def _or_left_out(make: Callable[[], Finding]) -> Finding:
-    try:
-        return make()
-    except Lacking as why:
-        return left_out(why)
+    def _tried(self, name: str, do: Callable[[], Any]) -> tuple[Any, Finding | None]:
+        """Do a part of one analysis: (what it gives, None), or (None, why the analysis is left out)."""
+        try:
+            return do(), None
+        except Lacking as why:
+            return None, left_out(why)
+        except MISTAKES:
+            raise
+        except FAILURES as error:
+            why = f"it failed: {self._told(name, error)}"
+            warnings.warn(f"{name} is left out of the request's analyses; {why}", stacklevel=2)
+            return None, left_out(Lacking(why))
+
+    def _told(self, name: str, error: Exception) -> str:
+        """What an error says, with the id of the sequence that it names by its row; observables have their own."""
+        if isinstance(error, NonFiniteError) and error.row is not None and not name.startswith("observables."):
+            return f"{self.at.batch.ids[error.row]}: {error}"
+        return str(error) or type(error).__name__

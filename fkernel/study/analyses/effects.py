@@ -17,8 +17,14 @@ from fkernel.study.workspace import KernelWorkspace, selected
 
 
 def ledger_of(at: Situation, floor: Tensor) -> Finding:
-    """Make the ledger of every sequence; facts are of the whole request. A penalty is clipped with the batch's part."""
+    """Make the ledger of every sequence; facts are of the whole request. A penalty is clipped with the batch's part.
+
+    What parameters did that are not selected is a line of its own, and errors are of what the selected ones did.
+    """
     parts = {name: at.effect(name).double().cpu() for name in ("momentum", "decay", "curvature", "realised")}
+    rest = {name: at.found[name].double().cpu() for name in ("unselected",) if name in at.found}
+    whole = parts["realised"]
+    parts["realised"] = whole - sum(rest.values())
     batch = at.found["batch"].double().cpu()
     if "penalty" in at.found:
         batch = batch + at.found["penalty"].to(batch)
@@ -30,7 +36,8 @@ def ledger_of(at: Situation, floor: Tensor) -> Finding:
         "second_order_error": float(found.remainder.norm()) / size,
         "floor": float(found.floor.norm()) / size,
     }
-    return Finding({name: getattr(found, name).numpy() for name in Ledger._fields}, _finite(facts))
+    lines = {name: getattr(found, name) for name in Ledger._fields} | rest | {"realised": whole}
+    return Finding({name: values.numpy() for name, values in lines.items()}, _finite(facts))
 
 
 def sweep_of(at: Situation, asked: SweepPlan) -> Finding:
@@ -100,6 +107,7 @@ def preconditioners_of(at: Situation, names: Collection[str]) -> Finding:
     P = precond.alternatives(p.params, at.gradient, p.state, matrices, names)
     ascent = tree.scale(-1.0, at.gradient)
     others = func.jvp(p.f, at.grant.microbatch)(p.params, at.E, tree.add(step.momentum, step.decay))
+    others = others + at.found.get("unselected", 0.0)
     found = compare(p.f, p.params, at.E, ascent, P, realised, others, microbatch=at.grant.microbatch)
     table = {
         name: _finite({"realised": one.realised, "of_batch": one.of_batch, "rank": one.rank})

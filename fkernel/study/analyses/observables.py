@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,7 +11,6 @@ import torch
 from fkernel import func
 from fkernel.errors import PlanError, RolloutError, listing
 from fkernel.func.batch import take
-from fkernel.kernel import realised_change
 from fkernel.kernel.sides import check_sides
 from fkernel.rollout.rewards import dotted
 from fkernel.shapes import Tensor, Tree
@@ -60,7 +60,7 @@ def observable_of(at: Situation, asked: ObservablePlan, strict: bool) -> Finding
         if at.capture.curvature:
             found["curvature"] = 0.5 * func.curvature(f, m)(p.params, E, at.taken.total)
         if at.capture.realised:
-            found["realised"] = realised_change(f, p.params, at.after, E, microbatch=m)
+            found |= at.realised(f, E)
     return Finding({name: value.cpu().numpy() for name, value in found.items()}, {"kind": asked.kind, "rows": rows})
 
 
@@ -70,7 +70,8 @@ def _made(at: Situation, asked: ObservablePlan, strict: bool) -> Observable:
         case "entropy":
             return Observable(func.mean_entropy(apply, temperature), at.E, ids)
         case "kl":
-            return Observable(func.kl_divergence(apply, _reference(at, asked), temperature), at.E, ids)
+            reference, params = _reference(at, asked)
+            return Observable(func.kl_divergence(apply, params, temperature, reference), at.E, ids)
         case "function":
             make = dotted(str(asked.function), OBSERVABLE)
             return Observable(make(apply, temperature), at.E, ids)
@@ -80,14 +81,15 @@ def _made(at: Situation, asked: ObservablePlan, strict: bool) -> Observable:
             return _rewards(at)
 
 
-def _reference(at: Situation, asked: ObservablePlan) -> Tree:
+def _reference(at: Situation, asked: ObservablePlan) -> tuple[func.Apply, Tree]:
+    """The whole reference, whichever of its parameters the plan selects in the policy."""
     assert asked.reference is not None
     leaf = next(iter(at.policy.params.values()))
     model = asked.reference.load(leaf.dtype).model.to(leaf.device)
-    named = {name: value.detach() for name, value in model.named_parameters()}
+    reference, named = func.make_functional(model, select=lambda name: True)
     if missing := sorted({*at.policy.params} - {*named}):
         raise PlanError(f"observables: {asked.reference.path} has no {missing[0]!r}; is it the same model's?")
-    return {name: named[name] for name in at.policy.params}
+    return replace(reference, padding_idx=None), named
 
 
 def _odds(at: Situation, asked: ObservablePlan, strict: bool) -> Observable:
@@ -104,7 +106,10 @@ def _odds(at: Situation, asked: ObservablePlan, strict: bool) -> Observable:
 
 
 def _rewards(at: Situation) -> Observable:
-    """The completions of a prompt are its answers; every prompt has as many."""
+    """The different completions of a prompt are its answers; every prompt has as many completions.
+
+    Completions of one text are one answer, as it was first written: it is the text that is read and rewarded.
+    """
     prompts: dict[str, list[int]] = {}
     for i, record in enumerate(at.batch):
         prompts.setdefault(record.provenance.global_prompt_id, []).append(i)
@@ -115,7 +120,9 @@ def _rewards(at: Situation) -> Observable:
         rewards = at.batch.rewards
     except RolloutError as error:
         raise Lacking(str(error)) from None
-    table = torch.tensor([*prompts.values()])
+    different = [[*{at.batch.records[i].response: i for i in reversed(rows)}.values()] for rows in prompts.values()]
+    most = max(map(len, different))
+    table = torch.tensor([rows + rows[:1] * (most - len(rows)) for rows in different])  # a repetition counts once
     answers = tuple(take(at.E, table[:, k]) for k in range(table.shape[1]))
     f = func.expected_reward(at.policy.apply, at.policy.temperature)
     return Observable(f, func.Answers(answers, rewards[table].to(at.before)), [*prompts])

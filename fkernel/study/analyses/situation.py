@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from fkernel import func, tree
+from fkernel.kernel import realised_change
 from fkernel.precond import AdamWStep
 from fkernel.rollout.batch import GeneratedBatch
 from fkernel.shapes import Tensor, Tree
@@ -74,8 +75,23 @@ class Situation:
 
     @cached_property
     def after(self) -> Tree:
-        """θ after the step: where it was really taken, or as it is executed here."""
+        """The selected parameters after the step: where it was really taken, or as it is executed here."""
         return self.policy.after or tree.add(self.policy.params, self.step.total)
+
+    def realised(self, f: Any, E: Any) -> dict[str, Tensor]:
+        """Measure what the step really did to any f: the change of the whole model, and what of it was not selected.
+
+        realised = f(θ', φ') − f(θ, φ),  unselected = f(θ', φ') − f(θ', φ);  θ: selected parameters, φ: the others
+
+        Returns:
+            {"realised": [n]}, and {"unselected": [n]} where parameters moved that the plan does not select.
+        """
+        m, rest = self.grant.microbatch, self.policy.unselected()
+        own = realised_change(f, self.policy.params, self.after, E, microbatch=m)
+        if not rest.after:
+            return {"realised": own}
+        others = realised_change(f, {**self.after, **rest.before}, {**self.after, **rest.after}, E, microbatch=m)
+        return {"realised": own + others, "unselected": others}
 
     @cached_property
     def before(self) -> Tensor:

@@ -1,0 +1,150 @@
+"""Other optimizers' moves, sets of answers, what is not selected, and what training leaves alone."""
+
+from tests.mutants import Mutation
+
+MOVES, ANSWERS, UNUSED, SELECTED, COMPARED = (
+    f"tests/{name}.py"
+    for name in ("test_moves", "test_answers", "test_unused", "study/test_selected", "analysis/test_comparison")
+)
+MUTATIONS = [
+    Mutation(
+        "a move that momentum makes without any gradient",
+        f"{MOVES}::test_what_sequences_did_adds_up_to_torchs_own_move",
+        "precond/linearized.py", "tree.add(update(tree.zeros_like(grads), state), tree.scale(",
+        "tree.add(tree.zeros_like(grads), tree.scale(",
+    ),
+    Mutation(
+        "no derivative where there is no gradient",
+        f"{MOVES}::test_a_coordinate_without_gradient_has_the_derivative",
+        "precond/linearized.py", "torch.where(small[name], slope[name], leaf)",
+        "torch.where(small[name], leaf, leaf)",
+    ),
+    Mutation(
+        "a derivative in place of the move",
+        f"{MOVES}::test_adafactors_whole_move_is_met_and_its_derivative_is_kept_beside_it",
+        "precond/linearized.py", "leaf + _along(grads[name], x[name]) * gap[name]",
+        "leaf",
+    ),
+    Mutation(
+        "rows that share a correction",
+        f"{MOVES}::test_adafactors_whole_move_is_met_and_its_derivative_is_kept_beside_it",
+        "precond/linearized.py", "share = (unit * x).sum(own, keepdim=True)",
+        "share = (unit * x).sum()",
+    ),
+    Mutation(
+        "the root of a second moment that is 0, differentiated",
+        f"{MOVES}::test_a_coordinate_that_was_never_seen_has_what_the_optimizer_would_do",
+        "precond/updates.py", "dark = v == 0",
+        "dark = v < 0",
+    ),
+    Mutation(
+        "Muon as torch's documentation has it",
+        f"{MOVES}::test_muon_is_torchs_to_the_last_digits_where_torch_is_let_compute_in_float64",
+        "precond/updates.py", "torch.lerp(g, b, state.momentum) if",
+        "g + state.momentum * b if",
+    ),
+    Mutation(
+        "the first parameter's epsilon for all",
+        f"{MOVES}::test_each_parameter_has_its_own_rates",
+        "precond/alternatives.py", "eps=state.eps)",
+        "eps=state.eps[state.names[0]])",
+    ),
+    Mutation(
+        "the oldest parameter's steps for all",
+        f"{MOVES}::test_each_parameter_has_its_own_rates",
+        "precond/alternatives.py", "step=state.step,",
+        "step=max(state.step.values()),",
+    ),
+    Mutation(
+        "AdamW told by its derivative",
+        f"{COMPARED}::test_at_the_first_step_each_optimizer_is_told_by_its_move",
+        "precond/alternatives.py", "secant(adamw, grads, state)",
+        "__import__('fkernel').precond.linearized(adamw, grads, state)",
+    ),
+    Mutation(
+        "a correlation of rounding",
+        f"{COMPARED}::test_an_influence_of_rounding_is_held_against_nothing",
+        "analysis/comparison.py", "> ROUNDINGS * float(rounding",
+        "> 0 * float(rounding",
+    ),
+    Mutation(
+        "an answer that counts as often as it is given",
+        f"{ANSWERS}::test_a_repeated_answer_counts_once",
+        "func/observables.py", "_times_given(batch.answers).to(scores).log()",
+        "0 * _times_given(batch.answers)",
+    ),
+    Mutation(
+        "answers told apart by their padding",
+        f"{ANSWERS}::test_a_repeated_answer_counts_once",
+        "func/observables.py", "both.masked_fill(~answer.attention_mask[:, None].bool(), -1)",
+        "both",
+    ),
+    Mutation(
+        "answers told by their tokens alone",
+        f"{ANSWERS}::test_what_belongs_to_the_prompt_makes_another_answer",
+        "func/observables.py", "answer.response_mask.to(answer.input_ids)], 1)",
+        "answer.input_ids], 1)",
+    ),
+    Mutation(
+        "a parameter that is never used, moved all the same",
+        f"{UNUSED}::test_a_step_leaves_alone_what_torch_leaves_alone",
+        "kernel/step.py", "**dict.fromkeys(unused_parameters(f, params, U))",
+        "",
+    ),
+    Mutation(
+        "an expert that no token chose, left alone",
+        f"{UNUSED}::test_a_step_leaves_alone_what_torch_leaves_alone",
+        "func/unused.py", "if g is None)",
+        "if g is None or not g.all())",
+    ),
+    Mutation(
+        "a study that moves what the loss never uses",
+        f"{SELECTED}::test_the_response_of_an_unused_parameter_is_none_at_all",
+        "study/response.py", "**dict.fromkeys(unused)",
+        "",
+    ),
+]  # fmt: skip
+STUDIES = [
+    Mutation(
+        "the selected parameters' change for the whole model's",
+        f"{SELECTED}::test_what_was_realised_is_the_whole_models_change",
+        "study/analyses/situation.py", '{"realised": own + others,',
+        '{"realised": own,',
+    ),
+    Mutation(
+        "a ledger that explains what was not selected",
+        f"{SELECTED}::test_the_ledger_closes_with_a_line_for_what_was_not_selected",
+        "study/analyses/effects.py", "whole - sum(rest.values())",
+        "whole",
+    ),
+    Mutation(
+        "an agreement with what was not selected",
+        f"{SELECTED}::test_an_agreement_is_with_what_the_selected_parameters_did",
+        "study/analyses/effects.py", 'others + at.found.get("unselected", 0.0)',
+        "others",
+    ),
+    Mutation(
+        "a reference made of the policy's own parameters",
+        f"{SELECTED}::test_kl_is_to_the_whole_reference_and_so_is_its_change",
+        "study/analyses/observables.py", "func.kl_divergence(apply, params, temperature, reference)",
+        "func.kl_divergence(apply, {name: params[name] for name in at.policy.params}, temperature)",
+    ),
+    Mutation(
+        "one failure for all analyses",
+        f"{SELECTED}::test_unseen_coordinates_and_failures_cost_no_other_analysis",
+        "study/analyses/accounts.py", "except FAILURES as error",
+        "except MISTAKES as error",
+    ),
+    Mutation(
+        "a text that is an answer as often as it is drawn",
+        f"{SELECTED}::test_a_text_that_was_drawn_twice_is_one_answer",
+        "study/analyses/observables.py", "at.batch.records[i].response: i",
+        "at.batch.records[i].sequence_id: i",
+    ),
+    Mutation(
+        "parameters asked of nobody",
+        f"{SELECTED}::test_a_parameter_that_the_loss_never_uses_is_left_alone",
+        "study/prepare.py", "policy.state, ascent, unused)",
+        "policy.state, ascent)",
+    ),
+]  # fmt: skip
