@@ -8,8 +8,10 @@ from fkernel import func, precond, tree
 from fkernel.errors import (
     BatchError,
     CheckpointError,
+    CheckpointWarning,
     FKernelError,
     ModelError,
+    ModelWarning,
     NonFiniteError,
     OptimizerStateError,
     PlanError,
@@ -36,6 +38,7 @@ from fkernel.kernel import (
     realised_change,
     recycled,
     rounded_kernel,
+    state_against_step,
 )
 
 __version__ = "0.1.0"
@@ -44,9 +47,11 @@ __all__ = [
     "BatchError",
     "Calibration",
     "CheckpointError",
+    "CheckpointWarning",
     "Estimate",
     "FKernelError",
     "ModelError",
+    "ModelWarning",
     "NonFiniteError",
     "OptimizerStateError",
     "Option",
@@ -71,5 +76,6 @@ __all__ = [
     "realised_change",
     "recycled",
     "rounded_kernel",
+    "state_against_step",
     "tree",
 ]

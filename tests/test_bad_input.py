@@ -412,11 +412,15 @@ def test_dropout_of_a_language_model_called_past_make_functional_is_a_model_erro
 
 
 def test_an_f_that_branches_on_values_is_told_to_use_where(params):
-    def f(p: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        return plain(p, x) if bool(x.sum() > 0) else -plain(p, x)
+    """It is followed all the same, one sequence at a time."""
 
-    with clear_error(fk.ModelError, "branches on values", "torch.where"):
-        func.per_sequence_grad(f)(params, vectors())
+    def f(p: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return plain(p, x) if bool(x.abs().sum() > 0) else -plain(p, x)
+
+    with pytest.warns(fk.ModelWarning, match=r"one sequence at a time.*branches on values.*torch\.where"):
+        J = func.per_sequence_grad(f)(params, vectors())
+    for name, leaf in func.per_sequence_grad(plain)(params, vectors()).items():
+        torch.testing.assert_close(J[name], leaf)
 
 
 @everywhere

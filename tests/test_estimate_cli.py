@@ -15,8 +15,8 @@ from fkernel import func
 from fkernel.checkpoint import estimate_model, load_model, skeleton_of, workload_of
 from fkernel.checkpoint.skeleton import SHAPE
 from fkernel.cli import app
-from fkernel.func.gradient import plan_of
 from fkernel.func.objective import is_readable
+from fkernel.func.rows import plan_of
 from fkernel.kernel.planning import Rates
 from fkernel.kernel.planning.strategy import NAMES
 from fkernel.kernel.planning.workload import workload

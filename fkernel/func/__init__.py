@@ -3,8 +3,11 @@
 No files, no tokenizers, no state. See `fkernel.func.gradient` for the mathematics.
 """
 
+from fkernel.func.along import true_derivative
 from fkernel.func.batch import Sequences, pad
+from fkernel.func.certificate import Certificate
 from fkernel.func.contract import contract
+from fkernel.func.detach import through_detach
 from fkernel.func.evaluate import evaluate
 from fkernel.func.functional import Apply, make_functional
 from fkernel.func.gradient import curvature, jvp, per_sequence_grad, per_sequence_handles, vjp
@@ -25,11 +28,14 @@ from fkernel.func.losses import (
 from fkernel.func.objective import Objective
 from fkernel.func.observables import Answers, Pair, expected_reward, kl_divergence, log_odds, mean_entropy
 from fkernel.func.padding import as_trained
+from fkernel.func.remembered import certificates, made_certificates, skip_certificates
 from fkernel.func.squares import squared_sum
+from fkernel.func.unused import unused_parameters
 
 __all__ = [
     "Answers",
     "Apply",
+    "Certificate",
     "Factored",
     "Handle",
     "Handles",
@@ -45,6 +51,7 @@ __all__ = [
     "as_trained",
     "by_kind",
     "by_layer",
+    "certificates",
     "clipped_ratio_weights",
     "clipped_sequence_ratio_weights",
     "contract",
@@ -58,6 +65,7 @@ __all__ = [
     "kl_divergence",
     "kl_penalty_weights",
     "log_odds",
+    "made_certificates",
     "make_functional",
     "mean_entropy",
     "pad",
@@ -67,10 +75,14 @@ __all__ = [
     "policy_gradient_weights",
     "preference_weights",
     "sequence_logprob",
+    "skip_certificates",
     "squared_norms",
     "squared_sum",
+    "through_detach",
     "token_entropy",
     "token_logprobs",
+    "true_derivative",
+    "unused_parameters",
     "vjp",
     "weighted_logprob",
     "weighted_sum",

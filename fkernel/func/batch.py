@@ -123,6 +123,23 @@ def lengths(batch: Any) -> Shaped[Tensor, " n"] | None:
     return torch.stack(found).sum(0) if found else None
 
 
+def token_counts(batch: Any) -> list[int]:
+    """List every sequence's tokens; 1 each in a batch without `Sequences`."""
+    counts = lengths(batch)
+    return [1] * length(batch) if counts is None else counts.tolist()
+
+
+def widths(batch: Any) -> list[tuple[int, ...]]:
+    """List every sequence's tokens, one number for each `Sequences` of a batch.
+
+    Example:
+        >>> widths(pad([[5, 6], [7]], [[1], [2, 3, 1]]))
+        [(3,), (4,)]
+    """
+    counts = [sequences.attention_mask.long().sum(1).tolist() for sequences in find_sequences(batch)]
+    return list(zip(*counts, strict=True)) if counts else [()] * length(batch)
+
+
 def by_length(batch: Any) -> Shaped[Tensor, " n"]:
     """Order sequences from the longest to the shortest, equal ones as they came.
 

@@ -25,19 +25,54 @@ _ADVICE = (
     ),
     (
         "data-dependent control flow",
-        "f branches on values, which vmap cannot follow; a model does so in its attention masking unless it has eager "
-        "attention (make_functional sets that), and a function of your own must use torch.where instead of if",
+        "f branches on values, which vmap cannot follow; use torch.where instead of if, or make_functional, which sets "
+        "eager attention (its masks do not branch)",
+    ),
+    (
+        "inplace arithmetic",
+        "f changes a tensor in place that is the same for all sequences, which vmap cannot follow; let it make a new "
+        "one (x = x + y instead of x += y)",
+    ),
+    (
+        "in-place",
+        "f changes a tensor in place in a way that autograd cannot follow; let it make a new one",
+    ),
+    (
+        "dynamic shape",
+        "f makes a tensor whose shape depends on values (a boolean index, nonzero, unique), which vmap cannot follow; "
+        "use torch.where",
     ),
     (
         "forward AD",
-        "an operation in f has no forward-mode derivative, as fused attention has none; use make_functional, which "
-        "sets eager attention, or plain torch operations",
+        "an operation in f has neither a forward-mode derivative nor a second backward rule; use make_functional, "
+        "which sets eager attention, or plain torch operations",
     ),
     (
         "setup_context",
         "f calls a custom autograd.Function without setup_context, which torch.func cannot transform",
     ),
+    (
+        "doesn't have storage",
+        "f looks at the storage of a tensor (data_ptr, a custom kernel, DLPack), which there is none of inside of "
+        "torch.func transforms; use plain torch operations",
+    ),
+    (
+        "escaped from inside a function being vmapped",
+        "f keeps tensors of one call for the next (a cache?); switch its cache off, or let it be a pure function",
+    ),
 )
+"""(what torch says, what to do): only where the slower exact ways, which are tried first, do not help either."""
+
+
+def advice_on(error: BaseException) -> str:
+    """Say what f does that torch cannot follow, and what to do; nothing where it is not known."""
+    return next((advice for sign, advice in _ADVICE if sign in str(error)), "")
+
+
+def first_line(error: BaseException) -> str:
+    """Give the first line of a library's message, which may have dozens."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 @contextmanager
@@ -67,9 +102,8 @@ def explained(params: Tree) -> Iterator[None]:
             f"batch wider than its context?"
         ) from error
     except (RuntimeError, NotImplementedError) as error:
-        for sign, advice in _ADVICE:
-            if sign in str(error):
-                raise ModelError(f"{advice}. ({str(error).splitlines()[0]})") from error
+        if advice := advice_on(error):
+            raise ModelError(f"{advice}. ({first_line(error)})") from error
         raise
     if any(not torch.equal(x, y) for x, y in zip(before, _random_state(params), strict=True)):
         raise ModelError(

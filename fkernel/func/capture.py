@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from fkernel.errors import ModelError
+from fkernel.errors import ModelError, listing
 from fkernel.func.batch import length
 from fkernel.func.boundary import check_output
 from fkernel.func.handles import Factored, Rows
@@ -38,10 +38,12 @@ class Plan(NamedTuple):
     Attributes:
         captured: parameters that no path in the graph leads to once the known uses are taken out of it.
         loose: (parameter, function) of captured ones whose other uses carry no gradient, such as `weight.detach()`.
+        looped: whether vmap cannot follow f, so that sequences are differentiated one at a time.
     """
 
     captured: frozenset[str]
     loose: frozenset[tuple[str, str]]
+    looped: bool = False
 
 
 class Use:
@@ -59,10 +61,6 @@ class Use:
         self.parameter, self.layer = parameter, layer
         self.input: Tensor | None = None
         self.cotangent: Tensor | None = None
-
-    def keep(self, cotangent: Tensor) -> None:
-        """Take what a reverse pass brings."""
-        self.cotangent = cotangent
 
 
 class capture(TorchFunctionMode):
@@ -134,15 +132,47 @@ class _Tap(torch.autograd.Function):
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
         out, input, zero, use = args
         n = info.batch_size
-        out, input = (
-            leaf.expand(n, *leaf.shape) if dim is None else leaf.movedim(dim, 0)
-            for leaf, dim in ((out, in_dims[0]), (input, in_dims[1]))
-        )
+        out, input = (_leading(leaf, dim, n) for leaf, dim in ((out, in_dims[0]), (input, in_dims[1])))
+        use.input = input.detach()
+        if not torch.is_grad_enabled():
+            return out, 0  # f takes no gradient of this layer: none comes back, and none is missing
         if not out.requires_grad:
             out = out + zero.reshape(n, *[1] * (out.ndim - 1))
-        use.input = input.detach()
-        out.register_hook(use.keep)  # `use` holds no graph, so nothing here keeps itself alive
-        return out, 0
+        return _listen(out, use), 0
+
+
+def _leading(leaf: Tensor, dim: int | None, n: int) -> Tensor:
+    """Put the dimension that counts sequences first; where it is, the tensor stays itself and no view of it."""
+    if dim is None:
+        return leaf.expand(n, *leaf.shape)
+    return leaf if dim == 0 else leaf.movedim(dim, 0)
+
+
+class _Listener(torch.autograd.Function):
+    """The identity, whose reverse pass keeps what arrives.
+
+    It is a node of the graph and no hook on a tensor: a layer's output that f overwrites afterwards (y += x) is another
+    tensor to autograd, and hooks on views of it are lost. It takes the output in place, so that nothing is copied and f
+    may overwrite it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, use: Use) -> Tensor:
+        ctx.use = use  # `use` holds no tensor of the graph, so nothing here keeps itself alive
+        ctx.mark_dirty(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        ctx.use.cotangent = cotangents[0]
+        return cotangents[0], None
+
+
+def _listen(out: Tensor, use: Use) -> Tensor:
+    """Put a listener behind a layer's output; a view is copied, for a function of one's own cannot take it in place."""
+    own = out.clone() if out._is_view() or 0 in out.stride() else out
+    listened: Any = _Listener.apply(own, use)
+    return listened
 
 
 class Pass(NamedTuple):
@@ -203,10 +233,23 @@ def backward(found: Pass) -> Tree:
         total = found.values.sum() + found.zeros.sum()
     leaves = [*found.traced.values()]
     *grads, _ = torch.autograd.grad(total, [*leaves, found.zeros], allow_unused=True)
+    _check_heard(found)
     return {
         name: leaf.detach().new_zeros(()).expand(leaf.shape) if g is None else g
         for (name, leaf), g in zip(found.traced.items(), grads, strict=True)
     }
+
+
+def _check_heard(found: Pass) -> None:
+    """Raise ModelError where a layer that the value depends on heard no cotangent: its gradient is not zero then."""
+    if all(use.cotangent is not None for use in found.uses):
+        return
+    heard = (getattr(node, "use", None) for node in _nodes(found.values))
+    if lost := [use.parameter for use in heard if isinstance(use, Use) and use.cotangent is None]:
+        raise ModelError(
+            f"No cotangent came back to the layer of {listing(lost)}, though f depends on it: its gradient cannot be "
+            f"captured. Please report the model that does so."
+        )
 
 
 def make_plan(f: Callable[[Tree, Any], Tensor], params: Tree, batch: Any) -> Plan:
@@ -280,16 +323,17 @@ _KNOWN: dict[Callable[..., Any], Callable[..., _Call | None]] = {
 
 def _reachable(value: Tensor) -> set[int]:
     """Find the leaves that a value's graph leads to, by identity."""
-    found: set[int] = set()
+    leaves = (getattr(node, "variable", None) for node in _nodes(value))
+    return {id(leaf) for leaf in leaves if leaf is not None}
+
+
+def _nodes(value: Tensor) -> set[Any]:
+    """Find the nodes of a value's graph."""
     seen: set[Any] = set()
     todo = [value.grad_fn]
     while todo:
         node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None:
-            found.add(id(leaf))
-        todo.extend(parent for parent, _ in node.next_functions)
-    return found
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo.extend(parent for parent, _ in node.next_functions)
+    return seen

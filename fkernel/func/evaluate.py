@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from fkernel.func.batch import length
-from fkernel.func.boundary import boundary, check_output
+from fkernel.func.boundary import check_output
+from fkernel.func.certified import certified
 from fkernel.func.microbatch import stacked
-from fkernel.func.objective import Function, bare, check_values, name_of
+from fkernel.func.objective import Function, bare, check_values, name_of, own_width
 from fkernel.shapes import Tensor, Tree
 
 
@@ -38,10 +39,10 @@ def evaluate(f: Function, microbatch: int | None = None) -> Callable[[Tree, Any]
         check_output(value, length(batch), per_sequence=False)
         return value
 
-    rows = stacked(one_microbatch, microbatch)
+    rows = stacked(one_microbatch, microbatch, own_width(f))
 
     def values(params: Tree, batch: Any) -> Tensor:
-        with boundary(f, params, batch), torch.no_grad():
+        with certified(f, params, batch), torch.no_grad():
             out = rows(params, batch)
         check_values(out, name_of(f))
         return out

@@ -8,8 +8,10 @@ The caller's module is never changed. A copy of its structure (not of its tensor
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +19,8 @@ from torch.func import functional_call
 
 from fkernel.errors import BatchError, ModelError, listing
 from fkernel.func.objective import is_readable
+from fkernel.func.padding import padding_rows, trained_padding
+from fkernel.func.seen_through import seen_through
 from fkernel.shapes import Tensor, Tree
 
 
@@ -25,29 +29,86 @@ class Apply:
     """apply(params, input_ids [n t], attention_mask [n t]) -> logits [n t v], with what is known of the model.
 
     Attributes:
+        module: the structural copy that is run, put right for differentiation.
         vocab_size: rows of the input embedding, or None where the module does not tell.
         max_length: rows of a learned position table, or None (rotary positions have no end).
         padding_idx: the id whose embedding row a training run withholds the gradient of, or None.
+        own_width: whether log π of a sequence depends on how wide its batch is, so that sequences of different lengths
+            may not share one (dynamic and long rotary scaling).
+        given: the module as the caller has it, in eval mode: what `fkernel.func.certificate` compares values with.
+        withholds: whether padding rows get no gradient, as in training; None where no lookup has such a row. See
+            `fkernel.func.padding`.
+        whole: whether what the module detaches is differentiated all the same; see `fkernel.func.detach`.
     """
 
     module: nn.Module = field(repr=False)
     vocab_size: int | None
     max_length: int | None
     padding_idx: int | None = None
+    own_width: bool = False
+    given: nn.Module | None = field(default=None, repr=False)
+    withholds: bool | None = None
+    whole: bool = False
 
     def __call__(self, params: Tree, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Run the module with `params` in place of its own."""
-        if not hasattr(self.module, "config"):
-            return functional_call(self.module, params, (input_ids, attention_mask))
+        rows = nullcontext() if self.withholds is None else padding_rows(self.withholds)
+        detached = seen_through() if self.whole else nullcontext()
+        with rows, detached, unchanged(self.module if self.own_width else None):
+            return logits_of(self.module, params, input_ids, attention_mask)
+
+
+def logits_of(module: nn.Module, params: Tree, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Run a module and find its logits, those of the tokens that were given: [n t v].
+
+    Hugging Face's modules return them by name; some, with a value head, first in a tuple; prompt tuning adds virtual
+    tokens in front, whose logits are cut off.
+
+    Raises:
+        ModelError: there are no logits, or fewer than tokens.
+        BatchError: the batch is padded on the left.
+    """
+    if hasattr(module, "config"):
         _refuse_left_padding(attention_mask)
         # After right-padding a causal model cannot see the padding. A mask of ones says the same, and spares the rows
-        # of padding that lie outside of every sliding window, whose softmax over nothing is NaN in float64.
-        inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(attention_mask), "use_cache": False}
-        return functional_call(self.module, params, (), inputs).logits
+        # of padding that lie outside of every sliding window, whose softmax over nothing is NaN in float64. It is made
+        # of a shape, not of the mask: under vmap that would be one that a model may not branch on; of int64, as a
+        # tokenizer's, since some compute with it.
+        ones = torch.ones(attention_mask.shape, dtype=torch.int64, device=attention_mask.device)
+        inputs = {"input_ids": input_ids, "attention_mask": ones, "use_cache": False}
+        out: Any = functional_call(module, params, (), inputs)
+    else:
+        out = functional_call(module, params, (input_ids, attention_mask))
+    z = getattr(out, "logits", out)
+    z = z[0] if isinstance(z, (tuple, list)) and z else z
+    t = input_ids.shape[-1]
+    if not isinstance(z, Tensor) or z.ndim != 3 or z.shape[1] < t:
+        given = list(z.shape) if isinstance(z, Tensor) else type(out).__name__
+        raise ModelError(
+            f"{type(module).__name__} returned {given} for input_ids of {list(input_ids.shape)}; expected logits "
+            f"[n t v], as a tensor, as the attribute `logits`, or first in a tuple."
+        )
+    return z[:, -t:]
+
+
+@contextmanager
+def unchanged(module: nn.Module | None) -> Iterator[None]:
+    """Put back what a forward pass leaves in its modules, as dynamic rotary scaling leaves the longest width seen."""
+    parts = [] if module is None else [part for part in module.modules() if hasattr(part, "rope_type")]
+    before = [(part, dict(part.__dict__), dict(part._buffers)) for part in parts]
+    try:
+        yield
+    finally:
+        for part, attributes, buffers in before:
+            part.__dict__.clear()
+            part.__dict__.update(attributes | {"_buffers": buffers})
 
 
 def make_functional(
-    model: nn.Module, select: Iterable[str] | Callable[[str], bool] | None = None
+    model: nn.Module,
+    select: Iterable[str] | Callable[[str], bool] | None = None,
+    *,
+    own_width: bool | None = None,
 ) -> tuple[Apply, Tree]:
     """Split a module into a pure function and its parameters.
 
@@ -56,6 +117,8 @@ def make_functional(
             `module(input_ids, attention_mask) -> logits [n t v]`.
         select: which parameters to differentiate: names, or a predicate on names. None takes those with
             `requires_grad`. The others are captured as constants.
+        own_width: whether a sequence's log π depends on how wide its batch is, so that only sequences of one length
+            may share a batch. None asks the configuration: dynamic and long rotary scaling do so.
 
     Returns:
         apply: (params, input_ids [n t], attention_mask [n t]) -> logits [n t v].
@@ -63,8 +126,7 @@ def make_functional(
             storage with the model: `fkernel.tree.map(torch.clone, params)` keeps them across an optimizer step.
 
     Raises:
-        ModelError: nothing to differentiate, an unknown name in `select`, parameters on the meta device, or a model
-            that cannot be given eager attention.
+        ModelError: nothing to differentiate, an unknown name in `select`, or parameters on the meta device.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -79,10 +141,12 @@ def make_functional(
     meta = [name for name, parameter in named.items() if parameter.is_meta]
     if meta:
         raise ModelError(f"{listing(meta)} lie on the meta device and hold no values; load the weights first.")
-    return split(model, chosen)
+    apply, params = split(model, chosen)
+    given = structural_copy(model).eval()
+    return replace(apply, given=given, own_width=apply.own_width if own_width is None else own_width), params
 
 
-def split(model: nn.Module, chosen: Iterable[str]) -> tuple[Apply, Tree]:
+def split(model: nn.Module, chosen: Collection[str]) -> tuple[Apply, Tree]:
     """Split without `make_functional`'s checks; the parameters may lie on the meta device, where nothing has a value.
 
     Example:
@@ -94,12 +158,30 @@ def split(model: nn.Module, chosen: Iterable[str]) -> tuple[Apply, Tree]:
     named = dict(model.named_parameters())
     module = structural_copy(model)
     _put_right(module)
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None  # pyright: ignore
-    vocab_size = getattr(embedding, "num_embeddings", None)
-    trained = any(parameter is getattr(embedding, "weight", None) for parameter in map(named.get, chosen))
-    padding_idx = getattr(embedding, "padding_idx", None) if trained else None
-    apply = Apply(module, vocab_size, _max_length(module), padding_idx)
+    padded = any(getattr(part, "padding_idx", None) is not None for part in module.modules())
+    apply = Apply(
+        module,
+        vocab_size=_vocab_size(module),
+        max_length=_max_length(module),
+        padding_idx=trained_padding(module, chosen),
+        own_width=_own_width(module),
+        withholds=False if padded else None,
+    )
     return apply, {name: named[name].detach() for name in chosen}
+
+
+def _vocab_size(module: nn.Module) -> int | None:
+    """Rows of the input embedding, whatever is wrapped around it."""
+    embedding = module.get_input_embeddings() if hasattr(module, "get_input_embeddings") else None  # pyright: ignore
+    tables = [part for part in embedding.modules() if isinstance(part, nn.Embedding)] if embedding is not None else []
+    return tables[0].num_embeddings if tables else getattr(embedding, "num_embeddings", None)
+
+
+def _own_width(module: nn.Module) -> bool:
+    """Tell whether rotary positions are scaled by the width of the batch."""
+    types = [getattr(part, "rope_type", None) for part in module.modules()]
+    told = [kind for entry in types for kind in (entry.values() if isinstance(entry, dict) else [entry])]
+    return any(kind in ("dynamic", "longrope") for kind in told)
 
 
 def _refuse_left_padding(attention_mask: Tensor) -> None:
@@ -135,7 +217,8 @@ def _max_length(module: nn.Module) -> int | None:
     """Rows of a learned position table; rotary positions have no end."""
     config = getattr(module, "config", None)
     rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_theta", None)
-    return None if rotary else getattr(config, "max_position_embeddings", None)
+    rows = None if rotary else getattr(config, "max_position_embeddings", None)
+    return rows if rows is not None and rows > 0 else None  # −1 says that there is no end
 
 
 def structural_copy(model: nn.Module) -> nn.Module:
@@ -149,9 +232,8 @@ def _put_right(module: nn.Module) -> None:
     module.eval()
     for part in module.modules():
         config = getattr(part, "config", None)
-        if isinstance(part, nn.Embedding):
-            # padding_idx withholds a row's gradient in reverse mode only, so J and Jv would disagree; see check_tokens.
-            part.padding_idx = None
+        if getattr(config, "output_router_logits", False):
+            config.output_router_logits = False  # pyright: ignore  # the balancing loss of experts is no part of log π
         if _keeps(part, "_experts_implementation", "batched_mm"):
             part.set_experts_implementation("batched_mm")  # pyright: ignore[reportCallIssue]
         for verb in ("activation", "gradient"):  # transformers ≥ 5.20 and before
@@ -162,11 +244,8 @@ def _put_right(module: nn.Module) -> None:
             part.disable_input_require_grads()  # pyright: ignore[reportCallIssue]
         if _keeps(part, "_attn_implementation", "eager"):
             part.set_attn_implementation("eager")  # pyright: ignore[reportCallIssue]
-        if getattr(config, "_attn_implementation", "eager") != "eager":
-            raise ModelError(
-                f"{type(part).__name__} keeps {config._attn_implementation!r} attention, which cannot be "  # pyright: ignore
-                f"differentiated forward; build the model with attn_implementation='eager'."
-            )
+        if getattr(config, "_attn_implementation", None) not in (None, "eager"):
+            config._attn_implementation = "eager"  # pyright: ignore  # some say they cannot be set, and read it each time
 
 
 def _keeps(part: nn.Module, setting: str, wanted: str) -> bool:

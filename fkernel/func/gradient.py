@@ -7,6 +7,9 @@ J stacks the gradients of f, one row a sequence: J[x, α] = ∂f(x; θ)/∂θ_α
     jvp                 Jv  = d/dε f(x; θ + εv)|₀        one forward-mode pass, about two evaluations
     curvature           vᵀH_x v = d²/dε² f(x; θ + εv)|₀  forward over forward
 
+Where torch.func cannot follow f, J is taken one sequence at a time, and Jv and vᵀHv by reverse passes alone
+(`fkernel.func.directional`): as exact, slower, and said once.
+
 Every function here is made once from f, then called with (params, batch, …); `microbatch` bounds how many sequences
 are under way at once and changes no value. They are final: their results carry no graph. To differentiate once
 more, compose `torch.func` yourself, as `curvature` does.
@@ -17,35 +20,20 @@ Hessian" (1994), for forward-mode second derivatives.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any
-
-import torch
-from torch import func
-from torch.utils import _pytree as pytree
 
 from fkernel import tree
 from fkernel.errors import NonFiniteError
-from fkernel.func.batch import length, take, trim
-from fkernel.func.boundary import boundary, check_direction, check_output, check_rows, check_weights
-from fkernel.func.capture import Plan, backward, forward, handle_of, make_plan
-from fkernel.func.elementary import elementary
-from fkernel.func.handles import (
-    Factored,
-    Handles,
-    Piece,
-    Rows,
-    at,
-    form,
-    is_bounded,
-    smallest,
-    stack_handles,
-    summands,
-    summed_up,
-    tensors,
-)
-from fkernel.func.microbatch import groups, microbatches, stacked, summed, token_grant
-from fkernel.func.objective import Function, bare, check_values, name_of
+from fkernel.func.along import derivative_for
+from fkernel.func.batch import length, take
+from fkernel.func.boundary import check_direction, check_weights
+from fkernel.func.certified import certified, plan_of
+from fkernel.func.directional import FIRST, SECOND, Order, value_on
+from fkernel.func.handles import Handles, stack_handles
+from fkernel.func.microbatch import groups, stacked, summed, token_grant
+from fkernel.func.objective import Function, bare, check_values, name_of, own_width
+from fkernel.func.rows import gradient_rows, handle_pieces, pull_back
 from fkernel.shapes import Shaped, Tensor, Tree
 
 
@@ -67,27 +55,18 @@ def per_sequence_grad(f: Function, microbatch: int | None = None) -> Callable[[T
             gradient names the sequence and the parameter.
 
     Example:
+        >>> import torch
         >>> f = lambda params, x: (x @ params["w"]) ** 2
         >>> per_sequence_grad(f)({"w": torch.tensor([1.0, 2.0])}, torch.eye(2))
         {'w': tensor([[2., 0.],
                       [0., 4.]])}
     """
-    plans: dict[Any, Plan] = {}  # f's layers are found at the first call for a shape, and watched at every one
 
     def gradient(params: Tree, batch: Any) -> Tree:
-        with boundary(f, params, batch):
-            leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
-            key = (*params, *(leaf.shape[1:] for leaf in leaves))
-            if key not in plans:
-                plans[key] = plan_of(f, params, batch)
-            return gradient_rows(f, microbatch, plans[key])(params, batch)
+        with certified(f, params, batch):
+            return gradient_rows(f, microbatch, plan_of(f, params, batch))(params, batch)
 
     return gradient
-
-
-def plan_of(f: Function, params: Tree, batch: Any) -> Plan:
-    """Find the layers of f whose gradients factor, on the first sequence of a batch."""
-    return make_plan(bare(f), params, trim(take(batch, slice(0, 1))))
 
 
 def per_sequence_handles(f: Function, microbatch: int | None = None) -> Callable[[Tree, Any], Handles]:
@@ -99,6 +78,7 @@ def per_sequence_handles(f: Function, microbatch: int | None = None) -> Callable
         (params, batch) -> {name: handle}; see `fkernel.func.handles`. `contract` takes any mix of them.
 
     Example:
+        >>> import torch
         >>> f = lambda params, x: torch.nn.functional.linear(x, params["w"]).square().sum((1, 2))
         >>> J = per_sequence_handles(f)({"w": torch.ones(8, 8)}, torch.ones(3, 2, 8))
         >>> type(J["w"]).__name__, list(J["w"].inputs.shape)
@@ -106,101 +86,12 @@ def per_sequence_handles(f: Function, microbatch: int | None = None) -> Callable
     """
 
     def handles(params: Tree, batch: Any) -> Handles:
-        with boundary(f, params, batch):
-            pieces = groups(batch, token_grant(batch, microbatch))
+        with certified(f, params, batch):
+            pieces = groups(batch, token_grant(batch, microbatch), own_width(f))
             plan = plan_of(f, params, batch)
             return stack_handles(handle_pieces(f, params, batch, pieces, plan))
 
     return handles
-
-
-def gradient_rows(f: Function, microbatch: int | None, plan: Plan) -> Callable[[Tree, Any], Tree]:
-    """J without the checks of its inputs, for callers that have made them; values and gradients are still checked.
-
-    Captured layers come as factors and are multiplied into J's storage, which is allocated once: that is faster than
-    vmap's own rows, each of which is fresh memory. What no captured layer explains comes from vmap over a reverse pass.
-    """
-
-    def dense(params: Tree, batch: Any) -> Tree:
-        n = length(batch)
-        J = {name: leaf.new_empty(n, *leaf.shape) for name, leaf in params.items()}
-        doubtful: set[str] = set()
-        values = next(iter(params.values())).new_empty(n)
-        for rows, part in microbatches(batch, microbatch):
-            handles, value = handles_of(bare(f), params, part, plan)
-            for name, handle in handles.items():
-                _write(handle, J[name], rows)
-            doubtful.update(_doubtful(handles))
-            values[rows] = value
-        check_values(values, name_of(f))
-        check_rows({name: J[name] for name in params if name in doubtful})
-        return J
-
-    return dense
-
-
-def _write(handle: Piece, J: Tensor, rows: slice | Tensor) -> None:
-    """Write a microbatch's gradients into their rows of J."""
-    if isinstance(handle, Tensor):
-        J[rows] = handle
-    elif isinstance(rows, slice):
-        form(handle, J[rows])
-    else:
-        for i, row in enumerate(rows.tolist()):
-            form(at(handle, slice(i, i + 1)), J[row : row + 1])
-
-
-def handle_pieces(f: Function, params: Tree, batch: Any, pieces: Iterable[slice], plan: Plan) -> Iterator[Handles]:
-    """J in handles, a microbatch at a time, without the checks of its inputs; values and factors are checked."""
-    for rows in pieces:
-        handles, values = handles_of(bare(f), params, trim(take(batch, rows)), plan)
-        try:
-            check_values(values, name_of(f))
-            _check_factors(handles)
-        except NonFiniteError as error:
-            raise error.at(rows.start) from None
-        yield {name: smallest(handle, params[name]) for name, handle in handles.items()}
-
-
-def _check_factors(handles: Mapping[str, Piece]) -> None:
-    """Raise NonFiniteError naming sequence and parameter where what a gradient is made of is not finite."""
-    for name in _doubtful(handles):
-        for leaf in (leaf for leaf in tensors(handles[name]) if leaf.is_floating_point()):
-            check_rows({name: leaf})
-
-
-def _doubtful(handles: Mapping[str, Piece]) -> list[str]:
-    """Find the parameters whose rows may not be finite, as far as the factors tell."""
-    return [name for name, handle in handles.items() if not all(is_bounded(part) for part in summands(handle))]
-
-
-def handles_of(f: Function, params: Tree, batch: Any, plan: Plan) -> tuple[dict[str, Piece], Tensor]:
-    """J of one microbatch in handles, and f's values [n]."""
-    found = forward(f, params, batch, plan)
-    dense = backward(found)
-    factors: dict[str, list[Factored | Rows]] = {}
-    for use in found.uses:
-        handle = handle_of(use, len(params[use.parameter]))
-        if handle is not None:
-            factors.setdefault(use.parameter, []).append(handle)
-    # A captured parameter that nothing used, or whose every cotangent was zero, has gradient zero.
-    handles: dict[str, Piece] = {
-        name: dense[name] if name in dense else summed_up(factors.get(name, []), leaf, length(batch))
-        for name, leaf in params.items()
-    }
-    return handles, found.values.detach()
-
-
-def pull_back(f: Function, params: Tree, batch: Any, n: int) -> tuple[Tensor, Callable[[Tensor], tuple[Tree]]]:
-    """f of n sequences, [n], and w ↦ (Jᵀw,)."""
-
-    def value_at(p: Tree) -> Tensor:
-        value = f(p, batch)
-        check_output(value, n, per_sequence=True)
-        return value
-
-    value, pull, *_ = func.vjp(value_at, params)
-    return value, pull
 
 
 def vjp(f: Function, microbatch: int | None = None) -> Callable[[Tree, Any, Tensor], Tree]:
@@ -220,6 +111,7 @@ def vjp(f: Function, microbatch: int | None = None) -> Callable[[Tree, Any, Tens
             not finite, the sequence and parameter that made it so are looked for and named.
 
     Example:
+        >>> import torch
         >>> f = lambda params, x: (x @ params["w"]) ** 2
         >>> vjp(f)({"w": torch.tensor([1.0, 2.0])}, torch.eye(2), torch.tensor([1.0, -1.0]))
         {'w': tensor([ 2., -4.])}
@@ -227,13 +119,12 @@ def vjp(f: Function, microbatch: int | None = None) -> Callable[[Tree, Any, Tens
 
     def one_microbatch(params: Tree, batch: Any, weights: Tensor) -> tuple[Tree, Tensor]:
         value, pull = pull_back(bare(f), params, batch, length(batch))
-        with torch.no_grad():
-            return pull(weights.to(value.dtype))[0], value
+        return pull(weights.to(value.dtype)), value
 
-    total = summed(one_microbatch, microbatch)
+    total = summed(one_microbatch, microbatch, own_width(f))
 
     def product(params: Tree, batch: Any, weights: Shaped[Tensor, " n"]) -> Tree:
-        with boundary(f, params, batch):
+        with certified(f, params, batch):
             check_weights(weights, length(batch))
             g, values = total(params, batch, weights)
         check_values(values, name_of(f))
@@ -262,11 +153,12 @@ def jvp(f: Function, microbatch: int | None = None) -> Callable[[Tree, Any, Tree
         BatchError, ModelError, NonFiniteError: (when called) see `fkernel.func.boundary`.
 
     Example:
+        >>> import torch
         >>> f = lambda params, x: (x @ params["w"]) ** 2
         >>> jvp(f)({"w": torch.tensor([1.0, 2.0])}, torch.eye(2), {"w": torch.tensor([0.5, 0.5])})
         tensor([1., 2.])
     """
-    return _along(f, microbatch, first_derivative)
+    return _along(f, microbatch, FIRST)
 
 
 def curvature(f: Function, microbatch: int | None = None) -> Callable[[Tree, Any, Tree], Tensor]:
@@ -277,43 +169,25 @@ def curvature(f: Function, microbatch: int | None = None) -> Callable[[Tree, Any
     Arguments, returns and errors as in `jvp`.
 
     Example:
+        >>> import torch
         >>> f = lambda params, x: (x @ params["w"]) ** 2
         >>> curvature(f)({"w": torch.tensor([1.0, 2.0])}, torch.eye(2), {"w": torch.tensor([0.5, 0.5])})
         tensor([0.5000, 0.5000])
     """
-    return _along(f, microbatch, second_derivative)
+    return _along(f, microbatch, SECOND)
 
 
-def first_derivative(f: Callable[[Tree], Tensor], params: Tree, direction: Tree) -> tuple[Tensor, Tensor]:
-    """f and its derivative along a direction."""
-    value, tangent, *_ = func.jvp(f, (params,), (direction,))
-    return value, tangent
-
-
-def second_derivative(f: Callable[[Tree], Tensor], params: Tree, direction: Tree) -> tuple[Tensor, Tensor]:
-    """f and its second derivative along a direction."""
-    with elementary():
-        (value, _), (_, second), *_ = func.jvp(lambda p: first_derivative(f, p, direction), (params,), (direction,))
-    return value, second
-
-
-def _along(f: Function, microbatch: int | None, derivative: Callable[..., Any]) -> Callable[..., Tensor]:
-    def one_microbatch(params: Tree, batch: Any, direction: Tree) -> tuple[Tensor, Tensor]:
-        def value_at(p: Tree) -> Tensor:
-            value = bare(f)(p, batch)
-            check_output(value, length(batch), per_sequence=False)
-            return value
-
-        # Not under no_grad: there some operations (silu) use a fused derivative that has no derivative of its own.
-        value, out = derivative(value_at, params, direction)
-        return value.detach(), out.detach()
-
-    rows = stacked(one_microbatch, microbatch)
-
+def _along(f: Function, microbatch: int | None, order: Order) -> Callable[..., Tensor]:
     def product(params: Tree, batch: Any, direction: Tree) -> Tensor:
-        with boundary(f, params, batch):
+        def one_microbatch(params: Tree, batch: Any, direction: Tree) -> tuple[Tensor, Tensor]:
+            # Not under no_grad: there some operations (silu) use a fused derivative that has no derivative of its own.
+            value, out = derivative(value_on(f, batch), params, direction)
+            return value.detach(), out.detach()
+
+        with certified(f, params, batch):
             check_direction(direction, params)
-            values, out = rows(params, batch, direction)
+            derivative = derivative_for(f, params, batch, direction, order)
+            values, out = stacked(one_microbatch, microbatch, own_width(f))(params, batch, direction)
         check_values(values, name_of(f))
         check_values(out, f"the derivative of {name_of(f)}")
         return out

@@ -20,6 +20,7 @@ from einops import rearrange
 
 from fkernel.errors import ModelError
 from fkernel.func.batch import Sequences, check_tokens
+from fkernel.func.certified import certify_values
 from fkernel.func.objective import Objective
 from fkernel.shapes import Float, Tensor, Tree
 
@@ -98,7 +99,7 @@ def _objective(apply: LogitsFn, temperature: float, statistic: Callable[..., Ten
     def check(batch: Sequences) -> None:
         check_tokens(batch, *limits)
 
-    return Objective(partial(statistic, apply, temperature), check, name)
+    return Objective(partial(statistic, apply, temperature), check, name, apply, certify_values)
 
 
 def _logits(apply: LogitsFn, temperature: float, params: Tree, batch: Sequences) -> Float[Tensor, "n s v"]:

@@ -106,7 +106,7 @@ def weighted_logprob(apply: LogitsFn, temperature: float = 1.0) -> Objective:
         _check_finite(batch.token_weights, "token_weights", "every token needs a finite weight, 0 where it has none")
         log_p.check(batch.sequences)
 
-    return Objective(weighted, check, "the weighted log π")
+    return Objective(weighted, check, "the weighted log π", apply)
 
 
 def policy_gradient_weights(weights: Tensor, response_mask: Tensor) -> Tensor:

@@ -10,14 +10,15 @@ microbatch shares is cut off.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from fkernel.errors import BatchError
-from fkernel.func.batch import by_length, length, lengths, take, trim
+from fkernel.func.batch import by_length, find_sequences, length, lengths, take, trim, widths
 from fkernel.shapes import Tensor, Tree
 
 STARTING = 256
@@ -56,13 +57,20 @@ def token_grant(batch: Any, size: int | None) -> int | None:
     return None if size is None else size * (1 if counts is None else int(counts.max()))
 
 
-def groups(batch: Any, tokens: int | None) -> list[slice]:
-    """Cut a batch, as it is ordered, into microbatches of at most `tokens` tokens, padding included; see `cut`."""
+def groups(batch: Any, tokens: int | None, own_width: bool = False) -> list[slice]:
+    """Cut a batch, as it is ordered, into microbatches of at most `tokens` tokens, padding included; see `cut`.
+
+    Args:
+        batch: the batch.
+        tokens: in a microbatch at most; None for no bound.
+        own_width: whether only sequences of one length may share a microbatch, which then has no padding.
+    """
     counts = lengths(batch)
-    return cut([1] * length(batch) if counts is None else counts.tolist(), tokens)
+    each = [1] * length(batch) if counts is None else counts.tolist()
+    return cut(each, tokens, widths(batch) if own_width else None)
 
 
-def cut(counts: Sequence[int], tokens: int | None) -> list[slice]:
+def cut(counts: Sequence[int], tokens: int | None, alike: Sequence[Hashable] | None = None) -> list[slice]:
     """Cut sequences of so many tokens, as they are ordered, where it costs least.
 
     A microbatch costs as many tokens as its widest sequence has, for each of its sequences, and `STARTING` more. The
@@ -71,7 +79,7 @@ def cut(counts: Sequence[int], tokens: int | None) -> list[slice]:
         cost(i) = min over j of  STARTING + (j − i) · max(counts[i:j]) + cost(j)
 
     Of equally cheap ones the one whose first microbatches are largest is taken. A sequence that is longer than the
-    grant goes alone.
+    grant goes alone. Where `alike` is given, only sequences of which it says the same share a microbatch.
 
     Example:
         >>> cut([8, 4, 3], 8)
@@ -79,7 +87,7 @@ def cut(counts: Sequence[int], tokens: int | None) -> list[slice]:
         >>> cut([500, 500, 500, 50, 50], 2000)  # four would fit, and half of the fourth would be padding
         [slice(0, 3, None), slice(3, 5, None)]
     """
-    if tokens is None:
+    if tokens is None and alike is None:
         return [slice(0, len(counts))]
     n = len(counts)
     cost, stop = [0] * (n + 1), [n] * (n + 1)
@@ -88,7 +96,9 @@ def cut(counts: Sequence[int], tokens: int | None) -> list[slice]:
         for j in range(i + 1, n + 1):
             widest = max(widest, counts[j - 1])
             padded = (j - i) * widest
-            if j > i + 1 and padded > tokens:
+            if j > i + 1 and tokens is not None and padded > tokens:
+                break
+            if alike is not None and alike[j - 1] != alike[i]:
                 break
             if least < 0 or STARTING + padded + cost[j] <= least:
                 least, stop[i] = STARTING + padded + cost[j], j
@@ -100,26 +110,26 @@ def cut(counts: Sequence[int], tokens: int | None) -> list[slice]:
     return found
 
 
-def microbatches(batch: Any, size: int | None) -> Iterator[tuple[slice | Tensor, Any]]:
+def microbatches(batch: Any, size: int | None, own_width: bool = False) -> Iterator[tuple[slice | Tensor, Any]]:
     """Walk a batch in microbatches, longest sequences first: (their rows in the batch, the trimmed microbatch)."""
     order = by_length(batch)
     as_it_came = bool((order[1:] > order[:-1]).all())
     ordered = batch if as_it_came else take(batch, order)
-    for rows in groups(ordered, token_grant(batch, size)):
+    for rows in groups(ordered, token_grant(batch, size), own_width):
         yield rows if as_it_came else order[rows], trim(take(ordered, rows))
 
 
-def stacked(fn: Callable[..., Any], size: int | None) -> Callable[..., Any]:
+def stacked(fn: Callable[..., Any], size: int | None, own_width: bool = False) -> Callable[..., Any]:
     """Wrap fn(params, batch, *rest) -> tensors with one row a sequence so that it sees `size` sequences at a time."""
 
     def over_microbatches(params: Tree, batch: Any, *rest: Any) -> Any:
         order: list[Tensor] = []
         done: list[list[Tensor]] = []
         spec = None
-        for rows, part in microbatches(batch, size):
+        for rows, part in microbatches(batch, size, own_width):
             leaves, spec = pytree.tree_flatten(fn(params, part, *rest))
             if any(leaf.ndim > 1 for leaf in leaves):
-                return _unsorted(fn, params, batch, size, *rest)
+                return (_each_width if own_width else _unsorted)(fn, params, batch, size, *rest)
             order.append(torch.arange(length(batch))[rows])
             done.append(leaves)
         assert spec is not None
@@ -137,15 +147,30 @@ def _unsorted(fn: Callable[..., Any], params: Tree, batch: Any, size: int | None
     )
 
 
+def _each_width(fn: Callable[..., Any], params: Tree, batch: Any, size: int | None, *rest: Any) -> Any:
+    """The same, sequences of one length at a time: columns of padding, which they did not have, are 0."""
+    columns = max((one.input_ids.shape[1] for one in find_sequences(batch)), default=0)
+    found: dict[int, list[Tensor]] = {}
+    spec = None
+    for rows, part in microbatches(batch, size, own_width=True):
+        leaves, spec = pytree.tree_flatten(fn(params, part, *rest))
+        each = [F.pad(leaf, (0, columns - leaf.shape[1])) if leaf.ndim == 2 else leaf for leaf in leaves]
+        for i, row in enumerate(torch.arange(length(batch))[rows].tolist()):
+            found[row] = [leaf[i] for leaf in each]
+    assert spec is not None
+    ordered = [found[row] for row in sorted(found)]
+    return pytree.tree_unflatten([torch.stack(column) for column in zip(*ordered, strict=True)], spec)
+
+
 def summed(
-    fn: Callable[[Tree, Any, Tensor], tuple[Tree, Tensor]], size: int | None
+    fn: Callable[[Tree, Any, Tensor], tuple[Tree, Tensor]], size: int | None, own_width: bool = False
 ) -> Callable[[Tree, Any, Tensor], tuple[Tree, Tensor]]:
     """Wrap fn(params, batch, weights) -> (a sum over sequences, rows) so that it sees `size` sequences at a time."""
 
     def over_microbatches(params: Tree, batch: Any, weights: Tensor) -> tuple[Tree, Tensor]:
         total: Tree = {}
         values: Tensor | None = None
-        for rows, part in microbatches(batch, size):
+        for rows, part in microbatches(batch, size, own_width):
             g, value = fn(params, part, weights[rows])
             values = value.new_empty(length(batch)) if values is None else values
             values[rows] = value

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils import _pytree as pytree
 
 from fkernel.errors import NonFiniteError
 from fkernel.func.batch import check_batch
+from fkernel.func.microbatch import stacked
 from fkernel.shapes import Tensor, Tree
 
 Function = Callable[[Tree, Any], Tensor]
@@ -30,11 +32,15 @@ class Objective:
         fn: (params, batch) -> [n] or [n t]; pure, differentiable in params.
         check: raises BatchError where the batch cannot be scored.
         name: what a message calls it.
+        apply: the model behind it, (params, input_ids, attention_mask) -> logits; None where there is none.
+        certify: certifies its values on batches like one; see `fkernel.func.certified`.
     """
 
     fn: Function
     check: Callable[[Any], None]
     name: str
+    apply: Any = None
+    certify: Callable[[Any, Tree, Any], None] | None = None
 
     def __call__(self, params: Tree, batch: Any) -> Tensor:
         """Evaluate; check input and output wherever their values can be read."""
@@ -42,7 +48,10 @@ class Objective:
             return self.fn(params, batch)
         check_batch(batch)
         self.check(batch)
-        value = self.fn(params, batch)
+        if self.certify is not None and not any(map(is_functorch_wrapped_tensor, params.values())):
+            self.certify(self, params, batch)
+        # Where widths matter, sequences of one length go together, as they do in the engine.
+        value = (stacked(self.fn, None, True) if own_width(self) else self.fn)(params, batch)
         check_values(value, self.name)
         return value
 
@@ -52,7 +61,12 @@ def bare(f: Function) -> Function:
     return f.fn if isinstance(f, Objective) else f
 
 
-def name_of(f: Function) -> str:
+def own_width(f: Function) -> bool:
+    """Tell whether f's value of a sequence depends on how wide its batch is, as far as its model says."""
+    return isinstance(f, Objective) and bool(getattr(f.apply, "own_width", False))
+
+
+def name_of(f: Any) -> str:
     """What a message calls f's value."""
     return f.name if isinstance(f, Objective) else "f"
 

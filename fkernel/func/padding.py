@@ -8,22 +8,26 @@
 What a step does to a sequence of E is told by the derivative; what the optimizer was given by a sequence of U is the
 second. They differ only where p stands inside a sequence and is attended to, as in the prompts of a chat template whose
 padding token doubles as its end of turn.
+
+Which of the two is taken is decided at every lookup that says `padding_idx`, whichever module makes it: an adapter's or
+a wrapper's lookup withholds as the bare embedding does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
-from fkernel.func.functional import Apply, structural_copy
 from fkernel.shapes import Tensor
 
 
-def as_trained(apply: Apply) -> Apply:
+def as_trained(apply: Any) -> Any:
     """Make the same function with the gradient that a training run takes of it, in reverse mode.
 
     Args:
@@ -41,13 +45,50 @@ def as_trained(apply: Apply) -> Apply:
         >>> apply.padding_idx, as_trained(apply).padding_idx
         (0, None)
     """
-    if apply.padding_idx is None:
-        return apply
-    module: Any = structural_copy(apply.module)
-    module.get_input_embeddings().register_forward_hook(partial(_withheld, apply.padding_idx))
-    return replace(apply, module=module, padding_idx=None)
+    return apply if apply.withholds is None else replace(apply, withholds=True, padding_idx=None)
 
 
-def _withheld(padding_idx: int, module: nn.Module, inputs: tuple[Tensor, ...], embedded: Tensor) -> Tensor:
-    """Cut the cotangent of embedded padding off."""
-    return torch.where((inputs[0] == padding_idx)[..., None], embedded.detach(), embedded)
+def trained_padding(module: nn.Module, trained: Collection[str]) -> int | None:
+    """Find the token id whose embedding row training withholds the gradient of; None where no such row is trained.
+
+    Args:
+        module: with its embeddings, wrapped by adapters or bare.
+        trained: names of the parameters that are trained.
+    """
+    root = module.get_input_embeddings() if hasattr(module, "get_input_embeddings") else None  # pyright: ignore
+    for place, part in module.named_modules():
+        if part is not root and (root is not None or not isinstance(part, nn.Embedding)):
+            continue
+        rows = [getattr(inner, "padding_idx", None) for inner in part.modules()]
+        rows = [row for row in rows if row is not None]
+        if rows and any(name.startswith(f"{place}.") for name in trained):
+            return int(rows[0])
+    return None
+
+
+class padding_rows(TorchFunctionMode):
+    """While active, lookups that say `padding_idx` withhold that row's gradient as training does, or do not."""
+
+    def __init__(self, withheld: bool) -> None:
+        """Choose: the gradient of training, or the derivative."""
+        super().__init__()
+        self.withheld = withheld
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Replace lookups, pass everything else on."""
+        if func is F.embedding:
+            return _lookup(self.withheld, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _lookup(
+    withheld: bool, input: Tensor, weight: Tensor, padding_idx: int | None = None, *rest: Any, **options: Any
+) -> Tensor:
+    """W[i], in forward and reverse mode alike: torch's own lookup withholds in reverse mode only."""
+    embedded = F.embedding(input, weight, None, *rest, **options)
+    if padding_idx is None or not withheld:
+        return embedded
+    row = padding_idx % weight.shape[0]
+    return torch.where((input == row)[..., None], embedded.detach(), embedded)

@@ -5,6 +5,7 @@ from fkernel.kernel.fisher import influence, kernel
 from fkernel.kernel.planning import Estimate, Option, Strategy, estimate
 from fkernel.kernel.recycling import recycled
 from fkernel.kernel.rounded import Rounded, rounded_kernel
+from fkernel.kernel.state_certificate import state_against_step
 from fkernel.kernel.step import StepEffect, explain_step, loss_gradient, realised_change
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
     "realised_change",
     "recycled",
     "rounded_kernel",
+    "state_against_step",
 ]

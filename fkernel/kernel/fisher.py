@@ -21,8 +21,7 @@ from typing import Any
 from fkernel import func, tree
 from fkernel.errors import BatchError
 from fkernel.func.boundary import explained
-from fkernel.func.capture import Plan
-from fkernel.func.gradient import plan_of
+from fkernel.func.certified import plan_of
 from fkernel.func.handles import packed
 from fkernel.func.objective import Function
 from fkernel.kernel.budget import parse_bytes
@@ -58,6 +57,7 @@ def kernel(
     microbatch: int | None = None,
     strategy: Strategy | None = None,
     store: Path | str | None = None,
+    rows: Function | None = None,
 ) -> Tensor:
     """Compute the kernel between two batches.
 
@@ -78,6 +78,7 @@ def kernel(
         store: a directory for gradients on disk. With one, the strategy "store" is open to choice; gradients that it
             holds from an earlier call (of the same f, θ, batch and microbatches) are read, not computed. Each batch
             has a folder of its own there, to be deleted when it is wanted no more.
+        rows: f of E, where it is another than U's: an observable, or `func.through_detach(f)`.
 
     Returns:
         [n_E, n_U] in the parameters' dtype; positive where u's gradient raises f of e. Units: f², times P's.
@@ -94,47 +95,44 @@ def kernel(
         tensor([[1., 1., 1.],
                 [1., 1., 1.]])
     """
-    check_sides(f, params, E, U)
+    f_E = f if rows is None else rows
+    check_sides(f, params, E, U, f_E)
     microbatch = usual_microbatch(microbatch, E, U)
     with explained(params):
-        plan = plan_of(f, params, E)
+        plan, plan_E = plan_of(f, params, U), plan_of(f_E, params, E)
     promised = memory is not None or strategy is not None
     if strategy is None:
         dense_U = not isinstance(precond, Diagonal)
         strategy = choose(f, params, E, U, plan, memory, microbatch, dense_U, store is not None)
+    side_E = Ordered("E", E, f_E, plan_E)
+    side_U = side_E if E is U and f_E is f and isinstance(precond, Diagonal) else Ordered("U", U, f, plan)
     with recycled():
-        return _executed(strategy, f, params, E, U, precond, plan, store, promised)
+        return _executed(strategy, params, side_E, side_U, precond, store, promised)
 
 
 def _executed(
     strategy: Strategy,
-    f: Function,
     params: Tree,
-    E: Any,
-    U: Any,
+    side_E: Ordered,
+    side_U: Ordered,
     precond: Preconditioner,
-    plan: Plan,
     store: Path | str | None,
     promised: bool,
 ) -> Tensor:
-    side_E = Ordered("E", E)
-    side_U = side_E if E is U and isinstance(precond, Diagonal) else Ordered("U", U)
     if strategy.name == "store":
-        K = spilled(strategy, f, params, side_E, side_U, precond, plan, _given(store))
+        K = spilled(strategy, params, side_E, side_U, precond, _given(store))
     else:
-        K = _streamed(strategy, f, params, side_E, side_U, precond, plan, promised)
+        K = _streamed(strategy, params, side_E, side_U, precond, promised)
     # K has the sides' own orders: put rows and columns back where the caller has them.
     return K[side_E.order.argsort()][:, side_U.order.argsort()].to(next(iter(params.values())).dtype)
 
 
 def _streamed(
     strategy: Strategy,
-    f: Function,
     params: Tree,
     E: Ordered,
     U: Ordered,
     precond: Preconditioner,
-    plan: Plan,
     promised: bool,
 ) -> Tensor:
     """Compute K with tiles of one side held in memory, [n_E, n_U] in the sides' own orders.
@@ -148,7 +146,7 @@ def _streamed(
 
     def source(side: Ordered) -> tuple[list[slice], Pieces]:
         cuts = cuts_of(side, strategy.tokens)
-        pieces = pieces_of(f, params, side, cuts, plan)
+        pieces = pieces_of(params, side, cuts)
         if side is U and not isinstance(precond, Diagonal):
             return cuts, rows_under(precond, pieces, params, side, cuts)
         return cuts, (lambda i: packed(pieces(i))) if promised else pieces

@@ -36,9 +36,8 @@ import torch
 from fkernel import func, tree
 from fkernel.errors import NonFiniteError, TreeError
 from fkernel.func.boundary import explained
-from fkernel.func.capture import Plan
+from fkernel.func.certified import plan_of
 from fkernel.func.contract import tile_columns
-from fkernel.func.gradient import plan_of
 from fkernel.func.handles import (
     Handle,
     Handles,
@@ -133,16 +132,14 @@ def rounded_kernel(
     with explained(params):
         plan = plan_of(f, params, E)
     with recycled():
-        return _executed(f, params, Ordered("E", E), Ordered("U", U), d, dtype, microbatch, plan)
+        return _executed(params, Ordered("E", E, f, plan), Ordered("U", U, f, plan), d, dtype, microbatch)
 
 
-def _executed(
-    f: Function, params: Tree, E: Ordered, U: Ordered, d: Tree | None, dtype: torch.dtype, microbatch: int, plan: Plan
-) -> Rounded:
+def _executed(params: Tree, E: Ordered, U: Ordered, d: Tree | None, dtype: torch.dtype, microbatch: int) -> Rounded:
     how = default(len(E), len(U), max(E.tokens[0], U.tokens[0]), microbatch, dense_U=False)
     held, streamed = (E, U) if how.held == "E" else (U, E)
     cuts_h, cuts_s = cuts_of(held, how.tokens), cuts_of(streamed, how.tokens)
-    pieces_h, pieces_s = (pieces_of(f, params, *side, plan) for side in ((held, cuts_h), (streamed, cuts_s)))
+    pieces_h, pieces_s = (pieces_of(params, *side) for side in ((held, cuts_h), (streamed, cuts_s)))
 
     stored: list[Handles] = []
     errors: list[Tensor] = []

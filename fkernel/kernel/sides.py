@@ -11,33 +11,40 @@ from typing import Any
 
 from fkernel import tree
 from fkernel.errors import BatchError, NonFiniteError
-from fkernel.func.batch import by_length, length, lengths, take, trim
+from fkernel.func.batch import by_length, length, lengths, take, trim, widths
 from fkernel.func.boundary import check_inputs, explained
 from fkernel.func.capture import Plan
-from fkernel.func.gradient import handle_pieces
+from fkernel.func.certified import certify_values
 from fkernel.func.handles import Handles, stack_handles, write_out
 from fkernel.func.microbatch import cut
-from fkernel.func.objective import Function
+from fkernel.func.objective import Function, own_width
+from fkernel.func.rows import handle_pieces
 from fkernel.precond import Preconditioner
 from fkernel.shapes import Tensor, Tree
 
 
 class Ordered:
-    """A batch, longest sequences first, without the padding that all of it shares.
+    """A batch, longest sequences first, without the padding that all of it shares; and the function it is for.
 
     Attributes:
         name: "E" or "U".
         batch: the ordered batch.
         order: [n], which row of the caller's batch each of its rows is.
+        tokens: of each sequence.
+        alike: what must be the same of sequences that share a microbatch; None where nothing need be.
+        f: whose gradients are taken; None where they are read.
+        plan: how they are taken.
     """
 
-    def __init__(self, name: str, batch: Any) -> None:
-        """Order a batch."""
+    def __init__(self, name: str, batch: Any, f: Function | None = None, plan: Plan | None = None) -> None:
+        """Order a batch; f tells whether sequences of different lengths may share a microbatch."""
+        self.f, self.plan = f, plan
         self.name, self.order = name, by_length(batch)
         moved = bool((self.order[1:] < self.order[:-1]).any())
         self.batch = trim(take(batch, self.order) if moved else batch)
         counts = lengths(self.batch)
         self.tokens = [1] * len(self.order) if counts is None else counts.tolist()
+        self.alike = widths(self.batch) if f is not None and own_width(f) else None
 
     def __len__(self) -> int:
         """Count its sequences."""
@@ -48,8 +55,11 @@ Pieces = Callable[[int], Handles]
 """The gradients of a side's i-th microbatch."""
 
 
-def pieces_of(f: Function, params: Tree, side: Ordered, cuts: Sequence[slice], plan: Plan) -> Pieces:
+def pieces_of(params: Tree, side: Ordered, cuts: Sequence[slice]) -> Pieces:
     """Make the function that computes the gradients of a side's microbatches."""
+    f, plan = side.f, side.plan
+    assert f is not None
+    assert plan is not None
 
     def piece(i: int) -> Handles:
         part = take(side.batch, cuts[i])
@@ -88,7 +98,7 @@ def blocks(side: Ordered, cuts: Sequence[slice], tokens: int | None) -> Iterator
 
 def cuts_of(side: Ordered, tokens: int | None) -> list[slice]:
     """Cut a side into microbatches."""
-    return cut(side.tokens, tokens)
+    return cut(side.tokens, tokens, side.alike)
 
 
 def gathered(pieces: Pieces, block: Sequence[int]) -> Handles:
@@ -103,11 +113,15 @@ def written_out(pieces: Pieces, block: Sequence[int], cuts: Sequence[slice], par
     return write_out(zip(rows, (pieces(i) for i in block), strict=True), params, rows[-1].stop)
 
 
-def check_sides(f: Function, params: Tree, E: Any, U: Any) -> None:
+def check_sides(f: Function, params: Tree, E: Any, U: Any, rows: Function | None = None) -> None:
     """Check both batches before anything is computed from either, and say which one is at fault."""
-    for side, batch in (("E", E), ("U", U)):
+    sides = (("E", f if rows is None else rows, E), ("U", f, U))
+    for side, own, batch in sides:
         with naming(side):
-            check_inputs(f, params, batch)
+            check_inputs(own, params, batch)
+    for side, own, batch in sides:
+        with naming(side), explained(params):
+            certify_values(own, params, batch)
 
 
 @contextmanager

@@ -17,9 +17,7 @@ from pathlib import Path
 import torch
 
 from fkernel import func
-from fkernel.func.capture import Plan
 from fkernel.func.handles import Handles, nbytes, stack_handles
-from fkernel.func.objective import Function
 from fkernel.kernel.planning import Strategy
 from fkernel.kernel.sides import Ordered, blocks, cuts_of, gathered, rows_under
 from fkernel.kernel.stored import stored
@@ -29,24 +27,20 @@ from fkernel.shapes import Tensor, Tree
 
 def spilled(
     strategy: Strategy,
-    f: Function,
     params: Tree,
     E: Ordered,
     U: Ordered,
     precond: Preconditioner,
-    plan: Plan,
     directory: Path | str,
 ) -> Tensor:
     """Compute K by way of a store; [n_E, n_U], in the sides' own orders, float64.
 
     Args:
         strategy: how many tokens of each side are contracted at a time, and how many are under way in a pass.
-        f: (params, batch) -> [n].
         params: θ.
         E: one side.
         U: the other; E itself where they are one and P is a diagonal.
         precond: P.
-        plan: which layers are captured.
         directory: where the store is.
 
     Raises:
@@ -57,8 +51,8 @@ def spilled(
     D = precond.d if isinstance(precond, Diagonal) else None
     K = torch.zeros(len(E), len(U), dtype=torch.float64, device=next(iter(params.values())).device)
     with ExitStack() as opened:
-        x = opened.enter_context(stored(directory, f, params, E, cuts_E, plan))
-        y = x if U is E else opened.enter_context(stored(directory, f, params, U, cuts_U, plan))
+        x = opened.enter_context(stored(directory, params, E, cuts_E))
+        y = x if U is E else opened.enter_context(stored(directory, params, U, cuts_U))
         rows_of_U = None if isinstance(precond, Diagonal) else rows_under(precond, y.read, params, U, cuts_U)
         shares = [*_shares({name: nbytes({name: handle}) for name, handle in x.read(0).items()})]
         for own in blocks(U, cuts_U, block):

@@ -16,16 +16,19 @@ from typing import Any, NamedTuple
 from einops import rearrange
 
 from fkernel import func, tree
+from fkernel.func.along import true_derivative
 from fkernel.func.batch import length
 from fkernel.func.boundary import check_weights, explained
-from fkernel.func.gradient import plan_of
+from fkernel.func.certified import plan_of
 from fkernel.func.objective import Function
+from fkernel.func.unused import unused_parameters
 from fkernel.kernel.fisher import kernel
 from fkernel.kernel.planning import Strategy, choose, usual_microbatch
 from fkernel.kernel.planning.passes import bytes_of, fit, forward, reverse, twice_forward
 from fkernel.kernel.recycling import recycled
 from fkernel.kernel.sides import check_sides, naming
 from fkernel.precond import AdamWState, AdamWStep, adamw_response, adamw_step, clip_factor
+from fkernel.precond.adam import Grads
 from fkernel.precond.state import check_covers
 from fkernel.shapes import Tensor, Tree
 
@@ -89,7 +92,8 @@ def loss_gradient(
         microbatch: as in `fkernel.kernel`.
 
     Returns:
-        (g {name: [*shape]}, c, ‖∇L‖ before clipping).
+        (g {name: [*shape]}, c, ‖∇L‖ before clipping). A parameter that f never uses has zeros here and None in torch,
+        whose optimizer leaves it alone: `func.unused.unused_parameters` tells which ones these are.
 
     Raises:
         As `func.vjp`; OptimizerStateError where max_norm is not positive.
@@ -135,7 +139,8 @@ def explain_step(
         microbatch: as in `fkernel.kernel`.
 
     Returns:
-        (StepEffect, AdamWStep): the effect on E in nats, and Δθ in its three parts.
+        (StepEffect, AdamWStep): the effect on E in nats, and Δθ in its three parts; 0 of a parameter that f never uses,
+        which torch's optimizer leaves alone, momentum and decay included.
 
     Raises:
         BatchError, TreeError, ModelError, NonFiniteError, OptimizerStateError: the inputs are at fault.
@@ -175,16 +180,20 @@ def _explained(
     strategy: Strategy,
 ) -> tuple[StepEffect, AdamWStep]:
     g, clip, norm = loss_gradient(f, params, U, weights, max_norm=max_norm, microbatch=m)
-    step = adamw_step(params, {**g}, state)
-    K = kernel(f, params, E, U, adamw_response(state, {**g}), strategy=strategy)
-    jvp = func.jvp(f, m)
+    with naming("U"):
+        given: Grads = {**g, **dict.fromkeys(unused_parameters(f, params, U))}
+    step = adamw_step(params, given, state)
+    with naming("E"), explained(params):
+        S = true_derivative(f, params, E, step.total)
+    K = kernel(f, params, E, U, adamw_response(state, given), strategy=strategy, rows=S)
+    jvp = func.jvp(S, m)
     with naming("E"):
         effect = StepEffect(
             kernel=K,
             contributions=K * rearrange(clip * weights.to(K), "u -> 1 u"),
             momentum=jvp(params, E, step.momentum),
             decay=jvp(params, E, step.decay),
-            curvature=0.5 * func.curvature(f, m)(params, E, step.total),
+            curvature=0.5 * func.curvature(S, m)(params, E, step.total),
             clip=clip,
             grad_norm=norm,
         )

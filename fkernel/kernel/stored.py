@@ -10,9 +10,8 @@ from typing import Any
 
 from fkernel import func
 from fkernel.errors import StoreError
-from fkernel.func.capture import Plan
 from fkernel.func.handles import Handles
-from fkernel.func.objective import Function, name_of
+from fkernel.func.objective import name_of
 from fkernel.kernel.sides import Ordered, Pieces, pieces_of
 from fkernel.kernel.store import Store, open_store
 from fkernel.kernel.store.fingerprint import fingerprint
@@ -23,9 +22,7 @@ TOLERANCE = 1e-3
 
 
 @contextmanager
-def stored(
-    directory: Path | str, f: Function, params: Tree, side: Ordered, cuts: Sequence[slice], plan: Plan
-) -> Iterator[Store]:
+def stored(directory: Path | str, params: Tree, side: Ordered, cuts: Sequence[slice]) -> Iterator[Store]:
     """Open a side's store, complete: what it does not hold yet is computed and written.
 
     A store is known by the contents of θ and of the batch, by f's name and by its microbatches, and lives in a folder
@@ -35,10 +32,10 @@ def stored(
     Raises:
         StoreError: see `open_store`; or the stored gradients are not this f's.
     """
-    identity = {"parameters": fingerprint(params), "batch": fingerprint(side.batch), "f": name_of(f)}
+    identity = {"parameters": fingerprint(params), "batch": fingerprint(side.batch), "f": name_of(side.f)}
     known_by = fingerprint({**identity, "cuts": [rows.stop for rows in cuts]})
     folder = Path(directory) / f"{side.name}-{known_by[:12]}"
-    pieces = pieces_of(f, params, side, cuts, plan)
+    pieces = pieces_of(params, side, cuts)
     with open_store(folder, identity, list(cuts)) as store:
         if store.has(0):
             _compare(pieces(0), store.read(0), folder)

@@ -15,9 +15,9 @@ import torch
 
 from fkernel import func
 from fkernel.errors import RolloutError
-from fkernel.kernel import realised_change
 from fkernel.kernel.recycling import recycled
 from fkernel.precond import AdamWStep
+from fkernel.rollout import SequenceRecord
 from fkernel.rollout.batch import GeneratedBatch
 from fkernel.shapes import Tensor
 from fkernel.study.analyses.accounts import Accounts
@@ -28,6 +28,9 @@ from fkernel.study.outcome import Entry, RequestResult, info_of
 from fkernel.study.requests import CapturePlan
 from fkernel.study.rows import Grant, Policy, Rows, kernel_rows, own_rows
 from fkernel.study.workspace import KernelWorkspace, selected, tokens_of
+
+EXECUTED = "the step executed here"
+"""What a change was measured on that proves nothing about how the optimizer's state was read."""
 
 
 class Question(NamedTuple):
@@ -86,7 +89,7 @@ def evaluate(
             found["batch"] = func.jvp(policy.f, grant.microbatch)(policy.params, E, towards)
             tick(len(batch))
         else:
-            own = workspace.rows_of(batch)
+            own = None if policy.whole else workspace.rows_of(batch)
             rows = kernel_rows(E, workspace, policy, grant) if own is None else own_rows(workspace, own, grant)
             found |= _reduced(rows, question, batch, workspace, weights, tick, accounts)
         if at.added is not None:
@@ -95,6 +98,8 @@ def evaluate(
             found |= _effects(at, step)
         analyses = accounts.findings()
     facts = found.pop("facts", {}) | {"sampling": batch.diagnostics, "advantages": question.advantages}
+    if "realised" in found:
+        facts["realised_on"] = EXECUTED if policy.after is None else "step.after"
     arrays: dict[str, Any] = {
         name: value.cpu().numpy() if isinstance(value, Tensor) else value for name, value in found.items()
     }
@@ -110,7 +115,7 @@ def evaluate(
 
 
 def _effects(at: Situation, step: AdamWStep) -> dict[str, Tensor]:
-    """Momentum, decay, curvature and the realised change, [n_E] each."""
+    """Momentum, decay, curvature and the realised change, with what was not selected of it, [n_E] each."""
     f, params, E, m = at.policy.f, at.policy.params, at.E, at.grant.microbatch
     along = func.jvp(f, m)
     found = {"momentum": along(params, E, step.momentum), "decay": along(params, E, step.decay)}
@@ -119,7 +124,7 @@ def _effects(at: Situation, step: AdamWStep) -> dict[str, Tensor]:
     if at.capture.curvature:
         found["curvature"] = 0.5 * func.curvature(f, m)(params, E, step.total)
     if at.capture.realised:
-        found["realised"] = realised_change(f, params, at.after, E, microbatch=m)
+        found |= at.realised(f, E)
     return found
 
 
@@ -140,6 +145,7 @@ def _reduced(
     kept |= {"top": torch.empty(n, k, dtype=torch.int64)}
     wanted, tally, entries = _wanted(question, batch, workspace), BlockTally(), list[Entry]()
     prompts = [record.provenance.global_prompt_id for record in workspace.batch]
+    names = [*map(_identity, workspace.batch)]
     for block in rows:
         at, K, norms, _ = block
         C = K * weights.to(K)
@@ -151,8 +157,10 @@ def _reduced(
         kept["top"][at], kept["top_contributions"][at] = top_contributors(C, k)
         if capture.kernel:
             kept["kernel"][at], kept["contributions"][at] = K, C
-        own = [batch.records[e].provenance.global_prompt_id for e in at.tolist()]
-        tally.add(K, cosine, torch.tensor([[a == b for b in prompts] for a in own]))
+        own = [batch.records[e] for e in at.tolist()]
+        same = torch.tensor([[a == b for b in prompts] for a in (one.provenance.global_prompt_id for one in own)])
+        others = torch.tensor([[a != b for b in names] for a in map(_identity, own)])
+        tally.add(K[others], cosine[others], same[others])
         for r, e in enumerate(at.tolist()):
             for u in wanted.get(e, ()):
                 ids = batch.ids[e], workspace.batch.ids[u]
@@ -163,6 +171,11 @@ def _reduced(
     entries.sort(key=lambda entry: (place[entry.row], workspace.index[entry.column]))
     facts = {"blocks": tally.blocks._asdict()}
     return {**kept, "update_diagonal": columns, "selected": tuple(entries), "facts": facts}
+
+
+def _identity(record: SequenceRecord) -> tuple[str, str]:
+    """What only the same sequence has: its id, with the hash of its tokens."""
+    return record.sequence_id, record.content_hash
 
 
 def _wanted(question: Question, batch: GeneratedBatch, workspace: KernelWorkspace) -> dict[int, list[int]]:

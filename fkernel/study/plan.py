@@ -97,6 +97,7 @@ class NumericsPlan(Strict):
         memory: grant for activations and gradients beside the model, the optimizer's state and the step; "8GiB".
         device: torch's name of one.
         seed: of every draw that does not give its own.
+        skip_certificates: certificates that are left out, by name: rows, values, company, forward, derivative.
     """
 
     dtype: Literal["float32", "float64"] = "float32"
@@ -105,6 +106,7 @@ class NumericsPlan(Strict):
     memory: str | int | None = None
     device: str = "cpu"
     seed: int = 0
+    skip_certificates: tuple[Literal["rows", "values", "company", "forward", "derivative"], ...] = ()
 
     @field_validator("memory")
     @classmethod

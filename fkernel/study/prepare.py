@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from fkernel import tree
 from fkernel.checkpoint import Checkpoint
 from fkernel.func import Sequences
-from fkernel.func.gradient import plan_of
+from fkernel.func.certified import plan_of
+from fkernel.func.unused import unused_parameters
 from fkernel.kernel import recycled
 from fkernel.kernel.planning import usual_microbatch
 from fkernel.kernel.sides import Ordered, check_sides, cuts_of, pieces_of
@@ -32,10 +33,12 @@ class Prepared(NamedTuple):
     Attributes:
         workspace: U.
         step: Δθ; None where there is no optimizer state, or P is not calibrated: then nothing is predicted.
+        policy: the checkpoint as the engine takes it.
     """
 
     workspace: KernelWorkspace
     step: AdamWStep | None
+    policy: Policy
 
 
 def prepared(
@@ -112,9 +115,9 @@ def _made(
         grant = grant_of(plan.numerics.memory, plan.numerics.microbatch, policy, tokens)
         loss = _terms(plan, checkpoint, policy, batch, tokens, grant.microbatch, directory)
         f, U = columns_of(policy.columns, policy.trained, policy.temperature, tokens, loss)
-        side = Ordered("U", U)
+        side = Ordered("U", U, f, plan_of(f, policy.params, U))
         cuts = (directory and directory.cuts()) or cuts_of(side, grant.microbatch * max(side.tokens))
-        pieces = pieces_of(f, policy.params, side, cuts, plan_of(f, policy.params, U))
+        pieces = pieces_of(policy.params, side, cuts)
         if directory is None:
             gradients = held_in_memory(side, cuts, pieces, told)
         else:
@@ -122,12 +125,13 @@ def _made(
         ascent = gradients.weighted_sum(batch.loss_weights.to(next(iter(policy.params.values()))))
         if loss is not None and loss.penalty is not None:
             ascent = tree.add(ascent, loss.penalty)
-    found = response(plan.preconditioner, plan.step, policy.params, policy.state, ascent)
+        unused = unused_parameters(f, policy.params, U)
+    found = response(plan.preconditioner, plan.step, policy.params, policy.state, ascent, unused)
     if directory is not None and directory.complete is None:
         directory.seal(found.P, found.clip, found.grad_norm, loss)
     place, opened = (None, None) if directory is None else (directory.path, directory.opened)
     workspace = KernelWorkspace(batch, gradients, found.P, found.clip, found.grad_norm, asked, place, opened, loss)
-    return Prepared(workspace, found.step if plan.preconditioner.calibrated else None)
+    return Prepared(workspace, found.step if plan.preconditioner.calibrated else None, policy)
 
 
 def _terms(

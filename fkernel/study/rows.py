@@ -10,8 +10,8 @@ import torch
 
 from fkernel import func
 from fkernel.errors import BatchError
+from fkernel.func.certified import plan_of
 from fkernel.func.contract import tile_bytes
-from fkernel.func.gradient import plan_of
 from fkernel.func.handles import Handles, at, stack_handles
 from fkernel.kernel.budget import parse_bytes
 from fkernel.kernel.planning import usual_microbatch
@@ -27,6 +27,18 @@ HELD = 1 << 30
 """Bytes of E's gradients that are held at a time where no memory was granted."""
 
 
+class Unselected(NamedTuple):
+    """Parameters that a plan did not select and that moved, {name: [*shape]} each, of the same names.
+
+    Attributes:
+        before: as the checkpoint has them.
+        after: as they are after the step.
+    """
+
+    before: Tree
+    after: Tree
+
+
 class Policy(NamedTuple):
     """A checkpoint as the engine takes it.
 
@@ -40,7 +52,10 @@ class Policy(NamedTuple):
         tokenizer: Hugging Face's.
         trained: apply, differentiated as training does: `func.as_trained`.
         columns: f of `trained`, whose gradients are U's.
+        whole: whether E's derivative goes through what the model detaches, and so is not that of U's gradients.
         padding_idx: the token whose embedding row training withholds the gradient of; None where it is not trained.
+        unselected: gives the parameters that were not selected and that the step moved all the same, before and after
+            it; empty where there are none, or where the step was not really taken. Loaded once, when first called.
     """
 
     f: func.Objective
@@ -53,6 +68,8 @@ class Policy(NamedTuple):
     trained: Any = None
     columns: Any = None
     padding_idx: int | None = None
+    unselected: Callable[[], Unselected] = lambda: Unselected({}, {})
+    whole: bool = False
 
 
 class Grant(NamedTuple):
@@ -109,9 +126,9 @@ class Rows(NamedTuple):
 
 def kernel_rows(batch: Any, workspace: KernelWorkspace, policy: Policy, grant: Grant) -> Iterator[Rows]:
     """Walk K_EU a few rows at a time; E's gradients are computed, U's are read."""
-    side = Ordered("E", batch)
+    side = Ordered("E", batch, policy.f, plan_of(policy.f, policy.params, batch))
     cuts = cuts_of(side, grant.microbatch * max(side.tokens))
-    pieces = pieces_of(policy.f, policy.params, side, cuts, plan_of(policy.f, policy.params, batch))
+    pieces = pieces_of(policy.params, side, cuts)
     for block, held in within(room_of(grant, workspace), pieces, len(cuts)):
         J = stack_handles(held)
         places = torch.cat([side.order[cuts[i]] for i in block])

@@ -18,10 +18,12 @@ from fkernel.precond import AdamWStep
 from fkernel.rollout import SampleGenerator, load_batch, save_batch
 from fkernel.rollout.batch import GeneratedBatch
 from fkernel.study.analyses.update import health_of, structure_of
+from fkernel.study.certified import along, findings, skipping
 from fkernel.study.checks import check_inputs
 from fkernel.study.draws import Draw
 from fkernel.study.environment import environment
 from fkernel.study.evaluate import Question, evaluate
+from fkernel.study.facts import facts_of_step
 from fkernel.study.gradients import GradientCache
 from fkernel.study.log import LOGGER, phase, say
 from fkernel.study.outcome import Entry, Finding, RequestResult, SelfKernel, info_of
@@ -68,6 +70,8 @@ class FisherKernelRunner:
         self.plan = plan
         self.workspace: KernelWorkspace | None = None
         self._step: AdamWStep | None = None
+        self._prepared: Policy | None = None
+        self._of_E: Policy | None = None
         self._batches: dict[str, GeneratedBatch] = {}
         self._drawn = ("sampling", 0)
         for loaded in ("checkpoint", "generator", "policy"):
@@ -93,8 +97,15 @@ class FisherKernelRunner:
     @cached_property
     def policy(self) -> Policy:
         """The checkpoint as the engine takes it; S at the temperature that U was sampled at, unless the plan says."""
-        found = policy_of(self.plan, self.checkpoint, self._given(None).asked["temperature"])
+        asked = self._given(None).asked
+        found = self._prepared or policy_of(self.plan, self.checkpoint, asked["temperature"])
         return found._replace(after=after_of(self.plan, found.params))
+
+    def _along(self, E: func.Sequences) -> Policy:
+        """The policy whose derivative E's changes follow, certified on the first request."""
+        if self._of_E is None:
+            self._of_E = self.policy if self._step is None else along(self.policy, E, self._step)
+        return self._of_E
 
     def prepare_update_workspace(self, plan: FisherKernelPlan | None = None) -> KernelWorkspace:
         """Make U's workspace, go on with one that was cut off, or open one that is complete.
@@ -111,9 +122,10 @@ class FisherKernelRunner:
         if plan is not None:
             self._take(plan)
         plan = self.plan
-        with phase(self.logger, "preparing the workspace") as found:
-            workspace, self._step = prepared(plan, self.checkpoint, self._update, partial(self.tick, "gradients of U"))
-            self.workspace = workspace
+        with skipping(self.plan), phase(self.logger, "preparing the workspace") as found:
+            made = prepared(plan, self.checkpoint, self._update, partial(self.tick, "gradients of U"))
+            self.workspace, self._step, self._prepared = made
+            workspace = made.workspace
             found |= {"sequences": len(workspace.batch), "gradients_computed": workspace.gradients.computed}
             found["gradients_read"] = len(workspace.batch) - workspace.gradients.computed
         return workspace
@@ -175,7 +187,7 @@ class FisherKernelRunner:
         capture = request.capture or plan.capture
         if capture_full is not None:
             capture = capture.model_copy(update={"kernel": capture_full})
-        with phase(self.logger, f"request {name}") as found:
+        with skipping(self.plan), phase(self.logger, f"request {name}") as found:
             E = self._batch(request, workspace) if batch is None else batch
             if request.sequence_ids is not None:
                 E = E.clone_with_subset(selected(E.ids, request.sequence_ids, f"the request {name!r}"))
@@ -186,9 +198,8 @@ class FisherKernelRunner:
                 asked, strict = request.analyses or plan.analyses, bool(request.capture or request.analyses)
                 question = Question(name, request.kind, capture, request.advantages, strict, asked)
                 grant, size = self._grant(E), len(E)
-                result = evaluate(
-                    question, E, workspace, self.policy, self._step, grant, lambda n: self.tick(name, n, size)
-                )
+                policy = self._along(tokens)
+                result = evaluate(question, E, workspace, policy, self._step, grant, lambda n: self.tick(name, n, size))
             found |= {"sequences": len(E)}
             found |= {f"{key}_relative_error": v.relative_error for key, v in result.calibration.items()}
         return result
@@ -233,7 +244,7 @@ class FisherKernelRunner:
 
     def external(self, batch: GeneratedBatch, workspace: KernelWorkspace | None = None) -> GradientCache:
         """Compute the gradient of a batch of one."""
-        workspace, policy = self._given(workspace), self.policy
+        workspace, policy = self._given(workspace), self._of_E or self.policy
         E = tokens_of(batch, policy.params)
 
         def read() -> Any:
@@ -275,21 +286,25 @@ class FisherKernelRunner:
         check_inputs(plan)
         about = environment() | {"plan_hash": plan.hash, "seed": plan.numerics.seed}
         say(self.logger, f"plan {plan.hash[:12]}, out {plan.out}", **about)
-        with self.prepare_update_workspace() as workspace:
+        with func.made_certificates() as made, self.prepare_update_workspace() as workspace:
             own = self.compute_self_kernel(workspace, capture_full=plan.capture.kernel) if plan.self_kernel else None
             found = {str(request.name): self.evaluate_batch(request, workspace) for request in plan.requests}
             rows = {entry.row for result in found.values() for entry in result.selected}
             for row in sorted({row for row, _ in plan.capture.pairs} - rows):
                 missed = f"capture.pairs: no request has a sequence {row!r}; nothing was kept for it"
                 say(self.logger, missed, logging.WARNING)
+            analyses, computed = self.analyse_update(workspace), workspace.gradients.computed
+            say(self.logger, "gradients of U", computed=computed, read=len(workspace.batch) - computed)
+            about |= {"fingerprint": workspace.asked["checkpoint"]}
+            about |= findings(made, self.policy, self._step, self.checkpoint, self.logger)
             return FisherKernelResults(
                 plan=plan.record(),
-                environment=about | {"fingerprint": workspace.asked["checkpoint"]},
+                environment=about,
                 update=tuple(map(info_of, workspace.batch)),
-                step=self._facts(workspace),
+                step=facts_of_step(workspace, self.policy, self.checkpoint.step),
                 self_kernel=own,
                 requests=found,
-                analyses=self.analyse_update(workspace),
+                analyses=analyses,
             )
 
     def save_batches(self, out: str | Path) -> None:
@@ -304,19 +319,6 @@ class FisherKernelRunner:
                 raise PlanError(f"There is another batch at {place}; choose another directory (out:), or delete it.")
             if not place.exists():
                 save_batch(batch, place)
-
-    def _facts(self, workspace: KernelWorkspace) -> dict[str, Any]:
-        state, computed = self.policy.state, workspace.gradients.computed
-        facts: dict[str, Any] = {"clip": workspace.clip, "grad_norm": workspace.grad_norm}
-        facts |= {"step": self.checkpoint.step, "temperature": workspace.asked["temperature"]}
-        facts |= {"parameters": sum(leaf.numel() for leaf in self.policy.params.values())}
-        if state is not None:
-            facts |= {"lr": sorted({*state.lr.values()}), "weight_decay": sorted({*state.weight_decay.values()})}
-        facts["sampling"] = workspace.batch.diagnostics
-        if workspace.loss is not None:
-            facts["loss"] = workspace.loss.facts
-        say(self.logger, "gradients of U", computed=computed, read=len(workspace.batch) - computed)
-        return facts
 
     def _given(self, workspace: KernelWorkspace | None) -> KernelWorkspace:
         found = workspace or self.workspace

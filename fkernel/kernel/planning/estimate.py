@@ -9,7 +9,7 @@ from fkernel.errors import BatchError
 from fkernel.func.batch import length, lengths
 from fkernel.func.boundary import explained
 from fkernel.func.capture import Plan
-from fkernel.func.gradient import plan_of
+from fkernel.func.certified import plan_of
 from fkernel.func.objective import Function
 from fkernel.kernel.budget import parse_bytes
 from fkernel.kernel.planning.machine import Rates, rates

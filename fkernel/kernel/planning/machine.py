@@ -20,8 +20,8 @@ import torch
 from torch.nn import functional as F
 
 from fkernel.func.contract import contract
-from fkernel.func.gradient import handles_of, plan_of
 from fkernel.func.handles import Factored
+from fkernel.func.rows import handles_of, plan_of
 from fkernel.func.work import Work, work_of
 from fkernel.kernel.recycling import recycled
 from fkernel.kernel.store import open_store

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 from fkernel import tree
 from fkernel.func.batch import Sequences, find_sequences, length, lengths, take, trim
 from fkernel.func.capture import Plan
-from fkernel.func.gradient import handles_of
 from fkernel.func.handles import Factored, Handles, Rows, Stack, Sum, smallest, tensors
 from fkernel.func.microbatch import cut
 from fkernel.func.objective import Function, bare
+from fkernel.func.rows import handles_of
 from fkernel.func.work import Work, work_of
 from fkernel.kernel.planning.machine import Rates
 from fkernel.shapes import Tree

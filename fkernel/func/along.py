@@ -1,0 +1,117 @@
+"""Derivatives along a direction, certified: by which passes they are taken, and whether a step follows them."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from fkernel.errors import FKernelError, ModelWarning
+from fkernel.func.batch import take, token_counts, trim
+from fkernel.func.boundary import first_line
+from fkernel.func.certificate import derivative_against_difference, forward_against_reverse, shortest_few
+from fkernel.func.detach import through_detach
+from fkernel.func.directional import Order
+from fkernel.func.objective import Function, bare, name_of, own_width
+from fkernel.func.remembered import Known, keep, known_of, note, runs
+from fkernel.shapes import Tensor, Tree
+
+
+def derivative_for(f: Function, params: Tree, batch: Any, direction: Tree, order: Order) -> Any:
+    """Choose how a derivative along a direction is taken: forward, or by reverse passes where that fails or differs."""
+    known = known_of(f, params, batch)
+    if order.name not in known.derivatives:
+        known.derivatives[order.name] = _chosen(f, params, batch, direction, order, known)
+    return known.derivatives[order.name]
+
+
+def _chosen(f: Function, params: Tree, batch: Any, direction: Tree, order: Order, known: Known) -> Any:
+    counts = token_counts(batch)
+    row = min(range(len(counts)), key=counts.__getitem__)
+    one = trim(take(batch, slice(row, row + 1)))
+    value_at = lambda p: bare(f)(p, one)  # noqa: E731
+
+    def by_reverse(*given: Any) -> tuple[Tensor, Tensor]:
+        value, derivative, _ = order.reverse(*given)
+        return value, derivative
+
+    try:
+        order.forward(value_at, params, direction)
+    except FKernelError:
+        raise
+    except (RuntimeError, NotImplementedError) as error:
+        if "called random operation" in str(error):
+            raise
+        try:
+            order.reverse(value_at, params, direction)
+        except (RuntimeError, NotImplementedError):
+            raise error from None
+        _said_slower(f, order, first_line(error))
+        return by_reverse
+    if not runs("forward"):
+        return order.forward
+    try:
+        found = forward_against_reverse(f, params, one, direction, order)
+    except (RuntimeError, NotImplementedError):
+        return order.forward  # an operation without a second backward rule: there is nothing to compare with
+    if found.passed is False:
+        why = "an operation's forward rule is wrong, or f holds in backward alone what torch.no_grad surrounds"
+        _said_slower(f, order, f"{found.detail}; {why}")
+        return by_reverse
+    keep(known, found)
+    return order.forward
+
+
+def _said_slower(f: Function, order: Order, why: str) -> None:
+    what = f"The {order.name} of {name_of(f)} is taken by reverse passes, which is slower: {why}."
+    warnings.warn(what, ModelWarning, stacklevel=2)
+
+
+def true_derivative(f: Function, params: Tree, batch: Any, step: Tree) -> Function:
+    """Certify that f's derivative is what a step does to it; else look through what f holds constant in backward.
+
+    What U gave the optimizer is f's own backward pass, whatever it holds constant; what a step does to E is the whole
+    derivative. Where that cannot be had, a warning says so.
+
+    Args:
+        f: (params, batch) -> [n].
+        params: θ.
+        batch: E.
+        step: Δθ.
+
+    Returns:
+        f, or `through_detach(f)`: the one whose derivative meets central differences along the step.
+
+    Example:
+        >>> import torch
+        >>> f = lambda params, x: (x @ params["w"]).sin()
+        >>> v = {"w": torch.ones(2)}
+        >>> true_derivative(f, v, torch.eye(2), v) is f
+        True
+    """
+    if not runs("derivative"):
+        return f
+    few = shortest_few(batch, token_counts(batch), own_width(f))
+    found = derivative_against_difference(f, params, few, step)
+    if found.passed is not False:
+        note(f, params, batch, found)
+        return f
+    whole = through_detach(f)
+    again = derivative_against_difference(whole, params, few, step)
+    note(f, params, batch, again._replace(detail=f"{again.detail}; {found.error:.1e} without looking through detach"))
+    if again.passed:
+        warnings.warn(
+            f"{name_of(f)} holds something constant in its backward pass (detach, torch.no_grad): along the step it "
+            f"moves otherwise than that says ({found.error:.1%} apart). U's gradients are taken as training takes "
+            f"them, E's derivative through what is held constant ({again.error:.1%} apart).",
+            ModelWarning,
+            stacklevel=2,
+        )
+        return whole
+    warnings.warn(
+        f"Along the step {name_of(f)} moves otherwise than its derivative says ({found.detail}): a custom "
+        f"autograd.Function, a straight-through estimator, or a step too large for differences? Contributions to E "
+        f"follow the backward pass, and not what happens.",
+        ModelWarning,
+        stacklevel=2,
+    )
+    return f

@@ -1,0 +1,171 @@
+"""J of one microbatch after another: by captured layers, by vmap over a reverse pass, or one sequence at a time.
+
+The engine below `fkernel.func.gradient`: no checks of the inputs, values and gradients are still checked.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from fkernel.errors import FKernelError, ModelWarning, NonFiniteError
+from fkernel.func.batch import length, take, trim
+from fkernel.func.boundary import advice_on, check_output, check_rows, first_line
+from fkernel.func.capture import Plan, backward, forward, handle_of, make_plan
+from fkernel.func.handles import (
+    Factored,
+    Handles,
+    Piece,
+    Rows,
+    at,
+    form,
+    is_bounded,
+    smallest,
+    summands,
+    summed_up,
+    tensors,
+)
+from fkernel.func.microbatch import microbatches
+from fkernel.func.objective import Function, bare, check_values, name_of, own_width
+from fkernel.shapes import Tensor, Tree
+
+ONE_AT_A_TIME = Plan(frozenset(), frozenset(), looped=True)
+"""How f is differentiated where vmap cannot follow it."""
+
+
+def plan_of(f: Function, params: Tree, batch: Any) -> Plan:
+    """Find the layers of f whose gradients factor, on the first sequence of a batch.
+
+    Where vmap cannot follow f, though plain autograd can, gradients are taken one sequence at a time, and a warning
+    says so: the numbers are the same, the time is not.
+    """
+    one = trim(take(batch, slice(0, 1)))
+    try:
+        return make_plan(bare(f), params, one)
+    except FKernelError:
+        raise
+    except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+        if "called random operation" in str(error):
+            raise
+        looped_rows(bare(f), params, one)  # what is wrong with f itself is said as autograd says it
+        warnings.warn(
+            f"torch.func.vmap cannot follow {name_of(f)}, so gradients are taken one sequence at a time, which is as "
+            f"exact and slower: {advice_on(error) or first_line(error)}.",
+            ModelWarning,
+            stacklevel=2,
+        )
+        return ONE_AT_A_TIME
+
+
+def gradient_rows(f: Function, microbatch: int | None, plan: Plan) -> Callable[[Tree, Any], Tree]:
+    """J without the checks of its inputs, for callers that have made them; values and gradients are still checked.
+
+    Captured layers come as factors and are multiplied into J's storage, which is allocated once: that is faster than
+    vmap's own rows, each of which is fresh memory. What no captured layer explains comes from vmap over a reverse pass.
+    """
+
+    def dense(params: Tree, batch: Any) -> Tree:
+        n = length(batch)
+        J = {name: leaf.new_empty(n, *leaf.shape) for name, leaf in params.items()}
+        doubtful: set[str] = set()
+        values = next(iter(params.values())).new_empty(n)
+        for rows, part in microbatches(batch, microbatch, own_width(f)):
+            handles, value = handles_of(bare(f), params, part, plan)
+            for name, handle in handles.items():
+                _write(handle, J[name], rows)
+            doubtful.update(_doubtful(handles))
+            values[rows] = value.to(values)
+        check_values(values, name_of(f))
+        check_rows({name: J[name] for name in params if name in doubtful})
+        return J
+
+    return dense
+
+
+def _write(handle: Piece, J: Tensor, rows: slice | Tensor) -> None:
+    """Write a microbatch's gradients into their rows of J."""
+    if isinstance(handle, Tensor):
+        J[rows] = handle
+    elif isinstance(rows, slice):
+        form(handle, J[rows])
+    else:
+        for i, row in enumerate(rows.tolist()):
+            form(at(handle, slice(i, i + 1)), J[row : row + 1])
+
+
+def handle_pieces(f: Function, params: Tree, batch: Any, pieces: Iterable[slice], plan: Plan) -> Iterator[Handles]:
+    """J in handles, a microbatch at a time, without the checks of its inputs; values and factors are checked."""
+    for rows in pieces:
+        handles, values = handles_of(bare(f), params, trim(take(batch, rows)), plan)
+        try:
+            check_values(values, name_of(f))
+            _check_factors(handles)
+        except NonFiniteError as error:
+            raise error.at(rows.start) from None
+        yield {name: smallest(handle, params[name]) for name, handle in handles.items()}
+
+
+def _check_factors(handles: Mapping[str, Piece]) -> None:
+    """Raise NonFiniteError naming sequence and parameter where what a gradient is made of is not finite."""
+    for name in _doubtful(handles):
+        for leaf in (leaf for leaf in tensors(handles[name]) if leaf.is_floating_point()):
+            check_rows({name: leaf})
+
+
+def _doubtful(handles: Mapping[str, Piece]) -> list[str]:
+    """Find the parameters whose rows may not be finite, as far as the factors tell."""
+    return [name for name, handle in handles.items() if not all(is_bounded(part) for part in summands(handle))]
+
+
+def handles_of(f: Function, params: Tree, batch: Any, plan: Plan) -> tuple[dict[str, Piece], Tensor]:
+    """J of one microbatch in handles, and f's values [n]."""
+    if plan.looped:
+        return looped_rows(f, params, batch)
+    found = forward(f, params, batch, plan)
+    dense = backward(found)
+    factors: dict[str, list[Factored | Rows]] = {}
+    for use in found.uses:
+        handle = handle_of(use, len(params[use.parameter]))
+        if handle is not None:
+            factors.setdefault(use.parameter, []).append(handle)
+    # A captured parameter that nothing used, or whose every cotangent was zero, has gradient zero.
+    handles: dict[str, Piece] = {
+        name: dense[name] if name in dense else summed_up(factors.get(name, []), leaf, length(batch))
+        for name, leaf in params.items()
+    }
+    return handles, found.values.detach()
+
+
+def looped_rows(f: Function, params: Tree, batch: Any) -> tuple[dict[str, Piece], Tensor]:
+    """J of one microbatch by one plain reverse pass a sequence, dense, and f's values [n]."""
+    n = length(batch)
+    J: dict[str, Piece] = {name: leaf.new_empty(n, *leaf.shape) for name, leaf in params.items()}
+    values = next(iter(params.values())).new_empty(n)
+    for i in range(n):
+        value, pull = pull_back(f, params, take(batch, slice(i, i + 1)), 1)
+        values[i] = value[0]
+        for name, leaf in pull(torch.ones_like(value)).items():
+            J[name][i] = leaf  # pyright: ignore[reportIndexIssue]
+    return J, values
+
+
+def pull_back(f: Function, params: Tree, batch: Any, n: int) -> tuple[Tensor, Callable[[Tensor], Tree]]:
+    """f of n sequences, [n], and w ↦ Jᵀw, by one plain reverse pass."""
+    leaves = {name: leaf.detach().requires_grad_() for name, leaf in params.items()}
+    with torch.enable_grad():
+        value = f(leaves, batch)
+    check_output(value, n, per_sequence=True)
+
+    def pull(weights: Tensor) -> Tree:
+        if not value.requires_grad:
+            return {name: torch.zeros_like(leaf) for name, leaf in params.items()}
+        grads = torch.autograd.grad(value, [*leaves.values()], weights, allow_unused=True)
+        return {
+            name: torch.zeros_like(leaf) if g is None else g
+            for (name, leaf), g in zip(params.items(), grads, strict=True)
+        }
+
+    return value.detach(), pull

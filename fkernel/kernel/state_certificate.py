@@ -1,0 +1,52 @@
+"""The state certificate: what was read of an optimizer's state, held against the step that was taken.
+
+Without the weights after the step, a prediction can only be held against a step that is executed from the same reading
+of the state: they agree whether or not it was read rightly.
+"""
+
+from __future__ import annotations
+
+from fkernel import tree
+from fkernel.func import Certificate
+from fkernel.shapes import Tree
+
+BOUND = 0.05
+"""How far Δθ may be from what happened, relative:
+passes under autocast are within it, a wrong clipping factor is not."""
+
+
+def state_against_step(step: Tree, before: Tree, after: Tree | None) -> Certificate:
+    """Hold a predicted step against the weights after it.
+
+    error = ‖Δθ − (θ_after − θ_before)‖ / ‖θ_after − θ_before‖
+
+    Args:
+        step: Δθ as the optimizer's state and the batch's gradient have it, {name: [*shape]}.
+        before: θ.
+        after: θ after the step that was really taken; None where it is not there.
+
+    Returns:
+        The certificate; `passed` is None without `after`: then nothing is evidence, and `detail` says what would be.
+
+    Example:
+        >>> import torch
+        >>> theta, moved = {"w": torch.zeros(2)}, {"w": torch.ones(2)}
+        >>> state_against_step({"w": torch.full((2,), 1.5)}, theta, moved).error
+        0.5
+        >>> state_against_step(moved, theta, None).passed is None
+        True
+    """
+    if after is None:
+        detail = (
+            "self-consistent: the step is executed here from the same reading of the optimizer's state, so that its "
+            "agreement is no evidence; step.after, the checkpoint after the step, would be"
+        )
+        return Certificate("state", None, float("nan"), BOUND, detail)
+    real = {name: after[name].to(leaf) - leaf for name, leaf in before.items()}
+    size = float(tree.norm(real))
+    if not size:
+        return Certificate("state", None, float("nan"), BOUND, "nothing moved between step.after and the checkpoint")
+    error = float(tree.norm(tree.axpy(-1.0, real, step))) / size
+    worst = max(real, key=lambda name: float((step[name] - real[name]).norm()))
+    detail = f"Δθ from the state, and step.after less the checkpoint: {error:.2%} apart, most in {worst!r}"
+    return Certificate("state", error <= BOUND, error, BOUND, detail)

@@ -1,0 +1,28 @@
+"""What is known of an explained step as a whole: its numbers, for the results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fkernel.study.rows import Policy
+from fkernel.study.workspace import KernelWorkspace
+
+
+def facts_of_step(workspace: KernelWorkspace, policy: Policy, step: int | None) -> dict[str, Any]:
+    """List clipping, temperature, sizes, rates, how U was sampled and what its loss made of it, JSON.
+
+    Args:
+        workspace: U.
+        policy: the checkpoint as the engine takes it.
+        step: optimizer steps taken before; None where nothing tells.
+    """
+    state = policy.state
+    facts: dict[str, Any] = {"clip": workspace.clip, "grad_norm": workspace.grad_norm}
+    facts |= {"step": step, "temperature": workspace.asked["temperature"]}
+    facts |= {"parameters": sum(leaf.numel() for leaf in policy.params.values())}
+    if state is not None:
+        facts |= {"lr": sorted({*state.lr.values()}), "weight_decay": sorted({*state.weight_decay.values()})}
+    facts["sampling"] = workspace.batch.diagnostics
+    if workspace.loss is not None:
+        facts["loss"] = workspace.loss.facts
+    return facts
