@@ -150,8 +150,9 @@ def test_where_forward_mode_cannot_follow_reverse_passes_do(treat):
         first, second = func.jvp(S, 2)(params, U, v), func.curvature(S)(params, U, v)
     plain, _ = func.make_functional(Net().double())
     T = func.sequence_logprob(lambda p, ids, mask: 2 * plain(p, ids, mask))
-    close(first, func.jvp(T)(params, U, v))
-    close(second, func.curvature(T)(params, U, v))
+    with func.skip_certificates("forward"):  # forward mode is the oracle here
+        close(first, func.jvp(T)(params, U, v))
+        close(second, func.curvature(T)(params, U, v))
 
 
 def test_an_operation_whose_nested_forward_rule_is_wrong_is_noticed():
@@ -262,7 +263,9 @@ def test_the_balancing_loss_of_experts_is_no_part_of_log_pi():
         attn_implementation="eager", initializer_range=0.3,
     )).double().eval()  # fmt: skip
     model.set_experts_implementation("eager")
-    met(model, 1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", fk.ModelWarning)
+        met(model, 1e-5)
     assert model.config.output_router_logits  # the caller's own is left alone
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import fkernel as fk
 from fkernel import func, precond
-from fkernel.func.certificate import NAMES
+from fkernel.func.certificate import NAMES, rows_against_sum
 from tests import oracle
 from tests.cases import EXAMPLES
 from tests.laws import close, rows
@@ -261,11 +261,19 @@ def test_ones_would_miss_what_random_weights_find():
     def f(p, x):
         return x @ p["w"]
 
-    found, failing = func.certificate.rows_against_sum(
-        f, {"w": torch.zeros(2, dtype=DTYPE)}, torch.eye(2, dtype=DTYPE), J
-    )
-    assert found.passed is False
-    assert failing == ["w"]
+    found = rows_against_sum(f, {"w": torch.zeros(2, dtype=DTYPE)}, torch.eye(2, dtype=DTYPE), J)
+    assert found.certificate.passed is False
+    assert found.failing == ["w"]
+
+
+def test_a_forward_pass_that_runs_another_module_s_parameters_is_said():
+    """As a patch that closes over the module does: the copy's parameters are then used by nobody."""
+    model = Bidirectional().double()
+    patched = model.forward
+    model.forward = lambda input_ids, attention_mask: patched(input_ids, attention_mask)  # pyright: ignore
+    apply, params = func.make_functional(model, own_width=True)
+    with pytest.warns(fk.ModelWarning, match="does not depend on any of the 3 parameters.*patched"):
+        func.per_sequence_grad(func.sequence_logprob(apply))(params, func.pad(*RAGGED))
 
 
 def held(p, x):

@@ -166,7 +166,19 @@ def test_commands_are_read_from_code_with_their_options_left_out():
 
 
 def test_makefile_lists_what_a_newcomer_needs():
-    assert set(_targets()) == {"help", "demo", "test", "mutants", "lint", "bench", "scale", "peers", "docs", "clean"}
+    assert set(_targets()) == {
+        "help",
+        "demo",
+        "test",
+        "mutants",
+        "lint",
+        "bench",
+        "scale",
+        "peers",
+        "sweep",
+        "docs",
+        "clean",
+    }
 
 
 def test_make_help_prints_every_target():

@@ -9,7 +9,8 @@ import torch
 
 import fkernel as fk
 from fkernel import func, precond
-from fkernel.func.unused import unused_parameters
+from fkernel.analysis import alternative_step, explain_observable
+from fkernel.func import unused_parameters
 from tests.cases import EXAMPLES
 
 CHOSEN = torch.tensor([0, 2])  # no token goes to the second expert of three
@@ -83,3 +84,31 @@ def test_a_language_model_uses_all_of_its_parameters_but_those_beside_it(case):
     with_head = func.Objective(lambda p, b: S({k: v for k, v in p.items() if k in params}, b), S.check, "S")
     assert unused_parameters(with_head, beside, U) == {"value_head"}
     assert all(not leaf.requires_grad for leaf in params.values())
+
+
+def test_an_observables_step_leaves_alone_what_torch_leaves_alone():
+    """The observable uses what the loss does not: it is moved by what moved, and by nothing else."""
+    before, state, _, moved = really(*given())
+    _, _, batch, weights = given()
+
+    def observable(params: Any, x: Any) -> torch.Tensor:
+        return f(params, x) + params["other"].sum() + params["gate"].sum()
+
+    effect = explain_observable(observable, f, before, batch, batch, weights, state)
+    after = {name: leaf + moved[name] for name, leaf in before.items()}
+    realised = fk.realised_change(observable, before, after, batch)
+    torch.testing.assert_close(effect.second_order, realised, rtol=1e-3, atol=1e-6)
+    assert float(realised.abs().min()) > 1e-4
+
+
+def test_a_step_that_was_not_taken_leaves_it_alone_too():
+    before, state, none, moved = really(*given())
+    _, _, batch, weights = given()
+    g, _, _ = fk.loss_gradient(f, before, batch, weights)
+    taken = {**g, **dict.fromkeys(none)}
+    other = alternative_step(before, func.vjp(f)(before, batch, weights), state, taken)  # the same weights again
+    for step in (other.exact, other.frozen):
+        for name, leaf in step.total.items():
+            torch.testing.assert_close(leaf, moved[name], rtol=1e-9, atol=1e-16)
+    flipped = alternative_step(before, func.vjp(f)(before, batch, -weights), state, taken)
+    assert all(not flipped.exact.total[name].any() and not flipped.frozen.total[name].any() for name in none)

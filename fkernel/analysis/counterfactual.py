@@ -20,6 +20,7 @@ from fkernel.errors import OptimizerStateError
 from fkernel.func.objective import Function
 from fkernel.kernel.planning import usual_microbatch
 from fkernel.precond import AdamWState, AdamWStep
+from fkernel.precond.adam import Grads
 from fkernel.shapes import Tensor, Tree
 
 
@@ -62,7 +63,7 @@ def alternative_step(
     params: Tree,
     ascent: Tree,
     state: AdamWState,
-    taken: Tree,
+    taken: Grads,
     *,
     max_norm: float | None = None,
     clip: float | None = None,
@@ -74,7 +75,8 @@ def alternative_step(
         params: θ.
         ascent: J_Uᵀ(w'A'), {name: [*shape]}; `func.weighted_sum` of gradients that are held, or `func.vjp`.
         state: AdamW's before the step.
-        taken: g = c ∇L of the step that was taken, {name: [*shape]}.
+        taken: g = c ∇L of the step that was taken, {name: [*shape]}; None for a parameter that the loss never uses
+            (`func.unused_parameters`): an optimizer leaves it alone under any weights, momentum and decay included.
         max_norm: clipping threshold, None for none.
         clip: c' itself, instead.
         lr: the learning rate over the step's own.
@@ -93,7 +95,7 @@ def alternative_step(
     if not lr >= 0:
         raise OptimizerStateError(f"lr is {lr!r}; expected the learning rate over the step's own, 0 or more.")
     c = precond.clip_factor(ascent, max_norm) if clip is None else clip
-    g = tree.scale(-c, ascent)
+    g: Grads = {**tree.scale(-c, ascent), **{name: None for name, leaf in taken.items() if leaf is None}}
     rates = replace(state, lr={name: lr * rate for name, rate in state.lr.items()})
     exact, real = (precond.adamw_step(params, {**each}, rates) for each in (g, taken))
     frozen = real._replace(batch=precond.adamw_response(rates, {**taken})(tree.scale(c, ascent)))

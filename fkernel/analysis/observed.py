@@ -12,11 +12,12 @@ from typing import Any
 
 from fkernel import func
 from fkernel.func.batch import length
-from fkernel.func.boundary import check_weights
+from fkernel.func.boundary import check_weights, explained
 from fkernel.func.objective import Function
 from fkernel.kernel import StepEffect, loss_gradient, recycled
 from fkernel.kernel.planning import usual_microbatch
 from fkernel.precond import AdamWState, Diagonal, adamw_response, adamw_step
+from fkernel.precond.adam import Grads
 from fkernel.shapes import Tensor, Tree
 
 
@@ -36,7 +37,8 @@ def explain_observable(
 
     Args:
         observable: (params, E) -> [n_E], such as `func.mean_entropy(apply)`.
-        f: S, (params, U) -> [n_U], whose weighted sum is the loss.
+        f: S, (params, U) -> [n_U], whose weighted sum is the loss. Parameters that it never uses are left alone by
+            the step, momentum and decay included.
         params: θ.
         E: what the observable takes.
         U: the update batch.
@@ -65,16 +67,19 @@ def explain_observable(
     m = usual_microbatch(microbatch, E, U)
     with recycled():
         g, clip, norm = loss_gradient(f, params, U, weights, max_norm=max_norm, microbatch=m)
-        step, P = adamw_step(params, {**g}, state), adamw_response(state, {**g})
+        given: Grads = {**g, **dict.fromkeys(func.unused_parameters(f, params, U))}
+        step, P = adamw_step(params, given, state), adamw_response(state, given)
         assert isinstance(P, Diagonal)
-        rows, columns = (func.per_sequence_handles(each, m)(params, x) for each, x in ((observable, E), (f, U)))
-        K, jvp = func.contract(rows, columns, diagonal=P.d), func.jvp(observable, m)
+        with explained(params):
+            whole = func.true_derivative(observable, params, E, step.total)
+        rows, columns = (func.per_sequence_handles(each, m)(params, x) for each, x in ((whole, E), (f, U)))
+        K, jvp = func.contract(rows, columns, diagonal=P.d), func.jvp(whole, m)
         return StepEffect(
             kernel=K,
             contributions=K * (clip * weights.to(K)),
             momentum=jvp(params, E, step.momentum),
             decay=jvp(params, E, step.decay),
-            curvature=0.5 * func.curvature(observable, m)(params, E, step.total),
+            curvature=0.5 * func.curvature(whole, m)(params, E, step.total),
             clip=clip,
             grad_norm=norm,
         )

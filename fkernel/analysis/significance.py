@@ -99,9 +99,7 @@ class Significance(NamedTuple):
     informative: Tensor
 
 
-def permutations(
-    groups: Tensor, draws: int = 1000, seed: int = 0, permuted: Tensor | None = None
-) -> Permutations:
+def permutations(groups: Tensor, draws: int = 1000, seed: int = 0, permuted: Tensor | None = None) -> Permutations:
     """Draw permutations within prompts.
 
     Args:

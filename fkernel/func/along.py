@@ -8,9 +8,14 @@ from typing import Any
 from fkernel.errors import FKernelError, ModelWarning
 from fkernel.func.batch import take, token_counts, trim
 from fkernel.func.boundary import first_line
-from fkernel.func.certificate import derivative_against_difference, forward_against_reverse, shortest_few
+from fkernel.func.certificate import (
+    Certificate,
+    derivative_against_difference,
+    forward_against_reverse,
+    shortest_few,
+)
 from fkernel.func.detach import through_detach
-from fkernel.func.directional import Order
+from fkernel.func.directional import FIRST, Order
 from fkernel.func.objective import Function, bare, name_of, own_width
 from fkernel.func.remembered import Known, keep, known_of, note, runs
 from fkernel.shapes import Tensor, Tree
@@ -66,6 +71,11 @@ def _said_slower(f: Function, order: Order, why: str) -> None:
     warnings.warn(what, ModelWarning, stacklevel=2)
 
 
+def _against_difference(f: Function, params: Tree, batch: Any, step: Tree) -> Certificate:
+    """Certify the derivative that is used: forward mode sees through torch.no_grad, reverse passes do not."""
+    return derivative_against_difference(f, params, batch, step, derivative_for(f, params, batch, step, FIRST))
+
+
 def true_derivative(f: Function, params: Tree, batch: Any, step: Tree) -> Function:
     """Certify that f's derivative is what a step does to it; else look through what f holds constant in backward.
 
@@ -91,12 +101,12 @@ def true_derivative(f: Function, params: Tree, batch: Any, step: Tree) -> Functi
     if not runs("derivative"):
         return f
     few = shortest_few(batch, token_counts(batch), own_width(f))
-    found = derivative_against_difference(f, params, few, step)
+    found = _against_difference(f, params, few, step)
     if found.passed is not False:
         note(f, params, batch, found)
         return f
     whole = through_detach(f)
-    again = derivative_against_difference(whole, params, few, step)
+    again = _against_difference(whole, params, few, step)
     note(f, params, batch, again._replace(detail=f"{again.detail}; {found.error:.1e} without looking through detach"))
     if again.passed:
         warnings.warn(

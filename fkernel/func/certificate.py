@@ -36,7 +36,7 @@ VALUES = 1e-4
 """How far values may be apart, nats, relative to 1 + |S|."""
 DIFFERENCES = 0.02
 """How far a derivative along a step may be from differences along it, relative; plus what they are apart themselves."""
-SCALES = (64.0, 16.0, 4.0, 1.0, 0.25)
+SCALES = (64.0, 16.0, 4.0, 1.0)
 """Steps of the differences, in steps: large ones bend, small ones round."""
 NAMES = ("rows", "values", "company", "forward", "derivative")
 """In the order in which they usually run."""
@@ -60,7 +60,21 @@ class Certificate(NamedTuple):
     detail: str
 
 
-def rows_against_sum(f: Function, params: Tree, batch: Any, J: Handles) -> tuple[Certificate, list[str]]:
+class RowsFound(NamedTuple):
+    """What rows against their sum found.
+
+    Attributes:
+        certificate: of the parameter that is furthest apart.
+        failing: names of the parameters that are too far apart.
+        size: ‖Jᵀw‖ over all parameters; 0 where f depends on none of them.
+    """
+
+    certificate: Certificate
+    failing: list[str]
+    size: float
+
+
+def rows_against_sum(f: Function, params: Tree, batch: Any, J: Handles) -> RowsFound:
     """Hold per-sequence gradients against one plain reverse pass over all of their sequences.
 
     error = max over parameters of ‖Σ_n w_n J_n − Jᵀw‖ / (‖Jᵀw‖ + 0.01 ‖Jᵀw of all parameters‖), w standard normal
@@ -72,14 +86,14 @@ def rows_against_sum(f: Function, params: Tree, batch: Any, J: Handles) -> tuple
         J: their gradients, dense or in handles.
 
     Returns:
-        (the certificate, the names of the parameters that are too far apart). One parameter's gradient is held at once.
+        What was found. One parameter's gradient is held at once.
 
     Example:
         >>> f = lambda params, x: x @ params["w"]
         >>> J = {"w": torch.eye(2)}
-        >>> rows_against_sum(f, {"w": torch.zeros(2)}, torch.eye(2), J)[0].passed
+        >>> rows_against_sum(f, {"w": torch.zeros(2)}, torch.eye(2), J).certificate.passed
         True
-        >>> rows_against_sum(f, {"w": torch.zeros(2)}, torch.eye(2), {"w": 0.9 * torch.eye(2)})[1]
+        >>> rows_against_sum(f, {"w": torch.zeros(2)}, torch.eye(2), {"w": 0.9 * torch.eye(2)}).failing
         ['w']
     """
     n, like = length(batch), next(iter(params.values()))
@@ -99,7 +113,7 @@ def rows_against_sum(f: Function, params: Tree, batch: Any, J: Handles) -> tuple
     failing = [name for name, error in errors.items() if error > GRADIENTS] if finite else []
     detail = f"Σ w_n J_n and Jᵀw of {n} sequences, random w: {worst!r} is furthest apart, {errors[worst]:.1e}"
     passed = not failing if finite else None
-    return Certificate("rows", passed, errors[worst], GRADIENTS, detail), failing
+    return RowsFound(Certificate("rows", passed, errors[worst], GRADIENTS, detail), failing, whole)
 
 
 def _streamed_gradients(
@@ -241,7 +255,9 @@ def forward_against_reverse(f: Function, params: Tree, one: Any, direction: Tree
     return Certificate("forward", None if error != error else error <= order.bound, error, order.bound, detail)
 
 
-def derivative_against_difference(f: Function, params: Tree, batch: Any, direction: Tree) -> Certificate:
+def derivative_against_difference(
+    f: Function, params: Tree, batch: Any, direction: Tree, derivative: Any = FIRST.forward
+) -> Certificate:
     """Hold the derivative along a step against central differences along it: what f holds constant in its derivative.
 
     D(s) = (f(θ + s v) − f(θ − s v)) / 2s for several s; the two neighbours that agree best are believed, as far as they
@@ -255,6 +271,7 @@ def derivative_against_difference(f: Function, params: Tree, batch: Any, directi
         params: θ.
         batch: some sequences.
         direction: v, the step.
+        derivative: how Jv is taken, as `FIRST.forward` and what `fkernel.func.along` chooses.
 
     Example:
         >>> f = lambda params, x: (x @ params["w"]) * (x @ params["w"]).detach()
@@ -268,10 +285,7 @@ def derivative_against_difference(f: Function, params: Tree, batch: Any, directi
         with torch.no_grad():
             return value_at(tree.axpy(s, direction, params)).double()
 
-    try:
-        slope = FIRST.forward(value_at, params, direction)[1].detach().double()
-    except (RuntimeError, NotImplementedError):
-        slope = FIRST.reverse(value_at, params, direction)[1].double()
+    slope = derivative(value_at, params, direction)[1].detach().double()
     estimates = [(at(s) - at(-s)) / (2 * s) for s in SCALES]
     pairs = [(float((a - b).norm()), b) for a, b in pairwise(estimates)]
     pairs = [pair for pair in pairs if pair[0] == pair[0]]
@@ -296,7 +310,7 @@ def shortest_pair(batch: Any, lengths: list[int]) -> Any:
     return take(batch, torch.tensor([order[0], *longer[:1]]))
 
 
-def shortest_few(batch: Any, lengths: list[int], one_width: bool = False, most: int = 3) -> Any:
+def shortest_few(batch: Any, lengths: list[int], one_width: bool = False, most: int = 2) -> Any:
     """Take the shortest sequences; of one length, where they must be."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     chosen = [row for row in order[:most] if not one_width or lengths[row] == lengths[order[0]]]

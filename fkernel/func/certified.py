@@ -57,17 +57,23 @@ def certify_values(f: Function, params: Tree, batch: Any) -> None:
     known, width = known_of(f, params, batch), _width(batch)
     if known.width >= width:
         return
-    known.width = width
+    _certify_values(f, params, batch, known)
+    known.width = width  # last: what failed has to fail again
+
+
+def _certify_values(f: Function, params: Tree, batch: Any, known: Known) -> None:
     counts = token_counts(batch)
     row = min(range(len(counts)), key=counts.__getitem__)
     one = trim(take(batch, slice(row, row + 1)))
-    with explained(params), torch.no_grad():
+    with explained(params), _first_time(params), torch.no_grad():
         alone = bare(f)(params, one)
     if not _finite(alone):
         return  # whose value it is will be said where all are looked at
     apply, sequences = getattr(f, "apply", None), find_sequences(one)
     if runs("values") and isinstance(apply, Apply) and sequences and apply.given is not None:
-        _accept(known, values_against_module(apply, params, _first(sequences)), _OTHER_VALUES)
+        with _first_time(params):
+            found = values_against_module(apply, params, _first(sequences))
+        _accept(known, found, _OTHER_VALUES)
     if runs("company") and not own_width(f):
         longest = max(range(len(counts)), key=counts.__getitem__)
         beside = take(batch, torch.tensor([row, longest if longest != row else (row + 1) % len(counts)]))
@@ -81,6 +87,11 @@ def certify_values(f: Function, params: Tree, batch: Any) -> None:
         together = values if not per_row else values[:1] if t is None else values[:1, :t]
         if per_row and together.shape == alone.shape and _finite(values):
             _accept(known, company(f, alone, together, again), _OTHER_WIDTH)
+
+
+def _first_time(params: Tree) -> Any:
+    """Put random states back: some build layers in their first forward pass, and draw weights that they overwrite."""
+    return torch.random.fork_rng(devices={leaf.device for leaf in params.values() if leaf.is_cuda})
 
 
 def _together(f: Function, params: Tree, beside: Any) -> Tensor:
@@ -130,7 +141,7 @@ def _certified_plan(f: Function, params: Tree, pair: Any, plan: Plan, known: Kno
     if not _finite(values):
         return plan
     if runs("rows"):
-        found, failing = rows_against_sum(f, params, pair, J)
+        found, failing, size = rows_against_sum(f, params, pair, J)
         if found.passed is False:
             simpler = _simpler(plan, failing)
             if simpler is None:
@@ -146,6 +157,13 @@ def _certified_plan(f: Function, params: Tree, pair: Any, plan: Plan, known: Kno
             )
             return _certified_plan(f, params, pair, simpler, known)
         keep(known, found)
+        if size == 0:
+            warnings.warn(
+                f"{name_of(f)} does not depend on any of the {len(params)} parameters: every gradient is 0. Is the "
+                f"model's forward pass patched, so that it runs another module's parameters?",
+                ModelWarning,
+                stacklevel=2,
+            )
     if runs("company") and not own_width(f) and len({*token_counts(pair)}) > 1:
         alone, _ = handles_of(bare(f), params, trim(take(pair, slice(0, 1))), plan)
         _accept(known, gradients_in_company(alone, J), _OTHER_WIDTH)

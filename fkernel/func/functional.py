@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fkernel.errors import BatchError, ModelError, listing
 from fkernel.func.objective import is_readable
@@ -54,7 +55,7 @@ class Apply:
         """Run the module with `params` in place of its own."""
         rows = nullcontext() if self.withholds is None else padding_rows(self.withholds)
         detached = seen_through() if self.whole else nullcontext()
-        with rows, detached, unchanged(self.module if self.own_width else None):
+        with rows, detached, sdpa_kernel(SDPBackend.MATH), unchanged(self.module if self.own_width else None):
             return logits_of(self.module, params, input_ids, attention_mask)
 
 

@@ -13,7 +13,11 @@ from rich.table import Table
 from fkernel.report.tokens import token_table
 from fkernel.study import Finding, FisherKernelResults, RequestResult
 
-PARTS = ("unclipped", "clipping", "momentum", "decay", "curvature", "remainder", "realised", "floor")
+PARTS = ("unclipped", "clipping", "momentum", "decay", "curvature", "remainder", "unselected", "realised", "floor")
+"""Lines of a ledger; what parameters did that the plan does not select has one where there are such parameters."""
+HEADS = {"unselected": "not selected", "floor": "± rounding"}
+PREDICTED = ("batch", "penalty", "momentum", "decay", "curvature")
+"""What a prediction is the sum of, where it is known."""
 MOST_GROUPS = 12
 
 
@@ -31,7 +35,7 @@ def ledger_table(result: RequestResult, rows: int = 10) -> Table:
         ResultsError: the ledger was not asked for.
     """
     found = result.analysis("ledger")
-    columns = {name: 1e3 * found[name] for name in PARTS}
+    columns = {name: 1e3 * found[name] for name in PARTS if name in found.arrays}
     facts = found.facts
     table = Table(
         title=f"{result.name}: the ledger (10⁻³ nats; the parts add up to realised)",
@@ -39,10 +43,8 @@ def ledger_table(result: RequestResult, rows: int = 10) -> Table:
         f"{_share(facts['second_order_error'])} with curvature, of which rounding {_share(facts['floor'])}",
     )
     table.add_column("sequence", no_wrap=True)
-    for name in PARTS:
-        table.add_column(
-            "± rounding" if name == "floor" else name, justify="right", style="bold" * (name == "realised")
-        )
+    for name in columns:
+        table.add_column(HEADS.get(name, name), justify="right", style="bold" * (name == "realised"))
     for row in np.argsort(-np.abs(columns["realised"]), kind="stable")[:rows]:
         values = [f"{v[row]:.4f}" if name == "floor" else f"{v[row]:+.3f}" for name, v in columns.items()]
         table.add_row(escape(result.evaluation[row].id), *values)
@@ -92,18 +94,21 @@ def parts_table(result: RequestResult, rows: int = 10) -> Table:
 def observables_table(result: RequestResult, rows: int = 10) -> Table:
     """Tabulate other quantities than log π: predicted change, what happened, and who did it."""
     table = Table(title=f"{result.name}: other quantities (10⁻³ of their units)")
-    for name in ("observable", "of", "value", "predicted Δ", "realised Δ", "top contributor"):
+    given = {part for _, found in _of(result, "observables") for part in found.arrays}
+    measured = [part for part in ("unselected", "realised") if part in given]
+    heads = {"unselected": "not selected Δ", "realised": "realised Δ"}
+    for name in ("observable", "of", "value", "predicted Δ", *(heads[part] for part in measured), "top contributor"):
         table.add_column(name, justify="left" if name in ("observable", "of", "top contributor") else "right")
     for name, found in _of(result, "observables"):
-        predicted = sum(found[part] for part in ("batch", "momentum", "decay", "curvature") if part in found.arrays)
+        predicted = sum(found[part] for part in PREDICTED if part in found.arrays)
         assert isinstance(predicted, np.ndarray)
         for row in np.argsort(-np.abs(predicted), kind="stable")[: max(1, rows // 2)]:
-            realised = f"{1e3 * found['realised'][row]:+.3f}" if "realised" in found.arrays else ""
             culprit = ""
             if found["top"].shape[1]:
                 u, nats = result.update[found["top"][row, 0]], found["top_contributions"][row, 0]
                 culprit = f"{1e3 * nats:+.3f}  {escape(u.id)}"
-            changes = (f"{found['value'][row]:.4g}", f"{1e3 * predicted[row]:+.3f}", realised)
+            changes = [f"{found['value'][row]:.4g}", f"{1e3 * predicted[row]:+.3f}"]
+            changes += [f"{1e3 * found[part][row]:+.3f}" if part in found.arrays else "" for part in measured]
             table.add_row(name, escape(found.facts["rows"][row]), *changes, culprit)
         table.add_section()
     return table
@@ -130,7 +135,8 @@ def preconditioners_table(result: RequestResult, rows: int = 10) -> Table:
     """Tabulate how influences under other preconditioners correlate with what happened."""
     table = Table(
         title=f"{result.name}: which preconditioner matters",
-        caption="correlation of influences with the realised change; without momentum and decay in the last two",
+        caption="correlation of influences with the realised change; without momentum, decay and what is not selected "
+        "in the last two",
     )
     for name in ("preconditioner", "r, whole change", "r, batch's part", "rank correlation"):
         table.add_column(name, justify="left" if name == "preconditioner" else "right")
@@ -245,7 +251,10 @@ def analysis_tables(result: RequestResult, rows: int = 10) -> Iterator[Renderabl
 
 def update_tables(results: FisherKernelResults) -> Iterator[RenderableType]:
     """Tabulate what was asked of U itself."""
-    if "structure" in results.analyses:
+    structure = results.analyses.get("structure")
+    if structure is not None and "left_out" in structure.facts:
+        yield escape(f"U: structure was left out: {structure.facts['left_out']}.")
+    elif structure is not None:
         yield structure_table(results)
     if "health" in results.analyses:
         yield escape(health_line(results))

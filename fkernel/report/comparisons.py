@@ -41,7 +41,8 @@ def observable_panel(
 ) -> Figure:
     """Draw an observable's predicted change against the realised one, and who changed it most.
 
-    Without a realised change only the contributors are drawn.
+    Without a realised change only the contributors are drawn. Where parameters moved that the plan does not select, the
+    prediction is also drawn with what they did, and the error is of that.
 
     Args:
         result: of one request whose plan asked for the observable.
@@ -85,12 +86,17 @@ def _predicted(axes: Axes, found: Finding, predicted: np.ndarray, unit: str) -> 
     axes.axline((0, 0), slope=1, color=GREY, linewidth=0.8)
     axes.scatter(SMALL * found["batch"], realised, s=12, color="#a6a6a6", linewidths=0, label="K·A alone")
     axes.scatter(SMALL * predicted, realised, s=18, color=BLUE, alpha=0.85, linewidths=0, label="whole prediction")
+    whole, told = SMALL * predicted, ""
+    if "unselected" in found.arrays:
+        whole = whole + SMALL * found["unselected"]
+        told = " with what is not selected"
+        axes.scatter(whole, realised, s=18, marker="x", color="black", linewidths=0.9, label=told.strip())
     size = float(np.linalg.norm(realised))
-    error = float(np.linalg.norm(SMALL * predicted - realised)) / size if size else None
+    error = float(np.linalg.norm(whole - realised)) / size if size else None
     axes.set_xlabel(f"predicted change  ({unit})", fontsize=9)
     axes.set_ylabel(f"realised change  ({unit})", fontsize=9)
     rows = "1 row" if len(realised) == 1 else f"{len(realised)} rows"
-    axes.set_title(f"{rows}, off by {percent(error)}", loc="left", fontsize=9)
+    axes.set_title(f"{rows}, off by {percent(error)}{told}", loc="left", fontsize=9)
     axes.legend(frameon=False, fontsize=8)
 
 
@@ -166,7 +172,8 @@ def _changed(changed: dict[str, Any]) -> str:
 def preconditioners_panel(result: RequestResult, path: str | Path | None = None) -> Figure:
     """Draw how influences under several preconditioners correlate with what the batch really did.
 
-    Bars are against the realised change without momentum and decay, the diamond against the whole change.
+    Bars are against the realised change without momentum, decay and what is not selected, the diamond against the whole
+    change.
 
     Args and errors as in `counterfactuals_panel`, of the preconditioners.
     """

@@ -34,14 +34,17 @@ LEDGER = {
     "momentum": (PALETTE[1], ""),
     "decay": (PALETTE[2], ""),
     "curvature": (PALETTE[3], ""),
+    "unselected": (PALETTE[6], "....."),
 }
 """Parts whose sum is the realised change, but for the remainder: colour and hatching."""
+TITLES = {"unselected": "parameters not selected"}
 
 
 def ledger_panel(result: RequestResult, path: str | Path | None = None) -> Figure:
     """Draw the ledger of the dozen sequences that moved most: parts that add up to what was realised.
 
-    Left, what raises is stacked to the right of zero and what lowers to its left; right, what is left over at first
+    Left, what raises is stacked to the right of zero and what lowers to its left, with a part for the parameters that
+    the plan does not select, where they moved; right, what is left over at first
     order and with curvature, beside the size of the rounding.
 
     Args:
@@ -56,7 +59,7 @@ def ledger_panel(result: RequestResult, path: str | Path | None = None) -> Figur
     order = largest(found["realised"], 12)
     drawn = figure(9, 1.9 + 0.3 * len(order))
     left, right = drawn.subplots(1, 2, sharey=True, width_ratios=(2.3, 1))
-    _stack(left, {name: SMALL * found[name][order] for name in LEDGER})
+    _stack(left, {name: SMALL * found[name][order] for name in LEDGER if name in found.arrays})
     left.axvline(0, color="black", linewidth=0.8)
     realised = {"marker": "D", "s": 34, "color": "black", "edgecolor": "white", "linewidth": 0.8, "zorder": 4}
     left.scatter(SMALL * found["realised"][order], range(len(order)), label="realised", **realised)
@@ -81,7 +84,8 @@ def _stack(axes: Axes, parts: dict[str, np.ndarray]) -> None:
     for name, values in parts.items():
         colour, hatch = LEDGER[name]
         most = float(np.abs(values).max())
-        seen = name if most > 0.004 * whole else f"{name} (at most {most:.1g}, hardly seen)"
+        title = TITLES.get(name, name)
+        seen = title if most > 0.004 * whole else f"{title} (at most {most:.1g}, hardly seen)"
         start = np.where(values < 0, down, up)
         style = {"height": 0.74, "color": colour, "hatch": hatch, "edgecolor": "white", "linewidth": 0}
         axes.barh(range(count), values, left=start, label=seen, **style)

@@ -53,6 +53,8 @@ def heatmap(result: RequestResult, path: str | Path | None = None) -> Figure:
 def predicted_vs_realised(result: RequestResult, path: str | Path | None = None) -> Figure:
     """Draw predicted against realised ΔS: K·A alone beside the whole prediction, and what is left over.
 
+    Where parameters moved that the plan does not select, what is left over is also drawn without what they did.
+
     Args and errors as in `heatmap`; it needs a realised change instead of the kernel.
     """
     drawn = figure(11, 4.4)
@@ -80,6 +82,11 @@ def predicted_vs_realised(result: RequestResult, path: str | Path | None = None)
         if prediction is None:
             continue
         right.scatter(realised, realised - 1e3 * prediction, s=14, color=color, alpha=0.8, linewidths=0, label=told)
+    if result.unselected is not None:
+        rest = realised - 1e3 * (result.predicted + result.unselected)
+        right.scatter(
+            realised, rest, s=18, marker="x", color="black", linewidths=0.9, label="less what is not selected"
+        )
     right.axhline(0, color=GREY, linewidth=0.8)
     right.set_title("what the prediction leaves over", loc="left", fontsize=9)
     right.set_xlabel("realised ΔS  (10⁻³ nats)")

@@ -20,6 +20,7 @@ EFFECTS = {
     "momentum": "momentum",
     "decay": "decay",
     "curvature": "curvature",
+    "unselected": "not selected",
     "realised": "realised ΔS",
 }
 

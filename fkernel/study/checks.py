@@ -20,6 +20,7 @@ def check_inputs(plan: FisherKernelPlan) -> None:
     """
     named = {"checkpoint.path": plan.checkpoint.path, "checkpoint.base": plan.checkpoint.base}
     named["checkpoint.model"] = plan.checkpoint.model
+    named["checkpoint.names"] = names if isinstance(names := plan.checkpoint.names, str) else None
     if plan.step.after is not None:
         named["step.after.path"] = plan.step.after.path
     if plan.step.loss is not None:

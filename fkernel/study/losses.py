@@ -45,7 +45,7 @@ def asked_of_loss(loss: LossPlan | None, dtype: torch.dtype, made: GeneratedBatc
     """
     if loss is None:
         return {}
-    prints = {place: one.load(dtype).provenance.fingerprint for place, one in loss.checkpoints.items()}
+    prints = {place: one.load_weights(dtype).provenance.fingerprint for place, one in loss.checkpoints.items()}
     sampler = None if made is None else made.checkpoint
     if "old" in prints and sampler is not None and sampler != prints["old"]:
         raise PlanError(
@@ -168,7 +168,7 @@ def _own(policy: Policy, tokens: func.Sequences, microbatch: int) -> Tensor:
 def _scored(one: CheckpointPlan, policy: Policy, tokens: func.Sequences, microbatch: int) -> Tensor:
     """Score U with another policy, [n t]; its model is let go of."""
     leaf = next(iter(policy.params.values()))
-    model = one.load(leaf.dtype).model.to(leaf.device)
+    model = one.load_weights(leaf.dtype).model.to(leaf.device)
     apply, params = func.make_functional(model, select=lambda name: True)
     return func.evaluate(func.token_logprobs(apply, policy.temperature), microbatch)(params, tokens)
 

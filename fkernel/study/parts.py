@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fkernel import checkpoint
+from fkernel.checkpoint.files import read_json
 from fkernel.rollout import Gym, PromptSource, SampleGenerator, Sampling, dataset, jsonl
 
 
@@ -19,18 +21,46 @@ class Strict(BaseModel):
 
 
 class CheckpointPlan(Strict):
-    """What `fkernel.checkpoint.load` is given."""
+    """What `fkernel.checkpoint.load` is given.
+
+    Attributes:
+        path: a directory, a file, or "hub:org/name".
+        model: for layouts without an architecture: a directory with config.json.
+        base: an adapter's base model, where the adapter does not record a directory that is here.
+        names: the parameters' names in the optimizer's order, where the state records none: a list of names, one list
+            a group, or the path of a JSON file that holds either. Parameters that are not named were frozen.
+        order: which known order of the parameters the optimizer had, where several fit.
+        decoupled: whether weight decay is AdamW's, where the state does not say.
+        optimizer: false to leave the optimizer's state unread, where none is wanted or it is of a layout that is not
+            read; then nothing is predicted of a step.
+        trust_remote_code: whether code that came with the model may be executed.
+    """
 
     path: str
     model: str | None = Field(None, description="a directory with config.json, for layouts without an architecture")
     base: str | None = Field(None, description="an adapter's base model")
+    names: str | tuple[str, ...] | tuple[tuple[str, ...], ...] | None = Field(
+        None, description="the parameters in the optimizer's order: names, one list a group, or a JSON file of either"
+    )
     order: Literal["named_parameters", "all_parameters", "trainer", "trainer_before_4_51", "by_dimension"] | None = None
     decoupled: bool | None = None
+    optimizer: bool = Field(True, description="false to leave the optimizer's state unread")
     trust_remote_code: bool = False
 
     def load(self, dtype: torch.dtype = torch.float32) -> checkpoint.Checkpoint:
-        """Load it."""
-        return checkpoint.load(self.path, dtype=dtype, **self.model_dump(exclude={"path"}))
+        """Load it.
+
+        Raises:
+            FKernelError: as `fkernel.checkpoint.load`; or the file of names cannot be read.
+        """
+        names: Any = self.names
+        if isinstance(names, str):
+            names = read_json(Path(names), "names of the optimizer's parameters")
+        return checkpoint.load(self.path, dtype=dtype, names=names, **self.model_dump(exclude={"path", "names"}))
+
+    def load_weights(self, dtype: torch.dtype = torch.float32) -> checkpoint.Checkpoint:
+        """Load it without its optimizer's state, where only log-probabilities or weights are wanted."""
+        return self.model_copy(update={"optimizer": False, "names": None}).load(dtype)
 
 
 class PromptsPlan(Strict):

@@ -78,7 +78,7 @@ def unselected_of(plan: FisherKernelPlan, model: Any, params: Tree) -> Unselecte
 def _later(plan: FisherKernelPlan, params: Tree) -> Tree:
     """Load some parameters after the step."""
     assert plan.step.after is not None
-    later = plan.step.after.load(getattr(torch, plan.numerics.dtype)).model.to(plan.numerics.device)
+    later = plan.step.after.load_weights(getattr(torch, plan.numerics.dtype)).model.to(plan.numerics.device)
     named = {name: leaf.detach() for name, leaf in later.named_parameters()}
     if missing := sorted(set(params) - set(named)):
         raise PlanError(f"step.after: {plan.step.after.path} has no {listing(missing)}; is it the same model's?")

@@ -131,6 +131,7 @@ def _made(
         directory.seal(found.P, found.clip, found.grad_norm, loss)
     place, opened = (None, None) if directory is None else (directory.path, directory.opened)
     workspace = KernelWorkspace(batch, gradients, found.P, found.clip, found.grad_norm, asked, place, opened, loss)
+    policy = policy._replace(unused=unused)
     return Prepared(workspace, found.step if plan.preconditioner.calibrated else None, policy)
 
 

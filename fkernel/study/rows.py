@@ -53,6 +53,8 @@ class Policy(NamedTuple):
         trained: apply, differentiated as training does: `func.as_trained`.
         columns: f of `trained`, whose gradients are U's.
         whole: whether E's derivative goes through what the model detaches, and so is not that of U's gradients.
+        unused: parameters that the loss of the step never uses, so that its optimizer leaves them alone; known once U's
+            workspace is prepared.
         padding_idx: the token whose embedding row training withholds the gradient of; None where it is not trained.
         unselected: gives the parameters that were not selected and that the step moved all the same, before and after
             it; empty where there are none, or where the step was not really taken. Loaded once, when first called.
@@ -70,6 +72,7 @@ class Policy(NamedTuple):
     padding_idx: int | None = None
     unselected: Callable[[], Unselected] = lambda: Unselected({}, {})
     whole: bool = False
+    unused: frozenset[str] = frozenset()
 
 
 class Grant(NamedTuple):

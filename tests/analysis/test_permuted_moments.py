@@ -10,8 +10,14 @@ import torch
 
 import fkernel as fk
 from fkernel import func, precond
-from fkernel.analysis import influence_interval, permutations, resamplings, significance
-from fkernel.analysis.significance import permutation_rms
+from fkernel.analysis import (
+    Permutations,
+    influence_interval,
+    permutation_rms,
+    permutations,
+    resamplings,
+    significance,
+)
 from tests.laws import close
 
 DTYPE = torch.float64
@@ -195,3 +201,66 @@ def test_intervals_hold_what_redrawn_prompts_give(draw, steps, prompts):
     held = ((x - x.mean()).abs() <= torch.stack(half)).double().mean()
     assert 0.9 - 3 * math.sqrt(0.09 / 400) < float(held) < 0.99
     assert (steps > 0) or float(torch.stack(error).mean()) > 5
+
+
+JUDGED = torch.tensor([True, True, False, True, False, False, True])  # of 7: a pair, of 3: a pair, of 5: nobody
+
+
+def with_those_who_abstain(draw):
+    """Advantages of the judged, 0 of the others; and every permutation that leaves the others where they are."""
+    A = torch.where(JUDGED, normal(draw, 7) + 0.5, 0.0)
+    orders = [pi for pi in every_order(GROUPS) if bool((pi == torch.arange(7))[~JUDGED].all())]
+    assert len(orders) == 4
+    return A, orders
+
+
+def test_who_abstains_is_not_exchanged(draw):
+    J, w = {"w": normal(draw, 7, 3) + 1}, torch.rand(7, generator=draw, dtype=DTYPE)
+    A, orders = with_those_who_abstain(draw)
+    A = torch.where(JUDGED, A, 0.4)  # whatever it has, it keeps
+    sums = (lambda x: func.weighted_sum(J, x)), (lambda x: func.squared_sum(J, x))
+    found = permutation_rms(*sums, w, A, GROUPS, permuted=JUDGED)
+    each = [torch.einsum("n,nk->k", w * A[pi], J["w"]) for pi in orders]
+    close(found["w"], torch.stack(each).square().mean(0).sqrt())
+    everybody = permutation_rms(*sums, w, A, GROUPS, permuted=torch.ones(7, dtype=torch.bool))
+    close(everybody["w"], permutation_rms(*sums, w, A, GROUPS)["w"])
+
+
+def test_p_of_the_judged_is_a_share_of_their_permutations(draw):
+    """Over all permutations of the judged, against the definition; in the column of one who abstains, p is 1."""
+    K, scale = normal(draw, 3, 7), torch.rand(7, generator=draw, dtype=DTYPE)
+    A, orders = with_those_who_abstain(draw)
+    place = permutations(GROUPS, 1).place
+    found = significance(K, scale, A, Permutations(place, torch.stack(orders), JUDGED))
+    centred = A.clone()
+    for g in GROUPS.unique():
+        own = (g == GROUPS) & JUDGED
+        centred[own] = A[own] - (A[own].mean() if own.any() else 0)
+    D = [K * scale * centred[pi] for pi in (torch.arange(7), *orders)]
+    members = [g == GROUPS for g in (7, 3, 5)]
+    sums = [torch.stack([one[:, place == place[own][0]].sum(1) for own in members], 1) for one in D]
+    slack, by_place = 1e-12, [int(place[own][0]) for own in members]
+    share = lambda hits: torch.stack(hits).double().mean(0)  # noqa: E731
+    close(found.sequences, share([one.abs().amax(1, keepdim=True) >= D[0].abs() - slack for one in D]))
+    close(found.prompts[:, by_place], share([x.abs().amax(1, keepdim=True) >= sums[0].abs() - slack for x in sums]))
+    close(found.influence, share([x.sum(1).abs() >= sums[0].sum(1).abs() - slack for x in sums]))
+    assert bool((found.sequences[:, ~JUDGED] == 1).all())
+    assert bool((found.least[~JUDGED] == 1).all())
+    assert found.informative[by_place].tolist() == [True, True, False]
+
+
+def test_who_abstains_stays_where_it_is():
+    draws = permutations(GROUPS, 200, seed=4, permuted=JUDGED)
+    assert bool((draws.orders[:, ~JUDGED] == torch.arange(7)[~JUDGED]).all())
+    assert bool((GROUPS[draws.orders] == GROUPS).all())
+    assert bool((draws.orders.sort(1).values == torch.arange(7)).all())
+    swapped = (draws.orders[:, 0] == 6).double().mean()
+    assert 0.35 < float(swapped) < 0.65
+    assert torch.equal(permutations(GROUPS, 20, 4, torch.ones(7, dtype=torch.bool)).orders,
+                       permutations(GROUPS, 20, 4).orders)  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", [torch.ones(6, dtype=torch.bool), torch.ones(7)])
+def test_who_may_be_permuted_is_told_of_every_sequence(wrong):
+    with pytest.raises(fk.BatchError, match="True for a sequence whose advantage may be exchanged"):
+        permutations(GROUPS, 3, permuted=wrong)

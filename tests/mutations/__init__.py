@@ -4,7 +4,18 @@ QUICK ones are tried whenever tests run. SLOW ones, whose tests make whole studi
 `make mutants`, and the first of each kind always, so that they cannot rot.
 """
 
-from tests.mutations import analysis, checkpoint, loss_plan, losses, preconditioners, report, rollout, study, trl
+from tests.mutations import (
+    analysis,
+    checkpoint,
+    loss_plan,
+    losses,
+    models,
+    preconditioners,
+    report,
+    rollout,
+    study,
+    trl,
+)
 
 QUICK = [
     *study.MUTATIONS,
@@ -13,6 +24,7 @@ QUICK = [
     *preconditioners.MUTATIONS,
     *rollout.MUTATIONS,
     *checkpoint.MUTATIONS,
+    *models.MUTATIONS,
 ]
 SLOW = [report.MUTATIONS, loss_plan.MUTATIONS, trl.MUTATIONS, preconditioners.STUDIES]
 ALL = [*QUICK, *(mutation for kind in SLOW for mutation in kind)]

@@ -127,13 +127,13 @@ MUTATIONS = [
     Mutation(
         'columns of the observable instead of the loss',
         f"{ANALYSIS}/test_observed.py::test_a_prediction_meets_the_step_that_is_taken",
-        'analysis/observed.py', 'for each, x in ((observable, E), (f, U))',
+        'analysis/observed.py', 'for each, x in ((whole, E), (f, U))',
         'for each, x in ((f, E), (f, U))',
     ),
     Mutation(
         "curvature of log π for an observable's",
         f"{ANALYSIS}/test_observed.py::test_a_prediction_meets_the_step_that_is_taken",
-        'analysis/observed.py', 'func.curvature(observable, m)',
+        'analysis/observed.py', 'func.curvature(whole, m)',
         'func.curvature(f, m)',
     ),
     Mutation(
@@ -299,6 +299,42 @@ MUTATIONS = [
         "odd, square = 0,",
     ),
     Mutation(
+        "who abstains is exchanged with the judged",
+        f"{ANALYSIS}/test_permuted_moments.py::test_who_abstains_stays_where_it_is",
+        "analysis/significance.py", "return torch.where(permuted.to(place.device), place, G + ",
+        "return torch.where(permuted.to(place.device), place, place + 0 * ",
+    ),
+    Mutation(
+        "the mean of those who abstain, too",
+        f"{ANALYSIS}/test_permuted_moments.py::test_p_of_the_judged_is_a_share_of_their_permutations",
+        "analysis/significance.py", "own, at = A[moves], place[moves]",
+        "own, at = A, place",
+    ),
+    Mutation(
+        "the square of those who abstain is permuted",
+        f"{ANALYSIS}/test_permuted_moments.py::test_who_abstains_is_not_exchanged",
+        "analysis/significance.py", "places(_cells(place, G, permuted), 1)[0]",
+        "places(place, 1)[0]",
+    ),
+    Mutation(
+        "a study that exchanges who abstains",
+        "tests/study/test_uncertainty.py::test_who_abstains_is_not_exchanged_with_the_judged",
+        "study/analyses/takers.py", "not record.abstained or record.reward is not None",
+        "True",
+    ),
+    Mutation(
+        "a step that was not taken moves what the loss never uses",
+        "tests/test_unused.py::test_a_step_that_was_not_taken_leaves_it_alone_too",
+        "analysis/counterfactual.py", "**{name: None for name, leaf in taken.items() if leaf is None}",
+        "",
+    ),
+    Mutation(
+        "an observable's step moves what the loss never uses",
+        "tests/test_unused.py::test_an_observables_step_leaves_alone_what_torch_leaves_alone",
+        "analysis/observed.py", "**dict.fromkeys(func.unused_parameters(f, params, U))",
+        "",
+    ),
+    Mutation(
         "what completions have in common left in",
         f"{ANALYSIS}/test_permuted_moments.py::test_it_is_the_root_mean_square_over_every_permutation",
         "analysis/significance.py", "value=float(variance[g] / size[g])",
@@ -379,7 +415,7 @@ MUTATIONS = [
     Mutation(
         'advantages permuted across prompts',
         f"{ANALYSIS}/test_significance.py::test_prompts_keep_their_advantages_among_themselves",
-        'analysis/significance.py', 'shuffled = anyhow.gather(1, place[anyhow].argsort(dim=1, stable=True))',
+        'analysis/significance.py', 'shuffled = anyhow.gather(1, cells[anyhow].argsort(dim=1, stable=True))',
         'shuffled = anyhow',
     ),
     Mutation(
@@ -421,7 +457,7 @@ MUTATIONS = [
     Mutation(
         "a prompt's common level in everybody's way",
         f"{ANALYSIS}/test_significance.py::test_a_prompt_of_equal_advantages_tells_nothing_and_is_in_nobodys_way",
-        'analysis/significance.py', 'return torch.where(informative[place], A - mean[place], 0.0), informative',
+        'analysis/significance.py', 'return torch.where(informative[place] & moves, A - mean[place], 0.0), informative',
         'return A, informative',
     ),
     Mutation(
@@ -433,8 +469,8 @@ MUTATIONS = [
     Mutation(
         'least of the whole batch',
         f"{ANALYSIS}/test_significance.py::test_p_is_a_share_of_permutations",
-        'analysis/significance.py', 'least[place == g] = (own >=',
-        'least[place == g] = (size >=',
+        'analysis/significance.py', 'least[cells == g] = (own >=',
+        'least[cells == g] = (size >=',
     ),
     Mutation(
         'the kernel not centred',

@@ -132,8 +132,26 @@ STUDIES = [
     Mutation(
         "one failure for all analyses",
         f"{SELECTED}::test_unseen_coordinates_and_failures_cost_no_other_analysis",
-        "study/analyses/accounts.py", "except FAILURES as error",
+        "study/analyses/failures.py", "except FAILURES as error",
         "except MISTAKES as error",
+    ),
+    Mutation(
+        "one failure of U's analyses for the study",
+        f"{SELECTED}::test_an_analysis_of_u_that_fails_costs_no_study",
+        "study/analyses/update.py", 'tried("structure", WHOSE, make, workspace.batch.ids)',
+        "make(), None",
+    ),
+    Mutation(
+        "bars without what is not selected",
+        f"{SELECTED}::test_pictures_and_tables_add_up_to_the_whole_models_change",
+        "report/panels.py", "for name in LEDGER if name in found.arrays",
+        'for name in LEDGER if name != "unselected"',
+    ),
+    Mutation(
+        "an optimizer of a checkpoint whose weights alone are wanted",
+        "tests/study/test_plan.py::test_what_a_checkpoint_is_loaded_with_is_passed_on",
+        "study/parts.py", '{"optimizer": False, "names": None}',
+        '{"names": None}',
     ),
     Mutation(
         "a text that is an answer as often as it is drawn",

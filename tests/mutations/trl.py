@@ -13,8 +13,8 @@ MUTATIONS = [
     Mutation(
         'what happened, on the weights before',
         f"{TRL}::test_what_happened_is_measured_on_the_weights_that_the_trainer_saved",
-        'study/policy.py', 'later = plan.step.after.load(',
-        'later = plan.checkpoint.load(',
+        'study/policy.py', 'later = plan.step.after.load_weights(',
+        'later = plan.checkpoint.load_weights(',
     ),
     Mutation(
         'the step after is executed here, and not read',

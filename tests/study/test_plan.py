@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 import fkernel as fk
-from fkernel.study import TEMPLATE, FisherKernelPlan, check_inputs, read_plan
+from fkernel import checkpoint
+from fkernel.study import TEMPLATE, FisherKernelPlan, check_inputs, parts, read_plan
 
 
 @pytest.fixture
@@ -91,6 +92,32 @@ def test_defaults_are_filled_in_and_the_record_is_a_fixed_point(base):
 def test_requests_of_one_kind_are_numbered(base):
     plan = FisherKernelPlan.model_validate(base | {"requests": [{"kind": "update"}, {"kind": "update"}]})
     assert [request.name for request in plan.requests] == ["update-1", "update-2"]
+
+
+def test_what_a_checkpoint_is_loaded_with_is_passed_on(base, tmp_path, monkeypatch):
+    given = []
+
+    def load(path, **how):
+        given.append(how)
+        return checkpoint.Checkpoint(None, None, None, None, checkpoint.Provenance(path, "none", ""))
+
+    monkeypatch.setattr(checkpoint, "load", load)
+    groups, file = [["w", "b"], ["head"]], tmp_path / "names.json"
+    file.write_text(json.dumps(["w", "b", "head"]))
+    parts.CheckpointPlan.model_validate({"path": "run", "names": groups, "optimizer": False}).load()
+    parts.CheckpointPlan.model_validate({"path": "run", "names": str(file)}).load()
+    parts.CheckpointPlan.model_validate({"path": "run", "names": str(file)}).load_weights()
+    assert given[0]["names"] == (("w", "b"), ("head",))
+    assert given[0]["optimizer"] is False
+    assert given[1]["names"] == ["w", "b", "head"]
+    assert given[1]["optimizer"] is True
+    assert given[2]["names"] is None
+    assert given[2]["optimizer"] is False
+    with pytest.raises(fk.CheckpointError, match="names of the optimizer's parameters"):
+        parts.CheckpointPlan.model_validate({"path": "run", "names": str(tmp_path / "none.json")}).load()
+    plan = FisherKernelPlan.model_validate(base | {"checkpoint": {"path": str(tmp_path), "names": "no.json"}})
+    with pytest.raises(fk.PlanError, match=r"checkpoint\.names: there is nothing at no\.json"):
+        check_inputs(plan)
 
 
 def test_the_template_is_a_plan():

@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import fkernel as fk
-from fkernel import checkpoint, func, precond
+from fkernel import checkpoint, func, precond, report
 from fkernel.study import FisherKernelResults, FisherKernelRunner, prepare
-from fkernel.study.analyses import accounts
+from fkernel.study.analyses import accounts, update
 from fkernel.study.plan import PreconditionerPlan, StepPlan
 from fkernel.study.policy import unselected_of
 from fkernel.study.response import response
@@ -81,6 +81,33 @@ def test_the_ledger_closes_with_a_line_for_what_was_not_selected(selected):
     np.testing.assert_array_equal(read["held_out"].kept("unselected"), result.unselected)
     np.testing.assert_array_equal(read.to_frame()["unselected"].to_numpy(), result.unselected)
     assert "unselected" in json.loads((out / "results.json").read_text())["requests"]["held_out"]["evaluation"][0]
+
+
+def test_pictures_and_tables_add_up_to_the_whole_models_change(selected):
+    _, result, *_ = selected
+    found = result.analysis("ledger")
+    order = np.argsort(-np.abs(found["realised"]), kind="stable")[:12]
+    left = report.ledger_panel(result).axes[0]
+    bars = [np.array([bar.get_width() for bar in bars]) for bars in left.containers]
+    np.testing.assert_allclose(sum(bars), 1e3 * (found["realised"] - found["remainder"])[order], atol=1e-6)
+    assert any("not selected" in str(bars.get_label()) for bars in left.containers)
+    assert "not selected" in [str(column.header) for column in report.effects_table(result).columns]
+    table = report.ledger_table(result, rows=2)
+    heads = [str(column.header) for column in table.columns]
+    cells = [[*column.cells] for column in table.columns]
+    for row in range(2):
+        line = {head: column[row] for head, column in zip(heads, cells, strict=True)}
+        parts = ("unclipped", "clipping", "momentum", "decay", "curvature", "remainder", "not selected")
+        assert sum(float(str(line[part])) for part in parts) == pytest.approx(float(str(line["realised"])), abs=0.004)
+    kl_found = result.analysis("observables.moved")
+    dots = report.observable_panel(result, "moved").axes[0].collections
+    (crosses,) = (dot for dot in dots if dot.get_label() == "with what is not selected")
+    parts = ("batch", "momentum", "decay", "unselected")
+    whole = sum(kl_found[part] for part in (*parts, *({"curvature"} & {*kl_found.arrays})))
+    np.testing.assert_allclose(np.asarray(crosses.get_offsets())[:, 0], 1e3 * whole, rtol=1e-6)
+    rest = report.predicted_vs_realised(result).axes[2].collections[-1]
+    left_over = 1e3 * (result.realised - result.predicted - result.unselected)
+    np.testing.assert_allclose(np.asarray(rest.get_offsets())[:, 1], left_over, rtol=1e-6, atol=1e-9)
 
 
 def test_an_agreement_is_with_what_the_selected_parameters_did(selected):
@@ -153,6 +180,26 @@ def test_unseen_coordinates_and_failures_cost_no_other_analysis(unseen, tmp_path
     state = checkpoint.load(unseen.before).optimizer
     assert state is not None
     assert not state.exp_avg_sq["model.embed_tokens.weight"].all()  # there were unseen ones
+
+
+def test_an_analysis_of_u_that_fails_costs_no_study(run, tmp_path, monkeypatch):
+    def not_converging(*given: Any) -> None:
+        raise torch.linalg.LinAlgError("the eigenvalues did not converge")  # pyright: ignore
+
+    monkeypatch.setattr(update, "kernel_pca", not_converging)
+    monkeypatch.setattr(update, "health", lambda *given: failing(None))
+    plan = run.plan(tmp_path / "out", analyses={"structure": {}, "health": True, "ledger": True})
+    with pytest.warns(UserWarning, match="is left out of the update batch's analyses; it failed") as heard:
+        results = FisherKernelRunner(plan).run()
+    assert results.analysis("structure").facts["left_out"] == "it failed: the eigenvalues did not converge"
+    assert "it failed: U-000-02: the part of" in results.analysis("health").facts["left_out"]
+    assert sum("is left out" in str(one.message) for one in heard) == 2
+    assert "left_out" not in results["held_out"].analysis("ledger").facts
+    told = [str(line) for line in report.update_tables(results)]
+    assert any("structure was left out: it failed" in line for line in told)
+    wrong = run.plan(tmp_path / "wrong", analyses={"structure": {"clusters": 1000}})
+    with pytest.raises(fk.PlanError, match="clusters is 1000"):
+        FisherKernelRunner(wrong).run()
 
 
 def test_a_text_that_was_drawn_twice_is_one_answer(run, tmp_path):

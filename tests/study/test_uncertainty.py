@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from fkernel import checkpoint, func, precond, tree
 from fkernel.analysis import permutations, significance
+from fkernel.rollout import save_batch
 from fkernel.study import FisherKernelRunner
 from tests.study.conftest import MAX_NORM
 
@@ -88,3 +90,39 @@ def test_a_preconditioner_without_advantages_is_its_own(run, tmp_path):
     np.testing.assert_allclose(found["p"], expected.influence, atol=1e-12)
     assert found.facts["preconditioner"] == "identity"
     np.testing.assert_allclose(found["low"] + found["high"], 2 * result.batch, rtol=1e-6)
+
+
+def test_who_abstains_is_not_exchanged_with_the_judged(run, tmp_path):
+    """One of each prompt's three abstains: p and P are of the exchanges of the other two, brute force."""
+    silent = torch.tensor([record.provenance.completion == 1 for record in run.batch])
+    records = [replace(r, reward=None, abstained=True) if s else r for r, s in zip(run.batch, silent, strict=True)]
+    batch = replace(run.batch, records=tuple(records)).with_advantages("group_mean")
+    assert not batch.advantages[silent].any()
+    save_batch(batch, tmp_path / "U")
+    result = study(run, tmp_path / "out", update={"kind": "from_file", "path": str(tmp_path / "U")},
+                   step={"max_norm": MAX_NORM})["self"]  # fmt: skip
+    loaded = checkpoint.load(run.before)
+    apply, params = func.make_functional(loaded.model)
+    J = func.per_sequence_grad(func.sequence_logprob(apply))(params, batch.sequences)
+    w, A = weights_of(batch).float(), batch.advantages.float()
+    pairs = [((batch.groups == g) & ~silent).nonzero()[:, 0].tolist() for g in batch.groups.unique()]
+    orders = []
+    for exchanged in itertools.product([False, True], repeat=len(pairs)):
+        pi = torch.arange(len(batch))
+        for (a, b), swap in zip(pairs, exchanged, strict=True):
+            pi[a], pi[b] = (b, a) if swap else (a, b)
+        orders.append(pi)
+    squares = [func.weighted_sum(J, w * A[pi]) for pi in orders]
+    rms = {name: torch.stack([one[name] for one in squares]).square().mean(0).sqrt() for name in params}
+    assert loaded.optimizer is not None
+    P = precond.adamw_response(loaded.optimizer, {**tree.scale(precond.clip_factor(rms, MAX_NORM), rms)})
+    K = func.contract(J, J, diagonal=P({name: torch.ones_like(leaf) for name, leaf in params.items()}))
+    draws = permutations(batch.groups, 50, permuted=~silent)
+    assert bool((draws.orders[:, silent] == torch.arange(len(batch))[silent]).all())
+    expected = significance(K, weights_of(batch), batch.advantages, draws)
+    found = result.analysis("uncertainty")
+    np.testing.assert_allclose(found["p"], expected.influence, atol=1e-12)
+    np.testing.assert_allclose(found["prompt_p"], expected.prompts, atol=1e-12)
+    assert found.facts["least"] == expected.least.tolist()
+    everybody = significance(K, weights_of(batch), batch.advantages, permutations(batch.groups, 50))
+    assert not np.allclose(found["p"], everybody.influence)

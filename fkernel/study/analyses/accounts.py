@@ -1,33 +1,23 @@
 """All analyses of one request, in two halves: those that take rows as they come, and those that follow.
 
-One that fails is left out, with its reason and a warning, and the others are answered. What a plan names and is not
-there is an error all the same.
+One that fails is left out, and the others are answered; see `fkernel.study.analyses.failures`.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import torch
-
-from fkernel.errors import FKernelError, NonFiniteError, PlanError, RolloutError
 from fkernel.study.analyses.covariates import covariates_of
 from fkernel.study.analyses.effects import counterfactual_of, ledger_of, preconditioners_of, sweep_of, weights_of
+from fkernel.study.analyses.failures import tried
 from fkernel.study.analyses.observables import observable_of
 from fkernel.study.analyses.plan import RequestAnalyses
-from fkernel.study.analyses.situation import Lacking, Situation, left_out
+from fkernel.study.analyses.situation import Situation
 from fkernel.study.analyses.takers import FloorTaker, PartsTaker, UncertaintyTaker
 from fkernel.study.analyses.tokens import tokens_found
 from fkernel.study.outcome import Finding
 from fkernel.study.rows import Rows
-
-FAILURES = (FKernelError, ArithmeticError, torch.linalg.LinAlgError, np.linalg.LinAlgError)  # pyright: ignore
-"""What may go wrong in one analysis and is no reason to lose the others."""
-MISTAKES = (PlanError, RolloutError)
-"""What is wrong with the plan: an id, a rule or a function that is not there."""
 
 
 class Accounts:
@@ -80,19 +70,5 @@ class Accounts:
 
     def _tried(self, name: str, do: Callable[[], Any]) -> tuple[Any, Finding | None]:
         """Do a part of one analysis: (what it gives, None), or (None, why the analysis is left out)."""
-        try:
-            return do(), None
-        except Lacking as why:
-            return None, left_out(why)
-        except MISTAKES:
-            raise
-        except FAILURES as error:
-            why = f"it failed: {self._told(name, error)}"
-            warnings.warn(f"{name} is left out of the request's analyses; {why}", stacklevel=2)
-            return None, left_out(Lacking(why))
-
-    def _told(self, name: str, error: Exception) -> str:
-        """What an error says, with the id of the sequence that it names by its row; observables have their own."""
-        if isinstance(error, NonFiniteError) and error.row is not None and not name.startswith("observables."):
-            return f"{self.at.batch.ids[error.row]}: {error}"
-        return str(error) or type(error).__name__
+        ids = None if name.startswith("observables.") else self.at.batch.ids  # whose rows are their own
+        return tried(name, "the request's", do, ids)

@@ -9,6 +9,7 @@ import torch
 from fkernel import func, precond, tree
 from fkernel.analysis import Ledger, alternative_step, compare, counterfactual, ledger, step_sweep
 from fkernel.analysis.parts import ENDS
+from fkernel.precond.adam import Grads
 from fkernel.shapes import Tensor
 from fkernel.study.analyses.plan import CounterfactualPlan, SweepPlan
 from fkernel.study.analyses.situation import Lacking, Situation
@@ -80,7 +81,8 @@ def counterfactual_of(at: Situation, asked: CounterfactualPlan) -> Finding:
     ascent = at.workspace.with_penalty(ascent)
     max_norm = step["max_norm"] if asked.max_norm == "step" else None if asked.max_norm == "none" else asked.max_norm
     clip = step["clip"] if asked.max_norm == "step" else None
-    other = alternative_step(p.params, ascent, p.state, at.gradient, max_norm=max_norm, clip=clip, lr=asked.lr)
+    g: Grads = {**at.gradient, **dict.fromkeys(p.unused)}
+    other = alternative_step(p.params, ascent, p.state, g, max_norm=max_norm, clip=clip, lr=asked.lr)
     found = counterfactual(p.f, p.params, at.E, other, microbatch=m)
     first = func.jvp(p.f, m)(p.params, at.E, taken.total)
     size = float(found.exact.norm()) or float("nan")

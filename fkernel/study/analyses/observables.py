@@ -85,7 +85,7 @@ def _reference(at: Situation, asked: ObservablePlan) -> tuple[func.Apply, Tree]:
     """The whole reference, whichever of its parameters the plan selects in the policy."""
     assert asked.reference is not None
     leaf = next(iter(at.policy.params.values()))
-    model = asked.reference.load(leaf.dtype).model.to(leaf.device)
+    model = asked.reference.load_weights(leaf.dtype).model.to(leaf.device)
     reference, named = func.make_functional(model, select=lambda name: True)
     if missing := sorted({*at.policy.params} - {*named}):
         raise PlanError(f"observables: {asked.reference.path} has no {missing[0]!r}; is it the same model's?")

@@ -182,7 +182,7 @@ def permuted_preconditioner(workspace: KernelWorkspace, policy: Policy) -> Diago
             judged(batch),
         )
         plan, step = (workspace.asked[name] for name in ("preconditioner", "step"))
-        made = response(PreconditionerPlan(**plan), StepPlan(**step), policy.params, policy.state, rms)
+        made = response(PreconditionerPlan(**plan), StepPlan(**step), policy.params, policy.state, rms, policy.unused)
         _PERMUTED[workspace] = made.P
     return _PERMUTED[workspace]
 

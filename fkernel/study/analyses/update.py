@@ -1,4 +1,4 @@
-"""Analyses of U itself: what P rests on, and what U is made of."""
+"""Analyses of U itself: what P rests on, and what U is made of. One that fails is left out, as a request's are."""
 
 from __future__ import annotations
 
@@ -8,15 +8,23 @@ from fkernel.analysis import alignment, clusters, health, kernel_pca
 from fkernel.errors import PlanError
 from fkernel.kernel import kernel
 from fkernel.shapes import Tree
+from fkernel.study.analyses.failures import tried
 from fkernel.study.analyses.plan import StructurePlan
 from fkernel.study.loss_terms import columns_of
 from fkernel.study.outcome import Finding
 from fkernel.study.rows import Grant, Policy, room_of
 from fkernel.study.workspace import KernelWorkspace, tokens_of
 
+WHOSE = "the update batch's"
+
 
 def health_of(workspace: KernelWorkspace, policy: Policy) -> Finding:
     """Tell what P rests on; a warning says so where it is next to nothing."""
+    found, lost = tried("health", WHOSE, lambda: _health(workspace, policy), workspace.batch.ids)
+    return lost or found
+
+
+def _health(workspace: KernelWorkspace, policy: Policy) -> Finding:
     if policy.state is None or workspace.P.d is None:
         return Finding({}, {"left_out": "it needs an optimizer's second moment, and a preconditioner made of it"})
     found = health(policy.state, workspace.P.d, workspace.gradients.squared_sum())
@@ -34,6 +42,17 @@ def structure_of(
     Raises:
         PlanError: there are fewer sequences than components or clusters, or there is no step to align with.
     """
+
+    def make() -> Finding:
+        return _structure(asked, workspace, policy, grant, after, seed)
+
+    found, lost = tried("structure", WHOSE, make, workspace.batch.ids)
+    return lost or found
+
+
+def _structure(
+    asked: StructurePlan, workspace: KernelWorkspace, policy: Policy, grant: Grant, after: Tree | None, seed: int
+) -> Finding:
     K, n = workspace.self_kernel(room_of(grant, workspace)), len(workspace.batch)
     components, k = (asked.components or min(3, n), asked.clusters or min(8, n))
     for what, wanted in (("components", components), ("clusters", k)):
