@@ -12,6 +12,7 @@ A sequence that is dropped has weight 0; the others' weights stay what they were
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -63,7 +64,7 @@ def alternative_step(
     params: Tree,
     ascent: Tree,
     state: AdamWState,
-    taken: Grads,
+    taken: Mapping[str, Tensor | None],
     *,
     max_norm: float | None = None,
     clip: float | None = None,

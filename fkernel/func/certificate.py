@@ -36,7 +36,7 @@ VALUES = 1e-4
 """How far values may be apart, nats, relative to 1 + |S|."""
 DIFFERENCES = 0.02
 """How far a derivative along a step may be from differences along it, relative; plus what they are apart themselves."""
-SCALES = (64.0, 16.0, 4.0, 1.0)
+SCALES = (64.0, 16.0, 4.0, 1.0, 0.25)
 """Steps of the differences, in steps: large ones bend, small ones round."""
 NAMES = ("rows", "values", "company", "forward", "derivative")
 """In the order in which they usually run."""
