@@ -218,6 +218,7 @@ def summary(results: Any, out: str, request: str | None = None) -> dict[str, Any
             name: {
                 "sequences": len(result.evaluation),
                 "calibration": {key: value._asdict() for key, value in result.calibration.items()},
+                "realised_on": result.facts.get("realised_on"),
                 "analyses": {key: finding.facts for key, finding in result.analyses.items()},
                 "evaluation": [
                     {

@@ -74,7 +74,7 @@ def predicted_vs_realised(result: RequestResult, path: str | Path | None = None)
         axes.set_xlabel("predicted ΔS  (10⁻³ nats)")
         margin = 0.05 * (high - low)
         axes.set_ylim(low - margin, high + margin)
-    left.set_ylabel("realised ΔS  (10⁻³ nats)")
+    left.set_ylabel(f"realised ΔS{_proven(result)}  (10⁻³ nats)")
     for told, prediction, color in (
         ("first order", result.first_order, RED),
         ("with curvature", result.second_order, BLUE),
@@ -192,3 +192,8 @@ def _groups(sequences: list[SequenceInfo]) -> tuple[list[int], list[str]]:
 
 def _prompt(info: SequenceInfo) -> str:
     return info.prompt_id or info.prompt
+
+
+def _proven(result: RequestResult) -> str:
+    """Nothing where a change was measured on `step.after`; else what it is, for agreement with it is no evidence."""
+    return "" if result.facts.get("realised_on") == "step.after" else ", executed here: self-consistent"

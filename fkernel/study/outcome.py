@@ -180,7 +180,10 @@ class RequestResult:
 
     @property
     def calibration(self) -> dict[str, Calibration]:
-        """The predictions held against the step really taken: K·A alone, first order, second order.
+        """The predictions held against what the step did: K·A alone, first order, second order.
+
+        Where `facts["realised_on"]` is not "step.after", the step was executed here from the same reading of the
+        optimizer's state: the two then agree whether or not it was read rightly.
 
         Empty without a realised change, or where fewer than two sequences moved differently.
         """

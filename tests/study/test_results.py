@@ -10,7 +10,16 @@ from rich.console import Console
 
 from fkernel import report
 from fkernel.errors import ResultsError
-from fkernel.study import Entry, Finding, FisherKernelResults, RequestResult, SelfKernel, SequenceInfo
+from fkernel.study import (
+    Entry,
+    Finding,
+    FisherKernelPlan,
+    FisherKernelResults,
+    FisherKernelRunner,
+    RequestResult,
+    SelfKernel,
+    SequenceInfo,
+)
 
 VECTORS = ("batch", "momentum", "decay", "curvature", "realised", "squared_norms", "diagonal")
 
@@ -250,3 +259,22 @@ def test_rows_and_columns_of_a_heatmap_are_grouped_by_prompt(result):
     )
     shown = report.heatmap(mixed).axes[0].images[0].get_array()
     np.testing.assert_allclose(np.asarray(shown), 1e3 * result.contributions)
+
+
+def test_agreement_with_a_step_that_was_executed_here_is_not_shown_as_evidence(run, tmp_path):
+    """Without step.after table, picture and certificate say that it is self-consistent; with it, what was taken."""
+    for name, after in (("without", None), ("with", {"path": str(run.after)})):
+        plan = run.plan(tmp_path / name)
+        plan["step"] = {**plan["step"], "after": after}
+        results = FisherKernelRunner(FisherKernelPlan.model_validate(plan)).run()
+        result = results["held_out"]
+        console = Console(record=True, width=200)
+        console.print(report.calibration_table(result))
+        text = console.export_text()
+        assert ("self-consistent" in text) is (after is None)
+        assert ("really taken" in text) is (after is not None)
+        label = report.predicted_vs_realised(result).axes[0].get_ylabel()
+        assert ("self-consistent" in label) is (after is None)
+        (state,) = [one for one in results.environment["certificates"] if one["name"] == "state"]
+        assert state["passed"] is (None if after is None else True), state
+        assert "step.after" in state["detail"]
