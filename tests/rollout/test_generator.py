@@ -147,7 +147,9 @@ def test_reasoning_gym_end_to_end(model, tokenizer):
     assert batch.diagnostics["accuracy"] == batch.rewards.mean().item()
     score = rewards.gym(source)
     assert score(source[0], f"I see. <answer>{source[0].answer}</answer>") == 1.0
-    assert score(source[0], "I do not know") < 0.5
+    scored = score(source[0], "I do not know")
+    assert scored is not None
+    assert scored < 0.5
 
 
 def test_gsm_symbolic_has_questions_of_gsm8ks_kind():
