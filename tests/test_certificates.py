@@ -346,3 +346,16 @@ def test_a_step_on_weights_that_are_not_finite_is_not_compared():
     params = {"w": torch.tensor([-1.0, 1.0])}
     with pytest.raises(fk.NonFiniteError, match="sequence 0"):
         func.per_sequence_grad(f)(params, torch.eye(2))
+
+
+def test_a_batch_that_cannot_be_compared_does_not_count_as_certified():
+    def f(p, x):
+        return (x @ p["w"]).log()
+
+    good = {"w": torch.tensor([1.0, 2.0])}
+    with func.made_certificates() as made:
+        with pytest.raises(fk.NonFiniteError):
+            func.evaluate(f)({"w": torch.tensor([-1.0, 2.0])}, torch.eye(2))
+        assert not made
+        func.evaluate(f)(good, torch.eye(2))
+    assert [one.name for one in made] == ["company"]

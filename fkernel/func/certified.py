@@ -57,18 +57,19 @@ def certify_values(f: Function, params: Tree, batch: Any) -> None:
     known, width = known_of(f, params, batch), _width(batch)
     if known.width >= width:
         return
-    _certify_values(f, params, batch, known)
-    known.width = width  # last: what failed has to fail again
+    if _certify_values(f, params, batch, known):
+        known.width = width  # last: what failed has to fail again
 
 
-def _certify_values(f: Function, params: Tree, batch: Any, known: Known) -> None:
+def _certify_values(f: Function, params: Tree, batch: Any, known: Known) -> bool:
+    """Certify f's values; False where they are not finite, so that there is nothing to compare."""
     counts = token_counts(batch)
     row = min(range(len(counts)), key=counts.__getitem__)
     one = trim(take(batch, slice(row, row + 1)))
     with explained(params), _first_time(params), torch.no_grad():
         alone = bare(f)(params, one)
     if not _finite(alone):
-        return  # whose value it is will be said where all are looked at
+        return False  # whose value it is will be said where all are looked at
     apply, sequences = getattr(f, "apply", None), find_sequences(one)
     if runs("values") and isinstance(apply, Apply) and sequences and apply.given is not None:
         with _first_time(params):
@@ -87,6 +88,7 @@ def _certify_values(f: Function, params: Tree, batch: Any, known: Known) -> None
         together = values if not per_row else values[:1] if t is None else values[:1, :t]
         if per_row and together.shape == alone.shape and _finite(values):
             _accept(known, company(f, alone, together, again), _OTHER_WIDTH)
+    return True
 
 
 def _first_time(params: Tree) -> Any:
@@ -183,7 +185,6 @@ def _simpler(plan: Plan, failing: list[str]) -> Plan | None:
 def _accept(known: Known, found: Certificate, otherwise: str) -> None:
     """Remember a certificate, or raise ModelError where it failed."""
     if found.passed is False:
-        known.width = -1
         raise ModelError(otherwise.format(detail=found.detail))
     keep(known, found)
 
