@@ -36,8 +36,8 @@ VALUES = 1e-4
 """How far values may be apart, nats, relative to 1 + |S|."""
 DIFFERENCES = 0.02
 """How far a derivative along a step may be from differences along it, relative; plus what they are apart themselves."""
-SCALES = (64.0, 16.0, 4.0, 1.0, 0.25)
-"""Steps of the differences, in steps: large ones bend, small ones round."""
+MOVES = (0.2, 0.05, 0.0125, 0.003)
+"""How far the differences move f, nats: farther it bends, less far it rounds."""
 NAMES = ("rows", "values", "company", "forward", "derivative")
 """In the order in which they usually run."""
 
@@ -260,8 +260,8 @@ def derivative_against_difference(
 ) -> Certificate:
     """Hold the derivative along a step against central differences along it: what f holds constant in its derivative.
 
-    D(s) = (f(θ + s v) − f(θ − s v)) / 2s for several s; the two neighbours that agree best are believed, as far as they
-    agree. error = ‖Jv − D‖ / ‖D‖
+    D(s) = (f(θ + s v) − f(θ − s v)) / 2s for several s, with which f moves by `MOVES`; the two neighbours that agree
+    best are believed, as far as they agree. error = ‖Jv − D‖ / ‖D‖
 
     It finds `detach()`, `torch.no_grad`, straight-through estimators and custom backward rules: there a step does
     something else to f than its derivative says.
@@ -285,8 +285,11 @@ def derivative_against_difference(
         with torch.no_grad():
             return value_at(tree.axpy(s, direction, params)).double()
 
-    slope = derivative(value_at, params, direction)[1].detach().double()
-    estimates = [(at(s) - at(-s)) / (2 * s) for s in SCALES]
+    value, slope = (each.detach().double() for each in derivative(value_at, params, direction)[:2])
+    size = min(1.0, float(value.abs().max())) or 1.0  # of what moves less than a nat, a part of itself
+    steepest = float(slope.abs().max()) or 1.0
+    scales = [move * size / steepest for move in MOVES]
+    estimates = [(at(s) - at(-s)) / (2 * s) for s in scales]
     pairs = [(float((a - b).norm()), b) for a, b in pairwise(estimates)]
     pairs = [pair for pair in pairs if pair[0] == pair[0]]
     if not pairs:
@@ -294,7 +297,7 @@ def derivative_against_difference(
     doubt, D = min(pairs, key=lambda pair: pair[0])
     size = float(D.norm())
     error, own = (float((slope - D).norm()) / size, doubt / size) if size else (0.0, 0.0)
-    bound = DIFFERENCES + 4 * own
+    bound = DIFFERENCES + own
     detail = (
         f"{name_of(f)} of {len(D)} sequences along the step: its derivative and central differences are {error:.1e} "
         f"apart, the differences among themselves {own:.1e}"
