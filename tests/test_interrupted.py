@@ -11,6 +11,7 @@ import torch
 
 import fkernel as fk
 from fkernel import precond
+from fkernel.func.certificate import NAMES
 from fkernel.kernel import recycling
 from fkernel.kernel.store import Store
 
@@ -88,7 +89,8 @@ def test_a_second_call_reads_what_the_first_one_stored(tmp_path, expected):
     store = STRATEGIES[2]
     for calls in (1 + 3 + 5, 1 + 1 + 1):
         counting = Stopping(0, interrupt)
-        torch.testing.assert_close(computed(counting, store, tmp_path), expected, rtol=1e-12, atol=1e-12)
+        with fk.func.skip_certificates(*NAMES):
+            torch.testing.assert_close(computed(counting, store, tmp_path), expected, rtol=1e-12, atol=1e-12)
         assert counting.calls == calls
 
 

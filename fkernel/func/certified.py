@@ -99,7 +99,7 @@ def _first_time(params: Tree) -> Any:
 def _together(f: Function, params: Tree, beside: Any) -> Tensor:
     try:
         return bare(f)(params, beside)
-    except (RuntimeError, ValueError, IndexError) as error:
+    except (RuntimeError, ValueError) as error:
         raise ModelError(
             f"{name_of(f)} of one sequence is computed, of two together it fails: {first_line(error)}. Give batches of "
             f"one sequence, or a model that takes several."
