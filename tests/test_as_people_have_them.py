@@ -333,3 +333,21 @@ def test_a_model_that_returns_no_logits_is_refused():
     apply, params = func.make_functional(Silent())
     with pytest.raises(fk.ModelError, match=r"Silent returned \[2\] for input_ids of .*; expected logits \[n t v\]"):
         func.evaluate(func.sequence_logprob(apply))(params, func.pad(PROMPTS, RESPONSES))
+
+
+def test_other_quantities_than_log_pi_get_their_own_widths_too():
+    settings = copy.deepcopy(SCALED["dynamic"])
+    settings["rope_parameters"]["rope_theta"] = 10000.0
+    apply, params = func.make_functional(qwen(**settings))
+    long = ([[3, 4], [5, 6, 7], [8] * 9], [[1, 2], [3, 3, 1], [2] * 8])
+    E, other = func.pad(*long), func.pad(long[0], [[6, 1, 3], [2], [4, 4]])
+    each = [(func.pad([p], [r]), func.pad([p], [s])) for p, r, s in zip(*long, [[6, 1, 3], [2], [4, 4]], strict=True)]
+    v = {name: torch.randn_like(leaf) for name, leaf in params.items()}
+    for f, whole, alone in (
+        (func.mean_entropy(apply), E, [first for first, _ in each]),
+        (func.log_odds(apply), func.Pair(E, other), [func.Pair(*pair) for pair in each]),
+    ):
+        close(func.evaluate(f, 3)(params, whole), torch.cat([func.evaluate(f)(params, one) for one in alone]), 1e-6)
+        close(func.jvp(f, 3)(params, whole, v), torch.cat([func.jvp(f)(params, one, v) for one in alone]), 1e-5)
+        J = torch.cat([rows(func.per_sequence_grad(f)(params, one)) for one in alone])
+        close(rows(func.per_sequence_grad(f, 3)(params, whole)), J, 1e-5)

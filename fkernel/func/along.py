@@ -16,17 +16,20 @@ from fkernel.func.certificate import (
 )
 from fkernel.func.detach import through_detach
 from fkernel.func.directional import FIRST, Order
-from fkernel.func.objective import Function, bare, name_of, own_width
+from fkernel.func.functional import Apply
+from fkernel.func.objective import Function, Objective, bare, name_of, own_width
 from fkernel.func.remembered import Known, keep, known_of, note, runs
 from fkernel.shapes import Tensor, Tree
 
 
 def derivative_for(f: Function, params: Tree, batch: Any, direction: Tree, order: Order) -> Any:
     """Choose how a derivative along a direction is taken: forward, or by reverse passes where that fails or differs."""
-    known = known_of(f, params, batch)
-    if order.name not in known.derivatives:
-        known.derivatives[order.name] = _chosen(f, params, batch, direction, order, known)
-    return known.derivatives[order.name]
+    # What torch's rules are right about belongs to the model's operations: functions of one model share the answer.
+    model = f.apply if isinstance(f, Objective) and isinstance(f.apply, Apply) else f
+    ways = known_of(model, params).derivatives
+    if order.name not in ways:
+        ways[order.name] = _chosen(f, params, batch, direction, order, known_of(f, params, batch))
+    return ways[order.name]
 
 
 def _chosen(f: Function, params: Tree, batch: Any, direction: Tree, order: Order, known: Known) -> Any:
@@ -40,7 +43,7 @@ def _chosen(f: Function, params: Tree, batch: Any, direction: Tree, order: Order
         return value, derivative
 
     try:
-        order.forward(value_at, params, direction)
+        forward = order.forward(value_at, params, direction)[1]
     except FKernelError:
         raise
     except (RuntimeError, NotImplementedError) as error:
@@ -55,9 +58,10 @@ def _chosen(f: Function, params: Tree, batch: Any, direction: Tree, order: Order
     if not runs("forward"):
         return order.forward
     try:
-        found = forward_against_reverse(f, params, one, direction, order)
+        _, reverse, size = order.reverse(value_at, params, direction)
     except (RuntimeError, NotImplementedError):
         return order.forward  # an operation without a second backward rule: there is nothing to compare with
+    found = forward_against_reverse(forward, reverse, size, order)
     if found.passed is False:
         why = "an operation's forward rule is wrong, or f holds in backward alone what torch.no_grad surrounds"
         _said_slower(f, order, f"{found.detail}; {why}")

@@ -72,7 +72,7 @@ def mean_entropy(apply: LogitsFn, temperature: float = 1.0) -> Objective:
     def mean(params: Tree, batch: Sequences) -> Tensor:
         return bare(H)(params, batch).sum(1) / batch.response_mask.sum(1)
 
-    return Objective(mean, H.check, "the mean entropy")
+    return Objective(mean, H.check, "the mean entropy", apply)
 
 
 def kl_divergence(
@@ -103,7 +103,7 @@ def kl_divergence(
         tensor([0.])
     """
     S = sequence_logprob(apply, temperature)
-    return Objective(partial(_kl, apply, reference_apply or apply, reference, temperature), S.check, "KL")
+    return Objective(partial(_kl, apply, reference_apply or apply, reference, temperature), S.check, "KL", apply)
 
 
 def _kl(
@@ -149,7 +149,7 @@ def log_odds(apply: LogitsFn, temperature: float = 1.0) -> Objective:
         S.check(batch.first)
         S.check(batch.second)
 
-    return Objective(odds, check, "log-odds")
+    return Objective(odds, check, "log-odds", apply)
 
 
 def expected_reward(apply: LogitsFn, temperature: float = 1.0) -> Objective:
@@ -193,7 +193,7 @@ def expected_reward(apply: LogitsFn, temperature: float = 1.0) -> Objective:
         for answer in batch.answers:
             S.check(answer)
 
-    return Objective(expectation, check, "the expected reward")
+    return Objective(expectation, check, "the expected reward", apply)
 
 
 def _times_given(answers: tuple[Sequences, ...]) -> Tensor:

@@ -134,13 +134,13 @@ def keep(known: Known, found: Certificate) -> None:
         made.append(found)
 
 
-def known_of(f: Function, params: Tree, batch: Any) -> Known:
+def known_of(f: Any, params: Tree, batch: Any = None) -> Known:
     """What is known of f on parameters and batches like these."""
     leaves = tuple((name, leaf.shape, leaf.dtype, leaf.device) for name, leaf in params.items())
     return _remembered(f).setdefault((leaves, _kind(batch)), Known())
 
 
-def _remembered(f: Function) -> dict[Hashable, Known]:
+def _remembered(f: Any) -> dict[Hashable, Known]:
     try:
         return _known.setdefault(f, {})
     except TypeError:  # f cannot be remembered: it has no hash, or takes no weak reference
