@@ -305,7 +305,7 @@ def test_a_forward_pass_that_somebody_patched_is_noticed():
     """What the copy runs is not what the module runs: here a patch that only the module as given has."""
     model = qwen()
     apply, params = func.make_functional(model)
-    apply.given.lm_head.register_forward_hook(lambda module, args, out: out * 1.1)  # pyright: ignore
+    apply.original.lm_head.register_forward_hook(lambda module, args, out: out * 1.1)  # pyright: ignore
     with pytest.raises(fk.ModelError, match="functional copy of the model does not compute what the model itself does"):
         func.evaluate(func.sequence_logprob(apply))(params, func.pad(PROMPTS, RESPONSES))
 

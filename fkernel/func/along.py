@@ -61,12 +61,12 @@ def _chosen(f: Function, params: Tree, batch: Any, direction: Tree, order: Order
         _, reverse, size = order.reverse(value_at, params, direction)
     except (RuntimeError, NotImplementedError):
         return order.forward  # an operation without a second backward rule: there is nothing to compare with
-    found = forward_against_reverse(forward, reverse, size, order)
-    if found.passed is False:
+    certificate = forward_against_reverse(forward, reverse, size, order)
+    if certificate.passed is False:
         why = "an operation's forward rule is wrong, or f holds in backward alone what torch.no_grad surrounds"
-        _said_slower(f, order, f"{found.detail}; {why}")
+        _said_slower(f, order, f"{certificate.detail}; {why}")
         return by_reverse
-    keep(known, found)
+    keep(known, certificate)
     return order.forward
 
 
@@ -105,24 +105,29 @@ def true_derivative(f: Function, params: Tree, batch: Any, step: Tree) -> Functi
     if not runs("derivative"):
         return f
     few = shortest_few(batch, token_counts(batch), own_width(f))
-    found = _against_difference(f, params, few, step)
-    if found.passed is not False:
-        note(f, params, batch, found)
+    certificate = _against_difference(f, params, few, step)
+    if certificate.passed is not False:
+        note(f, params, batch, certificate)
         return f
-    whole = through_detach(f)
-    again = _against_difference(whole, params, few, step)
-    note(f, params, batch, again._replace(detail=f"{again.detail}; {found.error:.1e} without looking through detach"))
-    if again.passed:
+    derivative = through_detach(f)
+    repaired = _against_difference(derivative, params, few, step)
+    note(
+        f,
+        params,
+        batch,
+        repaired._replace(detail=f"{repaired.detail}; {certificate.error:.1e} without looking through detach"),
+    )
+    if repaired.passed:
         warnings.warn(
             f"{name_of(f)} holds something constant in its backward pass (detach, torch.no_grad): along the step it "
-            f"moves otherwise than that says ({found.error:.1%} apart). U's gradients are taken as training takes "
-            f"them, E's derivative through what is held constant ({again.error:.1%} apart).",
+            f"moves otherwise than that says ({certificate.error:.1%} apart). U's gradients are taken as training "
+            f"takes them, E's derivative through what is held constant ({repaired.error:.1%} apart).",
             ModelWarning,
             stacklevel=2,
         )
-        return whole
+        return derivative
     warnings.warn(
-        f"Along the step {name_of(f)} moves otherwise than its derivative says ({found.detail}): a custom "
+        f"Along the step {name_of(f)} moves otherwise than its derivative says ({certificate.detail}): a custom "
         f"autograd.Function, a straight-through estimator, or a step too large for differences? Contributions to E "
         f"follow the backward pass, and not what happens.",
         ModelWarning,

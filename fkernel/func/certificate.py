@@ -160,11 +160,11 @@ def values_against_module(apply: Apply, params: Tree, one: Sequences) -> Certifi
         True
     """
     detail = "log π from `apply` and from the module as it was given, one sequence"
-    if apply.given is None:
+    if apply.original is None:
         return Certificate("values", None, float("nan"), VALUES, f"{detail}: there is no module to compare with")
     try:
         with torch.no_grad():
-            theirs = _whole_logprob(logits_of(apply.given, params, one.input_ids, one.attention_mask), one)
+            theirs = _whole_logprob(logits_of(apply.original, params, one.input_ids, one.attention_mask), one)
     except Exception as error:  # kernels and caches of the caller's own module may fail in any way here
         return Certificate("values", None, float("nan"), VALUES, f"{detail}: the module fails by itself ({error})")
     with torch.no_grad():

@@ -73,10 +73,10 @@ def _certify_values(f: Function, params: Tree, batch: Any, known: Known) -> bool
     if not _finite(alone):
         return False  # whose value it is will be said where all are looked at
     apply, sequences = getattr(f, "apply", None), find_sequences(one)
-    if runs("values") and isinstance(apply, Apply) and sequences and apply.given is not None:
+    if runs("values") and isinstance(apply, Apply) and sequences and apply.original is not None:
         with _first_time(params):
-            found = values_against_module(apply, params, _first(sequences))
-        _accept(known, found, _OTHER_VALUES)
+            certificate = values_against_module(apply, params, _first(sequences))
+        _accept(known, certificate, _OTHER_VALUES)
     if runs("company") and not own_width(f):
         longest = max(range(len(counts)), key=counts.__getitem__)
         beside = take(batch, torch.tensor([row, longest if longest != row else (row + 1) % len(counts)]))
@@ -145,22 +145,22 @@ def _certified_plan(f: Function, params: Tree, pair: Any, plan: Plan, known: Kno
     if not _finite(values):
         return plan
     if runs("rows"):
-        found, failing, size = rows_against_sum(f, params, pair, J)
-        if found.passed is False:
+        certificate, failing, size = rows_against_sum(f, params, pair, J)
+        if certificate.passed is False:
             simpler = _simpler(plan, failing)
             if simpler is None:
                 raise ModelError(
-                    f"The per-sequence gradients of {name_of(f)} do not add up to its gradient: {found.detail}. "
+                    f"The per-sequence gradients of {name_of(f)} do not add up to its gradient: {certificate.detail}. "
                     f"Nothing is computed from them. Does {name_of(f)} treat every sequence by itself?"
                 )
             warnings.warn(
-                f"Captured gradients of {listing(failing)} do not add up ({found.error:.1e} off); they are taken "
+                f"Captured gradients of {listing(failing)} do not add up ({certificate.error:.1e} off); they are taken "
                 f"{'one sequence at a time' if simpler.looped else 'whole'}, which is slower.",
                 ModelWarning,
                 stacklevel=2,
             )
             return _certified_plan(f, params, pair, simpler, known)
-        keep(known, found)
+        keep(known, certificate)
         if size == 0:
             warnings.warn(
                 f"{name_of(f)} does not depend on any of the {len(params)} parameters: every gradient is 0. Is the "
@@ -184,11 +184,11 @@ def _simpler(plan: Plan, failing: list[str]) -> Plan | None:
     return Plan(captured, frozenset(use for use in plan.loose if use[0] in captured))
 
 
-def _accept(known: Known, found: Certificate, otherwise: str) -> None:
+def _accept(known: Known, certificate: Certificate, otherwise: str) -> None:
     """Remember a certificate, or raise ModelError where it failed."""
-    if found.passed is False:
-        raise ModelError(otherwise.format(detail=found.detail))
-    keep(known, found)
+    if certificate.passed is False:
+        raise ModelError(otherwise.format(detail=certificate.detail))
+    keep(known, certificate)
 
 
 def _width(batch: Any) -> int:

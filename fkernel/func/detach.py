@@ -40,7 +40,7 @@ def through_detach(f: Any) -> Any:
         (tensor([3.]), tensor([6.]))
     """
     if isinstance(f, Apply):
-        return replace(f, whole=True)
+        return replace(f, through_detach=True)
 
     def whole(params: Any, batch: Any) -> Any:
         with seen_through():

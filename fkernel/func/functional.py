@@ -36,10 +36,10 @@ class Apply:
         padding_idx: the id whose embedding row a training run withholds the gradient of, or None.
         own_width: whether log π of a sequence depends on how wide its batch is, so that sequences of different lengths
             may not share one (dynamic and long rotary scaling).
-        given: the module as the caller has it, in eval mode: what `fkernel.func.certificate` compares values with.
+        original: the module as the caller has it, in eval mode: what `fkernel.func.certificate` compares values with.
         withholds: whether padding rows get no gradient, as in training; None where no lookup has such a row. See
             `fkernel.func.padding`.
-        whole: whether what the module detaches is differentiated all the same; see `fkernel.func.detach`.
+        through_detach: whether what the module detaches is differentiated all the same; see `fkernel.func.detach`.
     """
 
     module: nn.Module = field(repr=False)
@@ -47,14 +47,14 @@ class Apply:
     max_length: int | None
     padding_idx: int | None = None
     own_width: bool = False
-    given: nn.Module | None = field(default=None, repr=False)
+    original: nn.Module | None = field(default=None, repr=False)
     withholds: bool | None = None
-    whole: bool = False
+    through_detach: bool = False
 
     def __call__(self, params: Tree, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Run the module with `params` in place of its own."""
         rows = nullcontext() if self.withholds is None else padding_rows(self.withholds)
-        detached = seen_through() if self.whole else nullcontext()
+        detached = seen_through() if self.through_detach else nullcontext()
         with rows, detached, sdpa_kernel(SDPBackend.MATH), unchanged(self.module if self.own_width else None):
             return logits_of(self.module, params, input_ids, attention_mask)
 
@@ -143,8 +143,8 @@ def make_functional(
     if meta:
         raise ModelError(f"{listing(meta)} lie on the meta device and hold no values; load the weights first.")
     apply, params = split(model, chosen)
-    given = structural_copy(model).eval()
-    return replace(apply, given=given, own_width=apply.own_width if own_width is None else own_width), params
+    original = structural_copy(model).eval()
+    return replace(apply, original=original, own_width=apply.own_width if own_width is None else own_width), params
 
 
 def split(model: nn.Module, chosen: Collection[str]) -> tuple[Apply, Tree]:

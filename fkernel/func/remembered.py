@@ -122,16 +122,16 @@ def certificates(f: Function) -> tuple[Certificate, ...]:
     return tuple(worst.values())
 
 
-def note(f: Function, params: Tree, batch: Any, found: Certificate) -> None:
+def note(f: Function, params: Tree, batch: Any, certificate: Certificate) -> None:
     """Remember a certificate that was made elsewhere."""
-    keep(known_of(f, params, batch), found)
+    keep(known_of(f, params, batch), certificate)
 
 
-def keep(known: Known, found: Certificate) -> None:
+def keep(known: Known, certificate: Certificate) -> None:
     """Remember a certificate, and hand it to whoever collects them."""
-    known.certificates.append(found)
+    known.certificates.append(certificate)
     for made in _collecting.get():
-        made.append(found)
+        made.append(certificate)
 
 
 def known_of(f: Any, params: Tree, batch: Any = None) -> Known:

@@ -29,7 +29,7 @@ def along(policy: Policy, E: func.Sequences, step: AdamWStep) -> Policy:
     f = func.true_derivative(policy.f, policy.params, E, step.total)
     if f is policy.f:
         return policy
-    return policy._replace(f=f, apply=func.through_detach(policy.apply), whole=True)
+    return policy._replace(f=f, apply=func.through_detach(policy.apply), through_detach=True)
 
 
 def findings(

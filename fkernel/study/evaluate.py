@@ -89,7 +89,7 @@ def evaluate(
             found["batch"] = func.jvp(policy.f, grant.microbatch)(policy.params, E, towards)
             tick(len(batch))
         else:
-            own = None if policy.whole else workspace.rows_of(batch)
+            own = None if policy.through_detach else workspace.rows_of(batch)
             rows = kernel_rows(E, workspace, policy, grant) if own is None else own_rows(workspace, own, grant)
             found |= _reduced(rows, question, batch, workspace, weights, tick, accounts)
         if at.added is not None:

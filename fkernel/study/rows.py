@@ -52,7 +52,7 @@ class Policy(NamedTuple):
         tokenizer: Hugging Face's.
         trained: apply, differentiated as training does: `func.as_trained`.
         columns: f of `trained`, whose gradients are U's.
-        whole: whether E's derivative goes through what the model detaches, and so is not that of U's gradients.
+        through_detach: whether E's derivative goes through what the model detaches, which U's gradients do not.
         unused: parameters that the loss of the step never uses, so that its optimizer leaves them alone; known once U's
             workspace is prepared.
         padding_idx: the token whose embedding row training withholds the gradient of; None where it is not trained.
@@ -71,7 +71,7 @@ class Policy(NamedTuple):
     columns: Any = None
     padding_idx: int | None = None
     unselected: Callable[[], Unselected] = lambda: Unselected({}, {})
-    whole: bool = False
+    through_detach: bool = False
     unused: frozenset[str] = frozenset()
 
 
