@@ -359,3 +359,20 @@ def test_a_batch_that_cannot_be_compared_does_not_count_as_certified():
         assert not made
         func.evaluate(f)(good, torch.eye(2))
     assert [one.name for one in made] == ["company"]
+
+
+def test_a_model_that_takes_one_sequence_only_is_refused_and_an_error_of_f_s_own_is_left_alone():
+    def raises(error):
+        def f(p, x):
+            if len(x) > 1:
+                raise error
+            return x @ p["w"]
+
+        return f
+
+    for error, kind, words in (
+        (RuntimeError("no broadcast"), fk.ModelError, "of two together it fails: no broadcast"),
+        (fk.BatchError("these two differ"), fk.BatchError, "^these two differ$"),
+    ):
+        with pytest.raises(kind, match=words):
+            func.evaluate(raises(error))({"w": torch.ones(2)}, torch.eye(2))

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fkernel.errors import ModelError, ModelWarning, listing
+from fkernel.errors import FKernelError, ModelError, ModelWarning, listing
 from fkernel.func.batch import Sequences, find_sequences, take, token_counts, trim
 from fkernel.func.boundary import boundary, explained, first_line
 from fkernel.func.capture import Plan
@@ -101,6 +101,8 @@ def _first_time(params: Tree) -> Any:
 def _together(f: Function, params: Tree, beside: Any) -> Tensor:
     try:
         return bare(f)(params, beside)
+    except FKernelError:
+        raise  # it says what is wrong by itself
     except (RuntimeError, ValueError) as error:
         raise ModelError(
             f"{name_of(f)} of one sequence is computed, of two together it fails: {first_line(error)}. Give batches of "
