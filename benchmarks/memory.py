@@ -21,7 +21,7 @@ import torch
 from benchmarks.limits import MICROBATCH, plain_backward
 from benchmarks.models import THREADS, build
 from fkernel import explain_step, func, influence, kernel, precond
-from fkernel.kernel.planning import rates
+from fkernel.engine.planning import rates
 
 ROOT = Path(__file__).resolve().parent.parent
 MB = 1e6

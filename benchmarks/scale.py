@@ -30,7 +30,7 @@ from benchmarks.environment import ROOT, environment
 from benchmarks.limits import chunks, plain_backward
 from benchmarks.models import THREADS, build
 from fkernel import estimate, influence, kernel, precond, tree
-from fkernel.kernel.recycling import recycled
+from fkernel.engine.recycling import recycled
 
 RESULTS = ROOT / "benchmarks" / "results" / "scale.json"
 LARGE = {"shape": "half-billion", "n_E": 16, "n_U": 32, "T": 128, "memory": "8GiB", "checked": 24}

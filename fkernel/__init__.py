@@ -5,24 +5,7 @@ Above it: `kernel`, `influence`, `explain_step`.
 """
 
 from fkernel import func, precond, tree
-from fkernel.errors import (
-    BatchError,
-    CheckpointError,
-    CheckpointWarning,
-    FKernelError,
-    ModelError,
-    ModelWarning,
-    NonFiniteError,
-    OptimizerStateError,
-    PlanError,
-    PreconditionerWarning,
-    ResultsError,
-    RolloutError,
-    RolloutWarning,
-    StoreError,
-    TreeError,
-)
-from fkernel.kernel import (
+from fkernel.engine import (
     Calibration,
     Estimate,
     Option,
@@ -39,6 +22,23 @@ from fkernel.kernel import (
     recycled,
     rounded_kernel,
     state_against_step,
+)
+from fkernel.errors import (
+    BatchError,
+    CheckpointError,
+    CheckpointWarning,
+    FKernelError,
+    ModelError,
+    ModelWarning,
+    NonFiniteError,
+    OptimizerStateError,
+    PlanError,
+    PreconditionerWarning,
+    ResultsError,
+    RolloutError,
+    RolloutWarning,
+    StoreError,
+    TreeError,
 )
 
 __version__ = "0.1.0"

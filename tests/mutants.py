@@ -115,7 +115,7 @@ MUTATIONS = [
     ),
     Mutation(
         "influence without P", "influence_equals_kernel_times_weights",
-        "kernel/fisher.py", "move = transformed(precond, towards)", "move = towards",
+        "engine/fisher.py", "move = transformed(precond, towards)", "move = towards",
     ),
     Mutation(
         "incomplete last shard dropped", "influence_equals_kernel_times_weights",
@@ -137,7 +137,7 @@ MUTATIONS = [
     ),
     Mutation(
         "sorted rows left sorted", "influence_equals_kernel_times_weights",
-        "kernel/fisher.py", "K[side_E.order.argsort()]", "K",
+        "engine/fisher.py", "K[side_E.order.argsort()]", "K",
     ),
     Mutation(
         "gradients of sorted microbatches left sorted", "gradients_equal_a_loop_of_autograd",
@@ -154,7 +154,7 @@ MUTATIONS = [
     ),
     Mutation(
         "advantages normalised", "effects_are_linear_in_the_advantages",
-        "kernel/fisher.py", "(params, U, weights)", "(params, U, weights / weights.norm())",
+        "engine/fisher.py", "(params, U, weights)", "(params, U, weights / weights.norm())",
     ),
     Mutation(
         "missing bias correction of m", "three_terms_are_the_step_that_torch_takes",
@@ -185,7 +185,7 @@ MUTATIONS = [
     ),
     Mutation(
         "clipping left out of C", "contributions_momentum_and_decay_are_the_jvp_of_the_step",
-        "kernel/step.py", "clip * weights.to(K)", "weights.to(K)",
+        "engine/step.py", "clip * weights.to(K)", "weights.to(K)",
     ),
     Mutation(
         "P_step without lr", "contributions_momentum_and_decay_are_the_jvp_of_the_step",
@@ -194,7 +194,7 @@ MUTATIONS = [
     ),
     Mutation(
         "loss taken as gain", "prediction_meets_the_step_really_taken",
-        "kernel/step.py", "(params, U, -weights)", "(params, U, weights)",
+        "engine/step.py", "(params, U, -weights)", "(params, U, weights)",
     ),
     Mutation(
         "clipping ignored", "prediction_meets_the_step_really_taken",
@@ -202,16 +202,16 @@ MUTATIONS = [
     ),
     Mutation(
         "curvature without its half", "prediction_meets_the_step_really_taken",
-        "kernel/step.py", "0.5 * func.curvature", "1.0 * func.curvature",
+        "engine/step.py", "0.5 * func.curvature", "1.0 * func.curvature",
     ),
     Mutation(
         "P on both sides", "preconditioner_stands_on_one_side",
-        "kernel/fisher.py", 'gathered(pieces_s, block), diagonal=D)',
+        "engine/fisher.py", 'gathered(pieces_s, block), diagonal=D)',
         'gathered(pieces_s, block), diagonal={k: v * v for k, v in D.items()})',
     ),
     Mutation(
         "rows and columns swapped", "preconditioner_stands_on_one_side",
-        "kernel/fisher.py", "K if held is E else K.T.contiguous()", "K if held is E else K.reshape(K.shape[::-1])",
+        "engine/fisher.py", "K if held is E else K.T.contiguous()", "K if held is E else K.reshape(K.shape[::-1])",
     ),
     Mutation(
         "shifted mask", "scores_are_tempered_sums_over_the_response",
@@ -236,29 +236,29 @@ MUTATIONS = [
     ),
     Mutation(
         "a tile's rows written over by the next one's", "every_strategy_gives_the_same_kernel",
-        "kernel/fisher.py", "rows = slice(cuts_h[tile[0]].start, cuts_h[tile[-1]].stop)",
+        "engine/fisher.py", "rows = slice(cuts_h[tile[0]].start, cuts_h[tile[-1]].stop)",
         "rows = slice(0, cuts_h[tile[-1]].stop - cuts_h[tile[0]].start)",
     ),
     Mutation(
         "only the last share of the parameters counts", "every_strategy_gives_the_same_kernel",
-        "kernel/spilled.py", "K[rows, columns] += func.contract", "K[rows, columns] = func.contract",
+        "engine/spilled.py", "K[rows, columns] += func.contract", "K[rows, columns] = func.contract",
     ),
     Mutation(
         "a share of the parameters left out", "every_strategy_gives_the_same_kernel",
-        "kernel/spilled.py", "for names in shares:\n", "for names in shares[1:]:\n",
+        "engine/spilled.py", "for names in shares:\n", "for names in shares[1:]:\n",
     ),
     Mutation(
         "factors read back in another order", "every_strategy_gives_the_same_kernel",
-        "kernel/store/shards.py", "return Factored(*(_tensor(part, tensors) for part in parts))",
+        "engine/store/shards.py", "return Factored(*(_tensor(part, tensors) for part in parts))",
         "return Factored(*(_tensor(part, tensors).flip(2) for part in parts))",
     ),
     Mutation(
         "an error counted a thousandfold too small", "rounding_stays_within_its_bound",
-        "kernel/rounded.py", "SLACK * ε @", "1e-3 * SLACK * ε @",
+        "engine/rounded.py", "SLACK * ε @", "1e-3 * SLACK * ε @",
     ),
     Mutation(
         "the error of what was not rounded", "rounding_stays_within_its_bound",
-        "kernel/rounded.py", "errors.append(shard_norms(exact, d, less=stored[-1]))",
+        "engine/rounded.py", "errors.append(shard_norms(exact, d, less=stored[-1]))",
         "errors.append(shard_norms(exact, d, less=exact))",
     ),
     Mutation(

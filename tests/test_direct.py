@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from fkernel.kernel.store import direct
+from fkernel.engine.store import direct
 
 SIZES = [0, 1, direct.ALIGNMENT, direct.BUFFER - 1, direct.BUFFER, 2 * direct.BUFFER + 12345]
 

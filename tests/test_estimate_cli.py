@@ -15,11 +15,11 @@ from fkernel import func
 from fkernel.checkpoint import estimate_model, load_model, skeleton_of, workload_of
 from fkernel.checkpoint.skeleton import SHAPE
 from fkernel.cli import app
+from fkernel.engine.planning import Rates
+from fkernel.engine.planning.strategy import NAMES
+from fkernel.engine.planning.workload import workload
 from fkernel.func.objective import is_readable
 from fkernel.func.rows import plan_of
-from fkernel.kernel.planning import Rates
-from fkernel.kernel.planning.strategy import NAMES
-from fkernel.kernel.planning.workload import workload
 
 RATES = Rates(flops=1e11, moved=1e10, call=5e-6, forming=1e11, write=1e9, read=2e9)
 TINY: dict[str, Any] = {
@@ -38,7 +38,7 @@ SMALL = ("--n-u", "3", "--n-e", "2", "--tokens", "8")
 @pytest.fixture(autouse=True)
 def _known_rates(monkeypatch):
     monkeypatch.setattr("fkernel.checkpoint.skeleton.rates", lambda dtype: RATES)
-    planning = sys.modules["fkernel.kernel.planning.estimate"]  # `fkernel.kernel` is a function
+    planning = sys.modules["fkernel.engine.planning.estimate"]  # `fkernel.kernel` is a function
     monkeypatch.setattr(planning, "rates", lambda dtype: RATES)
 
 

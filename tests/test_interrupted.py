@@ -11,9 +11,9 @@ import torch
 
 import fkernel as fk
 from fkernel import precond
+from fkernel.engine import recycling
+from fkernel.engine.store import Store
 from fkernel.func.certificate import NAMES
-from fkernel.kernel import recycling
-from fkernel.kernel.store import Store
 
 W = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(6, 4)
 PARAMS = {"w": W}

@@ -7,9 +7,9 @@ import torch
 
 import fkernel as fk
 from fkernel import func, precond
+from fkernel.engine import rounded
+from fkernel.engine.rounded import narrowed, rounded_kernel, shard_norms
 from fkernel.func.handles import Factored, Rows, Sum, form, nbytes, tensors
-from fkernel.kernel import rounded
-from fkernel.kernel.rounded import narrowed, rounded_kernel, shard_norms
 from tests.cases import EXAMPLES, Case
 
 HALVES = (torch.bfloat16, torch.float16)

@@ -23,12 +23,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from fkernel import func
+from fkernel.engine.store import Store, direct, files, fingerprint, journal, open_store, shards
+from fkernel.engine.store import directory as module
+from fkernel.engine.store.fingerprint import contents
+from fkernel.engine.store.manifest import SCHEMA, describe, differences
 from fkernel.errors import BatchError, FKernelError, StoreError
 from fkernel.func.handles import Factored, Rows, Stack, Sum, form, nbytes, shape_of, tensors
-from fkernel.kernel.store import Store, direct, files, fingerprint, journal, open_store, shards
-from fkernel.kernel.store import directory as module
-from fkernel.kernel.store.fingerprint import contents
-from fkernel.kernel.store.manifest import SCHEMA, describe, differences
 
 ROOT = Path(__file__).parent.parent
 IDENTITY = {"params": "abc", "dtype": "float32", "seed": 0}
@@ -361,7 +361,7 @@ def test_differences_are_named_deep_down_and_counted_where_they_are_many():
 
 HOLD = """
 import sys
-from fkernel.kernel.store import open_store
+from fkernel.engine.store import open_store
 with open_store(sys.argv[1], {"seed": 0}, [slice(0, 1)]):
     print("open", flush=True)
     sys.stdin.read()
@@ -518,7 +518,7 @@ import os, random, signal, sys, tempfile, time
 from pathlib import Path
 import torch
 from fkernel.func.handles import Factored
-from fkernel.kernel.store import open_store
+from fkernel.engine.store import open_store
 
 torch.set_num_threads(1)  # a forked child has no other threads
 SHARDS = 4
@@ -826,7 +826,7 @@ UNPRIVILEGED = """
 import os, sys
 from pathlib import Path
 from fkernel.errors import StoreError
-from fkernel.kernel.store import open_store
+from fkernel.engine.store import open_store
 os.chdir(sys.argv[1])
 if os.geteuid() == 0:
     os.setgid(65534)
@@ -857,7 +857,7 @@ MEMORY = """
 import sys
 import torch
 from fkernel.func.handles import Factored
-from fkernel.kernel.store import open_store
+from fkernel.engine.store import open_store
 
 def megabytes(field):
     (line,) = [line for line in open("/proc/self/status") if line.startswith(field + ":")]

@@ -5,10 +5,10 @@ import torch
 
 import fkernel as fk
 from fkernel import func, precond
+from fkernel.engine.planning import Rates, Workload
+from fkernel.engine.planning.strategy import NAMES, cost, options
+from fkernel.engine.planning.workload import Curve
 from fkernel.func.work import Work, work_of
-from fkernel.kernel.planning import Rates, Workload
-from fkernel.kernel.planning.strategy import NAMES, cost, options
-from fkernel.kernel.planning.workload import Curve
 from tests.cases import EXAMPLES
 
 RATES = Rates(flops=1e11, moved=1e10, call=5e-6, forming=1e11, write=1e9, read=2e9)

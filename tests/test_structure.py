@@ -28,7 +28,7 @@ FLOORS = {
     "tree": 0,
     "func": 1,
     "precond": 1,
-    "kernel": 2,
+    "engine": 2,
     "analysis": 3,
     "checkpoint": 3,
     "rollout": 4,
@@ -141,10 +141,10 @@ def test_floor_0_imports_itself_without_a_cycle():
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("fkernel.func.batch", "from fkernel.kernel import kernel"),
+        ("fkernel.func.batch", "from fkernel.engine import kernel"),
         ("fkernel.func.batch", "import fkernel.study.plan"),
         ("fkernel.func.batch", "import torch, fkernel.kernel as k"),
-        ("fkernel.func.batch", "def f():\n    from fkernel.kernel.budget import rows_that_fit"),
+        ("fkernel.func.batch", "def f():\n    from fkernel.engine.budget import rows_that_fit"),
         ("fkernel.func.batch", "class A:\n    def f(self):\n        import fkernel.cli"),
         ("fkernel.func.batch", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from fkernel import report"),
         ("fkernel.func.batch", "try:\n    from fkernel.demo import run\nexcept ImportError:\n    run = None"),
@@ -157,7 +157,7 @@ def test_floor_0_imports_itself_without_a_cycle():
         ("fkernel.precond.adam", "from ..func.batch import Sequences"),
         ("fkernel.precond.adam", "import importlib\nimportlib.import_module('fkernel.func')"),
         ("fkernel.precond.adam", "import fkernel"),
-        ("fkernel.kernel.step", "import fkernel as fk"),
+        ("fkernel.engine.step", "import fkernel as fk"),
         ("fkernel.tree", "from fkernel.func import contract"),
         ("fkernel.checkpoint.load", "from fkernel.rollout import records"),
         ("fkernel.attic.box", "import torch"),
@@ -177,7 +177,7 @@ def test_the_floor_check_sees_a_breach(module, source):
         ("fkernel.func.batch", "from fkernel import tree\nfrom ..errors import BatchError"),
         ("fkernel.func.batch", "from fkernel import BatchError"),
         ("fkernel.tree", "from fkernel.errors import TreeError\nfrom fkernel.shapes import Tree"),
-        ("fkernel.kernel.step", "from fkernel import func, tree, precond\nfrom fkernel.precond.adam import adam"),
+        ("fkernel.engine.step", "from fkernel import func, tree, precond\nfrom fkernel.precond.adam import adam"),
         ("fkernel.cli", "def main():\n    from fkernel.demo import run\n    import fkernel.report"),
         ("fkernel.demo.explain", "import fkernel as fk"),
     ],
@@ -189,9 +189,9 @@ def test_the_floor_check_lets_downward_imports_pass(module, source):
 def test_names_imported_from_the_root_resolve_to_their_rooms():
     assert EXPORTED["func"] == "func"
     assert EXPORTED["BatchError"] == "errors"
-    assert EXPORTED["explain_step"] == "kernel"
+    assert EXPORTED["explain_step"] == "engine"
     source = "from fkernel import func, BatchError, explain_step"
-    assert [room for _, room in imported_rooms(source, "fkernel.cli", EXPORTED)] == ["func", "errors", "kernel"]
+    assert [room for _, room in imported_rooms(source, "fkernel.cli", EXPORTED)] == ["func", "errors", "engine"]
 
 
 # ------------------------------------------------------------------------------------------------------- the light root
@@ -233,7 +233,7 @@ def test_the_import_loads_no_upper_floor(imports, room):
 
 
 def test_the_kernel_stays_a_function_although_a_package_has_its_name():
-    import fkernel.kernel.fisher
+    import fkernel.engine.fisher
 
     assert inspect.isfunction(fkernel.kernel)
 

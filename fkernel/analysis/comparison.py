@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 import torch
 
 from fkernel import func, tree
+from fkernel.engine.calibration import varies
+from fkernel.engine.planning import usual_microbatch
 from fkernel.errors import BatchError
 from fkernel.func.objective import Function
-from fkernel.kernel.calibration import varies
-from fkernel.kernel.planning import usual_microbatch
 from fkernel.precond import Preconditioner
 from fkernel.shapes import Tensor, Tree
 

@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 import torch
 
 from fkernel import func
+from fkernel.engine.planning import usual_microbatch
 from fkernel.errors import BatchError
 from fkernel.func.batch import take
 from fkernel.func.objective import Function
-from fkernel.kernel.planning import usual_microbatch
 from fkernel.shapes import Tensor, Tree
 
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 from typing import Any
 
 from fkernel import func
+from fkernel.engine import StepEffect, loss_gradient, recycled
+from fkernel.engine.planning import usual_microbatch
 from fkernel.func.batch import length
 from fkernel.func.boundary import check_weights, explained
 from fkernel.func.objective import Function
-from fkernel.kernel import StepEffect, loss_gradient, recycled
-from fkernel.kernel.planning import usual_microbatch
 from fkernel.precond import AdamWState, Diagonal, adamw_response, adamw_step
 from fkernel.precond.adam import Grads
 from fkernel.shapes import Tensor, Tree

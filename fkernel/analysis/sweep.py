@@ -17,10 +17,10 @@ import torch
 
 from fkernel import func, tree
 from fkernel.analysis.ledger import rounding_floor
+from fkernel.engine.planning import usual_microbatch
+from fkernel.engine.recycling import recycled
 from fkernel.errors import BatchError, NonFiniteError
 from fkernel.func.objective import Function
-from fkernel.kernel.planning import usual_microbatch
-from fkernel.kernel.recycling import recycled
 from fkernel.shapes import Tensor, Tree
 
 DECADES = tuple(10 ** (i / 3) for i in range(-18, 7))

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import torch
 
 from fkernel import func
+from fkernel.engine.fisher import kernel
+from fkernel.engine.planning import usual_microbatch
 from fkernel.errors import BatchError
 from fkernel.func import Sequences
 from fkernel.func.batch import length
-from fkernel.kernel.fisher import kernel
-from fkernel.kernel.planning import usual_microbatch
 from fkernel.precond import Preconditioner
 from fkernel.shapes import Tensor, Tree
 

@@ -20,8 +20,8 @@ from fkernel.checkpoint.model import ADAPTER, HUB, load_adapter, load_model, loa
 from fkernel.checkpoint.optimizer import Names, adamw_state, names_of, plain_state
 from fkernel.checkpoint.unread import unread_optimizers
 from fkernel.checkpoint.weights import architecture, filled, read_safetensors
+from fkernel.engine.store.fingerprint import fingerprint
 from fkernel.errors import CheckpointError, CheckpointWarning, ModelError, OptimizerStateError, listing
-from fkernel.kernel.store.fingerprint import fingerprint
 from fkernel.precond import AdamWState
 from fkernel.shapes import Tree
 

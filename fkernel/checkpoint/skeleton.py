@@ -14,6 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from fkernel.engine.budget import parse_bytes
+from fkernel.engine.planning.estimate import Estimate, weighed
+from fkernel.engine.planning.machine import rates
+from fkernel.engine.planning.strategy import usual_microbatch
+from fkernel.engine.planning.workload import Workload, counted
 from fkernel.errors import BatchError, FKernelError, ModelError, listing
 from fkernel.func.batch import Sequences, pad
 from fkernel.func.boundary import explained
@@ -22,11 +27,6 @@ from fkernel.func.functional import split
 from fkernel.func.logprob import sequence_logprob
 from fkernel.func.objective import Objective, bare
 from fkernel.func.rows import ONE_AT_A_TIME
-from fkernel.kernel.budget import parse_bytes
-from fkernel.kernel.planning.estimate import Estimate, weighed
-from fkernel.kernel.planning.machine import rates
-from fkernel.kernel.planning.strategy import usual_microbatch
-from fkernel.kernel.planning.workload import Workload, counted
 from fkernel.shapes import Tree
 
 SHAPE = (

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from fkernel.kernel import Estimate, Option
+from fkernel.engine import Estimate, Option
 
 
 def estimate_table(found: Estimate) -> Table:

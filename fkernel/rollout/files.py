@@ -25,8 +25,8 @@ import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
+from fkernel.engine.store.sealed import sealed, unsealed
 from fkernel.errors import RolloutError
-from fkernel.kernel.store.sealed import sealed, unsealed
 from fkernel.rollout.batch import GeneratedBatch
 from fkernel.rollout.record import Provenance, SequenceRecord
 from fkernel.rollout.sampling import Sampling

@@ -11,7 +11,7 @@ from typing import Any
 
 from fkernel import func
 from fkernel.checkpoint import Checkpoint
-from fkernel.kernel import state_against_step
+from fkernel.engine import state_against_step
 from fkernel.precond import AdamWStep
 from fkernel.study.log import say
 from fkernel.study.plan import FisherKernelPlan

@@ -3,7 +3,7 @@
 <directory>/
   asked.json             everything that decides what is in here; written first, and compared at every later opening
   batch/                 U, as `save_batch` wrote it
-  gradients/             one folder of shards for U, as `fkernel.kernel.store` keeps them
+  gradients/             one folder of shards for U, as `fkernel.engine.store` keeps them
   response.safetensors   P, {name: [*shape]}
   loss.safetensors       what a loss that the plan names made of U: ρ [n t], the KL term's share of the ascent
   complete.json          c, ‖∇L‖, what is known of the loss, and the checksums of the two before; written last
@@ -25,16 +25,16 @@ import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 
+from fkernel.engine.sides import Ordered, Pieces
+from fkernel.engine.store import open_store
+from fkernel.engine.store.directory import MANIFEST
+from fkernel.engine.store.files import checksum, locked, plain_errors, write_atomically
+from fkernel.engine.store.fingerprint import fingerprint
+from fkernel.engine.store.manifest import differences
+from fkernel.engine.store.sealed import sealed, unsealed
+from fkernel.engine.stored import complete
 from fkernel.errors import StoreError, listing
 from fkernel.func.losses import Weighted
-from fkernel.kernel.sides import Ordered, Pieces
-from fkernel.kernel.store import open_store
-from fkernel.kernel.store.directory import MANIFEST
-from fkernel.kernel.store.files import checksum, locked, plain_errors, write_atomically
-from fkernel.kernel.store.fingerprint import fingerprint
-from fkernel.kernel.store.manifest import differences
-from fkernel.kernel.store.sealed import sealed, unsealed
-from fkernel.kernel.stored import complete
 from fkernel.precond import Diagonal
 from fkernel.rollout import load_batch, save_batch
 from fkernel.rollout.batch import GeneratedBatch

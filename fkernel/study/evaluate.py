@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 
 from fkernel import func
+from fkernel.engine.recycling import recycled
 from fkernel.errors import RolloutError
-from fkernel.kernel.recycling import recycled
 from fkernel.precond import AdamWStep
 from fkernel.rollout import SequenceRecord
 from fkernel.rollout.batch import GeneratedBatch

@@ -8,8 +8,8 @@ from functools import cached_property
 import torch
 
 from fkernel import func, precond, tree
+from fkernel.engine.sides import Ordered
 from fkernel.func.handles import Handles, at, each_tensor, form, nbytes, shape_of, stack_handles, tensors
-from fkernel.kernel.sides import Ordered
 from fkernel.shapes import Tensor, Tree
 
 Read = Callable[[int], Handles]

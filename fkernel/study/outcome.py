@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from fkernel.engine import Calibration, calibrate
 from fkernel.errors import ResultsError, listing
-from fkernel.kernel import Calibration, calibrate
 from fkernel.rollout import SequenceRecord
 from fkernel.study.diagnostics import cosines
 

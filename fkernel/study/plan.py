@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from fkernel.kernel.budget import parse_bytes
+from fkernel.engine.budget import parse_bytes
 from fkernel.study.analyses.plan import AnalysesPlan
 from fkernel.study.loss_plan import LossPlan
 from fkernel.study.parts import CheckpointPlan, SourcePlan, Strict

@@ -14,8 +14,8 @@ import torch
 
 from fkernel import func
 from fkernel.checkpoint import Checkpoint
+from fkernel.engine.store.fingerprint import fingerprint
 from fkernel.errors import PlanError, listing
-from fkernel.kernel.store.fingerprint import fingerprint
 from fkernel.precond import AdamWState
 from fkernel.rollout.batch import GeneratedBatch
 from fkernel.shapes import Tree

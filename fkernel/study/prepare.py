@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 from fkernel import tree
 from fkernel.checkpoint import Checkpoint
+from fkernel.engine import recycled
+from fkernel.engine.planning import usual_microbatch
+from fkernel.engine.sides import Ordered, check_sides, cuts_of, pieces_of
 from fkernel.func import Sequences
 from fkernel.func.certified import plan_of
 from fkernel.func.unused import unused_parameters
-from fkernel.kernel import recycled
-from fkernel.kernel.planning import usual_microbatch
-from fkernel.kernel.sides import Ordered, check_sides, cuts_of, pieces_of
 from fkernel.precond import AdamWStep
 from fkernel.rollout import check_temperature
 from fkernel.rollout.batch import GeneratedBatch

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from fkernel import func
+from fkernel.engine import recycled
 from fkernel.errors import PlanError
-from fkernel.kernel import recycled
 from fkernel.shapes import Tensor
 from fkernel.study.diagnostics import BlockTally, cosines, spectrum
 from fkernel.study.gradients import GradientCache

@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 import torch
 
 from fkernel import func
+from fkernel.engine.budget import parse_bytes
+from fkernel.engine.planning import usual_microbatch
+from fkernel.engine.planning.passes import fit, forward, reverse, twice_forward
+from fkernel.engine.planning.strategy import USABLE
+from fkernel.engine.sides import Ordered, cuts_of, pieces_of
 from fkernel.errors import BatchError
 from fkernel.func.certified import plan_of
 from fkernel.func.contract import tile_bytes
 from fkernel.func.handles import Handles, at, stack_handles
-from fkernel.kernel.budget import parse_bytes
-from fkernel.kernel.planning import usual_microbatch
-from fkernel.kernel.planning.passes import fit, forward, reverse, twice_forward
-from fkernel.kernel.planning.strategy import USABLE
-from fkernel.kernel.sides import Ordered, cuts_of, pieces_of
 from fkernel.precond import AdamWState
 from fkernel.shapes import Tensor, Tree
 from fkernel.study.gradients import within

@@ -12,8 +12,8 @@ import torch
 
 from fkernel import func, tree
 from fkernel.checkpoint import Checkpoint
+from fkernel.engine.sides import check_sides
 from fkernel.errors import PlanError
-from fkernel.kernel.sides import check_sides
 from fkernel.precond import AdamWStep
 from fkernel.rollout import SampleGenerator, load_batch, save_batch
 from fkernel.rollout.batch import GeneratedBatch

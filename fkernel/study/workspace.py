@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from fkernel import func, tree
+from fkernel.engine.sides import Ordered, Pieces
 from fkernel.errors import NonFiniteError, PlanError, RolloutError, listing
 from fkernel.func import Sequences
 from fkernel.func.handles import packed
-from fkernel.kernel.sides import Ordered, Pieces
 from fkernel.precond import Diagonal
 from fkernel.rollout import load_batch
 from fkernel.rollout.batch import GeneratedBatch

@@ -9,7 +9,7 @@ import torch
 
 import fkernel as fk
 from fkernel.analysis.comparison import correlation, ranks
-from fkernel.kernel.calibration import varies
+from fkernel.engine.calibration import varies
 
 DTYPES = [torch.float32, torch.float64]
 VARIED = torch.tensor([0.2, -0.1, 0.3, 0.25, 0.1, -0.4, 0.7])

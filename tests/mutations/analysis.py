@@ -145,7 +145,7 @@ MUTATIONS = [
     Mutation(
         "a constant that varies by rounding",
         f"{ANALYSIS}/test_constants.py::test_constants_are_refused_on_either_side",
-        "kernel/calibration.py", "> ROUNDING * unit * wide.norm())",
+        "engine/calibration.py", "> ROUNDING * unit * wide.norm())",
         "> 0)",
     ),
     Mutation(

@@ -88,7 +88,7 @@ MUTATIONS = [
     Mutation(
         "a parameter that is never used, moved all the same",
         f"{UNUSED}::test_a_step_leaves_alone_what_torch_leaves_alone",
-        "kernel/step.py", "**dict.fromkeys(unused_parameters(f, params, U))",
+        "engine/step.py", "**dict.fromkeys(unused_parameters(f, params, U))",
         "",
     ),
     Mutation(

@@ -58,7 +58,7 @@ MUTATIONS = [
     Mutation(
         "stored gradients are computed again",
         f"{STUDY}/test_runner.py::{AGAIN}",
-        "kernel/stored.py", "if not store.has(i)]", "]",
+        "engine/stored.py", "if not store.has(i)]", "]",
     ),
     Mutation(
         "contributors without their sign",

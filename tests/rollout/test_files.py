@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fkernel as fk
-from fkernel.kernel.store.sealed import sealed, unsealed
+from fkernel.engine.store.sealed import sealed, unsealed
 from fkernel.rollout import GeneratedBatch, Provenance, Sampling, SequenceRecord, load_batch, save_batch
 
 

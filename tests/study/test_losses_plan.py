@@ -553,7 +553,7 @@ def test_damage_to_what_the_loss_made_is_never_served(study, tmp_path):
 
 @pytest.mark.parametrize("after", [1, 3])
 def test_a_run_that_was_cut_off_goes_on(second, study, tmp_path, monkeypatch, after):
-    from fkernel.kernel.store import Store
+    from fkernel.engine.store import Store
 
     plan, results = study
     plan = {**plan, "numerics": {"microbatch": 2}, "out": str(tmp_path), "analyses": {}, "self_kernel": False}

@@ -17,7 +17,7 @@ import torch
 from transformers import Qwen2ForCausalLM
 
 from fkernel import checkpoint
-from fkernel.kernel import Calibration, calibrate
+from fkernel.engine import Calibration, calibrate
 from fkernel.rollout import GeneratedBatch, save_batch
 from fkernel.study import FisherKernelResults, FisherKernelRunner, RequestResult
 from tests.checkpoint.writers import TOKENIZER

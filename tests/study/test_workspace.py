@@ -17,8 +17,8 @@ import torch
 
 import fkernel as fk
 from fkernel import checkpoint
+from fkernel.engine.store.sealed import sealed
 from fkernel.func.handles import tensors
-from fkernel.kernel.store.sealed import sealed
 from fkernel.study import FisherKernelRunner, load_workspace
 from fkernel.study.directory import WorkspaceDirectory
 from tests.study.conftest import Run
@@ -98,7 +98,7 @@ def _complete_or_said_to_be_absent(out: Path) -> None:
 
 @pytest.mark.parametrize("after", [1, 3, 4])
 def test_a_run_that_was_cut_off_computes_only_what_is_missing(run, tmp_path, monkeypatch, after):
-    from fkernel.kernel.store import Store
+    from fkernel.engine.store import Store
 
     expected = executed(asking(run, tmp_path / "whole"))
     plan, write, written = asking(run, tmp_path / "out"), Store.write, []

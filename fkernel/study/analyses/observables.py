@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 
 from fkernel import func
+from fkernel.engine.sides import check_sides
 from fkernel.errors import PlanError, RolloutError, listing
 from fkernel.func.batch import take
-from fkernel.kernel.sides import check_sides
 from fkernel.rollout.rewards import dotted
 from fkernel.shapes import Tensor, Tree
 from fkernel.study.analyses.plan import OBSERVABLE, ObservablePlan

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from fkernel import func, tree
-from fkernel.kernel import realised_change
+from fkernel.engine import realised_change
 from fkernel.precond import AdamWStep
 from fkernel.rollout.batch import GeneratedBatch
 from fkernel.shapes import Tensor, Tree

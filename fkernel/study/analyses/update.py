@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from fkernel.analysis import alignment, clusters, health, kernel_pca
+from fkernel.engine import kernel
 from fkernel.errors import PlanError
-from fkernel.kernel import kernel
 from fkernel.shapes import Tree
 from fkernel.study.analyses.failures import tried
 from fkernel.study.analyses.plan import StructurePlan

@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fkernel.engine.budget import parse_bytes
+from fkernel.engine.planning.strategy import USABLE
 from fkernel.func.batch import by_length, take, trim
 from fkernel.func.boundary import explained
 from fkernel.func.directional import first_derivative, second_derivative
 from fkernel.func.objective import Function, bare
 from fkernel.func.rows import pull_back
 from fkernel.func.work import work_of
-from fkernel.kernel.budget import parse_bytes
-from fkernel.kernel.planning.strategy import USABLE
 from fkernel.shapes import Tree
 
 HOLES = 1.8

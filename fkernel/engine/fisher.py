@@ -7,7 +7,7 @@ P stands between the two gradients once. Rows are E, columns are U.
 
 One side's gradients are held, as handles (`fkernel.func.handles`) or written out, and the other side's stream past
 them a block at a time; a diagonal P is multiplied into the shards of their contraction, any other P is applied to
-dense rows of U. `fkernel.kernel.planning.strategy` has the ways to do this under a memory grant.
+dense rows of U. `fkernel.engine.planning.strategy` has the ways to do this under a memory grant.
 
 Source: the kernel is the Fisher kernel of T. Jaakkola & D. Haussler (1998), with the optimizer's diagonal in place of
 the inverse Fisher matrix; for f = log π and P = I it is the neural tangent kernel of A. Jacot et al. (2018).
@@ -19,16 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from fkernel import func, tree
-from fkernel.errors import BatchError
-from fkernel.func.boundary import explained
-from fkernel.func.certified import plan_of
-from fkernel.func.handles import packed
-from fkernel.func.objective import Function
-from fkernel.kernel.budget import parse_bytes
-from fkernel.kernel.planning import Strategy, choose, usual_microbatch
-from fkernel.kernel.planning.passes import fit, forward, reverse
-from fkernel.kernel.recycling import recycled
-from fkernel.kernel.sides import (
+from fkernel.engine.budget import parse_bytes
+from fkernel.engine.planning import Strategy, choose, usual_microbatch
+from fkernel.engine.planning.passes import fit, forward, reverse
+from fkernel.engine.recycling import recycled
+from fkernel.engine.sides import (
     Ordered,
     Pieces,
     blocks,
@@ -41,7 +36,12 @@ from fkernel.kernel.sides import (
     transformed,
     written_out,
 )
-from fkernel.kernel.spilled import spilled
+from fkernel.engine.spilled import spilled
+from fkernel.errors import BatchError
+from fkernel.func.boundary import explained
+from fkernel.func.certified import plan_of
+from fkernel.func.handles import packed
+from fkernel.func.objective import Function
 from fkernel.precond import Diagonal, Preconditioner
 from fkernel.shapes import Tensor, Tree
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from fkernel import func
+from fkernel.engine.sides import Ordered, Pieces, pieces_of
+from fkernel.engine.store import Store, open_store
+from fkernel.engine.store.fingerprint import fingerprint
 from fkernel.errors import StoreError
 from fkernel.func.handles import Handles
 from fkernel.func.objective import name_of
-from fkernel.kernel.sides import Ordered, Pieces, pieces_of
-from fkernel.kernel.store import Store, open_store
-from fkernel.kernel.store.fingerprint import fingerprint
 from fkernel.shapes import Tree
 
 TOLERANCE = 1e-3

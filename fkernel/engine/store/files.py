@@ -10,8 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from fkernel.engine.store import direct
 from fkernel.errors import StoreError
-from fkernel.kernel.store import direct
 
 TEMPORARY = ".tmp"
 """What the name of a file ends in while it is being written."""

@@ -5,17 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fkernel.engine.budget import parse_bytes
+from fkernel.engine.planning.machine import Rates, rates
+from fkernel.engine.planning.strategy import Option, Strategy, cost, default, options, usual_microbatch
+from fkernel.engine.planning.workload import Workload, workload
+from fkernel.engine.sides import check_sides
 from fkernel.errors import BatchError
 from fkernel.func.batch import length, lengths
 from fkernel.func.boundary import explained
 from fkernel.func.capture import Plan
 from fkernel.func.certified import plan_of
 from fkernel.func.objective import Function
-from fkernel.kernel.budget import parse_bytes
-from fkernel.kernel.planning.machine import Rates, rates
-from fkernel.kernel.planning.strategy import Option, Strategy, cost, default, options, usual_microbatch
-from fkernel.kernel.planning.workload import Workload, workload
-from fkernel.kernel.sides import check_sides
 from fkernel.precond import Diagonal, Preconditioner
 from fkernel.shapes import Tree
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from fkernel.engine.store.files import flush
 from fkernel.errors import StoreError
-from fkernel.kernel.store.files import flush
 
 NAME = "shards.jsonl"
 

@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
+from fkernel.engine.recycling import recycled
+from fkernel.engine.store import open_store
 from fkernel.func.contract import contract
 from fkernel.func.handles import Factored
 from fkernel.func.rows import handles_of, plan_of
 from fkernel.func.work import Work, work_of
-from fkernel.kernel.recycling import recycled
-from fkernel.kernel.store import open_store
 from fkernel.places import default_cache_root
 from fkernel.shapes import Tree
 

@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 
 from fkernel import func
+from fkernel.engine.planning import Strategy
+from fkernel.engine.sides import Ordered, blocks, cuts_of, gathered, rows_under
+from fkernel.engine.stored import stored
 from fkernel.func.handles import Handles, nbytes, stack_handles
-from fkernel.kernel.planning import Strategy
-from fkernel.kernel.sides import Ordered, blocks, cuts_of, gathered, rows_under
-from fkernel.kernel.stored import stored
 from fkernel.precond import Diagonal, Preconditioner
 from fkernel.shapes import Tensor, Tree
 
@@ -44,7 +44,7 @@ def spilled(
         directory: where the store is.
 
     Raises:
-        StoreError, NonFiniteError: see `fkernel.kernel.store`; a gradient is not finite.
+        StoreError, NonFiniteError: see `fkernel.engine.store`; a gradient is not finite.
     """
     tile, block = (strategy.tile, strategy.block)[:: 1 if strategy.held == "E" else -1]
     cuts_E, cuts_U = cuts_of(E, strategy.tokens), cuts_of(U, strategy.tokens)

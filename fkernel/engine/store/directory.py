@@ -1,8 +1,8 @@
 """Gradient handles on disk: computed once, a group of sequences at a time, and served while they are what is asked.
 
-    manifest.json              what the store is of (`fkernel.kernel.store.manifest`); written once
-    shards.jsonl               which shards are complete, with their checksums (`fkernel.kernel.store.journal`)
-    shard-00000.safetensors …  the handles of one group each (`fkernel.kernel.store.shards`)
+    manifest.json              what the store is of (`fkernel.engine.store.manifest`); written once
+    shards.jsonl               which shards are complete, with their checksums (`fkernel.engine.store.journal`)
+    shard-00000.safetensors …  the handles of one group each (`fkernel.engine.store.shards`)
     lock                       names the one process that has the store open
 
 A shard is written beside its place, flushed to the disk, moved into place and only then recorded, so that whatever
@@ -21,13 +21,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fkernel.engine.store import journal
+from fkernel.engine.store.files import NO_ROOM, TEMPORARY, checksum, hashed, locked, plain_errors, write_atomically
+from fkernel.engine.store.journal import Journal, Record
+from fkernel.engine.store.manifest import SCHEMA, describe, differences
+from fkernel.engine.store.shards import Layout, layout, pack, unpack
 from fkernel.errors import StoreError, listing
 from fkernel.func.handles import Handle, Handles, count
-from fkernel.kernel.store import journal
-from fkernel.kernel.store.files import NO_ROOM, TEMPORARY, checksum, hashed, locked, plain_errors, write_atomically
-from fkernel.kernel.store.journal import Journal, Record
-from fkernel.kernel.store.manifest import SCHEMA, describe, differences
-from fkernel.kernel.store.shards import Layout, layout, pack, unpack
 
 MANIFEST, LOCK = "manifest.json", "lock"
 _BEGIN_ANEW = "choose another directory, or delete this one to begin anew"
@@ -184,7 +184,7 @@ def open_store(directory: Path | str, identity: Mapping[str, Any], groups: Seque
     Args:
         directory: where; made where it is not there.
         identity: {field: JSON value}, everything that decides what the gradients are: fingerprints of parameters and
-            batch (`fkernel.kernel.store.fingerprint`), which parameters, which dtype. A store of another is refused.
+            batch (`fkernel.engine.store.fingerprint`), which parameters, which dtype. A store of another is refused.
         groups: the rows of each shard, contiguous from 0.
 
     Raises:

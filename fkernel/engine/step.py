@@ -16,17 +16,17 @@ from typing import Any, NamedTuple
 from einops import rearrange
 
 from fkernel import func, tree
+from fkernel.engine.fisher import kernel
+from fkernel.engine.planning import Strategy, choose, usual_microbatch
+from fkernel.engine.planning.passes import bytes_of, fit, forward, reverse, twice_forward
+from fkernel.engine.recycling import recycled
+from fkernel.engine.sides import check_sides, naming
 from fkernel.func.along import true_derivative
 from fkernel.func.batch import length
 from fkernel.func.boundary import check_weights, explained
 from fkernel.func.certified import plan_of
 from fkernel.func.objective import Function
 from fkernel.func.unused import unused_parameters
-from fkernel.kernel.fisher import kernel
-from fkernel.kernel.planning import Strategy, choose, usual_microbatch
-from fkernel.kernel.planning.passes import bytes_of, fit, forward, reverse, twice_forward
-from fkernel.kernel.recycling import recycled
-from fkernel.kernel.sides import check_sides, naming
 from fkernel.precond import AdamWState, AdamWStep, adamw_response, adamw_step, clip_factor
 from fkernel.precond.adam import Grads
 from fkernel.precond.state import check_covers
@@ -125,7 +125,7 @@ def explain_step(
 ) -> tuple[StepEffect, AdamWStep]:
     """Explain the step that AdamW takes on U, sequence by sequence, before it is taken.
 
-    ΔS_e = Σ_u C_eu + momentum_e + decay_e + ½ ΔθᵀH_eΔθ + O(|Δθ|³), as derived in `fkernel.kernel.step`.
+    ΔS_e = Σ_u C_eu + momentum_e + decay_e + ½ ΔθᵀH_eΔθ + O(|Δθ|³), as derived in `fkernel.engine.step`.
 
     Args:
         f: S, (params, batch) -> [n], nats.

@@ -26,11 +26,11 @@ from collections.abc import Iterator
 from math import ceil
 from typing import Any, Literal, NamedTuple
 
+from fkernel.engine.planning.machine import Rates
+from fkernel.engine.planning.workload import Workload
 from fkernel.func.batch import lengths
 from fkernel.func.contract import tile_bytes
 from fkernel.func.microbatch import check_size
-from fkernel.kernel.planning.machine import Rates
-from fkernel.kernel.planning.workload import Workload
 
 MICROBATCH = 8
 TOKENS = 1024

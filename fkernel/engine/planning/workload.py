@@ -11,6 +11,7 @@ from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 from fkernel import tree
+from fkernel.engine.planning.machine import Rates
 from fkernel.func.batch import Sequences, find_sequences, length, lengths, take, trim
 from fkernel.func.capture import Plan
 from fkernel.func.handles import Factored, Handles, Rows, Stack, Sum, smallest, tensors
@@ -18,7 +19,6 @@ from fkernel.func.microbatch import cut
 from fkernel.func.objective import Function, bare
 from fkernel.func.rows import handles_of
 from fkernel.func.work import Work, work_of
-from fkernel.kernel.planning.machine import Rates
 from fkernel.shapes import Tree
 
 

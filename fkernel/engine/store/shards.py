@@ -5,7 +5,7 @@
     tensors                one after the other, widest dtype first, so that each begins at a multiple of its own width
 
 The format is simple enough to be streamed from the tensors themselves, through the checksum and past the page cache
-(`fkernel.kernel.store.direct`), and any safetensors reader opens the result. What layers share is stored once and
+(`fkernel.engine.store.direct`), and any safetensors reader opens the result. What layers share is stored once and
 shared again; what was expanded is stored unexpanded; a transposed tensor is stored as it lies in memory and transposed
 again, so that its products are computed by the same steps as before.
 """
@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fkernel.engine.store import direct
+from fkernel.engine.store.fingerprint import contents
 from fkernel.errors import StoreError
 from fkernel.func.handles import Factored, Handle, Handles, Rows, Stack, Sum
-from fkernel.kernel.store import direct
-from fkernel.kernel.store.fingerprint import contents
 from fkernel.shapes import Tensor
 
 _DTYPES = {

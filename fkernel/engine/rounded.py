@@ -34,6 +34,10 @@ from typing import Any, NamedTuple
 import torch
 
 from fkernel import func, tree
+from fkernel.engine.planning import usual_microbatch
+from fkernel.engine.planning.strategy import default
+from fkernel.engine.recycling import recycled
+from fkernel.engine.sides import Ordered, blocks, check_sides, cuts_of, naming, pieces_of
 from fkernel.errors import NonFiniteError, TreeError
 from fkernel.func.boundary import explained
 from fkernel.func.certified import plan_of
@@ -52,10 +56,6 @@ from fkernel.func.handles import (
     tensors,
 )
 from fkernel.func.objective import Function
-from fkernel.kernel.planning import usual_microbatch
-from fkernel.kernel.planning.strategy import default
-from fkernel.kernel.recycling import recycled
-from fkernel.kernel.sides import Ordered, blocks, check_sides, cuts_of, naming, pieces_of
 from fkernel.precond import Diagonal, Preconditioner
 from fkernel.shapes import Tensor, Tree
 
