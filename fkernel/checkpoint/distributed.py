@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from fkernel.checkpoint.files import first_line
+from fkernel.checkpoint.quiet import libraries_quiet
 from fkernel.errors import CheckpointError
 
 METADATA = ".metadata"
@@ -45,6 +46,7 @@ CLASSES = {
 """What metadata is made of. Nothing else is looked up, no attribute of these either: `Path.unlink` has a dot."""
 
 
+@libraries_quiet()
 def read_distributed(path: str | Path) -> dict[str, Any]:
     """Read a directory of `torch.distributed.checkpoint.save` into one nested dictionary of tensors.
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fkernel.checkpoint.quiet import libraries_quiet
 from fkernel.errors import CheckpointError
 
 COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
@@ -16,6 +17,7 @@ UNPICKLER = "WeightsUnpickler error: "
 """Where PyTorch says which class of a file it does not make, four lines down."""
 
 
+@libraries_quiet()
 def read_tensors(path: Path, what: str) -> Any:
     """Read a file of `torch.save`, tensors and plain containers only.
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
 
 from fkernel.checkpoint.files import first_line, plain, read_json
+from fkernel.checkpoint.quiet import libraries_quiet
 from fkernel.errors import CheckpointError, ModelError
 
 HUB = "hub:"
@@ -23,6 +21,7 @@ the base that the training had is in no file. PiSSA by a whole decomposition and
 EXACT = ("pissa", "olora")
 
 
+@libraries_quiet()
 def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> Any:
     """Load what `save_pretrained` wrote, with eager attention, in eval mode; offline, unless a hub id is named.
 
@@ -39,16 +38,15 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, trust_re
     """
     source = _source(path)
     try:
-        with _quiet():
-            found: Any = AutoModelForCausalLM.from_pretrained(
-                source,
-                attn_implementation="eager",
-                dtype=dtype,
-                local_files_only=isinstance(source, Path),
-                use_safetensors=True,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-            )
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            attn_implementation="eager",
+            dtype=dtype,
+            local_files_only=isinstance(source, Path),
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
     except Exception as error:  # transformers and its models raise whatever they like
         raise ModelError(f"transformers loads no causal language model from {path}: {first_line(error)}") from error
     model, told = found
@@ -59,6 +57,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, trust_re
     return model.eval()
 
 
+@libraries_quiet()
 def load_adapter(
     path: str | Path,
     base: str | Path | None = None,
@@ -102,10 +101,9 @@ def load_adapter(
     as_made = torch.float32 if made in EXACT else dtype  # its decomposition is not made in float64
     model = load_model(base or recorded, dtype=as_made, trust_remote_code=trust_remote_code)
     try:
-        with _quiet():
-            adapted = PeftModel.from_pretrained(
-                model, str(path), adapter_name=name, is_trainable=True, autocast_adapter_dtype=False
-            )
+        adapted = PeftModel.from_pretrained(
+            model, str(path), adapter_name=name, is_trainable=True, autocast_adapter_dtype=False
+        )
     except Exception as error:
         raise ModelError(
             f"The adapter at {path} does not fit its base model {base or recorded}: {plain(error)}"
@@ -113,6 +111,7 @@ def load_adapter(
     return adapted.to(dtype).eval()
 
 
+@libraries_quiet()
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     """Load the tokenizer beside a model; None where a directory holds none.
 
@@ -144,15 +143,3 @@ def _source(path: str | Path, wanted: str = "config.json") -> Path | str:
         found = sorted(item.name for item in directory.iterdir())
         raise ModelError(f"{directory} holds no config.json ({found}); expected a directory of save_pretrained().")
     return directory
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' progress bars off, and leave them as they were."""
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if bars:
-            logging.enable_progress_bar()

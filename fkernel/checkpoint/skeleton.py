@@ -22,11 +22,10 @@ from fkernel.engine.planning.workload import Workload, counted
 from fkernel.errors import BatchError, FKernelError, ModelError, listing
 from fkernel.func.batch import Sequences, pad
 from fkernel.func.boundary import explained
-from fkernel.func.capture import make_plan
 from fkernel.func.functional import split
 from fkernel.func.logprob import sequence_logprob
 from fkernel.func.objective import Objective, bare
-from fkernel.func.rows import ONE_AT_A_TIME
+from fkernel.func.rows import ONE_AT_A_TIME, make_plan
 from fkernel.shapes import Tree
 
 SHAPE = (
@@ -147,7 +146,7 @@ def estimate_model(
         >>> shape = "hidden_size=8,intermediate_size=16,num_hidden_layers=1,num_attention_heads=2,vocab_size=32"
         >>> found = estimate_model(shape, n_U=4, n_E=2, tokens=8, memory="100MB")
         >>> found.workload.size, [option.name for option in found.options]
-        (944, ['memory', 'factored', 'store', 'recompute'])
+        (944, ['sequences', 'layers', 'store'])
     """
     budget = None if memory is None else parse_bytes(memory)
     load = workload_of(skeleton_of(model, tokens, dtype), n_U, n_E)

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from fkernel.checkpoint.files import first_line
 from fkernel.checkpoint.names import unwrapped
+from fkernel.checkpoint.quiet import libraries_quiet
 from fkernel.errors import CheckpointError, ModelError, listing
 
 INDEX = "model.safetensors.index.json"
@@ -22,6 +23,7 @@ DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 """{how safetensors names a dtype: how torch does}."""
 
 
+@libraries_quiet()
 def architecture(model: str | Path | torch.nn.Module, trust_remote_code: bool = False) -> Any:
     """Make a model whose weights do not matter: a copy of the caller's, or what a directory's config.json describes.
 

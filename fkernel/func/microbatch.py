@@ -120,18 +120,26 @@ def microbatches(batch: Any, size: int | None, own_width: bool = False) -> Itera
 
 
 def stacked(fn: Callable[..., Any], size: int | None, own_width: bool = False) -> Callable[..., Any]:
-    """Wrap fn(params, batch, *rest) -> tensors with one row a sequence so that it sees `size` sequences at a time."""
+    """Wrap fn(params, batch, *rest) -> tensors with one row a sequence so that it sees `size` sequences at a time.
+
+    What comes as several values a sequence may belong to tokens, so every column stays where it is: microbatches are
+    not cut to their longest sequence then. That is known from the first one's values, which are kept.
+    """
 
     def over_microbatches(params: Tree, batch: Any, *rest: Any) -> Any:
         order: list[Tensor] = []
         done: list[list[Tensor]] = []
-        spec = None
+        columns, spec = _columns(batch), None
         for rows, part in microbatches(batch, size, own_width):
             leaves, spec = pytree.tree_flatten(fn(params, part, *rest))
-            if any(leaf.ndim > 1 for leaf in leaves):
-                return (_each_width if own_width else _unsorted)(fn, params, batch, size, *rest)
-            order.append(torch.arange(length(batch))[rows])
-            done.append(leaves)
+            places = torch.arange(length(batch))[rows]
+            if not own_width and any(leaf.ndim > 1 for leaf in leaves):
+                # Where columns of padding that the whole batch shares were cut off, these values lack them.
+                known = (places, leaves) if _columns(part) == columns else None
+                order, done = _uncut(fn, params, batch, size, rest, known)
+                break
+            order.append(places)
+            done.append([_widened(leaf, max(columns, default=0)) for leaf in leaves] if own_width else leaves)
         assert spec is not None
         back = torch.cat(order).argsort()
         return pytree.tree_unflatten([torch.cat(column)[back] for column in zip(*done, strict=True)], spec)
@@ -139,27 +147,34 @@ def stacked(fn: Callable[..., Any], size: int | None, own_width: bool = False) -
     return over_microbatches
 
 
-def _unsorted(fn: Callable[..., Any], params: Tree, batch: Any, size: int | None, *rest: Any) -> Any:
-    """More than one value a sequence: they may belong to tokens, so every column stays where it is."""
-    done = [pytree.tree_flatten(fn(params, take(batch, rows), *rest)) for rows in slices(length(batch), size)]
-    return pytree.tree_unflatten(
-        [torch.cat(column) for column in zip(*(leaves for leaves, _ in done), strict=True)], done[0][1]
-    )
+def _uncut(
+    fn: Callable[..., Any],
+    params: Tree,
+    batch: Any,
+    size: int | None,
+    rest: tuple[Any, ...],
+    known: tuple[Tensor, list[Tensor]] | None,
+) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """Compute whole rows, a few at a time: (their places, their values); those that are known already are taken."""
+    order, done = ([], []) if known is None else ([known[0]], [known[1]])
+    left = torch.ones(length(batch), dtype=torch.bool)
+    for places in order:
+        left[places] = False
+    for places in left.nonzero()[:, 0].split(size or length(batch)):
+        if len(places):
+            order.append(places)
+            done.append(pytree.tree_leaves(fn(params, take(batch, places), *rest)))
+    return order, done
 
 
-def _each_width(fn: Callable[..., Any], params: Tree, batch: Any, size: int | None, *rest: Any) -> Any:
-    """The same, sequences of one length at a time: columns of padding, which they did not have, are 0."""
-    columns = max((one.input_ids.shape[1] for one in find_sequences(batch)), default=0)
-    found: dict[int, list[Tensor]] = {}
-    spec = None
-    for rows, part in microbatches(batch, size, own_width=True):
-        leaves, spec = pytree.tree_flatten(fn(params, part, *rest))
-        each = [F.pad(leaf, (0, columns - leaf.shape[1])) if leaf.ndim == 2 else leaf for leaf in leaves]
-        for i, row in enumerate(torch.arange(length(batch))[rows].tolist()):
-            found[row] = [leaf[i] for leaf in each]
-    assert spec is not None
-    ordered = [found[row] for row in sorted(found)]
-    return pytree.tree_unflatten([torch.stack(column) for column in zip(*ordered, strict=True)], spec)
+def _columns(batch: Any) -> list[int]:
+    """The width of every `Sequences` in a batch."""
+    return [one.input_ids.shape[1] for one in find_sequences(batch)]
+
+
+def _widened(leaf: Tensor, columns: int) -> Tensor:
+    """Fill up one value a token with 0, for columns of padding that a microbatch of one length does not have."""
+    return F.pad(leaf, (0, columns - leaf.shape[1])) if leaf.ndim == 2 else leaf
 
 
 def summed(

@@ -30,7 +30,7 @@ import torch
 
 from fkernel import tree
 from fkernel.errors import OptimizerStateError, listing
-from fkernel.precond.state import AdamWState, check_covers
+from fkernel.precond.state import AdamWState, check_covers, check_state, check_tree
 from fkernel.precond.transform import Preconditioner, diagonal
 from fkernel.shapes import Tensor, Tree
 
@@ -118,6 +118,7 @@ def gradient_rates(state: AdamWState) -> dict[str, float]:
         >>> gradient_rates(adamw_init({"w": torch.zeros(1)}, lr=0.5))
         {'w': 0.5}
     """
+    check_state(state)
     return {name: _rate(state, name) * (1 - state.beta1[name]) for name in state.names}
 
 
@@ -145,6 +146,7 @@ def adamw_step(params: Tree, grads: Grads, state: AdamWState) -> AdamWStep:
         >>> [round(part["w"].item(), 4) for part in step]
         [-0.5, -0.0, -0.05]
     """
+    check_tree(params, "params")
     _check_grads(state, grads)
     check_covers(state, list(params), params, "params")
     tree.check_finite(params, "params")
@@ -171,6 +173,7 @@ def _rate(state: AdamWState, name: str) -> float:
 
 def _inverse_root(state: AdamWState, grads: Grads | None, unseen: Unseen) -> Tree:
     """D = 1/(√v̂+ε), with v̂ frozen (grads None) or after the step."""
+    check_state(state)
     if unseen not in ("error", "zero", "eps"):
         raise OptimizerStateError(f"unseen is {unseen!r}; expected 'error', 'zero' or 'eps'.")
     if grads is not None:
@@ -209,6 +212,7 @@ def _second_moment(state: AdamWState, name: str, g: Tensor | None, frozen: bool)
 
 
 def _check_grads(state: AdamWState, grads: Grads) -> None:
+    check_tree(grads, "grads")
     present = {name: g for name, g in grads.items() if g is not None}
     check_covers(state, list(grads), present, "grads")
     tree.check_finite(present, "grads")

@@ -26,7 +26,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from fkernel.errors import OptimizerStateError
 from fkernel.precond.adam import adam, adamw_response, gradient_rates
 from fkernel.precond.linearized import broyden, partition, secant
-from fkernel.precond.state import AdamWState, check_covers
+from fkernel.precond.state import AdamWState, check_covers, check_tree
 from fkernel.precond.transform import Diagonal, Preconditioner, diagonal, identity
 from fkernel.precond.updates import (
     AdafactorState,
@@ -75,6 +75,8 @@ def alternatives(
         >>> {name: P({"w": torch.ones(2)})["w"].tolist() for name, P in found.items()}
         {'identity': [0.1..., 0.1...], 'post-step': [0.1..., 0.1...]}
     """
+    for what, given in (("params", params), ("grads", grads)):
+        check_tree(given, what)
     check_covers(state, list(params), params, "params")
     check_covers(state, list(grads), grads, "grads")
     rates = gradient_rates(state)

@@ -6,6 +6,7 @@ import math
 
 from fkernel import tree
 from fkernel.errors import OptimizerStateError
+from fkernel.precond.state import check_tree
 from fkernel.shapes import Tree
 
 
@@ -25,6 +26,7 @@ def clip_factor(grads: Tree, max_norm: float | None) -> float:
         >>> round(clip_factor({"w": torch.tensor([3.0, 4.0])}, max_norm=1.0), 4)
         0.2
     """
+    check_tree(grads, "grads")
     tree.check_finite(grads, "grads")
     if max_norm is None or max_norm == math.inf:
         return 1.0

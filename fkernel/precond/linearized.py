@@ -24,6 +24,7 @@ import torch
 
 from fkernel import tree
 from fkernel.errors import OptimizerStateError, TreeError, listing
+from fkernel.precond.state import check_tree
 from fkernel.precond.transform import Diagonal, Preconditioner, diagonal
 from fkernel.shapes import Tensor, Tree
 
@@ -56,6 +57,7 @@ def secant(update: Update, grads: Tree, state: Any) -> Diagonal:
         >>> secant(sign, {"w": torch.tensor([4.0, -0.5])}, 1.0)({"w": torch.ones(2)})
         {'w': tensor([0.2500, 2.0000])}
     """
+    check_tree(grads, "grads")
     y = _ascent_of(update, grads, state)
     small = {name: g.abs() < torch.finfo(g.dtype).tiny for name, g in grads.items()}
     d = {name: y[name] / torch.where(small[name], 1.0, g) for name, g in grads.items()}
@@ -89,6 +91,7 @@ def broyden(update: Update, grads: Tree, state: Any) -> Preconditioner:
         >>> broyden(lambda g, lr: unit(g, lr) if g["w"].any() else g, g, 1.0)(g)  # linearized: 0
         {'w': tensor([0.6000, 0.8000])}
     """
+    check_tree(grads, "grads")
     J, y = linearized(update, grads, state), _ascent_of(update, grads, state)
     gap = tree.add(y, tree.scale(-1.0, J(grads)))
 
@@ -145,12 +148,14 @@ def linearized(update: Update, grads: Tree, state: Any) -> Preconditioner:
         >>> linearized(sgd, {"w": torch.zeros(2)}, 0.5)({"w": torch.ones(2)})
         {'w': tensor([0.5000, 0.5000])}
     """
+    check_tree(grads, "grads")
 
     def along(x: Tree) -> Tree:
         found: Any = torch.func.jvp(lambda g: update(g, state), (grads,), (x,))
         return tree.scale(-1.0, found[1])
 
     def apply(x: Tree) -> Tree:
+        check_tree(x, "The tree to precondition")
         tree.check_names(x, grads, "the tree to precondition", "the gradient")
         rows = {name: leaf.ndim > grads[name].ndim for name, leaf in x.items()}
         if not any(rows.values()):
@@ -181,6 +186,7 @@ def partition(parts: Mapping[Sequence[str], Preconditioner]) -> Preconditioner:
         raise TreeError(f"partition has {listing(twice)} in more than one part.")
 
     def apply(x: Tree) -> Tree:
+        check_tree(x, "The tree to precondition")
         tree.check_names(x, named, "the tree to precondition", "the partition")
         found: Tree = {}
         for names, P in parts.items():

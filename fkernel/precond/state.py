@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
@@ -41,6 +43,11 @@ class AdamWState:
 
     def __post_init__(self) -> None:
         for field in fields(self):
+            if not isinstance(given := getattr(self, field.name), Mapping):
+                raise OptimizerStateError(
+                    f"{field.name} is a {type(given).__name__}; expected {{name: …}} with one value a parameter, such "
+                    f"as dict.fromkeys(params, …)."
+                )
             try:
                 tree.check_names(getattr(self, field.name), self.exp_avg, field.name, "exp_avg")
             except TreeError as error:
@@ -76,6 +83,7 @@ def adamw_init(
         >>> state.step, state.beta2
         ({'w': 0}, {'w': 0.999})
     """
+    check_tree(params, "params")
     zeros = tree.zeros_like(params)
 
     def each(value: float) -> dict[str, float]:
@@ -85,8 +93,52 @@ def adamw_init(
     return AdamWState(step, zeros, zeros, each(lr), each(betas[0]), each(betas[1]), each(eps), each(weight_decay))
 
 
+def check_state(state: Any, kind: type | None = None) -> None:
+    """Raise OptimizerStateError unless it is an `AdamWState`, or of another kind; say how to make one of torch's."""
+    if isinstance(state, kind or AdamWState):
+        return
+    if kind is not None:
+        raise OptimizerStateError(
+            f"The optimizer state is a {type(state).__name__}; expected fkernel.precond.updates.{kind.__name__}, whose "
+            f"fields are {{name: …}} of what torch's state_dict has by number."
+        )
+    one = "an AdamWState, which is keyed by the parameters' names"
+    if isinstance(state, torch.optim.Optimizer):
+        raise OptimizerStateError(
+            f"The optimizer state is a torch.optim.{type(state).__name__}; expected {one}. Make it with "
+            f"fkernel.checkpoint.adamw_state(optimizer.state_dict(), dict(model.named_parameters()), model=model)."
+        )
+    if isinstance(state, Mapping) and "param_groups" in state:
+        raise OptimizerStateError(
+            f"The optimizer state is a state_dict of torch's; expected {one}. Make it with "
+            f"fkernel.checkpoint.adamw_state(state_dict, dict(model.named_parameters()), model=model)."
+        )
+    raise OptimizerStateError(
+        f"The optimizer state is a {type(state).__name__}; expected {one}: fkernel.checkpoint.load(path).optimizer, "
+        f"fkernel.checkpoint.adamw_state(optimizer.state_dict(), …), or fkernel.precond.adamw_init(params, lr) before "
+        f"the first step."
+    )
+
+
+def check_tree(x: Any, what: str) -> None:
+    """Raise TreeError unless something is a tree, {name: tensor}; say which part of a tuple is one."""
+    if isinstance(x, Mapping):
+        return
+    if isinstance(x, tuple) and x and isinstance(x[0], Mapping):
+        parts = getattr(x, "_fields", None)
+        advice = (
+            f"give one of its parts, {', '.join(parts)}, or their sum (total)"
+            if parts
+            else "fkernel.loss_gradient returns (g, c, ‖∇L‖): take g, clip, norm = loss_gradient(…), and give g"
+        )
+        raise TreeError(f"{what} is a {type(x).__name__} of {len(x)}; expected {{name: tensor}}: {advice}.")
+    advice = "; dict(model.named_parameters()) is one" if isinstance(x, torch.nn.Module) else ""
+    raise TreeError(f"{what} is a {type(x).__name__}; expected {{name: tensor}}{advice}.")
+
+
 def check_covers(state: AdamWState, names: list[str], shapes: Tree, what: str) -> None:
     """Raise TreeError unless the state and another tree are about the same parameters, shapes included."""
+    check_state(state)
     tree.check_names(names, state.names, what, "the optimizer state")
     for name in names:
         if name in shapes and shapes[name].shape != state.exp_avg[name].shape:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from fkernel import tree
 from fkernel.errors import TreeError, listing
+from fkernel.precond.state import check_tree
 from fkernel.shapes import Tensor, Tree
 
 Preconditioner = Callable[[Tree], Tree]
@@ -29,6 +30,7 @@ class Diagonal:
 
     def __call__(self, x: Tree) -> Tree:
         """Return d ⊙ x, for {name: [*shape]} and for rows {name: [n, *shape]}."""
+        check_tree(x, "The tree to precondition")
         if self.d is None:
             return dict(x)
         tree.check_names(x, self.d, "the tree to precondition", "the preconditioner")
@@ -66,6 +68,7 @@ def diagonal(d: Tree) -> Diagonal:
         >>> diagonal({"w": torch.tensor([1.0, 2.0])})({"w": torch.ones(3, 2)})["w"][0]
         tensor([1., 2.])
     """
+    check_tree(d, "The diagonal")
     tree.check_finite(d, "the diagonal")
     return Diagonal(d)
 
@@ -89,6 +92,7 @@ def select(names: Iterable[str]) -> Preconditioner:
         raise TreeError("select was given no parameter name, so it would map everything to zero.")
 
     def apply(x: Tree) -> Tree:
+        check_tree(x, "The tree to precondition")
         unknown = sorted(kept - set(x))
         if unknown:
             raise TreeError(f"select names {listing(unknown)}, which the tree lacks; it has {listing([*x])}.")

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 
 from fkernel.errors import OptimizerStateError
-from fkernel.precond.state import AdamWState
+from fkernel.precond.state import AdamWState, check_state
 from fkernel.shapes import Tensor, Tree
 
 Rate = float | Mapping[str, float]
@@ -42,6 +42,7 @@ def adamw(grads: Tree, state: AdamWState) -> Tree:
         >>> adamw({"w": torch.tensor([4.0])}, adamw_init({"w": torch.zeros(1)}, lr=0.5))
         {'w': tensor([-0.5000])}
     """
+    check_state(state)
     moved: Tree = {}
     for name, g in grads.items():
         t, beta1, beta2 = state.step[name] + 1, state.beta1[name], state.beta2[name]
@@ -80,6 +81,7 @@ def rmsprop(grads: Tree, state: RMSpropState) -> Tree:
         >>> rmsprop({"w": torch.tensor([2.0])}, RMSpropState({"w": torch.tensor([4.0])}, lr=1.0, alpha=0.5, eps=0.0))
         {'w': tensor([-1.])}
     """
+    check_state(state, RMSpropState)
     moved: Tree = {}
     for name, g in grads.items():
         alpha = _of(state.alpha, name)
@@ -129,6 +131,7 @@ def adafactor(grads: Tree, state: AdafactorState) -> Tree:
         >>> adafactor({"w": torch.tensor([4.0])}, state)
         {'w': tensor([-0.5000])}
     """
+    check_state(state, AdafactorState)
     moved: Tree = {}
     for name, g in grads.items():
         t = _of(state.step, name) + 1
@@ -174,6 +177,7 @@ def lion(grads: Tree, state: LionState) -> Tree:
         >>> lion({"w": torch.tensor([-3.0])}, LionState({"w": torch.zeros(1)}, lr=0.5))
         {'w': tensor([0.5000])}
     """
+    check_state(state, LionState)
     moved: Tree = {}
     for name, g in grads.items():
         x = state.beta1 * state.exp_avg[name] + (1 - state.beta1) * g
@@ -219,6 +223,7 @@ def muon(grads: Tree, state: MuonState) -> Tree:
         >>> bool((move.diagonal() < -0.6).all())
         True
     """
+    check_state(state, MuonState)
     moved: Tree = {}
     for name, g in grads.items():
         if g.ndim != 2:

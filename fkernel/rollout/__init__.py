@@ -2,7 +2,7 @@
 
 from fkernel.rollout.advantages import Advantage, loss_weights
 from fkernel.rollout.batch import GeneratedBatch
-from fkernel.rollout.files import load_batch, save_batch
+from fkernel.rollout.files import content_of_batch, load_batch, save_batch
 from fkernel.rollout.generator import SampleGenerator
 from fkernel.rollout.guards import check_recorded, check_temperature
 from fkernel.rollout.prompts import Gym, Prompt, PromptSource, Rows, dataset, jsonl
@@ -29,6 +29,7 @@ __all__ = [
     "TokenStatistics",
     "check_recorded",
     "check_temperature",
+    "content_of_batch",
     "dataset",
     "jsonl",
     "load_batch",

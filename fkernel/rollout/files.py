@@ -38,19 +38,24 @@ IDS = ("prompt_ids", "response_ids")
 STATISTICS = ("logprobs", "logqs", "entropies")
 
 
-def save_batch(batch: GeneratedBatch, directory: str | Path) -> Path:
+def save_batch(batch: GeneratedBatch, directory: str | Path, *, replace: bool = False) -> Path:
     """Write a batch.
 
     Args:
         batch: the batch.
         directory: where; it must not exist yet.
+        replace: whether another batch that is there is replaced. One that equals this one is left as it is, whatever
+            else is there is an error all the same.
 
     Raises:
         RolloutError: there is something at that place already, or a record's metadata is no JSON.
         OSError: no room, or no permission; nothing is left behind.
     """
     place = Path(directory)
-    if place.exists():
+    if replace and _holds(place, batch):
+        return place
+    replaced = replace and (place / MANIFEST).is_file()
+    if place.exists() and not replaced:
         raise RolloutError(f"There is something at {place} already; choose another directory, or delete it.")
     lines = "".join(_line(record) for record in batch)
     contents = {RECORDS: lines.encode(), TOKENS: save_tensors(_tensors(batch))}
@@ -66,6 +71,7 @@ def save_batch(batch: GeneratedBatch, directory: str | Path) -> Path:
     contents[MANIFEST] = sealed(manifest)
     place.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{place.name}.partial-", dir=place.parent))
+    before = work.with_name(f"{work.name}-replaced")
     try:
         for name, content in contents.items():
             with open(work / name, "wb") as file:
@@ -73,10 +79,15 @@ def save_batch(batch: GeneratedBatch, directory: str | Path) -> Path:
                 file.flush()
                 os.fsync(file.fileno())
         os.chmod(work, 0o755)
+        if replaced:  # out of the way first: a directory is not renamed onto one that holds something
+            os.rename(place, before)
         os.rename(work, place)
     except BaseException:
+        if before.exists() and not place.exists():
+            os.rename(before, place)
         shutil.rmtree(work, ignore_errors=True)
         raise
+    shutil.rmtree(before, ignore_errors=True)
     return place
 
 
@@ -121,6 +132,39 @@ def load_batch(directory: str | Path, checkpoint: str | None = None) -> Generate
         if isinstance(error, RolloutError):
             raise
         raise RolloutError(f"The batch at {place} is damaged: {type(error).__name__} {error}.") from error
+
+
+def content_of_batch(batch: GeneratedBatch, scores: bool = True) -> str:
+    """Name what a batch holds: ids, tokens, texts, rewards, advantages, weights, where each came from; not metadata.
+
+    Args:
+        batch: the batch.
+        scores: whether log-probabilities and entropies are part of it: a model's numbers, whose last digits another
+            machine may find otherwise.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> given = Provenance("custom-0", "custom", "custom", 0, 0)
+        >>> one = SequenceRecord("U-000-00", (1,), (2,), "a", "b", (-1.0,), (-1.0,), (0.5,), "eos", given, reward=1.0)
+        >>> batch, other = GeneratedBatch((one,)), GeneratedBatch((replace(one, reward=0.5),))
+        >>> content_of_batch(batch) == content_of_batch(other)
+        False
+    """
+    left_out = {"metadata", *(() if scores else STATISTICS)}
+    kept = [{key: value for key, value in asdict(record).items() if key not in left_out} for record in batch]
+    whole = [kept, batch.checkpoint, None if batch.sampling is None else asdict(batch.sampling)]
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+
+
+def _holds(place: Path, batch: GeneratedBatch) -> bool:
+    """Tell whether a batch is what lies at a place, undamaged."""
+    try:
+        return (place / MANIFEST).is_file() and load_batch(place) == batch
+    except RolloutError:
+        return False
 
 
 def _short(fingerprint: str | None) -> str:

@@ -203,6 +203,25 @@ class SampleGenerator:
         named = SequenceRecord(**{**vars(record), "sequence_id": f"C-{record.content_hash}-00"})
         return GeneratedBatch((named,), self.fingerprint, None, padding(self.tokenizer))
 
+    def rewards_of(self, batch: GeneratedBatch, reward_cfg: str | Reward) -> list[float | None]:
+        """Reward responses that were drawn before, in the batch's order.
+
+        Args:
+            batch: drawn from the prompts that the generator has.
+            reward_cfg: as in `generate_update_batch`.
+
+        Raises:
+            RolloutError: a prompt is not one of the generator's, or the reward fails.
+        """
+        found = list[float | None]()
+        for record in batch:
+            split = record.provenance.split
+            judge = self._reward(reward_cfg, split)
+            assert judge is not None
+            prompt = self._prompt(record.provenance.global_prompt_id, split)
+            found.append(judge(prompt, record.response, record.sequence_id))
+        return found
+
     def _source(self, split: str) -> PromptSource:
         if not self._sources or split not in self._sources:
             known = ", ".join(map(repr, self._sources or {})) or "none"

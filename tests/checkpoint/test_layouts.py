@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,33 @@ def test_a_loaded_checkpoint_can_be_explained(ran):
     weights, state = torch.tensor([1.0, -1.0]), found.optimizer
     assert state is not None
     effect, _ = fk.explain_step(func.sequence_logprob(apply), params, batch, batch, weights, state)
-    assert effect.first_order.isfinite().all()
+    assert effect.predicted.isfinite().all()
+
+
+def test_what_libraries_say_to_each_other_does_not_reach_the_user(ran):
+    """PEFT reads a property that transformers deprecates: nobody who loads a checkpoint can mend it."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        loaded(ran)
+    told = [one for one in seen if not issubclass(one.category, fk.errors.CheckpointWarning)]
+    assert [str(one.message) for one in told] == []
+
+
+def test_deprecations_of_the_callers_own_stay(monkeypatch):
+    from fkernel.checkpoint import model
+
+    def loads(*given, **more):
+        warnings.warn_explicit("old", FutureWarning, "peft/model.py", 1, module="peft.peft_model")
+        warnings.warn_explicit("a name that is mine", FutureWarning, "mine.py", 1, module="my_package.models")
+        warnings.warn_explicit("something else", UserWarning, "peft/model.py", 1, module="peft.peft_model")
+        raise OSError
+
+    monkeypatch.setattr(model.AutoModelForCausalLM, "from_pretrained", loads)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        with pytest.raises(fk.ModelError):
+            model.load_model("hub:a/b")
+    assert [str(one.message) for one in seen] == ["a name that is mine", "something else"]
 
 
 def test_the_fingerprint_is_of_the_contents(ran):

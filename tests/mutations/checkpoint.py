@@ -91,4 +91,14 @@ MUTATIONS = [
         f"{CONDITIONS}::test_a_loss_of_the_routers_is_told",
         "checkpoint/conditions.py", '("output_router_logits") is True', '("output_router_logits") is None',
     ),
+    Mutation(
+        "what libraries say to each other reaches the user",
+        "tests/checkpoint/test_layouts.py::test_what_libraries_say_to_each_other_does_not_reach_the_user",
+        "checkpoint/quiet.py", "for kind in DEPRECATIONS:", "for kind in ():",
+    ),
+    Mutation(
+        "deprecations of the caller's own are kept from the caller",
+        "tests/checkpoint/test_layouts.py::test_deprecations_of_the_callers_own_stay",
+        "checkpoint/quiet.py", """, module=rf"({'|'.join(LIBRARIES)})(\\.|$)")""", ")",
+    ),
 ]  # fmt: skip

@@ -88,7 +88,7 @@ MUTATIONS = [
     Mutation(
         "a parameter that is never used, moved all the same",
         f"{UNUSED}::test_a_step_leaves_alone_what_torch_leaves_alone",
-        "engine/step.py", "**dict.fromkeys(unused_parameters(f, params, U))",
+        "engine/step.py", "**dict.fromkeys(unused_parameters(f, θ, U))",
         "",
     ),
     Mutation(
@@ -102,6 +102,21 @@ MUTATIONS = [
         f"{SELECTED}::test_the_response_of_an_unused_parameter_is_none_at_all",
         "study/response.py", "**dict.fromkeys(unused)",
         "",
+    ),
+    Mutation(
+        "an optimizer of torch's is taken for a state",
+        "tests/test_wrong_kinds.py::test_a_state_of_torchs_says_how_to_make_ours",
+        "precond/state.py", "if isinstance(state, kind or AdamWState):", "if kind is None:",
+    ),
+    Mutation(
+        "a tuple is taken for a gradient",
+        "tests/test_wrong_kinds.py::test_the_tuple_of_loss_gradient_says_which_part_is_meant",
+        "precond/adam.py", '    check_tree(grads, "grads")\n', "",
+    ),
+    Mutation(
+        "the first microbatch runs twice",
+        "tests/test_stacked.py::test_every_sequence_is_computed_once",
+        "func/microbatch.py", "known = (places, leaves) if _columns(part) == columns else None", "known = None",
     ),
 ]  # fmt: skip
 STUDIES = [

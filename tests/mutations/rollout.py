@@ -106,4 +106,9 @@ MUTATIONS = [
         "rollout/record.py", 'for name in ("reward", "advantage", "weight"):',
         'for name in ("reward", "advantage"):',
     ),
+    Mutation(
+        "a saved batch is told by its ids",
+        "tests/study/test_kept.py::test_a_saved_batch_is_the_one_of_the_results",
+        "rollout/files.py", "load_batch(place) == batch", "load_batch(place).ids == batch.ids",
+    ),
 ]  # fmt: skip

@@ -1,0 +1,42 @@
+"""What other libraries say to each other while they load: kept from whoever called us, who cannot mend it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transformers.utils import logging
+
+LIBRARIES = (
+    "accelerate", "bitsandbytes", "huggingface_hub", "numpy", "peft", "safetensors", "sentencepiece", "tokenizers",
+    "torch", "transformers",
+)  # fmt: skip
+"""Those that are called while a checkpoint is loaded."""
+DEPRECATIONS = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
+
+
+@contextmanager
+def libraries_quiet() -> Iterator[None]:
+    """Keep deprecations that other libraries' own code causes, and transformers' progress bars, off; nothing else.
+
+    A warning whose cause is a line of ours, or of the caller's, is of another module and stays, and so does every
+    warning of another kind. Usable as a decorator.
+
+    Example:
+        >>> with warnings.catch_warnings(record=True) as seen, libraries_quiet():
+        ...     warnings.warn_explicit("old name", FutureWarning, "model.py", 1, module="transformers.modeling_utils")
+        ...     warnings.warn_explicit("old call", FutureWarning, "mine.py", 1, module="mine")
+        >>> [str(one.message) for one in seen]
+        ['old call']
+    """
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            for kind in DEPRECATIONS:
+                warnings.filterwarnings("ignore", category=kind, module=rf"({'|'.join(LIBRARIES)})(\.|$)")
+            yield
+    finally:
+        if bars:
+            logging.enable_progress_bar()
