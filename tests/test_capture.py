@@ -196,7 +196,7 @@ def test_nothing_outlives_the_call(params):
     try:
         capture.__init__ = watched
         func.per_sequence_grad(linear, 2)(params, x)
-        assert len(kept) == 4  # the plan, two sequences to certify it, and two microbatches
+        assert len(kept) == 6  # the plan by vmap and by 2 and 3 copies, a pair to certify it, two microbatches
         assert all(ref() is None for ref in kept)
     finally:
         capture.__init__ = init

@@ -14,6 +14,7 @@ from fkernel.func.certificate import (
     forward_against_reverse,
     shortest_few,
 )
+from fkernel.func.certified import seen_of
 from fkernel.func.detach import through_detach
 from fkernel.func.directional import FIRST, Order
 from fkernel.func.functional import Apply
@@ -28,6 +29,7 @@ def derivative_for(f: Function, params: Tree, batch: Any, direction: Tree, order
     model = f.apply if isinstance(f, Objective) and isinstance(f.apply, Apply) else f
     ways = known_of(model, params).derivatives
     if order.name not in ways:
+        batch = seen_of(f, batch)
         ways[order.name] = _chosen(f, params, batch, direction, order, known_of(f, params, batch))
     return ways[order.name]
 
@@ -104,7 +106,8 @@ def true_derivative(f: Function, params: Tree, batch: Any, step: Tree) -> Functi
     """
     if not runs("derivative"):
         return f
-    few = shortest_few(batch, token_counts(batch), own_width(f))
+    seen = seen_of(f, batch)
+    few = shortest_few(seen, token_counts(seen), own_width(f))
     certificate = _against_difference(f, params, few, step)
     if certificate.passed is not False:
         note(f, params, batch, certificate)

@@ -267,3 +267,37 @@ def _each_row(bad: Shaped[Tensor, " n"], what: str, todo: str) -> None:
     if bool(bad.any()):
         rows: Int[Tensor, "k 1"] = bad.nonzero()
         raise BatchError(f"Sequence {int(rows[0])} {what} ({len(rows)} of {len(bad)} sequences do); {todo}.")
+
+
+WINDOW = 512
+"""Tokens of a sequence that certificates look at: whole, a long one would take more memory than what it certifies."""
+
+
+def windowed(batch: Any, most: int = WINDOW) -> Any:
+    """Cut long sequences down to the end of their prompts and the beginning of their responses.
+
+    Args:
+        batch: that holds one `Sequences`, and perhaps more numbers [n t].
+        most: tokens of a window; a quarter of them are the prompt's, where it has as many.
+
+    Returns:
+        The batch itself where no sequence is longer.
+
+    Example:
+        >>> windowed(pad([[1] * 9], [[2] * 9]), most=8).input_ids
+        tensor([[1, 1, 2, 2, 2, 2, 2, 2]])
+    """
+    found = find_sequences(batch)
+    if len(found) != 1 or found[0].input_ids.shape[1] <= most:
+        return batch
+    t, mask = found[0].input_ids.shape[1], found[0].response_mask
+    starts = (mask.long().argmax(1) - most // 4).clamp(min=0)
+    columns = starts[:, None] + torch.arange(most, device=starts.device)
+    inside = columns < t
+
+    def window(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or leaf.ndim != 2 or leaf.shape[1] != t:
+            return leaf
+        return torch.where(inside, leaf.gather(1, columns.clamp(max=t - 1)), leaf.new_zeros(()))
+
+    return trim(pytree.tree_map(window, batch))

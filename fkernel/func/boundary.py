@@ -16,6 +16,7 @@ from fkernel import tree
 from fkernel.errors import BatchError, FKernelError, ModelError, NonFiniteError, TreeError
 from fkernel.func.batch import check_batch
 from fkernel.func.objective import Function, Objective
+from fkernel.func.source import HALF
 from fkernel.shapes import Tensor, Tree
 
 _ADVICE = (
@@ -112,21 +113,21 @@ def explained(params: Tree) -> Iterator[None]:
         )
 
 
-def check_inputs(f: Function, params: Tree, batch: Any) -> None:
-    """Check params and batch, and let f check what it knows of its batch."""
-    check_params(params)
+def check_inputs(f: Function, params: Tree, batch: Any, half: bool = False) -> None:
+    """Check params and batch, and let f check what it knows of its batch; `half` lets half precision through."""
+    check_params(params, half)
     check_batch(batch)
     if isinstance(f, Objective):
         f.check(batch)
 
 
-def check_params(params: Tree) -> None:
-    """Raise unless params is a non-empty tree of finite float32 or float64 tensors."""
+def check_params(params: Tree, half: bool = False) -> None:
+    """Raise unless params is a non-empty tree of finite float32 or float64 tensors; of `HALF`, where that is let."""
     if not isinstance(params, dict) or not params:
         given = "an empty dict" if isinstance(params, dict) else type(params).__name__
         raise TreeError(f"params is {given}; expected {{name: tensor}}, as make_functional returns it.")
     for name, leaf in params.items():
-        if leaf.dtype not in (torch.float32, torch.float64):
+        if leaf.dtype not in (torch.float32, torch.float64, *(HALF if half else ())):
             raise TreeError(
                 f"params[{name!r}] is {leaf.dtype}. fkernel differentiates in float32 or float64: at half precision "
                 f"rounding exceeds what one optimizer step changes. Convert: fkernel.tree.cast(params, torch.float32)."

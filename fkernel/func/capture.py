@@ -15,7 +15,7 @@ Source: I. Goodfellow, "Efficient per-example gradient computations" (2015), for
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.func import vmap
@@ -27,9 +27,8 @@ from fkernel.errors import ModelError, listing
 from fkernel.func.batch import length
 from fkernel.func.boundary import check_output
 from fkernel.func.handles import Factored, Rows
+from fkernel.func.uses import Layer, Use, listen
 from fkernel.shapes import Tensor, Tree
-
-Layer = Literal["linear", "conv1d", "embedding"]
 
 
 class Plan(NamedTuple):
@@ -39,28 +38,13 @@ class Plan(NamedTuple):
         captured: parameters that no path in the graph leads to once the known uses are taken out of it.
         loose: (parameter, function) of captured ones whose other uses carry no gradient, such as `weight.detach()`.
         looped: whether vmap cannot follow f, so that sequences are differentiated one at a time.
+        batched: whether one plain pass over all sequences gives every gradient; see `fkernel.func.taps`.
     """
 
     captured: frozenset[str]
     loose: frozenset[tuple[str, str]]
     looped: bool = False
-
-
-class Use:
-    """One use of a parameter by a known layer, with what went in and what came back.
-
-    Attributes:
-        parameter: its name.
-        layer: the kind of layer.
-        input: a_t [n ... t i], or i_t [n ... t].
-        cotangent: δ_t [n ... t o], once a reverse pass has run; None where none came back.
-    """
-
-    def __init__(self, parameter: str, layer: Layer) -> None:
-        """Name the use; input and cotangent come as the passes run."""
-        self.parameter, self.layer = parameter, layer
-        self.input: Tensor | None = None
-        self.cotangent: Tensor | None = None
+    batched: bool = False
 
 
 class capture(TorchFunctionMode):
@@ -138,7 +122,7 @@ class _Tap(torch.autograd.Function):
             return out, 0  # f takes no gradient of this layer: none comes back, and none is missing
         if not out.requires_grad:
             out = out + zero.reshape(n, *[1] * (out.ndim - 1))
-        return _listen(out, use), 0
+        return listen(out, use), 0
 
 
 def _leading(leaf: Tensor, dim: int | None, n: int) -> Tensor:
@@ -146,33 +130,6 @@ def _leading(leaf: Tensor, dim: int | None, n: int) -> Tensor:
     if dim is None:
         return leaf.expand(n, *leaf.shape)
     return leaf if dim == 0 else leaf.movedim(dim, 0)
-
-
-class _Listener(torch.autograd.Function):
-    """The identity, whose reverse pass keeps what arrives.
-
-    It is a node of the graph and no hook on a tensor: a layer's output that f overwrites afterwards (y += x) is another
-    tensor to autograd, and hooks on views of it are lost. It takes the output in place, so that nothing is copied and f
-    may overwrite it.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, out: Tensor, use: Use) -> Tensor:
-        ctx.use = use  # `use` holds no tensor of the graph, so nothing here keeps itself alive
-        ctx.mark_dirty(out)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> Any:
-        ctx.use.cotangent = cotangents[0]
-        return cotangents[0], None
-
-
-def _listen(out: Tensor, use: Use) -> Tensor:
-    """Put a listener behind a layer's output; a view is copied, for a function of one's own cannot take it in place."""
-    own = out.clone() if out._is_view() or 0 in out.stride() else out
-    listened: Any = _Listener.apply(own, use)
-    return listened
 
 
 class Pass(NamedTuple):
@@ -244,7 +201,7 @@ def _check_heard(found: Pass) -> None:
     """Raise ModelError where a layer that the value depends on heard no cotangent: its gradient is not zero then."""
     if all(use.cotangent is not None for use in found.uses):
         return
-    heard = (getattr(node, "use", None) for node in _nodes(found.values))
+    heard = (use for node in _nodes(found.values) for use in getattr(node, "uses", ()))
     if lost := [use.parameter for use in heard if isinstance(use, Use) and use.cotangent is None]:
         raise ModelError(
             f"No cotangent came back to the layer of {listing(lost)}, though f depends on it: its gradient cannot be "
@@ -261,9 +218,14 @@ def make_plan(f: Callable[[Tree, Any], Tensor], params: Tree, batch: Any) -> Pla
         batch: a batch of one sequence.
     """
     found = forward(f, params, batch)
-    reached = _reachable(found.values)
-    captured = frozenset(name for name, leaf in found.traced.items() if id(leaf) not in reached)
+    captured = explained(found)
     return Plan(captured, frozenset(use for use in found.loose if use[0] in captured))
+
+
+def explained(found: Pass) -> frozenset[str]:
+    """Find the traced parameters that no path from the values leads to: their known uses are all that there is."""
+    reached = _reachable(found.values)
+    return frozenset(name for name, leaf in found.traced.items() if id(leaf) not in reached)
 
 
 def handle_of(use: Use, size: int) -> Factored | Rows | None:

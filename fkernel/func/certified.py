@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fkernel.errors import FKernelError, ModelError, ModelWarning, listing
-from fkernel.func.batch import Sequences, find_sequences, take, token_counts, trim
+from fkernel.func.batch import Sequences, find_sequences, take, token_counts, trim, windowed
 from fkernel.func.boundary import boundary, explained, first_line
 from fkernel.func.capture import Plan
 from fkernel.func.certificate import (
@@ -28,7 +28,7 @@ from fkernel.func.certificate import (
     values_against_module,
 )
 from fkernel.func.functional import Apply
-from fkernel.func.objective import Function, bare, name_of, own_width
+from fkernel.func.objective import Function, Objective, bare, name_of, own_width
 from fkernel.func.remembered import Known, keep, known_of, runs
 from fkernel.func.rows import ONE_AT_A_TIME, handles_of
 from fkernel.func.rows import plan_of as uncertified_plan
@@ -54,11 +54,17 @@ def certify_values(f: Function, params: Tree, batch: Any) -> None:
     Raises:
         ModelError: they are not the module's, or depend on what else is computed.
     """
-    known, width = known_of(f, params, batch), _width(batch)
+    known, batch = known_of(f, params, batch), seen_of(f, batch)
+    width = _width(batch)
     if known.width >= width:
         return
     if _certify_values(f, params, batch, known):
         known.width = width  # last: what failed has to fail again
+
+
+def seen_of(f: Function, batch: Any) -> Any:
+    """Give what certificates look at: of long sequences whose tokens f adds up, a window (`batch.WINDOW`)."""
+    return windowed(batch) if isinstance(f, Objective) and f.tokens is not None else batch
 
 
 def _certify_values(f: Function, params: Tree, batch: Any, known: Known) -> bool:
@@ -128,7 +134,8 @@ def plan_of(f: Function, params: Tree, batch: Any) -> Plan:
     Raises:
         ModelError: in no way do per-sequence gradients add up to what a plain reverse pass gives.
     """
-    known, width = known_of(f, params, batch), _width(batch)
+    known, batch = known_of(f, params, batch), seen_of(f, batch)
+    width = _width(batch)
     if known.plan is not None and known.planned >= width:
         return known.plan
     plan = uncertified_plan(f, params, batch) if known.plan is None else known.plan
@@ -155,9 +162,10 @@ def _certified_plan(f: Function, params: Tree, pair: Any, plan: Plan, known: Kno
                     f"The per-sequence gradients of {name_of(f)} do not add up to its gradient: {certificate.detail}. "
                     f"Nothing is computed from them. Does {name_of(f)} treat every sequence by itself?"
                 )
+            way = "one sequence at a time" if simpler.looped else "under vmap" if plan.batched else "whole"
             warnings.warn(
                 f"Captured gradients of {listing(failing)} do not add up ({certificate.error:.1e} off); they are taken "
-                f"{'one sequence at a time' if simpler.looped else 'whole'}, which is slower.",
+                f"{way}, which is slower.",
                 ModelWarning,
                 stacklevel=2,
             )
@@ -177,9 +185,11 @@ def _certified_plan(f: Function, params: Tree, pair: Any, plan: Plan, known: Kno
 
 
 def _simpler(plan: Plan, failing: list[str]) -> Plan | None:
-    """Give the next way to take gradients: captured, by vmap, one at a time."""
+    """Give the next way to take gradients: by one plain pass, captured under vmap, by vmap, one at a time."""
     if plan.looped:
         return None
+    if plan.batched:
+        return plan._replace(batched=False)
     captured = plan.captured.difference(failing)
     if captured == plan.captured:
         return ONE_AT_A_TIME

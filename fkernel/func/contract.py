@@ -1,42 +1,34 @@
-"""⟨x_n, y_m⟩ over parameter space: the einsum that turns two sets of gradients into a kernel.
+"""⟨x_n, D y_m⟩ over parameter space, and what else is asked of two sets of gradients, in one walk over its tiles.
 
-    K[n, m] = Σ_names Σ_α x[name][n, α] · D[name][α] · y[name][m, α]
+    kernels    K[n, m] = Σ_names Σ_α x[name][n, α] · D[name][α] · y[name][m, α]    the einsum of a kernel; of any D
+    along      ⟨x_n, v⟩ = Σ_α x_nα v_α                                             a further column of the product
+    squares    Σ_α d_α x_nα²                                                       ‖x‖² for ones, K_nn for D
 
 Parameters are cut into shards of columns; each shard is one GEMM in at least float32, and shards are added up in
 float64, so that the error does not grow with the number of parameters. Half-precision storage is widened a shard at a
 time and never as a whole. A handle (`fkernel.func.handles`) is formed a shard at a time, in storage that is allocated
-once; D is multiplied into the smaller side's shard.
+once, and everything that is asked is taken of the shard while it is there: forming costs what a third of a backward
+pass costs, so it is done once. D is multiplied into the smaller side's shard.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
+from typing import NamedTuple
 
 import torch
 
 from fkernel import tree
 from fkernel.errors import BatchError, NonFiniteError, TreeError
 from fkernel.func.boundary import check_rows
-from fkernel.func.handles import Handle, Handles, Rows, compressed, count, form, shape_of, tensors
+from fkernel.func.handles import Handle, Handles, Rows, compressed, count, shape_of, tensors
+from fkernel.func.tiles import tile_columns, tiles
 from fkernel.shapes import Tensor, Tree
 
-TILE_COLUMNS = 1 << 17
-"""Columns of a formed shard, at most; with smaller ones forming is slower, with larger ones memory."""
-LEAST_COLUMNS = 1 << 13
-TILE_BYTES = 64 << 20
-"""Storage for formed shards: many sequences get fewer columns."""
-
-
-def tile_columns(rows: int, itemsize: int) -> int:
-    """Columns of a shard that is formed for so many sequences."""
-    return min(TILE_COLUMNS, max(LEAST_COLUMNS, TILE_BYTES // (itemsize * max(1, rows))))
-
-
-def tile_bytes(rows: int, itemsize: int) -> int:
-    """Bytes of the shards that are formed for so many sequences, both sides together."""
-    return rows * itemsize * tile_columns(rows, itemsize)
+RUN = 1024
+"""Columns that are added up in a tile's own dtype, where only a few sums are wanted of it."""
 
 
 def contract(x: Handles, y: Handles, *, diagonal: Tree | None = None, jit: bool | None = None) -> Tensor:
@@ -67,65 +59,208 @@ def contract(x: Handles, y: Handles, *, diagonal: Tree | None = None, jit: bool 
     """
     n, m = rows_of(x, "x"), rows_of(y, "y")
     check_fit(x, y, diagonal)
-    leaf, dtype = tensors(next(iter(x.values())))[0], widest(x, y)
-    shard = _compiled() if (leaf.device.type != "cpu" if jit is None else jit) else _einsum
-    total = torch.zeros(n, m, dtype=torch.float64, device=leaf.device)
-    for name in x:
-        D = None if diagonal is None else diagonal[name]
-        for left, right in _shards(x[name], y[name], D, dtype):
-            total += shard(left, right)
-    if not tree.all_finite(total):
-        for side in (x, y):
-            check_rows({name: handle for name, handle in side.items() if isinstance(handle, Tensor)})
-        raise NonFiniteError("A product of finite gradients overflowed; contract in float64 (fkernel.tree.cast).")
-    return total.to(dtype)
+    products = Products(Asked({"": diagonal}), n, m, device_of(x), jit)
+    products.add(x, y)
+    return products.kernel().to(widest(x, y))
 
 
-def _shards(x: Handle, y: Handle, D: Tensor | None, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
-    """Walk one parameter in shards [n p], [m p] whose products add up to ⟨x, D y⟩."""
+class Own(NamedTuple):
+    """What is asked of every row of one side by itself.
+
+    Attributes:
+        along: {what: v}, for ⟨x_n, v⟩.
+        squares: {what: d}, for Σ_α d_α x_nα²; None for ones.
+    """
+
+    along: Mapping[str, Tree] = {}
+    squares: Mapping[str, Tree | None] = {}
+
+
+class Asked(NamedTuple):
+    """What is asked of two sides' gradients.
+
+    Attributes:
+        kernels: {what: D}, for ⟨x_n, D y_m⟩; None for ones.
+        x: of one side by itself.
+        y: of the other.
+        key: name of a parameter ↦ group; sums are then kept by group, and add up to the whole.
+    """
+
+    kernels: Mapping[str, Tree | None] = {}
+    x: Own = Own()
+    y: Own = Own()
+    key: Callable[[str], str] = lambda name: ""
+
+
+class Products:
+    """The sums that are asked for, added up as gradients come: blocks of columns, and shares of the parameters.
+
+    Attributes:
+        kernels: {what: {group: [n m]}} float64.
+        x: {what: {group: [n]}} float64, of one side by itself.
+        y: {what: {group: [m]}} float64.
+
+    Example:
+        >>> J, D = {"w": torch.tensor([[3.0, 4.0]])}, {"w": torch.tensor([1.0, 0.5])}
+        >>> found = Products(Asked({"K": D}, x=Own({"step": D}, {"norm": None})), 1, 1)
+        >>> found.add(J, J)
+        >>> found.kernel("K").item(), found.whole("x", "step").item(), found.whole("x", "norm").item()
+        (17.0, 5.0, 25.0)
+    """
+
+    def __init__(self, asked: Asked, n: int, m: int, device: torch.device | None = None, jit: bool | None = None):
+        """Begin with zeros, for n rows and m columns."""
+        self.asked, self.n, self.m, self.device = asked, n, m, device
+        compiled = (device is not None and device.type != "cpu") if jit is None else jit
+        self._shard = _compiled() if compiled else _einsum
+        self.kernels: dict[str, dict[str, Tensor]] = {what: {} for what in asked.kernels}
+        self.x, self.y = ({what: {} for what in (*own.along, *own.squares)} for own in (asked.x, asked.y))
+
+    def kernel(self, what: str = "") -> Tensor:
+        """One of the kernels over all parameters, [n m] float64."""
+        return torch.stack([*self.kernels[what].values()]).sum(0)
+
+    def whole(self, side: str, what: str) -> Tensor:
+        """One of a side's sums over all parameters, [n] float64; `side` is "x" or "y"."""
+        return torch.stack([*getattr(self, side)[what].values()]).sum(0)
+
+    def add(
+        self,
+        x: Handles,
+        y: Handles,
+        columns: slice | None = None,
+        rows: slice | None = None,
+        *,
+        own_x: bool = True,
+        own_y: bool = True,
+    ) -> None:
+        """Take some gradients: of the n rows or some, of the m columns or some, of all parameters or some.
+
+        Args:
+            x: {name: [n, *shape]}, or handles.
+            y: of the columns; x itself where the two sides are one, which is then formed once.
+            columns: which of the m they are; None for all.
+            rows: which of the n x's are; None for all.
+            own_x: whether x is to be counted by itself: once, where it comes once a block of columns.
+            own_y: whether y is.
+
+        Raises:
+            As `contract`.
+        """
+        at = slice(0, self.n) if rows is None else rows, slice(0, self.m) if columns is None else columns
+        for side, handles in (("x", x), ("y", y)):
+            rows_of(handles, side)
+        check_fit(x, y, None)
+        for D in self.asked.kernels.values():
+            check_shapes(x, D)
+        dtype = widest(x, y)
+        mine, others = (self.asked.x if own_x else Own()), (self.asked.y if own_y else Own())
+        with torch.no_grad():
+            for name in x:
+                self._walk(name, x[name], y[name], at, mine, others, dtype)
+        self._check(x, y, at)
+
+    def _walk(
+        self, name: str, x: Handle, y: Handle, at: tuple[slice, slice], mine: Own, others: Own, dtype: torch.dtype
+    ) -> None:
+        """Walk one parameter in shards [n c], [m c], and take of each what is asked."""
+        group, same = self.asked.key(name), x is y
+        x, y, of = _aligned(x, y)
+        n, m, shape = count(x), count(y), shape_of(x)
+        width = math.prod(shape[1:])
+        step = max(1, tile_columns(n + m, dtype.itemsize) // width)
+        tile_x, tile_y = tiles(x, step, dtype), tiles(y, step, dtype)
+        kernels = [
+            (self._sums(self.kernels[what], group, self.n, self.m)[at], None if D is None else of(D[name]))
+            for what, D in self.asked.kernels.items()
+        ]
+        left_alone = _Sums(mine, name, of, lambda what: self._sums(self.x[what], group, self.n)[at[0]])
+        right_alone = _Sums(others, name, of, lambda what: self._sums(self.y[what], group, self.m)[at[1]])
+        room = tensors(x)[-1].new_empty(max(n, m) * min(step, shape[0]) * width, dtype=dtype)
+        for start in range(0, shape[0], step):
+            r = min(step, shape[0] - start)
+            left = tile_x(start, r)
+            right = left if same else tile_y(start, r)
+            here = slice(start, start + r)
+            for K, D in kernels:
+                K += self._shard(*((left, right) if D is None else _scaled(left, right, D[here].reshape(-1), room)))
+            left_alone.take(left, here, room)
+            right_alone.take(right, here, room)
+
+    def _sums(self, groups: dict[str, Tensor], group: str, *shape: int) -> Tensor:
+        """The sums of one group, zeros where it is new."""
+        if group not in groups:
+            groups[group] = torch.zeros(shape, dtype=torch.float64, device=self.device)
+        return groups[group]
+
+    def _check(self, x: Handles, y: Handles, at: tuple[slice, slice]) -> None:
+        """Raise NonFiniteError where a sum is not finite; it names the row where a gradient is to blame."""
+        sums = [K[at] for groups in self.kernels.values() for K in groups.values()]
+        sums += [each for side in (self.x, self.y) for groups in side.values() for each in groups.values()]
+        if not all(map(tree.all_finite, sums)):
+            for side in (x, y):
+                check_rows({name: handle for name, handle in side.items() if isinstance(handle, Tensor)})
+            for groups in self.x.values():
+                bad = (~torch.isfinite(torch.stack([*groups.values()]).sum(0))).nonzero()
+                if len(bad):
+                    what = "The gradient of row {row} is not finite, or its norm overflows."
+                    raise NonFiniteError(what, row=int(bad[0]))
+            raise NonFiniteError("A product of finite gradients overflowed; contract in float64 (fkernel.tree.cast).")
+
+
+def _aligned(x: Handle, y: Handle) -> tuple[Handle, Handle, Callable[[Tensor], Tensor]]:
+    """Bring two handles of one parameter to forms that are walked alike, and say what a vector's part of it is."""
     same = x is y
     if isinstance(x, Rows) and isinstance(y, Rows):
-        x, y, D = compressed(x, y, D)
+        x, y, touched = compressed(x, y)
+        return x, (x if same else y), lambda leaf: leaf[touched]
     if isinstance(x, Tensor) and isinstance(y, Tensor):  # no structure to follow
-        x, y = x.flatten(1) if x.ndim > 1 else x[:, None], y.flatten(1) if y.ndim > 1 else y[:, None]
-        D = None if D is None else D.reshape(-1)
-    shape, n, m = shape_of(x), count(x), count(y)
-    width = math.prod(shape[1:])
-    step = max(1, tile_columns(n + m, dtype.itemsize) // width)
-    tile_x, tile_y = tiles(x, step, dtype), tiles(y, step, dtype)
-    room: Tensor | None = None
-    for start in range(0, shape[0], step):
-        r = min(step, shape[0] - start)
-        left = tile_x(start, r)
-        right = left if same else tile_y(start, r)
-        if D is not None:
-            d = D[start : start + r].reshape(1, -1)
-            # D is multiplied into a shard that was formed here, the smaller one, and never into what a caller holds.
-            if not isinstance(x, Tensor) and not same and (n <= m or isinstance(y, Tensor)):
-                left.mul_(d)
-            elif not isinstance(y, Tensor) and not same:
-                right.mul_(d)
-            else:
-                room = left.new_empty(m * min(step, shape[0]), width) if room is None else room
-                right = torch.mul(right, d, out=room[: m * r].view(m, r * width))
-        yield left, right
+        x, y = (each.flatten(1) if each.ndim > 1 else each[:, None] for each in (x, y))
+        return x, (x if same else y), lambda leaf: leaf.reshape(-1)
+    return x, y, lambda leaf: leaf
 
 
-def tiles(x: Handle, step: int, dtype: torch.dtype) -> Callable[[int, int], Tensor]:
-    """Make (start, r) -> [n, r·width], rows start … start + r of the leading dimension; dense ones are not copied."""
-    shape, n = shape_of(x), count(x)
-    width = math.prod(shape[1:])
-    if isinstance(x, Tensor) and x.dtype == dtype:
-        flat = x.flatten(1)
-        return lambda start, r: flat[:, start * width : (start + r) * width]
-    room = tensors(x)[-1].new_empty(n * min(step, shape[0]), width, dtype=dtype)
+class _Sums:
+    """What is asked of one side by itself, of one parameter: ⟨x_n, v⟩ and Σ_α d_α x_nα²."""
 
-    def formed(start: int, r: int) -> Tensor:
-        out = room[: n * r].view(n, r, *shape[1:])
-        form(x, out, start)
-        return out.view(n, -1)
+    def __init__(self, own: Own, name: str, of: Callable[[Tensor], Tensor], into: Callable[[str], Tensor]) -> None:
+        self.along = [(into(what), of(vector[name])) for what, vector in own.along.items()]
+        self.squares = [(into(what), None if d is None else of(d[name])) for what, d in own.squares.items()]
 
-    return formed
+    def take(self, tile: Tensor, here: slice, room: Tensor) -> None:
+        """Add one shard [n c]; what is asked stands side by side, [c k], so that the shard is read once."""
+        if self.along:
+            _add_columns([sums for sums, _ in self.along], _product(tile, _columns(self.along, here, tile)))
+        if self.squares:
+            squares = torch.mul(tile, tile, out=room[: tile.numel()].view(tile.shape))
+            _add_columns([sums for sums, _ in self.squares], _product(squares, _columns(self.squares, here, tile)))
+
+
+def _columns(vectors: Sequence[tuple[Tensor, Tensor | None]], here: slice, like: Tensor) -> Tensor:
+    ones = like.new_ones(like.shape[1])
+    return torch.stack([ones if leaf is None else leaf[here].reshape(-1).to(ones) for _, leaf in vectors], 1)
+
+
+def _product(tile: Tensor, columns: Tensor) -> Tensor:
+    """[n c] · [c k] for a small k, in float64 between runs of columns: BLAS adds thousands of them one by one."""
+    whole = tile.shape[1] // RUN * RUN
+    total = (tile[:, whole:] @ columns[whole:]).double()
+    if whole:
+        runs = tile[:, :whole].unflatten(1, (-1, RUN)).transpose(0, 1) @ columns[:whole].unflatten(0, (-1, RUN))
+        total += runs.sum(0, dtype=torch.float64)
+    return total
+
+
+def _add_columns(sums: list[Tensor], found: Tensor) -> None:
+    for total, column in zip(sums, found.unbind(1), strict=True):
+        total += column
+
+
+def _scaled(left: Tensor, right: Tensor, d: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
+    """Multiply D into the smaller of two shards, in storage of its own: a shard may be a caller's."""
+    small, other = (left, right) if len(left) <= len(right) else (right, left)
+    scaled = torch.mul(small, d, out=room[: small.numel()].view(small.shape))
+    return (scaled, other) if small is left else (other, scaled)
 
 
 _einsum: Callable[[Tensor, Tensor], Tensor] = partial(torch.einsum, "np,mp->nm")
@@ -135,6 +270,11 @@ _einsum: Callable[[Tensor, Tensor], Tensor] = partial(torch.einsum, "np,mp->nm")
 @cache
 def _compiled() -> Callable[[Tensor, Tensor], Tensor]:
     return torch.compile(lambda left, right: _einsum(left, right), dynamic=True)
+
+
+def device_of(x: Handles) -> torch.device:
+    """Tell where gradients are."""
+    return tensors(next(iter(x.values())))[-1].device
 
 
 def widest(x: Handles, y: Handles) -> torch.dtype:
@@ -167,7 +307,18 @@ def check_fit(x: Handles, y: Handles, diagonal: Tree | None) -> None:
         left, right = list(shape_of(x[name])), list(shape_of(y[name]))
         if left != right:
             raise TreeError(f"x[{name!r}] has rows of shape {left}, y[{name!r}] of {right}.")
-        if diagonal is not None and list(diagonal[name].shape) != left:
+    check_shapes(x, diagonal)
+
+
+def check_shapes(x: Handles, diagonal: Tree | None) -> None:
+    """Raise TreeError unless a diagonal has every parameter of x, in its shape."""
+    if diagonal is None:
+        return
+    for name in x:
+        shape = list(shape_of(x[name]))
+        if name not in diagonal:
+            raise TreeError(f"the tree to precondition has {name!r}, which the preconditioner lacks.")
+        if list(diagonal[name].shape) != shape:
             raise TreeError(
-                f"The tree's {name!r} has shape {left} a row; the preconditioner's has {list(diagonal[name].shape)}."
+                f"The tree's {name!r} has shape {shape} a row; the preconditioner's has {list(diagonal[name].shape)}."
             )

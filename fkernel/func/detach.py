@@ -46,4 +46,6 @@ def through_detach(f: Any) -> Any:
         with seen_through():
             return (f.fn if isinstance(f, Objective) else f)(params, batch)
 
-    return replace(f, fn=whole) if isinstance(f, Objective) else whole
+    if not isinstance(f, Objective):
+        return whole
+    return replace(f, fn=whole, apply=through_detach(f.apply) if isinstance(f.apply, Apply) else f.apply)

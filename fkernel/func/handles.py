@@ -3,6 +3,7 @@
     dense      g [n, *shape]                              itself
     Factored   inputs a [n t i], cotangents δ [n t o]     g_n = Σ_t δ_nt a_ntᵀ             shape [o, i]
     Rows       ids i [n t], cotangents δ [n t d]          g_n[v] = Σ_{t: i_nt = v} δ_nt    shape [v, d]
+    Head       inputs x [n s d] and their softmax         g_n[v] = Σ_s δ_nsv x_ns; see `fkernel.func.head`
     Sum        some of the above                          their sum (a tied table)
     Stack      any of the above                           those of successive sequences
 
@@ -22,6 +23,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
+from fkernel.func.head import Head, add_head
 from fkernel.shapes import Tensor, Tree
 
 
@@ -54,7 +56,7 @@ class Rows(NamedTuple):
 class Sum(NamedTuple):
     """Gradients that are a sum of handles of one shape, as those of a tied table are."""
 
-    parts: tuple[Tensor | Factored | Rows, ...]
+    parts: tuple[Summand, ...]
 
 
 class Stack(NamedTuple):
@@ -63,10 +65,11 @@ class Stack(NamedTuple):
     Layers that share an input (queries, keys and values) go on sharing it.
     """
 
-    parts: tuple[Tensor | Factored | Rows | Sum, ...]
+    parts: tuple[Piece, ...]
 
 
-Piece = Tensor | Factored | Rows | Sum
+Summand = Tensor | Factored | Rows | Head
+Piece = Summand | Sum
 """What one microbatch leaves behind."""
 Handle = Piece | Stack
 Handles = Mapping[str, Handle]
@@ -87,6 +90,8 @@ def shape_of(handle: Handle) -> tuple[int, ...]:
             return (cotangents.shape[-1], inputs.shape[-1])
         case Rows(_, cotangents, size):
             return (size, cotangents.shape[-1])
+        case Head():
+            return (handle.size, handle.x.shape[-1])
         case _:
             return tuple(handle.shape[1:])
 
@@ -105,12 +110,14 @@ def at(handle: Piece, rows: slice | Tensor) -> Piece:
             return _rows_of(handle, rows)
 
 
-def _rows_of(handle: Tensor | Factored | Rows, rows: slice | Tensor) -> Tensor | Factored | Rows:
+def _rows_of(handle: Summand, rows: slice | Tensor) -> Summand:
     match handle:
         case Factored(inputs, cotangents):
             return Factored(inputs[rows], cotangents[rows])
         case Rows(ids, cotangents, size):
             return Rows(ids[rows], cotangents[rows], size)
+        case Head():
+            return handle.changed(lambda leaf: leaf[rows])
         case _:
             return handle[rows]
 
@@ -124,17 +131,22 @@ def tensors(handle: Handle) -> list[Tensor]:
             return [inputs, cotangents]
         case Rows(ids, cotangents, _):
             return [ids, cotangents]
+        case Head():
+            return [*handle[:4]]
         case _:
             return [handle]
 
 
-def is_bounded(handle: Tensor | Factored | Rows) -> bool:
+def is_bounded(handle: Summand) -> bool:
     """Tell from factors alone that their products are finite: |Σ_t δ_t a_tᵀ| ≤ Σ_t 1 · max|δ| · max|a|.
 
     A NaN or an infinity in a factor makes the bound non-finite, so a True needs no look at the (much larger) products.
     """
     if isinstance(handle, Tensor):
         return False
+    if isinstance(handle, Head):  # |δ| ≤ |ω|/τ
+        largest = _largest(handle.omega) / handle.temperature * _largest(handle.x) * handle.x[0, :, 0].numel()
+        return largest + _largest(handle.lse) < torch.finfo(handle.x.dtype).max
     largest = _largest(handle.cotangents) * handle.cotangents[..., 0].numel()
     if isinstance(handle, Factored):
         largest *= _largest(handle.inputs)
@@ -147,7 +159,7 @@ def _largest(x: Tensor) -> float:
     return float(torch.maximum(-low, high))
 
 
-def summands(handle: Tensor | Factored | Rows | Sum) -> tuple[Tensor | Factored | Rows, ...]:
+def summands(handle: Piece) -> tuple[Summand, ...]:
     """List the summands of one microbatch's handle."""
     return handle.parts if isinstance(handle, Sum) else (handle,)
 
@@ -237,6 +249,8 @@ def each_tensor(change: Callable[[Tensor], Tensor], handle: Handle) -> Handle:
             return Factored(change(inputs), change(cotangents))
         case Rows(ids, cotangents, size):
             return Rows(change(ids), change(cotangents), size)
+        case Head():
+            return handle.changed(change)
         case _:
             return change(handle)
 
@@ -272,19 +286,25 @@ def form(handle: Handle, out: Tensor, start: int = 0) -> None:
         case Sum(parts):
             form(parts[0], out, start)
             for part in parts[1:]:
-                _add(part, out, start)
+                add(part, out, start)
         case Factored(inputs, cotangents):
-            torch.bmm(cotangents[:, :, start:stop].mT.to(out.dtype), inputs.to(out.dtype), out=out)
+            out.baddbmm_(cotangents[:, :, start:stop].mT.to(out.dtype), inputs.to(out.dtype), beta=0.0)
         case Rows():
             out.zero_()
-            _add(handle, out, start)
+            add(handle, out, start)
+        case Head():
+            add_head(handle, out, start, keep=0.0)
         case _:
             out.copy_(handle[:, start:stop] if out.ndim > 1 else handle)
 
 
-def _add(handle: Tensor | Factored | Rows, out: Tensor, start: int) -> None:
-    stop = start + out.shape[1]
+def add(handle: Piece, out: Tensor, start: int = 0) -> None:
+    """Add a range of rows of the dense gradients to what is in storage; arguments as in `form`."""
+    stop = start + out.shape[1] if out.ndim > 1 else 0
     match handle:
+        case Sum(parts):
+            for part in parts:
+                add(part, out, start)
         case Factored(inputs, cotangents):
             out.baddbmm_(cotangents[:, :, start:stop].mT.to(out.dtype), inputs.to(out.dtype))
         case Rows(ids, cotangents, _):
@@ -292,20 +312,21 @@ def _add(handle: Tensor | Factored | Rows, out: Tensor, start: int) -> None:
             here = (ids >= start) & (ids < stop)
             at = (ids - start + r * torch.arange(n, device=ids.device)[:, None])[here]
             out.view(n * r, d).index_add_(0, at, cotangents[here].to(out.dtype))
+        case Head():
+            add_head(handle, out, start)
         case _:
-            out.add_(handle[:, start:stop])
+            out.add_(handle[:, start:stop] if out.ndim > 1 else handle)
 
 
-def compressed(x: Rows, y: Rows, diagonal: Tensor | None) -> tuple[Rows, Rows, Tensor | None]:
-    """Renumber two sides' table rows so that only those that either side touched remain.
+def compressed(x: Rows, y: Rows) -> tuple[Rows, Rows, Tensor]:
+    """Renumber two sides' table rows so that only those that either side touched remain; and say which they are.
 
     An inner product is a sum over rows that both touched; a vocabulary of 150,000 has few of them in a batch.
     """
     touched, new = torch.unique(torch.cat([x.ids.reshape(-1), y.ids.reshape(-1)]), return_inverse=True)
     x_ids, y_ids = new[: x.ids.numel()].view_as(x.ids), new[x.ids.numel() :].view_as(y.ids)
     size = len(touched)
-    kept = None if diagonal is None else diagonal[touched]
-    return Rows(x_ids, x.cotangents, size), Rows(y_ids, y.cotangents, size), kept
+    return Rows(x_ids, x.cotangents, size), Rows(y_ids, y.cotangents, size), touched
 
 
 def stack_handles(pieces: Iterable[Handles]) -> Handles:

@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import torch
 
-from fkernel.errors import NonFiniteError
-from fkernel.func.boundary import check_rows
-from fkernel.func.contract import check_fit, rows_of, tile_columns, tiles, widest
-from fkernel.func.handles import Factored, Handle, Handles, Rows, Stack, Sum, count, shape_of, tensors
+from fkernel.func.contract import Asked, Own, Products, check_fit, device_of, rows_of
+from fkernel.func.handles import Factored, Handle, Handles, Rows, Stack, Sum, count, form, shape_of
+from fkernel.func.head import Head
+from fkernel.func.tiles import tile_columns
 from fkernel.shapes import Tensor, Tree
 
 
@@ -50,6 +50,14 @@ def _weighted(handle: Handle, w: Tensor) -> Tensor:
         case Rows(ids, cotangents, size):
             moves = (cotangents.to(w) * w[:, None, None]).flatten(0, 1)
             return moves.new_zeros(size, moves.shape[-1]).index_add_(0, ids.flatten(), moves)
+        case Head():
+            # All sequences are one, whose positions are weighed; it is formed a range of rows at a time.
+            x, ω = handle.x.to(w), handle.omega * w[:, None]
+            one = handle._replace(x=x, omega=ω).changed(lambda leaf: leaf.flatten(0, 1)[None])
+            out, step = x.new_empty(1, *shape_of(handle)), max(1, tile_columns(1, x.element_size()) // x.shape[-1])
+            for start in range(0, handle.size, step):
+                form(one, out[:, start : start + step], start)
+            return out[0]
         case _:
             return torch.tensordot(w, handle.to(w), 1)
 
@@ -88,28 +96,7 @@ def squared_norms(x: Handles, *, diagonal: Tree | None = None) -> SquaredNorms:
         >>> squared_norms({"w": torch.tensor([[3.0, 4.0]])}, diagonal={"w": torch.tensor([1.0, 0.5])})
         SquaredNorms(plain=tensor([25.], dtype=torch.float64), weighted=tensor([17.], dtype=torch.float64))
     """
-    n, dtype = rows_of(x, "x"), widest(x, x)
     check_fit(x, x, diagonal)
-    leaf = tensors(next(iter(x.values())))[0]
-    plain, weighted = torch.zeros(2, n, dtype=torch.float64, device=leaf.device)
-    for name, handle in x.items():
-        D = torch.ones((), dtype=dtype) if diagonal is None else diagonal[name].to(dtype)
-        shape = shape_of(handle)
-        D = D.expand(shape).reshape(shape[0] if shape else 1, -1)
-        rows = handle[:, None] if isinstance(handle, Tensor) and handle.ndim == 1 else handle
-        step = max(1, tile_columns(n, dtype.itemsize) // D.shape[1])
-        tile = tiles(rows, step, dtype)
-        for start in range(0, len(D), step):
-            squares = tile(start, min(step, len(D) - start)).square()
-            plain += squares.sum(1, dtype=torch.float64)
-            weighted += squares @ D[start : start + step].reshape(-1)
-    _check_norms(plain, x)
-    return SquaredNorms(plain, weighted)
-
-
-def _check_norms(plain: Tensor, x: Handles) -> None:
-    """Raise NonFiniteError where a norm is not finite; it names the row."""
-    bad = (~torch.isfinite(plain)).nonzero()
-    if len(bad):
-        check_rows({name: handle for name, handle in x.items() if isinstance(handle, Tensor)})
-        raise NonFiniteError("The gradient of row {row} is not finite, or its norm overflows.", row=int(bad[0]))
+    found = Products(Asked(x=Own(squares={"plain": None, "weighted": diagonal})), rows_of(x, "x"), 0, device_of(x))
+    found.add(x, x, own_y=False)
+    return SquaredNorms(found.whole("x", "plain"), found.whole("x", "weighted"))

@@ -13,6 +13,7 @@ ended a response is one of its tokens; padding never counts. Position 0 is predi
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -21,7 +22,7 @@ from einops import rearrange
 from fkernel.errors import ModelError
 from fkernel.func.batch import Sequences, check_tokens
 from fkernel.func.certified import certify_values
-from fkernel.func.objective import Objective
+from fkernel.func.objective import Objective, TokenWeights
 from fkernel.shapes import Float, Tensor, Tree
 
 LogitsFn = Callable[[Tree, Tensor, Tensor], Tensor]
@@ -52,7 +53,13 @@ def sequence_logprob(apply: LogitsFn, temperature: float = 1.0) -> Objective:
         >>> logprob({"w": torch.ones(())}, pad([[0]], [[1, 2]]))  # two tokens, log ¼ each
         tensor([-2.7726])
     """
-    return _objective(apply, temperature, _sequence, "log π")
+    objective = _objective(apply, temperature, _sequence, "log π")
+    return replace(objective, tokens=TokenWeights(temperature, _ones))
+
+
+def _ones(batch: Sequences) -> tuple[Sequences, Tensor]:
+    """ω of S, [n t]: 1 on the response."""
+    return batch, batch.response_mask
 
 
 def token_logprobs(apply: LogitsFn, temperature: float = 1.0) -> Objective:

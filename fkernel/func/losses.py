@@ -17,15 +17,13 @@ sampled it:
       corrected       L = β Σ_u w_u Σ_t r (exp(d) − d − 1)                   ω = β w r d
     preference        L = −(1/n) Σ_i log σ(m_i)                              ω = ±(β/n) σ(−m), by sequence
 
-A ratio is clipped where A > 0 and r > 1+high, or A < 0 and r < 1−low. A loss that is a sum has the sum of its parts' ω,
-and parts that are given as columns of their own are told apart. At r = 1, on the first step from a batch, the clipped
-ratio is the policy gradient.
+A ratio is clipped where A > 0 and r > 1+high, or A < 0 and r < 1−low. A sum of losses has the sum of their ω,
+and parts may be columns of their own. At r = 1, a batch's first step, the clipped ratio is the policy gradient.
 
 Sources: J. Schulman et al., "Proximal policy optimization" (2017), eq. 7; Z. Shao et al., "DeepSeekMath" (2024), eqs. 3
-and 4; C. Zheng et al., "Group sequence policy optimization" (2025), eqs. 5 and 7; J. Schulman, "Approximating KL
-divergence" (2020), for k3; DeepSeek-AI, "DeepSeek-V3.2" (2025), for its correction; R. Rafailov et al., "Direct
-preference optimization" (2023), eq. 7; N. Razin et al., "Unintentional unalignment: likelihood displacement in direct
-preference optimization" (2024); TRL 1.16, `GRPOTrainer` and `DPOTrainer`.
+and 4; C. Zheng et al., "Group sequence policy optimization" (2025), eqs. 5, 7; J. Schulman, "Approximating KL
+divergence" (2020), k3; DeepSeek-AI, "DeepSeek-V3.2" (2025), its correction; R. Rafailov et al., "Direct preference
+optimization" (2023), eq. 7; N. Razin et al., "Unintentional unalignment" (2024); TRL 1.16's GRPO and DPO trainers.
 """
 
 from __future__ import annotations
@@ -39,7 +37,7 @@ from fkernel.errors import BatchError, ModelError, NonFiniteError
 from fkernel.func.batch import Sequences
 from fkernel.func.boundary import check_weights
 from fkernel.func.logprob import LogitsFn, token_logprobs
-from fkernel.func.objective import Objective, bare
+from fkernel.func.objective import Objective, TokenWeights, bare
 from fkernel.shapes import Tensor, Tree
 
 _SAME_TOKENS = "are both of the same tokens, at the same temperature?"
@@ -85,28 +83,30 @@ def weighted_logprob(apply: LogitsFn, temperature: float = 1.0) -> Objective:
     """
     log_p = token_logprobs(apply, temperature)
 
+    def weights(batch: Weighted) -> tuple[Sequences, Tensor]:
+        each = batch.sequences.input_ids  # the engine cuts shared padding off, and ω goes with it
+        return batch.sequences, batch.token_weights[:, : each.shape[1]].detach()
+
     def weighted(params: Tree, batch: Weighted) -> Tensor:
-        each = bare(log_p)(params, batch.sequences)
-        # The engine cuts shared padding off the sequences, and ω goes with them.
-        omega = batch.token_weights[:, : each.shape[1]].detach()
+        sequences, omega = weights(batch)
+        each = bare(log_p)(params, sequences)
         return (omega.to(each) * each).sum(1)
 
     def check(batch: Any) -> None:
         if not isinstance(batch, Weighted):
             raise BatchError(
-                f"weighted_logprob was given {type(batch).__name__}; expected Weighted(sequences, token_weights). "
-                f"Weighted(batch, batch.response_mask) makes it the sum of log π that sequence_logprob is."
+                f"weighted_logprob was given {type(batch).__name__}; expected Weighted(sequences, token_weights), such "
+                f"as Weighted(batch, batch.response_mask), which makes it sequence_logprob."
             )
         given, expected = batch.token_weights.shape, batch.sequences.input_ids.shape
         if given != expected:
             raise BatchError(
-                f"token_weights has shape {list(given)} for sequences of {list(expected)}; expected one weight a "
-                f"token, prompt and padding included (they count nothing)."
+                f"token_weights has shape {list(given)} for sequences of {list(expected)}; expected one weight a token."
             )
         _check_finite(batch.token_weights, "token_weights", "every token needs a finite weight, 0 where it has none")
         log_p.check(batch.sequences)
 
-    return Objective(weighted, check, "the weighted log π", apply)
+    return Objective(weighted, check, "the weighted log π", apply, tokens=TokenWeights(temperature, weights))
 
 
 def policy_gradient_weights(weights: Tensor, response_mask: Tensor) -> Tensor:

@@ -16,12 +16,25 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils import _pytree as pytree
 
 from fkernel.errors import NonFiniteError
-from fkernel.func.batch import check_batch
+from fkernel.func.batch import Sequences, check_batch
 from fkernel.func.microbatch import stacked
 from fkernel.shapes import Tensor, Tree
 
 Function = Callable[[Tree, Any], Tensor]
 """(params, batch) -> [n], or [n t] for quantities per token."""
+
+
+@dataclass(frozen=True)
+class TokenWeights:
+    """What f is, where f(u; θ) = Σ_{t in response} ω_ut log π_θ(u_t | u_<t), π at a temperature.
+
+    Attributes:
+        temperature: τ.
+        of: batch of n ↦ its `Sequences` and ω, [n t]; what ω is outside of the response counts nothing.
+    """
+
+    temperature: float
+    of: Callable[[Any], tuple[Sequences, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -34,6 +47,8 @@ class Objective:
         name: what a message calls it.
         apply: the model behind it, (params, input_ids, attention_mask) -> logits; None where there is none.
         certify: certifies its values on batches like one; see `fkernel.func.certified`.
+        tokens: that it is a weighted sum of token log-probabilities, so that it may be computed layer by layer; see
+            `fkernel.func.layers`. None where it is something else.
     """
 
     fn: Function
@@ -41,6 +56,7 @@ class Objective:
     name: str
     apply: Any = None
     certify: Callable[[Any, Tree, Any], None] | None = None
+    tokens: TokenWeights | None = None
 
     def __call__(self, params: Tree, batch: Any) -> Tensor:
         """Evaluate; check input and output wherever their values can be read."""

@@ -1,4 +1,4 @@
-"""J of one microbatch after another: by captured layers, by vmap over a reverse pass, or one sequence at a time.
+"""J of one microbatch after another: by one plain pass, by captured layers, by vmap, or one sequence at a time.
 
 The engine below `fkernel.func.gradient`: no checks of the inputs, values and gradients are still checked.
 """
@@ -14,7 +14,8 @@ import torch
 from fkernel.errors import FKernelError, ModelWarning, NonFiniteError
 from fkernel.func.batch import length, take, trim
 from fkernel.func.boundary import advice_on, check_output, check_rows, first_line
-from fkernel.func.capture import Plan, backward, forward, handle_of, make_plan
+from fkernel.func.capture import Plan, backward, forward, handle_of
+from fkernel.func.capture import make_plan as captured_plan
 from fkernel.func.handles import (
     Factored,
     Handles,
@@ -30,10 +31,22 @@ from fkernel.func.handles import (
 )
 from fkernel.func.microbatch import microbatches
 from fkernel.func.objective import Function, bare, check_values, name_of, own_width
+from fkernel.func.taps import batch_plan, gradients, tapped
 from fkernel.shapes import Tensor, Tree
 
 ONE_AT_A_TIME = Plan(frozenset(), frozenset(), looped=True)
 """How f is differentiated where vmap cannot follow it."""
+
+
+def make_plan(f: Function, params: Tree, one: Any) -> Plan:
+    """Find the fastest way of f's gradients, on a batch of one sequence that may lie on the meta device.
+
+    vmap goes first even where it will not be needed: it refuses an f that branches on values or draws random numbers,
+    which a batch may not be told apart by.
+    """
+    mapped = captured_plan(f, params, one)
+    plain = batch_plan(f, params, one)
+    return mapped if plain is None else mapped._replace(loose=mapped.loose | plain.loose, batched=True)
 
 
 def plan_of(f: Function, params: Tree, batch: Any) -> Plan:
@@ -124,6 +137,8 @@ def handles_of(f: Function, params: Tree, batch: Any, plan: Plan) -> tuple[dict[
     """J of one microbatch in handles, and f's values [n]."""
     if plan.looped:
         return looped_rows(f, params, batch)
+    if plan.batched:
+        return _batched_rows(f, params, batch, plan)
     found = forward(f, params, batch, plan)
     dense = backward(found)
     factors: dict[str, list[Factored | Rows]] = {}
@@ -137,6 +152,14 @@ def handles_of(f: Function, params: Tree, batch: Any, plan: Plan) -> tuple[dict[
         for name, leaf in params.items()
     }
     return handles, found.values.detach()
+
+
+def _batched_rows(f: Function, params: Tree, batch: Any, plan: Plan) -> tuple[dict[str, Piece], Tensor]:
+    n = length(batch)
+    found = tapped(f, params, (batch,), n, plan)
+    check_output(found.values, n, per_sequence=True)
+    backward(found)
+    return gradients(found, params, n), found.values.detach()
 
 
 def looped_rows(f: Function, params: Tree, batch: Any) -> tuple[dict[str, Piece], Tensor]:

@@ -15,8 +15,9 @@ import torch
 from fkernel import tree
 from fkernel.errors import NonFiniteError
 from fkernel.func.boundary import check_rows, check_weights
-from fkernel.func.contract import rows_of, tile_columns, tiles, widest
+from fkernel.func.contract import rows_of, widest
 from fkernel.func.handles import Handle, Handles, Rows, count, shape_of, tensors
+from fkernel.func.tiles import tile_columns, tiles
 from fkernel.shapes import Tensor, Tree
 
 

@@ -14,6 +14,7 @@ import torch
 
 from fkernel.func.batch import take, trim
 from fkernel.func.boundary import boundary
+from fkernel.func.certified import seen_of
 from fkernel.func.objective import Function, bare
 from fkernel.shapes import Tree
 
@@ -43,7 +44,7 @@ def unused_parameters(f: Function, params: Tree, batch: Any) -> frozenset[str]:
     with boundary(f, params, batch):
         copies = {name: leaf.detach().requires_grad_() for name, leaf in params.items()}
         with torch.enable_grad():
-            value = bare(f)(copies, trim(take(batch, slice(0, 1)))).sum()
+            value = bare(f)(copies, trim(take(seen_of(f, batch), slice(0, 1)))).sum()
         if not value.requires_grad:
             return frozenset(params)
         found = torch.autograd.grad(value, [*copies.values()], allow_unused=True)

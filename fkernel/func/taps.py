@@ -1,0 +1,319 @@
+"""Per-sequence gradients from one plain pass over the whole batch: every layer tells its sequences apart by itself.
+
+    linear      y_nt = W a_nt + b         ∂f_n/∂W = Σ_t δ_nt a_ntᵀ      ∂f_n/∂b = Σ_t δ_nt      δ_nt = ∂Σ_m f_m/∂y_nt
+    conv1d      y_nt = Wᵀ a_nt + b        ∂f_n/∂W = Σ_t a_nt δ_ntᵀ      ∂f_n/∂b = Σ_t δ_nt
+    embedding   y_nt = W[i_nt]            ∂f_n/∂W[v] = Σ_{t: i_nt = v} δ_nt
+    norm        y_nt = w ⊙ x_nt + b       ∂f_n/∂w = Σ_t δ_nt ⊙ x_nt     ∂f_n/∂b = Σ_t δ_nt      (x normalised)
+
+No sequence of a batch sees another, so δ_nt is a derivative of f_n alone and one reverse pass of Σ_m f_m has all of
+them: no copy of a parameter, no vmap. The price is that every use of every parameter must be one of these. Where one
+is not, there is no plan, and `fkernel.func.capture` takes that parameter by vmap.
+
+Three things are found out, not assumed, on copies of one sequence. That no path from the values to a parameter is
+left beside the known uses: autograd is asked. How an operation's rows belong to sequences: of 2 and of 3 copies the
+leading dimension is n or n·t, or it is 1, an operation done once for the whole batch (GPT-2's positions), which is
+expanded. And that sequences are apart: what comes back to one of two copies moves no gradient of the other.
+
+Source: I. Goodfellow, "Efficient per-example gradient computations" (2015), for linear layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from fkernel.errors import ModelError
+from fkernel.func.batch import Sequences
+from fkernel.func.boundary import check_output
+from fkernel.func.capture import Pass, Plan, backward, capture, explained, handle_of
+from fkernel.func.handles import Piece, summed_up
+from fkernel.func.known import Part, parts_of
+from fkernel.func.objective import is_readable
+from fkernel.func.uses import Use, listen
+from fkernel.shapes import Tensor, Tree
+
+Piecewise = Callable[..., Tensor]
+"""(params, *inputs) -> [n, ...], such as a decoder layer."""
+
+
+class Tap(Use):
+    """One parameter's part in one operation over n sequences; a vector's rows are summed as soon as δ is there.
+
+    Attributes:
+        shape: of the operation's result, as f computes it.
+        row: [n, *shape of the parameter], for scales and shifts.
+    """
+
+    def __init__(self, name: str, part: Part, n: int, shape: torch.Size) -> None:
+        """Keep what went in."""
+        super().__init__(name, part.layer)
+        self.n, self.shape, self.normalised = n, shape, part.normalised
+        self.size = part.weight.shape
+        self.input = None if part.input is None else part.input.detach()
+        self.row: Tensor | None = None
+
+    def hear(self, cotangent: Tensor) -> None:
+        """Take δ apart by sequences."""
+        n = self.n
+        self.cotangent = cotangent.reshape(n, -1, cotangent.shape[-1])
+        if self.layer in ("scale", "shift"):
+            delta = cotangent.reshape(n, -1, *self.size)
+            if self.layer == "scale":
+                x = self.normalised() if self.normalised is not None else self.input
+                assert x is not None
+                delta = delta * _by_sequence(x, n).reshape(n, -1, *self.size)
+            self.row, self.input, self.normalised = delta.sum(1), None, None
+            self.cotangent = self.row  # that something was heard
+        elif self.input is not None:
+            self.input = _by_sequence(self.input, n)
+
+    def gradient(self) -> Any:
+        """Give the gradients of its n sequences; None where nothing came back."""
+        return self.row if self.layer in ("scale", "shift") else handle_of(self, self.size[0])
+
+
+def _by_sequence(x: Tensor, n: int) -> Tensor:
+    """Bring rows [n·t, …], or a single one for all, into [n, t, …]; ids have no last dimension of their own."""
+    if x.shape[0] != n and x.shape[0] == 1:
+        return x.expand(n, *x.shape[1:])
+    return x.unflatten(0, (n, -1)) if x.shape[0] != n else x
+
+
+class tap(capture):
+    """While active, known operations on watched parameters leave the graph, and are listened to.
+
+    Attributes:
+        n: sequences of the batch.
+    """
+
+    def __init__(self, watched: Tree, constants: Tree, zero: Tensor, n: int, plan: Plan | None = None) -> None:
+        """Watch some tensors, compute with constants in their place."""
+        super().__init__(watched, constants, zero, plan)
+        self.n = n
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Take known uses of watched parameters out of the graph, pass everything else on."""
+        kwargs = kwargs or {}
+        parts = parts_of(func, args, kwargs)
+        watched = [(self.names[id(part.weight)], part) for part in parts if id(part.weight) in self.names]
+        # A parameter that stands where data stand is no layer's weight.
+        given = sum(id(arg) in self.names for arg in (*args, *kwargs.values()))
+        if not watched or given != len(watched):
+            out = func(*args, **kwargs)
+            self._note(func, args, kwargs, out)
+            return out
+
+        def constant(arg: Any) -> Any:
+            return self.constants[self.names[id(arg)]] if id(arg) in self.names else arg
+
+        out = func(*map(constant, args), **{key: constant(arg) for key, arg in kwargs.items()})
+        if not torch.is_grad_enabled():
+            return out  # f takes no gradient of this layer: none comes back, and none is missing
+        taps = [Tap(name, part, self.n, out.shape) for name, part in watched]
+        self.uses.extend(taps)
+        return listen(self._expanded(out, taps), *taps, zero=self.zero)
+
+    def _expanded(self, out: Tensor, taps: Sequence[Tap]) -> Tensor:
+        """Check that an operation's rows belong to sequences; expand what was done once for all of them."""
+        if out.ndim > 1 and out.shape[0] % self.n == 0:
+            return out
+        if out.ndim > 1 and out.shape[0] == 1:
+            return out.expand(self.n, *out.shape[1:])
+        raise ModelError(
+            f"{taps[0].parameter!r} is used in an operation whose result has shape {list(out.shape)}, in a batch of "
+            f"{self.n}; its gradients can be told apart only where the first dimension counts sequences."
+        )
+
+
+def tapped(fn: Piecewise, params: Tree, inputs: tuple[Any, ...], n: int, plan: Plan | None = None) -> Pass:
+    """Run fn(params, *inputs) over n sequences, every known use listened to; without a plan parameters are traced.
+
+    Args:
+        fn: (params, *inputs) -> [n, ...].
+        params: {name: tensor}.
+        inputs: what else fn takes.
+        n: sequences.
+        plan: how the parameters are used; None to find out.
+    """
+    constants = {name: leaf.detach() for name, leaf in params.items()}
+    leaves = constants
+    if plan is None:
+        leaves = {name: leaf.detach().requires_grad_() for name, leaf in params.items()}
+    like = next(leaf for leaf in pytree.tree_leaves((constants, inputs)) if isinstance(leaf, Tensor))
+    zeros = torch.zeros(n, dtype=torch.get_default_dtype(), device=like.device, requires_grad=True)
+    watching = tap(leaves, constants, zeros, n, plan)
+    with torch.enable_grad(), watching:
+        out = fn(leaves, *inputs)
+    check_output(out, n, per_sequence=False)
+    return Pass(out, {} if plan is not None else leaves, zeros, watching.uses, watching.loose)
+
+
+def gradients(found: Pass, params: Tree, n: int) -> dict[str, Piece]:
+    """Collect the handles of n sequences' gradients after a reverse pass; zero rows for what nothing came back to."""
+    parts: dict[str, list[Any]] = {name: [] for name in params}
+    for use in found.uses:
+        assert isinstance(use, Tap)
+        if (gradient := use.gradient()) is not None:
+            parts[use.parameter].append(gradient)
+    return {name: _sum(parts[name], leaf, n) for name, leaf in params.items()}
+
+
+def _sum(parts: list[Any], like: Tensor, n: int) -> Piece:
+    rows = [part for part in parts if isinstance(part, Tensor)]
+    if not rows:
+        return summed_up(parts, like, n)
+    total = sum(rows[1:], rows[0]).to(like.dtype)
+    others = [part for part in parts if not isinstance(part, Tensor)]
+    return summed_up([*others, total], like, n) if others else total  # pyright: ignore[reportArgumentType]
+
+
+def pull_rows(
+    fn: Piecewise, params: Tree, inputs: tuple[Any, ...], cotangent: Tensor, plan: Plan
+) -> tuple[dict[str, Piece], tuple[Tensor | None, ...]]:
+    """Pull a cotangent back through a piece of a model, each sequence's by itself.
+
+    g_n = ∂⟨fn(θ, x)_n, c_n⟩/∂θ,  dx = ∂⟨fn(θ, x), c⟩/∂x
+
+    Args:
+        fn: (params, *inputs) -> [n, ...], a decoder layer.
+        params: {name: tensor}, those of the piece.
+        inputs: what else it takes; floating-point tensors [n, ...] are differentiated.
+        cotangent: c, of fn's shape.
+        plan: as `piece_plan` makes it.
+
+    Returns:
+        {name: handle of n sequences}, and a cotangent for each input; None where it is no floating-point tensor.
+
+    Raises:
+        ModelError: fn uses a parameter in a way that the plan did not foresee, or returns another shape.
+
+    Example:
+        >>> fn = lambda p, x: torch.nn.functional.linear(x, p["w"], p["b"])
+        >>> params, x = {"w": torch.ones(1, 3), "b": torch.zeros(1)}, torch.eye(3).reshape(3, 1, 3)
+        >>> plan = piece_plan(fn, params, (x,))
+        >>> handles, (dx,) = pull_rows(fn, params, (x,), torch.ones(3, 1, 1), plan)
+        >>> handles["b"].flatten().tolist(), dx.shape
+        ([1.0, 1.0, 1.0], torch.Size([3, 1, 3]))
+    """
+    n = len(cotangent)
+    found, traced = _forward(fn, params, inputs, n, plan)
+    if found.values.shape != cotangent.shape:
+        raise ModelError(f"fn returned {list(found.values.shape)}, its cotangent is {list(cotangent.shape)}.")
+    back = _backward(found, traced, cotangent)
+    return gradients(found, params, n), tuple(back.get(str(i)) for i in range(len(inputs)))
+
+
+def _forward(
+    fn: Piecewise, params: Tree, inputs: tuple[Any, ...], n: int, plan: Plan | None
+) -> tuple[Pass, dict[str, Tensor]]:
+    """Run fn with traced inputs, {place: tensor}."""
+    traced = {
+        str(i): leaf.detach().requires_grad_()
+        for i, leaf in enumerate(inputs)
+        if isinstance(leaf, Tensor) and leaf.is_floating_point()
+    }
+    return tapped(fn, params, tuple(traced.get(str(i), leaf) for i, leaf in enumerate(inputs)), n, plan), traced
+
+
+def _backward(found: Pass, traced: dict[str, Tensor], cotangent: Tensor) -> Tree:
+    """Pull a cotangent back: every tap hears its own, and those of the inputs return."""
+    with torch.enable_grad():
+        values = (found.values * cotangent).reshape(len(cotangent), -1).sum(1)
+    return backward(found._replace(values=values, traced=traced))
+
+
+def piece_plan(fn: Piecewise, params: Tree, inputs: tuple[Any, ...]) -> Plan | None:
+    """Find out whether one plain pass tells the gradients of sequences apart in a piece of a model.
+
+    Arguments as in `pull_rows`; the first sequence of the inputs is looked at. None where it does not.
+
+    Example:
+        >>> x = torch.ones(4, 3, 2)
+        >>> plan = piece_plan(lambda p, x: torch.nn.functional.linear(x, p["w"]), {"w": torch.eye(2)}, (x,))
+        >>> sorted(plan.captured), plan.batched
+        (['w'], True)
+        >>> piece_plan(lambda p, x: x @ p["w"], {"w": torch.eye(2)}, (x,)) is None
+        True
+    """
+    n = next((len(leaf) for leaf in inputs if isinstance(leaf, Tensor) and leaf.ndim), 0)
+
+    def copies(k: int) -> tuple[Any, ...]:
+        return tuple(
+            _copied(leaf, k) if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == n else leaf for leaf in inputs
+        )
+
+    try:
+        return _probe(fn, params, copies)
+    except Exception:  # whatever goes wrong here goes wrong in the simpler way too, where it is said
+        return None
+
+
+def batch_plan(f: Piecewise, params: Tree, one: Any) -> Plan | None:
+    """Find out the same of f(params, batch) -> [n], on a batch of one sequence.
+
+    Example:
+        >>> f = lambda p, x: torch.nn.functional.linear(x, p["w"]).sum((1, 2))
+        >>> batch_plan(f, {"w": torch.eye(2)}, torch.ones(1, 3, 2)).batched
+        True
+    """
+
+    def copies(k: int) -> tuple[Any, ...]:
+        def each(node: Any) -> Any:
+            if isinstance(node, Sequences):  # masks say where padding is, which stays on the right
+                return Sequences(_copied(node.input_ids, k), *(torch.cat([leaf[:1]] * k) for leaf in node[1:]))
+            return _copied(node, k) if isinstance(node, Tensor) else node
+
+        return (pytree.tree_map(each, one, is_leaf=lambda node: isinstance(node, Sequences)),)
+
+    try:
+        return _probe(f, params, copies)
+    except Exception:  # as above
+        return None
+
+
+def _copied(leaf: Tensor, k: int) -> Tensor:
+    """Make k sequences of one, the second back to front: between equal ones some couplings (a variance) are flat."""
+    first = leaf[:1]
+    copies = [first] * k
+    copies[1:2] = [first.flip(1) if leaf.ndim > 1 else first] * len(copies[1:2])
+    return torch.cat(copies)
+
+
+def _probe(fn: Piecewise, params: Tree, copies: Callable[[int], tuple[Any, ...]]) -> Plan | None:
+    two, three = copies(2), copies(3)
+    found, traced = _forward(fn, params, two, 2, None)
+    known = explained(found) == frozenset(params)
+    if not known or not _same_layout(found.uses, tapped(fn, params, three, 3).uses):
+        return None
+    if is_readable((two, found.values)) and not _apart(found, traced):
+        return None
+    return Plan(frozenset(params), frozenset(found.loose), batched=True)
+
+
+def _apart(found: Pass, traced: dict[str, Tensor]) -> bool:
+    """Tell whether what comes back to the first of two sequences moves nothing of the second."""
+    cotangent = torch.randn(found.values.shape, generator=torch.Generator().manual_seed(0))
+    cotangent[1] = 0.0
+    back = [g for g in _backward(found, traced, cotangent.to(found.values)).values() if len(g) == 2]
+    back += [use.cotangent for use in found.uses if use.cotangent is not None]
+    return not any(bool((leaf[1] != 0).any()) for leaf in back)
+
+
+def _same_layout(two: Sequence[Use], three: Sequence[Use]) -> bool:
+    """Tell whether leading dimensions grow as sequences do, or are 1, and all others stay."""
+    if len(two) != len(three):
+        return False
+    for a, b in zip(two, three, strict=True):
+        assert isinstance(a, Tap)
+        assert isinstance(b, Tap)
+        leading = a.shape[0], b.shape[0]
+        if (a.parameter, a.layer, a.shape[1:]) != (b.parameter, b.layer, b.shape[1:]):
+            return False
+        if leading != (1, 1) and 3 * leading[0] != 2 * leading[1]:
+            return False
+    return True
