@@ -10,10 +10,13 @@ import copy
 import tempfile
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+import fkernel.engine.by_layer
+import fkernel.func.cutting  # noqa: F401
 from tests import oracle
 from tests.cases import Case
 
@@ -212,38 +215,48 @@ def three_terms_are_the_step_that_torch_takes(fk: Any, case: Case) -> None:
 
 
 def contributions_momentum_and_decay_are_the_jvp_of_the_step(fk: Any, case: Case) -> None:
+    """At every node of the path: what the contraction adds up to is what forward mode has there, part by part."""
     S, params, E, U = case.engine(fk)
-    effect, step = fk.explain_step(
-        S, params, E, U, case.weights, case.state(fk), max_norm=0.5, microbatch=case.microbatch
-    )
-    assert effect.clip < 1 or effect.grad_norm <= 0.5
-    close(effect.first_order, fk.func.jvp(S)(params, E, step.total))
-    close(effect.batch, fk.func.jvp(S)(params, E, step.batch))
-    close(effect.contributions.sum(1) + effect.momentum + effect.decay, effect.first_order)
+    apart = 3**0.5 / 6
+    for path, nodes in (("start", (0.0,)), ("midpoint", (0.5,)), ("gauss2", (0.5 - apart, 0.5 + apart))):
+        effect, step = fk.explain_step(
+            S, params, E, U, case.weights, case.state(fk), path=path, max_norm=0.5, microbatch=case.microbatch
+        )
+        assert effect.path == path
+        assert effect.clip < 1 or effect.grad_norm <= 0.5
+
+        def along(direction: Any, step: Any = step, nodes: tuple[float, ...] = nodes) -> Tensor:
+            found = [fk.func.jvp(S)(fk.tree.axpy(s, step.total, params), E, direction) for s in nodes]
+            return torch.stack(found).mean(0)
+
+        close(effect.predicted, along(step.total))
+        close(effect.batch, along(step.batch))
+        close(effect.momentum, along(step.momentum))
+        close(effect.decay, along(step.decay))
+        close(effect.kernel * effect.clip * case.weights, effect.contributions)
 
 
-def prediction_meets_the_step_really_taken(fk: Any, case: Case) -> None:
-    """First order: the error shrinks as lr²; with curvature as lr³; and the optimizer is torch's own.
+def contributions_add_up_to_the_change_that_happened(fk: Any, case: Case) -> None:
+    """Along the path: the error shrinks as lr² (start), lr³ (midpoint), lr⁵ (two nodes); the optimizer is torch's own.
 
     Taken over U as well as E: a single sequence can have next to no curvature by chance, and then its error falls
     faster, or not at all where two orders cancel.
     """
     S, params, _, U = case.engine(fk)
     E = case.batch(fk, [*case.E, *case.U])
-    first, second, size, effects = [], [], [], []
-    for lr in (2e-4, 1e-4):
-        effect, _ = fk.explain_step(S, params, E, U, case.weights, case.state(fk, lr=lr), max_norm=0.5)
+    errors = {path: [] for path in ("start", "midpoint", "gauss2")}
+    for lr in (2e-3, 1e-3):
         realised = _really_step(fk, case, lr, max_norm=0.5)
-        first.append(float((effect.first_order - realised).norm()))
-        second.append(float((effect.second_order - realised).norm()))
-        size.append(float(realised.norm()))
-        effects.append(effect)
-    close(effects[0].first_order, 2 * effects[1].first_order, 1e-8)
-    close(effects[0].curvature, 4 * effects[1].curvature, 1e-8)
-    assert first[1] <= 0.05 * size[1], f"first-order error {first[1] / size[1]:.2e}"
-    assert first[0] / first[1] >= 3.5, f"first-order error fell by {first[0] / first[1]:.2f}, expected 4"
-    assert second[1] < first[1]
-    assert second[0] / second[1] >= 6.0, f"second-order error fell by {second[0] / second[1]:.2f}, expected 8"
+        for path, found in errors.items():
+            effect, _ = fk.explain_step(
+                S, params, E, U, case.weights, case.state(fk, lr=lr), path=path, max_norm=0.5
+            )
+            added_up = effect.contributions.sum(1) + effect.momentum + effect.decay
+            found.append(float((added_up - realised).norm() / realised.norm()))
+    for path, bound, order in (("start", 0.05, 3.5 / 2), ("midpoint", 1e-3, 7.0 / 2), ("gauss2", 1e-6, 24.0 / 2)):
+        large, small = errors[path]
+        assert small <= bound, f"{path}: relative error {small:.2e}"
+        assert large / small >= order, f"{path}: half the step divides the relative error by {large / small:.2f}"
 
 
 def _really_step(fk: Any, case: Case, lr: float, max_norm: float) -> Tensor:
@@ -325,15 +338,16 @@ def every_strategy_gives_the_same_kernel(fk: Any, case: Case) -> None:
         torch.stack([flat(oracle.gradient(case.model, x, case.temperature)) for x in side]) for side in (case.E, case.U)
     ]
     K = J[0] @ (flat(D) * J[1]).T
-    for name, held, tile, block, tokens, dense in (
-        ("memory", "U", None, T, T, True),
-        ("factored", "E", None, T, 2 * T, False),
-        ("recompute", "U", T, T, T, False),
-        ("store", "E", T, T, T, False),
+    for name, held, tile, block, tokens in (
+        ("sequences", "U", None, T, T),
+        ("sequences", "E", None, T, 2 * T),
+        ("sequences", "U", T, T, T),
+        ("layers", "E", None, None, 0),
+        ("store", "E", T, T, T),
     ):
         with tempfile.TemporaryDirectory() as disk:
             for _ in range(2 if name == "store" else 1):  # the second time it is read
-                strategy = fk.Strategy(name, held, tile, block, tokens, dense)
+                strategy = fk.Strategy(name, held, tile, block, tokens)
                 close(fk.kernel(S, params, E, U, P, strategy=strategy, store=disk), K)
 
 
@@ -345,6 +359,32 @@ def rounding_stays_within_its_bound(fk: Any, case: Case) -> None:
     error = (rounded.values - fk.kernel(S, params, E, U, fk.precond.diagonal(D))).abs()
     assert bool((error <= rounded.bound).all()), f"{float((error / rounded.bound).max()):.2f} times its bound"
     assert float((error / rounded.bound).max()) > 1e-3
+
+
+def layers_give_what_the_whole_gives(fk: Any, case: Case) -> None:
+    """A kernel contracted layer by layer, its rows along a path of two nodes, the head by narrow tiles."""
+    S, params, E, U = case.engine(fk)
+    E, U = (fk.func.batch.take(batch, fk.func.batch.by_length(batch)) for batch in (E, U))
+    v, nodes = case.tree(11, 0.05), ((0.3, 0.0), (0.7, 0.5))
+    source = fk.func.source
+    cut = fk.func.cutting.cut_of(S, params, U)
+    assert not isinstance(cut, str), cut
+    by_layer = fk.engine.by_layer
+    path = by_layer.Side(E, tuple((q, source.moved(params, v, s)) for q, s in nodes))
+    here = by_layer.Side(U, ((1.0, source.plain(params)),))
+    K = torch.zeros(len(case.E), len(case.U), dtype=torch.float64)
+    with patch.object(fk.func.head, "LOGITS_BYTES", 512):
+        for shard in by_layer.shards(cut, path, here, every=2, tokens=24):
+            for rows, handles in shard.U:
+                K[:, rows] += fk.func.contract(shard.E, handles)
+    pairs_E, pairs_U = (sorted(pairs, key=lambda pair: -len(pair[0] + pair[1])) for pairs in (case.E, case.U))
+
+    def gradients(s: float, pairs: list[oracle.Pair]) -> Tensor:
+        model = oracle.moved(case.model, v, s)
+        return torch.stack([flat(oracle.gradient(model, pair, case.temperature)) for pair in pairs])
+
+    J_E = torch.stack([q * gradients(s, pairs_E) for q, s in nodes]).sum(0)
+    close(K, J_E @ gradients(0.0, pairs_U).T)
 
 
 LAWS: dict[str, Law] = {
@@ -360,11 +400,12 @@ LAWS: dict[str, Law] = {
         effects_are_linear_in_the_advantages,
         three_terms_are_the_step_that_torch_takes,
         contributions_momentum_and_decay_are_the_jvp_of_the_step,
-        prediction_meets_the_step_really_taken,
+        contributions_add_up_to_the_change_that_happened,
         preconditioner_stands_on_one_side,
         scores_are_tempered_sums_over_the_response,
         frozen_and_post_step_agree_as_beta2_nears_one,
         every_strategy_gives_the_same_kernel,
         rounding_stays_within_its_bound,
+        layers_give_what_the_whole_gives,
     )
 }

@@ -66,7 +66,10 @@ def load(mutation: Mutation) -> ModuleType:
         del sys.modules[name]
     sys.meta_path.insert(0, finder)
     try:
-        return importlib.import_module("fkernel")
+        package = importlib.import_module("fkernel")
+        for name in ("fkernel.engine.by_layer", "fkernel.func.cutting"):  # modules that the root may not need
+            importlib.import_module(name)
+        return package
     finally:
         sys.meta_path.remove(finder)
         for name in [name for name in sys.modules if name == "fkernel" or name.startswith("fkernel.")]:
@@ -124,7 +127,7 @@ MUTATIONS = [
     ),
     Mutation(
         "one side's sign lost", "self_kernel_is_symmetric_and_positive_semidefinite",
-        "func/contract.py", "total += shard(left, right)", "total += shard(left.abs(), right)",
+        "func/contract.py", "return (scaled, other) if small is left", "return (scaled.abs(), other) if small is left",
     ),
     Mutation(
         "padding scored", "company_changes_nothing",
@@ -137,7 +140,7 @@ MUTATIONS = [
     ),
     Mutation(
         "sorted rows left sorted", "influence_equals_kernel_times_weights",
-        "engine/fisher.py", "K[side_E.order.argsort()]", "K",
+        "engine/contraction.py", "group: K[:, at] for group", "group: K for group",
     ),
     Mutation(
         "gradients of sorted microbatches left sorted", "gradients_equal_a_loop_of_autograd",
@@ -193,25 +196,45 @@ MUTATIONS = [
         "{name: (1 - state.beta1[name]) for name",
     ),
     Mutation(
-        "loss taken as gain", "prediction_meets_the_step_really_taken",
+        "loss taken as gain", "contributions_add_up_to_the_change_that_happened",
         "engine/step.py", "(params, U, -weights)", "(params, U, weights)",
     ),
     Mutation(
-        "clipping ignored", "prediction_meets_the_step_really_taken",
+        "clipping ignored", "contributions_add_up_to_the_change_that_happened",
         "precond/clipping.py", "return min(1.0, max_norm / (float(tree.norm(grads)) + 1e-6))", "return 1.0",
     ),
     Mutation(
-        "curvature without its half", "prediction_meets_the_step_really_taken",
-        "engine/step.py", "0.5 * func.curvature", "1.0 * func.curvature",
+        "E's gradients at the end of the step", "contributions_add_up_to_the_change_that_happened",
+        "engine/path.py", '"midpoint": ((1.0, 0.5),)', '"midpoint": ((1.0, 1.0),)',
+    ),
+    Mutation(
+        "E's gradients where the step begins", "contributions_add_up_to_the_change_that_happened",
+        "engine/step.py", "asked, path, total, kept,", "asked, 'start', total, kept,",
+    ),
+    Mutation(
+        "two nodes at the ends", "contributions_add_up_to_the_change_that_happened",
+        "engine/path.py", "_APART = 3**0.5 / 6", "_APART = 0.5",
+    ),
+    Mutation(
+        "nodes added up without their weights", "contributions_momentum_and_decay_are_the_jvp_of_the_step",
+        "engine/path.py", "part._replace(cotangents=q * part.cotangents)", "part",
+    ),
+    Mutation(
+        "decay counted as momentum", "contributions_momentum_and_decay_are_the_jvp_of_the_step",
+        "engine/step.py", 'torch.stack([block.rows("momentum"), block.rows("decay")])',
+        'torch.stack([block.rows("decay"), block.rows("momentum")])',
+    ),
+    Mutation(
+        "a vector counted once a block of columns", "contributions_momentum_and_decay_are_the_jvp_of_the_step",
+        "engine/contraction.py", "own_x=j == 0,", "own_x=True,",
     ),
     Mutation(
         "P on both sides", "preconditioner_stands_on_one_side",
-        "engine/fisher.py", 'gathered(pieces_s, block), diagonal=D)',
-        'gathered(pieces_s, block), diagonal={k: v * v for k, v in D.items()})',
+        "engine/fisher.py", 'Asked({"": D})', 'Asked({"": {k: v * v for k, v in D.items()}})',
     ),
     Mutation(
         "rows and columns swapped", "preconditioner_stands_on_one_side",
-        "engine/fisher.py", "K if held is E else K.T.contiguous()", "K if held is E else K.reshape(K.shape[::-1])",
+        "engine/contraction.py", "K[columns].T.contiguous()", "K[columns].reshape(K.shape[::-1])",
     ),
     Mutation(
         "shifted mask", "scores_are_tempered_sums_over_the_response",
@@ -236,16 +259,16 @@ MUTATIONS = [
     ),
     Mutation(
         "a tile's rows written over by the next one's", "every_strategy_gives_the_same_kernel",
-        "engine/fisher.py", "rows = slice(cuts_h[tile[0]].start, cuts_h[tile[-1]].stop)",
-        "rows = slice(0, cuts_h[tile[-1]].stop - cuts_h[tile[0]].start)",
+        "engine/gradients.py", "return slice(self.cuts[block[0]].start, self.cuts[block[-1]].stop)",
+        "return slice(0, self.cuts[block[-1]].stop - self.cuts[block[0]].start)",
     ),
     Mutation(
         "only the last share of the parameters counts", "every_strategy_gives_the_same_kernel",
-        "engine/spilled.py", "K[rows, columns] += func.contract", "K[rows, columns] = func.contract",
+        "func/contract.py", "K += self._shard(", "K[:] = self._shard(",
     ),
     Mutation(
         "a share of the parameters left out", "every_strategy_gives_the_same_kernel",
-        "engine/spilled.py", "for names in shares:\n", "for names in shares[1:]:\n",
+        "engine/contraction.py", "for names in shares:\n", "for names in shares[1:] or shares:\n",
     ),
     Mutation(
         "factors read back in another order", "every_strategy_gives_the_same_kernel",
@@ -258,7 +281,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the error of what was not rounded", "rounding_stays_within_its_bound",
-        "engine/rounded.py", "errors.append(shard_norms(exact, d, less=stored[-1]))",
+        "engine/rounded.py", "errors.append(shard_norms(exact, d, less=kept[-1]))",
         "errors.append(shard_norms(exact, d, less=exact))",
     ),
     Mutation(
@@ -271,10 +294,39 @@ MUTATIONS = [
     ),
     Mutation(
         "only the last tile's norm", "held_gradients_give_what_passes_give",
-        "func/held.py", "weighted += squares", "weighted[:] = squares",
+        "func/contract.py", "        total += column\n", "        total[:] = column\n",
     ),
     Mutation(
         "post-step form without v", "frozen_and_post_step_agree_as_beta2_nears_one",
         "precond/adam.py", "v, t = beta2 * v + (1 - beta2) * g * g, t + 1", "v, t = g * g, t + 1",
+    ),
+    Mutation(
+        "a tied table counted once", "layers_give_what_the_whole_gives",
+        "func/walk.py", "uses.insert(0, self._heads[k])", "assert self._heads",
+    ),
+    Mutation(
+        "an online sum that is not rescaled", "layers_give_what_the_whole_gives",
+        "func/head.py", "mean.mul_(shrunk[:, None])", "mean",
+    ),
+    Mutation(
+        "a target's own logit left out of the table's gradient", "layers_give_what_the_whole_gives",
+        "func/head.py", "] - start] += slope[n, s]", "] - start] += 0 * slope[n, s]",
+    ),
+    Mutation(
+        "a node's weight dropped", "layers_give_what_the_whole_gives",
+        "engine/by_layer.py", "weight=q", "weight=1.0",
+    ),
+    Mutation(
+        "the last node only", "layers_give_what_the_whole_gives",
+        "engine/by_layer.py", "(add if j else form)(", "form(",
+    ),
+    Mutation(
+        "a path that stays where it begins", "layers_give_what_the_whole_gives",
+        "func/source.py", "return θ + s * widened(δ).to(θ)", "return θ + 0 * s * widened(δ).to(θ)",
+    ),
+    Mutation(
+        "the input of the layer before", "layers_give_what_the_whole_gives",
+        "func/walk.py", "block.kept[i + 1] = layer(self.cut, i, leaves, h, block.calls[i])",
+        "block.kept[i + 1] = h if i % 2 else layer(self.cut, i, leaves, h, block.calls[i])",
     ),
 ]  # fmt: skip

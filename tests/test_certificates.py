@@ -31,7 +31,7 @@ def computed(package: Any, case: Any) -> dict[str, torch.Tensor]:
         "gradients": rows(package.func.per_sequence_grad(S)(params, U)),
         "jvp": package.func.jvp(S)(params, E, v),
         "curvature": package.func.curvature(S)(params, E, v),
-        "first_order": effect.first_order,
+        "predicted": effect.predicted,
     }
 
 
@@ -311,7 +311,7 @@ def test_the_derivative_of_E_looks_through_what_training_holds_constant(f):
     with pytest.warns(fk.ModelWarning, match="holds something constant in its backward pass"):
         effect, step = fk.explain_step(f, params, E, U, weights, state)
     realised = fk.realised_change(f, params, fk.tree.add(params, step.total), E)
-    close(effect.second_order, realised, 1e-4)
+    close(effect.predicted, realised, 1e-4)
     backward = torch.func.vmap(torch.func.grad(lambda p, x: f(p, x[None])[0]), (None, 0))(params, U)["w"]
     g, _, _ = fk.loss_gradient(f, params, U, weights)
     close(g["w"], -(weights @ backward))  # U's is what backward() gives

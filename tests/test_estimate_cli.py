@@ -19,7 +19,6 @@ from fkernel.engine.planning import Rates
 from fkernel.engine.planning.strategy import NAMES
 from fkernel.engine.planning.workload import workload
 from fkernel.func.objective import is_readable
-from fkernel.func.rows import plan_of
 
 RATES = Rates(flops=1e11, moved=1e10, call=5e-6, forming=1e11, write=1e9, read=2e9)
 TINY: dict[str, Any] = {
@@ -65,8 +64,7 @@ def test_a_skeleton_counts_what_the_model_counts(config, dtype, tmp_path):
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype).eval()
     apply, params = func.make_functional(model)
     S, E, U = func.sequence_logprob(apply), *(func.pad([[1, 2]] * k, [[3] * (T - 2)] * k) for k in (3, 4))
-    plan = plan_of(S, params, E)
-    real = workload(S, params, E, U, plan)
+    real = workload(S, params, E, U)
 
     config.save_pretrained(tmp_path)
     bones = skeleton_of(tmp_path, T, dtype)

@@ -317,7 +317,7 @@ def test_a_kernel_in_several_tiles_equals_the_kernel_in_one(problem, n_E, n_U, t
     E, U = draw(n_E, seed=1), draw(n_U, seed=2)
     P = precond.diagonal(random_like(params))
     whole = fk.kernel(f, params, E, U, P)
-    tiles = fk.Strategy("recompute", "E", tile, 2, 2, False)
+    tiles = fk.Strategy("sequences", "E", tile, 2, 2)
     tiled = fk.kernel(f, params, E, U, P, strategy=tiles, microbatch=2)
     assert tiled.shape == whole.shape == (n_E, n_U)
     torch.testing.assert_close(tiled, whole, rtol=1e-12, atol=1e-12)
@@ -333,7 +333,7 @@ def test_a_small_tile_really_makes_several():
 
     def calls(tile: int | None) -> int:
         seen.clear()
-        strategy = fk.Strategy("recompute", "E", tile, 1, 1, False)
+        strategy = fk.Strategy("sequences", "E", tile, 1, 1)
         fk.kernel(counting, params, regression(4), regression(6), precond.identity(), strategy=strategy)
         return len(seen)
 

@@ -23,10 +23,10 @@ E, U = (
     torch.arange(40.0).double().reshape(5, 2, 4).sin(),
 )
 STRATEGIES = [
-    fk.Strategy("memory", "E", None, 2, 1, True),
-    fk.Strategy("factored", "E", None, 2, 1, False),
-    fk.Strategy("store", "E", 1, 2, 1, False),
-    fk.Strategy("recompute", "E", 1, 2, 1, False),
+    fk.Strategy("sequences", "E", None, 2, 1),
+    fk.Strategy("sequences", "E", None, 2, 1),
+    fk.Strategy("store", "E", 1, 2, 1),
+    fk.Strategy("sequences", "E", 1, 2, 1),
 ]
 
 
@@ -121,7 +121,7 @@ def test_a_store_of_another_function_is_refused(tmp_path):
 @pytest.mark.parametrize("block", [None, 2])
 @pytest.mark.parametrize("held", ["E", "U"])
 def test_a_store_is_contracted_in_any_parts(held, tile, block, tmp_path, expected):
-    strategy = fk.Strategy("store", held, tile, block, 2, False)
+    strategy = fk.Strategy("store", held, tile, block, 2)
     torch.testing.assert_close(computed(f, strategy, tmp_path), expected, rtol=1e-12, atol=1e-12)
     K = fk.kernel(f, PARAMS, U, U, P, strategy=strategy, store=tmp_path)
     torch.testing.assert_close(K, fk.kernel(f, PARAMS, U, U, P), rtol=1e-12, atol=1e-12)

@@ -6,8 +6,8 @@ import torch
 import fkernel as fk
 from fkernel import func, precond
 from fkernel.engine.planning import Rates, Workload
+from fkernel.engine.planning.curve import Curve
 from fkernel.engine.planning.strategy import NAMES, cost, options
-from fkernel.engine.planning.workload import Curve
 from fkernel.func.work import Work, work_of
 from tests.cases import EXAMPLES
 
@@ -17,13 +17,15 @@ RATES = Rates(flops=1e11, moved=1e10, call=5e-6, forming=1e11, write=1e9, read=2
 def forms(T: int):
     """Strategies of every kind, whole and in pieces."""
     return [
-        fk.Strategy("memory", "E", None, T, 2 * T, True),
-        fk.Strategy("memory", "U", None, None, 2 * T, True),
-        fk.Strategy("factored", "E", None, None, T, False),
-        fk.Strategy("factored", "U", None, 2 * T, T, False),
-        fk.Strategy("recompute", "E", T, 2 * T, None, True),
-        fk.Strategy("recompute", "U", T, 2 * T, None, False),
-        fk.Strategy("store", "E", 2 * T, None, T, False),
+        fk.Strategy("sequences", "E", None, T, 2 * T),
+        fk.Strategy("sequences", "U", None, None, 2 * T),
+        fk.Strategy("sequences", "E", None, None, T),
+        fk.Strategy("sequences", "U", None, 2 * T, T),
+        fk.Strategy("sequences", "E", T, 2 * T, None),
+        fk.Strategy("sequences", "U", T, 2 * T, None),
+        fk.Strategy("layers", "E", None, None, 0),
+        fk.Strategy("layers", "E", None, None, 2 * T, 2),
+        fk.Strategy("store", "E", 2 * T, None, T),
     ]
 
 
@@ -36,6 +38,10 @@ def test_every_strategy_gives_the_same_kernel(case, arbitrary, tmp_path):
     J = func.per_sequence_grad(S)
     expected = func.contract(J(params, E), D(J(params, U)))
     for strategy in forms(E.input_ids.shape[1]):
+        if strategy.name == "layers" and arbitrary:
+            with pytest.raises(fk.BatchError, match="needs whole gradients"):
+                fk.kernel(S, params, E, U, P, strategy=strategy)
+            continue
         K = fk.kernel(S, params, E, U, P, strategy=strategy, store=tmp_path)
         torch.testing.assert_close(K, expected, rtol=1e-9, atol=1e-12, msg=lambda m, s=strategy: f"{s}: {m}")
 
@@ -72,7 +78,8 @@ def load(n_E: int = 16, n_U: int = 64, T: int = 128, size: int = 1_000_000, dens
 def test_options_stay_within_the_budget_or_say_why_not(budget, dense_U):
     found = options(load(dense_U=dense_U), RATES, budget, 8, store=True)
     assert tuple(option.name for option in found) == NAMES
-    for option in found:
+    assert {option.name: option.why_not for option in found}["layers"] == "not counted"
+    for option in (option for option in found if option.name != "layers"):
         assert option == cost(load(dense_U=dense_U), RATES, option.strategy)._replace(why_not=option.why_not)
         if budget is not None:
             assert bool(option.why_not) == (option.needs > budget)
@@ -100,7 +107,7 @@ def test_an_estimate_chooses_what_kernel_takes(case):
     expected = fk.kernel(S, params, E, U, P)
     ample = fk.estimate(S, params, E, U, P, memory="1GiB")
     assert ample.chosen is not None
-    assert "fastest" in ample.reason
+    assert "fastest feasible" in ample.reason
     tight = fk.estimate(S, params, E, U, P, memory=min(option.needs for option in ample.options) + 1000)
     assert tight.chosen is not None
     for found in (ample, tight):

@@ -68,7 +68,7 @@ def test_a_step_leaves_alone_what_torch_leaves_alone():
     assert step.momentum["experts"][1].all()  # chosen by no token: its gradient is 0, and momentum and decay move it
     after = {name: leaf + moved[name] for name, leaf in before.items()}
     realised = fk.realised_change(f, before, after, batch)
-    torch.testing.assert_close(effect.second_order, realised, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(effect.predicted, realised, rtol=1e-3, atol=1e-6)
 
 
 def test_a_function_of_nothing_uses_nothing():
@@ -97,7 +97,7 @@ def test_an_observables_step_leaves_alone_what_torch_leaves_alone():
     effect = explain_observable(observable, f, before, batch, batch, weights, state)
     after = {name: leaf + moved[name] for name, leaf in before.items()}
     realised = fk.realised_change(observable, before, after, batch)
-    torch.testing.assert_close(effect.second_order, realised, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(effect.predicted, realised, rtol=1e-3, atol=1e-6)
     assert float(realised.abs().min()) > 1e-4
 
 

@@ -1,10 +1,10 @@
 """Where a step's change came from, entry by entry, in nats; the ledger closes by construction.
 
-    realised_e = unclipped_e + clipping_e + momentum_e + decay_e + curvature_e + remainder_e
+    realised_e = unclipped_e + clipping_e + momentum_e + decay_e + remainder_e
 
-    unclipped    Σ_u w_u A_u ⟨∇S_e, P_step ∇S_u⟩        what the batch would have done without clipping, D held fixed
+    unclipped    Σ_u w_u A_u ⟨ḡ_e, P_step ∇S_u⟩         what the batch would have done without clipping, D held fixed
     clipping     (c − 1) · unclipped                    what clipping took away; their sum is Σ_u C_eu
-    remainder    realised − all of the above            third order and beyond, and rounding
+    remainder    realised − all of the above            what the path leaves (third order and beyond), and rounding
     floor        size of the rounding in `realised`     a remainder below it means nothing
 
 The floor. S is evaluated at θ and at θ + Δθ, each time in arithmetic of unit roundoff u. A backward-stable evaluation
@@ -31,14 +31,13 @@ from fkernel.shapes import Tensor, Tree
 
 
 class Ledger(NamedTuple):
-    """[n_E] nats each; `closed` is the sum of the first six, and equals `realised`.
+    """[n_E] nats each; `closed` is the sum of the first five, and equals `realised`.
 
     Attributes:
         unclipped: what the batch would have done without clipping.
         clipping: what clipping took away.
         momentum: from gradients of earlier steps.
         decay: from weight decay.
-        curvature: ½ ΔθᵀH_eΔθ.
         remainder: what is left.
         realised: S after the step minus S before.
         floor: size of the rounding in `realised`.
@@ -48,7 +47,6 @@ class Ledger(NamedTuple):
     clipping: Tensor
     momentum: Tensor
     decay: Tensor
-    curvature: Tensor
     remainder: Tensor
     realised: Tensor
     floor: Tensor
@@ -56,7 +54,7 @@ class Ledger(NamedTuple):
     @property
     def closed(self) -> Tensor:
         """[n_E] nats, the sum of the parts."""
-        return torch.stack(self[:6]).sum(0)
+        return torch.stack(self[:5]).sum(0)
 
 
 def ledger(
@@ -64,7 +62,6 @@ def ledger(
     batch: Tensor,
     momentum: Tensor,
     decay: Tensor,
-    curvature: Tensor,
     realised: Tensor,
     floor: Tensor,
     clip: float,
@@ -75,7 +72,6 @@ def ledger(
         batch: [n_E] nats, Σ_u C_eu, such as `StepEffect.batch`; the next three and c are of the same.
         momentum: [n_E] nats.
         decay: [n_E] nats.
-        curvature: [n_E] nats, ½ ΔθᵀH_eΔθ.
         realised: [n_E] nats, `fkernel.realised_change`.
         floor: [n_E] nats, `rounding_floor`.
         clip: c.
@@ -85,18 +81,18 @@ def ledger(
 
     Example:
         >>> half, zero = torch.tensor([0.5]), torch.zeros(1)
-        >>> parts = {"batch": half, "momentum": zero + 1, "decay": zero, "curvature": zero}
+        >>> parts = {"batch": half, "momentum": zero + 1, "decay": zero}
         >>> found = ledger(**parts, realised=torch.tensor([1.75]), floor=zero, clip=0.5)
         >>> found.unclipped.item(), found.clipping.item(), found.remainder.item()
         (1.0, -0.5, 0.25)
     """
-    sizes = [*map(len, (batch, momentum, decay, curvature, realised, floor))]
+    sizes = [*map(len, (batch, momentum, decay, realised, floor))]
     if len({*sizes}) > 1:
         raise BatchError(f"The parts, realised and floor are of {sizes} sequences; expected one number of them.")
     unclipped = batch / clip
     clipping = batch - unclipped
-    known = unclipped + clipping + momentum + decay + curvature
-    return Ledger(unclipped, clipping, momentum, decay, curvature, realised - known, realised, floor)
+    known = unclipped + clipping + momentum + decay
+    return Ledger(unclipped, clipping, momentum, decay, realised - known, realised, floor)
 
 
 def rounding_floor(f: Function, params: Tree, E: Any, *, microbatch: int | None = None) -> Tensor:
@@ -142,6 +138,15 @@ def floor_of(handles: func.Handles, value: Tensor, params: Tree) -> Tensor:
         >>> floor_of({"w": torch.zeros(1, 2)}, torch.zeros(1), {"w": torch.ones(2)})
         tensor([0.], dtype=torch.float64)
     """
-    u = torch.finfo(next(iter(params.values())).dtype).eps / 2
     moved = func.squared_norms(handles, diagonal={name: leaf.square() for name, leaf in params.items()}).weighted
-    return u * (2 * moved + 2 * value.double().square()).sqrt()
+    return floor_from(moved, value, next(iter(params.values())).dtype)
+
+
+def floor_from(moved: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Estimate the same from Σ_α (θ_α ∂_α f_e)², [n], of passes in a dtype.
+
+    Example:
+        >>> floor_from(torch.zeros(1), torch.zeros(1), torch.float32)
+        tensor([0.], dtype=torch.float64)
+    """
+    return torch.finfo(dtype).eps / 2 * (2 * moved.double() + 2 * value.double().square()).sqrt()

@@ -22,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-BOUNDS = {"first_order": 0.02, "second_order": 0.002}
+BOUNDS = {"predicted": 0.002}
 """Largest relative error of the demo's prediction, against the step really taken."""
 
 

@@ -57,6 +57,7 @@ def execute(plan: Any, overwrite: bool, log: str) -> Any:
         results = runner.run()
         if plan.storage.batches:
             runner.save_batches(out)
+        _remove_pictures(out)
         results.save_results(out)
         if plan.storage.pictures:
             report.draw_all(results, out / "pictures")
@@ -67,11 +68,25 @@ def execute(plan: Any, overwrite: bool, log: str) -> Any:
     return results
 
 
+def _remove_pictures(out: Path) -> None:
+    """Remove the pictures of the results that are about to be replaced, and no others."""
+    try:
+        names = [*json.loads((out / "results.json").read_text(encoding="utf-8"))["requests"], "update"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    for picture in (out / "pictures").glob("*"):
+        known = picture.name == "spectrum.png" or any(picture.name.startswith(f"{name}_") for name in names)
+        if known and picture.suffix in (".png", ".html"):
+            picture.unlink()
+
+
 def query(
     workspace: Workspace,
     one: Annotated[str, typer.Argument(help="Id of a sequence of U, or of a batch given with --batch.")],
     other: Annotated[str, typer.Argument(help="The same; where it is U's, its contribution is told.")],
-    batch: Annotated[list[Path] | None, typer.Option(help="Saved batches to look ids up in, beside U.")] = None,
+    batch: Annotated[
+        list[Path] | None, typer.Option(help="Saved batches to look ids up in, beside U; NAME/ID is of one of them.")
+    ] = None,
     plan: Annotated[
         Path | None, typer.Option(help="The plan that ran (OUT/plan.json); needed for sequences outside of U.")
     ] = None,
@@ -103,18 +118,29 @@ def _cache(workspace: Any, name: str, batches: list[Path], plan: Path | None, pl
     from fkernel.errors import PlanError
     from fkernel.rollout import load_batch
     from fkernel.study import FisherKernelPlan, FisherKernelRunner, read_plan
+    from fkernel.study.results import check_saved_batch
 
-    if name in workspace.index:
-        return workspace.cache(name)
-    found = [loaded for path in batches if name in (loaded := load_batch(path)).ids]
+    folder, _, own = name.rpartition("/")
+    loaded = [(path, load_batch(path)) for path in batches if folder in ("", path.resolve().name)]
+    found = [(path, batch) for path, batch in loaded if own in batch.ids]
+    of_U = not folder and own in workspace.index
+    meant = [batch.by_id(own).content_hash for batch in ([workspace.batch] if of_U else []) + [b for _, b in found]]
+    if len({*meant}) > 1:
+        raise PlanError(
+            f"{own!r} is the id of {len({*meant})} different sequences, of U or of the batches that are given; say "
+            f"which one: NAME/{own}, where NAME is the batch's folder, or leave its --batch out for U's."
+        )
+    if of_U:
+        return workspace.cache(own)
     if not found:
         workspace.batch.by_id(name)
+    check_saved_batch(*found[0])
     where = plan or place.parent / "plan.json"
     if not where.is_file():
         raise PlanError(f"{name} is outside of U, so its gradient needs the checkpoint; say --plan OUT/plan.json.")
     runner = FisherKernelRunner(read_plan(where, FisherKernelPlan))
     runner.adopt(workspace)
-    return runner.external(found[0].clone_with_subset([name]))
+    return runner.external(found[0][1].clone_with_subset([own]), name=name)
 
 
 def influence(

@@ -18,30 +18,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fkernel import func, tree
 from fkernel.engine.budget import parse_bytes
+from fkernel.engine.layered import along_of, gradient_sum
 from fkernel.engine.planning import Strategy, choose, usual_microbatch
+from fkernel.engine.planning.estimate import walking_of
 from fkernel.engine.planning.passes import fit, forward, reverse
+from fkernel.engine.problem import Problem, blocks
 from fkernel.engine.recycling import recycled
-from fkernel.engine.sides import (
-    Ordered,
-    Pieces,
-    blocks,
-    check_sides,
-    cuts_of,
-    gathered,
-    naming,
-    pieces_of,
-    rows_under,
-    transformed,
-    written_out,
-)
-from fkernel.engine.spilled import spilled
+from fkernel.engine.sides import Ordered, check_sides, naming, transformed
 from fkernel.errors import BatchError
-from fkernel.func.boundary import explained
-from fkernel.func.certified import plan_of
-from fkernel.func.handles import packed
+from fkernel.func.contract import Asked
 from fkernel.func.objective import Function
+from fkernel.func.source import plain, widened
 from fkernel.precond import Diagonal, Preconditioner
 from fkernel.shapes import Tensor, Tree
 
@@ -97,79 +88,23 @@ def kernel(
     """
     f_E = f if rows is None else rows
     check_sides(f, params, E, U, f_E)
-    microbatch = usual_microbatch(microbatch, E, U)
-    with explained(params):
-        plan, plan_E = plan_of(f, params, U), plan_of(f_E, params, E)
-    promised = memory is not None or strategy is not None
-    if strategy is None:
-        dense_U = not isinstance(precond, Diagonal)
-        strategy = choose(f, params, E, U, plan, memory, microbatch, dense_U, store is not None)
-    side_E = Ordered("E", E, f_E, plan_E)
-    side_U = side_E if E is U and f_E is f and isinstance(precond, Diagonal) else Ordered("U", U, f, plan)
-    with recycled():
-        return _executed(strategy, params, side_E, side_U, precond, store, promised)
-
-
-def _executed(
-    strategy: Strategy,
-    params: Tree,
-    side_E: Ordered,
-    side_U: Ordered,
-    precond: Preconditioner,
-    store: Path | str | None,
-    promised: bool,
-) -> Tensor:
-    if strategy.name == "store":
-        K = spilled(strategy, params, side_E, side_U, precond, _given(store))
-    else:
-        K = _streamed(strategy, params, side_E, side_U, precond, promised)
-    # K has the sides' own orders: put rows and columns back where the caller has them.
-    return K[side_E.order.argsort()][:, side_U.order.argsort()].to(next(iter(params.values())).dtype)
-
-
-def _streamed(
-    strategy: Strategy,
-    params: Tree,
-    E: Ordered,
-    U: Ordered,
-    precond: Preconditioner,
-    promised: bool,
-) -> Tensor:
-    """Compute K with tiles of one side held in memory, [n_E, n_U] in the sides' own orders.
-
-    What is held lies among the temporaries of the passes, and holes between them are memory too. Where memory was
-    promised it is moved together, which costs a copy.
-    """
-    held, streamed = (E, U)[:: 1 if strategy.held == "E" else -1]
+    diagonal = isinstance(precond, Diagonal)
     D = precond.d if isinstance(precond, Diagonal) else None
-    K = next(iter(params.values())).new_empty(len(held), len(streamed))
-
-    def source(side: Ordered) -> tuple[list[slice], Pieces]:
-        cuts = cuts_of(side, strategy.tokens)
-        pieces = pieces_of(params, side, cuts)
-        if side is U and not isinstance(precond, Diagonal):
-            return cuts, rows_under(precond, pieces, params, side, cuts)
-        return cuts, (lambda i: packed(pieces(i))) if promised else pieces
-
-    cuts_h, pieces_h = source(held)
-    cuts_s, pieces_s = source(streamed)
-    for tile in blocks(held, cuts_h, strategy.tile):
-        rows = slice(cuts_h[tile[0]].start, cuts_h[tile[-1]].stop)
-        J = written_out(pieces_h, tile, cuts_h, params) if strategy.dense else gathered(pieces_h, tile)
-        if E is U and len(tile) == len(cuts_h):
-            K[:] = func.contract(J, J, diagonal=D)
-            break
-        for block in blocks(streamed, cuts_s, strategy.block):
-            columns = slice(cuts_s[block[0]].start, cuts_s[block[-1]].stop)
-            K[rows, columns] = func.contract(J, gathered(pieces_s, block), diagonal=D)
-        del J  # or it would be alive while the next tile is made
-    return K if held is E else K.T.contiguous()
-
-
-def _given(store: Path | str | None) -> Path | str:
-    if store is None:
-        raise BatchError('The strategy "store" keeps gradients on disk; say where: store="directory".')
-    return store
+    if D is not None:
+        tree.check_names(params, D, "the tree to precondition", "the preconditioner")
+    size = usual_microbatch(microbatch, E, U)
+    how = strategy or choose(f, params, E, U, memory, size, not diagonal, store is not None)
+    side_E = Ordered("E", E, f_E)
+    side_U = side_E if E is U and f_E is f and diagonal else Ordered("U", U, f)
+    promised = memory is not None or strategy is not None
+    P = None if diagonal else precond
+    problem = Problem(params, side_E, side_U, Asked({"": D}), P=P, store=store, promised=promised)
+    K = torch.empty(len(side_E), len(side_U), dtype=torch.float64)
+    with recycled():
+        for block in blocks(problem, how):
+            K[block.at] = block.kernel()
+    leaf = widened(next(iter(params.values()))[..., :0])
+    return K.to(leaf.device, leaf.dtype)
 
 
 def influence(
@@ -213,6 +148,12 @@ def influence(
     """
     check_sides(f, params, E, U)
     microbatch = usual_microbatch(microbatch, E, U)
+    if how := walking_of(f, params, (E, U), memory):
+        with recycled():
+            with naming("U"):
+                towards = gradient_sum(Ordered("U", U, f), params, widened(weights), how)
+            found = along_of(Ordered("E", E, f), ((1.0, plain(params)),), params, transformed(precond, towards), how)
+            return found.to(towards[next(iter(towards))].dtype)
     m, needed = fit(memory, microbatch, f, params, (E, U), (reverse, forward), vectors=1, least=3)
     if memory is not None and parse_bytes(memory) < needed:
         raise BatchError(

@@ -34,14 +34,12 @@ from typing import Any, NamedTuple
 import torch
 
 from fkernel import func, tree
+from fkernel.engine.gradients import Gradients, computed
 from fkernel.engine.planning import usual_microbatch
 from fkernel.engine.planning.strategy import default
 from fkernel.engine.recycling import recycled
-from fkernel.engine.sides import Ordered, blocks, check_sides, cuts_of, naming, pieces_of
+from fkernel.engine.sides import Ordered, check_sides, cuts_of, naming
 from fkernel.errors import NonFiniteError, TreeError
-from fkernel.func.boundary import explained
-from fkernel.func.certified import plan_of
-from fkernel.func.contract import tile_columns
 from fkernel.func.handles import (
     Handle,
     Handles,
@@ -56,6 +54,7 @@ from fkernel.func.handles import (
     tensors,
 )
 from fkernel.func.objective import Function
+from fkernel.func.tiles import tile_columns
 from fkernel.precond import Diagonal, Preconditioner
 from fkernel.shapes import Tensor, Tree
 
@@ -129,39 +128,37 @@ def rounded_kernel(
     d = _diagonal_of(precond, params)
     _check_dtype(dtype, params)
     microbatch = usual_microbatch(microbatch, E, U)
-    with explained(params):
-        plan = plan_of(f, params, E)
     with recycled():
-        return _executed(params, Ordered("E", E, f, plan), Ordered("U", U, f, plan), d, dtype, microbatch)
+        return _executed(params, Ordered("E", E, f), Ordered("U", U, f), d, dtype, microbatch)
 
 
 def _executed(params: Tree, E: Ordered, U: Ordered, d: Tree | None, dtype: torch.dtype, microbatch: int) -> Rounded:
     how = default(len(E), len(U), max(E.tokens[0], U.tokens[0]), microbatch, dense_U=False)
-    held, streamed = (E, U) if how.held == "E" else (U, E)
-    cuts_h, cuts_s = cuts_of(held, how.tokens), cuts_of(streamed, how.tokens)
-    pieces_h, pieces_s = (pieces_of(params, *side) for side in ((held, cuts_h), (streamed, cuts_s)))
-
-    stored: list[Handles] = []
-    errors: list[Tensor] = []
-    for i, rows in enumerate(cuts_h):
-        exact = pieces_h(i)
-        with naming(held.name, held.order[rows]):
-            stored.append(packed(narrowed(exact, dtype)))
-        errors.append(shard_norms(exact, d, less=stored[-1]))
-        del exact
-    J, ε = stack_handles(stored), torch.cat(errors)
-    stored.clear()
-
+    J = {side.name: computed(side, ((1.0, params),), cuts_of(side, how.tokens), promised=True) for side in (E, U)}
+    held, streamed = (J["E"], J["U"]) if how.held == "E" else (J["U"], J["E"])
+    stored, ε = _stored(held, d, dtype)
     K = ε.new_empty(len(held), len(streamed), dtype=_widest(params))
     B = torch.empty_like(K)
-    for block in blocks(streamed, cuts_s, how.block):
-        columns = slice(cuts_s[block[0]].start, cuts_s[block[-1]].stop)
-        parts = [packed(pieces_s(i)) for i in block]
-        B[:, columns] = SLACK * ε @ torch.cat([shard_norms(part, d) for part in parts]).T
-        K[:, columns] = func.contract(J, stack_handles(parts), diagonal=d)
+    for block in streamed.blocks(how.block):
+        columns, part = streamed.rows(block), streamed.gathered(block)
+        B[:, columns] = SLACK * ε @ shard_norms(part, d).T
+        K[:, columns] = func.contract(stored, part, diagonal=d)
+        del part
     # Both have the sides' own orders: put rows and columns back where the caller has them.
-    K, B = (each[held.order.argsort()][:, streamed.order.argsort()] for each in (K, B))
+    K, B = (each[held.side.order.argsort()][:, streamed.side.order.argsort()] for each in (K, B))
     return Rounded(K, B, dtype) if how.held == "E" else Rounded(K.T.contiguous(), B.T.contiguous(), dtype)
+
+
+def _stored(held: Gradients, d: Tree | None, dtype: torch.dtype) -> tuple[Handles, Tensor]:
+    """Store a side's gradients rounded, and measure what that did: (x̂, ε [n shards])."""
+    kept, errors = list[Handles](), list[Tensor]()
+    for i, rows in enumerate(held.cuts):
+        exact = held.read(i)
+        with naming(held.side.name, held.side.order[rows]):
+            kept.append(packed(narrowed(exact, dtype)))
+        errors.append(shard_norms(exact, d, less=kept[-1]))
+        del exact
+    return stack_handles(kept), torch.cat(errors)
 
 
 def narrowed(handles: Handles, dtype: torch.dtype) -> Handles:

@@ -5,20 +5,18 @@ Whatever goes wrong with a sequence is told with the side's name and the row tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from fkernel import tree
 from fkernel.errors import BatchError, NonFiniteError
-from fkernel.func.batch import by_length, length, lengths, take, trim, widths
+from fkernel.func.batch import by_length, lengths, take, trim, widths
 from fkernel.func.boundary import check_inputs, explained
-from fkernel.func.capture import Plan
 from fkernel.func.certified import certify_values
-from fkernel.func.handles import Handles, stack_handles, write_out
 from fkernel.func.microbatch import cut
 from fkernel.func.objective import Function, own_width
-from fkernel.func.rows import handle_pieces
+from fkernel.func.source import is_half
 from fkernel.precond import Preconditioner
 from fkernel.shapes import Tensor, Tree
 
@@ -33,12 +31,11 @@ class Ordered:
         tokens: of each sequence.
         alike: what must be the same of sequences that share a microbatch; None where nothing need be.
         f: whose gradients are taken; None where they are read.
-        plan: how they are taken.
     """
 
-    def __init__(self, name: str, batch: Any, f: Function | None = None, plan: Plan | None = None) -> None:
+    def __init__(self, name: str, batch: Any, f: Function | None = None) -> None:
         """Order a batch; f tells whether sequences of different lengths may share a microbatch."""
-        self.f, self.plan = f, plan
+        self.f = f
         self.name, self.order = name, by_length(batch)
         moved = bool((self.order[1:] < self.order[:-1]).any())
         self.batch = trim(take(batch, self.order) if moved else batch)
@@ -49,37 +46,6 @@ class Ordered:
     def __len__(self) -> int:
         """Count its sequences."""
         return len(self.order)
-
-
-Pieces = Callable[[int], Handles]
-"""The gradients of a side's i-th microbatch."""
-
-
-def pieces_of(params: Tree, side: Ordered, cuts: Sequence[slice]) -> Pieces:
-    """Make the function that computes the gradients of a side's microbatches."""
-    f, plan = side.f, side.plan
-    assert f is not None
-    assert plan is not None
-
-    def piece(i: int) -> Handles:
-        part = take(side.batch, cuts[i])
-        with naming(side.name, side.order[cuts[i]]), explained(params):
-            (handles,) = handle_pieces(f, params, part, [slice(0, length(part))], plan)
-        return handles
-
-    return piece
-
-
-def rows_under(P: Preconditioner, pieces: Pieces, params: Tree, side: Ordered, cuts: Sequence[slice]) -> Pieces:
-    """Write microbatches out and apply P to their rows, where P may be anything that a caller wrote."""
-
-    def piece(i: int) -> Handles:
-        n = cuts[i].stop - cuts[i].start
-        rows = write_out([(slice(0, n), pieces(i))], params, n)  # what is wrong with a piece has its names already
-        with naming(side.name, side.order[cuts[i]]), explained(params):
-            return {**transformed(P, rows)}
-
-    return piece
 
 
 def blocks(side: Ordered, cuts: Sequence[slice], tokens: int | None) -> Iterator[list[int]]:
@@ -101,27 +67,25 @@ def cuts_of(side: Ordered, tokens: int | None) -> list[slice]:
     return cut(side.tokens, tokens, side.alike)
 
 
-def gathered(pieces: Pieces, block: Sequence[int]) -> Handles:
-    """Hold the gradients of some microbatches as they are."""
-    return stack_handles(pieces(i) for i in block)
-
-
-def written_out(pieces: Pieces, block: Sequence[int], cuts: Sequence[slice], params: Tree) -> Tree:
-    """Hold the gradients of some microbatches written out; handles are let go of one microbatch at a time."""
-    start = cuts[block[0]].start
-    rows = [slice(cuts[i].start - start, cuts[i].stop - start) for i in block]
-    return write_out(zip(rows, (pieces(i) for i in block), strict=True), params, rows[-1].stop)
-
-
 def check_sides(f: Function, params: Tree, E: Any, U: Any, rows: Function | None = None) -> None:
     """Check both batches before anything is computed from either, and say which one is at fault."""
-    sides = (("E", f if rows is None else rows, E), ("U", f, U))
+    sides = [("E", f if rows is None else rows, E), ("U", f, U)]
+    if E is U and rows is None:
+        sides = sides[1:]  # one batch is checked once, by the name that it was made for
+    half = is_half(params)
     for side, own, batch in sides:
         with naming(side):
-            check_inputs(own, params, batch)
-    for side, own, batch in sides:
+            check_inputs(own, params, batch, half and getattr(own, "tokens", None) is not None)
+    for side, own, batch in sides if not half else ():  # what is cast layer by layer is certified when it is cut
         with naming(side), explained(params):
             certify_values(own, params, batch)
+
+
+def check_side(side: str, f: Function, params: Tree, batch: Any) -> None:
+    """Check one batch, and say whose it is."""
+    with naming(side), explained(params):
+        check_inputs(f, params, batch)
+        certify_values(f, params, batch)
 
 
 @contextmanager

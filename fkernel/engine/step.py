@@ -1,33 +1,41 @@
 """One AdamW step, explained: what it does to log π of every sequence of E, and which sequence of U did it.
 
-With g = −c Σ_u w_u A_u ∇S_u and Δθ = batch + momentum + decay (`fkernel.precond.adam`),
+With g = −c Σ_u w_u A_u ∇S_u, Δθ = batch + momentum + decay (`fkernel.precond.adam`) and the nodes θ_j = θ + s_jΔθ of a
+path (`fkernel.engine.path`; by default one, halfway), ḡ_e = Σ_j q_j ∇S_e(θ_j) and
 
-    ΔS_e = Σ_u C_eu + momentum_e + decay_e + ½ Δθᵀ H_e Δθ + O(|Δθ|³)
-    C_eu = c w_u A_u ⟨∇S_e, P_step ∇S_u⟩
-    momentum_e = ⟨∇S_e, Δθ_momentum⟩,  decay_e = ⟨∇S_e, Δθ_decay⟩
+    S_e(θ + Δθ) − S_e(θ) = Σ_u C_eu + momentum_e + decay_e + O(|Δθ|³)
+    C_eu = c w_u A_u ⟨ḡ_e, P_step ∇S_u(θ)⟩
+    momentum_e = ⟨ḡ_e, Δθ_momentum⟩,  decay_e = ⟨ḡ_e, Δθ_decay⟩
 
-All in nats; positive means that the log-probability of the row's sequence rises.
+All in nats; positive means that the log-probability of the row's sequence rises. Momentum and decay are further columns
+of the contraction that makes C: no pass is made for them.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from einops import rearrange
 
 from fkernel import func, tree
-from fkernel.engine.fisher import kernel
+from fkernel.engine.gradients import computed
+from fkernel.engine.layered import Walking, evaluated, gradient_sum
+from fkernel.engine.path import NODES, Path, check_path
 from fkernel.engine.planning import Strategy, choose, usual_microbatch
-from fkernel.engine.planning.passes import bytes_of, fit, forward, reverse, twice_forward
+from fkernel.engine.planning.passes import Fit, bytes_of, fit, reverse
+from fkernel.engine.problem import Problem, blocks
 from fkernel.engine.recycling import recycled
-from fkernel.engine.sides import check_sides, naming
+from fkernel.engine.sides import Ordered, check_sides, cuts_of, naming
+from fkernel.errors import BatchError
 from fkernel.func.along import true_derivative
 from fkernel.func.batch import length
 from fkernel.func.boundary import check_weights, explained
-from fkernel.func.certified import plan_of
+from fkernel.func.contract import Asked, Own
 from fkernel.func.objective import Function
+from fkernel.func.source import widened
 from fkernel.func.unused import unused_parameters
-from fkernel.precond import AdamWState, AdamWStep, adamw_response, adamw_step, clip_factor
+from fkernel.precond import AdamWState, AdamWStep, Diagonal, adamw_response, adamw_step, clip_factor
 from fkernel.precond.adam import Grads
 from fkernel.precond.state import check_covers
 from fkernel.shapes import Tensor, Tree
@@ -37,22 +45,22 @@ class StepEffect(NamedTuple):
     """What one step does to E, in nats.
 
     Attributes:
-        kernel: [n_E n_U] ⟨∇S_e, P_step ∇S_u⟩, nats per unit of c·w_u·A_u.
+        kernel: [n_E n_U] ⟨ḡ_e, P_step ∇S_u⟩, nats per unit of c·w_u·A_u; ḡ_e at the nodes of `path`.
         contributions: [n_E n_U] C, nats: what sequence u did to sequence e.
         momentum: [n_E] nats, from gradients of earlier steps.
         decay: [n_E] nats, from weight decay.
-        curvature: [n_E] nats, ½ ΔθᵀH_eΔθ.
         clip: c, the factor of gradient clipping.
         grad_norm: ‖∇L‖ before clipping.
+        path: where E's gradients were taken: "midpoint", "start" or "gauss2".
     """
 
     kernel: Tensor
     contributions: Tensor
     momentum: Tensor
     decay: Tensor
-    curvature: Tensor
     clip: float
     grad_norm: float
+    path: str = "midpoint"
 
     @property
     def batch(self) -> Tensor:
@@ -60,14 +68,25 @@ class StepEffect(NamedTuple):
         return self.contributions.sum(1)
 
     @property
-    def first_order(self) -> Tensor:
-        """[n_E] nats, batch + momentum + decay."""
+    def predicted(self) -> Tensor:
+        """[n_E] nats, batch + momentum + decay: the change of S, up to what the path leaves."""
         return self.batch + self.momentum + self.decay
 
     @property
+    def first_order(self) -> Tensor:
+        """[n_E] nats, the parts that are linear in Δθ at the path's nodes: batch + momentum + decay."""
+        return self.predicted
+
+    @property
     def second_order(self) -> Tensor:
-        """[n_E] nats, the first order and the curvature of S along the step."""
-        return self.first_order + self.curvature
+        """[n_E] nats, the change up to O(|Δθ|³): at the midpoint, or at two nodes, the same sum.
+
+        Raises:
+            BatchError: the path is "start", which knows the first order alone; add ½ `func.curvature`, or take a path.
+        """
+        if self.path == "start":
+            raise BatchError('path="start" is the first order alone; path="midpoint" has the second order in it.')
+        return self.predicted
 
 
 def loss_gradient(
@@ -107,6 +126,11 @@ def loss_gradient(
     check_weights(weights, length(U))
     with naming("U"):
         gradient = func.vjp(f, usual_microbatch(microbatch, U))(params, U, -weights)
+    return clipped(gradient, max_norm)
+
+
+def clipped(gradient: Tree, max_norm: float | None) -> tuple[Tree, float, float]:
+    """Clip ∇L: (c ∇L, c, ‖∇L‖)."""
     clip = clip_factor(gradient, max_norm)
     return tree.scale(clip, gradient), clip, float(tree.norm(gradient))
 
@@ -119,13 +143,15 @@ def explain_step(
     weights: Tensor,
     state: AdamWState,
     *,
+    path: Path = "midpoint",
     max_norm: float | None = None,
     memory: int | str | None = None,
     microbatch: int | None = None,
+    rows: Function | None = None,
 ) -> tuple[StepEffect, AdamWStep]:
     """Explain the step that AdamW takes on U, sequence by sequence, before it is taken.
 
-    ΔS_e = Σ_u C_eu + momentum_e + decay_e + ½ ΔθᵀH_eΔθ + O(|Δθ|³), as derived in `fkernel.engine.step`.
+    S_e(θ+Δθ) − S_e(θ) = Σ_u C_eu + momentum_e + decay_e + O(|Δθ|³), as derived in `fkernel.engine.step`.
 
     Args:
         f: S, (params, batch) -> [n], nats.
@@ -134,9 +160,13 @@ def explain_step(
         U: the update batch.
         weights: [n_U], w_u·A_u: loss weight times advantage (1/n_U times the advantage where the loss is a mean).
         state: AdamW's state before the step.
+        path: where E's gradients are taken: "midpoint", halfway along the step, so that contributions add up to the
+            change; "gauss2", at two nodes, closer still for a large step and half as dear again; "start", at θ: the
+            first order.
         max_norm: the gradient-clipping threshold, None for none.
-        memory: a promise as in `kernel`; vectors of the step, about six of the parameters' size, count too.
+        memory: a promise as in `kernel`; vectors of the step, about seven of the parameters' size, count too.
         microbatch: as in `fkernel.kernel`.
+        rows: f of E, where it is another than U's: an observable; the effect is in its unit then.
 
     Returns:
         (StepEffect, AdamWStep): the effect on E in nats, and Δθ in its three parts; 0 of a parameter that f never uses,
@@ -156,48 +186,79 @@ def explain_step(
         tensor([[ 0.1000, -0.0000],
                 [ 0.0000, -0.1000]])
     """
-    check_sides(f, params, E, U)
+    check_path(path)
+    f_E = f if rows is None else rows
+    check_sides(f, params, E, U, rows)
     check_covers(state, list(params), params, "params")
-    # Alive beside the kernel: g, P_step and the three parts of Δθ; beside the curvature, their sum.
-    microbatch, passes = usual_microbatch(microbatch, E, U), (reverse, forward, twice_forward)
-    m, needed = fit(memory, microbatch, f, params, (E, U), passes, vectors=6)
-    with explained(params):
-        plan = plan_of(f, params, E)
-    strategy = choose(f, params, E, U, plan, memory, microbatch, False, False, 5 * bytes_of(params), needed)
+    check_weights(weights, length(U))
+    # Alive beside the kernel: P_step, the three parts of Δθ and the nodes; before it g, and the sum of the parts.
+    vectors = 5 + len(NODES[path])
+    microbatch = usual_microbatch(microbatch, E, U)
+
+    def passes() -> Fit:
+        return fit(memory, microbatch, f, params, (E, U), (reverse,), vectors=2, least=vectors + 1)
+
+    reserved = vectors * bytes_of(params)
+    strategy = choose(f, params, E, U, memory, microbatch, False, False, reserved, lambda: passes().needed)
+    m = microbatch if strategy.name == "layers" else passes().microbatch
     with recycled():
-        return _explained(f, params, E, U, weights, state, max_norm, m, strategy)
+        return _explained(f, f_E, params, E, U, weights, state, path, max_norm, m, strategy, memory is not None)
 
 
 def _explained(
     f: Function,
+    f_E: Function,
     params: Tree,
     E: Any,
     U: Any,
     weights: Tensor,
     state: AdamWState,
+    path: str,
     max_norm: float | None,
     m: int,
     strategy: Strategy,
+    promised: bool,
 ) -> tuple[StepEffect, AdamWStep]:
-    g, clip, norm = loss_gradient(f, params, U, weights, max_norm=max_norm, microbatch=m)
-    with naming("U"):
-        given: Grads = {**g, **dict.fromkeys(unused_parameters(f, params, U))}
-    step = adamw_step(params, given, state)
-    with naming("E"), explained(params):
-        S = true_derivative(f, params, E, step.total)
-    K = kernel(f, params, E, U, adamw_response(state, given), strategy=strategy, rows=S)
-    jvp = func.jvp(S, m)
-    with naming("E"):
-        effect = StepEffect(
-            kernel=K,
-            contributions=K * rearrange(clip * weights.to(K), "u -> 1 u"),
-            momentum=jvp(params, E, step.momentum),
-            decay=jvp(params, E, step.decay),
-            curvature=0.5 * func.curvature(S, m)(params, E, step.total),
-            clip=clip,
-            grad_norm=norm,
+    side_U, kept, w = Ordered("U", U, f), None, -widened(weights.to(next(iter(params.values())).device))
+    if strategy.name == "layers":
+        g, clip, norm = clipped(
+            gradient_sum(side_U, params, w, Walking(strategy.tokens or 0, strategy.every)), max_norm
         )
-    return effect, step
+    elif strategy.held == "U" and strategy.tile is None:  # they are held anyway, and give g
+        kept = computed(side_U, ((1.0, params),), cuts_of(side_U, strategy.tokens), promised)
+        kept = kept.in_memory(together=promised)
+        g, clip, norm = clipped(kept.weighted_sum(w), max_norm)
+    else:
+        g, clip, norm = loss_gradient(f, params, U, weights, max_norm=max_norm, microbatch=m)
+    θ = {name: widened(leaf) for name, leaf in params.items()}
+    with naming("U"):
+        given: Grads = {**g, **dict.fromkeys(unused_parameters(f, θ, U))}
+    step, P = adamw_step(θ, given, state), adamw_response(state, given)
+    assert isinstance(P, Diagonal)
+    del g, given
+    total = step.total
+    with naming("E"), explained(params):
+        S = true_derivative(f_E, θ, E, total)
+    del θ
+    asked = Asked({"": P.d}, Own({"momentum": step.momentum, "decay": step.decay}))
+    side_E = Ordered("E", E, S)
+    problem = Problem(params, side_E, side_U, asked, path, total, kept, promised=promised)
+    found = _found(problem, strategy)
+    leaf = widened(next(iter(params.values()))[..., :0])
+    K, momentum, decay = (each.to(leaf.device, leaf.dtype) for each in found)
+    C = K * rearrange(clip * weights.to(K), "u -> 1 u")
+    return StepEffect(K, C, momentum, decay, clip, norm, path), step
+
+
+def _found(problem: Problem, strategy: Strategy) -> tuple[Tensor, Tensor, Tensor]:
+    """K, momentum and decay, of one walk."""
+    assert problem.U is not None
+    K = torch.empty(len(problem.E), len(problem.U), dtype=torch.float64)
+    along = torch.empty(2, len(problem.E), dtype=torch.float64)
+    for block in blocks(problem, strategy):
+        K[block.at] = block.kernel()
+        along[:, block.at] = torch.stack([block.rows("momentum"), block.rows("decay")])
+    return K, along[0], along[1]
 
 
 def realised_change(f: Function, before: Tree, after: Tree, E: Any, *, microbatch: int | None = None) -> Tensor:
@@ -224,6 +285,6 @@ def realised_change(f: Function, before: Tree, after: Tree, E: Any, *, microbatc
         tensor([1., 1.])
     """
     tree.check_same(after, before, "after", "before")
-    S = func.evaluate(f, usual_microbatch(microbatch, E))
+    m = usual_microbatch(microbatch, E)
     with naming("E"):
-        return S(after, E) - S(before, E)
+        return evaluated(f, after, E, m) - evaluated(f, before, E, m)

@@ -1,19 +1,24 @@
-"""A side's gradients on disk: read where they are there, computed and written where they are not."""
+"""A side's gradients on disk: read where they are there, computed and written where they are not.
+
+An inner product is a sum over parameters, so no more of a gradient need be in memory than a share of them: they are
+read a few parameters at a time. What is written is written beside the next microbatch's pass, by a thread of its own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from fkernel import func
-from fkernel.engine.sides import Ordered, Pieces, pieces_of
+from fkernel.engine.gradients import Gradients, Read, computed
+from fkernel.engine.sides import Ordered
 from fkernel.engine.store import Store, open_store
 from fkernel.engine.store.fingerprint import fingerprint
 from fkernel.errors import StoreError
-from fkernel.func.handles import Handles
+from fkernel.func.handles import Handles, nbytes
 from fkernel.func.objective import name_of
 from fkernel.shapes import Tree
 
@@ -22,8 +27,8 @@ TOLERANCE = 1e-3
 
 
 @contextmanager
-def stored(directory: Path | str, params: Tree, side: Ordered, cuts: Sequence[slice]) -> Iterator[Store]:
-    """Open a side's store, complete: what it does not hold yet is computed and written.
+def stored(directory: Path | str, params: Tree, side: Ordered, cuts: Sequence[slice]) -> Iterator[Gradients]:
+    """Give a side's gradients from its store: what it does not hold yet is computed and written first.
 
     A store is known by the contents of θ and of the batch, by f's name and by its microbatches, and lives in a folder
     that is named after them: stores of other checkpoints and of other batches lie beside it. What f computes cannot be
@@ -35,15 +40,16 @@ def stored(directory: Path | str, params: Tree, side: Ordered, cuts: Sequence[sl
     identity = {"parameters": fingerprint(params), "batch": fingerprint(side.batch), "f": name_of(side.f)}
     known_by = fingerprint({**identity, "cuts": [rows.stop for rows in cuts]})
     folder = Path(directory) / f"{side.name}-{known_by[:12]}"
-    pieces = pieces_of(params, side, cuts)
+    pieces = computed(side, ((1.0, params),), cuts).read
     with open_store(folder, identity, list(cuts)) as store:
         if store.has(0):
             _compare(pieces(0), store.read(0), folder)
         complete(store, pieces)
-        yield store
+        shares = [*_shares({name: nbytes({name: handle}) for name, handle in store.read(0).items()})]
+        yield Gradients(side, cuts, store.read, shares=shares)
 
 
-def complete(store: Store, pieces: Pieces, tick: Callable[[int], Any] = lambda n: None) -> int:
+def complete(store: Store, pieces: Read, tick: Callable[[int], Any] = lambda n: None) -> int:
     """Compute and write what is missing; a microbatch is written while the next one is computed.
 
     Args:
@@ -79,3 +85,15 @@ def _compare(computed: Handles, read: Handles, directory: Path) -> None:
             f"differs by {worst:.1%} (another temperature, another model code?). Choose another directory, or delete "
             f"this one."
         )
+
+
+def _shares(sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """Group successive parameters so that no group takes more than the largest one of them takes alone."""
+    most, share, held = max(sizes.values()), list[str](), 0
+    for name, size in sizes.items():
+        if share and held + size > most:
+            yield share
+            share, held = [], 0
+        share.append(name)
+        held += size
+    yield share

@@ -13,10 +13,10 @@ from rich.table import Table
 from fkernel.report.tokens import token_table
 from fkernel.study import Finding, FisherKernelResults, RequestResult
 
-PARTS = ("unclipped", "clipping", "momentum", "decay", "curvature", "remainder", "unselected", "realised", "floor")
+PARTS = ("unclipped", "clipping", "momentum", "decay", "remainder", "unselected", "realised", "floor")
 """Lines of a ledger; what parameters did that the plan does not select has one where there are such parameters."""
 HEADS = {"unselected": "not selected", "floor": "± rounding"}
-PREDICTED = ("batch", "penalty", "momentum", "decay", "curvature")
+PREDICTED = ("batch", "penalty", "momentum", "decay")
 """What a prediction is the sum of, where it is known."""
 MOST_GROUPS = 12
 
@@ -39,8 +39,8 @@ def ledger_table(result: RequestResult, rows: int = 10) -> Table:
     facts = found.facts
     table = Table(
         title=f"{result.name}: the ledger (10⁻³ nats; the parts add up to realised)",
-        caption=f"c = {facts['clip']:.3g}; off by {_share(facts['first_order_error'])} at first order, "
-        f"{_share(facts['second_order_error'])} with curvature, of which rounding {_share(facts['floor'])}",
+        caption=f"c = {facts['clip']:.3g}; gradients of E at the {facts['path']} of the step; what remains is "
+        f"{_share(facts['error'])} of the change, rounding alone {_share(facts['floor'])}",
     )
     table.add_column("sequence", no_wrap=True)
     for name in columns:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-EFFECTS = ("penalty", "momentum", "decay", "curvature")
+EFFECTS = ("penalty", "momentum", "decay")
 """What a prediction has beside the batch's part, where it is known."""
 COUNTERFACTUAL = "counterfactuals."
 UNITS = {"expected_reward": "of reward", "function": "of its unit"}

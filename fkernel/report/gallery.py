@@ -70,7 +70,7 @@ def _effects(result: RequestResult) -> Iterator[tuple[str, Draw]]:
         yield "heatmap", partial(heatmap, result)
     if result.top is not None and result.top.size:
         yield "contributors", partial(contributor_bars, result)
-    if {"batch", "first_order"} <= set(result.calibration):
+    if {"batch", "predicted"} <= set(result.calibration):
         yield "predicted_vs_realised", partial(predicted_vs_realised, result)
 
 

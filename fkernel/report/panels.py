@@ -33,7 +33,6 @@ LEDGER = {
     "clipping": (PALETTE[4], "/////"),
     "momentum": (PALETTE[1], ""),
     "decay": (PALETTE[2], ""),
-    "curvature": (PALETTE[3], ""),
     "unselected": (PALETTE[6], "....."),
 }
 """Parts whose sum is the realised change, but for the remainder: colour and hatching."""
@@ -44,8 +43,7 @@ def ledger_panel(result: RequestResult, path: str | Path | None = None) -> Figur
     """Draw the ledger of the dozen sequences that moved most: parts that add up to what was realised.
 
     Left, what raises is stacked to the right of zero and what lowers to its left, with a part for the parameters that
-    the plan does not select, where they moved; right, what is left over at first
-    order and with curvature, beside the size of the rounding.
+    the plan does not select, where they moved; right, what is left over, beside the size of the rounding.
 
     Args:
         result: of one request whose plan asked for the ledger.
@@ -94,22 +92,18 @@ def _stack(axes: Axes, parts: dict[str, np.ndarray]) -> None:
 
 def _left_over(axes: Axes, found: Finding, order: list[int]) -> None:
     places = np.arange(len(order))
-    first = np.abs(found["remainder"] + found["curvature"])[order]
-    second, floor = np.abs(found["remainder"])[order], found["floor"][order]
-    positive = np.concatenate([x[x > 0] for x in (first, second, floor)])
+    rest, floor = np.abs(found["remainder"])[order], found["floor"][order]
+    positive = np.concatenate([x[x > 0] for x in (rest, floor)])
     low = 0.4 * float(positive.min()) if len(positive) else 1e-9
     told = (
         f"{name} {percent(found.facts[fact])}"
         for name, fact in (
             ("rounding floor,", "floor"),
-            ("first order, off by", "first_order_error"),
-            ("with curvature, by", "second_order_error"),
+            ("remainder,", "error"),
         )
     )
     axes.barh(places, np.clip(floor - low, 0, None), left=low, height=0.74, color=PALE, label=next(told))
-    axes.hlines(places, np.maximum(second, low), np.maximum(first, low), color=GREY, linewidth=0.8)
-    axes.plot(_above(first), places, "o", color="white", markeredgecolor=RED, markersize=6, label=next(told))
-    axes.plot(_above(second), places, "o", color=BLUE, markersize=6, label=next(told))
+    axes.plot(_above(rest), places, "o", color=BLUE, markersize=6, label=next(told))
     axes.set_xscale("log")
     axes.set_xlim(low, None)
     axes.set_xlabel("size  (nats)", fontsize=9)

@@ -59,10 +59,11 @@ def predicted_vs_realised(result: RequestResult, path: str | Path | None = None)
     """
     drawn = figure(11, 4.4)
     left, middle, right = drawn.subplots(1, 3)
-    realised, whole = 1e3 * result.kept("realised"), "first_order" if result.second_order is None else "second_order"
-    predictions = {"batch": result.batch, whole: result.predicted}
+    realised, predictions = 1e3 * result.kept("realised"), {"batch": result.batch, "predicted": result.predicted}
     low, high = min(realised.min(), 0.0), max(realised.max(), 0.0)
-    for axes, (name, title) in zip((left, middle), (("batch", "K·A alone"), (whole, "whole prediction")), strict=True):
+    for axes, (name, title) in zip(
+        (left, middle), (("batch", "K·A alone"), ("predicted", "whole prediction")), strict=True
+    ):
         value = result.calibration[name]
         axes.axline((0, 0), slope=1, color=GREY, linewidth=0.8)
         axes.scatter(1e3 * predictions[name], realised, s=14, color=BLUE, alpha=0.8, linewidths=0)
@@ -75,13 +76,8 @@ def predicted_vs_realised(result: RequestResult, path: str | Path | None = None)
         margin = 0.05 * (high - low)
         axes.set_ylim(low - margin, high + margin)
     left.set_ylabel(f"realised ΔS{_proven(result)}  (10⁻³ nats)")
-    for told, prediction, color in (
-        ("first order", result.first_order, RED),
-        ("with curvature", result.second_order, BLUE),
-    ):
-        if prediction is None:
-            continue
-        right.scatter(realised, realised - 1e3 * prediction, s=14, color=color, alpha=0.8, linewidths=0, label=told)
+    left_over, told = realised - 1e3 * result.predicted, f"gradients of E at the {result.path} of the step"
+    right.scatter(realised, left_over, s=14, color=BLUE, alpha=0.8, linewidths=0, label=told)
     if result.unselected is not None:
         rest = realised - 1e3 * (result.predicted + result.unselected)
         right.scatter(

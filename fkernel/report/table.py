@@ -73,8 +73,7 @@ def calibration_table(result: RequestResult) -> Table:
         table.add_column(name, justify="left" if name == "prediction" else "right")
     labels = {
         "batch": "K·A alone",
-        "first_order": f"batch{'' if result.penalty is None else ' + penalty'} + momentum + decay",
-        "second_order": "… + curvature ½ΔθᵀHΔθ",
+        "predicted": f"batch{'' if result.penalty is None else ' + penalty'} + momentum + decay, {result.path}",
     }
     for name, value in result.calibration.items():
         table.add_row(labels[name], f"{value.pearson:.6f}", f"{value.slope:.4f}", f"{value.relative_error:.3%}")

@@ -3,12 +3,13 @@
 plan → workspace (U, its gradients, P) → one answer a request → results
 """
 
+from fkernel.engine.gradients import Gradients
 from fkernel.errors import ResultsError
 from fkernel.study.analyses.plan import AnalysesPlan, RequestAnalyses
 from fkernel.study.checks import check_inputs, check_out
 from fkernel.study.diagnostics import Blocks, Spectrum, cosines, spectrum, top_contributors
 from fkernel.study.environment import environment
-from fkernel.study.gradients import GradientCache, Gradients
+from fkernel.study.gradients import GradientCache
 from fkernel.study.log import LEVELS, recorded
 from fkernel.study.loss_plan import ClippedRatioLoss, KLPlan, PolicyGradientLoss, PreferenceLoss, SequenceRatioLoss
 from fkernel.study.loss_terms import LossTerms

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from fkernel.errors import PlanError
 from fkernel.rollout.rewards import dotted
 from fkernel.study.analyses.plan import OBSERVABLE
+from fkernel.study.outcome import RequestResult
 from fkernel.study.plan import FisherKernelPlan
 
 
@@ -44,6 +46,13 @@ def check_inputs(plan: FisherKernelPlan) -> None:
     ]
     if missing:
         raise PlanError("\n".join(missing))
+
+
+def missed_pairs(plan: FisherKernelPlan, requests: Mapping[str, RequestResult]) -> list[str]:
+    """Say which of the plan's pairs no request kept anything for."""
+    rows = {entry.row for result in requests.values() for entry in result.selected}
+    missed = sorted({row for row, _ in plan.capture.pairs} - rows)
+    return [f"capture.pairs: no request has a sequence {row!r}; nothing was kept for it" for row in missed]
 
 
 def check_out(plan: FisherKernelPlan, overwrite: bool = False) -> None:

@@ -6,7 +6,8 @@
   gradients/             one folder of shards for U, as `fkernel.engine.store` keeps them
   response.safetensors   P, {name: [*shape]}
   loss.safetensors       what a loss that the plan names made of U: ρ [n t], the KL term's share of the ascent
-  complete.json          c, ‖∇L‖, what is known of the loss, and the checksums of the two before; written last
+  complete.json          c, ‖∇L‖, what is known of the loss, and the checksums of U and of the two before; written last
+  kept/                  answers of earlier runs (`fkernel.study.kept`); may be deleted
   lock                   names the one process that has it open
 
 Every file is written beside its place and moved there, and shards are recorded one by one, so that a program that is
@@ -25,7 +26,8 @@ import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 
-from fkernel.engine.sides import Ordered, Pieces
+from fkernel.engine.gradients import Gradients, Read
+from fkernel.engine.sides import Ordered
 from fkernel.engine.store import open_store
 from fkernel.engine.store.directory import MANIFEST
 from fkernel.engine.store.files import checksum, locked, plain_errors, write_atomically
@@ -38,7 +40,7 @@ from fkernel.func.losses import Weighted
 from fkernel.precond import Diagonal
 from fkernel.rollout import load_batch, save_batch
 from fkernel.rollout.batch import GeneratedBatch
-from fkernel.study.gradients import Gradients
+from fkernel.rollout.files import MANIFEST as MANIFEST_OF_BATCH
 from fkernel.study.loss_terms import LossTerms
 
 SCHEMA = 1
@@ -107,12 +109,35 @@ class WorkspaceDirectory:
         """Fingerprint of the policy that U is of: the checkpoint, or another one that the loss knows; None for any."""
         return self.asked.get("sampled_by", self.asked["checkpoint"])
 
-    def batch(self, make: Callable[[], GeneratedBatch]) -> GeneratedBatch:
-        """Read U, or make and save it."""
+    def batch(
+        self, make: Callable[[], GeneratedBatch], check: Callable[[GeneratedBatch], Any] = lambda batch: None
+    ) -> GeneratedBatch:
+        """Read U, or make and save it.
+
+        Args:
+            make: makes it.
+            check: called with one that an earlier run made.
+
+        Raises:
+            StoreError: it is another one than P was made of.
+        """
         place = self.path / BATCH
-        if not place.exists():
-            save_batch(make(), place)
+        if place.exists():
+            found = load_batch(place, checkpoint=self.sampler)
+            self._check_batch(self.complete or {})
+            check(found)
+            return found
+        save_batch(make(), place)
         return load_batch(place, checkpoint=self.sampler)
+
+    def _check_batch(self, facts: Mapping[str, Any]) -> None:
+        """Hold U, as it lies there, against the one that P was made of."""
+        place = self.path / BATCH / MANIFEST_OF_BATCH
+        if "batch" in facts and (not place.is_file() or checksum(place) != facts["batch"]):
+            raise StoreError(
+                f"{self.path / BATCH} is not the batch that this workspace was made of; put that one back, or delete "
+                f"the workspace to have it made anew."
+            )
 
     def cuts(self) -> list[slice] | None:
         """Read how the gradients that are there, if any, were cut into microbatches: a run that goes on keeps to it."""
@@ -128,7 +153,7 @@ class WorkspaceDirectory:
         self,
         side: Ordered,
         cuts: list[slice],
-        pieces: Pieces | None,
+        pieces: Read | None,
         tick: Callable[[int], Any] = lambda n: None,
         device: torch.device | None = None,
     ) -> Gradients:
@@ -152,6 +177,7 @@ class WorkspaceDirectory:
         chunks: list[bytes] = [save_tensors({k: v.cpu().contiguous() for k, v in (P.d or {}).items()})]
         write_atomically(self.path / RESPONSE, chunks)
         facts: dict[str, Any] = {"clip": clip, "grad_norm": grad_norm, "sha256": checksum(self.path / RESPONSE)}
+        facts["batch"] = checksum(self.path / BATCH / MANIFEST_OF_BATCH)
         if loss is not None:
             write_atomically(self.path / LOSS, [save_tensors(loss.tensors())])
             facts["loss"] = {"facts": loss.facts, "sha256": checksum(self.path / LOSS)}
@@ -170,11 +196,12 @@ class WorkspaceDirectory:
         """Read (P, c, ‖∇L‖).
 
         Raises:
-            StoreError: the workspace is not complete, or P is not what was written.
+            StoreError: the workspace is not complete, or P or U is not what was written.
         """
         facts = self.complete
         if facts is None:
             raise self.unfinished()
+        self._check_batch(facts)
         return Diagonal(self._tensors(RESPONSE, facts) or None), facts["clip"], facts["grad_norm"]
 
     def _tensors(self, name: str, facts: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from fkernel.errors import PlanError
 from fkernel.rollout import SampleGenerator
 from fkernel.rollout.batch import GeneratedBatch
 from fkernel.study.parts import Strict
@@ -63,6 +64,34 @@ class UpdateDraw(UpdateRules):
             self.weights,
             **self.weight_options,
         )
+
+
+def check_rewards(draw: UpdateDraw, hub: SampleGenerator, batch: GeneratedBatch, weighed: bool = False) -> None:
+    """Hold the rewards and advantages that an earlier run gave U against what the same names give now.
+
+    Args:
+        draw: the plan's, whose functions have no file that could tell whether they were edited.
+        hub: with the prompts that U was drawn from.
+        batch: U, as that run left it.
+        weighed: whether the step's loss has set its own advantages.
+
+    Raises:
+        PlanError: they differ.
+    """
+    given: list[tuple[str, Any, list[Any], list[Any]]] = []
+    if draw.reward is not None:
+        given.append(("reward", draw.reward, [r.reward for r in batch], hub.rewards_of(batch, draw.reward)))
+    if draw.reward is not None and draw.advantage is not None and not weighed:
+        again = batch.with_advantages(draw.advantage)
+        given.append(("advantage", draw.advantage, [r.advantage for r in batch], [r.advantage for r in again]))
+    for what, name, before, now in given:
+        for record, was, is_now in zip(batch, before, now, strict=True):
+            if was != is_now:
+                raise PlanError(
+                    f"The {what} of {record.sequence_id} by {name} is {is_now}, and the workspace was made with {was}: "
+                    f"the function was edited, or does not give the same twice. Choose another directory "
+                    f"(storage.workspace, or out:), or delete the workspace to have U drawn anew."
+                )
 
 
 class EvaluationDraw(Draw):

@@ -1,32 +1,36 @@
 """One batch E against a workspace: rows of K stream by, and what is asked of them is kept.
 
-    C_eu = c w_u A_u K_eu,   batch_e = Σ_u C_eu;   momentum, decay, curvature and the realised change by passes over E
-    penalty_e = c ⟨∇S_e, P · the KL term's share of the ascent⟩, where the step's loss has one
+    C_eu = c w_u A_u ⟨ḡ_e, P ∇S_u⟩,   batch_e = Σ_u C_eu,   ḡ_e at the nodes of the step's path (`fkernel.engine.path`)
+    momentum_e = ⟨ḡ_e, Δθ_momentum⟩,  decay_e = ⟨ḡ_e, Δθ_decay⟩
+    penalty_e = ⟨ḡ_e, P c · the KL term's share of the ascent⟩, where the step's loss has one
 
-Where nothing is asked that needs K, batch = J_E (P J_Uᵀ(c w A)) is one jvp.
+All of it is taken of one walk over E's and U's gradients. Where nothing is asked that needs K, U's are not read:
+batch_e = ⟨ḡ_e, P J_Uᵀ(c w A)⟩ is one more such column.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 
 from fkernel import func
-from fkernel.engine.recycling import recycled
+from fkernel.engine import recycled
+from fkernel.engine.contraction import Block
 from fkernel.errors import RolloutError
+from fkernel.func.contract import Asked, Own
 from fkernel.precond import AdamWStep
 from fkernel.rollout import SequenceRecord
 from fkernel.rollout.batch import GeneratedBatch
-from fkernel.shapes import Tensor
+from fkernel.shapes import Tensor, Tree
 from fkernel.study.analyses.accounts import Accounts
 from fkernel.study.analyses.plan import RequestAnalyses
 from fkernel.study.analyses.situation import Situation
 from fkernel.study.diagnostics import BlockTally, cosines, top_contributors
 from fkernel.study.outcome import Entry, RequestResult, info_of
 from fkernel.study.requests import CapturePlan
-from fkernel.study.rows import Grant, Policy, Rows, kernel_rows, own_rows
+from fkernel.study.rows import Grant, Policy, walked
 from fkernel.study.workspace import KernelWorkspace, selected, tokens_of
 
 EXECUTED = "the step executed here"
@@ -84,20 +88,20 @@ def evaluate(
     found = at.found
     accounts = Accounts(question.analyses, at, question.strict)
     with recycled():
-        if capture.influence_only and not question.analyses.of_rows:
-            towards = workspace.P(workspace.gradients.weighted_sum(weights))
-            found["batch"] = func.jvp(policy.f, grant.microbatch)(policy.params, E, towards)
-            tick(len(batch))
+        needs_K = not capture.influence_only or question.analyses.of_rows
+        asked = accounts.asked(_asked(at, needs_K))
+        own = None if policy.through_detach or policy.path != "start" else workspace.rows_of(batch)
+        blocks = walked(E, workspace, policy, grant, asked, own)
+        if needs_K:
+            found |= _reduced(blocks, question, batch, workspace, weights, tick, accounts, at.dtype)
         else:
-            own = None if policy.through_detach else workspace.rows_of(batch)
-            rows = kernel_rows(E, workspace, policy, grant) if own is None else own_rows(workspace, own, grant)
-            found |= _reduced(rows, question, batch, workspace, weights, tick, accounts)
-        if at.added is not None:
-            found["penalty"] = func.jvp(policy.f, grant.microbatch)(policy.params, E, at.added)
-        if step is not None:
-            found |= _effects(at, step)
+            found |= _alone(blocks, at, ("batch", *at.vectors))
+            tick(len(batch))
+        if step is not None and not at.overridden:
+            found |= _measured(at, step)
         analyses = accounts.findings()
     facts = found.pop("facts", {}) | {"sampling": batch.diagnostics, "advantages": question.advantages}
+    facts["path"] = policy.path
     if "realised" in found:
         facts["realised_on"] = EXECUTED if policy.after is None else "step.after"
     arrays: dict[str, Any] = {
@@ -114,46 +118,68 @@ def evaluate(
     )
 
 
-def _effects(at: Situation, step: AdamWStep) -> dict[str, Tensor]:
-    """Momentum, decay, curvature and the realised change, with what was not selected of it, [n_E] each."""
-    f, params, E, m = at.policy.f, at.policy.params, at.E, at.grant.microbatch
-    along = func.jvp(f, m)
-    found = {"momentum": along(params, E, step.momentum), "decay": along(params, E, step.decay)}
-    if at.overridden:
-        return found  # the step that was taken is another one
+def _asked(at: Situation, needs_K: bool) -> Asked:
+    """What every request asks of the walk; analyses add to it."""
+    P, vectors = at.workspace.P.d, dict(at.vectors)
+    if not needs_K:
+        vectors["batch"] = at.workspace.P(at.workspace.gradients.weighted_sum(at.weights.to(at.like)))
+        return Asked(x=Own(vectors))
+    norms: dict[str, Tree | None] = {"squared_norms": None, "diagonal": P}
+    return Asked({"": P}, Own(vectors, norms), Own() if at.workspace.has_norms else Own(squares=norms))
+
+
+def _alone(blocks: Iterator[Block], at: Situation, names: Iterable[str]) -> dict[str, Tensor]:
+    """Take what was asked of E's rows by themselves, [n_E] each."""
+    found = {name: torch.empty(len(at.batch), dtype=at.dtype) for name in names}
+    for block in blocks:
+        for name, values in found.items():
+            values[block.at] = block.rows(name).to(at.dtype)
+    return found
+
+
+def _measured(at: Situation, step: AdamWStep) -> dict[str, Tensor]:
+    """The realised change, with what was not selected of it, and the curvature where it is asked for, [n_E] each."""
+    found: dict[str, Tensor] = {}
     if at.capture.curvature:
-        found["curvature"] = 0.5 * func.curvature(f, m)(params, E, step.total)
+        curvature = func.curvature(at.policy.f, at.grant.microbatch)
+        found["curvature"] = 0.5 * curvature(at.policy.params, at.E, step.total)
     if at.capture.realised:
-        found |= at.realised(f, E)
+        found |= at.realised(at.policy.f, at.E, at.before)
     return found
 
 
 def _reduced(
-    rows: Iterator[Rows],
+    blocks: Iterator[Block],
     question: Question,
     batch: GeneratedBatch,
     workspace: KernelWorkspace,
     weights: Tensor,
     tick: Callable[[int], Any],
     accounts: Accounts,
+    dtype: torch.dtype,
 ) -> dict[str, Any]:
     """Take rows of K as they come; keep what was asked for."""
     capture, n, m = question.capture, len(batch), len(workspace.batch)
     k = min(capture.top_k, m)
-    columns = workspace.norms.weighted
     kept: dict[str, Any] = {name: torch.empty(n, dtype=torch.float64) for name in ("squared_norms", "diagonal")}
     kept |= {"top": torch.empty(n, k, dtype=torch.int64)}
     wanted, tally, entries = _wanted(question, batch, workspace), BlockTally(), list[Entry]()
     prompts = [record.provenance.global_prompt_id for record in workspace.batch]
     names = [*map(_identity, workspace.batch)]
-    for block in rows:
-        at, K, norms, _ = block
+    vectors = accounts.at.vectors
+    for block in blocks:
+        at, K = block.at, block.kernel().to(dtype)
+        if not workspace.has_norms:
+            workspace.learn(func.SquaredNorms(block.columns("squared_norms"), block.columns("diagonal")))
         C = K * weights.to(K)
-        cosine = cosines(K, norms.weighted, columns)
+        cosine = cosines(K, block.rows("diagonal"), workspace.norms.weighted)
         if "batch" not in kept:
-            kept |= {"batch": K.new_empty(n), "top_contributions": K.new_empty(n, k)}
+            kept |= {name: K.new_empty(n) for name in ("batch", *vectors)}
+            kept |= {"top_contributions": K.new_empty(n, k)}
             kept |= {name: K.new_empty(n, m) for name in ("kernel", "contributions") if capture.kernel}
-        kept["batch"][at], kept["squared_norms"][at], kept["diagonal"][at] = C.sum(1), norms.plain, norms.weighted
+        kept["batch"][at] = C.sum(1)
+        for name in ("squared_norms", "diagonal", *vectors):
+            kept[name][at] = block.rows(name).to(kept[name])
         kept["top"][at], kept["top_contributions"][at] = top_contributors(C, k)
         if capture.kernel:
             kept["kernel"][at], kept["contributions"][at] = K, C
@@ -170,7 +196,7 @@ def _reduced(
     place = {name: i for i, name in enumerate(batch.ids)}
     entries.sort(key=lambda entry: (place[entry.row], workspace.index[entry.column]))
     facts = {"blocks": tally.blocks._asdict()}
-    return {**kept, "update_diagonal": columns, "selected": tuple(entries), "facts": facts}
+    return {**kept, "update_diagonal": workspace.norms.weighted, "selected": tuple(entries), "facts": facts}
 
 
 def _identity(record: SequenceRecord) -> tuple[str, str]:

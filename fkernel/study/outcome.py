@@ -118,7 +118,8 @@ class RequestResult:
         penalty: [n_E] what the loss's KL term did; None where there is none.
         momentum: [n_E] nats; None where there is no optimizer state or P is bare, as the next three.
         decay: [n_E] nats.
-        curvature: [n_E] nats, ½ ΔθᵀH_eΔθ; None also where it was not asked for.
+        curvature: [n_E] nats, ½ ΔθᵀH_eΔθ at the checkpoint; no part of the prediction along a path, which has it; None
+            unless it was asked for.
         realised: [n_E] nats, S of the whole model after the step minus S before; None also where it was not asked for,
             or where other advantages than the step's were.
         unselected: [n_E] nats, the part of `realised` that parameters did which the plan does not select, after the
@@ -128,7 +129,7 @@ class RequestResult:
         update_diagonal: [n_U] K_uu.
         top: [n_E k] columns of the largest |C_eu|, largest first.
         top_contributions: [n_E k] their C_eu.
-        kernel: [n_E n_U] K; None unless it was kept, as the next.
+        kernel: [n_E n_U] K, of E's gradients at the nodes of `path`; None unless it was kept, as the next.
         contributions: [n_E n_U] C.
         selected: entries that were asked for by id.
         facts: JSON: same-prompt and cross-prompt blocks, sampling diagnostics, advantages that were overridden.
@@ -158,29 +159,23 @@ class RequestResult:
     analyses: dict[str, Finding] = field(default_factory=dict)
 
     @property
-    def first_order(self) -> np.ndarray | None:
-        """[n_E] nats: batch + penalty, where there is one, + momentum + decay."""
-        if self.momentum is None or self.decay is None:
-            return None
-        return (self.batch if self.penalty is None else self.batch + self.penalty) + self.momentum + self.decay
-
-    @property
-    def second_order(self) -> np.ndarray | None:
-        """[n_E] nats: first order + curvature."""
-        first = self.first_order
-        return None if first is None or self.curvature is None else first + self.curvature
+    def path(self) -> str:
+        """Where E's gradients were taken: "midpoint", "gauss2", or "start", the checkpoint."""
+        return str(self.facts.get("path", "start"))
 
     @property
     def predicted(self) -> np.ndarray:
-        """[n_E]: the best prediction there is; second order, first order or the batch's part alone."""
-        for best in (self.second_order, self.first_order):
-            if best is not None:
-                return best
-        return self.batch
+        """[n_E] nats: batch + penalty, where there is one, + momentum + decay; or the batch's part alone.
+
+        Along a path this is the change of S up to O(|Δθ|³); with the path "start", the first order.
+        """
+        if self.momentum is None or self.decay is None:
+            return self.batch
+        return (self.batch if self.penalty is None else self.batch + self.penalty) + self.momentum + self.decay
 
     @property
     def calibration(self) -> dict[str, Calibration]:
-        """The predictions held against what the step did: K·A alone, first order, second order.
+        """The predictions held against what the step did: {"batch": K·A alone, "predicted": with momentum and decay}.
 
         Where `facts["realised_on"]` is not "step.after", the step was executed here from the same reading of the
         optimizer's state: the two then agree whether or not it was read rightly.
@@ -189,7 +184,7 @@ class RequestResult:
         """
         if self.realised is None:
             return {}
-        predictions = {"batch": self.batch, "first_order": self.first_order, "second_order": self.second_order}
+        predictions = {"batch": self.batch, "predicted": self.predicted if self.momentum is not None else None}
         realised = torch.from_numpy(self.realised)
         found = {}
         for name, prediction in predictions.items():

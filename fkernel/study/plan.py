@@ -46,6 +46,8 @@ class StepPlan(Strict):
         max_norm: gradient clipping's threshold; None for none.
         clip: the factor c itself, where the training recorded it, or where parameters that are not selected count in
             its norm; excludes max_norm.
+        path: where E's gradients are taken: "midpoint", halfway along the step, so that contributions add up to the
+            change; "gauss2", at two nodes, for a large step; "start", at the checkpoint: the first order.
         after: the checkpoint after the step, where it was really taken: realised changes are then measured on it, and
             not on the step executed here.
         loss: what the step was taken on, where it is not the policy gradient −Σ w A S: a clipped ratio (PPO, GRPO,
@@ -54,6 +56,7 @@ class StepPlan(Strict):
 
     max_norm: float | None = Field(None, gt=0)
     clip: float | None = Field(None, gt=0, le=1)
+    path: Literal["midpoint", "start", "gauss2"] = "midpoint"
     after: CheckpointPlan | None = None
     loss: LossPlan | None = None
 

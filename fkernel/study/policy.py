@@ -7,7 +7,6 @@ import json
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,13 +16,15 @@ from fkernel.checkpoint import Checkpoint
 from fkernel.engine.store.fingerprint import fingerprint
 from fkernel.errors import PlanError, listing
 from fkernel.precond import AdamWState
+from fkernel.rollout import content_of_batch
 from fkernel.rollout.batch import GeneratedBatch
 from fkernel.shapes import Tree
 from fkernel.study.losses import as_it_came, asked_of_loss
+from fkernel.study.parts import CheckpointPlan
 from fkernel.study.plan import FisherKernelPlan
 from fkernel.study.response import restricted
 from fkernel.study.rows import Policy, Unselected
-from fkernel.study.workspace import identity_of_batch
+from fkernel.study.sources import code_of, describing_files, dotted_names, prompts_files, version
 
 
 def policy_of(plan: FisherKernelPlan, loaded: Checkpoint, temperature: float) -> Policy:
@@ -114,13 +115,15 @@ def asked_of(plan: FisherKernelPlan, loaded: Checkpoint, made: GeneratedBatch | 
         PlanError: U is of another policy than the loss says.
     """
     loss = plan.step.loss
+    scores = loss is not None and loss.foreign  # a ratio's denominator may be what U's records say
     names = chosen_parameters(plan, loaded.model)
     names = names or [name for name, leaf in loaded.model.named_parameters() if leaf.requires_grad]
     return {
         "checkpoint": loaded.provenance.fingerprint,
         "parameters": {"patterns": plan.parameters, "count": len(names), "sha256": _hash(names)},
         "optimizer": None if loaded.optimizer is None else _fingerprint(loaded.optimizer),
-        "update": _drawn(plan) if made is None else {"batch": identity_of_batch(as_it_came(loss, made))},
+        "files": files_of(plan),
+        "update": _drawn(plan) if made is None else {"batch": content_of_batch(as_it_came(loss, made), scores)},
         "temperature": temperature_of(plan, made),
         "dtype": plan.numerics.dtype,
         "preconditioner": plan.preconditioner.model_dump(mode="json"),
@@ -135,11 +138,26 @@ def temperature_of(plan: FisherKernelPlan, made: GeneratedBatch | None) -> float
     return plan.numerics.temperature or sampling
 
 
+def files_of(plan: FisherKernelPlan) -> dict[str, dict[str, str]]:
+    """Hash what describes the models that U is computed with, beside their parameters: {place in the plan: files}."""
+    loss = plan.step.loss
+    others = {} if loss is None else {f"step.loss.{place}": one for place, one in loss.checkpoints.items()}
+    return {place: describing_files(one) for place, one in {"checkpoint": plan.checkpoint, **others}.items()}
+
+
+def identity_of_checkpoint(one: CheckpointPlan, dtype: str) -> dict[str, Any]:
+    """Name the content of a checkpoint: its parameters, in some dtype, and the files that describe its model."""
+    loaded = one.load_weights(getattr(torch, dtype))
+    return {"fingerprint": loaded.provenance.fingerprint, "files": describing_files(one)}
+
+
 def _drawn(plan: FisherKernelPlan) -> dict[str, Any]:
-    """What decides which U is drawn: the draw, the sampling, the template, the prompts and what their files hold."""
+    """What decides which U is drawn: the draw, the sampling, the template, the prompts, what files hold, what runs."""
     record = plan.model_dump(mode="json", include={"update", "sampling", "template", "prompts"})
-    files = {prompts.jsonl for prompts in plan.prompts if prompts.jsonl is not None}
-    record["files"] = {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in sorted(files)}
+    record["files"] = prompts_files(plan.prompts)
+    record["code"] = code_of(dotted_names(record["update"]))
+    if record["update"]["reward"] == "math":
+        record["math-verify"] = version("math-verify")
     record["seed"] = plan.numerics.seed
     return record
 

@@ -9,22 +9,24 @@ from typing import Any, NamedTuple
 from fkernel import tree
 from fkernel.checkpoint import Checkpoint
 from fkernel.engine import recycled
+from fkernel.engine.gradients import Summing, computed
 from fkernel.engine.planning import usual_microbatch
-from fkernel.engine.sides import Ordered, check_sides, cuts_of, pieces_of
+from fkernel.engine.sides import Ordered, check_side, cuts_of
 from fkernel.func import Sequences
-from fkernel.func.certified import plan_of
 from fkernel.func.unused import unused_parameters
 from fkernel.precond import AdamWStep
-from fkernel.rollout import check_temperature
+from fkernel.rollout import SampleGenerator, check_temperature
 from fkernel.rollout.batch import GeneratedBatch
+from fkernel.shapes import Tensor
 from fkernel.study.directory import WorkspaceDirectory
+from fkernel.study.draws import UpdateDraw, check_rewards
 from fkernel.study.loss_terms import LossTerms, columns_of
 from fkernel.study.losses import terms_of, weighed
 from fkernel.study.plan import FisherKernelPlan
 from fkernel.study.policy import asked_of, policy_of, temperature_of
 from fkernel.study.response import response
 from fkernel.study.rows import Policy, grant_of
-from fkernel.study.workspace import KernelWorkspace, held_in_memory, named_errors, tokens_of
+from fkernel.study.workspace import KernelWorkspace, named_errors, tokens_of
 
 
 class Prepared(NamedTuple):
@@ -46,6 +48,7 @@ def prepared(
     checkpoint: Checkpoint,
     make: Callable[[], GeneratedBatch],
     tick: Callable[[int, int], Any] = lambda n, total: None,
+    hub: Callable[[], SampleGenerator] | None = None,
 ) -> Prepared:
     """Make U's workspace, go on with one that was cut off, or open one that is complete.
 
@@ -54,9 +57,11 @@ def prepared(
         checkpoint: the plan's, loaded.
         make: makes U: draws it, reads it, or takes what was handed in.
         tick: called with (sequences whose gradients are done now, all of them).
+        hub: makes the sample generator, with which a U that an earlier run drew is rewarded again where the function
+            has no file that could tell whether it was edited.
 
     Raises:
-        FKernelError: the batch or the place where gradients are kept is at fault.
+        FKernelError: the batch, its rewards or the place where gradients are kept is at fault.
     """
     given = None if plan.update.kind == "update" else make()
     if given is not None:
@@ -69,14 +74,23 @@ def prepared(
     def ready() -> GeneratedBatch:
         return _ready(plan, policy, make() if given is None else given)
 
+    def check(batch: GeneratedBatch) -> None:
+        if isinstance(plan.update, UpdateDraw) and hub is not None and None in asked["update"]["code"].values():
+            weighed = plan.step.loss is not None and plan.step.loss.kind == "preference"
+            check_rewards(plan.update, hub(), batch, weighed)
+
     if not plan.storage.persist:
         return _made(plan, checkpoint, policy, ready(), asked, None, tick)
     directory = WorkspaceDirectory(plan.workspace_path, asked)
     with ExitStack() as stack:
         stack.callback(directory.opened.close)
-        found = _made(plan, checkpoint, policy, directory.batch(ready), asked, directory, tick)
+        found = _made(plan, checkpoint, policy, directory.batch(ready, check), asked, directory, tick)
         stack.pop_all()
     return found
+
+
+def _weights(batch: GeneratedBatch, policy: Policy) -> Tensor:
+    return batch.loss_weights.to(next(iter(policy.params.values())))
 
 
 def _check_weights(plan: FisherKernelPlan, batch: GeneratedBatch) -> None:
@@ -111,18 +125,18 @@ def _made(
         tick(n, len(batch))
 
     with named_errors(batch), recycled():
-        check_sides(policy.f, policy.params, tokens, tokens)
+        check_side("U", policy.f, policy.params, tokens)
         grant = grant_of(plan.numerics.memory, plan.numerics.microbatch, policy, tokens)
         loss = _terms(plan, checkpoint, policy, batch, tokens, grant.microbatch, directory)
         f, U = columns_of(policy.columns, policy.trained, policy.temperature, tokens, loss)
-        side = Ordered("U", U, f, plan_of(f, policy.params, U))
+        side = Ordered("U", U, f)
         cuts = (directory and directory.cuts()) or cuts_of(side, grant.microbatch * max(side.tokens))
-        pieces = pieces_of(policy.params, side, cuts)
+        made = Summing(computed(side, ((1.0, policy.params),), cuts), _weights(batch, policy))
         if directory is None:
-            gradients = held_in_memory(side, cuts, pieces, told)
+            gradients = made.gradients.in_memory(told)
         else:
-            gradients = directory.gradients(side, cuts, pieces, told, tokens.input_ids.device)
-        ascent = gradients.weighted_sum(batch.loss_weights.to(next(iter(policy.params.values()))))
+            gradients = directory.gradients(side, cuts, made.gradients.read, told, tokens.input_ids.device)
+        ascent = made.whole(gradients)
         if loss is not None and loss.penalty is not None:
             ascent = tree.add(ascent, loss.penalty)
         unused = unused_parameters(f, policy.params, U)
@@ -133,6 +147,14 @@ def _made(
     workspace = KernelWorkspace(batch, gradients, found.P, found.clip, found.grad_norm, asked, place, opened, loss)
     policy = policy._replace(unused=unused)
     return Prepared(workspace, found.step if plan.preconditioner.calibrated else None, policy)
+
+
+def step_again(plan: FisherKernelPlan, workspace: KernelWorkspace, policy: Policy) -> AdamWStep | None:
+    """Make Δθ of a workspace that was opened by itself, from the gradients that it keeps; None where there is none."""
+    if policy.state is None or not plan.preconditioner.calibrated:
+        return None
+    ascent = workspace.with_penalty(workspace.gradients.weighted_sum(_weights(workspace.batch, policy)))
+    return response(plan.preconditioner, plan.step, policy.params, policy.state, ascent, policy.unused).step
 
 
 def _terms(

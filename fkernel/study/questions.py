@@ -18,7 +18,7 @@ from fkernel.study.workspace import KernelWorkspace, selected
 
 
 def self_kernel_of(
-    workspace: KernelWorkspace, ids: Sequence[str] | None = None, full: bool = False, room: int | None = None
+    workspace: KernelWorkspace, ids: Sequence[str] | None = None, full: bool = False, tile: int | None = None
 ) -> SelfKernel:
     """Compute K_UU, or the part of some sequences, with its spectrum.
 
@@ -26,7 +26,7 @@ def self_kernel_of(
         workspace: U.
         ids: patterns on ids; None for all.
         full: whether the matrix is kept.
-        room: bytes of gradients that are held on one side at a time; None for all.
+        tile: tokens whose gradients are held on one side at a time; None for all.
 
     Raises:
         RolloutError: a pattern names no sequence.
@@ -34,7 +34,7 @@ def self_kernel_of(
     ids = workspace.batch.ids if ids is None else selected(workspace.batch.ids, ids, "U")
     at = torch.tensor([workspace.index[name] for name in ids])
     with recycled():
-        K = workspace.self_kernel(room)[at][:, at]
+        K = workspace.self_kernel(tile)[at][:, at]
         norms = workspace.norms
     prompts = [workspace.batch.records[i].provenance.global_prompt_id for i in at.tolist()]
     same = torch.tensor([[a == b for b in prompts] for a in prompts])

@@ -38,12 +38,12 @@ class CapturePlan(Strict):
     top_k: int = Field(10, ge=0, description="contributors kept for each sequence")
     pairs: tuple[tuple[str, str], ...] = Field((), description="[E id, U id], whose entries are kept")
     submatrices: tuple[Submatrix, ...] = Field((), description="blocks of K that are kept")
-    curvature: bool = Field(True, description="½ ΔθᵀHΔθ, by one pass of second derivatives over E")
+    curvature: bool = Field(False, description="½ ΔθᵀHΔθ at the checkpoint, by one pass of second derivatives over E")
     realised: bool = Field(True, description="take the step, and hold the prediction against what it does")
 
     @property
     def influence_only(self) -> bool:
-        """Whether nothing is asked that needs K: then one jvp over E gives the influence."""
+        """Whether nothing is asked that needs K: the influence is one column of E's gradients, U's are not read."""
         return not (self.kernel or self.top_k or self.pairs or self.submatrices)
 
 

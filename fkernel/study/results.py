@@ -18,12 +18,25 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from fkernel.engine.store.files import checksum
 from fkernel.errors import ResultsError
-from fkernel.study.outcome import EFFECTS, Entry, Finding, RequestResult, SelfKernel, SequenceInfo, asked_for
+from fkernel.rollout.batch import GeneratedBatch
+from fkernel.study.outcome import (
+    EFFECTS,
+    Entry,
+    Finding,
+    RequestResult,
+    SelfKernel,
+    SequenceInfo,
+    asked_for,
+    info_of,
+)
 from fkernel.study.tables import to_frame, to_xarray
 from fkernel.study.whole import whole
 
 SCHEMA = 3
+BATCHES = "batches"
+"""Folder beside the results, of every request's batch."""
 OWN = "update_batch"
 """Whose arrays of U against itself are; no request has this name."""
 FILES = ("kernel.npz", "plan.json", "environment.json", "results.json")
@@ -133,14 +146,9 @@ class FisherKernelResults:
         (directory / "results.json").unlink(missing_ok=True)  # its absence says that the others are being changed
         with whole(directory / "kernel.npz") as temporary, temporary.open("wb") as file:
             np.savez(file, allow_pickle=False, **self._arrays())
-        for name, content in (
-            ("plan.json", self.plan),
-            ("environment.json", self.environment),
-            ("results.json", self._record()),
-        ):
-            with whole(directory / name) as temporary:
-                text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
-                temporary.write_text(text + "\n", encoding="utf-8")
+        for name, content in (("plan.json", self.plan), ("environment.json", self.environment)):
+            _write_json(directory / name, content)
+        _write_json(directory / "results.json", self._record() | {"sha256": _checksums(directory)})
         return directory
 
     @classmethod
@@ -164,6 +172,12 @@ class FisherKernelResults:
             ) from error
         if data.get("schema") != SCHEMA:
             raise ResultsError(f"{place} was written with schema {data.get('schema')}; this fkernel reads {SCHEMA}.")
+        found = _checksums(place)
+        if wrong := [name for name, known in data.get("sha256", {}).items() if found[name] != known]:
+            raise ResultsError(
+                f"{place / wrong[0]} is not the file that was written with {place / 'results.json'}; put that one "
+                f"back, or run the plan again."
+            )
         try:
             return _read(plan, environment, data, arrays, cls)
         except (KeyError, TypeError) as error:
@@ -198,12 +212,47 @@ class FisherKernelResults:
         }
 
 
+def check_saved_batch(place: str | Path, batch: GeneratedBatch) -> None:
+    """Refuse a batch that lies beside results, and is not the one that they are about; ids alone would not tell.
+
+    Args:
+        place: where the batch was read from; one that is not of a study's directory has no results beside it.
+        batch: what was read.
+
+    Raises:
+        ResultsError: the results cannot be read, have no such request, or are about other sequences.
+    """
+    folder = Path(place).resolve()
+    out, name = folder.parent.parent, folder.name
+    if folder.parent.name != BATCHES or not (out / "plan.json").is_file():
+        return
+    results = FisherKernelResults.load(out)
+    about = results.update if name == OWN else results.requests[name].evaluation if name in results.requests else ()
+    if about != tuple(map(info_of, batch)):
+        what = "are about other sequences" if about else f"have no request {name!r}"
+        raise ResultsError(
+            f"The batch at {place} is of another run than the results at {out}, which {what}. Run the plan again, and "
+            f"both are of one run; or copy the batch elsewhere, to ask of it alone."
+        )
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    with whole(path) as temporary:
+        text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def _checksums(directory: Path) -> dict[str, str]:
+    """Hash what results.json is about: equal ids do not make two files' arrays those of one run."""
+    return {name: checksum(directory / name) for name in ("kernel.npz", "plan.json")}
+
+
 def _ids(sequences: tuple[SequenceInfo, ...]) -> np.ndarray:
     return np.array([info.id for info in sequences], dtype=np.str_)
 
 
 def _request(result: RequestResult) -> dict[str, Any]:
-    effects = ("batch", *EFFECTS, "first_order", "second_order", "squared_norms", "diagonal")
+    effects = ("batch", *EFFECTS, "predicted", "squared_norms", "diagonal")
     given = {name: values for name in effects if (values := getattr(result, name)) is not None}
     rows = [
         asdict(info)

@@ -1,30 +1,29 @@
-"""Rows of K, a few at a time: E's gradients are computed, U's are read; the checkpoint and the grant they need."""
+"""The checkpoint as the engine takes it, what a grant allows, and the walk over a request's rows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any, NamedTuple
-
-import torch
 
 from fkernel import func
 from fkernel.engine.budget import parse_bytes
-from fkernel.engine.planning import usual_microbatch
-from fkernel.engine.planning.passes import fit, forward, reverse, twice_forward
+from fkernel.engine.contraction import Block, contraction
+from fkernel.engine.gradients import Gradients
+from fkernel.engine.path import Nodes, nodes_of
+from fkernel.engine.planning import Strategy, usual_microbatch
+from fkernel.engine.planning.passes import fit, reverse
 from fkernel.engine.planning.strategy import USABLE
-from fkernel.engine.sides import Ordered, cuts_of, pieces_of
+from fkernel.engine.problem import Problem, blocks
+from fkernel.engine.sides import Ordered
 from fkernel.errors import BatchError
-from fkernel.func.certified import plan_of
-from fkernel.func.contract import tile_bytes
-from fkernel.func.handles import Handles, at, stack_handles
+from fkernel.func.contract import Asked
+from fkernel.func.tiles import tile_bytes
 from fkernel.precond import AdamWState
-from fkernel.shapes import Tensor, Tree
-from fkernel.study.gradients import within
+from fkernel.shapes import Tree
 from fkernel.study.workspace import KernelWorkspace
 
 HELD = 1 << 30
-"""Bytes of E's gradients that are held at a time where no memory was granted."""
+"""Bytes of gradients that are held at a time where no memory was granted."""
 
 
 class Unselected(NamedTuple):
@@ -56,6 +55,8 @@ class Policy(NamedTuple):
         unused: parameters that the loss of the step never uses, so that its optimizer leaves them alone; known once U's
             workspace is prepared.
         padding_idx: the token whose embedding row training withholds the gradient of; None where it is not trained.
+        path: where E's gradients are taken: of `fkernel.engine.path.NODES`.
+        step: Δθ; None where nothing is predicted, and then E's gradients are taken at θ.
         unselected: gives the parameters that were not selected and that the step moved all the same, before and after
             it; empty where there are none, or where the step was not really taken. Loaded once, when first called.
     """
@@ -73,6 +74,13 @@ class Policy(NamedTuple):
     unselected: Callable[[], Unselected] = lambda: Unselected({}, {})
     through_detach: bool = False
     unused: frozenset[str] = frozenset()
+    path: str = "start"
+    step: Tree | None = None
+
+    @property
+    def nodes(self) -> Nodes:
+        """(weight, parameters) of the path's nodes."""
+        return nodes_of(self.path, self.params, self.step)
 
 
 class Grant(NamedTuple):
@@ -96,8 +104,7 @@ def grant_of(memory: int | str | None, microbatch: int | None, policy: Policy, b
     wanted = usual_microbatch(microbatch, batch)
     if memory is None:
         return Grant(wanted, None)
-    passes = (reverse, forward, twice_forward)
-    m, needed = fit(memory, wanted, policy.f, policy.params, (batch,), passes, vectors=0)
+    m, needed = fit(memory, wanted, policy.f, policy.params, (batch,), (reverse,), vectors=0)
     if parse_bytes(memory) < needed:
         raise BatchError(f"memory={memory!r} cannot hold one sequence's activations; give at least {needed} bytes.")
     return Grant(m, parse_bytes(memory))
@@ -111,48 +118,44 @@ def room_of(grant: Grant, workspace: KernelWorkspace) -> int:
     return max(1, int(USABLE * grant.memory) - beside)
 
 
-class Rows(NamedTuple):
-    """Some rows of K.
+def walked(
+    batch: Any, workspace: KernelWorkspace, policy: Policy, grant: Grant, asked: Asked, own: Any = None
+) -> Iterator[Block]:
+    """Walk everything that is asked of a batch's gradients and U's, some rows at a time.
 
-    Attributes:
-        at: [r] which rows.
-        K: [r n_U].
-        norms: of the rows' gradients.
-        handles: gives the rows' gradients; while these rows are the current ones only.
+    Args:
+        batch: E.
+        workspace: U.
+        policy: the checkpoint, whose nodes say where E's gradients are taken.
+        grant: what may be under way at once.
+        asked: what is asked; without kernels U is not read.
+        own: [n_E] which rows of U they are, where E is U's own and taken where U's are; no gradient is computed then.
     """
-
-    at: Tensor
-    K: Tensor
-    norms: func.SquaredNorms
-    handles: Callable[[], Handles]
-
-
-def kernel_rows(batch: Any, workspace: KernelWorkspace, policy: Policy, grant: Grant) -> Iterator[Rows]:
-    """Walk K_EU a few rows at a time; E's gradients are computed, U's are read."""
-    side = Ordered("E", batch, policy.f, plan_of(policy.f, policy.params, batch))
-    cuts = cuts_of(side, grant.microbatch * max(side.tokens))
-    pieces = pieces_of(policy.params, side, cuts)
-    for block, held in within(room_of(grant, workspace), pieces, len(cuts)):
-        J = stack_handles(held)
-        places = torch.cat([side.order[cuts[i]] for i in block])
-        norms = func.SquaredNorms(*(each.cpu() for each in func.squared_norms(J, diagonal=workspace.P.d)))
-        current = [J]
-        yield Rows(places, workspace.gradients.rows_against(J, workspace.P), norms, partial(current.__getitem__, 0))
-        current.clear()
-        del J, held  # or they would be alive while the next ones are made, whoever keeps these rows
+    U, held = workspace.gradients, workspace.directory is None
+    tile, block = _tokens(room_of(grant, workspace), U, held)
+    if own is not None:
+        J = U if own.tolist() == list(range(len(U))) else U.chosen(own)
+        return contraction(J, U if asked.kernels else None, asked, tile=tile, block=block)
+    side = Ordered("E", batch, policy.f)
+    problem = Problem(
+        policy.params,
+        side,
+        U.side if asked.kernels else None,
+        asked,
+        policy.path,
+        policy.step,
+        kept=U,
+        promised=grant.memory is not None,
+    )
+    return blocks(problem, Strategy("sequences", "E", tile, block, grant.microbatch * max(side.tokens)))
 
 
-def own_rows(workspace: KernelWorkspace, own: Tensor, grant: Grant) -> Iterator[Rows]:
-    """Walk rows of K_UU, a microbatch of U at a time; no gradient is computed."""
-    norms, K = workspace.norms, workspace.self_kernel(room_of(grant, workspace))
-    for rows, read in workspace.gradients.blocks():
-        chosen = (own[:, None] == rows).nonzero()  # (place in the request, place in the microbatch)
-        if len(chosen):
-            here, place = own[chosen[:, 0]], chosen[:, 1]
-            norm = func.SquaredNorms(norms.plain[here], norms.weighted[here])
-            yield Rows(chosen[:, 0], K[here], norm, lambda read=read, place=place: taken(read(), place))
+def tile_of(grant: Grant, workspace: KernelWorkspace) -> int | None:
+    """Tokens of U whose gradients are held on one side at a time."""
+    return _tokens(room_of(grant, workspace), workspace.gradients, workspace.directory is None)[0]
 
 
-def taken(handles: Handles, place: Tensor) -> Handles:
-    """Take some sequences of one microbatch's gradients."""
-    return {name: at(handle, place) for name, handle in handles.items()}  # pyright: ignore[reportArgumentType]
+def _tokens(room: int, U: Gradients, held: bool) -> tuple[int, int | None]:
+    """Tokens of E and of U whose gradients have room; U's take none of it where they are held anyway."""
+    tokens = max(1, int(room / U.token_bytes))
+    return (tokens, None) if held else (max(1, tokens // 2), max(1, tokens // 2))

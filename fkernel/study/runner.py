@@ -12,28 +12,30 @@ import torch
 
 from fkernel import func, tree
 from fkernel.checkpoint import Checkpoint
-from fkernel.engine.sides import check_sides
+from fkernel.engine.path import mean_of
+from fkernel.engine.sides import check_side
 from fkernel.errors import PlanError
 from fkernel.precond import AdamWStep
-from fkernel.rollout import SampleGenerator, load_batch, save_batch
+from fkernel.rollout import SampleGenerator, save_batch
 from fkernel.rollout.batch import GeneratedBatch
 from fkernel.study.analyses.update import health_of, structure_of
 from fkernel.study.certified import along, findings, skipping
-from fkernel.study.checks import check_inputs
+from fkernel.study.checks import check_inputs, missed_pairs
 from fkernel.study.draws import Draw
 from fkernel.study.environment import environment
 from fkernel.study.evaluate import Question, evaluate
 from fkernel.study.facts import facts_of_step
 from fkernel.study.gradients import GradientCache
+from fkernel.study.kept import answer_cache, answers, earlier, own_answer, results_of
 from fkernel.study.log import LOGGER, phase, say
-from fkernel.study.outcome import Entry, Finding, RequestResult, SelfKernel, info_of
+from fkernel.study.outcome import Entry, Finding, RequestResult, SelfKernel
 from fkernel.study.plan import FisherKernelPlan
 from fkernel.study.policy import after_of, policy_of
-from fkernel.study.prepare import prepared
+from fkernel.study.prepare import prepared, step_again
 from fkernel.study.questions import entry_of, influence_of, self_kernel_of
 from fkernel.study.requests import UpdateBatch
 from fkernel.study.results import FisherKernelResults
-from fkernel.study.rows import Grant, Policy, grant_of, room_of
+from fkernel.study.rows import Grant, Policy, grant_of, tile_of
 from fkernel.study.workspace import KernelWorkspace, named_errors, selected, tokens_of
 
 Tick = Callable[[str, int, int], Any]
@@ -102,9 +104,14 @@ class FisherKernelRunner:
         return found._replace(after=after_of(self.plan, found.params))
 
     def _along(self, E: func.Sequences) -> Policy:
-        """The policy whose derivative E's changes follow, certified on the first request."""
+        """The policy whose derivative E's changes follow, certified on the first request; with the step's path."""
         if self._of_E is None:
-            self._of_E = self.policy if self._step is None else along(self.policy, E, self._step)
+            step, path = self._step, self.plan.step.path
+            if step is None:
+                self._of_E = self.policy
+            else:
+                found = along(self.policy, E, step)
+                self._of_E = found._replace(path=path, step=step.total)
         return self._of_E
 
     def prepare_update_workspace(self, plan: FisherKernelPlan | None = None) -> KernelWorkspace:
@@ -123,7 +130,8 @@ class FisherKernelRunner:
             self._take(plan)
         plan = self.plan
         with skipping(self.plan), phase(self.logger, "preparing the workspace") as found:
-            made = prepared(plan, self.checkpoint, self._update, partial(self.tick, "gradients of U"))
+            tick = partial(self.tick, "gradients of U")
+            made = prepared(plan, self.checkpoint, self._update, tick, lambda: self.generator)
             self.workspace, self._step, self._prepared = made
             workspace = made.workspace
             found |= {"sequences": len(workspace.batch), "gradients_computed": workspace.gradients.computed}
@@ -141,7 +149,8 @@ class FisherKernelRunner:
                 f"The workspace is of the checkpoint {workspace.asked['checkpoint'][:12]}, the plan's is "
                 f"{self.checkpoint.provenance.fingerprint[:12]}."
             )
-        self.workspace = workspace
+        self.workspace, self._of_E = workspace, None  # the policy asks the workspace for its temperature
+        self._step = step_again(self.plan, workspace, self.policy)
 
     def compute_self_kernel(
         self,
@@ -161,8 +170,8 @@ class FisherKernelRunner:
         """
         workspace = self._given(workspace)
         with phase(self.logger, "kernel of U with itself"):
-            room = room_of(self._grant(workspace.batch), workspace)
-            return self_kernel_of(workspace, sequence_ids, capture_full, room)
+            tile = tile_of(self._grant(workspace.batch), workspace)
+            return self_kernel_of(workspace, sequence_ids, capture_full, tile)
 
     def evaluate_batch(
         self,
@@ -194,7 +203,7 @@ class FisherKernelRunner:
             self._batches[name] = E
             with named_errors(E):
                 tokens = tokens_of(E, self.policy.params)
-                check_sides(self.policy.f, self.policy.params, tokens, tokens)
+                check_side("E", self.policy.f, self.policy.params, tokens)
                 asked, strict = request.analyses or plan.analyses, bool(request.capture or request.analyses)
                 question = Question(name, request.kind, capture, request.advantages, strict, asked)
                 grant, size = self._grant(E), len(E)
@@ -240,18 +249,25 @@ class FisherKernelRunner:
             workspace.batch.by_id(sequence_id)  # its error names near ids
         if len(places) > 1:
             raise PlanError(f"{sequence_id!r} is a sequence of several requests; say which: NAME/{sequence_id}.")
-        return self.external(places[0].clone_with_subset([own]), workspace)
+        return self.external(places[0].clone_with_subset([own]), workspace, sequence_id)
 
-    def external(self, batch: GeneratedBatch, workspace: KernelWorkspace | None = None) -> GradientCache:
-        """Compute the gradient of a batch of one."""
-        workspace, policy = self._given(workspace), self._of_E or self.policy
-        E = tokens_of(batch, policy.params)
+    def external(
+        self, batch: GeneratedBatch, workspace: KernelWorkspace | None = None, name: str | None = None
+    ) -> GradientCache:
+        """Compute the gradient of a batch of one where requests take it, at the nodes of the step's path.
+
+        `name` tells it from a sequence of U that has its id.
+        """
+        workspace = self._given(workspace)
+        E = tokens_of(batch, self.policy.params)
+        policy = self._along(E)
 
         def read() -> Any:
+            gradient = func.per_sequence_handles(policy.f)
             with named_errors(batch):
-                return func.per_sequence_handles(policy.f)(policy.params, E)
+                return mean_of([(q, gradient(at, E)) for q, at in policy.nodes])
 
-        return GradientCache(batch.ids[0], read, workspace.P)
+        return GradientCache(name or batch.ids[0], read, workspace.P)
 
     def influence(
         self,
@@ -287,38 +303,26 @@ class FisherKernelRunner:
         about = environment() | {"plan_hash": plan.hash, "seed": plan.numerics.seed}
         say(self.logger, f"plan {plan.hash[:12]}, out {plan.out}", **about)
         with func.made_certificates() as made, self.prepare_update_workspace() as workspace:
-            own = self.compute_self_kernel(workspace, capture_full=plan.capture.kernel) if plan.self_kernel else None
-            found = {str(request.name): self.evaluate_batch(request, workspace) for request in plan.requests}
-            rows = {entry.row for result in found.values() for entry in result.selected}
-            for row in sorted({row for row, _ in plan.capture.pairs} - rows):
-                missed = f"capture.pairs: no request has a sequence {row!r}; nothing was kept for it"
-                say(self.logger, missed, logging.WARNING)
-            analyses, computed = self.analyse_update(workspace), workspace.gradients.computed
+            cache = answer_cache(plan, workspace, made)
+            own = own_answer(cache, plan, self.compute_self_kernel, self.analyse_update)
+            given = answers(cache, plan, self._batch, self.evaluate_batch, self._batches)
+            facts, computed = facts_of_step(workspace, self.policy, self.checkpoint.step), workspace.gradients.computed
+            about |= {"fingerprint": workspace.asked["checkpoint"], "kept": earlier(own, given)}
             say(self.logger, "gradients of U", computed=computed, read=len(workspace.batch) - computed)
-            about |= {"fingerprint": workspace.asked["checkpoint"]}
             about |= findings(made, self.policy, self._step, self.checkpoint, self.logger)
-            return FisherKernelResults(
-                plan=plan.record(),
-                environment=about,
-                update=tuple(map(info_of, workspace.batch)),
-                step=facts_of_step(workspace, self.policy, self.checkpoint.step),
-                self_kernel=own,
-                requests=found,
-                analyses=analyses,
-            )
+            results = results_of(plan, workspace, facts, own, given, about)
+            for missed in missed_pairs(plan, results.requests):
+                say(self.logger, missed, logging.WARNING)
+            return results
 
     def save_batches(self, out: str | Path) -> None:
-        """Save every batch that was evaluated, and is not there yet, to `<out>/batches/<name>`.
+        """Save every batch that was evaluated to `<out>/batches/<name>`, in place of another one of an earlier run.
 
         So is U, as `batches/update_batch`, where no workspace keeps it.
         """
         own = self.workspace if self.workspace and self.workspace.directory is None else None
         for name, batch in {**self._batches, **({"update_batch": own.batch} if own else {})}.items():
-            place = Path(out) / "batches" / name
-            if place.exists() and load_batch(place).ids != batch.ids:
-                raise PlanError(f"There is another batch at {place}; choose another directory (out:), or delete it.")
-            if not place.exists():
-                save_batch(batch, place)
+            save_batch(batch, Path(out) / "batches" / name, replace=True)
 
     def _given(self, workspace: KernelWorkspace | None) -> KernelWorkspace:
         found = workspace or self.workspace

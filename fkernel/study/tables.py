@@ -11,7 +11,7 @@ import numpy as np
 from fkernel.errors import ResultsError
 from fkernel.study.outcome import EFFECTS, RequestResult, SequenceInfo
 
-VECTORS = ("batch", *EFFECTS, "first_order", "second_order", "squared_norms", "diagonal")
+VECTORS = ("batch", *EFFECTS, "predicted", "squared_norms", "diagonal")
 MATRICES = ("kernel", "contributions")
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -13,16 +11,18 @@ from typing import Any
 import torch
 
 from fkernel import func, tree
-from fkernel.engine.sides import Ordered, Pieces
+from fkernel.engine.contraction import self_kernel
+from fkernel.engine.gradients import Gradients
+from fkernel.engine.sides import Ordered
 from fkernel.errors import NonFiniteError, PlanError, RolloutError, listing
 from fkernel.func import Sequences
-from fkernel.func.handles import packed
+from fkernel.func.contract import widest
 from fkernel.precond import Diagonal
 from fkernel.rollout import load_batch
 from fkernel.rollout.batch import GeneratedBatch
 from fkernel.shapes import Tensor, Tree
 from fkernel.study.directory import BATCH, WorkspaceDirectory
-from fkernel.study.gradients import GradientCache, Gradients
+from fkernel.study.gradients import GradientCache
 from fkernel.study.loss_terms import LossTerms
 
 
@@ -60,7 +60,7 @@ class KernelWorkspace:
         self.index = {name: row for row, name in enumerate(batch.ids)}
         self._caches: dict[str, GradientCache] = {}
         self._self_kernel: Tensor | None = None
-        self._norms: Any = None
+        self._norms: func.SquaredNorms | None = None
 
     def __enter__(self) -> KernelWorkspace:
         return self
@@ -179,18 +179,32 @@ class KernelWorkspace:
         """⟨∇S(one), P ∇S(other)⟩, of any two sequences."""
         return float(func.contract(one.handles, other.handles, diagonal=self.P.d))
 
-    def self_kernel(self, room: int | None = None) -> Tensor:
-        """K_UU [n_U n_U], of U's columns, computed when it is first asked for."""
+    def self_kernel(self, tile: int | None = None) -> Tensor:
+        """K_UU [n_U n_U], of U's columns, computed when it is first asked for, at most `tile` tokens at a time."""
         if self._self_kernel is None:
-            self._self_kernel = self.gradients.self_kernel(self.P, room)
+            K, norms = self_kernel(self.gradients, self.P.d, tile)
+            self._self_kernel, self._norms = K.to(_dtype(self.gradients)), func.SquaredNorms(norms, K.diagonal())
         return self._self_kernel
 
     @property
-    def norms(self) -> Any:
-        """`func.SquaredNorms` of U, computed when they are first asked for."""
+    def norms(self) -> func.SquaredNorms:
+        """‖g‖² and ⟨g, P g⟩ of U, computed when they are first asked for, or by the walk that came first."""
         if self._norms is None:
-            self._norms = self.gradients.squared_norms(self.P)
+            plain, weighted = torch.empty(2, len(self.batch), dtype=torch.float64)
+            for at, handles in self.gradients:
+                found = func.squared_norms(handles, diagonal=self.P.d)
+                plain[at], weighted[at] = found.plain.cpu(), found.weighted.cpu()
+            self._norms = func.SquaredNorms(plain, weighted)
         return self._norms
+
+    @property
+    def has_norms(self) -> bool:
+        """Whether U's norms are known."""
+        return self._norms is not None
+
+    def learn(self, norms: func.SquaredNorms) -> None:
+        """Take U's norms from a walk that formed its gradients anyway."""
+        self._norms = norms
 
 
 def tokens_of(batch: GeneratedBatch, params: Tree) -> Any:
@@ -210,19 +224,9 @@ def named_errors(batch: GeneratedBatch) -> Iterator[None]:
         raise NonFiniteError(f"{batch.ids[error.row]}: {error}", row=error.row, parameter=error.parameter) from error
 
 
-def identity_of_batch(batch: GeneratedBatch) -> str:
-    """Name the content of U: tokens, advantages and loss weights of every sequence, with its id."""
-    rows = [[r.sequence_id, r.content_hash, r.advantage, r.weight] for r in batch]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-
-
-def held_in_memory(side: Ordered, cuts: list[slice], pieces: Pieces, tick: Callable[[int], Any]) -> Gradients:
-    """Compute U's gradients and hold them."""
-    held = []
-    for i, rows in enumerate(cuts):
-        held.append(packed(pieces(i)))
-        tick(rows.stop - rows.start)
-    return Gradients(side, cuts, held.__getitem__, len(side))
+def _dtype(gradients: Gradients) -> torch.dtype:
+    handles = gradients.read(0)
+    return widest(handles, handles)
 
 
 def load_workspace(path: str | Path) -> KernelWorkspace:

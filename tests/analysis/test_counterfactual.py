@@ -78,10 +78,10 @@ def test_the_frozen_one_is_linear_and_meets_the_step_that_was_taken(case):
         S, params, E, alternative_step(params, func.weighted_sum(J, w), state, g)
     )
     w = case.weights
-    effect, _ = fk.explain_step(S, params, E, case.batch(fk, case.U), w, state)
+    effect, _ = fk.explain_step(S, params, E, case.batch(fk, case.U), w, state, path="start")
     now = along(w)
     for form in (now.frozen, now.exact):
-        torch.testing.assert_close(form, effect.first_order, rtol=1e-9, atol=1e-14)
+        torch.testing.assert_close(form, effect.predicted, rtol=1e-9, atol=1e-14)
     for u in range(len(w)):
         left = w.clone()
         left[u] = 0

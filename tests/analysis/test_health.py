@@ -15,9 +15,9 @@ import fkernel as fk
 from fkernel import func, precond, tree
 from fkernel.analysis.health import Health, Share, health
 from fkernel.func import squares
-from fkernel.func.contract import tiles
 from fkernel.func.handles import at, shape_of
 from fkernel.func.squares import squared_sum
+from fkernel.func.tiles import tiles
 from tests.cases import EXAMPLES
 from tests.laws import close, close_trees, flat
 

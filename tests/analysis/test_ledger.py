@@ -16,14 +16,15 @@ def case(request):
     return request.param
 
 
-def explained(case, max_norm=0.05, lr=1e-4):
+def explained(case, max_norm=0.05, lr=1e-4, path="midpoint"):
     S, params, E, U = case.engine(fk)
-    effect, step = fk.explain_step(S, params, E, U, case.weights, case.state(fk, lr=lr), max_norm=max_norm)
+    state = case.state(fk, lr=lr)
+    effect, step = fk.explain_step(S, params, E, U, case.weights, state, path=path, max_norm=max_norm)
     return S, params, E, effect, step
 
 
 def accounted(effect, realised, floor):
-    parts = {name: getattr(effect, name) for name in ("batch", "momentum", "decay", "curvature", "clip")}
+    parts = {name: getattr(effect, name) for name in ("batch", "momentum", "decay", "clip")}
     return ledger(**parts, realised=realised, floor=floor)
 
 
@@ -35,7 +36,37 @@ def test_a_ledger_closes_and_its_parts_are_what_they_say(case):
     assert effect.clip < 1
     torch.testing.assert_close(found.unclipped + found.clipping, effect.batch, rtol=1e-12, atol=0.0)
     torch.testing.assert_close(found.unclipped, (effect.kernel * case.weights).sum(1), rtol=1e-10, atol=1e-15)
-    assert (found.remainder.abs() < 1e-2 * found.curvature.abs().max()).all()
+    curvature = 0.5 * func.curvature(S)(params, E, step.total)  # at θ; the path has it in its parts
+    assert (found.remainder.abs() < 1e-2 * curvature.abs().max()).all()
+    mid = tree.axpy(0.5, step.total, params)
+    for name, part in (("momentum", step.momentum), ("decay", step.decay)):
+        torch.testing.assert_close(getattr(found, name), func.jvp(S)(mid, E, part), rtol=1e-9, atol=1e-15)
+
+
+def test_what_a_ledger_at_the_start_leaves_is_the_curvature(case):
+    S, params, E, effect, step = explained(case, path="start")
+    realised = fk.realised_change(S, params, tree.add(params, step.total), E)
+    found = accounted(effect, realised, rounding_floor(S, params, E))
+    torch.testing.assert_close(found.closed, realised, rtol=1e-12, atol=1e-15)
+    curvature = 0.5 * func.curvature(S)(params, E, step.total)
+    assert (found.remainder - curvature).norm() < 1e-2 * curvature.norm()
+
+
+def test_remainders_of_the_paths_fall_as_the_square_the_cube_and_the_fifth_power(case):
+    rates = [1e-3, 5e-4]
+    floors, left = [], {path: [] for path in ("start", "midpoint", "gauss2")}
+    for path, errors in left.items():
+        for lr in rates:
+            S, params, E, effect, step = explained(case, lr=lr, path=path)
+            realised = fk.realised_change(S, params, tree.add(params, step.total), E)
+            floors.append(float(rounding_floor(S, params, E).norm()))
+            errors.append(float(accounted(effect, realised, rounding_floor(S, params, E)).remainder.norm()))
+    for path, order in (("start", 2), ("midpoint", 3), ("gauss2", 5)):
+        big, small = left[path]
+        if small > 30 * max(floors):  # above the rounding, the order can be told
+            assert torch.tensor(big / small).log2().item() == pytest.approx(order, abs=0.2)
+        assert big < {"start": 1, "midpoint": 0.05, "gauss2": 5e-3}[path] * left["start"][0] * 1.01
+    assert left["midpoint"][1] > 30 * max(floors)
 
 
 def test_nothing_is_clipped_where_the_norm_is_small(case):
@@ -88,7 +119,7 @@ def test_a_floor_does_not_depend_on_the_microbatch(case):
 def test_sizes_that_disagree_are_said(case):
     _, _, _, effect, _ = explained(case)
     one = torch.ones(len(case.E) + 1, dtype=torch.float64)
-    with pytest.raises(fk.BatchError, match=r"are of \[2, 2, 2, 2, 3, 3\] sequences|are of \[4, 4, 4, 4, 5, 5\] seq"):
+    with pytest.raises(fk.BatchError, match=r"are of \[2, 2, 2, 3, 3\] sequences|are of \[4, 4, 4, 5, 5\] seq"):
         accounted(effect, one, one)
 
 

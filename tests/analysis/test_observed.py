@@ -1,4 +1,4 @@
-"""Other observables than log π: contributions of U, momentum, decay and curvature, held against the step taken."""
+"""Other observables than log π: contributions of U, momentum and decay add up to the step taken."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 import fkernel as fk
 from fkernel import func, tree
 from fkernel.analysis import explain_observable
+from fkernel.engine.path import nodes_of
 from tests.cases import EXAMPLES
 
 
@@ -37,9 +38,24 @@ def test_a_prediction_meets_the_step_that_is_taken(case, name):
     effect = explain_observable(f, S, params, batch, U, weights, state, max_norm=0.05)
     _, step = fk.explain_step(S, params, E, U, weights, state, max_norm=0.05)
     realised = fk.realised_change(f, params, tree.add(params, step.total), batch)
-    assert (effect.first_order - realised).norm() < 0.1 * realised.norm()
-    assert (effect.second_order - realised).norm() < 0.1 * (effect.first_order - realised).norm()
-    torch.testing.assert_close(effect.batch, func.jvp(f)(params, batch, step.batch), rtol=1e-9, atol=1e-14)
+    first = func.jvp(f)(params, batch, step.total)
+    assert (first - realised).norm() < 0.1 * realised.norm()
+    assert (effect.predicted - realised).norm() < 0.1 * (first - realised).norm()
+    mid = tree.axpy(0.5, step.total, params)
+    for part in ("batch", "momentum", "decay"):
+        expected = func.jvp(f)(mid, batch, getattr(step, part))
+        torch.testing.assert_close(getattr(effect, part), expected, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["entropy", "KL", "odds", "reward"])
+def test_at_the_start_it_is_the_first_order(case, name):
+    S, params, E, U = case.engine(fk)
+    f, batch = observables(case, params, E)[name]
+    effect = explain_observable(f, S, params, batch, U, case.weights, case.state(fk, lr=1e-4), path="start")
+    _, step = fk.explain_step(S, params, E, U, case.weights, case.state(fk, lr=1e-4))
+    for part in ("batch", "momentum", "decay"):
+        expected = func.jvp(f)(params, batch, getattr(step, part))
+        torch.testing.assert_close(getattr(effect, part), expected, rtol=1e-9, atol=1e-14)
 
 
 def test_log_probability_is_one_of_them(case):
@@ -47,7 +63,8 @@ def test_log_probability_is_one_of_them(case):
     state = case.state(fk)
     ours, _ = fk.explain_step(S, params, E, U, case.weights, state)
     found = explain_observable(S, S, params, E, U, case.weights, state)
-    for mine, other in zip(found[:5], ours[:5], strict=True):
+    assert found.path == ours.path == "midpoint"
+    for mine, other in zip(found[:4], ours[:4], strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-14)
 
 
@@ -61,3 +78,18 @@ def test_the_log_odds_are_the_difference_of_two_rows(case):
                                case.weights, state)  # fmt: skip
     torch.testing.assert_close(found.contributions, ours.contributions - ours.contributions.flip(0), rtol=1e-8,
                                atol=1e-13)  # fmt: skip
+
+
+def test_a_path_that_there_is_not_is_said(case):
+    with pytest.raises(fk.BatchError, match=r"path is 'middle'; expected 'midpoint' \(the default\), 'start' or"):
+        nodes_of("middle", case.engine(fk)[1], None)
+
+
+def test_the_start_knows_no_second_order(case):
+    S, params, E, U = case.engine(fk)
+    start = explain_observable(S, S, params, E, U, case.weights, case.state(fk), path="start")
+    with pytest.raises(fk.BatchError, match='path="start" is the first order alone'):
+        start.second_order  # noqa: B018 - raises
+    torch.testing.assert_close(start.first_order, start.batch + start.momentum + start.decay)
+    middle = explain_observable(S, S, params, E, U, case.weights, case.state(fk))
+    assert middle.second_order.equal(middle.predicted)

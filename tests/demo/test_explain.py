@@ -25,8 +25,9 @@ def test_explanation_meets_the_real_step(prepared, tmp_path):
     results = FisherKernelRunner(demo_plan(prepared, tmp_path / "out")).run()
     assert list(results.requests) == REQUESTS
     for name in ("held_out", "self"):
-        assert results[name].calibration["first_order"].relative_error < 0.05
-        assert results[name].calibration["second_order"].pearson > 0.999
+        assert results[name].calibration["predicted"].relative_error < 0.02
+        assert results[name].calibration["predicted"].pearson > 0.999
+        assert results[name].path == "midpoint"
     weights = [u.weight * u.advantage for u in results.update if u.weight is not None and u.advantage is not None]
     found = results["held_out"]
     assert found.contributions == pytest.approx(
@@ -60,10 +61,10 @@ def test_command_writes_everything_and_a_second_run_uses_the_cache(tiny_demo, tm
 
 
 def test_prediction_out_of_bounds_is_said_and_exits_with_1(tiny_demo, monkeypatch):
-    monkeypatch.setattr("fkernel.cli.BOUNDS", {"first_order": 0.0, "second_order": 0.0})
+    monkeypatch.setattr("fkernel.cli.BOUNDS", {"predicted": 0.0})
     result = CliRunner().invoke(app, tiny_demo)
     assert result.exit_code == 1
-    assert "the prediction missed its bounds: first_order" in result.output
+    assert "the prediction missed its bounds: predicted" in result.output
 
 
 def test_unusable_directory_is_the_users_mistake_without_a_traceback(tiny_demo, tmp_path):
@@ -81,14 +82,13 @@ def test_demo_meets_its_required_calibration(tmp_path):
     result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")])
     assert result.exit_code == 0, result.output
     results = FisherKernelResults.load(tmp_path / "out")
-    first, second = (results["held_out"].calibration[name] for name in ("first_order", "second_order"))
-    assert first.pearson >= 0.9999
-    assert abs(first.slope - 1) <= 0.02
-    assert first.relative_error <= 0.02
-    assert second.relative_error <= 0.002
+    found = results["held_out"].calibration["predicted"]
+    assert found.pearson >= 0.9999
+    assert abs(found.slope - 1) <= 0.002
+    assert found.relative_error <= 0.002
     ledger = results["held_out"].analysis("ledger")
-    assert ledger.facts["second_order_error"] == pytest.approx(second.relative_error, rel=0.02)
-    assert ledger.facts["floor"] < ledger.facts["second_order_error"]
+    assert ledger.facts["error"] == pytest.approx(found.relative_error, rel=0.02)
+    assert ledger.facts["floor"] < 3 * ledger.facts["error"]
     low, high = results["held_out"].analysis("sweep").facts["first_holds"]
     assert low < 0.2 < high < 5
     agreement = results["held_out"].analysis("preconditioners").facts["agreement"]

@@ -49,8 +49,14 @@ MUTATIONS = [
     Mutation(
         "a floor of another dtype's roundoff",
         f"{ANALYSIS}/test_ledger.py::test_the_floor_is_the_size_of_the_rounding_that_is_seen",
-        "analysis/ledger.py", "params.values())).dtype).eps / 2",
-        "params.values())).dtype).eps * 10",
+        "analysis/ledger.py", "torch.finfo(dtype).eps / 2 *",
+        "torch.finfo(dtype).eps * 10 *",
+    ),
+    Mutation(
+        "a ledger without momentum",
+        f"{ANALYSIS}/test_ledger.py::test_a_ledger_closes_and_its_parts_are_what_they_say",
+        "analysis/ledger.py", "known = unclipped + clipping + momentum + decay",
+        "known = unclipped + clipping + decay",
     ),
     Mutation(
         'curvature that grows with the step, not its square',
@@ -127,14 +133,14 @@ MUTATIONS = [
     Mutation(
         'columns of the observable instead of the loss',
         f"{ANALYSIS}/test_observed.py::test_a_prediction_meets_the_step_that_is_taken",
-        'analysis/observed.py', 'for each, x in ((whole, E), (f, U))',
-        'for each, x in ((f, E), (f, U))',
+        'analysis/observed.py', 'explain_step(f, params,',
+        'explain_step(observable, params,',
     ),
     Mutation(
-        "curvature of log π for an observable's",
+        "an observable at the checkpoint, though its path is the midpoint",
         f"{ANALYSIS}/test_observed.py::test_a_prediction_meets_the_step_that_is_taken",
-        'analysis/observed.py', 'func.curvature(whole, m)',
-        'func.curvature(f, m)',
+        'analysis/observed.py', '{"path": path,',
+        '{"path": "start",',
     ),
     Mutation(
         'momentum left in what the batch did',
@@ -331,8 +337,8 @@ MUTATIONS = [
     Mutation(
         "an observable's step moves what the loss never uses",
         "tests/test_unused.py::test_an_observables_step_leaves_alone_what_torch_leaves_alone",
-        "analysis/observed.py", "**dict.fromkeys(func.unused_parameters(f, params, U))",
-        "",
+        "engine/step.py", "dict.fromkeys(unused_parameters(f, θ, U))",
+        "dict.fromkeys(unused_parameters(f_E, θ, E))",
     ),
     Mutation(
         "what completions have in common left in",
@@ -367,8 +373,8 @@ MUTATIONS = [
     Mutation(
         "p under the step's own preconditioner",
         "tests/study/test_uncertainty.py::test_p_is_of_a_kernel_that_permutations_leave_alone",
-        "study/analyses/takers.py", "        if not self.permuted:\n            return rows.K\n",
-        "        return rows.K\n",
+        "study/analyses/takers.py", 'block.kernel("permuted" if self.permuted else "")',
+        'block.kernel("")',
     ),
     Mutation(
         "a mean square that is not clipped",
@@ -383,10 +389,10 @@ MUTATIONS = [
         "apart = 0 * sure.estimate",
     ),
     Mutation(
-        "a part of a microbatch summed for all of it",
+        "a microbatch left out where some of it is",
         "tests/study/test_uncertainty.py::test_p_is_of_a_kernel_that_permutations_leave_alone",
-        "study/analyses/takers.py", "part = of(taken(read(), chosen), x[rows[chosen].to(x.device)])",
-        "part = of(taken(read(), chosen), x[rows[: len(chosen)].to(x.device)])",
+        "engine/gradients.py", "if total and not bool(w.any()):",
+        "if total and not bool(w.all()):",
     ),
     Mutation(
         'percentiles at one side',

@@ -61,8 +61,20 @@ MUTATIONS = [
     Mutation(
         'an observable without the penalty',
         f"{PLAN}::test_analyses_are_of_the_loss[held_out]",
-        'study/analyses/observables.py', '        found["penalty"] = along(p.params, E, at.added)\n',
-        '        found["penalty"] = 0 * along(p.params, E, at.added)\n',
+        'study/analyses/observables.py', 'if name == "penalty" or not at.overridden}',
+        'if name != "penalty" and not at.overridden}',
+    ),
+    Mutation(
+        "tokens' changes at the checkpoint",
+        f"{PLAN}::test_analyses_are_of_the_loss[held_out]",
+        'study/analyses/tokens.py', 'for q, node in p.nodes]',
+        'for q, node in ((1.0, p.params),)]',
+    ),
+    Mutation(
+        "tokens' kernels at the checkpoint",
+        f"{PLAN}::test_analyses_are_of_the_loss[held_out]",
+        'study/analyses/tokens.py', 'asked, p.path, p.step, promised',
+        'asked, "start", None, promised',
     ),
     Mutation(
         "tokens' kernels without the ratios",

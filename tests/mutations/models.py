@@ -4,11 +4,12 @@ from tests.mutants import Mutation
 
 MODELS = "tests/test_as_people_have_them.py"
 CERTIFICATES = "tests/test_certificates.py"
+TAPS = "tests/test_taps.py"
 MUTATIONS = [
     Mutation(
         "a listener that copies nothing and hears nothing of an overwritten output",
-        f"{MODELS}::test_outputs_that_a_model_overwrites_or_wraps_have_the_gradients_of_backward[relu in place]",
-        "func/capture.py", "return _listen(out, use), 0",
+        f"{TAPS}::test_overwritten_outputs_have_the_gradients_of_backward_by_vmap_too[relu in place]",
+        "func/capture.py", "return listen(out, use), 0",
         "return (out.register_hook(lambda g: setattr(use, 'cotangent', g)), out.view_as(out))[1], 0",
     ),
     Mutation(
@@ -62,5 +63,40 @@ MUTATIONS = [
         f"{CERTIFICATES}::test_ones_would_miss_what_random_weights_find",
         "func/certificate.py", "w = torch.randn(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)",
         "w = torch.ones(n, dtype=torch.float64)",
+    ),
+    Mutation(
+        "a plain pass asks nobody whether every path is known",
+        f"{TAPS}::test_any_other_use_is_left_to_vmap[beside-3]",
+        "func/taps.py", "known = explained(found) == frozenset(params)", "known = True",
+    ),
+    Mutation(
+        "sequences are taken to be apart",
+        f"{TAPS}::test_any_other_use_is_left_to_vmap[times_first-3]",
+        "func/taps.py", "and not _apart(found, traced)", "and False",
+    ),
+    Mutation(
+        "sequences are told apart between equal ones",
+        f"{TAPS}::test_any_other_use_is_left_to_vmap[coupled-3]",
+        "func/taps.py", "first.flip(1) if leaf.ndim > 1 else first", "first",
+    ),
+    Mutation(
+        "rows that 2 and 3 divide belong to sequences",
+        f"{TAPS}::test_the_layout_of_rows_is_found_out_without_values[looked_up_in_a_row]",
+        "func/taps.py", "if leading != (1, 1) and 3 * leading[0] != 2 * leading[1]:", "if False:",
+    ),
+    Mutation(
+        "a parameter may stand where data stand",
+        f"{TAPS}::test_any_other_use_is_left_to_vmap[of_a_parameter-3]",
+        "func/taps.py", "if not watched or given != len(watched):", "if not watched:",
+    ),
+    Mutation(
+        "a norm's own constant is forgotten",
+        f"{TAPS}::test_a_known_use_has_the_gradients_of_a_loop[3-layer_norm]",
+        "func/known.py", "None, None, eps))", "None, None))",
+    ),
+    Mutation(
+        "a gradient that does not add up is believed",
+        f"{TAPS}::test_a_wrong_gradient_is_taken_by_vmap",
+        "func/certified.py", "return plan._replace(batched=False)", "return plan",
     ),
 ]  # fmt: skip

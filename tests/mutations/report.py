@@ -6,7 +6,7 @@ MUTATIONS = [
     Mutation(
         "a plan's parts without the weights",
         'tests/study/test_analyses.py::test_parts_add_up',
-        'study/analyses/takers.py', 'C = (K * at.weights.to(K)).double()\n                _into',
+        'study/analyses/takers.py', 'C = (K.to(at.dtype) * at.weights.to(at.dtype)).double()\n                _into',
         'C = K.double()\n                _into',
     ),
     Mutation(

@@ -42,8 +42,57 @@ MUTATIONS = [
     ),
     Mutation(
         "columns of the kernel left in the order of their lengths",
-        f"{STUDY}/test_runner.py::test_it_is_what_explain_step_says",
-        "study/gradients.py", "K[columns[:, None], rows] = part.T", "K[columns[:, None], rows] = part.T.flip(0)",
+        f"{STUDY}/test_runner.py::test_preconditioners[True-post-step]",
+        "engine/contraction.py", "at = torch.arange(0) if columns is None else columns.argsort()",
+        "at = torch.arange(0 if columns is None else len(columns))",
+    ),
+    Mutation(
+        "half of U's kernel with itself turned around",
+        f"{STUDY}/test_runner.py::test_paths_share_a_workspace_and_the_kernel_of_u_is_where_u_is",
+        "engine/contraction.py", "K[columns[:, None], rows] = products.kernel().T.cpu()",
+        "K[columns[:, None], rows] = products.kernel().T.flip(0).cpu()",
+    ),
+    Mutation(
+        "a request's kernel at the checkpoint, though its path is the midpoint",
+        f"{STUDY}/test_runner.py::test_it_is_what_explain_step_says[midpoint]",
+        "study/rows.py", "        policy.path,\n", '        "start",\n',
+    ),
+    Mutation(
+        "a request's kernel at the midpoint, though its path is the start",
+        f"{STUDY}/test_runner.py::test_it_is_what_explain_step_says[start]",
+        "study/runner.py", "found._replace(path=path, step=step.total)",
+        'found._replace(path="midpoint", step=step.total)',
+    ),
+    Mutation(
+        "U's own gradients for a request of U halfway along the step",
+        f"{STUDY}/test_runner.py::test_it_is_what_explain_step_says[midpoint]",
+        "study/evaluate.py", 'if policy.through_detach or policy.path != "start" else', "if policy.through_detach else",
+    ),
+    Mutation(
+        "one sequence's gradient at the checkpoint, beside requests at the midpoint",
+        f"{STUDY}/test_runner.py::test_questions_about_pairs_of_any_batches",
+        "study/runner.py", "for q, at in policy.nodes", "for q, at in ((1.0, policy.params),)",
+    ),
+    Mutation(
+        "a prediction without momentum",
+        f"{STUDY}/test_results.py::test_a_prediction_is_all_that_moved_the_sequence_and_nothing_beside",
+        "study/outcome.py", "+ self.momentum + self.decay", "+ self.decay",
+    ),
+    Mutation(
+        "momentum along the step, too",
+        f"{STUDY}/test_runner.py::test_it_is_what_explain_step_says[midpoint]",
+        "study/analyses/situation.py", '{"momentum": self.taken.momentum,', '{"momentum": self.taken.total,',
+    ),
+    Mutation(
+        "an influence without kernel that takes U's sum unpreconditioned",
+        f"{STUDY}/test_runner.py::test_influence_alone_needs_no_kernel",
+        "study/evaluate.py", "at.workspace.P(at.workspace.gradients.weighted_sum(at.weights.to(at.like)))",
+        "at.workspace.gradients.weighted_sum(at.weights.to(at.like))",
+    ),
+    Mutation(
+        "sequences of U read by the place that they were asked at",
+        f"{STUDY}/test_runner.py::test_at_the_start_u_is_read_and_not_computed_again",
+        "engine/gradients.py", "places.append((i, found[:, 1]))", "places.append((i, found[:, 0]))",
     ),
     Mutation(
         "a workspace of something else is served",
@@ -61,6 +110,66 @@ MUTATIONS = [
         "engine/stored.py", "if not store.has(i)]", "]",
     ),
     Mutation(
+        "an edited reward is served the old one's batch",
+        f"{STUDY}/test_sources.py::test_an_edited_reward_is_not_served_the_old_ones_workspace",
+        "study/policy.py", 'record["code"] = code_of(dotted_names(record["update"]))', 'record["code"] = {}',
+    ),
+    Mutation(
+        "an edited helper is not looked at",
+        f"{STUDY}/test_sources.py::test_an_edited_helper_counts_and_a_module_that_is_not_imported_does_not",
+        "study/sources.py", "            _add(name, root, found)\n", "            pass\n",
+    ),
+    Mutation(
+        "a function that cannot be hashed is believed",
+        f"{STUDY}/test_sources.py::test_a_function_without_a_file_is_asked_again",
+        "study/draws.py", "if was != is_now:", "if False:",
+    ),
+    Mutation(
+        "rewards of a given U are not looked at",
+        f"{STUDY}/test_sources.py::test_rewards_and_weights_of_a_given_u_count",
+        "rollout/files.py", 'left_out = {"metadata", *', 'left_out = {"metadata", "reward", *',
+    ),
+    Mutation(
+        "an answer is computed again",
+        f"{STUDY}/test_kept.py::test_the_same_plan_computes_nothing_again",
+        "study/kept.py", 'if record["key"] != key or', 'if record["key"] == key or',
+    ),
+    Mutation(
+        "an answer is kept although its reward was edited",
+        f"{STUDY}/test_kept.py::test_whatever_decides_an_answer_is_in_its_key",
+        "study/kept.py", '"strict": strict, "code": code}', '"strict": strict, "code": {}}',
+    ),
+    Mutation(
+        "an answer is kept although its prompts are others",
+        f"{STUDY}/test_kept.py::test_whatever_decides_an_answer_is_in_its_key",
+        "study/kept.py", '"files": prompts_files(prompts)}', '"files": {}}',
+    ),
+    Mutation(
+        "a damaged answer is served",
+        f"{STUDY}/test_kept.py::test_what_is_damaged_is_computed_again",
+        "study/kept.py", ' or record["sha256"] != _checksums(place):', ":",
+    ),
+    Mutation(
+        "arrays of another run are served",
+        f"{STUDY}/test_kept.py::test_results_refuse_arrays_of_another_run",
+        "study/results.py", "if found[name] != known]", "if False]",
+    ),
+    Mutation(
+        "a batch of other sequences is asked, since its ids are the same",
+        f"{STUDY}/test_cli.py::test_query_refuses_a_batch_that_the_results_are_not_about",
+        "study/results.py", "if about != tuple(map(info_of, batch)):", "if [one.id for one in about] != batch.ids:",
+    ),
+    Mutation(
+        "a sequence has the weight of U's that has its id",
+        f"{STUDY}/test_cli.py::test_an_id_of_two_sequences_is_not_guessed",
+        "study/runner.py", "GradientCache(name or batch.ids[0],", "GradientCache(batch.ids[0],",
+    ),
+    Mutation(
+        "a workspace's batch is told by its ids",
+        f"{STUDY}/test_workspace.py::test_another_batch_of_the_same_ids_is_not_served",
+        "study/directory.py", 'if "batch" in facts and (', "if False and (",
+    ),
+    Mutation(
         "contributors without their sign",
         f"{STUDY}/test_diagnostics.py::test_top_contributors_are_by_size_and_keep_their_sign",
         "study/diagnostics.py", "return order, C.gather(1, order)", "return order, C.abs().gather(1, order)",
@@ -68,7 +177,7 @@ MUTATIONS = [
     Mutation(
         "rows that keep their gradients",
         f"{STUDY}/test_workspace.py::test_rows_let_go_of_their_gradients",
-        "study/rows.py", "current.clear()",
-        "pass",
+        "engine/contraction.py", "        assert products is not None\n        del held\n",
+        "        assert products is not None\n",
     ),
 ]  # fmt: skip

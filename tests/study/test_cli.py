@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import yaml
 from typer.testing import CliRunner
 
 from fkernel.cli import app
+from fkernel.rollout import load_batch, save_batch
 from fkernel.study import FisherKernelResults
 from tests.study.test_workspace import asking
 
@@ -65,6 +68,12 @@ def test_run_again_gives_the_same_and_another_plan_does_not_overwrite(study, run
     assert (place / "out" / "results.json").read_bytes() == before[0]
 
 
+def _at_start(place):
+    plan = json.loads((place / "out" / "plan.json").read_text())
+    (place / "start.json").write_text(json.dumps({**plan, "step": {**plan["step"], "path": "start"}}))
+    return place / "start.json"
+
+
 def test_query(study):
     place, _ = study
     workspace = place / "out" / "workspace"
@@ -72,14 +81,77 @@ def test_query(study):
     assert "K(U-000-01, U-002-00) = " in said
     assert "U-002-00 moves U-000-01 by" in said
     found = json.loads(told("query", workspace, "U-000-01", "U-002-00", "--json").stdout)
-    K = FisherKernelResults.load(place / "out")["self"].kept("kernel")
-    assert found["kernel"] == pytest.approx(K[1, 6], rel=1e-4)
+    results = FisherKernelResults.load(place / "out")
+    assert results.self_kernel is not None  # two sequences of U are where U's gradients are: at the checkpoint
+    assert found["kernel"] == pytest.approx(results.self_kernel.kernel[1, 6], rel=1e-4)
     batch = place / "out" / "batches" / "held_out"
     outside = json.loads(told("query", workspace, "E-001-00", "U-002-00", "--batch", batch, "--json").stdout)
-    assert outside["kernel"] == pytest.approx(
-        FisherKernelResults.load(place / "out")["held_out"].kept("kernel")[1, 6], rel=1e-3
-    )
+    assert results["held_out"].path == "midpoint"  # and another's halfway along the step, as its request has it
+    assert outside["kernel"] == pytest.approx(results["held_out"].kept("kernel")[1, 6], rel=1e-4)
+    assert outside["contribution"] == pytest.approx(results["held_out"].kept("contributions")[1, 6], rel=1e-4)
+    start = told("query", workspace, "E-001-00", "U-002-00", "--batch", batch, "--plan", _at_start(place), "--json")
+    assert abs(json.loads(start.stdout)["kernel"] / outside["kernel"] - 1) > 1e-3
     assert "no sequence 'U-000-99'" in told("query", workspace, "U-000-99", "U-002-00", code=2).stderr
+
+
+def test_query_refuses_a_batch_that_the_results_are_not_about(study, run, tmp_path):
+    """Other draws have the same ids."""
+    place, _ = study
+    out = tmp_path / "out"
+    shutil.copytree(place / "out", out)
+    asked = "query", out / "workspace", "E-001-00", "U-002-00", "--batch", out / "batches" / "held_out"
+    told(*asked)
+    drawn = load_batch(out / "batches" / "held_out")
+    pairs = zip(drawn, drawn.records[::-1], strict=True)
+    swapped = replace(drawn, records=tuple(replace(b, sequence_id=a.sequence_id) for a, b in pairs))
+    save_batch(swapped, out / "batches" / "held_out", replace=True)
+    said = " ".join(told(*asked, code=2).stderr.split())
+    assert "is of another run than the results" in said
+    assert "are about other sequences" in said
+    save_batch(drawn, out / "batches" / "older")
+    said = " ".join(told(*asked[:-1], out / "batches" / "older", code=2).stderr.split())
+    assert "have no request 'older'" in said
+    save_batch(swapped, tmp_path / "elsewhere")  # of no results: it is asked of by itself
+    told(*asked[:-1], tmp_path / "elsewhere")
+    (out / "results.json").unlink()
+    save_batch(drawn, out / "batches" / "held_out", replace=True)
+    assert "no readable results.json" in " ".join(told(*asked, code=2).stderr.split())
+
+
+def test_an_id_of_two_sequences_is_not_guessed(study, run, tmp_path):
+    place, _ = study
+    workspace = place / "out" / "workspace"
+    other = replace(
+        run.batch,
+        records=tuple(replace(one, sequence_id=f"U-000-0{i}") for i, one in enumerate(run.batch.records[3:6])),
+    )
+    save_batch(other, tmp_path / "other")
+    said = told("query", workspace, "U-000-01", "U-002-00", "--batch", tmp_path / "other", code=2).stderr
+    assert "'U-000-01' is the id of 2 different sequences" in " ".join(said.split())
+    named = ("query", workspace, "U-002-00", "other/U-000-01", "--batch", tmp_path / "other", "--json")
+    found = json.loads(told(*named).stdout)
+    K = FisherKernelResults.load(place / "out")["self"].kept("kernel")
+    assert found["kernel"] == pytest.approx(K[4, 6], rel=1e-4)  # of the sequence outside of U along the step
+    assert found["contribution"] is None  # U's sequence of that id has a weight, and it is another one
+    plain = json.loads(told("query", workspace, "U-002-00", "U-000-01", "--json").stdout)
+    own = FisherKernelResults.load(place / "out").self_kernel
+    assert own is not None
+    assert plain["kernel"] == pytest.approx(own.kernel[6, 1], rel=1e-4)
+    assert abs(plain["kernel"] / found["kernel"] - 1) > 0.1
+
+
+def test_pictures_of_requests_that_are_gone_do_not_stay(study, run, tmp_path):
+    place, _ = study
+    out = tmp_path / "out"
+    shutil.copytree(place / "out", out)
+    (out / "pictures" / "mine.png").write_bytes(b"mine")
+    plan = asking(run, out, storage={"pictures": True}, self_kernel=False)
+    plan["requests"] = [{"kind": "custom_sequence", "name": "probe", "prompt": "3+4=", "response": "7"}]
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(plan))
+    told("run", tmp_path / "other.yaml", "--overwrite")
+    left = {picture.name for picture in (out / "pictures").iterdir()}
+    assert "mine.png" in left
+    assert not [name for name in left if name.startswith(("held_out", "self", "spectrum"))]
 
 
 def test_influence(study):

@@ -60,7 +60,9 @@ def test_blocks_do_not_depend_on_how_rows_come(J):
 def test_blocks_are_of_different_sequences(run, tmp_path):
     """Of U against itself as of U's own kernel; a batch of others counts every pair."""
     requests = [{"kind": "evaluation", "name": "held_out", "batch_size_prompts": 2}, {"kind": "update", "name": "self"}]
-    results = FisherKernelRunner(run.plan(tmp_path / "out", requests=requests)).run()
+    plan = run.plan(tmp_path / "out", requests=requests)
+    plan["step"] |= {"path": "start"}  # where U's own kernel is
+    results = FisherKernelRunner(plan).run()
     own, blocks = results.self_kernel, results["self"].facts["blocks"]
     n = len(results.update)
     for kind in ("same_prompt", "cross_prompt"):

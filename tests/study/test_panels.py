@@ -128,7 +128,7 @@ def test_the_prediction_of_an_observable_has_all_its_parts(result):
         np.asarray(dots.get_offsets()) for dots in report.observable_panel(known, "entropy").axes[0].collections
     )
     np.testing.assert_allclose(alone, 1e3 * np.stack([found["batch"], found["realised"]], 1), rtol=1e-6)
-    wanted = sum(parts[part] for part in ("batch", "penalty", "momentum", "decay", "curvature"))
+    wanted = sum(parts[part] for part in ("batch", "penalty", "momentum", "decay"))
     np.testing.assert_allclose(whole[:, 0], 1e3 * wanted, rtol=1e-6)
 
 
@@ -145,16 +145,18 @@ def test_a_bare_kernel_is_not_said_to_be_in_nats(result):
 def test_bars_of_the_ledger_add_up_to_what_was_realised(result):
     found = result.analysis("ledger")
     order = np.argsort(-np.abs(found["realised"]), kind="stable")[:12]
-    left, right = report.ledger_panel(result).axes
-    parts = {name: lengths(left, name) for name in ("unclipped", "clipping", "momentum", "decay", "curvature")}
+    figure = report.ledger_panel(result)
+    left, right = figure.axes
+    parts = {name: lengths(left, name) for name in ("unclipped", "clipping", "momentum", "decay")}
     for name, widths in parts.items():
         np.testing.assert_allclose(widths, 1e3 * found[name][order], rtol=1e-12)
     np.testing.assert_allclose(sum(parts.values()), 1e3 * (found["realised"] - found["remainder"])[order], atol=1e-9)
     diamonds = np.asarray(left.collections[0].get_offsets())[:, 0]
     np.testing.assert_allclose(diamonds, 1e3 * found["realised"][order], rtol=1e-12)
-    first, second = (np.asarray(line.get_xdata()) for line in right.lines)
-    np.testing.assert_allclose(second, np.abs(found["remainder"])[order], rtol=1e-12)
-    np.testing.assert_allclose(first, np.abs(found["remainder"] + found["curvature"])[order], rtol=1e-12)
+    (rest,) = (np.asarray(line.get_xdata()) for line in right.lines)
+    np.testing.assert_allclose(rest, np.abs(found["remainder"])[order], rtol=1e-12)
+    assert f"remainder, {percent(found.facts['error'])}" in texts(figure)
+    assert f"rounding floor, {percent(found.facts['floor'])}" in texts(figure)
     floor = right.containers[0]
     ends = np.array([bar.get_x() + bar.get_width() for bar in floor])
     np.testing.assert_allclose(ends, found["floor"][order], rtol=1e-9)

@@ -47,7 +47,7 @@ def result() -> RequestResult:
         momentum=momentum,
         decay=decay,
         curvature=curvature,
-        realised=batch + momentum + decay + curvature + np.float32(1e-3),
+        realised=batch + momentum + decay + np.float32(1e-3),
         squared_norms=np.array([1.0, 4.0, 9.0]),
         diagonal=np.array([9.0, 9.0, 9.0]),
         update_diagonal=np.array([9.0, 16.0, 9.0, 9.0]),
@@ -56,7 +56,7 @@ def result() -> RequestResult:
         kernel=kernel,
         contributions=contributions,
         selected=(Entry("E-000-00", "U-000-01", 0.5, 0.1, 0.2),),
-        facts={"blocks": {"same_prompt": [None, None, 0], "cross_prompt": [0.1, 0.2, 12]}},
+        facts={"blocks": {"same_prompt": [None, None, 0], "cross_prompt": [0.1, 0.2, 12]}, "path": "gauss2"},
     )
 
 
@@ -113,14 +113,18 @@ def test_json_says_what_a_reader_needs(results, tmp_path):
     results.save_results(tmp_path)
     data = json.loads((tmp_path / "results.json").read_text())["requests"]["held_out"]
     row = data["evaluation"][0]
-    assert row["first_order"] == pytest.approx(row["batch"] + row["momentum"] + row["decay"], rel=1e-5)
-    assert row["second_order"] == pytest.approx(row["first_order"] + row["curvature"], rel=1e-5)
+    assert row["predicted"] == pytest.approx(row["batch"] + row["momentum"] + row["decay"], rel=1e-5)
+    assert row["curvature"] == pytest.approx(
+        float(results["held_out"].curvature[0])
+    )  # beside the prediction, not in it
+    assert data["facts"]["path"] == "gauss2"
+    assert not {"first_order", "second_order"} & {*row}
     top = row["top_contributors"]
     assert [abs(t["value"]) for t in top] == sorted((abs(t["value"]) for t in top), reverse=True)
     C = results["held_out"].contributions[0]
     best = np.abs(C).argmax()
     assert top[0] == {"id": results.update[best].id, "value": pytest.approx(float(C[best]))}
-    assert set(data["calibration"]) == {"batch", "first_order", "second_order"}
+    assert set(data["calibration"]) == {"batch", "predicted"}
 
 
 def test_every_field_of_the_json_is_documented(results, tmp_path):
@@ -147,11 +151,22 @@ def test_arrays_load_without_pickle_and_carry_their_ids(results, tmp_path):
 
 
 def test_calibration_sees_a_wrong_scale_that_correlation_misses(result):
-    scaled = dataclasses.replace(result, realised=result.second_order / 2)
-    value = scaled.calibration["second_order"]
+    scaled = dataclasses.replace(result, realised=result.predicted / 2)
+    value = scaled.calibration["predicted"]
     assert value.pearson == pytest.approx(1.0)
     assert value.slope == pytest.approx(0.5)
     assert value.relative_error == pytest.approx(1.0)
+
+
+def test_a_prediction_is_all_that_moved_the_sequence_and_nothing_beside(result):
+    np.testing.assert_allclose(result.predicted, result.batch + result.momentum + result.decay, rtol=1e-6)
+    penalised = dataclasses.replace(result, penalty=np.ones(3, dtype=np.float32))
+    np.testing.assert_allclose(penalised.predicted, result.predicted + 1, rtol=1e-6)
+    assert (penalised.predicted != result.predicted).all()
+    bare = dataclasses.replace(result, momentum=None, decay=None)
+    np.testing.assert_array_equal(bare.predicted, result.batch)
+    assert set(bare.calibration) == {"batch"}
+    assert (result.path, dataclasses.replace(result, facts={}).path) == ("gauss2", "start")
 
 
 def test_cosines_and_lookups(result):
@@ -227,7 +242,7 @@ def test_tables_show_every_part_and_the_culprits(results, result):
     largest = np.abs(result.realised).argmax()
     assert result.evaluation[largest].id in text
     assert f"{1e3 * result.realised[largest]:+.2f}" in text
-    for column in ("batch", "momentum", "decay", "curvature", "realised", "Pearson r", "slope", "relative error"):
+    for column in ("batch", "momentum", "decay", "realised", "gauss2", "Pearson r", "slope", "relative error"):
         assert column in text
     assert "[0]=" in text or "[1]=" in text  # brackets in a prompt are text, not markup
     assert f"{1e3 * result.contributions[1, 2]:+.3f}" in text

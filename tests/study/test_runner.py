@@ -26,7 +26,7 @@ from fkernel.study import (
 )
 from tests.study.conftest import MAX_NORM, Run
 
-EFFECTS = ("batch", "momentum", "decay", "curvature", "realised", "kernel", "contributions")
+EFFECTS = ("batch", "momentum", "decay", "realised", "kernel", "contributions")
 
 
 def executed(plan: dict[str, Any]) -> FisherKernelResults:
@@ -55,40 +55,105 @@ def study(run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str,
     return plan, results
 
 
-def test_it_is_what_explain_step_says(run, study):
-    _, results = study
+@pytest.fixture(scope="module")
+def start(study: Any, tmp_path_factory: pytest.TempPathFactory) -> FisherKernelResults:
+    """The same study with all gradients at the checkpoint."""
+    plan, _ = study
+    return executed({**along(plan, "start", tmp_path_factory.mktemp("start")), "capture": CURVED})
+
+
+CURVED = {"kernel": True, "curvature": True}
+
+
+@pytest.mark.parametrize("path", ["midpoint", "start", "gauss2"])
+def test_it_is_what_explain_step_says(run, study, start, path, tmp_path):
+    plan, results = study  # its path is a plan's default
+    if path != "midpoint":
+        results = start if path == "start" else executed(along(plan, path, tmp_path))
     loaded = checkpoint.load(run.before)
     apply, params = fk.func.make_functional(loaded.model)
     S = fk.func.sequence_logprob(apply)
     assert loaded.optimizer is not None
     own = run.batch
     effect, step = fk.explain_step(
-        S, params, own.sequences, own.sequences, own.loss_weights, loaded.optimizer, max_norm=MAX_NORM
+        S, params, own.sequences, own.sequences, own.loss_weights, loaded.optimizer, max_norm=MAX_NORM, path=path
     )
     found = results["self"]
     assert effect.clip < 1
+    assert effect.path == found.path == found.facts["path"] == path
     assert results.step["clip"] == pytest.approx(effect.clip, rel=1e-5)
-    for name in ("kernel", "contributions", "batch", "momentum", "decay", "curvature"):
+    for name in ("kernel", "contributions", "batch", "momentum", "decay", "predicted"):
         expected = getattr(effect, name).numpy()
         np.testing.assert_allclose(getattr(found, name), expected, rtol=2e-4, atol=1e-5 * np.abs(expected).max())
-    np.testing.assert_allclose(
-        found.kept("squared_norms"), [float(fk.tree.norm(g)) ** 2 for g in _gradients(S, params, own)], rtol=1e-4
-    )
+    J = _gradients(S, params, own, step.total, path)
+    np.testing.assert_allclose(found.kept("squared_norms"), [float(fk.tree.norm(g)) ** 2 for g in J], rtol=1e-4)
+    for name, v in (("batch", step.batch), ("momentum", step.momentum), ("decay", step.decay)):
+        expected = np.array([float(fk.tree.dot(g, v)) for g in J])
+        np.testing.assert_allclose(getattr(found, name), expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
     assert step.total.keys() == params.keys()
 
 
-def _gradients(S, params, batch):
-    J = fk.func.per_sequence_grad(S)(params, batch.sequences)
-    return [{name: leaf[i] for name, leaf in J.items()} for i in range(len(batch))]
+PLACES = {"start": [(1.0, 0.0)], "midpoint": [(1.0, 0.5)], "gauss2": [(0.5, 0.5 - 3**0.5 / 6), (0.5, 0.5 + 3**0.5 / 6)]}
+
+
+def _gradients(S, params, batch, step, path):
+    """Of every sequence, at the path's nodes, by the definition."""
+    total = None
+    for q, s in PLACES[path]:
+        node = {name: leaf + s * step[name] for name, leaf in params.items()}
+        J = {name: q * leaf for name, leaf in fk.func.per_sequence_grad(S)(node, batch.sequences).items()}
+        total = J if total is None else fk.tree.add(total, J)
+    assert total is not None
+    return [{name: leaf[i] for name, leaf in total.items()} for i in range(len(batch))]
+
+
+def along(plan: dict[str, Any], path: str, place: Path) -> dict[str, Any]:
+    """The same plan with another path; U's workspace does not depend on it, and is used again."""
+    storage = {"workspace": f"{plan['out']}/workspace", "pictures": False}
+    return {**plan, "step": {**plan["step"], "path": path}, "out": str(place / path), "storage": storage}
+
+
+def test_paths_share_a_workspace_and_the_kernel_of_u_is_where_u_is(study, tmp_path):
+    """E's gradients move along the path; U's, K_UU and P do not."""
+    plan, results = study
+    runner = FisherKernelRunner(along(plan, "start", tmp_path))
+    start = runner.run()
+    assert runner.workspace is not None
+    assert runner.workspace.gradients.computed == 0
+    assert start.step == results.step
+    assert start.self_kernel is not None
+    assert results.self_kernel is not None
+    np.testing.assert_array_equal(start.self_kernel.kernel, results.self_kernel.kernel)
+    np.testing.assert_allclose(start["self"].update_diagonal, results["self"].update_diagonal, rtol=2e-6)
+    np.testing.assert_array_equal(start["self"].kept("realised"), results["self"].kept("realised"))
+    # At the start, U asked of itself is its own kernel, read and not computed; halfway along, it is near it.
+    np.testing.assert_allclose(start["self"].kept("kernel"), start.self_kernel.kernel, rtol=1e-4)
+    apart = np.linalg.norm(results["self"].kept("kernel") - start.self_kernel.kernel)
+    assert 1e-4 < apart / np.linalg.norm(start.self_kernel.kernel) < 0.2
+
+
+def test_curvature_is_what_the_start_lacks_and_the_path_has(study, start):
+    _, results = study
+    for name in ("held_out", "self"):
+        there, here = start[name], results[name]
+        assert here.curvature is None  # it is not computed unless it is asked for
+        assert there.curvature is not None
+        difference = here.predicted - there.predicted
+        assert np.linalg.norm(difference - there.curvature) < 0.1 * np.linalg.norm(there.curvature)
+        np.testing.assert_allclose(there.predicted, there.batch + there.momentum + there.decay, rtol=1e-6)
+        error = {each.path: each.calibration["predicted"].relative_error for each in (there, here)}
+        assert error["midpoint"] < 0.2 * error["start"]
 
 
 def test_the_prediction_meets_the_step_that_torch_took(study):
     _, results = study
     for name in ("held_out", "self"):
         calibration = results[name].calibration
-        assert calibration["second_order"].pearson > 0.999, calibration
-        assert abs(calibration["second_order"].slope - 1) < 0.02
-        assert calibration["second_order"].relative_error < 0.02
+        assert set(calibration) == {"batch", "predicted"}
+        assert results[name].path == "midpoint"
+        assert calibration["predicted"].pearson > 0.999, calibration
+        assert abs(calibration["predicted"].slope - 1) < 0.02
+        assert calibration["predicted"].relative_error < 0.02
         assert calibration["batch"].relative_error > 0.1  # momentum matters here
 
 
@@ -174,10 +239,13 @@ def test_memory_that_cannot_be_kept_is_said_with_what_is_needed(run, tmp_path):
 
 def test_influence_alone_needs_no_kernel(study):
     plan, results = study
-    capture = {"kernel": False, "top_k": 0, "realised": False, "curvature": False}
+    capture = {"kernel": False, "top_k": 0, "realised": False}
     runner = FisherKernelRunner({**plan, "capture": capture, "self_kernel": False})
     found = runner.run()["held_out"]
-    np.testing.assert_allclose(found.batch, results["held_out"].batch, rtol=1e-3, atol=1e-6)
+    for name in ("batch", "momentum", "decay", "predicted"):  # at the path's nodes, too
+        np.testing.assert_allclose(
+            getattr(found, name), getattr(results["held_out"], name), rtol=1e-3, atol=1e-6, err_msg=name
+        )
     assert (found.kernel, found.top, found.realised, found.curvature) == (None,) * 4
     with pytest.raises(fk.ResultsError, match="kept no contributions"):
         found.kept("contributions")
@@ -204,11 +272,12 @@ def test_questions_about_pairs_of_any_batches(run, study):
         assert workspace.gradients.computed == 0
 
 
-def test_influence_of_u_on_itself_and_under_other_advantages(run, study):
-    plan, results = study
+def test_influence_of_u_on_itself_and_under_other_advantages(run, study, start):
+    """Of gradients that the workspace keeps: where they are, at the start."""
+    plan, _ = study
     with load_workspace(f"{plan['out']}/workspace") as workspace:
         found = influence_of(workspace)
-        np.testing.assert_allclose([*found.values()], results["self"].batch, rtol=1e-3, atol=1e-6)
+        np.testing.assert_allclose([*found.values()], start["self"].batch, rtol=1e-3, atol=1e-6)
         silent = influence_of(workspace, ("U-000-*",), dict.fromkeys(workspace.batch.ids, 0.0))
         assert silent == {"U-000-00": 0.0, "U-000-01": 0.0, "U-000-02": 0.0}
         twice = dict(zip(workspace.batch.ids, (2 * workspace.batch.advantages).tolist(), strict=True))
@@ -216,15 +285,15 @@ def test_influence_of_u_on_itself_and_under_other_advantages(run, study):
             assert value == pytest.approx(2 * found[name], rel=1e-4, abs=1e-8)
         rloo = workspace.batch.with_advantages("rloo").loss_weights
         assert influence_of(workspace, None, "rloo")["U-000-00"] == pytest.approx(
-            float(results["self"].kept("kernel")[0] @ (workspace.clip * rloo).numpy()), rel=1e-3, abs=1e-7
+            float(start["self"].kept("kernel")[0] @ (workspace.clip * rloo).numpy()), rel=1e-3, abs=1e-7
         )
 
 
-def test_one_sequences_gradient_raw_and_preconditioned(run, study):
-    plan, results = study
+def test_one_sequences_gradient_raw_and_preconditioned(run, study, start):
+    plan, _ = study
     with load_workspace(f"{plan['out']}/workspace") as workspace:
         cache = workspace.cache("U-001-00")
-        own = results["self"]
+        own = start["self"]
         row = workspace.index["U-001-00"]
         assert cache.norm**2 == pytest.approx(own.kept("squared_norms")[row], rel=1e-4)
         assert cache.preconditioned_norm**2 == pytest.approx(own.kept("diagonal")[row], rel=1e-4)
@@ -235,15 +304,15 @@ def test_one_sequences_gradient_raw_and_preconditioned(run, study):
         assert float(fk.tree.norm(cache.raw)) == cache.norm
 
 
-def test_self_kernel_of_some_sequences(study):
-    plan, results = study
+def test_self_kernel_of_some_sequences(study, start):
+    plan, _ = study
     with load_workspace(f"{plan['out']}/workspace") as workspace:
         runner = FisherKernelRunner(plan)
         runner.adopt(workspace)
         part = runner.compute_self_kernel(sequence_ids=("U-001-*",), capture_full=True)
         assert part.ids == ("U-001-00", "U-001-01", "U-001-02")
         assert part.kernel is not None
-        np.testing.assert_allclose(part.kernel, results["self"].kept("kernel")[3:6, 3:6], rtol=1e-4)
+        np.testing.assert_allclose(part.kernel, start["self"].kept("kernel")[3:6, 3:6], rtol=1e-4)
         assert 1 <= part.effective_rank <= 3
         assert part.cross_prompt[2] == 0
         assert runner.compute_self_kernel().kernel is None
@@ -293,13 +362,26 @@ def test_every_kind_of_request_and_its_filters(run, study, tmp_path):
     assert ids["custom_sequence-1"] != ids["custom_sequence-2"]
     assert ids["handed"] == ["U-000-00", "U-000-01"]
     own = FisherKernelResults.load(plan["out"])["self"]
-    np.testing.assert_array_equal(results["own"].kept("kernel"), own.kept("kernel")[3:6])
+    np.testing.assert_allclose(results["own"].kept("kernel"), own.kept("kernel")[3:6], rtol=1e-3, atol=1e-7)
     np.testing.assert_allclose(results["handed"].kept("kernel"), own.kept("kernel")[:2], rtol=1e-3, atol=1e-7)
     np.testing.assert_allclose(results["from_file"].kept("kernel")[0], own.kept("kernel")[6], rtol=1e-3, atol=1e-7)
     assert results.plan["requests"][-1]["kind"] == "from_file"
     runner.save_batches(tmp_path / "out")
     same_again = FisherKernelRunner({**results.plan, "out": str(tmp_path / "out")}).run()
     same(same_again, results)
+
+
+def test_at_the_start_u_is_read_and_not_computed_again(study, start, tmp_path, monkeypatch):
+    from fkernel.study import rows
+
+    plan, _ = study
+    asked = {**along(plan, "start", tmp_path), "requests": [
+        {"kind": "update", "name": "own", "sequence_ids": ["U-001-*"]}, {"kind": "update", "name": "all"},
+    ]}  # fmt: skip
+    monkeypatch.setattr(rows, "blocks", lambda *given: pytest.fail("gradients of E were computed"))
+    found = executed(asked)
+    np.testing.assert_array_equal(found["all"].kept("kernel"), start["self"].kept("kernel"))
+    np.testing.assert_array_equal(found["own"].kept("kernel"), start["self"].kept("kernel")[3:6])
 
 
 def test_the_wrong_answer_is_a_probe_that_moves_differently(study, tmp_path):
@@ -386,10 +468,14 @@ def test_preconditioners(run, tmp_path, form, calibrated):
     J = fk.func.per_sequence_grad(S)(params, run.batch.sequences)
     rate = fk.precond.gradient_rates(state) if calibrated else dict.fromkeys(params, 1.0)
     P_J = {name: rate[name] * leaf for name, leaf in D(J).items()}
+    # Calibrated there is a step, AdamW's own whatever P is, and E's gradients are halfway along it; bare there is none.
+    step = fk.precond.adamw_step(params, {**g}, state).total
+    node = fk.tree.axpy(0.5, step, params) if calibrated else params
+    assert found.path == ("midpoint" if calibrated else "start")
     hub = FisherKernelRunner(run.plan(tmp_path / "out2")).generator
     E = hub.generate_evaluation_batch(4)
     assert E.ids == [info.id for info in found.evaluation]
-    K = fk.func.contract(fk.func.per_sequence_grad(S)(params, E.sequences), P_J)
+    K = fk.func.contract(fk.func.per_sequence_grad(S)(node, E.sequences), P_J)
     np.testing.assert_allclose(found.kept("kernel"), K.numpy(), rtol=2e-3, atol=1e-5 * float(K.abs().max()))
     assert (found.momentum is None) == (not calibrated)
     assert results.units == ("nats" if calibrated else "bare")
@@ -468,7 +554,7 @@ def test_a_workspace_in_memory_can_be_written(run, study, tmp_path):
         place = serialize_workspace(workspace, tmp_path / "kept")
     with load_workspace(place) as again:
         assert serialize_workspace(again, tmp_path / "elsewhere") == place
-        np.testing.assert_array_equal(again.self_kernel().numpy(), results["self"].kept("kernel"))
+        np.testing.assert_array_equal(again.self_kernel().numpy(), results.self_kernel.kernel)
 
 
 def test_the_log_has_phases_versions_and_counts(study, tmp_path):

@@ -34,10 +34,11 @@ def results(run, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def permuted(run):
-    """K_UU under the P whose v' holds the mean of g² over all permutations of advantages within prompts."""
+    """K of U, asked of itself, under the P whose v' holds the mean of g² over all permutations within prompts."""
     loaded = checkpoint.load(run.before)
     apply, params = func.make_functional(loaded.model)
-    J = func.per_sequence_grad(func.sequence_logprob(apply))(params, run.batch.sequences)
+    S = func.sequence_logprob(apply)
+    J = func.per_sequence_grad(S)(params, run.batch.sequences)
     groups, A = run.batch.groups, run.batch.advantages.float()
     weights = weights_of(run.batch).float()
     members = [(groups == g).nonzero()[:, 0].tolist() for g in groups.unique()]
@@ -53,7 +54,12 @@ def permuted(run):
     assert clip < 1
     assert loaded.optimizer is not None
     P = precond.adamw_response(loaded.optimizer, {**tree.scale(clip, rms)})
-    return func.contract(J, J, diagonal=P({name: torch.ones_like(leaf) for name, leaf in params.items()}))
+    # Rows are halfway along the step that was taken, as a request's are; columns are where U's gradients are.
+    ascent = func.weighted_sum(J, weights * A)
+    g = tree.scale(-precond.clip_factor(ascent, MAX_NORM), ascent)
+    mid = tree.axpy(0.5, precond.adamw_step(params, {**g}, loaded.optimizer).total, params)
+    rows = func.per_sequence_grad(S)(mid, run.batch.sequences)
+    return func.contract(rows, J, diagonal=P({name: torch.ones_like(leaf) for name, leaf in params.items()}))
 
 
 def test_p_is_of_a_kernel_that_permutations_leave_alone(run, results, permuted):

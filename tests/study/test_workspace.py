@@ -29,7 +29,7 @@ def asking(run: Run, place: Path, **changes: Any) -> dict[str, Any]:
     """A plan with one request that is cheap, and a workspace of microbatches of two sequences."""
     quick = {
         "requests": [{"kind": "evaluation", "name": "held_out", "batch_size_prompts": 2}],
-        "capture": {"kernel": True, "curvature": False},
+        "capture": {"kernel": True},
         "numerics": {"microbatch": 2},
     }
     return run.plan(place, **{**quick, **changes})
@@ -205,6 +205,22 @@ def test_damage_is_never_served(kept, tmp_path, file, message, damage):
         assert message in str(caught.value) or "is missing" in str(caught.value) or damage == "missing"
 
 
+def test_another_batch_of_the_same_ids_is_not_served(run, kept, tmp_path):
+    """Undamaged, of the same policy, tokens and ids; its advantages are others."""
+    import shutil
+
+    from fkernel.rollout import save_batch
+
+    place = copied(kept, tmp_path / "copy")
+    shutil.rmtree(place / "batch")
+    save_batch(run.batch.with_values("advantage", 2 * run.batch.advantages), place / "batch")
+    with pytest.raises(fk.StoreError, match="is not the batch that this workspace was made of"):
+        load_workspace(place)
+    at = {"workspace": str(place), "pictures": False}
+    with pytest.raises(fk.StoreError, match="is not the batch that this workspace was made of"):
+        executed(asking(run, tmp_path / "out", storage=at))
+
+
 def test_a_schema_that_is_newer_is_refused(kept, tmp_path):
     place = copied(kept, tmp_path / "copy")
     asked = json.loads((place / "asked.json").read_text())
@@ -262,7 +278,7 @@ def test_requests_stream(run, tmp_path):
     from fkernel.study import rows as limits
 
     most = []
-    real = module.kernel_rows
+    real = module.walked
 
     def watched(*arguments):
         for rows in real(*arguments):
@@ -272,7 +288,7 @@ def test_requests_stream(run, tmp_path):
     for n in (8, 32):
         most.clear()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, "kernel_rows", watched)
+            patch.setattr(module, "walked", watched)
             patch.setattr(limits, "HELD", 1)
             request = {"kind": "evaluation", "batch_size_prompts": n}
             found = executed(asking(run, tmp_path / str(n), requests=[request], capture={"realised": False}))
@@ -293,8 +309,9 @@ def test_rows_let_go_of_their_gradients(run, tmp_path):
     """Whoever keeps some rows of K does not keep the gradients that they were made of."""
     import weakref
 
-    from fkernel.study.evaluate import kernel_rows
-    from fkernel.study.rows import Grant
+    from fkernel.engine import gradients as module
+    from fkernel.func.contract import Asked
+    from fkernel.study.rows import Grant, walked
     from fkernel.study.workspace import tokens_of
 
     runner = FisherKernelRunner(run.plan(tmp_path / "out", numerics={"microbatch": 2}))
@@ -303,13 +320,16 @@ def test_rows_let_go_of_their_gradients(run, tmp_path):
 
         patch.setattr(limits, "HELD", 1)
         E = tokens_of(run.batch, runner.policy.params)
-        kept, alive = [], []
-        for rows in kernel_rows(E, workspace, runner.policy, Grant(2, None)):
-            assert all(reference() is None for reference in alive)
+        kept, alive, made = [], [], module.handle_pieces
+
+        def watched(*given):
+            found = [*made(*given)]
+            alive.append([weakref.ref(leaf) for one in found for handle in one.values() for leaf in tensors(handle)])
+            return found
+
+        patch.setattr(module, "handle_pieces", watched)
+        for rows in walked(E, workspace, runner.policy, Grant(2, None), Asked({"": workspace.P.d})):
             kept.append(rows)
-            handles = rows.handles()
-            alive = [weakref.ref(leaf) for handle in handles.values() for leaf in tensors(handle)]
-            del handles
-        assert len(kept) > 2
-        with pytest.raises(IndexError):
-            kept[0].handles()
+            assert all(reference() is None for each in alive for reference in each)
+        assert len(kept) == len(alive) > 2
+        assert all(rows.kernel().isfinite().all() for rows in kept)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fkernel.engine.budget import parse_bytes
 from fkernel.engine.planning.machine import Rates, rates
-from fkernel.engine.planning.strategy import Option, Strategy, cost, default, options, usual_microbatch
-from fkernel.engine.planning.workload import Workload, workload
+from fkernel.engine.planning.passes import bytes_of
+from fkernel.engine.planning.strategy import EVERY, USABLE, Option, Strategy, cost, default, options, usual_microbatch
+from fkernel.engine.planning.walking import walk_of
+from fkernel.engine.planning.workload import HALVES, LONG, Workload, workload
 from fkernel.engine.sides import check_sides
-from fkernel.errors import BatchError
-from fkernel.func.batch import length, lengths
+from fkernel.errors import BatchError, ModelError
+from fkernel.func.batch import length, lengths, token_counts
 from fkernel.func.boundary import explained
-from fkernel.func.capture import Plan
-from fkernel.func.certified import plan_of
+from fkernel.func.cutting import cut_of
 from fkernel.func.objective import Function
+from fkernel.func.source import is_half, widened
 from fkernel.precond import Diagonal, Preconditioner
 from fkernel.shapes import Tree
 
@@ -24,7 +28,7 @@ class Estimate(NamedTuple):
     """What a kernel will take.
 
     Attributes:
-        options: one a strategy: "memory", "factored", "store", "recompute".
+        options: one a way to compute it: "sequences", "layers", "store".
         chosen: the one that `fkernel.kernel` takes with the same arguments; None where none is feasible.
         budget: the granted bytes, or None.
         workload: what was counted.
@@ -43,7 +47,7 @@ class Estimate(NamedTuple):
         if self.chosen is None:
             return str(_too_small(self.options, self.budget, self.workload))
         if self.budget is None:
-            return "no memory grant was given: the smaller side's handles are held whole"
+            return "no memory grant was given: the smaller side's gradients are held whole"
         slower = sorted(o.seconds / self.chosen.seconds for o in self.options if not o.why_not and o is not self.chosen)
         return f"fastest feasible; the next takes {slower[0]:.2f} times as long" if slower else "the only feasible one"
 
@@ -84,13 +88,11 @@ def estimate(
         >>> params, x = {"w": torch.ones(8, 8)}, torch.ones(4, 2, 8)
         >>> found = estimate(f, params, x, x, precond.identity(), memory="1MB")
         >>> [option.name for option in found.options]
-        ['memory', 'factored', 'store', 'recompute']
+        ['sequences', 'layers', 'store']
     """
     check_sides(f, params, E, U)
     microbatch = usual_microbatch(microbatch, E, U)
-    with explained(params):
-        plan = plan_of(f, params, E)
-    return estimated(f, params, E, U, plan, memory, microbatch, not isinstance(precond, Diagonal), store is not None)
+    return estimated(f, params, E, U, memory, microbatch, not isinstance(precond, Diagonal), store is not None)
 
 
 def estimated(
@@ -98,17 +100,16 @@ def estimated(
     params: Tree,
     E: Any,
     U: Any,
-    plan: Plan,
     memory: int | str | None,
     microbatch: int,
     dense_U: bool,
     store: bool,
 ) -> Estimate:
-    """Estimate, for callers that have checked their arguments and made the plan."""
+    """Estimate, for callers that have checked their arguments."""
     budget = None if memory is None else parse_bytes(memory)
     with explained(params):
-        load = workload(f, params, E, U, plan, dense_U)
-    return weighed(load, rates(next(iter(params.values())).dtype), budget, microbatch, store)
+        load = workload(f, params, E, U, dense_U)
+    return weighed(load, rates(widened(next(iter(params.values()))[..., :0]).dtype), budget, microbatch, store)
 
 
 def weighed(load: Workload, speed: Rates, budget: int | None, microbatch: int, store: bool) -> Estimate:
@@ -128,13 +129,12 @@ def choose(
     params: Tree,
     E: Any,
     U: Any,
-    plan: Plan,
     memory: int | str | None,
     microbatch: int,
     dense_U: bool,
     store: bool,
     reserved: int = 0,
-    needed: int = 0,
+    needed: Callable[[], int] = lambda: 0,
 ) -> Strategy:
     """Choose how to compute a kernel within what a grant leaves beside some reserved bytes.
 
@@ -144,21 +144,70 @@ def choose(
     """
     if memory is None:
         T = max(1 if counts is None else int(counts.max()) for counts in (lengths(E), lengths(U)))
+        if (T > LONG or is_half(params)) and not dense_U:
+            cut = cut_of(f, params, U)
+            if not isinstance(cut, str):
+                return Strategy("layers", "E", None, None, 0)
+            if is_half(params):
+                raise ModelError(f"{HALVES}, and f cannot be: {cut}. Convert them: fkernel.tree.cast.")
         return default(length(E), length(U), T, microbatch, dense_U)
     budget = parse_bytes(memory)
-    found = estimated(f, params, E, U, plan, max(0, budget - reserved), microbatch, dense_U, store)
-    if found.chosen is None or budget < needed:
-        raise _too_small(found.options, budget, found.workload, reserved, needed)
-    return found.chosen.strategy
+    found = estimated(f, params, E, U, max(0, budget - reserved), microbatch, dense_U, store)
+    chosen = found.chosen
+    if chosen is not None and chosen.name != "layers" and budget < needed():
+        layers = [option for option in found.options if option.name == "layers" and not option.why_not]
+        chosen = layers[0] if layers else None
+    if chosen is None:
+        raise _too_small(
+            found.options, budget, found.workload, reserved, 0 if found.workload.curve is None else needed()
+        )
+    return chosen.strategy
 
 
 def _too_small(
     found: tuple[Option, ...], budget: int | None, load: Workload, reserved: int = 0, needed: int = 0
 ) -> BatchError:
-    least = max(needed, min(option.needs for option in found) + reserved)
+    least = max(needed, min(option.needs for option in found if option.memory) + reserved)
     beside = f"{reserved} bytes of vectors, " if reserved else ""
     return BatchError(
         f"memory={budget} bytes is too small for every strategy: for {load.size} parameters and sequences of "
         f"{load.longest} tokens the smallest, one sequence of each side at a time, needs {beside}its activations, its "
         f"gradients and the kernel itself. Give at least {least} bytes, or shorten the sequences."
     )
+
+
+class Walking(NamedTuple):
+    """How sides walk.
+
+    Attributes:
+        tokens: of a block of sequences that travel together; 0: every sequence by itself.
+        every: of how many layer inputs one is kept.
+    """
+
+    tokens: int = 0
+    every: int = 1
+
+
+def walking_of(f: Function, params: Tree, batches: tuple[Any, ...], memory: int | str | None) -> Walking | None:
+    """Say how sides of long sequences walk by layers, one after the other, within a grant; None where they need not.
+
+    Raises:
+        BatchError: the grant is too small; the message says what would be enough.
+    """
+    counts = [sorted(token_counts(batch), reverse=True) for batch in batches]
+    if max(each[0] for each in counts) <= LONG and not is_half(params):
+        return None
+    cut = cut_of(f, params, batches[0])
+    if isinstance(cut, str):
+        return None
+    if memory is None:
+        return Walking()
+    budget, itemsize = parse_bytes(memory), widened(next(iter(params.values()))[..., :0]).element_size()
+    largest = max(counts, key=sum)
+    walk, needed = walk_of(cut, params, {"E": largest[:1], "U": largest}), 0
+    vectors = 3 * bytes_of(params)
+    for every in EVERY:
+        needed = ceil((vectors + walk.memory({"E": largest[:1], "U": largest}, itemsize, every, 0)) / USABLE)
+        if needed <= budget:
+            return Walking(every=every)
+    raise BatchError(f"memory={memory!r} cannot hold three vectors and a walk by layers; give at least {needed} bytes.")

@@ -1,4 +1,4 @@
-"""Four ways to the same kernel, and what each takes.
+"""The ways to a kernel, and what each takes.
 
 One side's gradients are held, the other's stream past them a block at a time, and every pair of a held and a streamed
 gradient meets once:
@@ -6,17 +6,16 @@ gradient meets once:
     for tile in held:  J = gradients(tile)
         for block in streamed:  K[tile, block] = contract(J, gradients(block))
 
-    memory      one tile, written out: every gradient is computed once and multiplied out once
-    factored    one tile, in handles: smaller, but multiplied out again for every block
-    recompute   several tiles; what streams is computed again for every tile
-    store       both sides' handles are written to disk, and read back a few parameters at a time (`kernel.spilled`)
+    sequences   gradients of whole sequences, in handles; with several tiles what streams is computed again for each
+    layers      both sides walk back one layer together, and no more of a gradient is there (`planning.walking`)
+    store       both sides' handles are written to disk, and read back a few parameters at a time (`engine.stored`)
 
 Below, a side has n sequences of t₁ ≥ t₂ ≥ … tokens, P parameters; h of the held ones are a tile, in `tiles` of them.
 
-    bytes     held (h·P, or h handles) + one block's handles + the larger of activations and contraction tiles + K
+    bytes     h handles + one block's handles + the larger of activations and contraction tiles + K
               store: K + the larger of (activations + a microbatch's handles) and (one parameter's handles + tiles)
     seconds   gradients of both sides (once; the streamed side `tiles` times where it is computed again)
-              + multiplying out (held: once, or once a block; streamed: once a tile) + 2 n_E n_U P
+              + multiplying out (held: once a block; streamed: once a tile) + 2 n_E n_U P
               store: and what is written and read
 """
 
@@ -27,32 +26,32 @@ from math import ceil
 from typing import Any, Literal, NamedTuple
 
 from fkernel.engine.planning.machine import Rates
-from fkernel.engine.planning.workload import Workload
+from fkernel.engine.planning.workload import LONG, Workload
 from fkernel.func.batch import lengths
-from fkernel.func.contract import tile_bytes
 from fkernel.func.microbatch import check_size
+from fkernel.func.tiles import tile_bytes
 
 MICROBATCH = 8
-TOKENS = 1024
+TOKENS = LONG
 """Under way at once: eight sequences, or as many as have so many tokens; more are no faster on a CPU (benchmarks/)."""
 BLOCK = 64
 """Streamed sequences of the greatest length a block, at most, where more gain nothing that their memory would not."""
 HOLES = 1.4
-"""Memory that a pass takes, over what is alive in it at once. This and the next four were fitted to one run of the
+"""Memory that a pass takes, over what is alive in it at once. This and the next three were fitted to one run of the
 planner's grid (benchmarks/planner.py), where 98 % of all strategies' predictions then were within 15 %."""
 HANDLES = 1.2
 """The same for handles, which are many pieces, or are copied into one."""
-ROWS = 1.1
-"""The same for gradients that are written out."""
 LIBRARIES = 20_000_000
 """Bytes that libraries take for themselves at first use; a tiny problem is charged less, or nothing would fit it."""
 STARTING = 0.2
 """Seconds that any kernel takes before and after its work: arguments are checked, f's layers are looked for."""
+EVERY = (1, 2, 4, 8)
+"""Of how many layer inputs one is kept."""
 USABLE = 0.95
 """Share of a grant that is planned with."""
 
-Name = Literal["memory", "factored", "store", "recompute"]
-NAMES: tuple[Name, ...] = ("memory", "factored", "store", "recompute")
+Name = Literal["sequences", "layers", "store"]
+NAMES: tuple[Name, ...] = ("sequences", "layers", "store")
 Side = Literal["E", "U"]
 
 
@@ -60,12 +59,12 @@ class Strategy(NamedTuple):
     """How a kernel is computed; every one gives the same numbers.
 
     Attributes:
-        name: which of the four.
+        name: which of the ways.
         held: the side whose gradients are kept while the other's stream past.
         tile: tokens of the held side that are kept at a time (None: all).
         block: tokens of the streamed side that are kept at a time (None: all).
-        tokens: tokens under way in one microbatch (None: all).
-        dense: whether the held gradients are written out.
+        tokens: tokens under way in one microbatch (None: all; of "layers" 0 is one sequence at a time).
+        every: of how many layer inputs one is kept, by "layers".
     """
 
     name: Name
@@ -73,7 +72,12 @@ class Strategy(NamedTuple):
     tile: int | None
     block: int | None
     tokens: int | None
-    dense: bool
+    every: int = 1
+
+    @property
+    def loops(self) -> dict[str, Any]:
+        """What `fkernel.engine.contraction` is told."""
+        return {"held": self.held, "tile": self.tile, "block": self.block}
 
 
 class Option(NamedTuple):
@@ -95,7 +99,7 @@ class Option(NamedTuple):
 
     @property
     def name(self) -> Name:
-        """Which of the four."""
+        """Which of the ways."""
         return self.strategy.name
 
     @property
@@ -124,7 +128,7 @@ def default(n_E: int, n_U: int, T: int, microbatch: int, dense_U: bool) -> Strat
     # The held side's factors are multiplied out once a block, so a block is no smaller than they are many; rows of U
     # that a preconditioner made are too large to be held by the block.
     block = microbatch if dense_U and held == "E" else max(BLOCK, min(n_E, n_U))
-    return Strategy("factored", held, None, block * T, microbatch * T, dense_U and held == "U")
+    return Strategy("sequences", held, None, block * T, microbatch * T)
 
 
 def options(
@@ -144,6 +148,9 @@ def options(
     """
     found = []
     for name in NAMES:
+        if why := load.impossible(name):
+            found.append(Option(Strategy(name, "E", None, None, 0), 0, 0, 0.0, why))
+            continue
         tried = [cost(load, rates, strategy) for strategy in _forms(load, microbatch, name)]
         fitting = [option for option in tried if budget is None or option.needs <= budget]
         if not fitting:
@@ -161,20 +168,24 @@ def _forms(load: Workload, microbatch: int, name: Name) -> Iterator[Strategy]:
     """Walk the forms of a strategy: which side is held, how much of it, written out or not, how wide a microbatch."""
     T, total = load.longest, {side: sum(counts) for side, counts in load.tokens.items()}
     for m in sorted({microbatch, max(1, microbatch // 2), max(1, microbatch // 4), 1}):
+        if name == "layers":
+            assert not isinstance(load.walk, str)
+            for every in EVERY:
+                for tokens in (0, m * T) if load.walk.blocks else (0,):
+                    yield Strategy(name, "E", None, None, tokens, every)
+            continue
         if name == "store":  # neither side is held; how much of each is contracted at a time is all there is to say
             for tile in _parts(total["E"], m * T):
                 for block in _parts(total["U"], m * T):
-                    yield Strategy(name, "E", tile, block, m * T, False)
+                    yield Strategy(name, "E", tile, block, m * T)
             continue
         pairs: tuple[tuple[Side, Side], ...] = (("E", "U"), ("U", "E"))
         for held, streamed in pairs:
-            one_tile = name in ("memory", "factored")
-            dense = name == "memory" or (load.dense_U and held == "U")
-            most = min(BLOCK * T, total[streamed]) if dense or load.dense_U else total[streamed]
+            most = min(BLOCK * T, total[streamed]) if load.dense_U else total[streamed]
             for block in _parts(most, m * T):
                 # A tile holds a microbatch at least, and one that holds all of them recomputes nothing.
-                for tile in (None,) if one_tile else _parts(total[held], m * T)[1:] or [T] * (m == 1):
-                    yield Strategy(name, held, tile, block, m * T, dense)
+                for tile in (None, *(_parts(total[held], m * T)[1:] or [T] * (m == 1))):
+                    yield Strategy(name, held, tile, block, m * T)
 
 
 def _parts(n: int, least: int) -> list[int]:
@@ -190,12 +201,13 @@ def _parts(n: int, least: int) -> list[int]:
 
 def cost(load: Workload, rates: Rates, strategy: Strategy) -> Option:
     """Predict what a strategy takes, by the formulas above."""
-    memory, disk, seconds = (_spilled if strategy.name == "store" else _streamed)(load, rates, strategy)
+    ways = {"sequences": _streamed, "layers": _walked, "store": _spilled}
+    memory, disk, seconds = ways[strategy.name](load, rates, strategy)
     return Option(strategy, memory + min(LIBRARIES, memory // 2), disk, STARTING + seconds)
 
 
 def _streamed(load: Workload, rates: Rates, strategy: Strategy) -> tuple[int, int, float]:
-    name, held, tile, block, tokens, dense = strategy
+    _, held, tile, block, tokens, _ = strategy
     streamed = "U" if held == "E" else "E"
     T, row = load.longest, load.row
     n_h, n_s = len(load.tokens[held]), len(load.tokens[streamed])
@@ -204,19 +216,26 @@ def _streamed(load: Workload, rates: Rates, strategy: Strategy) -> tuple[int, in
     h, s = _rows(load.tokens[held], tile, m * T), _rows(load.tokens[streamed], block, m * T)
     tiles, blocks = ceil(n_h / h), ceil(n_s / s)
 
-    rows_of_U = load.dense_U and streamed == "U"
-    each_h = ROWS * row if dense else HANDLES * load.kept_by(held, h)
-    each_s = 3 * row if rows_of_U else HANDLES * load.kept_by(streamed, s)
+    # Rows of U that a preconditioner made are written out, and joined.
+    each_h = 3 * row if load.dense_U and held == "U" else HANDLES * load.kept_by(held, h)
+    each_s = 3 * row if load.dense_U and streamed == "U" else HANDLES * load.kept_by(streamed, s)
     # What is kept is copied out of the pass that made it, and what a pass frees leaves holes.
     passing = min(m, max(h, s)) * (HOLES * load.peak(T) + (2 * row if load.dense_U else 0))
-    contracting = min(tile_bytes((0 if dense else h) + (0 if rows_of_U else s), load.itemsize), (h + s) * row)
+    contracting = min(tile_bytes(h + s, load.itemsize), (h + s) * row)
     memory = n_h * n_s * 2 * load.itemsize + h * s * 12 + int(h * each_h + s * each_s + max(contracting, passing))
 
-    seconds = load.producing(held, tokens, rates) + load.multiplying(held, rates) * (1 if dense else blocks)
-    seconds += load.producing(streamed, tokens, rates) * (tiles if name == "recompute" else 1)
-    seconds += load.multiplying(streamed, rates) * tiles + 2.0 * n_h * n_s * load.size / rates.flops
-    seconds += blocks * n_h * row / rates.moved if dense else 0.0
+    seconds = load.producing(held, tokens, rates) + load.multiplying(held, rates) * blocks
+    seconds += (load.producing(streamed, tokens, rates) + load.multiplying(streamed, rates)) * tiles
+    seconds += 2.0 * n_h * n_s * load.size / rates.flops
     return memory, 0, seconds
+
+
+def _walked(load: Workload, rates: Rates, strategy: Strategy) -> tuple[int, int, float]:
+    walk, every, block = load.walk, strategy.every, strategy.tokens or 0
+    assert not isinstance(walk, str)
+    K = len(load.tokens["E"]) * len(load.tokens["U"]) * 16
+    seconds = walk.seconds(load.tokens, load.size, load.itemsize, rates, every, block)
+    return K + walk.memory(load.tokens, load.itemsize, every, block), 0, seconds
 
 
 def _spilled(load: Workload, rates: Rates, strategy: Strategy) -> tuple[int, int, float]:

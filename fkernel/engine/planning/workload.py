@@ -8,36 +8,30 @@ degree in the number of tokens, so three lengths give all.
 from __future__ import annotations
 
 from functools import cached_property, lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 from fkernel import tree
+from fkernel.engine.planning.curve import Curve
 from fkernel.engine.planning.machine import Rates
+from fkernel.engine.planning.walking import Walk, walk_of
+from fkernel.errors import ModelError
 from fkernel.func.batch import Sequences, find_sequences, length, lengths, take, trim
 from fkernel.func.capture import Plan
+from fkernel.func.certified import plan_of
+from fkernel.func.cutting import cut_of
 from fkernel.func.handles import Factored, Handles, Rows, Stack, Sum, smallest, tensors
 from fkernel.func.microbatch import cut
 from fkernel.func.objective import Function, bare
 from fkernel.func.rows import handles_of
+from fkernel.func.source import is_half, widened
 from fkernel.func.work import Work, work_of
 from fkernel.shapes import Tree
 
+LONG = 1024
+"""Tokens of a sequence beyond which it is computed layer by layer, where it can be: whole it would take gigabytes."""
 
-class Curve(NamedTuple):
-    """Work of one sequence as a polynomial of its tokens: the Lagrange polynomial through what was counted."""
 
-    points: tuple[tuple[int, Work], ...]
-
-    def __call__(self, t: float) -> Work:
-        """Interpolate the work of a sequence of t tokens."""
-        total = [0.0] * len(Work._fields)
-        for i, (x, work) in enumerate(self.points):
-            weight = 1.0
-            for j, (other, _) in enumerate(self.points):
-                if i != j:
-                    weight *= (t - other) / (x - other)
-            total = [sum_ + weight * value for sum_, value in zip(total, work, strict=True)]
-        flops, weights, moved, calls, peak, kept = total
-        return Work(flops, weights, moved, round(calls), round(peak), round(kept))
+HALVES = "Weights in half precision are cast layer by layer"
 
 
 class Workload:
@@ -48,9 +42,10 @@ class Workload:
         size: parameters.
         itemsize: bytes of one.
         forming: floating-point operations that multiplying out one token's factors takes.
-        gradients: work of one sequence's gradient in handles, by its tokens.
+        curve: work of one sequence's gradient in handles, by its tokens; None where it was not counted.
         dense_U: whether U's gradients must be rows, because the preconditioner is an arbitrary function.
         widest: share of the handles' bytes that one parameter takes, at most.
+        walk: the same layer by layer; or why it cannot be done so.
     """
 
     def __init__(
@@ -59,13 +54,27 @@ class Workload:
         size: int,
         itemsize: int,
         forming: float,
-        gradients: Curve,
+        gradients: Curve | None,
         dense_U: bool = False,
         widest: float = 1.0,
+        walk: Walk | str = "not counted",
     ) -> None:
         """Take the numbers."""
+        self.walk = walk
         self.tokens, self.size, self.itemsize = tokens, size, itemsize
-        self.forming, self.gradients, self.dense_U, self.widest = forming, gradients, dense_U, widest
+        self.forming, self.curve, self.dense_U, self.widest = forming, gradients, dense_U, widest
+
+    def gradients(self, t: float) -> Work:
+        """Work of one whole sequence's gradient of t tokens."""
+        assert self.curve is not None
+        return self.curve(t)
+
+    def impossible(self, name: str) -> str:
+        """Say why a kernel cannot be computed in one of the ways; nothing where it can."""
+        if name == "layers":
+            return self.walk if isinstance(self.walk, str) else ""
+        why = f"sequences of more than {LONG} tokens, and weights in half precision, are computed layer by layer"
+        return why if self.curve is None else ""
 
     @property
     def row(self) -> int:
@@ -109,7 +118,7 @@ def _cuts(counts: tuple[int, ...], tokens: int | None) -> list[slice]:
     return cut(counts, tokens)
 
 
-def workload(f: Function, params: Tree, E: Any, U: Any, plan: Plan, dense_U: bool = False) -> Workload:
+def workload(f: Function, params: Tree, E: Any, U: Any, dense_U: bool = False) -> Workload:
     """Count what a kernel between two batches has to do.
 
     Args:
@@ -117,7 +126,6 @@ def workload(f: Function, params: Tree, E: Any, U: Any, plan: Plan, dense_U: boo
         params: θ.
         E: the evaluation batch.
         U: the update batch.
-        plan: which layers are captured.
         dense_U: whether U's gradients must be rows.
     """
     counts = {side: _each(batch) for side, batch in (("E", E), ("U", U))}
@@ -125,7 +133,23 @@ def workload(f: Function, params: Tree, E: Any, U: Any, plan: Plan, dense_U: boo
     side, batch = ("E", E) if tokens["E"][0] >= tokens["U"][0] else ("U", U)
     longest = counts[side].index(tokens[side][0])
     one = trim(take(batch, slice(longest, longest + 1)))
-    return counted(f, params, one, tokens, plan, dense_U)
+    walk = _walk(f, params, U, tokens, dense_U)
+    if is_half(params) and isinstance(walk, str):
+        raise ModelError(f"{HALVES}, and f cannot be: {walk}. Convert them: fkernel.tree.cast(params, torch.float32).")
+    if not isinstance(walk, str) and (is_half(params) or max(tokens["E"][0], tokens["U"][0]) > LONG):
+        leaf = next(iter(params.values()))
+        return Workload(tokens, tree.size(params), widened(leaf[..., :0]).element_size(), 0.0, None, walk=walk)
+    found = counted(f, params, one, tokens, plan_of(f, params, U), dense_U)
+    found.walk = walk
+    return found
+
+
+def _walk(f: Function, params: Tree, U: Any, tokens: dict[str, list[int]], dense_U: bool) -> Walk | str:
+    """Count the same layer by layer, or say why it cannot be done so."""
+    if dense_U:
+        return "the preconditioner is no diagonal, and needs whole gradients"
+    cut = cut_of(f, params, U)
+    return cut if isinstance(cut, str) else walk_of(cut, params, tokens)
 
 
 def counted(

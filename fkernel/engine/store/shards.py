@@ -24,6 +24,7 @@ from fkernel.engine.store import direct
 from fkernel.engine.store.fingerprint import contents
 from fkernel.errors import StoreError
 from fkernel.func.handles import Factored, Handle, Handles, Rows, Stack, Sum
+from fkernel.func.head import Head
 from fkernel.shapes import Tensor
 
 _DTYPES = {
@@ -171,6 +172,8 @@ class _Stored:
                 return {
                     "rows": [self.tensor(ids, f"{place}/ids"), self.tensor(cotangents, f"{place}/cotangents"), size]
                 }
+            case Head():
+                raise StoreError(f"{place!r} is a head's, which is made of the model's own table, and is not stored.")
             case _:
                 return {"dense": self.tensor(handle, place)}
 

@@ -8,16 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from fkernel.engine.contraction import Block
+from fkernel.func.contract import Asked
 from fkernel.study.analyses.covariates import covariates_of
 from fkernel.study.analyses.effects import counterfactual_of, ledger_of, preconditioners_of, sweep_of, weights_of
 from fkernel.study.analyses.failures import tried
 from fkernel.study.analyses.observables import observable_of
 from fkernel.study.analyses.plan import RequestAnalyses
 from fkernel.study.analyses.situation import Situation
-from fkernel.study.analyses.takers import FloorTaker, PartsTaker, UncertaintyTaker
+from fkernel.study.analyses.takers import FloorTaker, PartsTaker, Taker, UncertaintyTaker
 from fkernel.study.analyses.tokens import tokens_found
 from fkernel.study.outcome import Finding
-from fkernel.study.rows import Rows
 
 
 class Accounts:
@@ -25,7 +26,7 @@ class Accounts:
 
     def __init__(self, asked: RequestAnalyses, at: Situation, strict: bool) -> None:
         """Take what is asked; `strict` says whether an id that this request lacks is an error."""
-        self.asked, self.at, self.strict = asked, at, strict
+        self.plan, self.at, self.strict = asked, at, strict
         for other in asked.counterfactuals:
             weights_of(other, at.workspace)  # what names nothing is said now, and not after all rows
         self.floor = FloorTaker(at) if asked.ledger else None
@@ -33,16 +34,27 @@ class Accounts:
         self.sure = UncertaintyTaker(at, asked.uncertainty) if asked.uncertainty else None
         self.failed: dict[str, Finding] = {}
 
-    def add(self, rows: Rows) -> None:
-        """Take some rows of K; what fails takes no more of them."""
-        for name, taker in (("ledger", self.floor), ("parts", self.parts), ("uncertainty", self.sure)):
-            if taker is not None and name not in self.failed:
-                _, lost = self._tried(name, lambda taker=taker: taker.add(rows))
-                self.failed |= {} if lost is None else {name: lost}
+    def asked(self, of: Asked) -> Asked:
+        """Add what the analyses of rows ask of the walk; one that cannot say it is left out."""
+        for name, taker in self._takers():
+            found, lost = self._tried(name, lambda taker=taker, of=of: taker.ask(of))
+            self.failed |= {} if lost is None else {name: lost}
+            of = of if lost is not None else found
+        return of
+
+    def add(self, block: Block) -> None:
+        """Take some rows; what fails takes no more of them."""
+        for name, taker in self._takers():
+            _, lost = self._tried(name, lambda taker=taker: taker.add(block))
+            self.failed |= {} if lost is None else {name: lost}
+
+    def _takers(self) -> list[tuple[str, Taker]]:
+        named = (("ledger", self.floor), ("parts", self.parts), ("uncertainty", self.sure))
+        return [(name, taker) for name, taker in named if taker is not None and name not in self.failed]
 
     def findings(self) -> dict[str, Finding]:
         """Make everything that was asked; what lacks something says what."""
-        asked, at, made = self.asked, self.at, dict[str, Callable[[], Finding]]()
+        asked, at, made = self.plan, self.at, dict[str, Callable[[], Finding]]()
         if (floor := self.floor) is not None:
             made["ledger"] = lambda: ledger_of(at, floor.floor)
         if (sweep := asked.sweep) is not None:

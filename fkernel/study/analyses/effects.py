@@ -22,7 +22,7 @@ def ledger_of(at: Situation, floor: Tensor) -> Finding:
 
     What parameters did that are not selected is a line of its own, and errors are of what the selected ones did.
     """
-    parts = {name: at.effect(name).double().cpu() for name in ("momentum", "decay", "curvature", "realised")}
+    parts = {name: at.effect(name).double().cpu() for name in ("momentum", "decay", "realised")}
     rest = {name: at.found[name].double().cpu() for name in ("unselected",) if name in at.found}
     whole = parts["realised"]
     parts["realised"] = whole - sum(rest.values())
@@ -33,8 +33,8 @@ def ledger_of(at: Situation, floor: Tensor) -> Finding:
     size = float(found.realised.norm()) or float("nan")
     facts = {
         "clip": at.workspace.clip,
-        "first_order_error": float((found.remainder + found.curvature).norm()) / size,
-        "second_order_error": float(found.remainder.norm()) / size,
+        "path": at.policy.path,
+        "error": float(found.remainder.norm()) / size,
         "floor": float(found.floor.norm()) / size,
     }
     lines = {name: getattr(found, name) for name in Ledger._fields} | rest | {"realised": whole}

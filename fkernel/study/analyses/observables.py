@@ -1,4 +1,4 @@
-"""Other quantities than log π of a request, each with contributions of U, momentum, decay, curvature and its change."""
+"""Other quantities than log π of a request, each with contributions of U, momentum, decay and its change."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from typing import Any, NamedTuple
 import torch
 
 from fkernel import func
-from fkernel.engine.sides import check_sides
+from fkernel.engine.sides import check_side
 from fkernel.errors import PlanError, RolloutError, listing
 from fkernel.func.batch import take
+from fkernel.func.contract import Asked, Own
 from fkernel.rollout.rewards import dotted
 from fkernel.shapes import Tensor, Tree
 from fkernel.study.analyses.plan import OBSERVABLE, ObservablePlan
 from fkernel.study.analyses.situation import Lacking, Situation
 from fkernel.study.diagnostics import top_contributors
 from fkernel.study.outcome import Finding
-from fkernel.study.rows import kernel_rows
+from fkernel.study.rows import walked
 
 
 class Observable(NamedTuple):
@@ -38,29 +39,27 @@ def observable_of(at: Situation, asked: ObservablePlan, strict: bool) -> Finding
     """
     f, E, rows = _made(at, asked, strict)
     p, m, n = at.policy._replace(f=f), at.grant.microbatch, len(rows)
-    check_sides(f, p.params, E, E)
+    check_side("E", f, p.params, E)
     k, like = min(at.capture.top_k, len(at.weights)), partial(torch.zeros, dtype=torch.float64)
-    found: dict[str, Tensor] = {
-        "batch": like(n), "top": torch.zeros(n, k, dtype=torch.int64), "top_contributions": like(n, k)
-    }  # fmt: skip
+    vectors = {name: v for name, v in at.vectors.items() if name == "penalty" or not at.overridden}
+    found: dict[str, Tensor] = {"batch": like(n), "top": torch.zeros(n, k, dtype=torch.int64)}
+    found |= {"top_contributions": like(n, k), **{name: like(n) for name in vectors}}
     if at.capture.kernel:
         found["contributions"] = like(n, len(at.weights))
-    for block in kernel_rows(E, at.workspace, p, at.grant):
-        C = (block.K * at.weights.to(block.K)).double()
+    for block in walked(E, at.workspace, p, at.grant, Asked({"": at.workspace.P.d}, Own(vectors))):
+        C = block.kernel() * at.weights.double()
         found["batch"][block.at] = C.sum(1)
         found["top"][block.at], found["top_contributions"][block.at] = top_contributors(C, k)
+        for name in vectors:
+            found[name][block.at] = block.rows(name)
         if at.capture.kernel:
             found["contributions"][block.at] = C
     found["value"] = func.evaluate(f, m)(p.params, E)
-    along = func.jvp(f, m)
-    if at.added is not None:
-        found["penalty"] = along(p.params, E, at.added)
     if at.taken is not None and not at.overridden:
-        found |= {"momentum": along(p.params, E, at.taken.momentum), "decay": along(p.params, E, at.taken.decay)}
         if at.capture.curvature:
             found["curvature"] = 0.5 * func.curvature(f, m)(p.params, E, at.taken.total)
         if at.capture.realised:
-            found |= at.realised(f, E)
+            found |= at.realised(f, E, found["value"])
     return Finding({name: value.cpu().numpy() for name, value in found.items()}, {"kind": asked.kind, "rows": rows})
 
 

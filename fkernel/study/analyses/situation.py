@@ -6,8 +6,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from fkernel import func, tree
+import torch
+
+from fkernel import tree
 from fkernel.engine import realised_change
+from fkernel.engine.layered import evaluated
 from fkernel.precond import AdamWStep
 from fkernel.rollout.batch import GeneratedBatch
 from fkernel.shapes import Tensor, Tree
@@ -78,16 +81,37 @@ class Situation:
         """The selected parameters after the step: where it was really taken, or as it is executed here."""
         return self.policy.after or tree.add(self.policy.params, self.step.total)
 
-    def realised(self, f: Any, E: Any) -> dict[str, Tensor]:
+    @property
+    def like(self) -> Tensor:
+        """A parameter: where numbers are, and in what dtype."""
+        return next(iter(self.policy.params.values()))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is found."""
+        return self.like.dtype
+
+    @cached_property
+    def vectors(self) -> dict[str, Tree]:
+        """{what: v}: ⟨ḡ_e, v⟩ is what it did to E; momentum and decay, and the KL term where the loss has one."""
+        found = {} if self.taken is None else {"momentum": self.taken.momentum, "decay": self.taken.decay}
+        return found if self.added is None else found | {"penalty": self.added}
+
+    def realised(self, f: Any, E: Any, before: Tensor | None = None) -> dict[str, Tensor]:
         """Measure what the step really did to any f: the change of the whole model, and what of it was not selected.
 
         realised = f(θ', φ') − f(θ, φ),  unselected = f(θ', φ') − f(θ', φ);  θ: selected parameters, φ: the others
+
+        Args:
+            f: (params, batch) -> [n].
+            E: its batch.
+            before: [n] f(θ, φ), where it is known.
 
         Returns:
             {"realised": [n]}, and {"unselected": [n]} where parameters moved that the plan does not select.
         """
         m, rest = self.grant.microbatch, self.policy.unselected()
-        own = realised_change(f, self.policy.params, self.after, E, microbatch=m)
+        own = evaluated(f, self.after, E, m) - (evaluated(f, self.policy.params, E, m) if before is None else before)
         if not rest.after:
             return {"realised": own}
         others = realised_change(f, {**self.after, **rest.before}, {**self.after, **rest.after}, E, microbatch=m)
@@ -96,7 +120,7 @@ class Situation:
     @cached_property
     def before(self) -> Tensor:
         """[n_E] S before the step, at the study's temperature."""
-        return func.evaluate(self.policy.f, self.grant.microbatch)(self.policy.params, self.E)
+        return evaluated(self.policy.f, self.policy.params, self.E, self.grant.microbatch)
 
     @cached_property
     def added(self) -> Tree | None:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 
-from fkernel import func, tree
 from fkernel.analysis import (
     by_part,
     group_sums,
     influence_interval,
     missed,
-    norms_by,
     permutation_rms,
     permutations,
     rank_interval,
@@ -23,36 +20,53 @@ from fkernel.analysis import (
     significance,
     summed,
 )
-from fkernel.analysis.ledger import floor_of
+from fkernel.analysis.ledger import floor_from
+from fkernel.engine.contraction import Block
+from fkernel.func.contract import Asked
 from fkernel.func.groups import by_kind, by_layer
-from fkernel.func.handles import Handles
 from fkernel.precond import Diagonal
 from fkernel.rollout.batch import GeneratedBatch
-from fkernel.shapes import Tensor, Tree
+from fkernel.shapes import Tensor
 from fkernel.study.analyses.plan import UncertaintyPlan
 from fkernel.study.analyses.situation import Situation
 from fkernel.study.diagnostics import top_contributors
 from fkernel.study.outcome import Finding
 from fkernel.study.plan import PreconditionerPlan, StepPlan
 from fkernel.study.response import response
-from fkernel.study.rows import Policy, Rows, taken
+from fkernel.study.rows import Policy
 from fkernel.study.workspace import KernelWorkspace
 
 
-class FloorTaker:
-    """The rounding in every realised change."""
+class Taker:
+    """An analysis that asks something of the walk, and takes a block at a time."""
+
+    def ask(self, of: Asked) -> Asked:
+        """Add what it asks of E's and U's gradients."""
+        return of
+
+    def add(self, block: Block) -> None:
+        """Take some rows."""
+        raise NotImplementedError
+
+
+class FloorTaker(Taker):
+    """The rounding in every realised change: Σ_α (θ_α ∂_α S_e)² is one more sum of squares."""
 
     def __init__(self, at: Situation) -> None:
         """Begin with nothing."""
         self.at, self.floor = at, torch.zeros(len(at.batch), dtype=torch.float64)
 
-    def add(self, rows: Rows) -> None:
+    def ask(self, of: Asked) -> Asked:
+        """Ask for Σ_α θ_α² g_eα²."""
+        squares = {**of.x.squares, "floor": {name: leaf.square() for name, leaf in self.at.policy.params.items()}}
+        return of._replace(x=of.x._replace(squares=squares))
+
+    def add(self, block: Block) -> None:
         """Take some rows."""
-        value = self.at.before[rows.at]
-        self.floor[rows.at] = floor_of(rows.handles(), value, self.at.policy.params).cpu()
+        self.floor[block.at] = floor_from(block.rows("floor"), self.at.before[block.at].cpu(), self.at.dtype)
 
 
-class PartsTaker:
+class PartsTaker(Taker):
     """K·A, contributions and norms by layer and by kind of parameter."""
 
     def __init__(self, at: Situation) -> None:
@@ -62,19 +76,21 @@ class PartsTaker:
         self.norms: dict[str, dict[str, Tensor]] = {"kind": {}, "layer": {}}
         self.contributions: dict[str, dict[str, Tensor]] = {"kind": {}, "layer": {}}
 
-    def add(self, rows: Rows) -> None:
-        """Take some rows; the kernel is contracted once more, part by part."""
-        at, n, J = self.at, len(self.at.batch), rows.handles()
-        parts = at.workspace.gradients.parts_against(J, at.workspace.P, by_part)
-        norms = {part: both.plain.cpu() for part, both in norms_by(J, by_part).items()}
+    def ask(self, of: Asked) -> Asked:
+        """Ask for every sum part by part."""
+        return of._replace(key=by_part)
+
+    def add(self, block: Block) -> None:
+        """Take some rows."""
+        at, n = self.at, len(self.at.batch)
         for view, key in (("kind", by_kind), ("layer", by_layer)):
-            for group, K in summed(parts, self.names, key).items():
-                C = (K * at.weights.to(K)).double()
-                _into(self.sums[view], group, n)[rows.at] = C.sum(1)
+            for group, K in summed(block.parts(), self.names, key).items():
+                C = (K.to(at.dtype) * at.weights.to(at.dtype)).double()
+                _into(self.sums[view], group, n)[block.at] = C.sum(1)
                 if at.capture.kernel:
-                    _into(self.contributions[view], group, n, C.shape[1])[rows.at] = C
-            for group, plain in summed(norms, self.names, key).items():
-                _into(self.norms[view], group, n)[rows.at] = plain
+                    _into(self.contributions[view], group, n, C.shape[1])[block.at] = C
+            for group, plain in summed(block.row_parts("squared_norms"), self.names, key).items():
+                _into(self.norms[view], group, n)[block.at] = plain
 
     def finding(self) -> Finding:
         """What was found: arrays lead with the group."""
@@ -93,12 +109,12 @@ class PartsTaker:
         return Finding(arrays, facts)
 
 
-class UncertaintyTaker:
+class UncertaintyTaker(Taker):
     """Intervals by prompt, and which contributors and prompts are told apart from chance.
 
     Both are of K under a P that does not depend on how advantages fell within prompts: the step's own, where that is
-    frozen or the identity; else one with the mean of g² over all permutations (`permutation_rms`), which costs one more
-    contraction. An interval's width is of that, its middle the influence under the step's own.
+    frozen or the identity; else one with the mean of g² over all permutations (`permutation_rms`), a second kernel of
+    the same walk. An interval's width is of that, its middle the influence under the step's own.
     """
 
     def __init__(self, at: Situation, asked: UncertaintyPlan) -> None:
@@ -123,10 +139,19 @@ class UncertaintyTaker:
         self.facts: dict[str, Any] = {"draws": asked.draws, "coverage": asked.coverage, "prompts": self.names}
         self.facts["preconditioner"] = "permutation mean" if self.permuted else form
 
-    def add(self, rows: Rows) -> None:
+    def ask(self, of: Asked) -> Asked:
+        """Ask for the kernel under a P that advantages do not enter as they fell, too."""
+        if not self.permuted:
+            return of
+        P = permuted_preconditioner(self.at.workspace, self.at.policy)
+        return of._replace(kernels={**of.kernels, "permuted": P.d})
+
+    def add(self, block: Block) -> None:
         """Take some rows; an interval needs two prompts."""
-        C, arrays, k = (rows.K * self.at.weights.to(rows.K)).double(), self.arrays, self.arrays["top_p"].shape[1]
-        K = self._kernel(rows)
+        rows, dtype = block, self.at.dtype
+        C = (block.kernel().to(dtype) * self.at.weights.to(dtype)).double()
+        arrays, k = self.arrays, self.arrays["top_p"].shape[1]
+        K = block.kernel("permuted" if self.permuted else "").to(dtype)
         found = significance(K, self.scale, self.advantages, self.shuffled)
         arrays["p"][rows.at], arrays["prompt_p"][rows.at] = found.influence, found.prompts
         arrays["prompt_contributions"][rows.at] = group_sums(C, self.prompts.place, self.prompts.prompts)
@@ -143,13 +168,6 @@ class UncertaintyTaker:
         arrays["error"][rows.at] = sure.error
         _, ranks = rank_interval(C, self.prompts, k, self.asked.coverage)
         arrays["rank_low"][rows.at], arrays["rank_high"][rows.at] = ranks.low, ranks.high
-
-    def _kernel(self, rows: Rows) -> Tensor:
-        """The rows under a P that advantages do not enter as they fell, [r n_U]."""
-        if not self.permuted:
-            return rows.K
-        workspace = self.at.workspace
-        return workspace.gradients.rows_against(rows.handles(), permuted_preconditioner(workspace, self.at.policy))
 
     def finding(self) -> Finding:
         """What was found."""
@@ -173,8 +191,8 @@ def permuted_preconditioner(workspace: KernelWorkspace, policy: Policy) -> Diago
         loss, batch = workspace.loss, workspace.batch
         weights = batch.with_values("advantage", torch.ones_like(batch.advantages)).loss_weights
         rms = permutation_rms(
-            lambda x: _summed(workspace, policy, x, func.weighted_sum),
-            lambda x: _summed(workspace, policy, x, func.squared_sum),
+            workspace.gradients.weighted_sum,
+            workspace.gradients.squared_sum,
             weights.to(like.device, torch.promote_types(like.dtype, torch.float32)),
             batch.advantages,
             batch.groups,
@@ -194,17 +212,6 @@ def judged(batch: GeneratedBatch) -> Tensor | None:
     """
     found = torch.tensor([not record.abstained or record.reward is not None for record in batch])
     return None if bool(found.all()) else found
-
-
-def _summed(workspace: KernelWorkspace, policy: Policy, x: Tensor, of: Callable[[Handles, Tensor], Tree]) -> Tree:
-    """Σ_u x_u of U's gradients, or of their squares; only those whose x is not 0 are read."""
-    total: Tree = {}
-    for rows, read in workspace.gradients.blocks():
-        chosen = x.cpu()[rows].nonzero()[:, 0]
-        if len(chosen):
-            part = of(taken(read(), chosen), x[rows[chosen].to(x.device)])
-            total = {name: total[name].add_(leaf) for name, leaf in part.items()} if total else part
-    return total or tree.zeros_like(policy.params)
 
 
 def _names_by_place(batch: GeneratedBatch, place: Tensor) -> list[str]:

@@ -12,7 +12,7 @@ from fkernel.study.analyses.failures import tried
 from fkernel.study.analyses.plan import StructurePlan
 from fkernel.study.loss_terms import columns_of
 from fkernel.study.outcome import Finding
-from fkernel.study.rows import Grant, Policy, room_of
+from fkernel.study.rows import Grant, Policy, tile_of
 from fkernel.study.workspace import KernelWorkspace, tokens_of
 
 WHOSE = "the update batch's"
@@ -53,7 +53,7 @@ def structure_of(
 def _structure(
     asked: StructurePlan, workspace: KernelWorkspace, policy: Policy, grant: Grant, after: Tree | None, seed: int
 ) -> Finding:
-    K, n = workspace.self_kernel(room_of(grant, workspace)), len(workspace.batch)
+    K, n = workspace.self_kernel(tile_of(grant, workspace)), len(workspace.batch)
     components, k = (asked.components or min(3, n), asked.clusters or min(8, n))
     for what, wanted in (("components", components), ("clusters", k)):
         if wanted > n:

@@ -1,0 +1,207 @@
+"""One side's per-sequence gradients, a microbatch at a time: computed when they are asked for, held, or on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from fkernel import func
+from fkernel.engine.path import Nodes, mean_of
+from fkernel.engine.sides import Ordered, blocks, naming
+from fkernel.func.batch import length, take
+from fkernel.func.boundary import explained
+from fkernel.func.certified import plan_of
+from fkernel.func.handles import Handles, at, each_tensor, nbytes, packed, stack_handles, tensors
+from fkernel.func.rows import handle_pieces
+from fkernel.shapes import Tensor, Tree
+
+Read = Callable[..., Handles]
+"""(i) ↦ the gradients of microbatch i; what is on disk also takes names, and reads no others."""
+
+
+class Gradients:
+    """J of one side in microbatches, longest sequences first.
+
+    Attributes:
+        side: the batch as it is ordered.
+        cuts: the rows of each microbatch, in that order.
+        read: i ↦ its handles.
+        computed: how many sequences' gradients this process computed; the others were read.
+        shares: groups of parameters that can be read by themselves; None where a microbatch comes whole.
+    """
+
+    def __init__(
+        self,
+        side: Ordered,
+        cuts: Sequence[slice],
+        read: Read,
+        computed: int = 0,
+        device: torch.device | None = None,
+        shares: Sequence[Sequence[str]] | None = None,
+    ) -> None:
+        """Take where gradients come from; what is stored is served on a device, where one is given."""
+        self.side, self.cuts, self.computed, self.shares = side, list(cuts), computed, shares
+        self.read: Read = read if device is None else lambda i, *names: _on(device, read(i, *names))
+
+    def __len__(self) -> int:
+        """Count the sequences."""
+        return len(self.side)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Handles]]:
+        """Walk the microbatches: (their rows in the caller's batch, their handles)."""
+        for i, rows in enumerate(self.cuts):
+            yield self.side.order[rows], self.read(i)
+
+    def each(self) -> Iterator[tuple[Tensor, Callable[[], Handles]]]:
+        """Walk the microbatches: (their rows in the caller's batch, what reads their handles)."""
+        for i, rows in enumerate(self.cuts):
+            yield self.side.order[rows], lambda i=i: self.read(i)
+
+    def blocks(self, tokens: int | None) -> Iterator[list[int]]:
+        """Gather successive microbatches into blocks of at most so many tokens."""
+        return blocks(self.side, self.cuts, tokens)
+
+    def rows(self, block: Sequence[int]) -> slice:
+        """The rows of a block, in the side's own order."""
+        return slice(self.cuts[block[0]].start, self.cuts[block[-1]].stop)
+
+    def gathered(self, block: Sequence[int], names: Sequence[str] | None = None) -> Handles:
+        """Hold the gradients of some microbatches, of all parameters or of some."""
+        return stack_handles(self.read(i) if names is None else self.read(i, names) for i in block)
+
+    def in_memory(self, tick: Callable[[int], Any] = lambda n: None, *, together: bool = True) -> Gradients:
+        """Compute or read everything once, and hold it, moved together: what temporaries surround leaves holes."""
+        held = []
+        for i, rows in enumerate(self.cuts):
+            handles = self.read(i)
+            held.append(packed(handles) if together else handles)
+            tick(rows.stop - rows.start)
+        return Gradients(self.side, self.cuts, held.__getitem__, len(self))
+
+    def weighted_sum(self, weights: Tensor) -> Tree:
+        """Compute Jᵀ w, [n] -> {name: [*shape]}."""
+        return self._summed(func.weighted_sum, weights)
+
+    def squared_sum(self, weights: Tensor | None = None) -> Tree:
+        """Compute Σ_n w_n g_n², [n] -> {name: [*shape]}; all w are 1 where none are given."""
+        return self._summed(func.squared_sum, torch.ones(len(self)) if weights is None else weights)
+
+    def _summed(self, of: Callable[[Handles, Tensor], Tree], weights: Tensor) -> Tree:
+        """Σ_n w_n of gradients, or of their squares; a microbatch whose weights are all 0 is not read."""
+        total: Tree = {}
+        for i, rows in enumerate(self.cuts):
+            w = weights[self.side.order[rows].to(weights.device)]
+            if total and not bool(w.any()):
+                continue
+            handles = self.read(i)
+            part = of(handles, w.to(tensors(next(iter(handles.values())))[-1].device))
+            total = {name: total[name].add_(leaf) for name, leaf in part.items()} if total else part
+        return total
+
+    def one(self, row: int) -> Handles:
+        """Read the handles of one sequence, n = 1, by its row in the caller's batch."""
+        place = int((self.side.order == row).nonzero())
+        i = next(i for i, rows in enumerate(self.cuts) if rows.start <= place < rows.stop)
+        here = slice(place - self.cuts[i].start, place - self.cuts[i].start + 1)
+        return {name: at(handle, here) for name, handle in self.read(i).items()}  # pyright: ignore[reportArgumentType]
+
+    def chosen(self, rows: Tensor) -> Gradients:
+        """Take some sequences, by their rows in the caller's batch: the result's rows are counted as they are given."""
+        cuts, places, order = list[slice](), list[tuple[int, Tensor]](), list[Tensor]()
+        for i, here in enumerate(self.cuts):
+            found = (rows[:, None] == self.side.order[here]).nonzero()  # (place among the rows, in the microbatch)
+            if len(found):
+                start = cuts[-1].stop if cuts else 0
+                cuts.append(slice(start, start + len(found)))
+                places.append((i, found[:, 1]))
+                order.append(found[:, 0])
+        side = copy(self.side)
+        side.order = torch.cat(order)
+        side.tokens = [self.side.tokens[self.cuts[i].start + k] for i, place in places for k in place.tolist()]
+
+        def read(k: int) -> Handles:
+            i, place = places[k]
+            return {name: at(handle, place) for name, handle in self.read(i).items()}  # pyright: ignore[reportArgumentType]
+
+        return Gradients(side, cuts, read)
+
+    @cached_property
+    def largest(self) -> int:
+        """Bytes of a microbatch of the longest sequences."""
+        return nbytes(self.read(0))
+
+    @property
+    def token_bytes(self) -> float:
+        """Bytes of gradients a token, as far as the first microbatch tells."""
+        rows = self.cuts[0]
+        return self.largest / ((rows.stop - rows.start) * self.side.tokens[rows.start])
+
+
+def computed(side: Ordered, nodes: Nodes, cuts: Sequence[slice], promised: bool = False) -> Gradients:
+    """Compute a side's gradients when they are asked for: ḡ = Σ_j q_j ∇f(θ_j) over the nodes of a path.
+
+    Args:
+        side: with its f.
+        nodes: (q_j, θ_j); for a side that does not move, θ with weight 1.
+        cuts: the microbatches.
+        promised: whether memory was promised: what is held lies among the temporaries of the passes, and holes between
+            them are memory too, so that it is moved together, which costs a copy.
+    """
+    f = side.f
+    assert f is not None
+    with naming(side.name), explained(nodes[0][1]):
+        plan = plan_of(f, nodes[0][1], side.batch)
+
+    def read(i: int) -> Handles:
+        part = take(side.batch, cuts[i])
+        whole, found = [slice(0, length(part))], list[tuple[float, Handles]]()
+        for q, params in nodes:
+            with naming(side.name, side.order[cuts[i]]), explained(params):
+                (handles,) = handle_pieces(f, params, part, whole, plan)
+            found.append((q, handles))
+        mean = mean_of(found)
+        return packed(mean) if promised else mean
+
+    return Gradients(side, cuts, read, len(side))
+
+
+class Summing:
+    """Gradients, and Jᵀw of those that were computed, added up on their way to wherever they are kept.
+
+    Attributes:
+        gradients: the same gradients; reading a microbatch for the first time adds it.
+    """
+
+    def __init__(self, gradients: Gradients, weights: Tensor) -> None:
+        """Take gradients that are computed when they are read, and w [n] in the caller's order."""
+        self.gradients = Gradients(gradients.side, gradients.cuts, self._read)
+        self._inner, self._weights, self._done = gradients, weights, set[int]()
+        self._total: Tree = {}
+
+    def _read(self, i: int) -> Handles:
+        handles = self._inner.read(i)
+        self._add(i, handles)
+        return handles
+
+    def _add(self, i: int, handles: Handles) -> None:
+        if i in self._done:
+            return
+        self._done.add(i)
+        w = self._weights[self._inner.side.order[self._inner.cuts[i]].to(self._weights.device)]
+        part = func.weighted_sum(handles, w)
+        total = self._total
+        self._total = {name: total[name].add_(leaf) for name, leaf in part.items()} if total else part
+
+    def whole(self, kept: Gradients) -> Tree:
+        """Give Jᵀw; where some were not computed here all are read from where they are kept: bits are the same then."""
+        if len(self._done) < len(self._inner.cuts):
+            return kept.weighted_sum(self._weights)
+        return self._total
+
+
+def _on(device: torch.device, handles: Handles) -> Handles:
+    return {name: each_tensor(lambda leaf: leaf.to(device), handle) for name, handle in handles.items()}

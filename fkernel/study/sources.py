@@ -1,0 +1,230 @@
+"""What a plan names and executes, by content: Python functions, a model's own files, prompts.
+
+A reward function is a name in a plan, and the name stays when the function is edited. So what decides results is
+recorded by the SHA-256 of the files that are executed or read:
+
+    a function by dotted name   the file of its module, and of every module that it imports, directly or not, of your
+                                own: not the standard library, not installed packages (but for the function's own
+                                package), not fkernel, which is told by `own_code`
+    a checkpoint                its parameters are told by their fingerprint; beside them config.json, the tokenizer
+                                with its chat template, and, under trust_remote_code, its Python files
+    prompts                     the file, or every file of the data set; the version of reasoning-gym for a task
+
+A function without a file (built in, typed into a notebook, a script's own `__main__`) has no hash: None stands for it.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.machinery
+import importlib.util
+import inspect
+import json
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache, partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from fkernel.engine.store.files import checksum
+from fkernel.errors import PlanError
+from fkernel.rollout.rewards import dotted
+from fkernel.study.parts import CheckpointPlan, PromptsPlan
+
+EXECUTED = ("reward", "advantage", "advantages", "callback", "function")
+"""Keys of a plan whose values may be dotted names of functions."""
+DESCRIBING = (
+    "config.json", "generation_config.json", "adapter_config.json", "tokenizer*", "special_tokens_map.json",
+    "added_tokens.json", "chat_template*", "vocab*", "merges.txt", "*.model",
+)  # fmt: skip
+"""Files of a checkpoint, beside its parameters, that decide what its model computes and how texts become tokens."""
+PACKAGE = Path(__file__).parents[1]
+_SEEN: dict[str, tuple[Any, str]] = {}
+"""{module: (its import, hash of its file)} as first seen in this process, which goes on executing what it imported."""
+
+
+def dotted_names(record: Any) -> set[str]:
+    """Find the dotted names of functions in a part of a plan, as JSON.
+
+    Example:
+        >>> sorted(dotted_names({"reward": "mine.brevity", "requests": [{"reward": "math"}, {"advantages": "a.b"}]}))
+        ['a.b', 'mine.brevity']
+    """
+    if isinstance(record, Mapping):
+        own = {value for key, value in record.items() if key in EXECUTED and isinstance(value, str) and "." in value}
+        return own.union(*map(dotted_names, record.values()))
+    return set[str]().union(*map(dotted_names, record)) if isinstance(record, list | tuple) else set()
+
+
+def code_of(names: Iterable[str]) -> dict[str, str | None]:
+    """Hash the code that functions execute.
+
+    Args:
+        names: dotted names, such as "my_package.rewards.brevity".
+
+    Returns:
+        {module: SHA-256 of its file, or None where it has no file}, of the functions' modules and of those of your own
+        that they import.
+
+    Raises:
+        RolloutError: a name cannot be imported.
+        PlanError: a file was edited since this process imported it, so that something else is executed than it says.
+    """
+    found: dict[str, str | None] = {}
+    for name in sorted(names):
+        for module in _modules_of(name):
+            _add(module, module.partition(".")[0], found, first=True)
+    return dict(sorted(found.items()))
+
+
+def own_code() -> str:
+    """Hash fkernel's own files: a checkout is edited without a new version."""
+    return _own_code(PACKAGE)
+
+
+def describing_files(one: CheckpointPlan) -> dict[str, str]:
+    """Hash the files of a checkpoint that decide what its model computes, beside its parameters; none of "hub:" ones.
+
+    Returns:
+        {name of the file: SHA-256}; those of `base` and `model` are under base/ and model/.
+    """
+    patterns = (*DESCRIBING, "*.py") if one.trust_remote_code else DESCRIBING
+    places = [("", f"{one.path}/model"), ("", one.path), ("base/", one.base), ("model/", one.model)]
+    return {
+        f"{start}{file.name}": checksum(file)
+        for start, place in places
+        if place is not None and Path(place).is_dir()
+        for pattern in patterns
+        for file in sorted(Path(place).glob(pattern))
+        if file.is_file()
+    }
+
+
+def prompts_files(prompts: Iterable[PromptsPlan]) -> dict[str, Any]:
+    """Tell what prompts are read from: {path: SHA-256}, of a data set one of all its files, and versions of tasks."""
+    found: dict[str, Any] = {}
+    for one in prompts:
+        if one.task is not None:
+            found["reasoning-gym"] = version("reasoning-gym")
+        elif place := one.jsonl or one.dataset:
+            found[place] = content_of(place)
+    return dict(sorted(found.items()))
+
+
+def content_of(path: str | Path) -> str:
+    """Hash a file; or a directory, by the names and contents of all its files."""
+    place = Path(path)
+    if place.is_file():
+        return checksum(place)
+    files = sorted(file for file in place.rglob("*") if file.is_file())
+    return _hash([[str(file.relative_to(place)), checksum(file)] for file in files])
+
+
+def version(package: str) -> str | None:
+    """Tell an installed package's version; None where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _modules_of(name: str) -> list[str]:
+    """The module that a name says, and the one in which the function stands; "" for one that stands in no file."""
+    function = dotted(name, "a function that can be imported")
+    while isinstance(function, partial):
+        function = function.func
+    function = inspect.unwrap(function)
+    code = getattr(function, "__code__", None)
+    typed = code is not None and not Path(code.co_filename).is_file()
+    stands = "" if typed else getattr(function, "__module__", None) or type(function).__module__
+    return [*dict.fromkeys((name.rpartition(".")[0], stands))]
+
+
+def _add(module: str, root: str, found: dict[str, str | None], first: bool = False) -> None:
+    """Hash a module, and what it imports; `root` is the package of the function that is executed."""
+    if module in found:
+        return
+    file = None if module in ("", "__main__") else _file_of(module)
+    if file is None or not file.is_file():
+        if first:
+            found[module or "(typed in)"] = None
+        return
+    if not first and (_inside(file, PACKAGE) or not (_is_own(file) or module.partition(".")[0] == root)):
+        return
+    content = file.read_bytes()
+    found[module] = _unchanged(module, hashlib.sha256(content).hexdigest())
+    if file.suffix == ".py":
+        for name in _imported(content, module, file.name == "__init__.py"):
+            _add(name, root, found)
+
+
+def _unchanged(module: str, digest: str) -> str:
+    """Refuse a file that was edited after this process had imported it."""
+    imported = getattr(sys.modules.get(module), "__spec__", None)
+    before, known = _SEEN.get(module, (imported, digest))
+    if before is imported and known != digest:
+        raise PlanError(
+            f"The file of {module} was edited after this process imported it, and what was imported is what would be "
+            f"executed. Start Python anew, or call importlib.reload(sys.modules[{module!r}])."
+        )
+    _SEEN[module] = imported, digest
+    return digest
+
+
+def _imported(content: bytes, module: str, is_package: bool) -> Iterator[str]:
+    """Name the modules that a file imports, anywhere in it, with the packages around them."""
+    package = module if is_package else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(content)):
+        names = list[str]()
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            inner = "." * node.level + (node.module or "")
+            base = importlib.util.resolve_name(inner, package) if node.level else inner
+            names = [f"{base}.{alias.name}" for alias in node.names]  # a module or something in one
+        for name in names:
+            parts = name.split(".")
+            yield from (".".join(parts[: i + 1]) for i in range(len(parts)))
+
+
+def _file_of(module: str) -> Path | None:
+    """Find a module's file, without importing it."""
+    if module in sys.modules:
+        file = getattr(sys.modules[module], "__file__", None)
+        return None if file is None else Path(file)
+    spec = _spec_of(module)
+    return Path(spec.origin) if spec is not None and spec.has_location and spec.origin else None
+
+
+def _spec_of(module: str) -> importlib.machinery.ModuleSpec | None:
+    parent = module.rpartition(".")[0]
+    around = None if not parent else getattr(sys.modules.get(parent), "__path__", None)
+    if parent and around is None:
+        spec = None if parent in sys.modules else _spec_of(parent)
+        around = None if spec is None else spec.submodule_search_locations
+        if around is None:
+            return None
+    return importlib.machinery.PathFinder.find_spec(module, None if around is None else list(around))
+
+
+def _is_own(file: Path) -> bool:
+    """Tell the user's own files from the standard library's and those of installed packages."""
+    library = [Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")]
+    installed = {"site-packages", "dist-packages"} & {*file.resolve().parts}
+    return not installed and not any(_inside(file, around) for around in library)
+
+
+def _inside(file: Path, around: Path) -> bool:
+    return file.resolve().is_relative_to(around.resolve())
+
+
+@cache
+def _own_code(package: Path) -> str:
+    return _hash([[str(file.relative_to(package)), checksum(file)] for file in sorted(package.rglob("*.py"))])
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
