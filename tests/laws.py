@@ -248,9 +248,7 @@ def contributions_add_up_to_the_change_that_happened(fk: Any, case: Case) -> Non
     for lr in (2e-3, 1e-3):
         realised = _really_step(fk, case, lr, max_norm=0.5)
         for path, found in errors.items():
-            effect, _ = fk.explain_step(
-                S, params, E, U, case.weights, case.state(fk, lr=lr), path=path, max_norm=0.5
-            )
+            effect, _ = fk.explain_step(S, params, E, U, case.weights, case.state(fk, lr=lr), path=path, max_norm=0.5)
             added_up = effect.contributions.sum(1) + effect.momentum + effect.decay
             found.append(float((added_up - realised).norm() / realised.norm()))
     for path, bound, order in (("start", 0.05, 3.5 / 2), ("midpoint", 1e-3, 7.0 / 2), ("gauss2", 1e-6, 24.0 / 2)):

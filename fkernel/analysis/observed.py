@@ -60,8 +60,8 @@ def explain_observable(
         >>> params = {"w": torch.ones(2)}
         >>> state = precond.adamw_init(params, lr=0.1, weight_decay=0.0)
         >>> explain_observable(square, f, params, torch.eye(2), torch.eye(2), torch.ones(2), state).contributions
-        tensor([[0.2000, 0.0000],
-                [0.0000, 0.2000]])
+        tensor([[0.2100, 0.0000],
+                [0.0000, 0.2100]])
     """
     given = {"path": path, "max_norm": max_norm, "memory": memory, "microbatch": microbatch}
     effect, _ = explain_step(f, params, E, U, weights, state, rows=observable, **given)

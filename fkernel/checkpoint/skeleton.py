@@ -6,6 +6,7 @@ it would be on the model itself: the same operations are counted, so the counts 
 
 from __future__ import annotations
 
+import copy
 import os
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,18 +15,23 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from fkernel import tree
 from fkernel.engine.budget import parse_bytes
+from fkernel.engine.planning.curve import Curve
 from fkernel.engine.planning.estimate import Estimate, weighed
 from fkernel.engine.planning.machine import rates
 from fkernel.engine.planning.strategy import usual_microbatch
-from fkernel.engine.planning.workload import Workload, counted
+from fkernel.engine.planning.walking import Walk, walk_of
+from fkernel.engine.planning.workload import LONG, Workload, counted
 from fkernel.errors import BatchError, FKernelError, ModelError, listing
 from fkernel.func.batch import Sequences, pad
 from fkernel.func.boundary import explained
-from fkernel.func.functional import split
+from fkernel.func.cutting import FUSED, cut_of
+from fkernel.func.functional import make_functional, split
 from fkernel.func.logprob import sequence_logprob
 from fkernel.func.objective import Objective, bare
 from fkernel.func.rows import ONE_AT_A_TIME, make_plan
+from fkernel.func.work import Work
 from fkernel.shapes import Tree
 
 SHAPE = (
@@ -33,6 +39,10 @@ SHAPE = (
     "vocab_size=151936"
 )
 """Qwen2.5-0.5B, as an example of a shape."""
+FEW = 8
+"""Tokens of the vocabulary that the first layer is counted with."""
+LARGEST = 1 << 28
+"""Parameters of a layer that is built, at most."""
 REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 OPTIONAL = ("num_key_value_heads", "tie_word_embeddings")
 
@@ -100,6 +110,10 @@ def workload_of(bones: Skeleton, n_U: int, n_E: int) -> Workload:
             raise BatchError(f"{name} is {n}; expected at least one sequence.")
     f, params, one = bones
     T = one.input_ids.shape[1]
+    tokens = {"E": [T] * n_E, "U": [T] * n_U}
+    if T > LONG and not isinstance(walk := _walk(f.apply.module, T), str):
+        leaf = next(iter(params.values()))
+        return Workload(tokens, tree.size(params), leaf.element_size(), 0.0, None, walk=walk)
     try:
         plan = make_plan(bare(f), params, one)
     except FKernelError:
@@ -108,7 +122,9 @@ def workload_of(bones: Skeleton, n_U: int, n_E: int) -> Workload:
         plan = ONE_AT_A_TIME
     try:
         with explained(params):
-            return counted(f, params, one, {"E": [T] * n_E, "U": [T] * n_U}, plan)
+            found = counted(f, params, one, tokens, plan)
+            found.walk = _walk(f.apply.module, T)
+            return found
     except RuntimeError as error:
         raise ModelError(
             f"The model cannot be counted without its weights: {_first_line(error)} Load it, and use fkernel.estimate."
@@ -152,6 +168,51 @@ def estimate_model(
     load = workload_of(skeleton_of(model, tokens, dtype), n_U, n_E)
     microbatch = usual_microbatch(None, pad([[0]], [[0] * (tokens - 1)]))
     return weighed(load, rates(dtype), budget, microbatch, store)
+
+
+def _walk(module: Any, T: int) -> Walk | str:
+    """Count the model layer by layer on its first layer, which alone is built, with a vocabulary of a few tokens."""
+    config = copy.deepcopy(module.config)
+    depth, table = config.num_hidden_layers, module.get_output_embeddings()
+    if (sum(leaf.numel() for leaf in module.parameters()) - table.weight.numel()) / depth > LARGEST:
+        return f"a layer of more than {LARGEST:,} parameters is not built to be counted"
+    changes = {"num_hidden_layers": 1, "vocab_size": FEW, "layer_types": getattr(config, "layer_types", None)}
+    for name, value in changes.items():
+        if value is not None:
+            setattr(config, name, value[:1] if isinstance(value, list) else value)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, None)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model = _with_attention("sdpa" if T > FUSED else "eager", config, table.weight.dtype)
+        apply, params = make_functional(model)
+        cut = cut_of(sequence_logprob(apply), params, pad([[0, 1]], [[2, 3, 0]]))
+        if isinstance(cut, str):
+            return cut
+        one = walk_of(cut, params, {"E": [T], "U": [T]})
+    except Exception as error:  # a model of one layer may fail in any way
+        return f"its first layer cannot be counted by itself ({_first_line(error)})"
+    forward, backward = (_deeper(curve, depth) for curve in (one.forward, one.backward))
+    return one._replace(depth=depth, head=table.weight.numel(), forward=forward, backward=backward)
+
+
+def _with_attention(attention: str, config: Any, dtype: torch.dtype) -> Any:
+    """Build a model with fused attention, as long sequences are computed; with eager one, where it knows no other."""
+    try:
+        given = {"attn_implementation": attention, "dtype": dtype, "trust_remote_code": False}
+        return AutoModelForCausalLM.from_config(config, **given)
+    except ValueError:
+        if attention == "eager":
+            raise
+        return _with_attention("eager", config, dtype)
+
+
+def _deeper(curve: Curve, depth: int) -> Curve:
+    def deeper(work: Work) -> Work:
+        peak, kept = depth * work.peak, depth * work.kept
+        return work.times(depth)._replace(weights=depth * work.weights, calls=depth * work.calls, peak=peak, kept=kept)
+
+    return Curve(tuple((t, deeper(work)) for t, work in curve.points))
 
 
 def _configuration(model: str) -> Any:

@@ -82,6 +82,21 @@ class Gradients:
             tick(rows.stop - rows.start)
         return Gradients(self.side, self.cuts, held.__getitem__, len(self))
 
+    def remembering(self, held: dict[int, Handles], room: int) -> Gradients:
+        """Serve from memory what is held already, and go on holding what is read as long as there is room, bytes."""
+        size = sum(map(nbytes, held.values()))
+
+        def read(i: int, *names: Sequence[str]) -> Handles:
+            nonlocal size
+            if i in held:
+                return {name: held[i][name] for name in names[0]} if names else held[i]
+            found = self.read(i, *names)
+            if not names and (own := nbytes(found)) + size <= room:
+                held[i], size = found, size + own
+            return found
+
+        return Gradients(self.side, self.cuts, read, self.computed, shares=self.shares)
+
     def weighted_sum(self, weights: Tensor) -> Tree:
         """Compute Jᵀ w, [n] -> {name: [*shape]}."""
         return self._summed(func.weighted_sum, weights)
@@ -174,10 +189,12 @@ class Summing:
 
     Attributes:
         gradients: the same gradients; reading a microbatch for the first time adds it.
+        held: {i: microbatch i}, as many as there was room for.
     """
 
-    def __init__(self, gradients: Gradients, weights: Tensor) -> None:
-        """Take gradients that are computed when they are read, and w [n] in the caller's order."""
+    def __init__(self, gradients: Gradients, weights: Tensor, room: int = 0) -> None:
+        """Take gradients that are computed when they are read, w [n] in the caller's order, and bytes to hold them."""
+        self.held, self._room = dict[int, Handles](), room
         self.gradients = Gradients(gradients.side, gradients.cuts, self._read)
         self._inner, self._weights, self._done = gradients, weights, set[int]()
         self._total: Tree = {}
@@ -185,6 +202,8 @@ class Summing:
     def _read(self, i: int) -> Handles:
         handles = self._inner.read(i)
         self._add(i, handles)
+        if (own := nbytes(handles)) <= self._room:
+            self.held[i], self._room = handles, self._room - own
         return handles
 
     def _add(self, i: int, handles: Handles) -> None:

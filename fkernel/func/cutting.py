@@ -39,6 +39,8 @@ from fkernel.shapes import Tensor, Tree
 
 CONTEXT, PROBED = 8, 24
 """Tokens before the first one that counts, and from it on, that a probe looks at."""
+FUSED = 1024
+"""Tokens of a sequence beyond which torch's fused attention is taken, where the model has it."""
 FEW = 8
 """Tokens that a layer is planned on."""
 TILE = 1 << 22
@@ -61,20 +63,23 @@ def cut_of(f: Any, params: Tree, batch: Any) -> Cut | str:
         'f is no weighted sum of token log-probabilities'
     """
     known = known_of(f, params, batch)
-    if known.cut is None:
-        known.cut = _asked(f, params, batch)
-    return known.cut
+    # Eager attention holds [t, t] for every head; up to some hundred tokens that is little, and exactly what f does.
+    fused = find_sequences(batch) != [] and max(token_counts(batch)) > FUSED
+    if fused not in known.cuts:
+        known.cuts[fused] = _asked(f, params, batch, fused)
+    return known.cuts[fused]
 
 
-def _asked(f: Any, params: Tree, batch: Any) -> Cut | str:
+def _asked(f: Any, params: Tree, batch: Any, fused: bool) -> Cut | str:
     try:
         with torch.random.fork_rng(devices={leaf.device for leaf in params.values() if leaf.is_cuda}):
-            return _cut(f, params, batch)
+            return _cut(f, params, batch, fused)
     except Refusal as refusal:
-        return str(refusal)
+        # Fused attention may know nothing of what eager attention does.
+        return _asked(f, params, batch, fused=False) if fused else str(refusal)
 
 
-def _cut(f: Any, params: Tree, batch: Any) -> Cut:
+def _cut(f: Any, params: Tree, batch: Any, fused: bool) -> Cut:
     tokens, apply = (getattr(f, part, None) for part in ("tokens", "apply"))
     if not isinstance(f, Objective) or tokens is None:
         raise Refusal("f is no weighted sum of token log-probabilities")
@@ -92,7 +97,7 @@ def _cut(f: Any, params: Tree, batch: Any) -> Cut:
     pair = _windows(pair, omega * sequences.response_mask != 0)
     (sequences,) = find_sequences(pair)
     module = structural_copy(apply.original)
-    _put_right(module, next(iter(params.values())).dtype)
+    _put_right(module, next(iter(params.values())).dtype, fused)
     try:
         seen = observed(module, apply, params, sequences)
         cut = _of_parts(module, apply, params, tokens, seen)
@@ -120,8 +125,8 @@ def _windows(batch: Any, counting: Tensor) -> Any:
     return trim(pytree.tree_map(window, batch))
 
 
-def _put_right(module: nn.Module, dtype: torch.dtype) -> None:
-    """Make a module fit for plain reverse passes; its own attention stays, unless there is none for this dtype."""
+def _put_right(module: nn.Module, dtype: torch.dtype, fused: bool) -> None:
+    """Make a module fit for plain reverse passes; with torch's fused attention, where that is asked and it has one."""
     module.eval()
     for part in module.modules():
         config = getattr(part, "config", None)
@@ -136,7 +141,8 @@ def _put_right(module: nn.Module, dtype: torch.dtype) -> None:
         if dtype == torch.float64 and getattr(config, "_experts_implementation", None) not in (None, "eager"):
             _set(part, "experts_implementation", "eager")
         attention = getattr(config, "_attn_implementation", None)
-        if isinstance(attention, str) and attention not in ("eager", "sdpa"):
+        wanted = fused and getattr(part, "_supports_sdpa", False)
+        if isinstance(attention, str) and attention != "sdpa" and (attention != "eager" or wanted):
             _set(part, "attn_implementation", "sdpa")
 
 

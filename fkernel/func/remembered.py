@@ -32,7 +32,7 @@ class Known:
         planned: of the widest batch that gradients were certified for.
         plan: how its gradients are taken.
         derivatives: {name of the order: how it is taken}.
-        cut: its model in pieces, or why it cannot be cut; None before that was asked. See `fkernel.func.cutting`.
+        cuts: {with fused attention: its model in pieces, or why it cannot be cut}. See `fkernel.func.cutting`.
         certificates: all that were made.
     """
 
@@ -40,7 +40,7 @@ class Known:
     planned: int = -1
     plan: Plan | None = None
     derivatives: dict[str, Any] = field(default_factory=dict)
-    cut: Any = None
+    cuts: dict[bool, Any] = field(default_factory=dict)
     certificates: list[Certificate] = field(default_factory=list)
 
 

@@ -25,7 +25,7 @@ from fkernel.study.losses import terms_of, weighed
 from fkernel.study.plan import FisherKernelPlan
 from fkernel.study.policy import asked_of, policy_of, temperature_of
 from fkernel.study.response import response
-from fkernel.study.rows import Policy, grant_of
+from fkernel.study.rows import HELD, Policy, grant_of
 from fkernel.study.workspace import KernelWorkspace, named_errors, tokens_of
 
 
@@ -131,11 +131,14 @@ def _made(
         f, U = columns_of(policy.columns, policy.trained, policy.temperature, tokens, loss)
         side = Ordered("U", U, f)
         cuts = (directory and directory.cuts()) or cuts_of(side, grant.microbatch * max(side.tokens))
-        made = Summing(computed(side, ((1.0, policy.params),), cuts), _weights(batch, policy))
+        # What was computed is held as well as written, where no grant forbids it: it is read again for every request.
+        held = 0 if directory is None or grant.memory is not None else HELD // 2
+        made = Summing(computed(side, ((1.0, policy.params),), cuts), _weights(batch, policy), held)
         if directory is None:
             gradients = made.gradients.in_memory(told)
         else:
             gradients = directory.gradients(side, cuts, made.gradients.read, told, tokens.input_ids.device)
+            gradients = gradients.remembering(made.held, held)
         ascent = made.whole(gradients)
         if loss is not None and loss.penalty is not None:
             ascent = tree.add(ascent, loss.penalty)
@@ -154,7 +157,12 @@ def step_again(plan: FisherKernelPlan, workspace: KernelWorkspace, policy: Polic
     if policy.state is None or not plan.preconditioner.calibrated:
         return None
     ascent = workspace.with_penalty(workspace.gradients.weighted_sum(_weights(workspace.batch, policy)))
-    return response(plan.preconditioner, plan.step, policy.params, policy.state, ascent, policy.unused).step
+    tokens = tokens_of(workspace.batch, policy.params)
+    f, U = columns_of(policy.columns, policy.trained, policy.temperature, tokens, workspace.loss)
+    made = response(
+        plan.preconditioner, plan.step, policy.params, policy.state, ascent, unused_parameters(f, policy.params, U)
+    )
+    return made.step
 
 
 def _terms(

@@ -22,8 +22,8 @@ from fkernel.precond import AdamWState
 from fkernel.shapes import Tree
 from fkernel.study.workspace import KernelWorkspace
 
-HELD = 1 << 30
-"""Bytes of gradients that are held at a time where no memory was granted."""
+HELD = 4 << 30
+"""Bytes of gradients that are held at a time where no memory was granted; half of it is U's."""
 
 
 class Unselected(NamedTuple):

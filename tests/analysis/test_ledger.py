@@ -8,6 +8,7 @@ import torch
 import fkernel as fk
 from fkernel import func, precond, tree
 from fkernel.analysis import ledger, rounding_floor, step_sweep
+from fkernel.engine.path import Path
 from tests.cases import EXAMPLES
 
 
@@ -16,7 +17,7 @@ def case(request):
     return request.param
 
 
-def explained(case, max_norm=0.05, lr=1e-4, path="midpoint"):
+def explained(case, max_norm=0.05, lr=1e-4, path: Path = "midpoint"):
     S, params, E, U = case.engine(fk)
     state = case.state(fk, lr=lr)
     effect, step = fk.explain_step(S, params, E, U, case.weights, state, path=path, max_norm=max_norm)
@@ -57,7 +58,7 @@ def test_remainders_of_the_paths_fall_as_the_square_the_cube_and_the_fifth_power
     floors, left = [], {path: [] for path in ("start", "midpoint", "gauss2")}
     for path, errors in left.items():
         for lr in rates:
-            S, params, E, effect, step = explained(case, lr=lr, path=path)
+            S, params, E, effect, step = explained(case, lr=lr, path=path)  # pyright: ignore
             realised = fk.realised_change(S, params, tree.add(params, step.total), E)
             floors.append(float(rounding_floor(S, params, E).norm()))
             errors.append(float(accounted(effect, realised, rounding_floor(S, params, E)).remainder.norm()))

@@ -44,7 +44,7 @@ MUTATIONS = [
         "columns of the kernel left in the order of their lengths",
         f"{STUDY}/test_runner.py::test_preconditioners[True-post-step]",
         "engine/contraction.py", "at = torch.arange(0) if columns is None else columns.argsort()",
-        "at = torch.arange(0 if columns is None else len(columns))",
+        "at = torch.arange(0) if columns is None else columns.argsort().flip(0)",
     ),
     Mutation(
         "half of U's kernel with itself turned around",

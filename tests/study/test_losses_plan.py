@@ -507,6 +507,8 @@ def test_analyses_are_of_the_loss(second, study, firsts, name):
     if name == "held_out":
         pair, u = found.analysis("tokens")["pair_0"], found.column("U-001-01")
         np.testing.assert_allclose(pair.sum(), found.contributions[0, u], rtol=1e-3)
+        along, there = found.contributions[0, u], first.contributions[0, u]
+        assert abs(pair.sum() - along) < 0.2 * abs(there - along)  # it is the path that is met, not the checkpoint
     sure = found.analysis("uncertainty")
     assert (sure["low"] <= sure["high"]).all()
     assert (sure["p"] == 1).all()

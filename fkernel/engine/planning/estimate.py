@@ -15,7 +15,7 @@ from fkernel.engine.planning.walking import walk_of
 from fkernel.engine.planning.workload import HALVES, LONG, Workload, workload
 from fkernel.engine.sides import check_sides
 from fkernel.errors import BatchError, ModelError
-from fkernel.func.batch import length, lengths, token_counts
+from fkernel.func.batch import check_batch, length, lengths, token_counts
 from fkernel.func.boundary import explained
 from fkernel.func.cutting import cut_of
 from fkernel.func.objective import Function
@@ -194,6 +194,8 @@ def walking_of(f: Function, params: Tree, batches: tuple[Any, ...], memory: int 
     Raises:
         BatchError: the grant is too small; the message says what would be enough.
     """
+    for batch in batches:
+        check_batch(batch)
     counts = [sorted(token_counts(batch), reverse=True) for batch in batches]
     if max(each[0] for each in counts) <= LONG and not is_half(params):
         return None

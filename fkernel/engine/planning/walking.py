@@ -56,7 +56,8 @@ class Walk(NamedTuple):
         T = max(tokens["E"][0], tokens["U"][0])
         m = max(1, block // T)
         layers = (len(tokens["E"]) + m) * self.largest * itemsize
-        return int(states + layers + HOLES * m * self.peak(T).peak + 3 * LOGITS_BYTES)
+        logits = min(LOGITS_BYTES, m * T * itemsize * (self.head // self.width))
+        return int(states + layers + HOLES * m * self.peak(T).peak + 3 * logits)
 
     def seconds(
         self,
