@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.limits import MICROBATCH, plain_backward
 from benchmarks.models import THREADS, build
-from fkernel import explain_step, func, influence, kernel, precond
+from fkernel import Strategy, explain_step, func, influence, kernel, precond
 from fkernel.engine.planning import rates
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,6 +91,17 @@ def granted_step(
     return lambda: explain_step(subject.f, subject.params, E, U, weights, state, memory=int(grant * MB))
 
 
+def long_kernel(
+    shape: str = "half-billion", n_E: int = 4, n_U: int = 8, T: int = 2048, every: int = 1
+) -> Callable[[], Any]:
+    """The kernel of n_E × n_U long sequences, layer by layer; of how many layer inputs one is kept."""
+    subject = build(shape)
+    E, U = subject.batch(n_E, T, 1), subject.batch(n_U, T, 2)
+    D = precond.diagonal({name: torch.full_like(leaf, 0.5) for name, leaf in subject.params.items()})
+    strategy = Strategy("layers", "E", None, None, 0, every)
+    return lambda: kernel(subject.f, subject.params, E, U, D, strategy=strategy)
+
+
 def scaled(x: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A preconditioner without a memory of its own."""
     return {name: 0.5 * leaf for name, leaf in x.items()}
@@ -103,6 +114,7 @@ MEASURED: dict[str, Callable[..., Callable[[], Any]]] = {
     "kernel within a grant": granted,
     "influence within a grant": granted_influence,
     "explain_step within a grant": granted_step,
+    "kernel of long sequences": long_kernel,
 }
 
 

@@ -8,7 +8,17 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import memory, scale, test_adam, test_contract, test_gradient, test_kernel, test_logprob, test_rollout
+from benchmarks import (
+    memory,
+    scale,
+    test_adam,
+    test_command,
+    test_contract,
+    test_gradient,
+    test_kernel,
+    test_logprob,
+    test_rollout,
+)
 from benchmarks.environment import environment
 from benchmarks.limits import concatenated, plain_backward
 from benchmarks.models import build
@@ -116,13 +126,33 @@ def test_padding_changes_no_entry_of_a_ragged_kernel():
     close(ragged, padded)
 
 
-GRANTED = ("kernel within a grant", "influence within a grant", "explain_step within a grant")
+def test_the_main_command_accounts_for_a_step_and_the_limit_does_as_much_work(tmp_path):
+    limit, ours = test_command.command_sides(tmp_path, quick=True).values()
+    _, forwards = limit()
+    result = ours()
+    assert sum(map(len, forwards)) == 2 * len(result.evaluation)
+    ledger = result.analysis("ledger")
+    assert (abs(ledger["remainder"]) < 10 * ledger["floor"]).all()  # of a tiny model most of a change is rounding
+
+
+def test_an_explained_step_is_held_against_what_it_does(tiny):
+    limit, ours = test_command.step_sides(tiny, 3, 4, 12).values()
+    assert sum(map(len, limit())) == 2 * len(ours())
+
+
+GRANTED = (
+    "kernel within a grant",
+    "influence within a grant",
+    "explain_step within a grant",
+    "kernel of long sequences",
+)
 
 
 def test_memory_callables_run():
     subject = build("tiny")
     for name, make in memory.MEASURED.items():
         named = {"influence": {"n_U": 3}, **{granted: {"n_E": 2, "n_U": 3} for granted in GRANTED}}
+        named["kernel of long sequences"] = {"n_E": 2, "n_U": 3}
         sizes = named.get(name, {"n": 2}) | {"T": 8}
         result = make(shape="tiny", **sizes)()
         if name == "plain batched backward":

@@ -11,12 +11,16 @@ import torch
 
 from fkernel import func
 from fkernel.engine.path import Nodes, mean_of
+from fkernel.engine.planning.workload import LONG
 from fkernel.engine.sides import Ordered, blocks, naming
-from fkernel.func.batch import length, take
+from fkernel.func.batch import length, take, trim
 from fkernel.func.boundary import explained
 from fkernel.func.certified import plan_of
-from fkernel.func.handles import Handles, at, each_tensor, nbytes, packed, stack_handles, tensors
+from fkernel.func.cutting import cut_of
+from fkernel.func.handles import Handles, at, each_tensor, form, nbytes, packed, stack_handles, tensors
 from fkernel.func.rows import handle_pieces
+from fkernel.func.source import plain
+from fkernel.func.walk import Walk
 from fkernel.shapes import Tensor, Tree
 
 Read = Callable[..., Handles]
@@ -166,22 +170,37 @@ def computed(side: Ordered, nodes: Nodes, cuts: Sequence[slice], promised: bool 
         promised: whether memory was promised: what is held lies among the temporaries of the passes, and holes between
             them are memory too, so that it is moved together, which costs a copy.
     """
-    f = side.f
+    f, θ = side.f, nodes[0][1]
     assert f is not None
-    with naming(side.name), explained(nodes[0][1]):
-        plan = plan_of(f, nodes[0][1], side.batch)
+    with naming(side.name), explained(θ):
+        cut = cut_of(f, θ, side.batch) if side.tokens[0] > LONG else "short"
+        plan = plan_of(f, θ, side.batch) if isinstance(cut, str) else None
+
+    def one(params: Tree, part: Any) -> Handles:
+        if plan is None:
+            return _by_layers(cut, params, part)
+        (handles,) = handle_pieces(f, params, part, [slice(0, length(part))], plan)
+        return handles
 
     def read(i: int) -> Handles:
-        part = take(side.batch, cuts[i])
-        whole, found = [slice(0, length(part))], list[tuple[float, Handles]]()
+        part, found = trim(take(side.batch, cuts[i])), list[tuple[float, Handles]]()
         for q, params in nodes:
             with naming(side.name, side.order[cuts[i]]), explained(params):
-                (handles,) = handle_pieces(f, params, part, whole, plan)
-            found.append((q, handles))
+                found.append((q, one(params, part)))
         mean = mean_of(found)
         return packed(mean) if promised else mean
 
     return Gradients(side, cuts, read, len(side))
+
+
+def _by_layers(cut: Any, params: Tree, part: Any) -> Handles:
+    """Make whole gradients of long sequences layer by layer, without logits; written out, for factors are larger."""
+    walk = Walk(cut, plain(params), part)
+    J = {name: leaf.new_empty(length(part), *leaf.shape) for name, leaf in params.items()}
+    for rows, handles in walk.back():
+        for name, handle in handles.items():
+            form(handle, J[name][rows])
+    return J
 
 
 class Summing:

@@ -9,7 +9,6 @@ in one block of rows at the end.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ from fkernel.engine.sides import Ordered, naming
 from fkernel.errors import ModelError
 from fkernel.func.contract import Asked, Own, Products
 from fkernel.func.cutting import cut_of
-from fkernel.func.handles import Handles
 from fkernel.func.held import weighted_sum
 from fkernel.func.layers import Cut
 from fkernel.func.objective import Function
@@ -91,7 +89,7 @@ def along_of(
     """Compute ⟨ḡ, v⟩ of every sequence layer by layer, [n] float64 in the caller's order; ḡ = Σ_j q_j ∇f(θ_j)."""
     products = Products(Asked(x=Own({"along": vector})), len(side), 0, side.order.device)
     for q, source in nodes:
-        for rows, handles in _pieces(_walk(side, source, params, how, q)):
+        for rows, handles in _walk(side, source, params, how, q).back():
             products.add(handles, handles, rows=rows, own_y=False)
     found = products.whole("x", "along")
     return torch.empty_like(found).index_copy_(0, side.order, found)
@@ -100,20 +98,10 @@ def along_of(
 def gradient_sum(side: Ordered, params: Tree, weights: Tensor, how: Walking) -> Tree:
     """Compute Jᵀw layer by layer, {name: [*shape]}; w in the caller's order."""
     walk, w, total = _walk(side, plain(params), params, how), weights[side.order], dict[str, Tensor]()
-    for rows, handles in _pieces(walk):
+    for rows, handles in walk.back():
         for name, leaf in weighted_sum(handles, w[rows].to(walk.values)).items():
             total[name] = total[name].add_(leaf) if name in total else leaf
     return {name: total[name] for name in params}
-
-
-def _pieces(walk: Walk) -> Iterator[tuple[slice, Handles]]:
-    """Walk one side back: (which of its rows, their gradients of some parameters)."""
-    everything = slice(0, len(walk.values))
-    yield everything, walk.last()
-    for i in range(len(walk.cut.layers) - 1, max(walk.cut.lowest, 0) - 1, -1):
-        yield from walk.layer(i)
-    if walk.cut.lowest < 0:
-        yield everything, walk.first()
 
 
 def values_of(side: Ordered, source: Source, params: Tree, how: Walking) -> Tensor:

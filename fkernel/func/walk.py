@@ -165,6 +165,15 @@ class Walk:
             yield block.rows, {name: found[local] for name, local in names.items()}
             del found  # or it would be alive while the next is made
 
+    def back(self) -> Iterator[tuple[slice, Handles]]:
+        """Walk all the way: (which sequences, their gradients of some parameters), every parameter of each once."""
+        everything = slice(0, len(self.values))
+        yield everything, self.last()
+        for i in range(len(self.cut.layers) - 1, max(self.cut.lowest, 0) - 1, -1):
+            yield from self.layer(i)
+        if self.cut.lowest < 0:
+            yield everything, self.first()
+
     def _one(self, i: int, leaves: Tree, h: Tensor, block: Block) -> Mapping[str, Piece]:
         """One sequence's gradients are autograd's own."""
         own = {local: leaves[local].requires_grad_() for local in self.cut.names[i].values()}

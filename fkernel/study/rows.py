@@ -11,6 +11,7 @@ from fkernel.engine.contraction import Block, contraction
 from fkernel.engine.gradients import Gradients
 from fkernel.engine.path import Nodes, nodes_of
 from fkernel.engine.planning import Strategy, usual_microbatch
+from fkernel.engine.planning.estimate import walking_of
 from fkernel.engine.planning.passes import fit, reverse
 from fkernel.engine.planning.strategy import USABLE
 from fkernel.engine.problem import Problem, blocks
@@ -102,6 +103,8 @@ def grant_of(memory: int | str | None, microbatch: int | None, policy: Policy, b
         BatchError: one sequence at a time does not; it says what would be needed.
     """
     wanted = usual_microbatch(microbatch, batch)
+    if walking_of(policy.f, policy.params, (batch,), memory):  # long sequences go one by one
+        return Grant(1, None if memory is None else parse_bytes(memory))
     if memory is None:
         return Grant(wanted, None)
     m, needed = fit(memory, wanted, policy.f, policy.params, (batch,), (reverse,), vectors=0)
