@@ -100,9 +100,9 @@ MUTATIONS = [
         "func/capture.py", "in found.traced.items() if id(leaf) not in reached)", "in found.traced.items())",
     ),
     Mutation(
-        "GPT-2's layout taken as linear", "gradients_equal_a_loop_of_autograd",
+        "GPT-2's tokens in another order", "gradients_equal_a_loop_of_autograd",
         "func/capture.py", 'if use.layer == "linear" else Factored(delta, a)',
-        'if use.layer == "linear" else Factored(a, delta)',
+        'if use.layer == "linear" else Factored(delta, a.flip(1))',
     ),
     Mutation(
         "fused layer norm under nested jvp", "derivatives_agree_with_central_differences",
@@ -140,7 +140,7 @@ MUTATIONS = [
     ),
     Mutation(
         "sorted rows left sorted", "influence_equals_kernel_times_weights",
-        "engine/contraction.py", "group: K[:, at] for group", "group: K for group",
+        "engine/fisher.py", "K[block.at] = block.kernel()", "K[:] = block.kernel()",
     ),
     Mutation(
         "gradients of sorted microbatches left sorted", "gradients_equal_a_loop_of_autograd",
@@ -197,7 +197,7 @@ MUTATIONS = [
     ),
     Mutation(
         "loss taken as gain", "contributions_add_up_to_the_change_that_happened",
-        "engine/step.py", "(params, U, -weights)", "(params, U, weights)",
+        "engine/step.py", "-widened(weights.to(", "widened(weights.to(",
     ),
     Mutation(
         "clipping ignored", "contributions_add_up_to_the_change_that_happened",
@@ -223,10 +223,6 @@ MUTATIONS = [
         "decay counted as momentum", "contributions_momentum_and_decay_are_the_jvp_of_the_step",
         "engine/step.py", 'torch.stack([block.rows("momentum"), block.rows("decay")])',
         'torch.stack([block.rows("decay"), block.rows("momentum")])',
-    ),
-    Mutation(
-        "a vector counted once a block of columns", "contributions_momentum_and_decay_are_the_jvp_of_the_step",
-        "engine/contraction.py", "own_x=j == 0,", "own_x=True,",
     ),
     Mutation(
         "P on both sides", "preconditioner_stands_on_one_side",

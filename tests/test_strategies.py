@@ -5,9 +5,13 @@ import torch
 
 import fkernel as fk
 from fkernel import func, precond
+from fkernel.engine.contraction import contraction
+from fkernel.engine.gradients import computed
 from fkernel.engine.planning import Rates, Workload
 from fkernel.engine.planning.curve import Curve
 from fkernel.engine.planning.strategy import NAMES, cost, options
+from fkernel.engine.sides import Ordered, cuts_of
+from fkernel.func.contract import Asked, Own
 from fkernel.func.work import Work, work_of
 from tests.cases import EXAMPLES
 
@@ -64,6 +68,27 @@ def test_a_kernel_of_a_batch_with_itself_computes_its_gradients_once(case):
     torch.testing.assert_close(K, fk.kernel(counting, params, U, copy, P, microbatch=1), rtol=1e-10, atol=1e-12)
     assert once < len(seen)
     torch.testing.assert_close(K, K.T, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", EXAMPLES, ids=lambda case: case.model_name)
+def test_a_side_s_gradients_in_parts_add_up_and_are_found_again(case):
+    S, params, _, U = case.engine(fk)
+    w, J = case.weights.clone(), func.per_sequence_grad(S)(params, U)
+    w[1] = 0.0
+    side = Ordered("U", U, S)
+    found = computed(side, ((1.0, params),), cuts_of(side, side.tokens[0]))
+    assert len(found.cuts) > 1
+    for name, leaf in found.weighted_sum(w).items():
+        torch.testing.assert_close(leaf, torch.tensordot(w, J[name], 1), rtol=1e-9, atol=1e-12)
+    for name, leaf in found.squared_sum(w).items():
+        torch.testing.assert_close(leaf, torch.tensordot(w, J[name].square(), 1), rtol=1e-9, atol=1e-12)
+    rows = torch.tensor([len(w) - 1, 0])
+    some, whole = found.chosen(rows), func.contract(J, J)
+    for block in contraction(some, found, Asked({"": None}, Own(squares={"norm": None})), block=side.tokens[0]):
+        torch.testing.assert_close(block.kernel(), whole[rows[block.at]], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(block.rows("norm"), whole.diagonal()[rows[block.at]], rtol=1e-9, atol=1e-12)
+    (one,) = func.contract(found.one(1), J)
+    torch.testing.assert_close(one, whole[1], rtol=1e-9, atol=1e-12)
 
 
 def load(n_E: int = 16, n_U: int = 64, T: int = 128, size: int = 1_000_000, dense_U: bool = False) -> Workload:

@@ -68,7 +68,7 @@ def test_squares_are_those_of_dense_gradients(case, microbatch, weighted):
 def test_squares_of_every_form_of_handle(draw, monkeypatch):
     """Models this small are written out; factors, rows, sums and stacks are made here, and cut into several tiles."""
     for name in ("TILE_COLUMNS", "LEAST_COLUMNS"):
-        monkeypatch.setattr(importlib.import_module("fkernel.func.contract"), name, 10)
+        monkeypatch.setattr(importlib.import_module("fkernel.func.tiles"), name, 10)
     sizes = []
 
     def watched(handle, step, dtype):

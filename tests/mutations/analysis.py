@@ -389,10 +389,9 @@ MUTATIONS = [
         "apart = 0 * sure.estimate",
     ),
     Mutation(
-        "a microbatch left out where its first sequence is",
-        "tests/study/test_uncertainty.py::test_p_is_of_a_kernel_that_permutations_leave_alone",
-        "engine/gradients.py", "if total and not bool(w.any()):",
-        "if not bool(w[:1].any()):",
+        "weights of sorted sequences as the caller has them",
+        "tests/test_strategies.py::test_a_side_s_gradients_in_parts_add_up_and_are_found_again",
+        "engine/gradients.py", "w = weights[self.side.order[rows].to(weights.device)]", "w = weights[rows]",
     ),
     Mutation(
         'percentiles at one side',

@@ -6,6 +6,11 @@ ROLLOUT, STUDY = "tests/rollout", "tests/study"
 AGAIN = "test_a_second_run_computes_no_gradient_and_gives_the_same_bits"
 MUTATIONS = [
     Mutation(
+        "a vector counted once a block of columns",
+        "tests/test_strategies.py::test_a_side_s_gradients_in_parts_add_up_and_are_found_again",
+        "engine/contraction.py", "own_x=j == 0,", "own_x=True,",
+    ),
+    Mutation(
         "completions of a prompt share a stream",
         f"{ROLLOUT}/test_generator.py::test_completions_of_a_prompt_are_drawn_apart",
         "rollout/generator.py", "seeds = [seed_of(seed, prefix, g, k) for g, k, _ in draws]",
