@@ -264,16 +264,19 @@ def test_an_sgd_step_of_dpo_is_the_kernel_times_the_weights(case):
 
 
 def test_an_adamw_step_of_dpo_is_the_steps_kernel_times_the_weights(case):
-    pairs, errors = Pairs.of(case), []
+    pairs, errors, halfway = Pairs.of(case), [], []
     for lr in (1e-2, 1e-3, 1e-4):
         state = case.state(fk, lr=lr, weight_decay=0.0)  # neither decay nor momentum: what the step does, the batch did
         state = dataclasses.replace(state, exp_avg={k: torch.zeros_like(m) for k, m in state.exp_avg.items()})
         realised, _ = pairs.step(partial(adamw, state=state, lr=lr))
-        effect, _ = fk.explain_step(pairs.S, pairs.params, pairs.both, pairs.both, pairs.weights(), state)
-        predicted = effect.kernel @ pairs.weights()
-        errors.append(float((realised - predicted).norm() / predicted.norm()))
+        for path, found in (("start", errors), ("midpoint", halfway)):
+            given = (pairs.S, pairs.params, pairs.both, pairs.both, pairs.weights(), state)
+            effect, _ = fk.explain_step(*given, path=path)  # pyright: ignore
+            predicted = effect.kernel @ pairs.weights()
+            found.append(float((realised - predicted).norm() / predicted.norm()))
     assert errors[-1] < 1e-3
     assert shrinks_as_lr(errors), errors
+    assert halfway[1] < 0.05 * halfway[0], halfway  # as lr²: a hundredth, but for the largest step
 
 
 def test_a_chosen_response_falls_where_the_kernel_ties_it_to_the_rejected_one():

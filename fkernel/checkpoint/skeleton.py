@@ -172,6 +172,13 @@ def estimate_model(
 
 def _walk(module: Any, T: int) -> Walk | str:
     """Count the model layer by layer on its first layer, which alone is built, with a vocabulary of a few tokens."""
+    try:
+        return _first_layer_deepened(module, T)
+    except Exception as error:  # a model of one layer may fail in any way
+        return f"its first layer cannot be counted by itself ({_first_line(error)})"
+
+
+def _first_layer_deepened(module: Any, T: int) -> Walk | str:
     config = copy.deepcopy(module.config)
     depth, table = config.num_hidden_layers, module.get_output_embeddings()
     if (sum(leaf.numel() for leaf in module.parameters()) - table.weight.numel()) / depth > LARGEST:
@@ -182,16 +189,13 @@ def _walk(module: Any, T: int) -> Walk | str:
             setattr(config, name, value[:1] if isinstance(value, list) else value)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, None)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            model = _with_attention("sdpa" if T > FUSED else "eager", config, table.weight.dtype)
-        apply, params = make_functional(model)
-        cut = cut_of(sequence_logprob(apply), params, pad([[0, 1]], [[2, 3, 0]]))
-        if isinstance(cut, str):
-            return cut
-        one = walk_of(cut, params, {"E": [T], "U": [T]})
-    except Exception as error:  # a model of one layer may fail in any way
-        return f"its first layer cannot be counted by itself ({_first_line(error)})"
+    with torch.random.fork_rng(devices=[]):
+        model = _with_attention("sdpa" if T > FUSED else "eager", config, table.weight.dtype)
+    apply, params = make_functional(model)
+    cut = cut_of(sequence_logprob(apply), params, pad([[0, 1]], [[2, 3, 0]]))
+    if isinstance(cut, str):
+        return cut
+    one = walk_of(cut, params, {"E": [T], "U": [T]})
     forward, backward = (_deeper(curve, depth) for curve in (one.forward, one.backward))
     return one._replace(depth=depth, head=table.weight.numel(), forward=forward, backward=backward)
 
