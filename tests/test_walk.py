@@ -28,6 +28,7 @@ from fkernel.func.losses import Weighted, weighted_logprob
 from fkernel.func.padding import as_trained
 from fkernel.func.rows import looped_rows
 from fkernel.func.source import moved, plain
+from tests.cases import EXAMPLES
 from tests.models import gpt2, own
 
 V = 13
@@ -379,3 +380,17 @@ def test_no_logits_and_no_model_of_gradients_is_held():
     out = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True, timeout=300)
     logits = 1500 * 30000 * 4 / 1e6
     assert float(out.stdout.split()[-1]) < 1.5 * logits  # a backward pass through them holds three of one sequence
+
+
+def test_half_precision_is_never_computed_with_whole(tmp_path):
+    """Only a walk widens weights: whoever cannot walk says so, and nothing is computed in bf16."""
+    case = EXAMPLES[1]
+    S, params, E, U = case.engine(fk)
+    half, P = {name: leaf.bfloat16() for name, leaf in params.items()}, fk.precond.identity()
+    for strategy in (fk.Strategy("sequences", "E", None, None, None), fk.Strategy("store", "E", None, None, None)):
+        with pytest.raises(fk.TreeError, match="bfloat16"):
+            fk.kernel(S, half, E, U, P, strategy=strategy, store=tmp_path)
+    with pytest.raises(fk.TreeError, match="bfloat16"):
+        fk.rounded_kernel(S, half, E, U, P)
+    with pytest.raises((fk.TreeError, fk.ModelError)):
+        fk.kernel(lambda p, x: S.fn(p, x), half, E, U, P)

@@ -87,7 +87,7 @@ def kernel(
                 [1., 1., 1.]])
     """
     f_E = f if rows is None else rows
-    check_sides(f, params, E, U, f_E)
+    check_sides(f, params, E, U, f_E, layers=True)
     diagonal = isinstance(precond, Diagonal)
     D = precond.d if isinstance(precond, Diagonal) else None
     if D is not None:
@@ -146,7 +146,7 @@ def influence(
         >>> influence(f, {"w": torch.zeros(2)}, torch.eye(2), torch.ones(3, 2), precond.identity(), torch.ones(3))
         tensor([3., 3.])
     """
-    check_sides(f, params, E, U)
+    check_sides(f, params, E, U, layers=True)
     microbatch = usual_microbatch(microbatch, E, U)
     if how := walking_of(f, params, (E, U), memory):
         with recycled():

@@ -19,9 +19,10 @@ from fkernel.engine.planning import Strategy
 from fkernel.engine.sides import Ordered, cuts_of, naming, transformed
 from fkernel.engine.stored import stored
 from fkernel.errors import BatchError
-from fkernel.func.boundary import explained
+from fkernel.func.boundary import check_params, explained
 from fkernel.func.contract import Asked
 from fkernel.func.handles import Handles, write_out
+from fkernel.func.source import is_half
 from fkernel.precond import Preconditioner
 from fkernel.shapes import Tree
 
@@ -71,6 +72,8 @@ def blocks(problem: Problem, strategy: Strategy) -> Iterator[Block]:
         how = Walking(strategy.tokens or 0, strategy.every)
         yield layered(problem.E, problem.U, sources, problem.params, problem.asked, how)
         return
+    if is_half(problem.params):
+        check_params(problem.params)  # says that only layers take it
     with ExitStack() as opened:
         E, U = _sources(problem, strategy, opened)
         yield from contraction(E, U, problem.asked, held=strategy.held, tile=strategy.tile, block=strategy.block)

@@ -67,12 +67,17 @@ def cuts_of(side: Ordered, tokens: int | None) -> list[slice]:
     return cut(side.tokens, tokens, side.alike)
 
 
-def check_sides(f: Function, params: Tree, E: Any, U: Any, rows: Function | None = None) -> None:
-    """Check both batches before anything is computed from either, and say which one is at fault."""
+def check_sides(
+    f: Function, params: Tree, E: Any, U: Any, rows: Function | None = None, *, layers: bool = False
+) -> None:
+    """Check both batches before anything is computed from either, and say which one is at fault.
+
+    `layers` says that the caller can go layer by layer, which takes weights in half precision.
+    """
     sides = [("E", f if rows is None else rows, E), ("U", f, U)]
     if E is U and rows is None:
         sides = sides[1:]  # one batch is checked once, by the name that it was made for
-    half = is_half(params)
+    half = layers and is_half(params)
     for side, own, batch in sides:
         with naming(side):
             check_inputs(own, params, batch, half and getattr(own, "tokens", None) is not None)

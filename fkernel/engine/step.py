@@ -188,7 +188,7 @@ def explain_step(
     """
     check_path(path)
     f_E = f if rows is None else rows
-    check_sides(f, params, E, U, rows)
+    check_sides(f, params, E, U, rows, layers=True)
     check_covers(state, list(params), params, "params")
     check_weights(weights, length(U))
     # Alive beside the kernel: P_step, the three parts of Δθ and the nodes; before it g, and the sum of the parts.

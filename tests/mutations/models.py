@@ -7,6 +7,11 @@ CERTIFICATES = "tests/test_certificates.py"
 TAPS = "tests/test_taps.py"
 MUTATIONS = [
     Mutation(
+        "gradients of half precision, taken whole",
+        "tests/test_walk.py::test_half_precision_is_never_computed_with_whole",
+        "engine/problem.py", "if is_half(problem.params):", "if False:",
+    ),
+    Mutation(
         "a listener that copies nothing and hears nothing of an overwritten output",
         f"{TAPS}::test_overwritten_outputs_have_the_gradients_of_backward_by_vmap_too[relu in place]",
         "func/capture.py", "return listen(out, use), 0",

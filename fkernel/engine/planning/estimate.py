@@ -90,7 +90,7 @@ def estimate(
         >>> [option.name for option in found.options]
         ['sequences', 'layers', 'store']
     """
-    check_sides(f, params, E, U)
+    check_sides(f, params, E, U, layers=True)
     microbatch = usual_microbatch(microbatch, E, U)
     return estimated(f, params, E, U, memory, microbatch, not isinstance(precond, Diagonal), store is not None)
 
