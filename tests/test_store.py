@@ -896,7 +896,7 @@ def test_writing_and_reading_take_little_memory_of_their_own(tmp_path):
     out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120).stdout
     size, wrote, part, whole = map(float, out.split())
     assert size == pytest.approx((8 + 4 + 4 + 8 / 2 + 4) * 4e6 / 2**20, rel=0.01)
-    assert wrote < 12
+    assert wrote < 16  # 5 to 12 for threads and Python's own; a copy of the smallest whole leaf would add 15 to them
     assert part < 4 * 4e6 / 2**20 + 4
     assert whole < size + 4
 

@@ -353,7 +353,6 @@ _MEASURED = """
 import torch, transformers
 from fkernel import func
 from fkernel.engine.by_layer import Side, shards
-from fkernel.engine.recycling import recycled
 from fkernel.func.cutting import cut_of
 from fkernel.func.source import plain
 from benchmarks.memory import _forget_peak, _status
@@ -366,10 +365,9 @@ S, batch = func.sequence_logprob(apply), func.pad([[1] * 8] * 3, [[2] * 1500] * 
 cut, source = cut_of(S, params, batch), plain(params)
 _forget_peak()
 before = _status("VmRSS")
-with recycled():
-    for shard in shards(cut, Side(batch, ((1.0, source),)), Side(func.Sequences(*batch), ((1.0, source),)), every=2):
-        for _, handles in shard.U:
-            func.contract(shard.E, handles)
+for shard in shards(cut, Side(batch, ((1.0, source),)), Side(func.Sequences(*batch), ((1.0, source),)), every=2):
+    for _, handles in shard.U:
+        func.contract(shard.E, handles)
 print(_status("VmHWM") - before)
 """
 
