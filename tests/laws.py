@@ -373,8 +373,8 @@ def layers_give_what_the_whole_gives(fk: Any, case: Case) -> None:
     K = torch.zeros(len(case.E), len(case.U), dtype=torch.float64)
     with patch.object(fk.func.head, "LOGITS_BYTES", 512):
         for shard in by_layer.shards(cut, path, here, every=2, tokens=24):
-            for rows, handles in shard.U:
-                K[:, rows] += fk.func.contract(shard.E, handles)
+            for rows, handles in shard.streamed:
+                K[:, rows] += fk.func.contract(shard.held, handles)
     pairs_E, pairs_U = (sorted(pairs, key=lambda pair: -len(pair[0] + pair[1])) for pairs in (case.E, case.U))
 
     def gradients(s: float, pairs: list[oracle.Pair]) -> Tensor:
@@ -383,6 +383,36 @@ def layers_give_what_the_whole_gives(fk: Any, case: Case) -> None:
 
     J_E = torch.stack([q * gradients(s, pairs_E) for q, s in nodes]).sum(0)
     close(K, J_E @ gradients(0.0, pairs_U).T)
+
+
+def rows_find_their_sequence_wherever_they_went(fk: Any, case: Case) -> None:
+    """Parameters that are computed with before they are used, experts that gather rows from everywhere: one pass."""
+    draw = torch.Generator().manual_seed(case.seed)
+    shapes = {"norm": (4,), "gate": (4, 3), "up": (3, 5, 4), "down": (3, 4, 5), "bias": (3, 4), "sinks": (1, 4)}
+    shapes["turned"] = (4, 4)
+    params = {name: torch.randn(shape, generator=draw, dtype=torch.float64) for name, shape in shapes.items()}
+    x = torch.randn(4, 6, 4, generator=draw, dtype=torch.float64)
+
+    def f(p: dict[str, Tensor], x: Tensor) -> Tensor:
+        h = (x * (1.0 + p["norm"].exp())).flatten(0, 1)
+        scores, chosen = (h @ p["gate"]).softmax(-1).topk(2)
+        out = torch.zeros_like(h)
+        for e in range(3):
+            token, k = torch.where(chosen == e)
+            a = torch.nn.functional.linear(h[token], p["up"][e]).tanh()
+            y = (torch.nn.functional.linear(a, p["down"][e]) + p["bias"][e]) * scores[token, k, None]
+            out.index_add_(0, token, y)
+        y = (out @ p["turned"].T + h).view_as(x)
+        return torch.cat([y, p["sinks"][None].expand(len(x), -1, -1)], 1).softmax(1).square().sum((1, 2))
+
+    plan = fk.func.taps.batch_plan(f, params, x[:1])
+    assert plan is not None
+    handles, _ = fk.func.rows.handles_of(f, params, x, plan)
+    for i in range(len(x)):
+        leaves = {name: leaf.clone().requires_grad_() for name, leaf in params.items()}
+        expected = torch.autograd.grad(f(leaves, x[i : i + 1]).sum(), [*leaves.values()])
+        own = torch.eye(len(x), dtype=torch.float64)[i]
+        close_trees(fk.func.weighted_sum(handles, own), dict(zip(leaves, expected, strict=True)))
 
 
 LAWS: dict[str, Law] = {
@@ -405,5 +435,6 @@ LAWS: dict[str, Law] = {
         every_strategy_gives_the_same_kernel,
         rounding_stays_within_its_bound,
         layers_give_what_the_whole_gives,
+        rows_find_their_sequence_wherever_they_went,
     )
 }

@@ -97,12 +97,41 @@ MUTATIONS = [
     ),
     Mutation(
         "uses beside the known layers dropped", "gradients_equal_a_loop_of_autograd",
-        "func/capture.py", "in found.traced.items() if id(leaf) not in reached)", "in found.traced.items())",
+        "func/listening.py", "        self.uses.extend(taps)", "        self.uses.extend(taps[:1])",
     ),
     Mutation(
         "GPT-2's tokens in another order", "gradients_equal_a_loop_of_autograd",
-        "func/capture.py", 'if use.layer == "linear" else Factored(delta, a)',
-        'if use.layer == "linear" else Factored(delta, a.flip(1))',
+        "func/listening.py", "(several and self.turned) else (a, δ)", "(several and self.turned) else (a.flip(1), δ)",
+    ),
+    Mutation(
+        "gathered rows dealt out in turn", "rows_find_their_sequence_wherever_they_went",
+        "func/whose.py", "[ids % len(x) // (len(x) // self.n)]", "[ids % self.n]",
+    ),
+    Mutation(
+        "gathered rows in another order", "rows_find_their_sequence_wherever_they_went",
+        "func/whose.py", "out[mine, place] = x[order]", "out[mine, place] = x[order.flip(0)]",
+    ),
+    Mutation(
+        "an expert's rows beside another token's", "rows_find_their_sequence_wherever_they_went",
+        "func/touched.py", "rights = touch.right[moved][order].split(each)",
+        "rights = touch.right[moved][order.flip(0)].split(each)",
+    ),
+    Mutation(
+        "another expert's row", "rows_find_their_sequence_wherever_they_went",
+        "func/touched.py", "ids[key // size, k] = key % size", "ids[key // size, k] = (key + 1) % size",
+    ),
+    Mutation(
+        "what is computed of a parameter taken for it", "rows_find_their_sequence_wherever_they_went",
+        "func/made.py", "if func in _CASTS and out.shape == one.value.shape:", "if out.shape == one.value.shape:",
+    ),
+    Mutation(
+        "a transposed matrix taken for itself", "rows_find_their_sequence_wherever_they_went",
+        "func/made.py", "return one._replace(value=out, turned=not one.turned)", "return one._replace(value=out)",
+    ),
+    Mutation(
+        "an expanded parameter's rows not summed", "rows_find_their_sequence_wherever_they_went",
+        "func/listening.py", "δ.sum_to_size(self.n, *repeated, *self.size)",
+        "δ[:, :1].sum_to_size(self.n, *repeated, *self.size)",
     ),
     Mutation(
         "fused layer norm under nested jvp", "derivatives_agree_with_central_differences",
@@ -119,6 +148,18 @@ MUTATIONS = [
     Mutation(
         "influence without P", "influence_equals_kernel_times_weights",
         "engine/fisher.py", "move = transformed(precond, towards)", "move = towards",
+    ),
+    Mutation(
+        "an influence left in the engine's order", "influence_equals_kernel_times_weights",
+        "engine/fisher.py", "torch.empty_like(found).index_copy_(0, side.order, found).to(", "found.to(",
+    ),
+    Mutation(
+        "cotangents along a direction with other tokens' inputs", "influence_equals_kernel_times_weights",
+        "func/directional.py", "(inputs @ v.to(inputs).mT)", "(inputs.flip(1) @ v.to(inputs).mT)",
+    ),
+    Mutation(
+        "lookups along a direction by another token", "influence_equals_kernel_times_weights",
+        "func/directional.py", "v.to(cotangents)[ids]", "v.to(cotangents)[ids.flip(1)]",
     ),
     Mutation(
         "incomplete last shard dropped", "influence_equals_kernel_times_weights",
@@ -290,7 +331,7 @@ MUTATIONS = [
     ),
     Mutation(
         "only the last tile's norm", "held_gradients_give_what_passes_give",
-        "func/contract.py", "        total += column\n", "        total[:] = column\n",
+        "func/contract.py", "            total += found\n", "            total[:] = found\n",
     ),
     Mutation(
         "post-step form without v", "frozen_and_post_step_agree_as_beta2_nears_one",

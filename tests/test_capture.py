@@ -1,4 +1,4 @@
-"""Captured layers give the gradients that vmap over a reverse pass gives, and nothing beside them is dropped."""
+"""One plain pass gives the gradients that vmap over a reverse pass gives, and nothing beside its uses is dropped."""
 
 import gc
 import weakref
@@ -10,12 +10,13 @@ from torch.nn import functional as F
 
 import fkernel as fk
 from fkernel import func
-from fkernel.func.capture import Plan, capture, make_plan
+from fkernel.func.capture import Plan
 from fkernel.func.handles import form, nbytes
-from fkernel.func.rows import gradient_rows, plan_of
+from fkernel.func.listening import tap
+from fkernel.func.rows import gradient_rows, make_plan, plan_of
 from tests.cases import EXAMPLES
 
-NOTHING = Plan(frozenset(), frozenset())
+NOTHING = Plan()
 DTYPE = torch.float64
 
 
@@ -81,17 +82,18 @@ def norm(p, x):
 
 
 FUNCTIONS = {
-    linear: {"w"},
-    beside: set(),
-    transposed: set(),
-    custom: set(),
-    twice: {"w"},
-    conv1d: {"w"},
-    scaled: set(),
-    detached: {"w"},
-    unused: {"w"},
-    norm: {"w"},
+    linear: True,
+    beside: False,
+    transposed: True,
+    custom: False,
+    twice: True,
+    conv1d: True,
+    scaled: False,
+    detached: True,
+    unused: True,
+    norm: True,
 }
+"""Whether one plain pass does."""
 
 
 @pytest.fixture
@@ -101,10 +103,10 @@ def params():
 
 @pytest.mark.parametrize("microbatch", [None, 2])
 @pytest.mark.parametrize("f", FUNCTIONS, ids=lambda f: f.__name__)
-def test_captured_equals_dense(f, params, microbatch):
+def test_one_pass_equals_vmap(f, params, microbatch):
     x = torch.randn(5, 3, 4, dtype=DTYPE)
     plan = plan_of(f, params, x)
-    assert plan.captured == FUNCTIONS[f]
+    assert plan.batched == FUNCTIONS[f]
     captured = gradient_rows(f, microbatch, plan)(params, x)
     dense = gradient_rows(f, microbatch, NOTHING)(params, x)
     for name in params:
@@ -112,10 +114,10 @@ def test_captured_equals_dense(f, params, microbatch):
 
 
 @pytest.mark.parametrize(
-    ("options", "is_captured"),
+    ("options", "is_known"),
     [({}, True), ({"padding_idx": 1}, False), ({"scale_grad_by_freq": False}, True), ({"sparse": False}, True)],
 )
-def test_lookups_are_captured_where_nothing_changes_their_gradient(options, is_captured):
+def test_lookups_are_listened_to_where_nothing_changes_their_gradient(options, is_known):
     table = {"w": torch.randn(7, 3, dtype=DTYPE)}
     ids = torch.tensor([[1, 2, 2], [6, 1, 0]])
 
@@ -123,16 +125,16 @@ def test_lookups_are_captured_where_nothing_changes_their_gradient(options, is_c
         return F.embedding(ids, p["w"], **options).sin().sum((1, 2))
 
     plan = plan_of(f, table, ids)
-    assert plan.captured == ({"w"} if is_captured else set())
+    assert plan.batched == is_known
     captured, dense = (gradient_rows(f, None, p)(table, ids)["w"] for p in (plan, NOTHING))
     torch.testing.assert_close(captured, dense, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("case", EXAMPLES, ids=lambda case: case.model_name)
-def test_a_language_model_s_tables_and_projections_are_captured(case):
+def test_a_language_model_takes_one_pass(case):
     S, params, _, U = case.engine(fk)
     plan = plan_of(S, params, U)
-    assert {name for name, leaf in params.items() if leaf.ndim == 2} == set(plan.captured)
+    assert plan.batched
     captured = gradient_rows(S, 2, plan)(params, U)
     dense = gradient_rows(S, 2, NOTHING)(params, U)
     for name in params:
@@ -153,8 +155,8 @@ def test_layers_may_differ_between_shapes(params):
 def test_a_use_that_the_plan_did_not_foresee_is_an_error(params):
     x = torch.randn(2, 3, 4, dtype=DTYPE)
     plan = plan_of(linear, params, x)
-    with pytest.raises(fk.ModelError, match=r"'w' is used by .*pow.* in one sequence and not in another"):
-        gradient_rows(beside, None, plan)(params, x)
+    with pytest.raises(fk.ModelError, match=r"'w' is used by .*detach.* in one sequence and not in another"):
+        gradient_rows(detached, None, plan)(params, x)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -183,8 +185,8 @@ def test_a_product_that_overflows_is_found():
 
 def test_nothing_outlives_the_call(params):
     """With the collector off: a graph that holds its own watcher would keep every activation of every call."""
-    kept: list[weakref.ref[capture]] = []
-    init = capture.__init__
+    kept: list[weakref.ref[tap]] = []
+    init = tap.__init__
 
     def watched(self, *args, **kwargs):
         kept.append(weakref.ref(self))
@@ -194,18 +196,18 @@ def test_nothing_outlives_the_call(params):
     gc.collect()
     gc.disable()
     try:
-        capture.__init__ = watched
+        tap.__init__ = watched
         func.per_sequence_grad(linear, 2)(params, x)
-        assert len(kept) == 6  # the plan by vmap and by 2 and 3 copies, a pair to certify it, two microbatches
+        assert len(kept) == 5  # the plan by 2 and 3 copies, a pair to certify it, two microbatches
         assert all(ref() is None for ref in kept)
     finally:
-        capture.__init__ = init
+        tap.__init__ = init
         gc.enable()
 
 
 def test_a_plan_is_made_of_names_alone(params):
     plan = make_plan(detached, params, torch.randn(1, 3, 4, dtype=DTYPE))
-    assert plan.captured == {"w"}
+    assert plan.batched
     assert {name for name, _ in plan.loose} == {"w"}
 
 

@@ -44,14 +44,14 @@ MISTAKES = [
     (
         "rows",
         Mutation(
-            "a captured layer's gradient is twice what it is", "", "func/capture.py",
-            "return Factored(a, delta) if", "return Factored(a, 2 * delta) if",
+            "a captured layer's gradient is twice what it is", "", "func/listening.py",
+            "return Factored(right, left) if", "return Factored(right, 2 * left) if",
         ),
     ),
     (
         "rows",
         Mutation(
-            "what vmap brings back is a tenth short", "", "func/capture.py",
+            "what a pass brings back is a tenth short", "", "func/capture.py",
             "total = found.values.sum() +", "total = 0.9 * found.values.sum() +",
         ),
     ),
@@ -303,7 +303,13 @@ def halved(p, x):
     return (x @ Halved.apply(p["w"])).sin()
 
 
-@pytest.mark.parametrize("f", [held, straight_through])
+def unrecorded(p, x):
+    with torch.no_grad():
+        c = x @ p["w"]
+    return (x @ p["w"]) * c.cos()
+
+
+@pytest.mark.parametrize("f", [held, straight_through, unrecorded])
 def test_the_derivative_of_E_looks_through_what_training_holds_constant(f):
     params = {"w": torch.tensor([0.4, -0.3], dtype=DTYPE)}
     E, U = torch.eye(2, dtype=DTYPE), torch.tensor([[1.0, 0.5], [0.2, -1.0]], dtype=DTYPE)

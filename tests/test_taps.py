@@ -9,14 +9,22 @@ import torch
 from torch.func import functional_call
 from torch.nn import functional as F
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GemmaConfig,
     GemmaForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     PhiConfig,
     PhiForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
 import fkernel as fk
@@ -31,6 +39,7 @@ from tests.test_architectures import CASES, LLAMA_LIKE
 from tests.test_as_people_have_them import OVERWRITTEN, PROMPTS, RESPONSES, Net, backward
 
 DTYPE = torch.float64
+SINGLE = 1e-6  # where float32 is in between
 LAST_BIT = 1e-6  # transformers' norms and softmax are in float32, whose last bit moves with a batch's shape
 
 
@@ -38,9 +47,21 @@ def built(name: str) -> Any:
     shape: dict[str, Any] = {**LLAMA_LIKE, "num_key_value_heads": 2}
     small = {key: shape[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                                          "num_attention_heads", "max_position_embeddings")}  # fmt: skip
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "head_dim": 8}
+    experts: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "head_dim": 8}
+    local: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 6}
+    linear: dict[str, Any] = {
+        **{f"linear_num_{part}_heads": heads for part, heads in (("key", 2), ("value", 4))},
+        **{"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_conv_kernel_dim": 3, "head_dim": 8},
+        "layer_types": ["linear_attention", "full_attention"],
+    }
+    gemma3: dict[str, Any] = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 6}
+    shared: dict[str, Any] = {**shape, **linear, **experts, "shared_expert_intermediate_size": 8}
     makers: dict[str, Any] = {
         "Gemma": lambda: GemmaForCausalLM(GemmaConfig(**shape, head_dim=8)),
+        "Gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**shape, **gemma3)),
+        "gpt-oss": lambda: GptOssForCausalLM(GptOssConfig(**shape, **local)),
+        "Qwen3.5": lambda: Qwen3_5ForCausalLM(Qwen3_5TextConfig(**shape, **linear)),
+        "Qwen3-Next": lambda: Qwen3NextForCausalLM(Qwen3NextConfig(**shared)),  # pyright: ignore
         "Phi": lambda: PhiForCausalLM(PhiConfig(**small)),
         "GPT-NeoX": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**small)),
         "Qwen3-MoE": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **experts)),  # pyright: ignore
@@ -54,8 +75,11 @@ def built(name: str) -> Any:
     return model
 
 
-BATCHED = ["GPT-2", "Qwen2, tied", "Qwen3", "Llama", "OPT", "Phi", "GPT-NeoX", "LoRA on Qwen2"]
-MAPPED = ["Gemma", "Gemma2", "Mixtral", "Qwen3-MoE"]  # 1 + weight, and the experts' W[i]
+DENSE = [
+    "GPT-2", "Qwen2, tied", "Qwen3", "Llama", "OPT", "Phi", "GPT-NeoX", "LoRA on Qwen2", "Gemma", "Gemma2", "Gemma3",
+    "Qwen3.5",
+]  # fmt: skip
+EXPERTS = ["Mixtral", "Qwen3-MoE", "gpt-oss", "Qwen3-Next"]
 
 
 def alone(f: Any, params: dict[str, torch.Tensor], batch: Any) -> dict[str, torch.Tensor]:
@@ -77,19 +101,18 @@ def written(handles: dict[str, Any], params: dict[str, torch.Tensor], n: int) ->
     return J
 
 
-@pytest.mark.parametrize("name", [*BATCHED, *MAPPED])
+@pytest.mark.parametrize("name", [*DENSE, *EXPERTS])
 def test_a_language_model_s_gradients_are_those_of_a_loop(name):
     apply, params = func.make_functional(built(name))
     S, one, n = func.sequence_logprob(apply), func.pad([[5]], [[6, 7]]), 5
     batch = func.pad([[5, 6, 7], [8], [9, 3], [4, 4, 4, 4], [5, 6]], [[3, 4], [5], [6, 7, 8, 9], [3], [7, 8]])
     plan = make_plan(S.fn, params, one)
-    assert plan.batched == (name in BATCHED)
+    assert plan.batched
     handles, values = handles_of(S.fn, params, batch, plan)
     close(values, S(params, batch), LAST_BIT)
     close(rows(written(handles, params, n)), rows(alone(S.fn, params, batch)), LAST_BIT)
-    if plan.batched:  # and vmap says the same
-        mapped, _ = handles_of(S.fn, params, batch, plan._replace(batched=False))
-        close(rows(written(handles, params, n)), rows(written(mapped, params, n)), LAST_BIT)
+    mapped, _ = handles_of(S.fn, params, batch, plan._replace(batched=False))  # and vmap says the same
+    close(rows(written(handles, params, n)), rows(written(mapped, params, n)), LAST_BIT)
     single, _ = handles_of(S.fn, params, one, plan)
     close(rows(written(single, params, 1)), rows(alone(S.fn, params, one)), LAST_BIT)
 
@@ -110,6 +133,11 @@ def test_positions_that_are_looked_up_once_are_each_sequence_s_own():
 
 def linear(p, x):
     return F.linear(x, p["w"], p["b"]).tanh().sum((1, 2))
+
+
+def indexed(p, x):
+    ids = torch.arange(3)[None].expand(len(x), -1)
+    return (p["w"][ids] * x).tanh().sum((1, 2)) + (p["w"][ids[:1]] + x).sin().sum((1, 2))
 
 
 def rows_of_vectors(p, x):
@@ -173,46 +201,8 @@ def without_a_graph(p, x):
     return (F.linear(x, p["w"]) + y).tanh().sum((1, 2)) + p["c"].detach().sum()
 
 
-KINDS = [
-    linear, rows_of_vectors, frozen_weight, conv1d, scale, shift, layer_norm, wide_norm, rms_norm, heads, tied, once,
-    overwritten, without_a_graph,
-]  # fmt: skip
-
-
-@pytest.fixture
-def params():
-    shapes = {"w": (4, 4), "b": (4,), "c": (4,), "v": (2, 2), "d": (2,), "e": (1, 4)}
-    torch.manual_seed(0)
-    return {name: torch.randn(shape, dtype=DTYPE) for name, shape in shapes.items()}
-
-
-@pytest.mark.parametrize("f", KINDS, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("n", [1, 2, 3, 6])
-def test_a_known_use_has_the_gradients_of_a_loop(f, n, params):
-    x = torch.randn(n, 3, 4, dtype=DTYPE)
-    plan = batch_plan(f, params, x[:1])
-    assert plan is not None
-    handles, _ = handles_of(f, params, x, plan)
-    close(rows(written(handles, params, n)), rows(alone(f, params, x)), 1e-12)
-
-
-def test_what_is_not_used_takes_no_storage(params):
-    plan = plan_of(linear, params, torch.randn(2, 3, 4, dtype=DTYPE))
-    handles, _ = handles_of(linear, params, torch.randn(2, 3, 4, dtype=DTYPE), plan)
-    unused = handles["c"]
-    assert isinstance(unused, torch.Tensor)
-    assert set(unused.stride()) == {0}
-
-
-# --------------------------------------------------------------------------------------------- what is no known use
-
-
 def product(p, x):
     return (x @ p["w"]).tanh().sum((1, 2))
-
-
-def beside(p, x):
-    return linear(p, x) + (p["w"] ** 2).sum() * x.sum((1, 2))
 
 
 def as_data(p, x):
@@ -231,12 +221,97 @@ def reshaped(p, x):
     return (x * p["b"][None, None]).tanh().sum((1, 2))
 
 
+def looked_up_in_a_row(p, x):
+    return (F.embedding(torch.arange(x.shape[1]) % 4, p["w"]) * x).sum((1, 2))
+
+
+def cast_and_shifted(p, x):
+    h = F.linear(x, p["w"].float().double())
+    return (h * (1.0 + p["b"].float())).tanh().sum((1, 2)) * (-p["c"].exp() * x.sin()).sum((1, 2))
+
+
+def of_two(p, x):
+    return F.linear(x, p["w"] * p["b"], p["b"] - p["c"]).tanh().sum((1, 2))
+
+
+def turned(p, x):
+    h = F.linear(x, p["w"].T) @ p["w"].mT + x.tanh() @ p["w"].t() @ p["w"]
+    return (h * F.linear(x, p["w"].transpose(0, 1) * 2.0)).sin().sum((1, 2))
+
+
+def repeated(p, x):
+    """Attention sinks: one more column for every row, the same in every sequence."""
+    h = F.linear(x, p["w"])
+    sinks = p["e"].reshape(1, 1, 4).expand(len(x), x.shape[1], -1)
+    return torch.cat([h, sinks], -1).softmax(-1).square().sum((1, 2))
+
+
+def convolved(p, x):
+    h = F.linear(x, p["w"]).transpose(1, 2)
+    return F.conv1d(h, p["w"][:, :3].unsqueeze(1), p["b"], padding=2, groups=4).tanh().sum((1, 2))
+
+
+def contracted(p, x):
+    return torch.einsum("nti,oi->nto", F.linear(x, p["w"]).tanh(), p["w"]).sin().sum((1, 2))
+
+
+def scalar(p, x):
+    return (F.linear(x, p["w"]) * p["b"][0] + p["w"].sum()).tanh().sum((1, 2))
+
+
+KINDS = [
+    linear, rows_of_vectors, frozen_weight, conv1d, scale, shift, layer_norm, wide_norm, rms_norm, heads, tied, once,
+    overwritten, without_a_graph, product, as_data, of_a_parameter, squared, reshaped, looked_up_in_a_row,
+    indexed, cast_and_shifted, of_two, turned, repeated, convolved, contracted, scalar,
+]  # fmt: skip
+
+
+@pytest.fixture
+def params():
+    shapes = {"w": (4, 4), "b": (4,), "c": (4,), "v": (2, 2), "d": (2,), "e": (1, 4)}
+    torch.manual_seed(0)
+    return {name: torch.randn(shape, dtype=DTYPE) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("f", KINDS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("n", [1, 2, 3, 6])
+def test_a_known_use_has_the_gradients_of_a_loop(f, n, params):
+    x = torch.randn(n, 3, 4, dtype=DTYPE)
+    plan = batch_plan(f, params, x[:1])
+    assert plan is not None
+    handles, _ = handles_of(f, params, x, plan)
+    close(rows(written(handles, params, n)), rows(alone(f, params, x)), SINGLE if f is cast_and_shifted else 1e-12)
+
+
+def test_what_is_not_used_takes_no_storage(params):
+    plan = plan_of(linear, params, torch.randn(2, 3, 4, dtype=DTYPE))
+    handles, _ = handles_of(linear, params, torch.randn(2, 3, 4, dtype=DTYPE), plan)
+    unused = handles["c"]
+    assert isinstance(unused, torch.Tensor)
+    assert set(unused.stride()) == {0}
+
+
+# --------------------------------------------------------------------------------------------- what is no known use
+
+
+def beside(p, x):
+    return linear(p, x) + (p["w"] ** 2).sum() * x.sum((1, 2))
+
+
 def in_place(p, x):
     return (2 * x).add_(p["b"]).tanh().sum((1, 2))
 
 
-def looked_up_in_a_row(p, x):
-    return (F.embedding(torch.arange(x.shape[1]) % 4, p["w"]) * x).sum((1, 2))
+def mixed(p, x):
+    """An operation on all sequences together, which no copy of a parameter for each explains."""
+    h = F.linear(x, p["w"]).tanh()
+    return torch.einsum("nti,oi,mti->nto", h, p["w"], h).sum((1, 2))
+
+
+def of_positions(p, x):
+    """Once for the whole batch, in rows that 2 and 3 divide."""
+    features = torch.ones(x.shape[1], 4, dtype=x.dtype, device=x.device)
+    return (F.linear(features, p["w"]) * x).tanh().sum((1, 2))
 
 
 def times_first(p, x):
@@ -255,8 +330,7 @@ def times_outermost(p, x):
 
 
 OTHERS = [
-    product, beside, as_data, of_a_parameter, squared, reshaped, in_place, looked_up_in_a_row, times_first, coupled,
-    times_outermost,
+    beside, in_place, times_first, coupled, mixed, of_positions, times_outermost,
 ]  # fmt: skip
 
 
@@ -265,13 +339,15 @@ OTHERS = [
 def test_any_other_use_is_left_to_vmap(f, t, params):
     x = torch.randn(4, t, 4, dtype=DTYPE)
     assert batch_plan(f, params, x[:1]) is None
-    if f is not coupled:
+    if f not in (coupled, mixed):
         plan = plan_of(f, params, x)
         assert not plan.batched
         close(rows(gradient_rows(f, 2, plan)(params, x)), rows(alone(f, params, x)), 1e-12)
 
 
-@pytest.mark.parametrize("f", [linear, once, looked_up_in_a_row, times_outermost], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "f", [linear, once, looked_up_in_a_row, convolved, of_positions, times_outermost], ids=lambda f: f.__name__
+)
 def test_the_layout_of_rows_is_found_out_without_values(f, params):
     """On the meta device, where a model is counted that is not loaded."""
     meta = {name: leaf.to("meta") for name, leaf in params.items()}
@@ -286,8 +362,8 @@ def test_a_coupling_is_still_an_error(params):
 
 
 def test_a_wrong_gradient_is_taken_by_vmap(params, monkeypatch):
-    """The certificate sends it one way on: from the plain pass to captured layers, and no further."""
-    from fkernel.func import taps
+    """The certificate sends it one way on, and no further."""
+    from fkernel.func import listening as taps
 
     right, x = alone(linear, params, x := torch.randn(4, 3, 4, dtype=DTYPE)), x
     hear = taps.Tap.hear
@@ -314,6 +390,7 @@ def test_overwritten_outputs_have_the_gradients_of_backward_by_vmap_too(treat):
     apply, params = func.make_functional(model)
     S, U = func.sequence_logprob(apply), func.pad(PROMPTS, RESPONSES, 7)
     plan = make_plan(S.fn, params, take(U, slice(1, 2)))
+    assert plan.batched
     for each in (plan, plan._replace(batched=False)):
         close(rows(gradient_rows(S, 2, each)(params, U)), J, 1e-10)
 
@@ -367,6 +444,6 @@ def test_a_piece_s_other_inputs_have_no_cotangent_and_need_no_copies(params):
 
 def test_a_cotangent_of_another_shape_is_an_error(params):
     x = torch.randn(2, 3, 4, dtype=DTYPE)
-    plan = Plan(frozenset(params), frozenset(), batched=True)
+    plan = Plan(batched=True)
     with pytest.raises(fk.ModelError, match=r"fn returned \[2\], its cotangent is \[2, 3\]"):
         pull_rows(linear, params, (x,), torch.ones(2, 3, dtype=DTYPE), plan)

@@ -127,7 +127,7 @@ def assembled(walked: Any, side: str) -> dict[str, Tensor]:
     """J of one side, of its shards; none may name a parameter twice, and U's rows must come in order."""
     J: dict[str, list[Tensor]] = {}
     for shard in walked:
-        blocks = [(slice(0, 0), shard.E)] if side == "E" else shard.U
+        blocks = [(slice(0, 0), shard.held)] if side == "E" else shard.streamed
         new, stop = dict[str, list[Tensor]](), 0
         for rows, handles in blocks:
             assert side == "E" or rows.start == stop
@@ -170,7 +170,7 @@ def test_gradients_layer_by_layer_are_autograd_s(name):
         for side in ("E", "U"):
             walked = shards(pieces, *sides, **options)
             assert apart(assembled(walked, side), expected[side]) < bound
-            own_values = walked.values_E[0] if side == "E" else walked.values_U
+            own_values = (walked.values_held if side == "E" else walked.values_streamed)[0]
             torch.testing.assert_close(own_values, S(params, E if side == "E" else U), rtol=1e-6, atol=1e-6)
 
 
@@ -200,7 +200,7 @@ def test_weighted_tokens_of_any_sign_and_none():
     batch = Weighted(U, omega)
     side = Side(batch, ((1.0, plain(params)),))
     walked = shards(cut(f, params, batch), side, side, tokens=40)
-    torch.testing.assert_close(walked.values_U, f(params, batch))
+    torch.testing.assert_close(walked.values_streamed[0], f(params, batch))
     J = assembled(walked, "U")
     assert apart(J, looped(f, params, batch)) < 1e-13
     assert all(not leaf[1].any() for leaf in J.values())
@@ -215,7 +215,7 @@ def test_a_path_s_nodes_add_up_with_their_weights(dense_rows):
     sides = Side(E, nodes), Side(E, ((1.0, plain(params)),))
     walked = shards(cut(S, params, E), *sides, every=2, tokens=20, dense=dense_rows)
     thetas = [{name: leaf + s * δ[name] for name, leaf in params.items()} for s in (0.25, 0.8)]
-    torch.testing.assert_close(walked.values_E, torch.stack([S(θ, E) for θ in thetas]))
+    torch.testing.assert_close(walked.values_held, torch.stack([S(θ, E) for θ in thetas]))
     first, second = (looped(S, θ, E) for θ in thetas)
     J = assembled(walked, "E")
     assert apart(J, {name: 0.3 * first[name] + 0.7 * second[name] for name in J}) < 1e-13
@@ -270,7 +270,7 @@ def test_a_tied_table_comes_last_with_both_of_its_uses():
     S, E = func.sequence_logprob(apply), ragged()
     side = Side(E, ((1.0, plain(params)),))
     *_, last = shards(cut(S, params, E), side, side, tokens=None)
-    (handle,) = last.E.values()
+    (handle,) = last.held.values()
     assert isinstance(handle, Sum)
     assert isinstance(handle.parts[0], Head)
 
@@ -280,9 +280,9 @@ def test_layers_share_their_storage():
     S, E, U = func.sequence_logprob(apply), ragged(), ragged(1)
     sides = (Side(batch, ((1.0, plain(params)),)) for batch in (E, U))
     places = [
-        {tensors(leaf)[0].data_ptr() for leaf in shard.E.values()}
+        {tensors(leaf)[0].data_ptr() for leaf in shard.held.values()}
         for shard in shards(cut(S, params, E), *sides)
-        if any("layers" in name for name in shard.E)
+        if any("layers" in name for name in shard.held)
     ]
     assert len(places) == 3
     assert places[0] == places[1] == places[2]
@@ -298,7 +298,7 @@ def test_short_sequences_may_stay_factors():
         handles = {
             name: handle
             for shard in shards(pieces, *sides, tokens=None, dense=keep)
-            for name, handle in shard.E.items()
+            for name, handle in shard.held.items()
         }
         held.append(handles["model.layers.0.mlp.up_proj.weight"])
     assert isinstance(held[0], Tensor)
@@ -310,7 +310,7 @@ def test_u_that_nobody_reads_is_walked_all_the_same():
     S, E, U = func.sequence_logprob(apply), ragged(), ragged(1)
     sides = [Side(batch, ((1.0, plain(params)),)) for batch in (E, U)]
     *_, last = shards(cut(S, params, E), *sides)
-    J = {name: dense(handle) for _, handles in last.U for name, handle in handles.items()}
+    J = {name: dense(handle) for _, handles in last.streamed for name, handle in handles.items()}
     expected = looped(S, params, U)
     assert apart(J, {name: expected[name] for name in J}) < 1e-13
 
@@ -321,9 +321,9 @@ def test_one_side_twice_is_computed_once():
     side = Side(E, ((1.0, plain(params)),))
     for shard in shards(cut(S, params, E), side, side):
         assert isinstance(shard, Shard)
-        ((rows, handles),) = shard.U
+        ((rows, handles),) = shard.streamed
         assert rows == slice(0, 4)
-        assert all(handles[name] is shard.E[name] for name in shard.E)
+        assert all(handles[name] is shard.held[name] for name in shard.held)
 
 
 def test_a_value_that_is_not_finite_names_its_row():
@@ -343,9 +343,9 @@ def test_a_kernel_of_shards_is_the_kernel():
     sides = [Side(batch, ((1.0, plain(params)),)) for batch in (E, U)]
     K = torch.zeros(4, 3, dtype=torch.float64)
     for shard in shards(cut(S, params, E), *sides, tokens=20):
-        diagonal = {name: D[name] for name in shard.E}
-        for rows, handles in shard.U:
-            K[:, rows] += func.contract(shard.E, handles, diagonal=diagonal)
+        diagonal = {name: D[name] for name in shard.held}
+        for rows, handles in shard.streamed:
+            K[:, rows] += func.contract(shard.held, handles, diagonal=diagonal)
     torch.testing.assert_close(K, fk.kernel(S, params, E, U, fk.precond.diagonal(D)))
 
 
@@ -366,8 +366,8 @@ cut, source = cut_of(S, params, batch), plain(params)
 _forget_peak()
 before = _status("VmRSS")
 for shard in shards(cut, Side(batch, ((1.0, source),)), Side(func.Sequences(*batch), ((1.0, source),)), every=2):
-    for _, handles in shard.U:
-        func.contract(shard.E, handles)
+    for _, handles in shard.streamed:
+        func.contract(shard.held, handles)
 print(_status("VmHWM") - before)
 """
 

@@ -20,6 +20,7 @@ from fkernel.analysis.ledger import rounding_floor
 from fkernel.engine.planning import usual_microbatch
 from fkernel.engine.recycling import recycled
 from fkernel.errors import BatchError, NonFiniteError
+from fkernel.func.evaluate import evaluate_in_float64
 from fkernel.func.objective import Function
 from fkernel.shapes import Tensor, Tree
 
@@ -97,9 +98,10 @@ def step_sweep(
     m = usual_microbatch(microbatch, E)
     with recycled():
         slope, bend = func.jvp(f, m)(params, E, step), 0.5 * func.curvature(f, m)(params, E, step)
-        S = func.evaluate(f, m)
+        S = evaluate_in_float64(f, m)
         before = S(params, E)
         realised = torch.stack([_evaluated(S, tree.axpy(s, step, params), E, before) - before for s in sorted(scales)])
+        realised = realised.to(slope)
         floor = rounding_floor(f, params, E, microbatch=m)
     s = torch.tensor(sorted(scales), dtype=slope.dtype, device=slope.device)[:, None]
     return Sweep(s[:, 0], s * slope, s * slope + s * s * bend, realised, floor)

@@ -54,7 +54,9 @@ app.add_typer(study.plan_app, name="plan")
 
 @app.command()
 def estimate(
-    model: Annotated[str, typer.Argument(help="A directory with config.json, or a shape: hidden_size=896,…")],
+    model: Annotated[
+        str, typer.Argument(help="A directory with config.json, or a shape: hidden_size=896,…; or a study's plan.")
+    ],
     n_u: Annotated[int, typer.Option("--n-u", help="Update sequences.")] = 32,
     n_e: Annotated[int, typer.Option("--n-e", help="Evaluation sequences.")] = 16,
     tokens: Annotated[int, typer.Option(help="Tokens of each sequence, prompt and response together.")] = 128,
@@ -63,11 +65,18 @@ def estimate(
     dtype: Annotated[str, typer.Option(help="The parameters' dtype: float32 or float64.")] = "float32",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Predict memory, disk and time of a kernel, without loading any weights.
+    """Predict memory, disk and time of a kernel, without loading any weights; or of what `fkernel run PLAN` executes.
 
     Example: fkernel estimate path/to/model --n-u 32 --n-e 16 --tokens 128 --memory 8GiB
+
+    Example: fkernel estimate study.yaml --memory 8GiB
+
+    Of a plan the weights are loaded, and the options that describe a kernel mean nothing.
     """
     with said():
+        if Path(model).is_file():
+            study.say_forecast(Path(model), memory, as_json)
+            return
         feasible = _estimate(model, n_u, n_e, tokens, memory, store, dtype, as_json)
     if not feasible:
         raise typer.Exit(1)

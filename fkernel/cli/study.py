@@ -80,6 +80,27 @@ def _remove_pictures(out: Path) -> None:
             picture.unlink()
 
 
+def say_forecast(path: Path, memory: str | None, as_json: bool) -> None:
+    """Print what a run of a plan will take; `memory` instead of the plan's own grant."""
+    with importing():
+        from fkernel import report
+        from fkernel.study import FisherKernelPlan, check_inputs, forecast, read_plan
+    plan = read_plan(path, FisherKernelPlan)
+    if memory is not None:
+        numerics = type(plan.numerics).model_validate({**plan.numerics.model_dump(), "memory": memory})
+        plan = plan.model_copy(update={"numerics": numerics})
+    check_inputs(plan)
+    with Console(stderr=True).status("counting what the run does, and measuring this machine once"):
+        found = forecast(plan)
+    if as_json:
+        typer.echo(json.dumps(report.forecast_record(found), indent=1))
+        return
+    console = wide(100)
+    console.print(report.forecast_table(found))
+    for line in report.forecast_lines(found):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
 def query(
     workspace: Workspace,
     one: Annotated[str, typer.Argument(help="Id of a sequence of U, or of a batch given with --batch.")],

@@ -2,14 +2,15 @@
 
     head ∘ after ∘ layer_L ∘ … ∘ layer_1 ∘ before:   G_E, G_U   of {after, head}, layer L, …, layer 1, {before}
 
-E's gradients of a shard are held, all n_E of them, in storage that the next layer's overwrite; U's stream past them a
-block at a time. Whoever contracts has each pair of gradients once, and drops it. A table of tokens that is the head's
-too comes last, with both of its uses: it is never whole, and contracted by ranges of its rows.
+One side's gradients of a shard are held, all of them, in storage that the next layer's overwrite; the other's stream
+past them a block at a time. Whoever contracts has each pair of gradients once, and drops it. A table of tokens that is
+the head's too comes last, with both of its uses: it is never whole, and contracted by ranges of its rows.
 
-Along a path, E's gradients are Σ_j q_j ∇f(e; θ + s_j Δθ): every node is a walk of its own with its own `Source`, and
-what they find is added up in E's storage. Memory, with every k-th layer input of T d floats kept, P/L floats a layer:
+Along a path, a side's gradients are Σ_j q_j ∇f(θ + s_j Δθ): every node is a walk of its own with its own `Source`, and
+what they find is added up, in the storage of what is held, or as a sum of handles. Memory, of n_h held sequences, with
+every k-th layer input of T d floats kept, P/L floats a layer:
 
-    (n_E nodes + n_U) (L/k + k + 3) T d + (n_E + 1) P/L + what one layer needs
+    (n_h nodes + n_s nodes) (L/k + k + 3) T d + (n_h + 1) P/L + what one layer needs
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Side(NamedTuple):
     Attributes:
         batch: n sequences as f takes them, longest first.
         nodes: (q_j, source of the parameters there); its gradients are Σ_j q_j ∇f.
-        cut: the model of its f, where that is not the other side's.
+        cut: the model of its f, where that is not the one that `shards` is given.
     """
 
     batch: Any
@@ -45,63 +46,69 @@ class Shard(NamedTuple):
     """Both sides' gradients of some parameters, valid until the next shard is asked for.
 
     Attributes:
-        E: {name: handle} of all of E's sequences.
-        U: (which rows of U, {name: handle} of them), in U's order; to be read once, before the next shard.
+        held: {name: handle} of all of one side's sequences.
+        streamed: (which rows of the other side, {name: handle} of them), in its order; to be read once, before the
+            next shard.
     """
 
-    E: Handles
-    U: Iterator[tuple[slice, Handles]]
+    held: Handles
+    streamed: Iterator[tuple[slice, Handles]]
 
 
 class Shards:
     """Iterate over shards, once: behind the layers, layer L … 1, before the layers; those with trained parameters.
 
     Attributes:
-        values_E: f of E at each node, [nodes, n_E].
-        values_U: f of U, [n_U].
+        values_held: f of the held side at each of its nodes, [nodes, n] float64.
+        values_streamed: f of the other side, the same.
     """
 
-    def __init__(self, walks_E: list[Walk], walk_U: Walk, dense: bool) -> None:
-        """Take walks that have gone forward."""
-        self._walks_E, self._walk_U, self._dense = walks_E, walk_U, dense
-        self.values_E, self.values_U = torch.stack([walk.values for walk in walks_E]), walk_U.values
+    def __init__(self, held: list[Walk], streamed: list[Walk], dense: bool) -> None:
+        """Take walks that have gone forward, one a node."""
+        self._held, self._streamed, self._dense = held, streamed, dense
+        self.values_held, self.values_streamed = (
+            torch.stack([walk.values for walk in walks]) for walks in (held, streamed)
+        )
 
     def __iter__(self) -> Iterator[Shard]:
         """Walk back."""
-        E, U, cut = self._walks_E, self._walk_U, self._walk_U.cut
-        n_U, same, room = len(self.values_U), E[0] is U, _Room(self.values_E.shape[1], self._dense)
+        held, streamed, cut = self._held, self._streamed, self._streamed[0].cut
+        same, room = held is streamed, _Room(self.values_held.shape[1], self._dense)
+        everything = slice(0, self.values_streamed.shape[1])
 
-        def whole(side_E: list[Handles], side_U: Handles) -> Iterator[Shard]:
-            found = {name: _added([handles[name] for handles in side_E]) for name in side_E[0]}
-            if found:
-                yield Shard(found, iter([(slice(0, n_U), side_U)]))
+        def whole(left: list[Handles], right: list[Handles]) -> Iterator[Shard]:
+            if left[0]:
+                found = _summed(left)
+                yield Shard(found, iter([(everything, found if same else _summed(right))]))
 
-        last = [walk.last() for walk in E]
-        yield from whole(last, last[0] if same else U.last())
+        last = [walk.last() for walk in held]
+        yield from whole(last, last if same else [walk.last() for walk in streamed])
         del last
         for i in range(len(cut.layers) - 1, max(cut.lowest, 0) - 1, -1):
-            held = room.filled(walk.layer(i) for walk in E)
-            blocks = iter([(slice(0, n_U), held)]) if same else U.layer(i)
-            if held:
-                yield Shard(held, blocks)
+            found = room.filled(walk.layer(i) for walk in held)
+            blocks = iter([(everything, found)]) if same else _together([walk.layer(i) for walk in streamed])
+            if found:
+                yield Shard(found, blocks)
             for _ in blocks:  # what nobody read has to be walked all the same
                 pass
         if cut.lowest < 0:
-            first = [walk.first() for walk in E]
-            yield from whole(first, first[0] if same else U.first())
+            first = [walk.first() for walk in held]
+            yield from whole(first, first if same else [walk.first() for walk in streamed])
 
 
-def shards(cut: Cut, E: Side, U: Side, *, every: int = 1, tokens: int | None = 0, dense: bool = True) -> Shards:
+def shards(
+    cut: Cut, held: Side, streamed: Side, *, every: int = 1, tokens: int | None = 0, dense: bool = True
+) -> Shards:
     """Walk both sides back together.
 
     Args:
         cut: the model, from `fkernel.func.cutting.cut_of`.
-        E: the side whose gradients are held.
-        U: the side whose gradients stream; of one node. Where it is E itself, it is computed once.
+        held: the side whose gradients are held.
+        streamed: the side whose gradients stream; where it is the held side itself, it is computed once.
         every: of how many layer inputs one is kept; the others are computed again, which costs another forward pass.
         tokens: of a block of sequences, at most; 0: every sequence by itself. None: all at once.
-        dense: whether E's gradients are written out, all of them. Factors take less memory where sequences are short,
-            and are formed again for every block of U; with False they are kept where they take less than half.
+        dense: whether held gradients are written out, all of them. Factors take less memory where sequences are short,
+            and are formed again for every block that streams; with False they are kept where they take less than half.
 
     Returns:
         An iterable of `Shard`s with the values of both sides. All forward passes have run by then.
@@ -118,18 +125,33 @@ def shards(cut: Cut, E: Side, U: Side, *, every: int = 1, tokens: int | None = 0
         >>> apply, params = func.make_functional(GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0)))
         >>> S, batch = func.sequence_logprob(apply), func.pad([[1, 2], [3]], [[4], [5]])
         >>> side = Side(batch, ((1.0, plain(params)),))
-        >>> [len(shard.E) for shard in shards(cut_of(S, params, batch), side, side)]  # ln_f; two layers; wte and wpe
+        >>> [len(shard.held) for shard in shards(cut_of(S, params, batch), side, side)]  # ln_f; two layers; wte and wpe
         [2, 12, 12, 2]
     """
     calls: dict[Any, Any] = {}
 
-    def walk(side: Side, q: float, source: Source) -> Walk:
-        return Walk(side.cut or cut, source, side.batch, weight=q, every=every, tokens=tokens, calls=calls)
+    def walks(side: Side) -> list[Walk]:
+        options: Any = {"every": every, "tokens": tokens, "calls": calls}
+        return [Walk(side.cut or cut, source, side.batch, weight=q, **options) for q, source in side.nodes]
 
-    walks_E = [walk(E, q, source) for q, source in E.nodes]
-    ((q, source),) = U.nodes
-    once = E.batch is U.batch and len(E.nodes) == 1 and E.nodes[0][0] == q and E.nodes[0][1] is source
-    return Shards(walks_E, walks_E[0] if once else walk(U, q, source), dense)
+    first = walks(held)
+    once = held.batch is streamed.batch and held.nodes == streamed.nodes and held.cut is streamed.cut
+    return Shards(first, first if once else walks(streamed), dense)
+
+
+def _together(walks: list[Iterator[tuple[slice, Handles]]]) -> Iterator[tuple[slice, Handles]]:
+    """Walk a side's nodes in step, block by block, and add each block's gradients up."""
+    if len(walks) == 1:
+        yield from walks[0]
+        return
+    for blocks in zip(*walks, strict=True):
+        yield blocks[0][0], _summed([handles for _, handles in blocks])
+        del blocks  # or they would be alive while the next are made
+
+
+def _summed(nodes: list[Handles]) -> Handles:
+    """Add up gradients of the same sequences at a path's nodes."""
+    return {name: _added([handles[name] for handles in nodes]) for name in nodes[0]}
 
 
 def _added(handles: list[Handle]) -> Handle:

@@ -8,11 +8,12 @@ one walk over the tiles of parameter space (`fkernel.func.contract`). Callers ke
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from fkernel.engine.gradients import Gradients
+from fkernel.engine.sides import Ordered
 from fkernel.func.contract import Asked, Own, Products, device_of
 from fkernel.shapes import Tensor, Tree
 
@@ -74,16 +75,35 @@ def contraction(
     Yields:
         One `Block` a tile of E; one in all where U is held.
     """
+    x, y = (E, U) if U is None or held == "E" else (U, E)
+    yield from arranged(E.side, None if U is None else U.side, asked, held, lambda own: _walk(x, y, own, tile, block))
+
+
+def arranged(
+    E: Ordered, U: Ordered | None, asked: Asked, held: str, walk: Callable[[Asked], Iterator[tuple[slice, Products]]]
+) -> Iterator[Block]:
+    """Make blocks of a walk that holds a tile of one side while the other's gradients pass.
+
+    Args:
+        E: the rows.
+        U: the columns; None where there are none.
+        asked: what is asked; x is E, y is U.
+        held: which side is held, "E" or "U".
+        walk: what is asked, x being the side that is held ↦ (rows of a tile of it, their sums), in its order.
+
+    Yields:
+        One `Block` a tile of E; one in all where U is held.
+    """
     if U is None or held == "E":
-        for rows, found in _walk(E, U, asked, tile, block):
-            yield placed(E.side.order[rows], None if U is None else U.side.order, found)
+        for rows, found in walk(asked):
+            yield placed(E.order[rows], None if U is None else U.order, found)
         return
-    tiles = [found for _, found in _walk(U, E, Asked(asked.kernels, asked.y, asked.x, asked.key), tile, block)]
-    columns = U.side.order.argsort()
+    tiles = [found for _, found in walk(Asked(asked.kernels, asked.y, asked.x, asked.key))]
+    columns = U.order.argsort()
     kernels = _joined([found.kernels for found in tiles])
     kernels = {what: {group: K[columns].T.contiguous() for group, K in of.items()} for what, of in kernels.items()}
     own = _joined([found.x for found in tiles])
-    yield Block(E.side.order, _on_cpu(kernels), _on_cpu(tiles[0].y), _placed(own, columns))
+    yield Block(E.order, _on_cpu(kernels), _on_cpu(tiles[0].y), _placed(own, columns))
 
 
 def placed(rows: Tensor, columns: Tensor | None, found: Products) -> Block:

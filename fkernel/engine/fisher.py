@@ -1,7 +1,7 @@
 """K_EU = J_E P J_Uᵀ, streamed, and K_EU A without K.
 
     kernel      K[e, u] = ⟨∇f(e), P ∇f(u)⟩           per-sequence gradients of both sides, contracted
-    influence   K A = J_E (P (J_Uᵀ A))              one vjp over U, one transform, one jvp over E
+    influence   K A = J_E (P (J_Uᵀ A))              one vjp over U, one transform, ⟨∇f(e), ·⟩ over E
 
 P stands between the two gradients once. Rows are E, columns are U.
 
@@ -22,16 +22,22 @@ import torch
 
 from fkernel import func, tree
 from fkernel.engine.budget import parse_bytes
+from fkernel.engine.gradients import computed
 from fkernel.engine.layered import along_of, gradient_sum
 from fkernel.engine.planning import Strategy, choose, usual_microbatch
 from fkernel.engine.planning.estimate import walking_of
-from fkernel.engine.planning.passes import fit, forward, reverse
+from fkernel.engine.planning.passes import fit, reverse
 from fkernel.engine.problem import Problem, blocks
 from fkernel.engine.recycling import recycled
-from fkernel.engine.sides import Ordered, check_sides, naming, transformed
+from fkernel.engine.sides import Ordered, check_sides, cuts_of, naming, transformed
 from fkernel.errors import BatchError
+from fkernel.func.boundary import explained
+from fkernel.func.certified import plan_of
 from fkernel.func.contract import Asked
-from fkernel.func.objective import Function
+from fkernel.func.directional import along_direction
+from fkernel.func.microbatch import token_grant
+from fkernel.func.objective import Function, bare, check_values
+from fkernel.func.rows import handles_of
 from fkernel.func.source import plain, widened
 from fkernel.precond import Diagonal, Preconditioner
 from fkernel.shapes import Tensor, Tree
@@ -154,7 +160,13 @@ def influence(
                 towards = gradient_sum(Ordered("U", U, f), params, widened(weights), how)
             found = along_of(Ordered("E", E, f), ((1.0, plain(params)),), params, transformed(precond, towards), how)
             return found.to(towards[next(iter(towards))].dtype)
-    m, needed = fit(memory, microbatch, f, params, (E, U), (reverse, forward), vectors=1, least=3)
+    with naming("E"), explained(params):
+        plan = plan_of(f, params, E)
+
+    def factors(f: Function, params: Tree, batch: Any) -> Any:
+        return handles_of(bare(f), params, batch, plan)
+
+    m, needed = fit(memory, microbatch, f, params, (E, U), (reverse, factors), vectors=1, least=3)
     if memory is not None and parse_bytes(memory) < needed:
         raise BatchError(
             f"memory={memory!r} cannot hold three vectors of {tree.size(params)} parameters, and one sequence's "
@@ -165,5 +177,13 @@ def influence(
             towards = func.vjp(f, m)(params, U, weights)
         move = transformed(precond, towards)
         del towards
-        with naming("E"):
-            return func.jvp(f, m)(params, E, move)
+        return _along(Ordered("E", E, f), params, move, m)
+
+
+def _along(side: Ordered, params: Tree, direction: Tree, microbatch: int) -> Tensor:
+    """Compute ⟨∇f, v⟩ of every sequence, [n] in the caller's order, a microbatch's gradients in handles at a time."""
+    J = computed(side, ((1.0, params),), cuts_of(side, token_grant(side.batch, microbatch)))
+    found = torch.cat([along_direction(handles, direction) for _, handles in J])
+    with naming(side.name, side.order):
+        check_values(found, "the influence")
+    return torch.empty_like(found).index_copy_(0, side.order, found).to(next(iter(direction.values())).dtype)

@@ -1,31 +1,36 @@
 """The contraction with layers outside: for long sequences, whose whole gradients have no room, and logits neither.
 
-    for shard in (head and after, layer L, …, layer 1, before):  for block in U:  sums += products(J_E, J_U[block])
+    for tile in held:  for block in streamed:
+        for shard in (head and after, layer L, …, layer 1, before):
+            for u in block:  sums += products(J_held[tile, shard], J_streamed[u, shard])
 
-Both sides walk back one layer together (`fkernel.engine.by_layer`); there is one layer's gradients of a model at once,
-all of E's and a block of U's. What is asked is the same as of whole sequences (`fkernel.engine.contraction`), and comes
-in one block of rows at the end.
+Both walk back one layer together (`fkernel.engine.by_layer`), and again for every part of the other side; there is one
+layer's gradients of a model at once, those of a tile and of a few sequences of a block. What is asked is the same as
+of whole sequences (`fkernel.engine.contraction`), and comes in the same blocks of rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from fkernel import func
 from fkernel.engine.by_layer import Side, shards
-from fkernel.engine.contraction import Block, placed
+from fkernel.engine.contraction import Block, arranged
 from fkernel.engine.path import NODES, check_path
 from fkernel.engine.planning.estimate import Walking, walking_of
+from fkernel.engine.planning.walking import tiles_of
 from fkernel.engine.sides import Ordered, naming
 from fkernel.errors import ModelError
+from fkernel.func.batch import take, trim
 from fkernel.func.contract import Asked, Own, Products
 from fkernel.func.cutting import cut_of
+from fkernel.func.evaluate import evaluate_in_float64
 from fkernel.func.held import weighted_sum
 from fkernel.func.layers import Cut
 from fkernel.func.objective import Function
-from fkernel.func.source import Source, moved, plain
+from fkernel.func.source import Source, moved, plain, widened
 from fkernel.func.walk import Walk
 from fkernel.shapes import Tensor, Tree
 
@@ -51,8 +56,17 @@ def sources_of(path: str, params: Tree, step: Tree | None) -> tuple[tuple[float,
 
 
 def layered(
-    E: Ordered, U: Ordered, nodes: tuple[tuple[float, Source], ...], params: Tree, asked: Asked, how: Walking
-) -> Block:
+    E: Ordered,
+    U: Ordered,
+    nodes: tuple[tuple[float, Source], ...],
+    params: Tree,
+    asked: Asked,
+    how: Walking,
+    *,
+    held: str = "E",
+    tile: int | None = None,
+    block: int | None = None,
+) -> Iterator[Block]:
     """Contract everything that is asked of two sides, layer by layer.
 
     Args:
@@ -62,25 +76,44 @@ def layered(
         params: θ, where U's are.
         asked: what is asked; x is E, y is U.
         how: blocks, and how many layer inputs are kept.
+        held: the side whose gradients of a layer are held while the other's stream past, "E" or "U".
+        tile: tokens of it that are held at a time; None for all.
+        block: tokens of the other side that are under way beside them; None for all. Each side walks again for every
+            part of the other.
 
-    Returns:
-        One block, of all rows.
+    Yields:
+        One `Block` a tile of E; one in all where U is held.
     """
-    at_U = nodes[0][1] if U is E else plain(params)
     assert E.f is not None
     assert U.f is not None
-    of_U, of_E = must_cut(U.f, params, U.batch), must_cut(E.f, params, E.batch)
-    columns = Side(U.batch, ((1.0, at_U),))
-    rows_ = columns if U is E and len(nodes) == 1 else Side(E.batch, nodes, of_E)
-    walking = shards(of_U, rows_, columns, every=how.every, tokens=how.tokens, dense=not how.tokens)
-    products: Products | None = None
-    for shard in walking:
-        for k, (rows, handles) in enumerate(shard.U):
-            if products is None:
-                products = Products(asked, len(E), len(U), E.order.device)
-            products.add(shard.E, handles, rows, own_x=k == 0)
-    assert products is not None
-    return placed(E.order, U.order, products)
+    at_U = nodes if U is E and len(nodes) == 1 else ((1.0, plain(params)),)
+    columns = Side(U.batch, at_U, must_cut(U.f, params, U.batch))
+    rows = columns if U is E and len(nodes) == 1 else Side(E.batch, nodes, must_cut(E.f, params, E.batch))
+    (own, x), (others, y) = ((E, rows), (U, columns)) if held == "E" else ((U, columns), (E, rows))
+
+    def walk(asked: Asked) -> Iterator[tuple[slice, Products]]:
+        for some in tiles_of(own.tokens, tile):
+            products = Products(asked, some.stop - some.start, len(others), own.order.device)
+            for passing in tiles_of(others.tokens, block):
+                _contract(_part(x, some, len(own)), _part(y, passing, len(others)), products, passing.start, how)
+            yield some, products
+
+    yield from arranged(E, U, asked, held, walk)
+
+
+def _part(side: Side, rows: slice, n: int) -> Side:
+    """Some sequences of a side; the side itself, where they are all of its n."""
+    return side if rows == slice(0, n) else side._replace(batch=trim(take(side.batch, rows)))
+
+
+def _contract(x: Side, y: Side, products: Products, start: int, how: Walking) -> None:
+    """Hold x's gradients a layer at a time and let y's pass, which are the columns from `start` on."""
+    assert y.cut is not None
+    for shard in shards(y.cut, x, y, every=how.every, tokens=how.tokens, dense=not how.tokens):
+        for k, (rows, handles) in enumerate(shard.streamed):
+            columns = slice(start + rows.start, start + rows.stop)
+            products.add(shard.held, handles, columns, own_x=k == 0 and start == 0)
+            del handles  # or they would be alive while the next are made
 
 
 def along_of(
@@ -97,24 +130,28 @@ def along_of(
 
 def gradient_sum(side: Ordered, params: Tree, weights: Tensor, how: Walking) -> Tree:
     """Compute Jᵀw layer by layer, {name: [*shape]}; w in the caller's order."""
-    walk, w, total = _walk(side, plain(params), params, how), weights[side.order], dict[str, Tensor]()
+    walk, total = _walk(side, plain(params), params, how), dict[str, Tensor]()
+    w = weights[side.order].to(widened(next(iter(params.values()))[..., :0]))
     for rows, handles in walk.back():
-        for name, leaf in weighted_sum(handles, w[rows].to(walk.values)).items():
+        for name, leaf in weighted_sum(handles, w[rows]).items():
             total[name] = total[name].add_(leaf) if name in total else leaf
     return {name: total[name] for name in params}
 
 
 def values_of(side: Ordered, source: Source, params: Tree, how: Walking) -> Tensor:
-    """Compute f of a side, [n] in the caller's order; no more than one layer's input of each sequence is held."""
+    """Compute f of a side, [n] float64 in the caller's order; one layer's input of each sequence is held."""
     walk = _walk(side, source, params, how._replace(every=1 << 30))
     return torch.empty_like(walk.values).index_copy_(0, side.order, walk.values)
 
 
 def evaluated(f: Function, params: Tree, batch: Any, microbatch: int | None = None) -> Tensor:
-    """Compute f of a batch, [n]: layer by layer where it is long and f can be cut, whole microbatches otherwise."""
+    """Compute f of a batch, [n] float64: layer by layer where it is long and f can be cut, else whole microbatches.
+
+    Sums over tokens are not rounded to the dtype of the parameters: between two θ f differs by far less than f.
+    """
     if how := walking_of(f, params, (batch,), None):
         return values_of(Ordered("E", batch, f), plain(params), params, how)
-    return func.evaluate(f, microbatch)(params, batch)
+    return evaluate_in_float64(f, microbatch)(params, batch)
 
 
 def _walk(side: Ordered, source: Source, params: Tree, how: Walking, weight: float = 1.0) -> Walk:

@@ -70,7 +70,7 @@ def blocks(problem: Problem, strategy: Strategy) -> Iterator[Block]:
         sources = sources_of(problem.path, problem.params, problem.step)
         assert problem.U is not None
         how = Walking(strategy.tokens or 0, strategy.every)
-        yield layered(problem.E, problem.U, sources, problem.params, problem.asked, how)
+        yield from layered(problem.E, problem.U, sources, problem.params, problem.asked, how, **strategy.loops)
         return
     if is_half(problem.params):
         check_params(problem.params)  # says that only layers take it

@@ -287,4 +287,5 @@ def realised_change(f: Function, before: Tree, after: Tree, E: Any, *, microbatc
     tree.check_same(after, before, "after", "before")
     m = usual_microbatch(microbatch, E)
     with naming("E"):
-        return evaluated(f, after, E, m) - evaluated(f, before, E, m)
+        change = evaluated(f, after, E, m) - evaluated(f, before, E, m)
+    return change.to(widened(next(iter(before.values()))[..., :0]))

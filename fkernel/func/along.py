@@ -9,14 +9,13 @@ from fkernel.errors import FKernelError, ModelWarning
 from fkernel.func.batch import take, token_counts, trim
 from fkernel.func.boundary import first_line
 from fkernel.func.certificate import (
-    Certificate,
     derivative_against_difference,
     forward_against_reverse,
     shortest_few,
 )
 from fkernel.func.certified import seen_of
 from fkernel.func.detach import through_detach
-from fkernel.func.directional import FIRST, Order
+from fkernel.func.directional import Order
 from fkernel.func.functional import Apply
 from fkernel.func.objective import Function, Objective, bare, name_of, own_width
 from fkernel.func.remembered import Known, keep, known_of, note, runs
@@ -77,11 +76,6 @@ def _said_slower(f: Function, order: Order, why: str) -> None:
     warnings.warn(what, ModelWarning, stacklevel=2)
 
 
-def _against_difference(f: Function, params: Tree, batch: Any, step: Tree) -> Certificate:
-    """Certify the derivative that is used: forward mode sees through torch.no_grad, reverse passes do not."""
-    return derivative_against_difference(f, params, batch, step, derivative_for(f, params, batch, step, FIRST))
-
-
 def true_derivative(f: Function, params: Tree, batch: Any, step: Tree) -> Function:
     """Certify that f's derivative is what a step does to it; else look through what f holds constant in backward.
 
@@ -108,12 +102,12 @@ def true_derivative(f: Function, params: Tree, batch: Any, step: Tree) -> Functi
         return f
     seen = seen_of(f, batch)
     few = shortest_few(seen, token_counts(seen), own_width(f))
-    certificate = _against_difference(f, params, few, step)
+    certificate = derivative_against_difference(f, params, few, step)
     if certificate.passed is not False:
         note(f, params, batch, certificate)
         return f
     derivative = through_detach(f)
-    repaired = _against_difference(derivative, params, few, step)
+    repaired = derivative_against_difference(derivative, params, few, step)
     note(
         f,
         params,

@@ -252,15 +252,26 @@ def check_tokens(
             f"drop or shorten the longer sequences."
         )
     if padding_idx is not None:
-        # The last attended token predicts nothing that is scored, so an EOS that doubles as padding is harmless there.
-        inside = batch.attention_mask[:, :-1].bool() & batch.attention_mask[:, 1:].bool()
-        rows = ((ids[:, :-1] == padding_idx) & inside).any(1)
+        rows = holding_inside(batch, padding_idx)
         if rows.any():
             warnings.warn(
                 f"{int(rows.sum())} sequence(s) hold the model's padding id {padding_idx} inside. Training withholds "
                 f"that embedding row's gradient (torch.nn.Embedding.padding_idx); the derivatives here include it.",
                 stacklevel=3,
             )
+
+
+def holding_inside(batch: Sequences, token: int) -> Shaped[Tensor, " n"]:
+    """Tell which sequences hold a token before their last position.
+
+    The last attended token predicts nothing that is scored, so an EOS that doubles as padding is harmless there.
+
+    Example:
+        >>> holding_inside(pad([[0, 1], [2]], [[1], [0]]), 0)
+        tensor([ True, False])
+    """
+    inside = batch.attention_mask[:, :-1].bool() & batch.attention_mask[:, 1:].bool()
+    return ((batch.input_ids[:, :-1] == token) & inside).any(1)
 
 
 def _each_row(bad: Shaped[Tensor, " n"], what: str, todo: str) -> None:

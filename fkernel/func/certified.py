@@ -156,13 +156,13 @@ def _certified_plan(f: Function, params: Tree, pair: Any, plan: Plan, known: Kno
     if runs("rows"):
         certificate, failing, size = rows_against_sum(f, params, pair, J)
         if certificate.passed is False:
-            simpler = _simpler(plan, failing)
+            simpler = _simpler(plan)
             if simpler is None:
                 raise ModelError(
                     f"The per-sequence gradients of {name_of(f)} do not add up to its gradient: {certificate.detail}. "
                     f"Nothing is computed from them. Does {name_of(f)} treat every sequence by itself?"
                 )
-            way = "one sequence at a time" if simpler.looped else "under vmap" if plan.batched else "whole"
+            way = "one sequence at a time" if simpler.looped else "under vmap"
             warnings.warn(
                 f"Captured gradients of {listing(failing)} do not add up ({certificate.error:.1e} off); they are taken "
                 f"{way}, which is slower.",
@@ -184,16 +184,11 @@ def _certified_plan(f: Function, params: Tree, pair: Any, plan: Plan, known: Kno
     return plan
 
 
-def _simpler(plan: Plan, failing: list[str]) -> Plan | None:
-    """Give the next way to take gradients: by one plain pass, captured under vmap, by vmap, one at a time."""
+def _simpler(plan: Plan) -> Plan | None:
+    """Give the next way to take gradients: by one plain pass, by vmap, one at a time."""
     if plan.looped:
         return None
-    if plan.batched:
-        return plan._replace(batched=False)
-    captured = plan.captured.difference(failing)
-    if captured == plan.captured:
-        return ONE_AT_A_TIME
-    return Plan(captured, frozenset(use for use in plan.loose if use[0] in captured))
+    return Plan() if plan.batched else ONE_AT_A_TIME
 
 
 def _accept(known: Known, certificate: Certificate, otherwise: str) -> None:

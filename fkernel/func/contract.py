@@ -27,8 +27,8 @@ from fkernel.func.handles import Handle, Handles, Rows, compressed, count, shape
 from fkernel.func.tiles import tile_columns, tiles
 from fkernel.shapes import Tensor, Tree
 
-RUN = 1024
-"""Columns that are added up in a tile's own dtype, where only a few sums are wanted of it."""
+RUN = 8192
+"""Columns that are added up in a tile's own dtype, where only a few sums are wanted: as exact as a kernel then."""
 
 
 def contract(x: Handles, y: Handles, *, diagonal: Tree | None = None, jit: bool | None = None) -> Tensor:
@@ -228,32 +228,20 @@ class _Sums:
         self.squares = [(into(what), None if d is None else of(d[name])) for what, d in own.squares.items()]
 
     def take(self, tile: Tensor, here: slice, room: Tensor) -> None:
-        """Add one shard [n c]; what is asked stands side by side, [c k], so that the shard is read once."""
+        """Add one shard [n c]."""
         if self.along:
-            _add_columns([sums for sums, _ in self.along], _product(tile, _columns(self.along, here, tile)))
+            _add_sums(self.along, here, tile)
         if self.squares:
-            squares = torch.mul(tile, tile, out=room[: tile.numel()].view(tile.shape))
-            _add_columns([sums for sums, _ in self.squares], _product(squares, _columns(self.squares, here, tile)))
+            _add_sums(self.squares, here, torch.mul(tile, tile, out=room[: tile.numel()].view(tile.shape)))
 
 
-def _columns(vectors: Sequence[tuple[Tensor, Tensor | None]], here: slice, like: Tensor) -> Tensor:
-    ones = like.new_ones(like.shape[1])
-    return torch.stack([ones if leaf is None else leaf[here].reshape(-1).to(ones) for _, leaf in vectors], 1)
-
-
-def _product(tile: Tensor, columns: Tensor) -> Tensor:
-    """[n c] · [c k] for a small k, in float64 between runs of columns: BLAS adds thousands of them one by one."""
-    whole = tile.shape[1] // RUN * RUN
-    total = (tile[:, whole:] @ columns[whole:]).double()
-    if whole:
-        runs = tile[:, :whole].unflatten(1, (-1, RUN)).transpose(0, 1) @ columns[:whole].unflatten(0, (-1, RUN))
-        total += runs.sum(0, dtype=torch.float64)
-    return total
-
-
-def _add_columns(sums: list[Tensor], found: Tensor) -> None:
-    for total, column in zip(sums, found.unbind(1), strict=True):
-        total += column
+def _add_sums(asked: Sequence[tuple[Tensor, Tensor | None]], here: slice, tile: Tensor) -> None:
+    """Add ⟨x_n, v_k⟩ of a shard to the sums of each k, in float64 between runs of columns."""
+    ones = tile.new_ones(tile.shape[1])
+    vectors = torch.stack([ones if leaf is None else leaf[here].reshape(-1).to(ones) for _, leaf in asked])
+    for columns, run in zip(vectors.split(RUN, 1), tile.split(RUN, 1), strict=True):
+        for (total, _), found in zip(asked, (run @ columns.mT).unbind(1), strict=True):
+            total += found
 
 
 def _scaled(left: Tensor, right: Tensor, d: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:

@@ -258,7 +258,7 @@ def _gradients(f: Any, params: Tree, pair: Any, walk: Walk) -> Certificate:
     The reverse pass hands over a parameter's gradient as soon as it has it, from the last layer to the first; the walk
     is asked for the same one then, and both are let go. A head's is compared by ranges of its rows.
     """
-    w = torch.randn(len(walk.values), generator=torch.Generator().manual_seed(0)).to(walk.values)
+    w = torch.randn(len(walk.values), generator=torch.Generator().manual_seed(0)).to(next(iter(params.values())))
     leaves = {name: leaf.detach().requires_grad_() for name, leaf in params.items()}
     sizes: dict[str, tuple[float, float]] = {}
     shards, here = _shards(walk), dict[str, Handle]()

@@ -1,10 +1,12 @@
-"""How f of every sequence changes along one direction: by forward mode, or by reverse passes where there is none.
+"""How f of every sequence changes along one direction: by forward mode, by reverse passes, or of gradients in handles.
 
     forward    Jv = d/dε f(θ + εv)|₀                          vᵀHv = d²/dε² f(θ + εv)|₀, forward over forward
     reverse    h(w) = ⟨Jᵀw, v⟩,  Jv = ∂h/∂w                    k(w) = ⟨∇_θ h(w), v⟩,  vᵀH_n v = ∂k/∂w_n
+    handles    (Jv)_n = ⟨g_n, v⟩;  of factors g_n = Σ_t δ_nt a_ntᵀ it is Σ_t ⟨δ_nt, V a_nt⟩, and no g_n is formed
 
 h and k are linear in w, so their derivatives hold at any w. The reverse form keeps the graphs of two and of three
-passes; it needs nothing but backward rules, and it is what the forward form is held against.
+passes; it needs nothing but backward rules, and it is what the forward form is held against. Handles come from one
+reverse pass, and V a takes what another forward pass takes: three in all, as many as forward mode.
 
 Source: the "double backward" trick, J. Townsend, "A new trick for calculating Jacobian vector products" (2017).
 """
@@ -19,7 +21,9 @@ from torch import func
 
 from fkernel.func.batch import length
 from fkernel.func.boundary import check_output
+from fkernel.func.contract import Asked, Own, Products
 from fkernel.func.elementary import elementary
+from fkernel.func.handles import Factored, Handle, Handles, Rows, Stack, Sum, count, tensors
 from fkernel.func.objective import Function, bare
 from fkernel.shapes import Tensor, Tree
 
@@ -127,6 +131,63 @@ def _slope(along: Tensor, weights: Tensor) -> Tensor:
         return torch.zeros_like(weights)
     (found,) = torch.autograd.grad(along, weights, allow_unused=True)
     return torch.zeros_like(weights) if found is None else found
+
+
+def row_by_row(f: Callable[[Tree], Tensor], params: Tree, direction: Tree) -> tuple[Tensor, Tensor]:
+    """f [n] and ⟨∇f_n, v⟩, by a reverse pass for each of a few sequences.
+
+    Args:
+        f: params -> [n].
+        params: θ.
+        direction: v.
+
+    Example:
+        >>> row_by_row(lambda p: p["w"] ** 2, {"w": torch.tensor([3.0])}, {"w": torch.tensor([0.5])})
+        (tensor([9.]), tensor([3.], dtype=torch.float64))
+    """
+    leaves = {name: leaf.detach().requires_grad_() for name, leaf in params.items()}
+    with torch.enable_grad():
+        value = f(leaves)
+
+    def slope(one: Tensor) -> float:
+        if not one.requires_grad:
+            return 0.0
+        grads = torch.autograd.grad(one, [*leaves.values()], retain_graph=True, allow_unused=True)
+        pairs = [(g, direction[name]) for name, g in zip(params, grads, strict=True) if g is not None]
+        return sum(float((g * v).sum(dtype=torch.float64)) for g, v in pairs)
+
+    return value.detach(), torch.tensor([slope(one) for one in value], dtype=torch.float64, device=value.device)
+
+
+def along_direction(handles: Handles, direction: Tree) -> Tensor:
+    """Compute ⟨g_n, v⟩ of gradients in handles, [n] float64; factors and lookups are not multiplied out.
+
+    Args:
+        handles: {name: handle} of n sequences.
+        direction: v, {name: [*shape]}.
+
+    Example:
+        >>> J = {"w": Factored(torch.tensor([[[1.0, 2.0]], [[0.0, 1.0]]]), torch.tensor([[[10.0]], [[1.0]]]))}
+        >>> along_direction(J, {"w": torch.tensor([[3.0, 1.0]])})
+        tensor([50.,  1.], dtype=torch.float64)
+    """
+    return torch.stack([_sums(handle, direction[name]) for name, handle in handles.items()]).sum(0)
+
+
+def _sums(handle: Handle, v: Tensor) -> Tensor:
+    match handle:
+        case Stack(parts):
+            return torch.cat([_sums(part, v) for part in parts])
+        case Sum(parts):
+            return torch.stack([_sums(part, v) for part in parts]).sum(0)
+        case Factored(inputs, cotangents):
+            return (inputs @ v.to(inputs).mT).mul_(cotangents).sum(2).sum(1, dtype=torch.float64)
+        case Rows(ids, cotangents, _):
+            return v.to(cotangents)[ids].mul_(cotangents).flatten(2).sum(2).sum(1, dtype=torch.float64)
+        case _:
+            products = Products(Asked(x=Own({"": {"": v}})), count(handle), 0, tensors(handle)[0].device)
+            products.add({"": handle}, {"": handle}, own_y=False)
+            return products.whole("x", "")
 
 
 FIRST = Order("derivative along a direction", first_derivative, first_by_reverse, 3e-5)

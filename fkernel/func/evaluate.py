@@ -10,6 +10,7 @@ import torch
 from fkernel.func.batch import length
 from fkernel.func.boundary import check_output
 from fkernel.func.certified import certified
+from fkernel.func.logprob import summed_in_float64
 from fkernel.func.microbatch import stacked
 from fkernel.func.objective import Function, bare, check_values, name_of, own_width
 from fkernel.shapes import Tensor, Tree
@@ -33,9 +34,28 @@ def evaluate(f: Function, microbatch: int | None = None) -> Callable[[Tree, Any]
         >>> evaluate(f, microbatch=1)({"w": torch.tensor([1.0, 2.0])}, torch.eye(2))
         tensor([1., 2.])
     """
+    return _over_microbatches(f, bare(f), microbatch)
+
+
+def evaluate_in_float64(f: Function, microbatch: int | None = None) -> Callable[[Tree, Any], Tensor]:
+    """Make the same for differences of values: what adds up tokens adds them up in float64, and returns it.
+
+    Arguments and errors as in `evaluate`; see `fkernel.func.logprob.summed_in_float64`.
+
+    Example:
+        >>> f = lambda params, x: x @ params["w"]
+        >>> evaluate_in_float64(f)({"w": torch.tensor([1.0, 2.0])}, torch.eye(2))
+        tensor([1., 2.], dtype=torch.float64)
+    """
+    values = _over_microbatches(f, summed_in_float64(f), microbatch)
+    return lambda params, batch: values(params, batch).double()
+
+
+def _over_microbatches(f: Function, value_of: Function, microbatch: int | None) -> Callable[[Tree, Any], Tensor]:
+    """Evaluate f by a function that computes it, checked and certified as f is."""
 
     def one_microbatch(params: Tree, batch: Any) -> Tensor:
-        value = bare(f)(params, batch)
+        value = value_of(params, batch)
         check_output(value, length(batch), per_sequence=False)
         return value
 

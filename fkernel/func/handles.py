@@ -89,7 +89,7 @@ def shape_of(handle: Handle) -> tuple[int, ...]:
         case Factored(inputs, cotangents):
             return (cotangents.shape[-1], inputs.shape[-1])
         case Rows(_, cotangents, size):
-            return (size, cotangents.shape[-1])
+            return (size, *cotangents.shape[2:])
         case Head():
             return (handle.size, handle.x.shape[-1])
         case _:
@@ -201,7 +201,9 @@ def stack(parts: list[Handle]) -> Handle:
         t = max(part.ids.shape[1] for part in rows)
         return Rows(
             torch.cat([F.pad(part.ids, (0, t - part.ids.shape[1])) for part in rows]),
-            torch.cat([F.pad(part.cotangents, (0, 0, 0, t - part.ids.shape[1])) for part in rows]),
+            torch.cat(
+                [F.pad(c, (0, 0) * (c.ndim - 2) + (0, t - c.shape[1])) for c in (part.cotangents for part in rows)]
+            ),
             rows[0].size,
         )
     return Stack(tuple(flat))
@@ -308,10 +310,10 @@ def add(handle: Piece, out: Tensor, start: int = 0) -> None:
         case Factored(inputs, cotangents):
             out.baddbmm_(cotangents[:, :, start:stop].mT.to(out.dtype), inputs.to(out.dtype))
         case Rows(ids, cotangents, _):
-            n, r, d = out.shape
+            n, r = out.shape[:2]
             here = (ids >= start) & (ids < stop)
             at = (ids - start + r * torch.arange(n, device=ids.device)[:, None])[here]
-            out.view(n * r, d).index_add_(0, at, cotangents[here].to(out.dtype))
+            out.flatten(0, 1).index_add_(0, at, cotangents[here].to(out.dtype))
         case Head():
             add_head(handle, out, start)
         case _:

@@ -162,7 +162,7 @@ def head_scores(
         weight: what derivatives are multiplied by, and values not.
 
     Returns:
-        The handle of n sequences; Σ ω log π, [n]; and `weight` times ∂/∂x of each, [t d].
+        The handle of n sequences; Σ ω log π, [n] float64; and `weight` times ∂/∂x of each, [t d].
     """
     places = [ω[: max(0, len(own) - 1)].nonzero()[:, 0] for own, ω in zip(x, omega, strict=True)]
     counts = [len(place) for place in places]
@@ -170,7 +170,7 @@ def head_scores(
     targets = torch.cat([own[place + 1] for own, place in zip(ids, places, strict=True)])
     ω = torch.cat([own[place] for own, place in zip(omega, places, strict=True)]).to(chosen)
     logprobs, lse, slopes = scored(chosen, targets, rows, size, temperature)
-    values = torch.stack([each.sum(dtype=torch.float64) for each in (ω * logprobs).split(counts)]).to(chosen)
+    values = torch.stack([each.sum() for each in (ω.double() * logprobs.double()).split(counts)])
     ω = weight * ω
     moves = [
         torch.zeros_like(own).index_copy_(0, place, slope)

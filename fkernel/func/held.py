@@ -48,8 +48,8 @@ def _weighted(handle: Handle, w: Tensor) -> Tensor:
         case Factored(inputs, cotangents):
             return (cotangents.to(w) * w[:, None, None]).flatten(0, 1).mT @ inputs.to(w).flatten(0, 1)
         case Rows(ids, cotangents, size):
-            moves = (cotangents.to(w) * w[:, None, None]).flatten(0, 1)
-            return moves.new_zeros(size, moves.shape[-1]).index_add_(0, ids.flatten(), moves)
+            moves = (cotangents.to(w) * w.view(-1, *[1] * (cotangents.ndim - 1))).flatten(0, 1)
+            return moves.new_zeros(size, *moves.shape[1:]).index_add_(0, ids.flatten(), moves)
         case Head():
             # All sequences are one, whose positions are weighed; it is formed a range of rows at a time.
             x, ω = handle.x.to(w), handle.omega * w[:, None]

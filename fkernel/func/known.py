@@ -1,7 +1,9 @@
 """The operations whose per-sequence gradients are written down: what a parameter does in each of them.
 
-A matrix stands beside what it multiplies (linear; conv1d, GPT-2's layout), a table beside the ids that it is asked for
-(embedding), a vector beside what it multiplies elementwise along the last dimensions (scale) or is added to (shift).
+A matrix stands beside what it multiplies (linear; conv1d, GPT-2's layout or a plain product; grouped, a matrix for each
+run of rows; stacked, each beside rows of its own), a table beside the ids that it is asked for (embedding), anything
+beside a larger tensor that it multiplies elementwise, repeated over its leading dimensions (scale), or is added to
+(shift).
 """
 
 from __future__ import annotations
@@ -24,12 +26,14 @@ class Part(NamedTuple):
         weight: the parameter.
         input: a, i or x; None where none is needed, or where `normalised` makes it.
         normalised: makes x when it is needed, so that it need not be kept.
+        ends: where the rows of each matrix end, for `grouped`.
     """
 
     layer: Layer
     weight: Tensor
     input: Tensor | None = None
     normalised: Callable[[], Tensor] | None = None
+    ends: Tensor | None = None
 
 
 def parts_of(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Sequence[Part]:
@@ -58,6 +62,22 @@ def _addmm(bias: Tensor, input: Tensor, weight: Tensor, **options: Any) -> Seque
     return () if options else [Part("conv1d", weight, input), *_vector(bias)]
 
 
+def _matmul(input: Tensor, weight: Tensor, **options: Any) -> Sequence[Part]:
+    if options or input.ndim < 2 or weight.ndim not in (2, 3):
+        return ()
+    if weight.ndim == 2:
+        return [Part("conv1d", weight, input)]
+    return [Part("stacked", weight, input)] if input.ndim == 3 and len(input) == len(weight) else ()
+
+
+def _grouped(
+    input: Tensor, weight: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: Any = None
+) -> Sequence[Part]:
+    if input.ndim != 2 or weight.ndim != 3 or offs is None or bias is not None:
+        return ()
+    return [Part("grouped", weight, input, ends=offs)]
+
+
 def _embedding(
     input: Tensor,
     weight: Tensor,
@@ -72,16 +92,30 @@ def _embedding(
     return [Part("embedding", weight, input)]
 
 
+def _getitem(table: Tensor, ids: Any) -> Sequence[Part]:
+    is_lookup = isinstance(ids, Tensor) and ids.dtype == torch.int64 and ids.ndim > 1 and table.ndim == 2
+    return [Part("embedding", table, ids)] if is_lookup else ()
+
+
 def _elementwise(kind: Literal["scale", "shift"]) -> Callable[..., Sequence[Part]]:
     def parts(x: Any, y: Any, **options: Any) -> Sequence[Part]:
         if options or not (isinstance(x, Tensor) and isinstance(y, Tensor)):
             return ()
-        vector, other = (x, y) if x.ndim == 1 else (y, x)
-        if vector.ndim != 1 or other.ndim < 2 or other.shape[-1] != vector.shape[0]:
-            return ()
-        return [Part(kind, vector, other if kind == "scale" else None)]
+        # Either may be the parameter; which one is, is not known here.
+        return [
+            Part(kind, small, large if kind == "scale" else None)
+            for small, large in ((x, y), (y, x))
+            if _is_repeated(small, large)
+        ]
 
     return parts
+
+
+def _is_repeated(small: Tensor, large: Tensor) -> bool:
+    """Tell whether a tensor is the same for all of what the leading dimension of another one counts."""
+    if large.ndim < 2:
+        return False
+    return small.ndim < large.ndim or (small.ndim == large.ndim and small.shape[0] == 1)
 
 
 def _layer_norm(
@@ -104,7 +138,13 @@ def _normalised(weight: Any, make: Callable[[], Tensor]) -> list[Part]:
 _KNOWN: dict[Callable[..., Any], Callable[..., Sequence[Part]]] = {
     F.linear: _linear,
     torch.addmm: _addmm,
+    torch.matmul: _matmul,
+    torch.Tensor.matmul: _matmul,
+    torch.bmm: _matmul,
+    torch.Tensor.bmm: _matmul,
+    getattr(torch, "_grouped_mm", _grouped): _grouped,  # it is what F.grouped_mm calls, where there is one
     F.embedding: _embedding,
+    torch.Tensor.__getitem__: _getitem,
     F.layer_norm: _layer_norm,
     F.rms_norm: _rms_norm,
     torch.mul: _elementwise("scale"),

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -22,7 +23,7 @@ from einops import rearrange
 from fkernel.errors import ModelError
 from fkernel.func.batch import Sequences, check_tokens
 from fkernel.func.certified import certify_values
-from fkernel.func.objective import Objective, TokenWeights
+from fkernel.func.objective import Function, Objective, TokenWeights, bare
 from fkernel.shapes import Float, Tensor, Tree
 
 LogitsFn = Callable[[Tree, Tensor, Tensor], Tensor]
@@ -60,6 +61,30 @@ def sequence_logprob(apply: LogitsFn, temperature: float = 1.0) -> Objective:
 def _ones(batch: Sequences) -> tuple[Sequences, Tensor]:
     """ω of S, [n t]: 1 on the response."""
     return batch, batch.response_mask
+
+
+def summed_in_float64(f: Function) -> Function:
+    """Make the same function with its tokens added up in float64; f's own, without checks, where it is no such sum.
+
+    A response of thousands of nats is known to its dtype's ε of that, far more than a step moves it; each of its
+    tokens is known to ε of a few nats. So differences between S of two θ are differences of sums in float64.
+
+    Example:
+        >>> from fkernel.func import pad
+        >>> uniform = lambda params, ids, mask: params["w"] * torch.zeros(*ids.shape, 4)
+        >>> summed_in_float64(sequence_logprob(uniform))({"w": torch.ones(())}, pad([[0]], [[1, 2]])).dtype
+        torch.float64
+    """
+    if not isinstance(f, Objective) or f.tokens is None:
+        return bare(f)
+    weights, apply = f.tokens, f.apply
+
+    def total(params: Tree, batch: Any) -> Float[Tensor, " n"]:
+        sequences, omega = weights.of(batch)
+        each = _tokens(apply, weights.temperature, params, sequences).double()
+        return torch.where(sequences.response_mask.bool(), omega.double() * each, 0.0).sum(1)
+
+    return total
 
 
 def token_logprobs(apply: LogitsFn, temperature: float = 1.0) -> Objective:

@@ -1,4 +1,4 @@
-"""J of one microbatch after another: by one plain pass, by captured layers, by vmap, or one sequence at a time.
+"""J of one microbatch after another: by one plain pass, by vmap over a reverse pass, or one sequence at a time.
 
 The engine below `fkernel.func.gradient`: no checks of the inputs, values and gradients are still checked.
 """
@@ -10,31 +10,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch.func import vmap
+from torch.utils import _pytree as pytree
 
 from fkernel.errors import FKernelError, ModelWarning, NonFiniteError
 from fkernel.func.batch import length, take, trim
 from fkernel.func.boundary import advice_on, check_output, check_rows, first_line
-from fkernel.func.capture import Plan, backward, forward, handle_of
-from fkernel.func.capture import make_plan as captured_plan
-from fkernel.func.handles import (
-    Factored,
-    Handles,
-    Piece,
-    Rows,
-    at,
-    form,
-    is_bounded,
-    smallest,
-    summands,
-    summed_up,
-    tensors,
-)
+from fkernel.func.capture import Plan, backward
+from fkernel.func.handles import Handles, Piece, at, form, is_bounded, smallest, summands, tensors
 from fkernel.func.microbatch import microbatches
 from fkernel.func.objective import Function, bare, check_values, name_of, own_width
 from fkernel.func.taps import batch_plan, gradients, tapped
 from fkernel.shapes import Tensor, Tree
 
-ONE_AT_A_TIME = Plan(frozenset(), frozenset(), looped=True)
+ONE_AT_A_TIME = Plan(looped=True)
 """How f is differentiated where vmap cannot follow it."""
 
 
@@ -44,13 +33,12 @@ def make_plan(f: Function, params: Tree, one: Any) -> Plan:
     vmap goes first even where it will not be needed: it refuses an f that branches on values or draws random numbers,
     which a batch may not be told apart by.
     """
-    mapped = captured_plan(f, params, one)
-    plain = batch_plan(f, params, one)
-    return mapped if plain is None else mapped._replace(loose=mapped.loose | plain.loose, batched=True)
+    _mapped(f, {name: leaf.detach()[None] for name, leaf in params.items()}, one)
+    return batch_plan(f, params, one) or Plan()
 
 
 def plan_of(f: Function, params: Tree, batch: Any) -> Plan:
-    """Find the layers of f whose gradients factor, on the first sequence of a batch.
+    """Find how f's gradients are taken, on the first sequence of a batch.
 
     Where vmap cannot follow f, though plain autograd can, gradients are taken one sequence at a time, and a warning
     says so: the numbers are the same, the time is not.
@@ -76,8 +64,8 @@ def plan_of(f: Function, params: Tree, batch: Any) -> Plan:
 def gradient_rows(f: Function, microbatch: int | None, plan: Plan) -> Callable[[Tree, Any], Tree]:
     """J without the checks of its inputs, for callers that have made them; values and gradients are still checked.
 
-    Captured layers come as factors and are multiplied into J's storage, which is allocated once: that is faster than
-    vmap's own rows, each of which is fresh memory. What no captured layer explains comes from vmap over a reverse pass.
+    Factors are multiplied into J's storage, which is allocated once: that is faster than vmap's own rows, each of which
+    is fresh memory.
     """
 
     def dense(params: Tree, batch: Any) -> Tree:
@@ -139,19 +127,39 @@ def handles_of(f: Function, params: Tree, batch: Any, plan: Plan) -> tuple[dict[
         return looped_rows(f, params, batch)
     if plan.batched:
         return _batched_rows(f, params, batch, plan)
-    found = forward(f, params, batch, plan)
-    dense = backward(found)
-    factors: dict[str, list[Factored | Rows]] = {}
-    for use in found.uses:
-        handle = handle_of(use, len(params[use.parameter]))
-        if handle is not None:
-            factors.setdefault(use.parameter, []).append(handle)
-    # A captured parameter that nothing used, or whose every cotangent was zero, has gradient zero.
-    handles: dict[str, Piece] = {
-        name: dense[name] if name in dense else summed_up(factors.get(name, []), leaf, length(batch))
-        for name, leaf in params.items()
-    }
-    return handles, found.values.detach()
+    return mapped_rows(f, params, batch)
+
+
+def mapped_rows(f: Function, params: Tree, batch: Any) -> tuple[dict[str, Piece], Tensor]:
+    """J of one microbatch by vmap, dense, and f's values [n].
+
+    Autograd works outside of vmap, on n copies of each parameter that share their storage: the gradient of Σ_n f_n with
+    respect to copy n is ∇f_n, and one plain reverse pass gives all of them.
+    """
+    n = length(batch)
+    copies = {name: leaf.detach().expand(n, *leaf.shape).requires_grad_() for name, leaf in params.items()}
+    with torch.enable_grad():
+        values = _mapped(f, copies, batch)
+        total = values.sum()
+    grads: Any = [None] * len(copies)
+    if values.requires_grad:
+        grads = torch.autograd.grad(total, [*copies.values()], allow_unused=True)
+    return {
+        name: leaf.new_zeros(()).expand(n, *leaf.shape) if g is None else g
+        for (name, leaf), g in zip(params.items(), grads, strict=True)
+    }, values.detach()
+
+
+def _mapped(f: Function, copies: Tree, batch: Any) -> Tensor:
+    """f under vmap, each sequence as a batch of one: models want their leading dimension."""
+
+    def one(p: Tree, x: Any) -> Tensor:
+        value = f(p, pytree.tree_map(lambda leaf: leaf[None] if isinstance(leaf, Tensor) else leaf, x))
+        check_output(value, 1, per_sequence=True)
+        return value[0]
+
+    sequences = pytree.tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, batch)
+    return vmap(one, in_dims=(0, sequences), randomness="error")(copies, batch)
 
 
 def _batched_rows(f: Function, params: Tree, batch: Any, plan: Plan) -> tuple[dict[str, Piece], Tensor]:

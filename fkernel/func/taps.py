@@ -1,18 +1,16 @@
 """Per-sequence gradients from one plain pass over the whole batch: every layer tells its sequences apart by itself.
 
-    linear      y_nt = W a_nt + b         ∂f_n/∂W = Σ_t δ_nt a_ntᵀ      ∂f_n/∂b = Σ_t δ_nt      δ_nt = ∂Σ_m f_m/∂y_nt
-    conv1d      y_nt = Wᵀ a_nt + b        ∂f_n/∂W = Σ_t a_nt δ_ntᵀ      ∂f_n/∂b = Σ_t δ_nt
-    embedding   y_nt = W[i_nt]            ∂f_n/∂W[v] = Σ_{t: i_nt = v} δ_nt
-    norm        y_nt = w ⊙ x_nt + b       ∂f_n/∂w = Σ_t δ_nt ⊙ x_nt     ∂f_n/∂b = Σ_t δ_nt      (x normalised)
+    g_n = Σ over the uses of a parameter of (what went in, what came back to sequence n)
 
-No sequence of a batch sees another, so δ_nt is a derivative of f_n alone and one reverse pass of Σ_m f_m has all of
-them: no copy of a parameter, no vmap. The price is that every use of every parameter must be one of these. Where one
-is not, there is no plan, and `fkernel.func.capture` takes that parameter by vmap.
+No sequence of a batch sees another, so what comes back to its rows is a derivative of f_n alone and one reverse pass of
+Σ_m f_m has all of them: no copy of a parameter, no vmap over the model. The price is that every use of every parameter
+must be one that `fkernel.func.listening` lists. Where one is not, there is no plan, and gradients are taken by vmap.
 
 Three things are found out, not assumed, on copies of one sequence. That no path from the values to a parameter is
-left beside the known uses: autograd is asked. How an operation's rows belong to sequences: of 2 and of 3 copies the
-leading dimension is n or n·t, or it is 1, an operation done once for the whole batch (GPT-2's positions), which is
-expanded. And that sequences are apart: what comes back to one of two copies moves no gradient of the other.
+left beside the uses that are heard: autograd is asked. How an operation's rows belong to sequences: of 2 and of 3
+copies the leading dimension is n or n·t, or it is 1, an operation done once for the whole batch (GPT-2's positions),
+which is expanded; or the rows were gathered, and it is known from where. And that sequences are apart: what comes back
+to one of two copies moves no gradient of the other.
 
 Source: I. Goodfellow, "Efficient per-example gradient computations" (2015), for linear layers.
 """
@@ -28,106 +26,17 @@ from torch.utils import _pytree as pytree
 from fkernel.errors import ModelError
 from fkernel.func.batch import Sequences
 from fkernel.func.boundary import check_output
-from fkernel.func.capture import Pass, Plan, backward, capture, explained, handle_of
-from fkernel.func.handles import Piece, summed_up
-from fkernel.func.known import Part, parts_of
+from fkernel.func.capture import Pass, Plan, backward, explained
+from fkernel.func.handles import Piece, add, count, form, summed_up
+from fkernel.func.listening import Tap, tap
+from fkernel.func.made import Made, pulled_back
 from fkernel.func.objective import is_readable
-from fkernel.func.uses import Use, listen
+from fkernel.func.touched import Touch, touched_rows
+from fkernel.func.uses import Use
 from fkernel.shapes import Tensor, Tree
 
 Piecewise = Callable[..., Tensor]
 """(params, *inputs) -> [n, ...], such as a decoder layer."""
-
-
-class Tap(Use):
-    """One parameter's part in one operation over n sequences; a vector's rows are summed as soon as δ is there.
-
-    Attributes:
-        shape: of the operation's result, as f computes it.
-        row: [n, *shape of the parameter], for scales and shifts.
-    """
-
-    def __init__(self, name: str, part: Part, n: int, shape: torch.Size) -> None:
-        """Keep what went in."""
-        super().__init__(name, part.layer)
-        self.n, self.shape, self.normalised = n, shape, part.normalised
-        self.size = part.weight.shape
-        self.input = None if part.input is None else part.input.detach()
-        self.row: Tensor | None = None
-
-    def hear(self, cotangent: Tensor) -> None:
-        """Take δ apart by sequences."""
-        n = self.n
-        self.cotangent = cotangent.reshape(n, -1, cotangent.shape[-1])
-        if self.layer in ("scale", "shift"):
-            delta = cotangent.reshape(n, -1, *self.size)
-            if self.layer == "scale":
-                x = self.normalised() if self.normalised is not None else self.input
-                assert x is not None
-                delta = delta * _by_sequence(x, n).reshape(n, -1, *self.size)
-            self.row, self.input, self.normalised = delta.sum(1), None, None
-            self.cotangent = self.row  # that something was heard
-        elif self.input is not None:
-            self.input = _by_sequence(self.input, n)
-
-    def gradient(self) -> Any:
-        """Give the gradients of its n sequences; None where nothing came back."""
-        return self.row if self.layer in ("scale", "shift") else handle_of(self, self.size[0])
-
-
-def _by_sequence(x: Tensor, n: int) -> Tensor:
-    """Bring rows [n·t, …], or a single one for all, into [n, t, …]; ids have no last dimension of their own."""
-    if x.shape[0] != n and x.shape[0] == 1:
-        return x.expand(n, *x.shape[1:])
-    return x.unflatten(0, (n, -1)) if x.shape[0] != n else x
-
-
-class tap(capture):
-    """While active, known operations on watched parameters leave the graph, and are listened to.
-
-    Attributes:
-        n: sequences of the batch.
-    """
-
-    def __init__(self, watched: Tree, constants: Tree, zero: Tensor, n: int, plan: Plan | None = None) -> None:
-        """Watch some tensors, compute with constants in their place."""
-        super().__init__(watched, constants, zero, plan)
-        self.n = n
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Take known uses of watched parameters out of the graph, pass everything else on."""
-        kwargs = kwargs or {}
-        parts = parts_of(func, args, kwargs)
-        watched = [(self.names[id(part.weight)], part) for part in parts if id(part.weight) in self.names]
-        # A parameter that stands where data stand is no layer's weight.
-        given = sum(id(arg) in self.names for arg in (*args, *kwargs.values()))
-        if not watched or given != len(watched):
-            out = func(*args, **kwargs)
-            self._note(func, args, kwargs, out)
-            return out
-
-        def constant(arg: Any) -> Any:
-            return self.constants[self.names[id(arg)]] if id(arg) in self.names else arg
-
-        out = func(*map(constant, args), **{key: constant(arg) for key, arg in kwargs.items()})
-        if not torch.is_grad_enabled():
-            return out  # f takes no gradient of this layer: none comes back, and none is missing
-        taps = [Tap(name, part, self.n, out.shape) for name, part in watched]
-        self.uses.extend(taps)
-        return listen(self._expanded(out, taps), *taps, zero=self.zero)
-
-    def _expanded(self, out: Tensor, taps: Sequence[Tap]) -> Tensor:
-        """Check that an operation's rows belong to sequences; expand what was done once for all of them."""
-        if out.ndim > 1 and out.shape[0] % self.n == 0:
-            return out
-        if out.ndim > 1 and out.shape[0] == 1:
-            return out.expand(self.n, *out.shape[1:])
-        raise ModelError(
-            f"{taps[0].parameter!r} is used in an operation whose result has shape {list(out.shape)}, in a batch of "
-            f"{self.n}; its gradients can be told apart only where the first dimension counts sequences."
-        )
 
 
 def tapped(fn: Piecewise, params: Tree, inputs: tuple[Any, ...], n: int, plan: Plan | None = None) -> Pass:
@@ -140,13 +49,10 @@ def tapped(fn: Piecewise, params: Tree, inputs: tuple[Any, ...], n: int, plan: P
         n: sequences.
         plan: how the parameters are used; None to find out.
     """
-    constants = {name: leaf.detach() for name, leaf in params.items()}
-    leaves = constants
-    if plan is None:
-        leaves = {name: leaf.detach().requires_grad_() for name, leaf in params.items()}
-    like = next(leaf for leaf in pytree.tree_leaves((constants, inputs)) if isinstance(leaf, Tensor))
+    leaves = {name: leaf.detach().requires_grad_() for name, leaf in params.items()}
+    like = next(leaf for leaf in pytree.tree_leaves((leaves, inputs)) if isinstance(leaf, Tensor))
     zeros = torch.zeros(n, dtype=torch.get_default_dtype(), device=like.device, requires_grad=True)
-    watching = tap(leaves, constants, zeros, n, plan)
+    watching = tap(leaves, zeros, n, plan)
     with torch.enable_grad(), watching:
         out = fn(leaves, *inputs)
     check_output(out, n, per_sequence=False)
@@ -156,20 +62,44 @@ def tapped(fn: Piecewise, params: Tree, inputs: tuple[Any, ...], n: int, plan: P
 def gradients(found: Pass, params: Tree, n: int) -> dict[str, Piece]:
     """Collect the handles of n sequences' gradients after a reverse pass; zero rows for what nothing came back to."""
     parts: dict[str, list[Any]] = {name: [] for name in params}
+    computed: dict[int, tuple[Made, list[Any]]] = {}
     for use in found.uses:
         assert isinstance(use, Tap)
-        if (gradient := use.gradient()) is not None:
-            parts[use.parameter].append(gradient)
+        if (gradient := use.gradient()) is None:
+            continue
+        if use.made.whole is None:
+            computed.setdefault(id(use.made.value), (use.made, []))[1].append(gradient)
+        else:
+            parts[use.made.whole].append(gradient)
+    rows = [(made, _written(_sum(own, made.value.detach(), n), made.value.detach())) for made, own in computed.values()]
+    for name, row in pulled_back(rows).items():
+        parts[name].append(row)
     return {name: _sum(parts[name], leaf, n) for name, leaf in params.items()}
 
 
 def _sum(parts: list[Any], like: Tensor, n: int) -> Piece:
+    """Add up what several uses of one parameter leave behind."""
+    touches = [part for part in parts if isinstance(part, Touch)]
+    touched = touched_rows(touches, len(like)) if touches else None
     rows = [part for part in parts if isinstance(part, Tensor)]
+    others = [part for part in parts if not isinstance(part, Tensor | Touch)]
+    others += [] if touched is None else [touched]
     if not rows:
-        return summed_up(parts, like, n)
+        return summed_up(others, like, n)
     total = sum(rows[1:], rows[0]).to(like.dtype)
-    others = [part for part in parts if not isinstance(part, Tensor)]
-    return summed_up([*others, total], like, n) if others else total  # pyright: ignore[reportArgumentType]
+    if others:  # what is dense in part is dense
+        total = total.clone(memory_format=torch.contiguous_format)
+    for other in others:
+        add(other, total)
+    return total
+
+
+def _written(handle: Piece, like: Tensor) -> Tensor:
+    if isinstance(handle, Tensor):
+        return handle
+    out = like.new_empty(count(handle), *like.shape)
+    form(handle, out)
+    return out
 
 
 def pull_rows(
@@ -235,9 +165,9 @@ def piece_plan(fn: Piecewise, params: Tree, inputs: tuple[Any, ...]) -> Plan | N
     Example:
         >>> x = torch.ones(4, 3, 2)
         >>> plan = piece_plan(lambda p, x: torch.nn.functional.linear(x, p["w"]), {"w": torch.eye(2)}, (x,))
-        >>> sorted(plan.captured), plan.batched
-        (['w'], True)
-        >>> piece_plan(lambda p, x: x @ p["w"], {"w": torch.eye(2)}, (x,)) is None
+        >>> plan.batched
+        True
+        >>> piece_plan(lambda p, x: (x - x.mean(0)) @ p["w"], {"w": torch.eye(2)}, (x,)) is None
         True
     """
     n = next((len(leaf) for leaf in inputs if isinstance(leaf, Tensor) and leaf.ndim), 0)
@@ -292,7 +222,7 @@ def _probe(fn: Piecewise, params: Tree, copies: Callable[[int], tuple[Any, ...]]
         return None
     if is_readable((two, found.values)) and not _apart(found, traced):
         return None
-    return Plan(frozenset(params), frozenset(found.loose), batched=True)
+    return Plan(frozenset(found.loose), batched=True)
 
 
 def _apart(found: Pass, traced: dict[str, Tensor]) -> bool:
@@ -312,8 +242,8 @@ def _same_layout(two: Sequence[Use], three: Sequence[Use]) -> bool:
         assert isinstance(a, Tap)
         assert isinstance(b, Tap)
         leading = a.shape[0], b.shape[0]
-        if (a.parameter, a.layer, a.shape[1:]) != (b.parameter, b.layer, b.shape[1:]):
+        if (a.parameter, a.layer, a.made.chosen, a.shape[1:]) != (b.parameter, b.layer, b.made.chosen, b.shape[1:]):
             return False
-        if leading != (1, 1) and 3 * leading[0] != 2 * leading[1]:
+        if a.owners is None and leading != (1, 1) and 3 * leading[0] != 2 * leading[1]:
             return False
     return True

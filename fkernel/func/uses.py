@@ -8,8 +8,8 @@ import torch
 
 from fkernel.shapes import Tensor
 
-Layer = Literal["linear", "conv1d", "embedding", "scale", "shift"]
-"""The last two, of vectors, are known to `fkernel.func.taps` only."""
+Layer = Literal["linear", "conv1d", "embedding", "grouped", "stacked", "scale", "shift", "rows", "own"]
+"""From the fourth on they are known to `fkernel.func.taps` only."""
 
 
 class Use:
@@ -54,6 +54,20 @@ class _Listener(torch.autograd.Function):
         return cotangents[0], None, *[None for _ in ctx.uses]
 
 
+class _Reader(torch.autograd.Function):
+    """The same on a constant that an operation only reads: it need not be copied to be listened to."""
+
+    @staticmethod
+    def forward(ctx: Any, constant: Tensor, zero: Tensor, use: Use) -> Tensor:
+        ctx.uses = (use,)
+        return constant.view_as(constant)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        ctx.uses[0].hear(cotangents[0])
+        return None, None, None
+
+
 def listen(out: Tensor, *uses: Use, zero: Tensor | None = None) -> Tensor:
     """Put a listener behind a layer's output; a view is copied, for a function of one's own cannot take it in place.
 
@@ -64,4 +78,10 @@ def listen(out: Tensor, *uses: Use, zero: Tensor | None = None) -> Tensor:
     """
     own = out.clone() if out._is_view() or 0 in out.stride() else out
     listened: Any = _Listener.apply(own, zero, *uses)
+    return listened
+
+
+def listen_to(constant: Tensor, use: Use, zero: Tensor) -> Tensor:
+    """Make of a constant a tensor whose use is heard; nothing may overwrite it. Arguments as in `listen`."""
+    listened: Any = _Reader.apply(constant, zero, use)
     return listened

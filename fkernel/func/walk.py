@@ -59,7 +59,7 @@ class Walk:
 
     Attributes:
         cut: the model.
-        values: S, [n].
+        values: S, [n] float64, of log π in the dtype that is computed in.
     """
 
     def __init__(

@@ -10,6 +10,7 @@ from fkernel.report.comparisons import (
     uncertainty_panel,
 )
 from fkernel.report.estimate import estimate_line, estimate_record, estimate_table
+from fkernel.report.forecast import forecast_lines, forecast_record, forecast_table
 from fkernel.report.gallery import draw_all
 from fkernel.report.panels import ledger_panel, parts_panel, sweep_panel
 from fkernel.report.pictures import contributor_bars, heatmap, influence_histogram, predicted_vs_realised, spectrum
@@ -30,6 +31,9 @@ __all__ = [
     "estimate_line",
     "estimate_record",
     "estimate_table",
+    "forecast_lines",
+    "forecast_record",
+    "forecast_table",
     "health_panel",
     "heatmap",
     "influence_histogram",

@@ -14,6 +14,7 @@ from fkernel.study.log import LEVELS, recorded
 from fkernel.study.loss_plan import ClippedRatioLoss, KLPlan, PolicyGradientLoss, PreferenceLoss, SequenceRatioLoss
 from fkernel.study.loss_terms import LossTerms
 from fkernel.study.outcome import Entry, Finding, RequestResult, SelfKernel, SequenceInfo
+from fkernel.study.phases import Forecast, Phase, forecast
 from fkernel.study.plan import TEMPLATE, FisherKernelPlan, NumericsPlan, PreconditionerPlan, StepPlan, StoragePlan
 from fkernel.study.questions import entry_of, influence_of, self_kernel_of
 from fkernel.study.reading import read_plan
@@ -37,12 +38,14 @@ __all__ = [
     "FisherKernelPlan",
     "FisherKernelResults",
     "FisherKernelRunner",
+    "Forecast",
     "GradientCache",
     "Gradients",
     "KLPlan",
     "KernelWorkspace",
     "LossTerms",
     "NumericsPlan",
+    "Phase",
     "PolicyGradientLoss",
     "PreconditionerPlan",
     "PreferenceLoss",
@@ -61,6 +64,7 @@ __all__ = [
     "cosines",
     "entry_of",
     "environment",
+    "forecast",
     "influence_of",
     "load_workspace",
     "read_plan",

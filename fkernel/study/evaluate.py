@@ -87,9 +87,10 @@ def evaluate(
     at = Situation(batch, E, workspace, policy, step, grant, capture, weights, question.advantages)
     found = at.found
     accounts = Accounts(question.analyses, at, question.strict)
+    needs_K = not capture.influence_only or question.analyses.of_rows
     with recycled():
-        needs_K = not capture.influence_only or question.analyses.of_rows
         asked = accounts.asked(_asked(at, needs_K))
+    with recycled():  # once more: what making those vectors freed goes back to the system, and is not beside the walk
         own = None if policy.through_detach or policy.path != "start" else workspace.rows_of(batch)
         blocks = walked(E, workspace, policy, grant, asked, own)
         if needs_K:

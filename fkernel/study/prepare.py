@@ -11,6 +11,7 @@ from fkernel.checkpoint import Checkpoint
 from fkernel.engine import recycled
 from fkernel.engine.gradients import Summing, computed
 from fkernel.engine.planning import usual_microbatch
+from fkernel.engine.planning.kept import HELD
 from fkernel.engine.sides import Ordered, check_side, cuts_of
 from fkernel.func import Sequences
 from fkernel.func.unused import unused_parameters
@@ -20,12 +21,12 @@ from fkernel.rollout.batch import GeneratedBatch
 from fkernel.shapes import Tensor
 from fkernel.study.directory import WorkspaceDirectory
 from fkernel.study.draws import UpdateDraw, check_rewards
-from fkernel.study.loss_terms import LossTerms, columns_of
+from fkernel.study.loss_terms import LossTerms
 from fkernel.study.losses import terms_of, weighed
 from fkernel.study.plan import FisherKernelPlan
 from fkernel.study.policy import asked_of, policy_of, temperature_of
 from fkernel.study.response import response
-from fkernel.study.rows import HELD, Policy, grant_of
+from fkernel.study.rows import Policy, grant_of
 from fkernel.study.workspace import KernelWorkspace, named_errors, tokens_of
 
 
@@ -126,9 +127,10 @@ def _made(
 
     with named_errors(batch), recycled():
         check_side("U", policy.f, policy.params, tokens)
-        grant = grant_of(plan.numerics.memory, plan.numerics.microbatch, policy, tokens)
+        where = "memory" if directory is None else "disk"
+        grant = grant_of(plan.numerics.memory, plan.numerics.microbatch, policy, tokens, where)
         loss = _terms(plan, checkpoint, policy, batch, tokens, grant.microbatch, directory)
-        f, U = columns_of(policy.columns, policy.trained, policy.temperature, tokens, loss)
+        f, U = policy.columns_for(tokens, loss)
         side = Ordered("U", U, f)
         cuts = (directory and directory.cuts()) or cuts_of(side, grant.microbatch * max(side.tokens))
         # What was computed is held as well as written, where no grant forbids it: it is read again for every request.
@@ -158,7 +160,7 @@ def step_again(plan: FisherKernelPlan, workspace: KernelWorkspace, policy: Polic
         return None
     ascent = workspace.with_penalty(workspace.gradients.weighted_sum(_weights(workspace.batch, policy)))
     tokens = tokens_of(workspace.batch, policy.params)
-    f, U = columns_of(policy.columns, policy.trained, policy.temperature, tokens, workspace.loss)
+    f, U = policy.columns_for(tokens, workspace.loss)
     made = response(
         plan.preconditioner, plan.step, policy.params, policy.state, ascent, unused_parameters(f, policy.params, U)
     )

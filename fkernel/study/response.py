@@ -64,6 +64,23 @@ def response(
     Raises:
         OptimizerStateError: what is asked for needs a state, or the state does not allow it.
     """
+    norm, (clip, g) = float(tree.norm(ascent)), clipped(step, ascent, unused)
+    P = preconditioner_of(plan, params, state, g)
+    return Response(P, None if state is None else precond.adamw_step(params, g, state), clip, norm)
+
+
+def clipped(step: StepPlan, ascent: Tree, unused: Collection[str] = ()) -> tuple[float, Grads]:
+    """Make (c, g = −c · ascent); g is None of what the loss never uses."""
+    clip = precond.clip_factor(ascent, step.max_norm) if step.clip is None else step.clip
+    return clip, {**tree.scale(-clip, ascent), **dict.fromkeys(unused)}
+
+
+def preconditioner_of(plan: PreconditionerPlan, params: Tree, state: AdamWState | None, g: Grads) -> Diagonal:
+    """Make P of a clipped gradient.
+
+    Raises:
+        OptimizerStateError: as `response`.
+    """
     needs = plan.form != "identity" or plan.calibrated
     if state is None and needs:
         raise OptimizerStateError(
@@ -75,14 +92,6 @@ def response(
             "The learning rate of the checkpoint's next step is 0: its schedule has ended, and nothing would move. "
             "Take an earlier checkpoint, or ask for preconditioner: {calibrated: false}."
         )
-    norm = float(tree.norm(ascent))
-    clip = precond.clip_factor(ascent, step.max_norm) if step.clip is None else step.clip
-    g: Grads = {**tree.scale(-clip, ascent), **dict.fromkeys(unused)}
-    moved = None if state is None else precond.adamw_step(params, g, state)
-    return Response(_preconditioner(plan, params, state, g), moved, clip, norm)
-
-
-def _preconditioner(plan: PreconditionerPlan, params: Tree, state: AdamWState | None, g: Grads) -> Diagonal:
     if plan.form == "identity":
         if not plan.calibrated:
             return precond.identity()

@@ -5,26 +5,36 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import torch
+
 from fkernel import func
 from fkernel.engine.budget import parse_bytes
 from fkernel.engine.contraction import Block, contraction
-from fkernel.engine.gradients import Gradients
 from fkernel.engine.path import Nodes, nodes_of
-from fkernel.engine.planning import Strategy, usual_microbatch
+from fkernel.engine.planning import Strategy, rates, usual_microbatch
 from fkernel.engine.planning.estimate import walking_of
-from fkernel.engine.planning.passes import fit, reverse
-from fkernel.engine.planning.strategy import USABLE
+from fkernel.engine.planning.kept import (
+    Where,
+    choose_making,
+    choose_meeting,
+    choose_tile,
+    load_of,
+    read_load,
+    ungranted,
+)
+from fkernel.engine.planning.passes import bytes_of
+from fkernel.engine.planning.workload import Ready, Workload
 from fkernel.engine.problem import Problem, blocks
 from fkernel.engine.sides import Ordered
-from fkernel.errors import BatchError
+from fkernel.func.batch import holding_inside
 from fkernel.func.contract import Asked
-from fkernel.func.tiles import tile_bytes
 from fkernel.precond import AdamWState
 from fkernel.shapes import Tree
+from fkernel.study.loss_terms import Columns, LossTerms, columns_of
 from fkernel.study.workspace import KernelWorkspace
 
-HELD = 4 << 30
-"""Bytes of gradients that are held at a time where no memory was granted; half of it is U's."""
+STEP = ("momentum", "decay")
+"""Vectors of the step that every request asks about."""
 
 
 class Unselected(NamedTuple):
@@ -78,6 +88,12 @@ class Policy(NamedTuple):
     path: str = "start"
     step: Tree | None = None
 
+    def columns_for(self, U: func.Sequences, terms: LossTerms | None) -> Columns:
+        """Find the function whose gradients are U's: E's, which is certified once then, where the two are the same."""
+        withheld = self.padding_idx is not None and bool(holding_inside(U, self.padding_idx).any())
+        S = self.columns if withheld or self.through_detach else self.f
+        return columns_of(S, self.trained, self.temperature, U, terms)
+
     @property
     def nodes(self) -> Nodes:
         """(weight, parameters) of the path's nodes."""
@@ -90,35 +106,52 @@ class Grant(NamedTuple):
     Attributes:
         microbatch: sequences of the greatest length in a pass.
         memory: bytes for gradients and activations; None where none were granted.
+        f: whose gradients were counted for it.
+        load: what they take; None where nothing was counted.
     """
 
     microbatch: int
     memory: int | None
+    f: Any = None
+    load: Workload | None = None
 
 
-def grant_of(memory: int | str | None, microbatch: int | None, policy: Policy, batch: Any) -> Grant:
-    """Find the largest microbatch whose passes stay within a grant.
+def grant_of(
+    memory: int | str | None, microbatch: int | None, policy: Policy, batch: Any, where: Where = "disk"
+) -> Grant:
+    """Ask the planner for the largest microbatch in which a batch's gradients can be made within a grant.
+
+    Args:
+        memory: the grant.
+        microbatch: the largest that is wanted.
+        policy: the checkpoint.
+        batch: U or E.
+        where: what is made goes; "memory" where all of it is held within the grant.
 
     Raises:
-        BatchError: one sequence at a time does not; it says what would be needed.
+        BatchError: one sequence at a time does not fit; it says what would be needed.
     """
-    wanted = usual_microbatch(microbatch, batch)
+    wanted, budget = usual_microbatch(microbatch, batch), None if memory is None else parse_bytes(memory)
     if walking_of(policy.f, policy.params, (batch,), memory):  # long sequences go one by one
-        return Grant(1, None if memory is None else parse_bytes(memory))
-    if memory is None:
+        return Grant(1, budget)
+    if budget is None:
         return Grant(wanted, None)
-    m, needed = fit(memory, wanted, policy.f, policy.params, (batch,), (reverse,), vectors=0)
-    if parse_bytes(memory) < needed:
-        raise BatchError(f"memory={memory!r} cannot hold one sequence's activations; give at least {needed} bytes.")
-    return Grant(m, parse_bytes(memory))
+    load = load_of(policy.params, Ordered("", batch, policy.f))
+    found = choose_making(load, budget, rates(_dtype(policy.params)), wanted, where)
+    return Grant((found.strategy.tokens or 1) // load.longest, budget, policy.f, load)
 
 
-def room_of(grant: Grant, workspace: KernelWorkspace) -> int:
-    """Bytes of gradients that may be held at once: what a grant leaves beside a pass, one of U and tiles."""
+def _strategy(grant: Grant, policy: Policy, E: Ordered, workspace: KernelWorkspace, reserved: int) -> Strategy:
+    """Ask the planner how E meets U's gradients, which are there; E's are too, where E has no f."""
+    U, ready, params = workspace.gradients.side.tokens, ready_of(workspace), policy.params
     if grant.memory is None:
-        return HELD
-    beside = 2 * workspace.gradients.largest + tile_bytes(2 * grant.microbatch, 8)
-    return max(1, int(USABLE * grant.memory) - beside)
+        return ungranted(E.tokens, ready, grant.microbatch)
+    if E.f is None:
+        load = read_load(params, U, ready).of(E.tokens, U, {"E": ready, "U": ready})
+    else:
+        counted = grant.load if grant.f is E.f and grant.load is not None else load_of(params, E)
+        load = counted.of(E.tokens, U, {"U": ready})
+    return choose_meeting(load, grant.memory, rates(_dtype(params)), grant.microbatch, reserved).strategy
 
 
 def walked(
@@ -134,31 +167,34 @@ def walked(
         asked: what is asked; without kernels U is not read.
         own: [n_E] which rows of U they are, where E is U's own and taken where U's are; no gradient is computed then.
     """
-    U, held = workspace.gradients, workspace.directory is None
-    tile, block = _tokens(room_of(grant, workspace), U, held)
+    U = workspace.gradients
+    # P and the step's parts lie beside a grant; what else is asked about was made for this walk, and is within it.
+    given = {**asked.kernels, **asked.x.along, **asked.x.squares}
+    more = {id(v) for what, v in given.items() if v is not None and what not in STEP} - {id(workspace.P.d)}
+    E = Ordered("E", batch, None if own is not None else policy.f)
+    how = _strategy(grant, policy, E, workspace, len(more) * bytes_of(policy.params))
     if own is not None:
         J = U if own.tolist() == list(range(len(U))) else U.chosen(own)
-        return contraction(J, U if asked.kernels else None, asked, tile=tile, block=block)
-    side = Ordered("E", batch, policy.f)
-    problem = Problem(
-        policy.params,
-        side,
-        U.side if asked.kernels else None,
-        asked,
-        policy.path,
-        policy.step,
-        kept=U,
-        promised=grant.memory is not None,
-    )
-    return blocks(problem, Strategy("sequences", "E", tile, block, grant.microbatch * max(side.tokens)))
+        return contraction(J, U if asked.kernels else None, asked, tile=how.tile, block=how.block)
+    side = U.side if asked.kernels else None
+    promised = grant.memory is not None
+    return blocks(Problem(policy.params, E, side, asked, policy.path, policy.step, U, promised=promised), how)
 
 
-def tile_of(grant: Grant, workspace: KernelWorkspace) -> int | None:
-    """Tokens of U whose gradients are held on one side at a time."""
-    return _tokens(room_of(grant, workspace), workspace.gradients, workspace.directory is None)[0]
+def tile_of(memory: int | str | None, workspace: KernelWorkspace, policy: Policy) -> int | None:
+    """Ask the planner how many tokens of U are held on one side at a time, where U meets itself."""
+    tokens, ready = workspace.gradients.side.tokens, ready_of(workspace)
+    if memory is None:
+        return ungranted(tokens, ready, 1).tile
+    load = read_load(policy.params, tokens, ready)
+    return choose_tile(load, parse_bytes(memory), rates(_dtype(policy.params))).strategy.tile
 
 
-def _tokens(room: int, U: Gradients, held: bool) -> tuple[int, int | None]:
-    """Tokens of E and of U whose gradients have room; U's take none of it where they are held anyway."""
-    tokens = max(1, int(room / U.token_bytes))
-    return (tokens, None) if held else (max(1, tokens // 2), max(1, tokens // 2))
+def ready_of(workspace: KernelWorkspace) -> Ready:
+    """Describe gradients of U that are there."""
+    U = workspace.gradients
+    return Ready("memory" if workspace.directory is None else "disk", U.token_bytes, U.cuts[0].stop)
+
+
+def _dtype(params: Tree) -> torch.dtype:
+    return next(iter(params.values())).dtype

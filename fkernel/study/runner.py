@@ -170,7 +170,7 @@ class FisherKernelRunner:
         """
         workspace = self._given(workspace)
         with phase(self.logger, "kernel of U with itself"):
-            tile = tile_of(self._grant(workspace.batch), workspace)
+            tile = tile_of(self.plan.numerics.memory, workspace, self.policy)
             return self_kernel_of(workspace, sequence_ids, capture_full, tile)
 
     def evaluate_batch(

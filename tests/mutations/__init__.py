@@ -7,6 +7,7 @@ QUICK ones are tried whenever tests run. SLOW ones, whose tests make whole studi
 from tests.mutations import (
     analysis,
     checkpoint,
+    engine,
     loss_plan,
     losses,
     models,
@@ -25,6 +26,7 @@ QUICK = [
     *rollout.MUTATIONS,
     *checkpoint.MUTATIONS,
     *models.MUTATIONS,
+    *engine.MUTATIONS,
 ]
 SLOW = [report.MUTATIONS, loss_plan.MUTATIONS, trl.MUTATIONS, preconditioners.STUDIES]
 ALL = [*QUICK, *(mutation for kind in SLOW for mutation in kind)]

@@ -5,6 +5,7 @@ from tests.mutants import Mutation
 MODELS = "tests/test_as_people_have_them.py"
 CERTIFICATES = "tests/test_certificates.py"
 TAPS = "tests/test_taps.py"
+EXPERTS = "tests/test_experts.py"
 MUTATIONS = [
     Mutation(
         "gradients of half precision, taken whole",
@@ -12,10 +13,9 @@ MUTATIONS = [
         "engine/problem.py", "if is_half(problem.params):", "if False:",
     ),
     Mutation(
-        "a listener that copies nothing and hears nothing of an overwritten output",
-        f"{TAPS}::test_overwritten_outputs_have_the_gradients_of_backward_by_vmap_too[relu in place]",
-        "func/capture.py", "return listen(out, use), 0",
-        "return (out.register_hook(lambda g: setattr(use, 'cotangent', g)), out.view_as(out))[1], 0",
+        "an expanded output is taken in place",
+        f"{TAPS}::test_a_known_use_has_the_gradients_of_a_loop[3-once]",
+        "func/uses.py", "out.clone() if out._is_view() or 0 in out.stride() else out", "out",
     ),
     Mutation(
         "logits of virtual tokens taken for the prompt's",
@@ -59,6 +59,12 @@ MUTATIONS = [
         "return ByReverse(value, _slope(along.total, weights), bent.size)",
     ),
     Mutation(
+        "the derivative along the step is certified by other passes than E's gradients are taken by",
+        f"{CERTIFICATES}::test_the_derivative_of_E_looks_through_what_training_holds_constant[unrecorded]",
+        "func/certificate.py", "in row_by_row(value_at, params, direction))",
+        "in __import__('fkernel').func.directional.FIRST.forward(value_at, params, direction))",
+    ),
+    Mutation(
         "no_grad is not looked through",
         f"{CERTIFICATES}::test_no_grad_is_looked_through_too",
         "func/seen_through.py", "if func is torch._C._set_grad_enabled:", "if False:",
@@ -86,13 +92,13 @@ MUTATIONS = [
     ),
     Mutation(
         "rows that 2 and 3 divide belong to sequences",
-        f"{TAPS}::test_the_layout_of_rows_is_found_out_without_values[looked_up_in_a_row]",
-        "func/taps.py", "if leading != (1, 1) and 3 * leading[0] != 2 * leading[1]:", "if False:",
+        f"{TAPS}::test_the_layout_of_rows_is_found_out_without_values[of_positions]",
+        "func/taps.py", "if a.owners is None and leading != (1, 1) and 3 * leading[0] != 2 * leading[1]:", "if False:",
     ),
     Mutation(
         "a parameter may stand where data stand",
-        f"{TAPS}::test_any_other_use_is_left_to_vmap[of_a_parameter-3]",
-        "func/taps.py", "if not watched or given != len(watched):", "if not watched:",
+        f"{TAPS}::test_a_known_use_has_the_gradients_of_a_loop[3-as_data]",
+        "func/listening.py", "if not alone and len(parts) == len(given) and", "if parts or",
     ),
     Mutation(
         "a norm's own constant is forgotten",
@@ -102,6 +108,36 @@ MUTATIONS = [
     Mutation(
         "a gradient that does not add up is believed",
         f"{TAPS}::test_a_wrong_gradient_is_taken_by_vmap",
-        "func/certified.py", "return plan._replace(batched=False)", "return plan",
+        "func/certified.py", "return Plan() if plan.batched", "return plan if plan.batched",
+    ),
+    Mutation(
+        "rows that are added elsewhere stay whose they were",
+        f"{EXPERTS}::test_rows_are_followed_to_their_sequence[added where they belong]",
+        "func/whose.py", '("index_add", "index_put", "index_copy", "scatter")', '("scatter",)',
+    ),
+    Mutation(
+        "rows of several sequences may be combined",
+        f"{EXPERTS}::test_rows_of_different_sequences_are_not_combined",
+        "func/whose.py", "found is not own and not torch.equal(found, own)", "False",
+    ),
+    Mutation(
+        "padding touches an expert",
+        f"{EXPERTS}::test_a_row_without_a_gradient_touches_nothing",
+        "func/touched.py", "(touch.left != 0).flatten(2).any(2) & (touch.ids >= 0)", "touch.ids >= 0",
+    ),
+    Mutation(
+        "a matrix for each row of data taken for a parameter",
+        f"{EXPERTS}::test_every_way_to_compute_experts_has_the_gradients_of_a_loop[gpt-oss-batched_mm]",
+        "func/listening.py", 'not (part.layer == "stacked" and made.ids is not None)', "True",
+    ),
+    Mutation(
+        "an operation that mixes sequences is mapped over them",
+        f"{TAPS}::test_any_other_use_is_left_to_vmap[mixed-3]",
+        "func/listening.py", "if out.shape != whole.shape or not (", "if False and not (",
+    ),
+    Mutation(
+        "experts' rows are weighed as a table's",
+        f"{EXPERTS}::test_they_contract_as_dense_gradients_do",
+        "func/handles.py", "return (size, *cotangents.shape[2:])", "return (size, cotangents.shape[-1])",
     ),
 ]  # fmt: skip

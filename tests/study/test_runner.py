@@ -236,7 +236,7 @@ def test_the_streamed_rows_do_not_depend_on_the_grant(run, study, tmp_path):
 
 
 def test_memory_that_cannot_be_kept_is_said_with_what_is_needed(run, tmp_path):
-    with pytest.raises(fk.BatchError, match="give at least"):
+    with pytest.raises(fk.BatchError, match="Give at least"):
         executed(run.plan(tmp_path / "out", numerics={"memory": "10KB"}))
 
 

@@ -274,8 +274,8 @@ def test_a_disk_that_is_full_leaves_nothing_half_written(run, tmp_path, monkeypa
 
 def test_requests_stream(run, tmp_path):
     """Rows of K that are held at once do not grow with E, unless they are asked for."""
+    from fkernel.engine.planning import kept as limits
     from fkernel.study import evaluate as module
-    from fkernel.study import rows as limits
 
     most = []
     real = module.walked
@@ -316,7 +316,7 @@ def test_rows_let_go_of_their_gradients(run, tmp_path):
 
     runner = FisherKernelRunner(run.plan(tmp_path / "out", numerics={"microbatch": 2}))
     with runner.prepare_update_workspace() as workspace, pytest.MonkeyPatch.context() as patch:
-        from fkernel.study import rows as limits
+        from fkernel.engine.planning import kept as limits
 
         patch.setattr(limits, "HELD", 1)
         E = tokens_of(run.batch, runner.policy.params)

@@ -147,7 +147,7 @@ def choose(
         if (T > LONG or is_half(params)) and not dense_U:
             cut = cut_of(f, params, U)
             if not isinstance(cut, str):
-                return Strategy("layers", "E", None, None, 0)
+                return Strategy("layers", "E" if length(E) <= length(U) else "U", None, None, 0)
             if is_half(params):
                 raise ModelError(f"{HALVES}, and f cannot be: {cut}. Convert them: fkernel.tree.cast.")
         return default(length(E), length(U), T, microbatch, dense_U)

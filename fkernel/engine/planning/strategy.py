@@ -7,7 +7,8 @@ gradient meets once:
         for block in streamed:  K[tile, block] = contract(J, gradients(block))
 
     sequences   gradients of whole sequences, in handles; with several tiles what streams is computed again for each
-    layers      both sides walk back one layer together, and no more of a gradient is there (`planning.walking`)
+    layers      both sides walk back one layer together, and no more of a gradient is there (`planning.walking`); each
+                side walks again for every part of the other
     store       both sides' handles are written to disk, and read back a few parameters at a time (`engine.stored`)
 
 Below, a side has n sequences of t₁ ≥ t₂ ≥ … tokens, P parameters; h of the held ones are a tile, in `tiles` of them.
@@ -22,6 +23,7 @@ Below, a side has n sequences of t₁ ≥ t₂ ≥ … tokens, P parameters; h o
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from math import ceil
 from typing import Any, Literal, NamedTuple
 
@@ -167,28 +169,31 @@ def options(
 def _forms(load: Workload, microbatch: int, name: Name) -> Iterator[Strategy]:
     """Walk the forms of a strategy: which side is held, how much of it, written out or not, how wide a microbatch."""
     T, total = load.longest, {side: sum(counts) for side, counts in load.tokens.items()}
+    pairs: tuple[tuple[Side, Side], ...] = (("E", "U"), ("U", "E"))
     for m in sorted({microbatch, max(1, microbatch // 2), max(1, microbatch // 4), 1}):
         if name == "layers":
             assert not isinstance(load.walk, str)
-            for every in EVERY:
-                for tokens in (0, m * T) if load.walk.blocks else (0,):
-                    yield Strategy(name, "E", None, None, tokens, every)
+            for tokens in (0, m * T) if load.walk.blocks else (0,):
+                for held, streamed in pairs:
+                    tiles, blocks = ((None, *parts(total[side], T)[1:]) for side in (held, streamed))
+                    for every, tile, block in product(EVERY, tiles, blocks):
+                        yield Strategy(name, held, tile, block, tokens, every)
             continue
         if name == "store":  # neither side is held; how much of each is contracted at a time is all there is to say
-            for tile in _parts(total["E"], m * T):
-                for block in _parts(total["U"], m * T):
+            for tile in parts(total["E"], m * T):
+                for block in parts(total["U"], m * T):
                     yield Strategy(name, "E", tile, block, m * T)
             continue
-        pairs: tuple[tuple[Side, Side], ...] = (("E", "U"), ("U", "E"))
-        for held, streamed in pairs:
+        # E's rows are met by gradients of U that are there, and come a tile at a time.
+        for held, streamed in pairs[:1] if load.ready else pairs:
             most = min(BLOCK * T, total[streamed]) if load.dense_U else total[streamed]
-            for block in _parts(most, m * T):
+            for block in parts(most, m * T):
                 # A tile holds a microbatch at least, and one that holds all of them recomputes nothing.
-                for tile in (None, *(_parts(total[held], m * T)[1:] or [T] * (m == 1))):
+                for tile in (None, *(parts(total[held], m * T)[1:] or [T] * (m == 1))):
                     yield Strategy(name, held, tile, block, m * T)
 
 
-def _parts(n: int, least: int) -> list[int]:
+def parts(n: int, least: int) -> list[int]:
     """A number and its parts, whole multiples of the least that makes sense, by ratios of about 1.4."""
     sizes, size = [n], float(n)
     while size > least:
@@ -213,16 +218,26 @@ def _streamed(load: Workload, rates: Rates, strategy: Strategy) -> tuple[int, in
     n_h, n_s = len(load.tokens[held]), len(load.tokens[streamed])
     # Sequences of the greatest length stand first, so the first tile, block and microbatch are the largest.
     m = min(max(1, (tokens or T) // T), max(n_h, n_s))
-    h, s = _rows(load.tokens[held], tile, m * T), _rows(load.tokens[streamed], block, m * T)
+    least = {side: load.ready[side].rows if side in load.ready else 1 for side in load.tokens}
+    h, s = (
+        max(_rows(load.tokens[side], size, m * T), min(least[side], len(load.tokens[side])))
+        for side, size in ((held, tile), (streamed, block))
+    )
     tiles, blocks = ceil(n_h / h), ceil(n_s / s)
 
     # Rows of U that a preconditioner made are written out, and joined.
     each_h = 3 * row if load.dense_U and held == "U" else HANDLES * load.kept_by(held, h)
     each_s = 3 * row if load.dense_U and streamed == "U" else HANDLES * load.kept_by(streamed, s)
+    held_bytes, streamed_bytes = h * each_h, s * each_s
+    there = {side for side, ready in load.ready.items() if ready.where == "memory"}
+    if streamed in there:  # all of them, and they stay; the held side's are among them, where it is there too
+        held_bytes, streamed_bytes = 0 if held in there else held_bytes, n_s * load.kept_by(streamed, n_s)
+    elif len(load.ready) == 2 and load.tokens["E"] == load.tokens["U"] and (h, s) == (n_h, n_s):
+        streamed_bytes = 0  # U meets itself, whole: it is read once
     # What is kept is copied out of the pass that made it, and what a pass frees leaves holes.
     passing = min(m, max(h, s)) * (HOLES * load.peak(T) + (2 * row if load.dense_U else 0))
     contracting = min(tile_bytes(h + s, load.itemsize), (h + s) * row)
-    memory = n_h * n_s * 2 * load.itemsize + h * s * 12 + int(h * each_h + s * each_s + max(contracting, passing))
+    memory = n_h * n_s * 2 * load.itemsize + h * s * 12 + int(held_bytes + streamed_bytes + max(contracting, passing))
 
     seconds = load.producing(held, tokens, rates) + load.multiplying(held, rates) * blocks
     seconds += (load.producing(streamed, tokens, rates) + load.multiplying(streamed, rates)) * tiles
@@ -234,8 +249,9 @@ def _walked(load: Workload, rates: Rates, strategy: Strategy) -> tuple[int, int,
     walk, every, block = load.walk, strategy.every, strategy.tokens or 0
     assert not isinstance(walk, str)
     K = len(load.tokens["E"]) * len(load.tokens["U"]) * 16
-    seconds = walk.seconds(load.tokens, load.size, load.itemsize, rates, every, block)
-    return K + walk.memory(load.tokens, load.itemsize, every, block), 0, seconds
+    holding = strategy.held, strategy.tile, strategy.block
+    seconds = walk.seconds(load.tokens, load.size, load.itemsize, rates, every, block, *holding)
+    return K + walk.memory(load.tokens, load.itemsize, every, block, *holding), 0, seconds
 
 
 def _spilled(load: Workload, rates: Rates, strategy: Strategy) -> tuple[int, int, float]:

@@ -1,14 +1,16 @@
 """What a walk by layers takes, counted before it is made: one layer's pass at a few lengths, without storage.
 
 With n sequences of T tokens, hidden states of d floats, L layers of which every k-th input is kept, P parameters, p of
-them in the largest layer, V tokens in the vocabulary:
+them in the largest layer, V tokens in the vocabulary, h sequences of one side held at a time and s of the other:
 
-    bytes     Σ_n (L/k + k + 3) T d + (n_E + 1) p + the largest layer's pass + tiles of the head and of the contraction
+    bytes     Σ_{h and s} (L/k + k + 3) T d + (h + 1) p + the largest layer's pass + tiles of the head
     flops     per sequence L · (forward + forward and backward), once more forward where k > 1, and 8 T V d in the head
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
 from math import ceil
 from typing import Any, NamedTuple
 
@@ -49,15 +51,36 @@ class Walk(NamedTuple):
     peak: Curve
     blocks: bool
 
-    def memory(self, tokens: dict[str, list[int]], itemsize: int, every: int, block: int) -> int:
-        """Predict the bytes that a walk of two sides takes, sequences by themselves or in blocks of so many tokens."""
+    def memory(
+        self,
+        tokens: dict[str, list[int]],
+        itemsize: int,
+        every: int,
+        block: int,
+        held: str = "E",
+        tile: int | None = None,
+        streamed: int | None = None,
+    ) -> int:
+        """Predict the bytes that a walk of two sides takes.
+
+        Args:
+            tokens: {"E": tokens of each sequence, "U": …}, longest first.
+            itemsize: bytes of a float.
+            every: of how many layer inputs one is kept.
+            block: tokens of sequences that travel together; 0: every one by itself.
+            held: the side whose gradients of a layer are held.
+            tile: tokens of it that are held at a time; None for all.
+            streamed: tokens of the other side that are under way at a time; None for all.
+        """
         kept = self.depth / every + (every if every > 1 else 0) + 4
-        states = kept * self.width * itemsize * (sum(tokens["E"]) + sum(tokens["U"]))
-        T = max(tokens["E"][0], tokens["U"][0])
+        state, layer = kept * self.width * itemsize, self.largest * itemsize
+        own, others = tokens[held], tokens["U" if held == "E" else "E"]
+        T = max(own[0], others[0])
         m = max(1, block // T)
-        layers = (len(tokens["E"]) + m) * self.largest * itemsize
+        holding = max(state * sum(own[rows]) + layer * len(own[rows]) for rows in tiles_of(own, tile))
+        passing = max(state * sum(others[rows]) for rows in tiles_of(others, streamed))
         logits = min(LOGITS_BYTES, m * T * itemsize * (self.head // self.width))
-        return int(states + layers + HOLES * m * self.peak(T).peak + 3 * logits)
+        return int(holding + passing + m * layer + HOLES * m * self.peak(T).peak + 3 * logits)
 
     def seconds(
         self,
@@ -67,18 +90,47 @@ class Walk(NamedTuple):
         rates: Rates,
         every: int,
         block: int,
+        held: str = "E",
+        tile: int | None = None,
+        streamed: int | None = None,
     ) -> float:
-        """Predict the seconds."""
-        total = 0.0
-        for t in (*tokens["E"], *tokens["U"]):
-            total += rates.seconds(self.backward(t)) + (2 if every > 1 else 1) * rates.seconds(self.forward(t))
-            total += 8.0 * t * self.head / rates.flops
-        n_E, n_U = len(tokens["E"]), len(tokens["U"])
-        m = max(1, block // max(tokens["E"][0], tokens["U"][0]))
+        """Predict the seconds; arguments as in `memory`, and the model's size and the machine's rates."""
+        own, others = tokens[held], tokens["U" if held == "E" else "E"]
+        # Each side walks again for every part of the other.
+        tiles, parts = len(tiles_of(own, tile)), len(tiles_of(others, streamed))
+        total = parts * _walking(self, tuple(own), rates, every) + tiles * _walking(self, tuple(others), rates, every)
+        m = max(1, block // max(own[0], others[0]))
         if block:  # a block's gradients are formed of factors
-            total += 2.0 * (sum(tokens["E"]) * ceil(n_U / m) + sum(tokens["U"])) * size / rates.forming
-        # E's gradients pass through the processor once for every block of U.
-        return total + n_E * size * itemsize * ceil(n_U / m) / rates.moved
+            total += 2.0 * (sum(own) * ceil(len(others) / m) + tiles * sum(others)) * size / rates.forming
+        # What is held passes through the processor once for every block that streams.
+        return total + len(own) * size * itemsize * ceil(len(others) / m) / rates.moved
+
+
+@lru_cache(64)
+def _walking(walk: Walk, counts: tuple[int, ...], rates: Rates, every: int) -> float:
+    """Predict the seconds of one side's walk, once: many forms of a strategy share it."""
+    each = {
+        t: rates.seconds(walk.backward(t)) + (2 if every > 1 else 1) * rates.seconds(walk.forward(t)) for t in {*counts}
+    }
+    return sum(each[t] + 8.0 * t * walk.head / rates.flops for t in counts)
+
+
+def tiles_of(tokens: Sequence[int], tile: int | None) -> list[slice]:
+    """Cut a side, longest first, into tiles of at most so many tokens; a sequence that is longer is one by itself.
+
+    Example:
+        >>> tiles_of([4, 3, 2, 2], 6)
+        [slice(0, 1, None), slice(1, 3, None), slice(3, 4, None)]
+    """
+    if tile is None:
+        return [slice(0, len(tokens))]
+    tiles, start, held = list[slice](), 0, 0
+    for i, t in enumerate(tokens):
+        if i > start and held + t > tile:
+            tiles.append(slice(start, i))
+            start, held = i, 0
+        held += t
+    return [*tiles, slice(start, len(tokens))]
 
 
 def walk_of(cut: Cut, params: Tree, tokens: dict[str, list[int]]) -> Walk:

@@ -7,8 +7,9 @@ degree in the number of tokens, so three lengths give all.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from fkernel import tree
 from fkernel.engine.planning.curve import Curve
@@ -34,6 +35,20 @@ LONG = 1024
 HALVES = "Weights in half precision are cast layer by layer"
 
 
+class Ready(NamedTuple):
+    """Gradients of a side that were made before, in microbatches.
+
+    Attributes:
+        where: they are: held in memory, or on disk.
+        token_bytes: of their handles, a token.
+        rows: sequences of its largest microbatch; no fewer are read at a time.
+    """
+
+    where: Literal["memory", "disk"]
+    token_bytes: float
+    rows: int
+
+
 class Workload:
     """What is to be done, in numbers.
 
@@ -46,6 +61,7 @@ class Workload:
         dense_U: whether U's gradients must be rows, because the preconditioner is an arbitrary function.
         widest: share of the handles' bytes that one parameter takes, at most.
         walk: the same layer by layer; or why it cannot be done so.
+        ready: sides whose gradients were made before, and are not computed.
     """
 
     def __init__(
@@ -60,9 +76,18 @@ class Workload:
         walk: Walk | str = "not counted",
     ) -> None:
         """Take the numbers."""
-        self.walk = walk
+        self.walk, self.ready = walk, dict[str, Ready]()
         self.tokens, self.size, self.itemsize = tokens, size, itemsize
         self.forming, self.curve, self.dense_U, self.widest = forming, gradients, dense_U, widest
+
+    def of(self, E: Sequence[int], U: Sequence[int], ready: Mapping[str, Ready]) -> Workload:
+        """Take the same work for sequences of other lengths, where some gradients may be ready."""
+        tokens = {side: sorted(counts, reverse=True) for side, counts in (("E", E), ("U", U))}
+        found = Workload(
+            tokens, self.size, self.itemsize, self.forming, self.curve, self.dense_U, self.widest, self.walk
+        )
+        found.ready = dict(ready)
+        return found
 
     def gradients(self, t: float) -> Work:
         """Work of one whole sequence's gradient of t tokens."""
@@ -71,6 +96,8 @@ class Workload:
 
     def impossible(self, name: str) -> str:
         """Say why a kernel cannot be computed in one of the ways; nothing where it can."""
+        if self.ready:
+            return "" if name == "sequences" else "the gradients of one side are there"
         if name == "layers":
             return self.walk if isinstance(self.walk, str) else ""
         why = f"sequences of more than {LONG} tokens, and weights in half precision, are computed layer by layer"
@@ -83,12 +110,16 @@ class Workload:
 
     @cached_property
     def longest(self) -> int:
-        """Tokens of the longest sequence."""
-        return max(max(counts) for counts in self.tokens.values())
+        """Tokens of the longest sequence; of those whose gradients are computed, where some are."""
+        own = {side: counts for side, counts in self.tokens.items() if side not in self.ready}
+        return max(max(counts) for counts in (own or self.tokens).values())
 
     def producing(self, side: str, tokens: int | None, rates: Rates) -> float:
-        """Predict the seconds that one side's handles take, in microbatches of at most so many tokens."""
+        """Predict the seconds that one side's handles take, in microbatches of at most so many tokens, or read."""
         counts = self.tokens[side]
+        if side in self.ready:
+            from_disk = self.ready[side].where == "disk"
+            return self.ready[side].token_bytes * sum(counts) / rates.read if from_disk else 0.0
         work = (
             self.gradients(counts[rows.start]).times(rows.stop - rows.start) for rows in _cuts(tuple(counts), tokens)
         )
@@ -101,6 +132,8 @@ class Workload:
 
     def kept_by(self, side: str, n: int) -> int:
         """Bytes that the handles of one sequence take, on average over a side's n longest."""
+        if side in self.ready:
+            return int(self.ready[side].token_bytes * sum(self.tokens[side][:n])) // n
         return sum(self.kept(t) for t in self.tokens[side][:n]) // n
 
     def kept(self, t: int) -> int:

@@ -77,7 +77,7 @@ def counterfactual_of(at: Situation, asked: CounterfactualPlan) -> Finding:
     p, m, step = at.policy, at.grant.microbatch, at.workspace.asked["step"]
     taken = at.step
     assert p.state is not None
-    ascent = at.workspace.gradients.weighted_sum(weights_of(asked, at.workspace).to(at.before))
+    ascent = at.workspace.gradients.weighted_sum(weights_of(asked, at.workspace).to(at.like))
     ascent = at.workspace.with_penalty(ascent)
     max_norm = step["max_norm"] if asked.max_norm == "step" else None if asked.max_norm == "none" else asked.max_norm
     clip = step["clip"] if asked.max_norm == "step" else None

@@ -124,4 +124,4 @@ def _rewards(at: Situation) -> Observable:
     table = torch.tensor([rows + rows[:1] * (most - len(rows)) for rows in different])  # a repetition counts once
     answers = tuple(take(at.E, table[:, k]) for k in range(table.shape[1]))
     f = func.expected_reward(at.policy.apply, at.policy.temperature)
-    return Observable(f, func.Answers(answers, rewards[table].to(at.before)), [*prompts])
+    return Observable(f, func.Answers(answers, rewards[table].to(at.like)), [*prompts])

@@ -105,13 +105,14 @@ class Situation:
         Args:
             f: (params, batch) -> [n].
             E: its batch.
-            before: [n] f(θ, φ), where it is known.
+            before: [n] f(θ, φ) float64, where it is known.
 
         Returns:
             {"realised": [n]}, and {"unselected": [n]} where parameters moved that the plan does not select.
         """
         m, rest = self.grant.microbatch, self.policy.unselected()
-        own = evaluated(f, self.after, E, m) - (evaluated(f, self.policy.params, E, m) if before is None else before)
+        before = evaluated(f, self.policy.params, E, m) if before is None else before
+        own = (evaluated(f, self.after, E, m) - before).to(self.dtype)
         if not rest.after:
             return {"realised": own}
         others = realised_change(f, {**self.after, **rest.before}, {**self.after, **rest.after}, E, microbatch=m)
@@ -119,7 +120,7 @@ class Situation:
 
     @cached_property
     def before(self) -> Tensor:
-        """[n_E] S before the step, at the study's temperature."""
+        """[n_E] S before the step, at the study's temperature, float64."""
         return evaluated(self.policy.f, self.policy.params, self.E, self.grant.microbatch)
 
     @cached_property
@@ -133,7 +134,7 @@ class Situation:
     @cached_property
     def gradient(self) -> Tree:
         """g = c ∇L of the step that was taken."""
-        ascent = self.workspace.gradients.weighted_sum(self.workspace.weights.to(self.before))
+        ascent = self.workspace.gradients.weighted_sum(self.workspace.weights.to(self.like))
         return tree.scale(-1.0, self.workspace.with_penalty(ascent, self.workspace.clip))
 
 

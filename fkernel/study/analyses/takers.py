@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 
+from fkernel import tree
 from fkernel.analysis import (
     by_part,
     group_sums,
@@ -22,17 +24,18 @@ from fkernel.analysis import (
 )
 from fkernel.analysis.ledger import floor_from
 from fkernel.engine.contraction import Block
+from fkernel.engine.gradients import Gradients
 from fkernel.func.contract import Asked
 from fkernel.func.groups import by_kind, by_layer
 from fkernel.precond import Diagonal
 from fkernel.rollout.batch import GeneratedBatch
-from fkernel.shapes import Tensor
+from fkernel.shapes import Tensor, Tree
 from fkernel.study.analyses.plan import UncertaintyPlan
 from fkernel.study.analyses.situation import Situation
 from fkernel.study.diagnostics import top_contributors
 from fkernel.study.outcome import Finding
 from fkernel.study.plan import PreconditionerPlan, StepPlan
-from fkernel.study.response import response
+from fkernel.study.response import clipped, preconditioner_of
 from fkernel.study.rows import Policy
 from fkernel.study.workspace import KernelWorkspace
 
@@ -190,19 +193,40 @@ def permuted_preconditioner(workspace: KernelWorkspace, policy: Policy) -> Diago
         like = next(iter(policy.params.values()))
         loss, batch = workspace.loss, workspace.batch
         weights = batch.with_values("advantage", torch.ones_like(batch.advantages)).loss_weights
-        rms = permutation_rms(
-            workspace.gradients.weighted_sum,
-            workspace.gradients.squared_sum,
-            weights.to(like.device, torch.promote_types(like.dtype, torch.float32)),
-            batch.advantages,
-            batch.groups,
-            None if loss is None else loss.penalty,
-            judged(batch),
-        )
+        weights = weights.to(like.device, torch.promote_types(like.dtype, torch.float32))
+        rms: Tree = {}
+        for names in _shares(policy.params):  # it is elementwise, and five vectors at once: of a share they are small
+            J = _part_of(workspace, names)
+            penalty = loss and loss.penalty and {name: loss.penalty[name] for name in names}
+            rms |= permutation_rms(
+                J.weighted_sum, J.squared_sum, weights, batch.advantages, batch.groups, penalty, judged(batch)
+            )
+        rms = {name: rms[name] for name in policy.params}
         plan, step = (workspace.asked[name] for name in ("preconditioner", "step"))
-        made = response(PreconditionerPlan(**plan), StepPlan(**step), policy.params, policy.state, rms, policy.unused)
-        _PERMUTED[workspace] = made.P
+        _, g = clipped(StepPlan(**step), rms, policy.unused)
+        del rms
+        _PERMUTED[workspace] = preconditioner_of(PreconditionerPlan(**plan), policy.params, policy.state, g)
     return _PERMUTED[workspace]
+
+
+def _shares(params: Tree, parts: int = 8) -> Iterator[list[str]]:
+    """Group successive parameters into shares of about one part in so many, or of one parameter."""
+    most, share, held = max(1, tree.size(params) // parts), list[str](), 0
+    for name, leaf in params.items():
+        if share and held + leaf.numel() > most:
+            yield share
+            share, held = [], 0
+        share.append(name)
+        held += leaf.numel()
+    yield share
+
+
+def _part_of(workspace: KernelWorkspace, names: Sequence[str]) -> Gradients:
+    """U's gradients of some parameters; what is on disk is read of these alone."""
+    U = workspace.gradients
+    if workspace.directory is not None:
+        return Gradients(U.side, U.cuts, lambda i: U.read(i, names))
+    return Gradients(U.side, U.cuts, lambda i: {name: U.read(i)[name] for name in names})
 
 
 def judged(batch: GeneratedBatch) -> Tensor | None:

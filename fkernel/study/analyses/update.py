@@ -10,7 +10,6 @@ from fkernel.errors import PlanError
 from fkernel.shapes import Tree
 from fkernel.study.analyses.failures import tried
 from fkernel.study.analyses.plan import StructurePlan
-from fkernel.study.loss_terms import columns_of
 from fkernel.study.outcome import Finding
 from fkernel.study.rows import Grant, Policy, tile_of
 from fkernel.study.workspace import KernelWorkspace, tokens_of
@@ -53,7 +52,7 @@ def structure_of(
 def _structure(
     asked: StructurePlan, workspace: KernelWorkspace, policy: Policy, grant: Grant, after: Tree | None, seed: int
 ) -> Finding:
-    K, n = workspace.self_kernel(tile_of(grant, workspace)), len(workspace.batch)
+    K, n = workspace.self_kernel(tile_of(grant.memory, workspace, policy)), len(workspace.batch)
     components, k = (asked.components or min(3, n), asked.clusters or min(8, n))
     for what, wanted in (("components", components), ("clusters", k)):
         if wanted > n:
@@ -71,7 +70,7 @@ def _structure(
         if after is None:
             raise PlanError("analyses.structure.alignment needs a step: an optimizer's state, or step.after.")
         U = tokens_of(workspace.batch, policy.params)
-        f, columns = columns_of(policy.columns, policy.trained, policy.temperature, U, workspace.loss)
+        f, columns = policy.columns_for(U, workspace.loss)
         later = kernel(f, after, columns, columns, workspace.P, memory=grant.memory, microbatch=grant.microbatch)
         facts["alignment"] = alignment(K, later.cpu())
     return Finding({"scores": pca.scores.numpy(), "labels": groups.labels.numpy()}, facts)

@@ -1,0 +1,76 @@
+"""How long a plan's sequences are: those that are given are counted, those that would be drawn are assumed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fkernel.checkpoint import Checkpoint
+from fkernel.errors import PlanError
+from fkernel.rollout import SampleGenerator, load_batch
+from fkernel.rollout.batch import GeneratedBatch
+from fkernel.rollout.prompts import custom
+from fkernel.rollout.template import render
+from fkernel.study.plan import FisherKernelPlan
+from fkernel.study.requests import FromFile, Payload, UpdateBatch
+from fkernel.study.workspace import selected
+
+FIRST = 64
+"""Prompts of a split that are looked at."""
+
+
+def lengths_of(plan: FisherKernelPlan, loaded: Checkpoint) -> tuple[dict[str, list[int]], list[str]]:
+    """Find the tokens of every sequence of U and of each request, prompt and response together.
+
+    Args:
+        plan: which batches there are.
+        loaded: its checkpoint, whose tokenizer reads prompts.
+
+    Returns:
+        ({"U": …, name of a request: …}, what was assumed, a sentence each).
+
+    Raises:
+        PlanError: a batch is made by a function, and nobody knows it before.
+    """
+    found, assumed, hubs = dict[str, list[int]](), list[str](), list[SampleGenerator]()
+
+    def hub() -> SampleGenerator:
+        if not hubs:
+            hubs.append(plan.generator(loaded, plan.sources()))
+        return hubs[0]
+
+    for name, one in [("U", plan.update), *((str(request.name), request) for request in plan.requests)]:
+        if isinstance(one, UpdateBatch) and one.is_own:
+            found[name] = found["U"]
+        elif (batch := _given(one, name, hub)) is not None:
+            kept = batch.ids if (ids := getattr(one, "sequence_ids", None)) is None else selected(batch.ids, ids, name)
+            found[name] = [len(batch.by_id(i).prompt_ids) + len(batch.by_id(i).response_ids) for i in kept]
+        else:
+            longest, size = max(_prompts(plan, one, hub())), one.size
+            found[name] = [longest + plan.sampling.max_new_tokens] * size
+            assumed.append(
+                f"{name}: {size} sequences as long as any, {longest} tokens and {plan.sampling.max_new_tokens} drawn; "
+                f"the time to draw them is not counted"
+            )
+    return found, assumed
+
+
+def _given(one: Any, name: str, hub: Callable[[], SampleGenerator]) -> GeneratedBatch | None:
+    """Read a batch that need not be drawn; None where it must."""
+    if isinstance(one, FromFile):
+        return load_batch(one.path)
+    if isinstance(one, Payload) and one.callback is not None:
+        raise PlanError(f"{name} is made by {one.callback}, and nobody knows its sequences before; save it to a file.")
+    if isinstance(one, Payload):
+        return one.batch if one.batch is not None else one.of_any(hub())
+    return one.generate(hub()) if one.kind == "custom_sequence" else None
+
+
+def _prompts(plan: FisherKernelPlan, one: Any, hub: SampleGenerator) -> list[int]:
+    """Tokens of prompts that may be drawn: of all that are named, or of a split's first ones."""
+    if one.kind == "custom_prompts":
+        prompts = custom(one.prompts)
+    else:
+        source = plan.sources()[one.dataset_split]
+        prompts = [source[i] for i in range(min(FIRST, len(source)))]
+    return [len(hub.tokenizer.encode(render(hub.template, prompt))) for prompt in prompts]

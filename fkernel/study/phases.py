@@ -1,0 +1,222 @@
+"""What `fkernel run PLAN` will take, before it is started: memory, disk and time of its phases, asked of the planner.
+
+    U's gradients     made once, written to the workspace or held
+    U with itself     read a tile against a tile
+    each request      E's gradients meet U's, which are there; then two evaluations of E, before the step and after it
+
+    memory = θ + the optimizer's moments + vectors of the step + the largest of  phases beside them
+
+It chooses as the run does (`fkernel.engine.planning.kept`), from the checkpoint's weights and the sequences' lengths;
+what is not known before is assumed, and said.
+"""
+
+from __future__ import annotations
+
+from time import process_time
+from typing import Any, NamedTuple
+
+import torch
+
+from fkernel import func
+from fkernel.checkpoint import Checkpoint
+from fkernel.engine.budget import parse_bytes
+from fkernel.engine.path import NODES
+from fkernel.engine.planning import Option, Rates, Strategy, Workload, rates, usual_microbatch
+from fkernel.engine.planning.kept import (
+    HELD,
+    Where,
+    choose_making,
+    choose_meeting,
+    choose_tile,
+    load_of,
+    making,
+    ungranted,
+)
+from fkernel.engine.planning.strategy import cost
+from fkernel.engine.planning.workload import Ready
+from fkernel.engine.sides import Ordered
+from fkernel.study.lengths import lengths_of
+from fkernel.study.plan import FisherKernelPlan
+from fkernel.study.policy import policy_of
+
+BESIDE = ("sweep", "tokens", "observables", "counterfactuals", "preconditioners", "covariates")
+"""Analyses whose own passes are not in a forecast."""
+PARTS = 4
+"""Vectors of a step: P, and Δθ in three parts. A request has their sum, and the nodes of the path, beside them."""
+FORWARD = 1 / 3
+"""Work of an evaluation, over that of a gradient."""
+
+
+class Phase(NamedTuple):
+    """A part of a run.
+
+    Attributes:
+        name: what is done.
+        sequences: whose gradients are made or read.
+        tokens: of the longest.
+        memory: bytes beside the model and the optimizer's moments: vectors of the step, gradients, activations.
+        disk: bytes that are written.
+        seconds: predicted time.
+        strategy: how.
+    """
+
+    name: str
+    sequences: int
+    tokens: int
+    memory: int
+    disk: int
+    seconds: float
+    strategy: Strategy
+
+
+class Forecast(NamedTuple):
+    """What a run will take.
+
+    Attributes:
+        phases: in order.
+        parameters: how many are differentiated.
+        model: bytes of θ and the optimizer's moments.
+        grant: `numerics.memory` in bytes; None where there is none.
+        assumed: what was not known, a sentence each.
+    """
+
+    phases: tuple[Phase, ...]
+    parameters: int
+    model: int
+    grant: int | None
+    assumed: tuple[str, ...]
+
+    @property
+    def memory(self) -> int:
+        """Bytes at most, beside the interpreter and its libraries."""
+        return self.model + max(phase.memory for phase in self.phases)
+
+    @property
+    def disk(self) -> int:
+        """Bytes of the workspace's gradients."""
+        return sum(phase.disk for phase in self.phases)
+
+    @property
+    def seconds(self) -> float:
+        """Of all phases, one after the other."""
+        return sum(phase.seconds for phase in self.phases)
+
+
+def forecast(plan: FisherKernelPlan) -> Forecast:
+    """Predict memory, disk and time of a run.
+
+    memory = θ + moments + step's vectors + max over phases,  seconds = Σ over phases
+
+    Args:
+        plan: what would be run; nothing is drawn, differentiated or written for it.
+
+    Returns:
+        The forecast. Its weights are loaded, and this machine's rates are measured where they never were.
+
+    Raises:
+        BatchError: `numerics.memory` is too small for a phase; the message says what would be enough.
+        PlanError: a batch is made by a function, and nobody knows it before.
+    """
+    loaded = plan.checkpoint.load_weights(getattr(torch, plan.numerics.dtype))
+    lengths, assumed = lengths_of(plan, loaded)
+    return _forecast(plan, loaded, lengths, assumed)
+
+
+class _Machine(NamedTuple):
+    """What all phases share."""
+
+    plan: FisherKernelPlan
+    load: Workload
+    speed: Rates
+    grant: int | None
+    counting: float
+    where: Where
+
+    def microbatch(self, tokens: list[int]) -> int:
+        """Sequences under way at once, where a grant does not lower it."""
+        return usual_microbatch(self.plan.numerics.microbatch, _sequences([max(tokens)]))
+
+
+def _forecast(
+    plan: FisherKernelPlan, loaded: Checkpoint, lengths: dict[str, list[int]], assumed: list[str]
+) -> Forecast:
+    policy = policy_of(plan, loaded, 1.0)
+    every = sorted((t for counts in lengths.values() for t in counts), reverse=True)
+    start = process_time()
+    load = load_of(policy.params, Ordered("E", _sequences(every), policy.f))
+    counting = process_time() - start  # a run counts as well, once a batch, where a grant is to be kept
+    grant = None if plan.numerics.memory is None else parse_bytes(plan.numerics.memory)
+    speed = rates(next(iter(policy.params.values())).dtype)
+    machine = _Machine(
+        plan, load, speed, grant, 0.0 if grant is None else counting, "disk" if plan.storage.persist else "memory"
+    )
+    U = lengths.pop("U")
+    made, ready = _made(machine, U)
+    phases = [made]
+    if plan.self_kernel or plan.analyses.structure is not None:
+        phases.append(_with_itself(machine, U, ready))
+    asked = {str(request.name): request for request in plan.requests}
+    phases += [_request(machine, asked[name], counts, U, ready) for name, counts in lengths.items()]
+    passes = sorted({name for one in asked.values() for name in BESIDE if getattr(one.analyses or plan.analyses, name)})
+    if passes:
+        assumed = [*assumed, f"the passes of {', '.join(passes)} are not counted"]
+    return Forecast(tuple(phases), load.size, 3 * load.row, grant, tuple(assumed))
+
+
+def _made(machine: _Machine, U: list[int]) -> tuple[Phase, Ready]:
+    """U's gradients, once; and where they are from then on."""
+    load, m, where = machine.load.of(U, U, {}), machine.microbatch(U), machine.where
+    whole = sum(map(load.kept, load.tokens["E"]))
+    if machine.grant is not None:
+        found = choose_making(load, machine.grant, machine.speed, m, where)
+        found = found._replace(seconds=found.seconds + machine.counting)
+    else:  # what is computed is held as well as written, as long as there is room
+        remembered = min(HELD // 2, whole) if where == "disk" else 0
+        found = making(load, machine.speed, m, where, promised=False)
+        found = found._replace(memory=found.memory + remembered)
+        where = "memory" if remembered == whole else where
+    at_once = max(1, (found.strategy.tokens or 1) // max(U))
+    # A sum of the gradients, and one microbatch's share of it.
+    return _phase(machine, "gradients of U", U, found, 2), Ready(where, whole / sum(U), min(at_once, len(U)))
+
+
+def _with_itself(machine: _Machine, U: list[int], ready: Ready) -> Phase:
+    load, how = machine.load.of(U, U, dict.fromkeys("EU", ready)), ungranted(U, ready, machine.microbatch(U))
+    if machine.grant is None:
+        found = cost(load, machine.speed, how._replace(block=how.tile))
+    else:
+        found = choose_tile(load, machine.grant, machine.speed)
+    return _phase(machine, "U with itself", U, found, PARTS)
+
+
+def _request(machine: _Machine, request: Any, E: list[int], U: list[int], ready: Ready) -> Phase:
+    """A request's walk, and the evaluations of E beside it."""
+    plan, speed = machine.plan, machine.speed
+    capture, analyses = request.capture or plan.capture, request.analyses or plan.analyses
+    load, m = machine.load.of(E, U, {"U": ready}), machine.microbatch(E)
+    needs_K = not capture.influence_only or analyses.of_rows
+    permuted = analyses.uncertainty is not None and plan.preconditioner.form == "post-step"
+    reserved = load.row * (bool(analyses.ledger) + permuted)
+    if machine.grant is None:
+        found = cost(load, speed, ungranted(load.tokens["E"], ready, m))
+    else:
+        found = choose_meeting(load, machine.grant, speed, m, reserved)
+    gradients = load.producing("E", found.strategy.tokens, speed)
+    seconds = found.seconds + machine.counting + (len(NODES[plan.step.path]) - 1) * gradients
+    if capture.realised:
+        seconds += 2 * FORWARD * gradients
+    if permuted:  # another kernel; and, of the first request, three sums over U's gradients
+        seconds += 2.0 * len(E) * len(U) * load.size / speed.flops
+    if not needs_K:
+        seconds = gradients + load.multiplying("E", speed) + load.producing("U", None, speed)
+    found = found._replace(memory=found.memory + reserved, seconds=seconds)
+    return _phase(machine, f"request {request.name}", E, found, PARTS + 1 + len(NODES[plan.step.path]))
+
+
+def _phase(machine: _Machine, name: str, counts: list[int], found: Option, vectors: int) -> Phase:
+    memory = found.memory + vectors * machine.load.row
+    return Phase(name, len(counts), max(counts), memory, found.disk, found.seconds, found.strategy)
+
+
+def _sequences(counts: list[int]) -> func.Sequences:
+    return func.pad([[0]] * len(counts), [[0] * (max(2, t) - 1) for t in counts])

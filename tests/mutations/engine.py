@@ -1,0 +1,58 @@
+"""The engine by layers, influence and changes of long responses."""
+
+from tests.mutants import Mutation
+
+LAYERED = "tests/test_layered.py"
+CHANGE = "tests/test_realised_change.py"
+TILED = f"{LAYERED}::test_tiles_of_either_side_along_any_path_give_what_whole_sequences_give"
+MUTATIONS = [
+    Mutation(
+        "every tile holds the first sequences",
+        f"{TILED}[E-midpoint]",
+        "engine/layered.py",
+        "take(side.batch, rows)",
+        "take(side.batch, slice(0, rows.stop - rows.start))",
+    ),
+    Mutation(
+        "held sequences counted by themselves beside every block",
+        f"{TILED}[E-start]",
+        "engine/layered.py",
+        "own_x=k == 0 and start == 0",
+        "own_x=k == 0",
+    ),
+    Mutation(
+        "only one node of what streams",
+        f"{TILED}[U-gauss2]",
+        "engine/by_layer.py",
+        "_summed([handles for _, handles in blocks])",
+        "blocks[0][1]",
+    ),
+    Mutation(
+        "the held side's vectors asked of the other",
+        f"{TILED}[U-midpoint]",
+        "engine/contraction.py",
+        "Asked(asked.kernels, asked.y, asked.x, asked.key)",
+        "asked",
+    ),
+    Mutation(
+        "what streams walks once, whatever the tiles",
+        f"{LAYERED}::test_tiles_take_less_memory_and_more_time",
+        "engine/planning/walking.py",
+        "tiles, parts = len(tiles_of(own, tile)), len(",
+        "tiles, parts = 1, len(",
+    ),
+    Mutation(
+        "a long response added up in its own dtype",
+        f"{CHANGE}::test_a_small_change_of_a_long_response_is_known_to_the_rounding_of_its_tokens[whole]",
+        "func/logprob.py",
+        "0.0).sum(1)\n\n    return total",
+        "0.0).float().sum(1)\n\n    return total",
+    ),
+    Mutation(
+        "the same by layers",
+        f"{CHANGE}::test_a_small_change_of_a_long_response_is_known_to_the_rounding_of_its_tokens[by layers]",
+        "func/head.py",
+        "(ω.double() * logprobs.double())",
+        "(ω * logprobs)",
+    ),
+]
