@@ -119,22 +119,26 @@ class Subject:
 @cache
 def build(shape: str) -> Subject:
     """Build a model of `SHAPES`; a second call returns the same one."""
+    apply, params = func.make_functional(model_of(shape, "eager"))
+    return Subject(shape, apply, params, func.sequence_logprob(apply), SHAPES[shape]["vocab_size"])
+
+
+def model_of(shape: str, attention: str) -> Any:
+    """Build the module of a shape."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     sizes = SHAPES[shape]
     config = Qwen2Config(
         **{"num_key_value_heads": sizes["num_attention_heads"], **sizes},  # pyright: ignore[reportArgumentType]
-        max_position_embeddings=512,
+        max_position_embeddings=8192,
         tie_word_embeddings=True,
         bos_token_id=0,
         eos_token_id=0,
     )
-    config._attn_implementation = "eager"
+    config._attn_implementation = attention
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = Qwen2ForCausalLM(config).float().eval()
-    apply, params = func.make_functional(model)
-    return Subject(shape, apply, params, func.sequence_logprob(apply), sizes["vocab_size"])
+        return Qwen2ForCausalLM(config).float().eval()
 
 
 def rows(widths: dict[str, int], n: int, seed: int) -> dict[str, Tensor]:

@@ -3,6 +3,8 @@
     large     Qwen2.5-0.5B's shape, all of its 494M parameters (tied, random, fp32): K, C and influence of 32 × 16
               sequences of 128 tokens within 8 GiB, against one plain batched backward pass over the same 48 sequences
               and the ideal GEMM; entries are checked against plain autograd
+    long      the same shape, 4 × 8 sequences of 2048 tokens, layer by layer, beside the parameters and P; against plain
+              passes over the same sequences with fused attention and layer checkpointing
     many      the demo policy's shape: influence of up to 4096 sequences on 1024, and what a further one takes of memory
     curves    time and memory of a kernel against n_U, n_E, T and P (`benchmarks.curves`); benchmarks/results/curves.png
     planner   `fkernel.estimate` against what happens, over a grid of cases (`benchmarks.planner`)
@@ -28,7 +30,7 @@ import torch
 from benchmarks import curves, memory, planner
 from benchmarks.environment import ROOT, environment
 from benchmarks.limits import chunks, plain_backward
-from benchmarks.models import THREADS, build
+from benchmarks.models import THREADS, build, model_of
 from fkernel import estimate, influence, kernel, precond, tree
 from fkernel.engine.recycling import recycled
 
@@ -36,6 +38,8 @@ RESULTS = ROOT / "benchmarks" / "results" / "scale.json"
 LARGE = {"shape": "half-billion", "n_E": 16, "n_U": 32, "T": 128, "memory": "8GiB", "checked": 24}
 QUICK = {"shape": "small", "n_E": 4, "n_U": 8, "T": 64, "memory": "200MB", "checked": 6}
 MANY = (512, 1024, 2048, 4096)
+LONG = {"shape": "half-billion", "n_E": 4, "n_U": 8, "T": 2048}
+LONG_QUICK = {"shape": "tiny", "n_E": 1, "n_U": 2, "T": 1100}
 ACCURACY = 1e-4
 
 
@@ -94,6 +98,44 @@ def large(shape: str, n_E: int, n_U: int, T: int, memory: str, checked: int) -> 
     }
 
 
+def long(shape: str, n_E: int, n_U: int, T: int) -> dict[str, Any]:
+    """Time a kernel of long sequences, with what it adds to the process and what was forecast."""
+    subject = build(shape)
+    E, U = subject.batch(n_E, T, 1), subject.batch(n_U, T, 2)
+    P = precond.diagonal({name: 1.0 / (leaf.abs() + 0.1) for name, leaf in subject.params.items()})
+    chosen = estimate(subject.f, subject.params, E, U, P).chosen
+    assert chosen is not None
+    one = subject.batch(1, 1025)
+    kernel(subject.f, subject.params, one, one, P)  # first use of everything
+    _forget_peak()
+    before = _status("VmRSS")
+    kernel_s, _ = _timed(lambda: kernel(subject.f, subject.params, E, U, P))
+    return {
+        "parameters": subject.size,
+        "strategy": chosen.strategy._asdict(),
+        "predicted_s": chosen.seconds,
+        "predicted_MB": chosen.memory / 1e6,
+        "kernel_s": kernel_s,
+        "kernel_MB": _status("VmHWM") - before,
+    }
+
+
+def long_limit(shape: str, n_E: int, n_U: int, T: int) -> dict[str, Any]:
+    """Time plain passes over the same sequences, one at a time, as one trains on them: sdpa, layer checkpointing."""
+    subject, model = build(shape), model_of(shape, "sdpa").train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def passes(batch: Any) -> None:
+        for ids, _, scored in chunks(batch, 1):
+            logprobs = model(ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+            (logprobs * scored[:, 1:]).sum().backward()
+            model.zero_grad()
+
+    passes(subject.batch(1, 64))
+    with recycled():
+        return {"backward_s": _timed(lambda: [passes(subject.batch(n, T, n)) for n in (n_E, n_U)])[0]}
+
+
 def many(n_U: int, n_E: int = 1024, T: int = 32) -> dict[str, Any]:
     """Take the influence of many sequences on many; what it adds to memory is measured from before U is drawn."""
     subject = build("small")
@@ -148,6 +190,8 @@ def _status(field: str) -> float:
 RUNS: dict[str, Callable[..., dict[str, Any]]] = {
     "limit": limit,
     "large": large,
+    "long": long,
+    "long_limit": long_limit,
     "many": many,
     "point": curves.point,
     "planned": planner.planned,
@@ -171,6 +215,13 @@ def measure_large(quick: bool) -> dict[str, Any]:
     sizes = QUICK if quick else LARGE
     found = {**in_own_process("large", **sizes), **in_own_process("limit", **sizes)}
     return {**found, "ratio": found["kernel_s"] / (found["backward_s"] + found["gemm_s"]), "target": 1.5}
+
+
+def measure_long(quick: bool) -> dict[str, Any]:
+    """Half a billion parameters and thousands of tokens."""
+    sizes = LONG_QUICK if quick else LONG
+    found = {**sizes, **in_own_process("long", **sizes), **in_own_process("long_limit", **sizes)}
+    return {**found, "ratio": found["kernel_s"] / found["backward_s"], "target": 1.4, "target_MB": 3.5 * 2**30 / 1e6}
 
 
 def measure_many(quick: bool) -> dict[str, Any]:
@@ -217,7 +268,13 @@ def measure_planner(quick: bool) -> dict[str, Any]:
     return {**planner.verdict(rows), "rows": rows}
 
 
-PARTS = {"large": measure_large, "many": measure_many, "curves": measure_curves, "planner": measure_planner}
+PARTS = {
+    "large": measure_large,
+    "long": measure_long,
+    "many": measure_many,
+    "curves": measure_curves,
+    "planner": measure_planner,
+}
 
 
 def main() -> None:

@@ -244,6 +244,13 @@ def test_curves_and_planner_run_small(measure):
         assert all(option["measured_s"] > 0 for option in found["rows"][0]["options"] if option["feasible"])
 
 
+def test_long_sequences_run_small_within_what_is_forecast():
+    found = scale.measure_long(True)
+    assert found["strategy"]["name"] == "layers"
+    assert found["kernel_MB"] < 2 * found["predicted_MB"]
+    assert found["ratio"] > 0
+
+
 def test_scale_runs_small_and_its_numbers_hold():
     """The large part on a small model: within its grant, entries equal to autograd's, C equal to influence."""
     found = scale.in_own_process("large", **scale.QUICK)

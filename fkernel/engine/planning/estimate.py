@@ -117,7 +117,8 @@ def weighed(load: Workload, speed: Rates, budget: int | None, microbatch: int, s
     found = options(load, speed, budget, microbatch, store)
     if budget is None:
         n_E, n_U = (len(load.tokens[side]) for side in ("E", "U"))
-        usual = default(n_E, n_U, load.longest, microbatch, load.dense_U)
+        whole = load.curve is not None
+        usual = default(n_E, n_U, load.longest, microbatch, load.dense_U) if whole else _by_layers(n_E, n_U)
         return Estimate(found, cost(load, speed, usual), budget, load, speed)
     feasible = [option for option in found if not option.why_not]
     chosen = min(feasible, key=lambda option: option.seconds) if feasible else None
@@ -147,7 +148,7 @@ def choose(
         if (T > LONG or is_half(params)) and not dense_U:
             cut = cut_of(f, params, U)
             if not isinstance(cut, str):
-                return Strategy("layers", "E" if length(E) <= length(U) else "U", None, None, 0)
+                return _by_layers(length(E), length(U))
             if is_half(params):
                 raise ModelError(f"{HALVES}, and f cannot be: {cut}. Convert them: fkernel.tree.cast.")
         return default(length(E), length(U), T, microbatch, dense_U)
@@ -162,6 +163,11 @@ def choose(
             found.options, budget, found.workload, reserved, 0 if found.workload.curve is None else needed()
         )
     return chosen.strategy
+
+
+def _by_layers(n_E: int, n_U: int) -> Strategy:
+    """What long sequences take where no memory is promised: a layer's gradients of the smaller side are held."""
+    return Strategy("layers", "E" if n_E <= n_U else "U", None, None, 0)
 
 
 def _too_small(
