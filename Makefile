@@ -23,7 +23,7 @@ demo: $(READY) ## Train a small policy, take real AdamW steps, explain the last 
 	@$(BIN)/fkernel demo $(ARGS)
 
 test: $(READY) ## Run every test, law and docstring example
-	@$(BIN)/pytest $(ARGS)
+	@$(BIN)/pytest -n auto --dist loadfile $(ARGS)
 
 mutants: $(READY) ## Try every deliberate mistake; each must fail its test (a quarter of an hour)
 	@FKERNEL_MUTANTS=all $(BIN)/pytest tests/test_mutations.py tests/test_upper_mutations.py $(ARGS)

@@ -238,7 +238,7 @@ MUTATIONS = [
     ),
     Mutation(
         "loss taken as gain", "contributions_add_up_to_the_change_that_happened",
-        "engine/step.py", "-widened(weights.to(", "widened(weights.to(",
+        "engine/step.py", "None, widened(weights.to(", "None, -widened(weights.to(",
     ),
     Mutation(
         "clipping ignored", "contributions_add_up_to_the_change_that_happened",

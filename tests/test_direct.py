@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from fkernel.engine.store import direct
+from fkernel.io import direct
 
 SIZES = [0, 1, direct.ALIGNMENT, direct.BUFFER - 1, direct.BUFFER, 2 * direct.BUFFER + 12345]
 
@@ -35,25 +35,25 @@ def content(size):
 @pytest.mark.parametrize("size", SIZES)
 def test_what_is_written_in_any_chunks_is_read(way, size, tmp_path):
     data, path = content(size), tmp_path / "file"
-    with direct.opened(path, direct.NEW) as file:
-        direct.write(file, [data[:7], memoryview(data[7:5000]), data[5000:]])
+    with direct.open_direct(path, direct.NEW) as file:
+        direct.write_direct(file, [data[:7], memoryview(data[7:5000]), data[5000:]])
     assert path.read_bytes() == data
-    assert b"".join(bytes(chunk) for chunk in direct.contents(path)) == data
-    with direct.opened(path) as file:
+    assert b"".join(bytes(chunk) for chunk in direct.file_chunks(path)) == data
+    with direct.open_direct(path) as file:
         for start, stop in ((0, size), (size // 3, size // 2), (size, size)):
-            assert bytes(direct.read(file, start, stop).tolist()) == data[start:stop]
+            assert bytes(direct.read_direct(file, start, stop).tolist()) == data[start:stop]
         with pytest.raises(ValueError, match=f"it ends at byte {size}"):
-            direct.read(file, 0, size + direct.ALIGNMENT)
+            direct.read_direct(file, 0, size + direct.ALIGNMENT)
 
 
 def test_an_error_of_the_disk_is_no_question_of_alignment(monkeypatch, tmp_path):
     def full(file, view):
         raise OSError(errno.ENOSPC, "full")
 
-    with direct.opened(tmp_path / "file", direct.NEW) as file:
+    with direct.open_direct(tmp_path / "file", direct.NEW) as file:
         monkeypatch.setattr(os, "write", full)
         with pytest.raises(OSError, match="full"):
-            direct.write(file, [content(direct.BUFFER)])
+            direct.write_direct(file, [content(direct.BUFFER)])
 
 
 def test_a_limit_at_an_odd_place_is_told_as_what_it_is(tmp_path):
@@ -65,8 +65,8 @@ def test_a_limit_at_an_odd_place_is_told_as_what_it_is(tmp_path):
 
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        with direct.opened(tmp_path / "file", direct.NEW) as file, pytest.raises(OSError, match="large") as caught:
-            direct.write(file, [content(3 * direct.BUFFER)])
+        with direct.open_direct(tmp_path / "file", direct.NEW) as file, pytest.raises(OSError, match="large") as caught:
+            direct.write_direct(file, [content(3 * direct.BUFFER)])
         assert caught.value.errno == errno.EFBIG
     finally:
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]

@@ -23,12 +23,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from fkernel import func
-from fkernel.engine.store import Store, direct, files, fingerprint, journal, open_store, shards
+from fkernel.engine.store import Store, journal, open_store, shards
 from fkernel.engine.store import directory as module
-from fkernel.engine.store.fingerprint import contents
 from fkernel.engine.store.manifest import SCHEMA, describe, differences
 from fkernel.errors import BatchError, FKernelError, StoreError
 from fkernel.func.handles import Factored, Rows, Stack, Sum, form, nbytes, shape_of, tensors
+from fkernel.io import atomic, atomic_write, checksum, fingerprint, flush_to_disk, locks, open_direct, tensor_chunks
 
 ROOT = Path(__file__).parent.parent
 IDENTITY = {"params": "abc", "dtype": "float32", "seed": 0}
@@ -75,7 +75,7 @@ def assert_same(found: Any, expected: Any) -> None:
             assert_same(found[name], expected[name])
     elif isinstance(expected, torch.Tensor):
         assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
-        assert b"".join(contents(found)) == b"".join(contents(expected))
+        assert b"".join(tensor_chunks(found)) == b"".join(tensor_chunks(expected))
     elif isinstance(expected, tuple):
         assert len(found) == len(expected)
         for left, right in zip(found, expected, strict=True):
@@ -428,7 +428,7 @@ def test_a_damaged_shard_is_named_and_not_served(full, damage, when):
 def test_a_shard_that_is_good_is_hashed_once(full, monkeypatch):
     hashed = []
     with open_store(full, IDENTITY, GROUPS) as store:
-        monkeypatch.setattr(module, "checksum", lambda path: hashed.append(path) or files.checksum(path))
+        monkeypatch.setattr(module, "checksum", lambda path: hashed.append(path) or checksum(path))
         for _ in range(3):
             store.read(1)
     assert hashed == [shard(full, 1)]
@@ -503,7 +503,7 @@ def test_nothing_is_unpickled(full):
 
     shard(full, 1).write_bytes(pickle.dumps(Bomb()))
     lines = [json.loads(line) for line in (full / "shards.jsonl").read_text().splitlines()]
-    lines[1] |= {"bytes": shard(full, 1).stat().st_size, "sha256": files.checksum(shard(full, 1))}
+    lines[1] |= {"bytes": shard(full, 1).stat().st_size, "sha256": checksum(shard(full, 1))}
     (full / "shards.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with open_store(full, IDENTITY, GROUPS) as store, refused("Shard 1", "cannot be read"):
         store.read(1)
@@ -621,9 +621,9 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         assert (tmp_path / "file").read_bytes() == b"old"
         raise KeyboardInterrupt
 
-    files.write_atomically(tmp_path / "file", [b"o", b"ld"])
+    atomic_write(tmp_path / "file", [b"o", b"ld"])
     with pytest.raises(KeyboardInterrupt):
-        files.write_atomically(tmp_path / "file", torn())
+        atomic_write(tmp_path / "file", torn())
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
 
 
@@ -637,11 +637,11 @@ def ctrl_c() -> None:
 
 def stop_at_second_chunk(monkeypatch: pytest.MonkeyPatch, stop: Any) -> None:
     def interrupted(tensor: torch.Tensor) -> Iterator[memoryview]:
-        for chunk in contents(tensor):
+        for chunk in tensor_chunks(tensor):
             yield chunk
             stop()
 
-    monkeypatch.setattr(shards, "contents", interrupted)
+    monkeypatch.setattr(shards, "tensor_chunks", interrupted)
 
 
 def fail(number: int) -> Any:
@@ -656,11 +656,11 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: str, stop: Any) -> None:
     if step == "in a tensor":
         stop_at_second_chunk(monkeypatch, stop)
     elif step == "at the end of the file":
-        monkeypatch.setattr(files, "flush", lambda file: stop())
+        monkeypatch.setattr(atomic, "flush_to_disk", lambda path: stop())
     elif step == "when it is moved":
         monkeypatch.setattr(os, "replace", lambda *paths: stop())
     else:
-        monkeypatch.setattr(journal, "flush", lambda file: stop())
+        monkeypatch.setattr(journal, "flush_to_disk", lambda path: stop())
 
 
 STEPS = ["in a tensor", "at the end of the file", "when it is moved", "when it is recorded"]
@@ -712,9 +712,9 @@ def test_a_record_of_what_was_written_over_does_not_survive(tmp_path, monkeypatc
             store.write(0, content)
 
     with open_store(tmp_path / "store", IDENTITY, GROUPS) as store:
-        monkeypatch.setattr(journal, "flush", lambda file: ctrl_c())
+        monkeypatch.setattr(journal, "flush_to_disk", lambda path: ctrl_c())
         write(handles(0))  # recorded, but the store does not know
-        monkeypatch.setattr(journal, "flush", files.flush)
+        monkeypatch.setattr(journal, "flush_to_disk", flush_to_disk)
         monkeypatch.setattr(journal.Journal, "add", lambda *args: ctrl_c())
         write(handles(5))  # moved into place, but not recorded
     with open_store(tmp_path / "store", IDENTITY, GROUPS) as store:
@@ -808,13 +808,12 @@ def test_a_directory_that_turns_read_only(full, monkeypatch, number, what):
     def no_direct_file(path: Any, flags: int = os.O_RDONLY) -> Iterator[int]:
         if flags & os.O_WRONLY:
             fail(number)()
-        with opened(path, flags) as file:
+        with open_direct(path, flags) as file:
             yield file
 
     with open_store(full.with_name("new"), IDENTITY, GROUPS) as store:
-        opened = direct.opened
-        monkeypatch.setattr(files, "open", no_file, raising=False)
-        monkeypatch.setattr(direct, "opened", no_direct_file)
+        monkeypatch.setattr(locks, "open", no_file, raising=False)
+        monkeypatch.setattr(atomic, "open_direct", no_direct_file)
         with refused(f"Cannot write to '{store.directory}'", what, "choose"):
             store.write(0, handles(0))
         assert not store.has(0)
@@ -910,22 +909,22 @@ def batch() -> func.Sequences:
 
 def test_a_fingerprint_is_the_same_everywhere():
     tree = {"b": torch.tensor([1.0, -2.0], dtype=torch.bfloat16), "a": torch.arange(3)}
-    assert fingerprint.fingerprint(tree) == "f69ae4f48cbafc4b57302913b5c543e6216b0661ff3a5ba18a3679f8effa4f3b"
-    assert fingerprint.fingerprint(dict(reversed(tree.items()))) == fingerprint.fingerprint(tree)
+    assert fingerprint(tree) == "f69ae4f48cbafc4b57302913b5c543e6216b0661ff3a5ba18a3679f8effa4f3b"
+    assert fingerprint(dict(reversed(tree.items()))) == fingerprint(tree)
 
 
 def test_a_fingerprint_reads_the_same_numbers_on_a_big_endian_machine(monkeypatch):
     swapped = torch.tensor([1, 256], dtype=torch.int16)
     monkeypatch.setattr(sys, "byteorder", "big")
-    assert b"".join(contents(swapped)) == b"\x00\x01\x01\x00"
+    assert b"".join(tensor_chunks(swapped)) == b"\x00\x01\x01\x00"
 
 
 def test_a_fingerprint_does_not_ask_how_a_tensor_lies_in_memory():
     x = values(700, 900)
     views = [x.mT.contiguous().mT, x.clone(), torch.cat([x, x])[:700], x.requires_grad_()]
-    assert {fingerprint.fingerprint([view]) for view in views} == {fingerprint.fingerprint([x])}
+    assert {fingerprint([view]) for view in views} == {fingerprint([x])}
     zeros = torch.zeros(()).expand(3, 1000, 1000)
-    assert fingerprint.fingerprint(zeros) == fingerprint.fingerprint(torch.zeros(3, 1000, 1000))
+    assert fingerprint(zeros) == fingerprint(torch.zeros(3, 1000, 1000))
 
 
 CHANGED: dict[str, Any] = {
@@ -948,16 +947,16 @@ CHANGED: dict[str, Any] = {
 
 def test_a_fingerprint_tells_contents_apart():
     plain = {"w": torch.tensor([1.0, 2.0]), "v": torch.ones(2)}
-    found = [fingerprint.fingerprint(tree) for tree in (plain, {**plain, "z": torch.tensor(0.0)}, *CHANGED.values())]
+    found = [fingerprint(tree) for tree in (plain, {**plain, "z": torch.tensor(0.0)}, *CHANGED.values())]
     assert len(set(found)) == len(found)
 
 
 def test_a_fingerprint_takes_batches_of_any_make():
     ids, attention, response = batch()
-    assert fingerprint.fingerprint(batch()) == fingerprint.fingerprint(func.Sequences(ids, attention, response))
+    assert fingerprint(batch()) == fingerprint(func.Sequences(ids, attention, response))
     masked = batch()._replace(response_mask=batch().response_mask.int())
-    assert fingerprint.fingerprint(batch()) != fingerprint.fingerprint(masked)
-    assert fingerprint.fingerprint((batch(), batch())) != fingerprint.fingerprint(batch())
+    assert fingerprint(batch()) != fingerprint(masked)
+    assert fingerprint((batch(), batch())) != fingerprint(batch())
 
 
 @pytest.mark.parametrize(
@@ -965,7 +964,7 @@ def test_a_fingerprint_takes_batches_of_any_make():
 )
 def test_what_has_no_content_is_refused(tree, piece):
     with pytest.raises(BatchError, match="fingerprint") as caught:
-        fingerprint.fingerprint(tree)
+        fingerprint(tree)
     assert piece in str(caught.value)
 
 

@@ -9,7 +9,7 @@ import torch
 
 import fkernel as fk
 from fkernel import func, precond
-from fkernel.analysis import alternative_step, explain_observable
+from fkernel.analysis import alternative_step
 from fkernel.func import unused_parameters
 from tests.cases import EXAMPLES
 
@@ -94,7 +94,7 @@ def test_an_observables_step_leaves_alone_what_torch_leaves_alone():
     def observable(params: Any, x: Any) -> torch.Tensor:
         return f(params, x) + params["other"].sum() + params["gate"].sum()
 
-    effect = explain_observable(observable, f, before, batch, batch, weights, state)
+    effect, _ = fk.explain_step(f, before, batch, batch, weights, state, rows=observable)
     after = {name: leaf + moved[name] for name, leaf in before.items()}
     realised = fk.realised_change(observable, before, after, batch)
     torch.testing.assert_close(effect.predicted, realised, rtol=1e-3, atol=1e-6)

@@ -2,7 +2,7 @@
 
 The laws of the engine run inside a mutant (`tests/mutants.py`). Rooms that sample, keep, analyse and report are tested
 as a user meets them, so that here the test itself is run again, in a process of its own, on a copy that is changed.
-Two copies are tried at once, in the order of the tests.
+`make mutants` tries all of them, two copies at once; other runs try a third, which turns with every commit.
 """
 
 from __future__ import annotations
@@ -23,9 +23,20 @@ from tests.mutants import Mutation
 from tests.mutations import ALL, QUICK, SLOW
 
 ROOT = Path(__file__).parent.parent
-TRIED = ALL if os.environ.get("FKERNEL_MUTANTS") == "all" else [*QUICK, *(kind[0] for kind in SLOW)]
+WHOLE = os.environ.get("FKERNEL_MUTANTS") == "all"
+SHARE = 3
 UNCHANGED = Mutation("nothing", "tests/analysis/test_tokens.py", "analysis/tokens.py", "", "")
-AT_ONCE = 2
+AT_ONCE = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+
+
+def commits() -> int:
+    """Count the commits, which say whose turn it is; 0 without a repository."""
+    command = ["git", "rev-list", "--count", "HEAD"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return int(done.stdout) if done.returncode == 0 else 0
+
+
+TRIED = ALL if WHOLE else [*QUICK[commits() % SHARE :: SHARE], *(kind[0] for kind in SLOW)]
 
 
 class Bench(NamedTuple):

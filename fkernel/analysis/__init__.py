@@ -1,18 +1,17 @@
 """What may be asked of a step once it is explained: a room of its own, for it stands on `kernel` and needs no study.
 
-Every function is pure: tensors in, tensors out, no file and no plan. `fkernel.study` calls them by a plan's toggles.
+Every function is pure: tensors in, tensors out, no file and no plan. `fkernel.study.analyses` has what a plan may ask.
 """
 
 from fkernel.analysis.comparison import Agreement, compare
-from fkernel.analysis.counterfactual import Alternative, Counterfactual, alternative_step, counterfactual
-from fkernel.analysis.health import Health, Share, health
-from fkernel.analysis.ledger import Ledger, ledger, rounding_floor
-from fkernel.analysis.observed import explain_observable
-from fkernel.analysis.parts import by_part, missed, norms_by, shares, summed
-from fkernel.analysis.significance import Permutations, Significance, permutation_rms, permutations, significance
+from fkernel.analysis.decomposition import Ledger, floor_from, ledger, rounding_floor
+from fkernel.analysis.other_steps import Alternative, Counterfactual, alternative_step, counterfactual
+from fkernel.analysis.parts import ENDS, by_part, missed, shares, summed
+from fkernel.analysis.permutation_test import Permutations, Significance, permutation_rms, permutations, significance
 from fkernel.analysis.structure import Clusters, Correlation, KernelPCA, alignment, clusters, correlations, kernel_pca
 from fkernel.analysis.sweep import DECADES, Sweep, step_sweep
 from fkernel.analysis.tokens import TokenChange, apart, token_change, token_kernel
+from fkernel.analysis.trace_shares import Health, Share, health
 from fkernel.analysis.uncertainty import (
     Interval,
     Ranks,
@@ -26,6 +25,7 @@ from fkernel.analysis.uncertainty import (
 
 __all__ = [
     "DECADES",
+    "ENDS",
     "Agreement",
     "Alternative",
     "Clusters",
@@ -50,14 +50,13 @@ __all__ = [
     "compare",
     "correlations",
     "counterfactual",
-    "explain_observable",
+    "floor_from",
     "group_sums",
     "health",
     "influence_interval",
     "kernel_pca",
     "ledger",
     "missed",
-    "norms_by",
     "permutation_rms",
     "permutations",
     "rank_interval",

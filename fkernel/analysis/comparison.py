@@ -18,10 +18,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
-
 from fkernel import func, tree
-from fkernel.engine.calibration import varies
+from fkernel.engine.correlation import mean_ranks, pearson
 from fkernel.engine.planning import usual_microbatch
 from fkernel.errors import BatchError
 from fkernel.func.objective import Function
@@ -80,6 +78,7 @@ def compare(
         BatchError: fewer than two sequences, or of different numbers.
 
     Example:
+        >>> import torch
         >>> from fkernel import precond
         >>> f = lambda params, x: x @ params["w"]
         >>> P = {"plain": precond.identity(), "other": precond.diagonal({"w": torch.tensor([1.0, 3.0])})}
@@ -96,8 +95,8 @@ def compare(
         influence = along(params, E, P(ascent))
         again = along(params, E, P(tree.scale(OTHER_SIZE, ascent))) / OTHER_SIZE
         if _varies(influence, again - influence):
-            r = (correlation(influence, realised), correlation(influence, batch))
-            found[name] = Agreement(influence, *r, correlation(ranks(influence), ranks(batch)))
+            r = (pearson(influence, realised), pearson(influence, batch))
+            found[name] = Agreement(influence, *r, pearson(mean_ranks(influence), mean_ranks(batch)))
         else:
             found[name] = Agreement(influence, float("nan"), float("nan"), float("nan"))
     return found
@@ -107,28 +106,3 @@ def _varies(influence: Tensor, rounding: Tensor) -> bool:
     """Tell whether an influence varies by more than its rounding."""
     x = influence.double()
     return float((x - x.mean()).norm()) > ROUNDINGS * float(rounding.double().norm())
-
-
-def correlation(x: Tensor, y: Tensor) -> float:
-    """Pearson's r of two [n]; NaN where one does not vary by more than rounding.
-
-    Example:
-        >>> correlation(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 4.0, 6.0]))
-        1.0
-    """
-    if not (varies(x) and varies(y)):
-        return float("nan")
-    x, y = ((each.double() - each.double().mean()) for each in (x, y))
-    return round(float((x / x.norm()) @ (y / y.norm())), 12)
-
-
-def ranks(x: Tensor) -> Tensor:
-    """Give ranks from 0, [n] float64; equal values share the mean of theirs, and all do where only rounding differs.
-
-    Example:
-        >>> ranks(torch.tensor([3.0, 1.0, 3.0]))
-        tensor([1.5000, 0.0000, 1.5000], dtype=torch.float64)
-    """
-    _, place, count = torch.unique(x if varies(x) else torch.zeros_like(x), return_inverse=True, return_counts=True)
-    last = count.cumsum(0).double()
-    return (last - (count.double() + 1) / 2)[place]

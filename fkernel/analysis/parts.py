@@ -18,8 +18,8 @@ import torch
 
 from fkernel import func, tree
 from fkernel.errors import TreeError, listing
-from fkernel.func.groups import by_kind, by_layer
-from fkernel.shapes import Tensor, Tree
+from fkernel.func import by_kind, by_layer
+from fkernel.shapes import Tensor
 
 ENDS = ("embedding", "positions", "head")
 """Kinds that common methods leave out."""
@@ -58,11 +58,9 @@ def summed(parts: Mapping[str, Tensor], names: Iterable[str], key: Callable[[str
         >>> summed({by_part(name): torch.ones(1) for name in names}, names, by_kind)
         {'MLP': tensor([2.])}
     """
-    group_of = _groups(parts, names, key)
     found: dict[str, Tensor] = {}
-    for part, value in parts.items():
-        group = group_of[part]
-        found[group] = found[group] + value if group in found else value
+    for part, group in _groups(parts, names, key).items():  # in the model's order, in whichever gradients came
+        found[group] = found[group] + parts[part] if group in found else parts[part]
     return found
 
 
@@ -78,30 +76,6 @@ def _groups(parts: Mapping[str, Tensor], names: Iterable[str], key: Callable[[st
                 f"whole parts. Take a coarser key, or split the kernel by this one: func.contract_by(x, y, key)."
             )
     return {part: groups[0] for part, groups in found.items()}
-
-
-def norms_by(
-    handles: func.Handles, key: Callable[[str], str] = by_part, *, diagonal: Tree | None = None
-) -> dict[str, func.SquaredNorms]:
-    """Compute ‖g‖² and ⟨g, D g⟩ of every sequence, {group: [n] each}; they add up to `func.squared_norms`.
-
-    Args:
-        handles: {name: [n, *shape]}, or handles.
-        key: name ↦ group.
-        diagonal: D, {name: [*shape]}; None for ones.
-
-    Example:
-        >>> J = {"wte.weight": torch.ones(1, 2), "lm_head.weight": torch.ones(1, 3)}
-        >>> {group: norms.plain.item() for group, norms in norms_by(J, by_kind).items()}
-        {'embedding': 2.0, 'head': 3.0}
-    """
-    return {
-        group: func.squared_norms(
-            {name: handles[name] for name in names},
-            diagonal=None if diagonal is None else {name: diagonal[name] for name in names},
-        )
-        for group, names in func.grouped(handles, key).items()
-    }
 
 
 def shares(groups: Mapping[str, Tensor]) -> dict[str, float]:

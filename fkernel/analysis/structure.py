@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 
+from fkernel.engine.correlation import mean_ranks, pearson, varies
 from fkernel.errors import BatchError, NonFiniteError, listing
 from fkernel.shapes import Tensor
 
@@ -215,9 +216,9 @@ def correlations(
     z = None if given is None else columns[given]
     return {
         name: Correlation(
-            _pearson(x, y),
-            _pearson(_mean_ranks(x), _mean_ranks(y)),
-            None if z is None else _pearson(_residual(x, z), _residual(y, z)),
+            _correlation(x, y),
+            _correlation(mean_ranks(x), mean_ranks(y)),
+            None if z is None else _correlation(_residual(x, z), _residual(y, z)),
         )
         for name, x in columns.items()
     }
@@ -300,25 +301,17 @@ def _numbers(x: Tensor, name: str, n: int) -> Tensor:
     return x.double()
 
 
-def _pearson(x: Tensor, y: Tensor) -> float | None:
-    """r_xy, or None where either is constant."""
-    a, b = x - x.mean(), y - y.mean()
-    if any(not bool(after.norm() > ROUNDING * before.norm()) for before, after in ((x, a), (y, b))):
-        return None
-    return min(1.0, max(-1.0, float((a @ b) / ((a @ a) * (b @ b)).sqrt())))
+def _correlation(x: Tensor, y: Tensor) -> float | None:
+    """r_xy, or None where either is constant: JSON has no NaN."""
+    r = pearson(x, y)
+    return None if r != r else r
 
 
 def _residual(x: Tensor, z: Tensor) -> Tensor:
     """What a line in z leaves of x, about 0; exactly 0 where it leaves rounding."""
     a, c = x - x.mean(), z - z.mean()
-    if not bool(c.norm() > ROUNDING * z.norm()):
+    if not varies(z):
         return a
     c = c / c.norm()
     left = a - (a @ c) * c
     return torch.where(left.norm() > ROUNDING * a.norm(), left, 0.0)
-
-
-def _mean_ranks(x: Tensor) -> Tensor:
-    """Ranks from 1; equal ones share the mean of theirs."""
-    _, place, counts = torch.unique(x, return_inverse=True, return_counts=True)
-    return (counts.cumsum(0) - (counts - 1) / 2).double()[place]

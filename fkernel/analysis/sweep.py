@@ -16,9 +16,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from fkernel import func, tree
-from fkernel.analysis.ledger import rounding_floor
+from fkernel.analysis.decomposition import rounding_floor
+from fkernel.engine import recycled
 from fkernel.engine.planning import usual_microbatch
-from fkernel.engine.recycling import recycled
 from fkernel.errors import BatchError, NonFiniteError
 from fkernel.func.evaluate import evaluate_in_float64
 from fkernel.func.objective import Function

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fkernel import func
-from fkernel.engine.fisher import kernel
+from fkernel.engine import kernel
 from fkernel.engine.planning import usual_microbatch
 from fkernel.errors import BatchError
 from fkernel.func import Sequences

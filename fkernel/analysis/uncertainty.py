@@ -22,11 +22,12 @@ a rank depends on which prompts were drawn, no more.
 
 The x_g are sums under one P, which other prompts would have changed as well: where v' holds g², D falls as |g| grows,
 and g·D varies less than g. In a run's first step, errors under the step's own D are 20 times the standard deviation
-of redrawn batches. Take C under the P of `permutation_rms` (`fkernel.analysis.significance`) for the width, and put it
-around the influence: with D recomputed for every redrawn batch, such intervals of 90% hold 89 to 97 of a hundred.
+of redrawn batches. Take C under the P of `permutation_rms` (`fkernel.analysis.permutation_test`) for the width, and
+put it around the influence: with D recomputed for every redrawn batch, such intervals of 90% hold 89 to 97 of a
+hundred.
 
 What is drawn is drawn once for all rows of a kernel, which may then come in blocks. Whether a contribution is more than
-chance is another question: `fkernel.analysis.significance`.
+chance is another question: `fkernel.analysis.permutation_test`.
 
 Sources: B. Efron & R. Tibshirani, "An introduction to the bootstrap" (1993), chapters 6, 11 and 13; A. Cameron, J.
 Gelbach & D. Miller, "Bootstrap-based improvements for inference with clustered errors" (2008), for groups.

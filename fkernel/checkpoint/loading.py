@@ -20,8 +20,8 @@ from fkernel.checkpoint.model import ADAPTER, HUB, load_adapter, load_model, loa
 from fkernel.checkpoint.optimizer import Names, adamw_state, names_of, plain_state
 from fkernel.checkpoint.unread import unread_optimizers
 from fkernel.checkpoint.weights import architecture, filled, read_safetensors
-from fkernel.engine.store.fingerprint import fingerprint
 from fkernel.errors import CheckpointError, CheckpointWarning, ModelError, OptimizerStateError, listing
+from fkernel.io import fingerprint
 from fkernel.precond import AdamWState
 from fkernel.shapes import Tree
 
@@ -119,7 +119,8 @@ def load(
     if str(path).startswith(HUB):
         policy = load_model(path, dtype=dtype, trust_remote_code=trust_remote_code)
         tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-        return Checkpoint(policy, tokenizer, None, None, Provenance(str(path), "hub", _fingerprint(policy)))
+        known_by = fingerprint(dict(policy.named_parameters()))
+        return Checkpoint(policy, tokenizer, None, None, Provenance(str(path), "hub", known_by))
     layout = find_layout(path)
     if layout.needs_model and model is None:
         raise ModelError(
@@ -159,7 +160,7 @@ def load(
         provenance=Provenance(
             path=str(path),
             layout=layout.kind,
-            fingerprint=_fingerprint(policy),
+            fingerprint=fingerprint(dict(policy.named_parameters())),
             optimizer=str(layout.optimizer or layout.model) if state else None,
             base=None if base is None else str(base),
         ),
@@ -205,11 +206,6 @@ def _advice(path: str | Path, unread: list[Path]) -> str:
         f"recognised, or of the directory above: load that one; or convert it to one optimizer.pt of the whole model "
         f"beside the weights. Say optimizer=False to load the weights without it: then no step can be explained."
     )
-
-
-def _fingerprint(model: torch.nn.Module) -> str:
-    parameters: Tree = {name: leaf.detach() for name, leaf in model.named_parameters()}
-    return fingerprint(parameters)
 
 
 def _state_dicts(layout: Layout, optimizer: bool) -> tuple[Mapping[str, Any], Any]:

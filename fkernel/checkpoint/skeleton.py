@@ -16,7 +16,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fkernel import tree
-from fkernel.engine.budget import parse_bytes
 from fkernel.engine.planning.curve import Curve
 from fkernel.engine.planning.estimate import Estimate, weighed
 from fkernel.engine.planning.machine import rates
@@ -32,6 +31,7 @@ from fkernel.func.logprob import sequence_logprob
 from fkernel.func.objective import Objective, bare
 from fkernel.func.rows import ONE_AT_A_TIME, make_plan
 from fkernel.func.work import Work
+from fkernel.io import parse_bytes
 from fkernel.shapes import Tree
 
 SHAPE = (

@@ -62,7 +62,7 @@ def execute(plan: Any, overwrite: bool, log: str) -> Any:
         if plan.storage.pictures:
             report.draw_all(results, out / "pictures")
             for name, result in results.requests.items():
-                if "tokens" in result.analyses and "left_out" not in result.analyses["tokens"].facts:
+                if "tokens" in result.analyses and result.analyses["tokens"].skipped is None:
                     page = out / "pictures" / f"{name}_tokens.html"
                     page.write_text(report.token_html(result), encoding="utf-8")
     return results
@@ -121,8 +121,10 @@ def query(
         with importing():
             from dataclasses import asdict
 
-            from fkernel.study import entry_of, load_workspace
+            from fkernel.study import FisherKernelPlan, FisherKernelRunner, entry_of, load_workspace, read_plan
         with load_workspace(workspace) as opened:
+            if plan is not None and opened.gradients.walked:
+                FisherKernelRunner(read_plan(plan, FisherKernelPlan)).adopt(opened)
             entry = entry_of(opened, *(_cache(opened, name, batch or [], plan, workspace) for name in (one, other)))
         if as_json:
             typer.echo(json.dumps(asdict(entry), indent=1))
@@ -238,7 +240,7 @@ def show_results(results: Any, rows: int, request: str | None = None) -> None:
         console.print(report.effects_table(result, rows))
         if result.calibration:
             console.print(report.calibration_table(result))
-        for table in report.analysis_tables(result, rows):
+        for table in report.request_tables(result, rows):
             console.print(table, highlight=False)
     if request is None:
         say_step(results)

@@ -1,7 +1,7 @@
 """The demo's policy: a small real model, trained here, and real REINFORCE steps whose last one is kept.
 
-Nothing in this room knows the engine: it makes the checkpoint, the batches and the truth that the engine is
-then asked to explain, with torch and transformers alone.
+Nothing in this room knows the engine: the policy is trained, and its steps are taken, with torch and transformers
+alone, on batches that `fkernel.rollout` samples.
 """
 
 from fkernel.demo.cache import DemoConfig, cache_key, default_cache_root, prepare, seeded

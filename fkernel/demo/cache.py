@@ -3,18 +3,15 @@
 <root>/<key>/
   model/            the policy before the last step: config, safetensors, tokenizer
   optimizer.pt      AdamW's state_dict before the last step, parameter names recorded
-  update.json       U: the last step's batch, with advantages and loss weights
-  update/           the same, as `fkernel.rollout.save_batch` writes a batch
+  update/           U: the last step's batch, with advantages and loss weights (`fkernel.rollout.load_batch`)
   train.jsonl       the problems that were trained on, one a line; test.jsonl those that were held out
   after/model/      the policy after the last step
   step.json         the numbers of the run
   complete.json     sizes of all other files; written last
 """
 
-import hashlib
 import json
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,17 +22,18 @@ from pathlib import Path
 import torch
 from rich.progress import Progress
 
-from fkernel.demo.handed import hand_over
+from fkernel.demo.export import write_json, write_prompts
 from fkernel.demo.policy import PolicyConfig, SupervisionConfig, build_model, count_parameters, supervise
-from fkernel.demo.records import read_json, write_json
-from fkernel.demo.reinforce import ReinforceConfig, reinforce, write_step
+from fkernel.demo.reinforce import ReinforceConfig, reinforce
 from fkernel.demo.task import TaskConfig, splits
 from fkernel.demo.tokenizer import build_tokenizer
-from fkernel.places import default_cache_root
+from fkernel.io import atomic_directory, default_cache_root, hash_json
+from fkernel.rollout import SampleGenerator, Sampling
 
 COMPLETE = "complete.json"
-# Every module whose text decides what lands on disk; progress bars do not.
-MODULES = ("cache", "handed", "policy", "records", "reinforce", "sampling", "score", "task", "tokenizer")
+# Rooms and modules whose text decides nothing of what lands on disk; that of all others does.
+AFTERWARDS = {"__init__.py", "analysis", "cli", "engine", "precond", "report", "study"}
+BESIDE = {"demo/explain.py", "demo/progress.py"}
 PACKAGES = ("torch", "transformers", "tokenizers")
 
 
@@ -73,21 +71,23 @@ def versions() -> dict[str, str]:
 
 
 def sources() -> dict[str, str]:
-    """Text of the modules that decide what is computed, by file name."""
-    here = Path(__file__).parent
-    return {name: (here / f"{name}.py").read_text(encoding="utf-8") for name in MODULES}
+    """Text of the modules that decide what is computed, by their place in the package."""
+    package = Path(__file__).parents[1]
+    files = [path.relative_to(package) for path in package.rglob("*.py")]
+    kept = [path for path in files if path.parts[0] not in AFTERWARDS and path.as_posix() not in BESIDE]
+    return {path.as_posix(): (package / path).read_text(encoding="utf-8") for path in kept}
 
 
 def cache_key(config: DemoConfig) -> str:
     """SHA-256 over all configurations, the text of the making modules and the packages' versions, in hex."""
     determined_by = {"config": asdict(config), "sources": sources(), "versions": versions()}
-    return hashlib.sha256(json.dumps(determined_by, sort_keys=True).encode()).hexdigest()
+    return hash_json(determined_by)
 
 
 def is_complete(directory: Path) -> bool:
     """Whether a prepared directory holds every file that its maker wrote, at its size."""
     try:
-        sizes: dict[str, int] = read_json(directory / COMPLETE)
+        sizes: dict[str, int] = json.loads((directory / COMPLETE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return all((directory / name).is_file() and (directory / name).stat().st_size == n for name, n in sizes.items())
@@ -116,13 +116,15 @@ def prepare(config: DemoConfig, cache_root: Path | None = None, progress: Progre
     if is_complete(final):
         return final
     root.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f"{key[:12]}.partial-", dir=root))
     try:
-        with _threads(config.threads):
-            _make(config, work, key, progress)
-        _publish(work, final)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)  # renamed away by now, unless something failed
+        with atomic_directory(final) as work:
+            with _threads(config.threads):
+                _make(config, work, key, progress)
+            if final.exists() and not is_complete(final):  # a damaged one
+                shutil.rmtree(final)
+    except OSError:  # another process may have made it meanwhile: its directory stays
+        if not is_complete(final):
+            raise
     return final
 
 
@@ -139,34 +141,26 @@ def _threads(count: int) -> Iterator[None]:
 
 def _make(config: DemoConfig, directory: Path, key: str, progress: Progress | None) -> None:
     """Do all the work in ``directory``, whose `COMPLETE` file comes last."""
-    train, held_out = splits(config.task)
-    tokenizer = build_tokenizer()
+    prompts, tokenizer = splits(config.task), build_tokenizer()
+    sampling = Sampling(config.reinforce.temperature, max_new_tokens=config.reinforce.max_new_tokens)
     model = build_model(config.policy, tokenizer)
+    policy = SampleGenerator(model, tokenizer, prompts, sampling=sampling, template="bare", microbatch=256)
     began = time.perf_counter()
-    supervised = supervise(model, tokenizer, train, held_out, config.supervision, progress)
+    supervised = supervise(policy, prompts, config.supervision, progress)
     supervised_at = time.perf_counter()
-    infos = reinforce(model, tokenizer, train, config.reinforce, directory, progress)
-    hand_over(directory, train, held_out, config.reinforce)
+    steps = reinforce(policy, config.reinforce, directory, progress)
+    write_prompts(directory, prompts)
     facts = {
+        **asdict(steps[-1]),
+        "steps_before": len(steps) - 1,
+        "history": [asdict(step) for step in steps],
         "key": key,
         "config": asdict(config),
         "parameters": count_parameters(model),
         "supervision": asdict(supervised),
-        "accuracy_before_rl": supervised.accuracy,
         "seconds": {"supervision": supervised_at - began, "reinforce": time.perf_counter() - supervised_at},
         "versions": versions(),
     }
-    write_step(directory, infos, config.reinforce, facts)
+    write_json(directory / "step.json", facts)
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     write_json(directory / COMPLETE, {p.relative_to(directory).as_posix(): p.stat().st_size for p in files})
-
-
-def _publish(work: Path, final: Path) -> None:
-    """Rename ``work`` to ``final``; a damaged ``final`` makes way, a complete one from another run wins."""
-    if final.exists() and not is_complete(final):
-        shutil.rmtree(final)
-    try:
-        work.rename(final)
-    except OSError:
-        if not is_complete(final):
-            raise

@@ -20,8 +20,8 @@ def demo_plan(directory: Path, out: Path, seed: int = 0) -> FisherKernelPlan:
         out: where results go.
         seed: of what is sampled.
     """
-    asked = yaml.safe_load((resources.files("fkernel.demo") / "plan.yaml").read_text(encoding="utf-8"))
-    filled = _filled(asked, {"policy": str(directory), "out": str(out)})
+    template = yaml.safe_load((resources.files("fkernel.demo") / "plan.yaml").read_text(encoding="utf-8"))
+    filled = _filled(template, {"policy": str(directory), "out": str(out)})
     return FisherKernelPlan.model_validate(filled).seeded(seed)
 
 

@@ -5,20 +5,21 @@ some wrong, and a policy that is always right (or never) has none.
 """
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.progress import Progress
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from fkernel.demo.progress import silent
-from fkernel.demo.sampling import accuracy, forked_rng, sample
-from fkernel.demo.task import Problem
-from fkernel.demo.tokenizer import EOS, PAD, encode, token_id
 from fkernel.errors import DemoError
+from fkernel.func import pad
+from fkernel.rollout import Rows, SampleGenerator
 
 IGNORED = -100  # cross_entropy's own mark for positions without a target
 
@@ -60,8 +61,6 @@ class SupervisionConfig:
         check_problems: held-out problems sampled at a check, one completion each.
         stop_at: training stops at the first check with at least this accuracy.
         band: accuracy that the policy must end with, inclusive.
-        temperature: sampling temperature of the checks.
-        max_new_tokens: tokens a sampled response may have, EOS included.
         seed: seed of the batches and of the checks.
     """
 
@@ -76,8 +75,6 @@ class SupervisionConfig:
     check_problems: int = 512
     stop_at: float = 0.55
     band: tuple[float, float] = (0.4, 0.8)
-    temperature: float = 1.0
-    max_new_tokens: int = 5
     seed: int = 0
 
 
@@ -97,7 +94,10 @@ class Supervised:
 
 
 def build_model(config: PolicyConfig, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
-    """A fresh fp32 model: tied embeddings, eager attention, no dropout. Global random state is untouched."""
+    """A fresh fp32 model: tied embeddings, eager attention, no dropout. Global random state is untouched.
+
+    It is in eval mode, and stays there: nothing is dropped in either, and the explained forward is then this one.
+    """
     model_config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=config.width,
@@ -109,14 +109,16 @@ def build_model(config: PolicyConfig, tokenizer: PreTrainedTokenizerFast) -> Qwe
         initializer_range=config.initializer_range,
         attention_dropout=0.0,
         tie_word_embeddings=True,
-        pad_token_id=token_id(tokenizer, PAD),
-        eos_token_id=token_id(tokenizer, EOS),
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
         attn_implementation="eager",  # type: ignore[call-arg]  # a keyword of every configuration, undeclared
         dtype=torch.float32,
     )
-    with forked_rng(config.seed):
-        return Qwen2ForCausalLM(model_config)
+    with torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed: that one also seeds every accelerator, which the fork above does not restore.
+        torch.default_generator.manual_seed(config.seed)
+        return Qwen2ForCausalLM(model_config).eval()
 
 
 def count_parameters(model: torch.nn.Module) -> int:
@@ -124,45 +126,38 @@ def count_parameters(model: torch.nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def supervised_tensors(tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem]) -> tuple[Tensor, Tensor]:
+def supervised_tensors(tokenizer: Any, problems: Rows) -> tuple[Tensor, Tensor]:
     """Problems as inputs and next-token targets.
 
     Args:
         tokenizer: the demo's tokenizer.
-        problems: n problems.
+        problems: n problems with their answers.
 
     Returns:
         ``(inputs, targets)``, both [n t] int64: ``targets[:, i]`` is what should follow ``inputs[:, i]``, on
         answer and EOS only; everywhere else it is ignored. Inputs are right-padded, so a causal model needs
         no mask to keep padding away from what is scored.
     """
-    eos, pad = token_id(tokenizer, EOS), token_id(tokenizer, PAD)
-    prompts = [encode(tokenizer, p.prompt) for p in problems]
-    answers = [[*encode(tokenizer, p.answer), eos] for p in problems]
-    length = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
-    tokens = torch.full((len(problems), length), pad)
-    labels = torch.full((len(problems), length), IGNORED)
-    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        tokens[i, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
-        labels[i, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
-    return tokens[:, :-1], labels[:, 1:]
+    pairs = [
+        (tokenizer.encode(each.question), tokenizer.encode(f"{each.answer}{tokenizer.eos_token}")) for each in problems
+    ]
+    batch = pad([question for question, _ in pairs], [answer for _, answer in pairs], tokenizer.pad_token_id)
+    targets = batch.input_ids.masked_fill(~batch.response_mask, IGNORED)
+    return batch.input_ids[:, :-1], targets[:, 1:]
 
 
 def supervise(
-    model: Qwen2ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    train: Sequence[Problem],
-    held_out: Sequence[Problem],
+    policy: SampleGenerator,
+    prompts: Mapping[str, Rows],
     config: SupervisionConfig,
     progress: Progress | None = None,
 ) -> Supervised:
-    """Train ``model`` in place by cross-entropy until its sampled accuracy reaches ``config.stop_at``.
+    """Train a policy in place by cross-entropy until its sampled accuracy reaches ``config.stop_at``.
 
     Args:
-        model: the policy; left in eval mode.
-        tokenizer: the demo's tokenizer.
-        train: problems to learn from.
-        held_out: problems to check on; the first ``config.check_problems`` are used.
+        policy: the policy, which samples from the same problems.
+        prompts: problems to learn from, "train", and to check on, "test", of which the first
+            ``config.check_problems`` are used.
         config: how.
         progress: where to draw; nothing is drawn without it.
 
@@ -174,33 +169,32 @@ def supervise(
     """
     progress = progress or silent()
     bar = progress.add_task("supervision", total=config.max_steps)
-    inputs, targets = supervised_tensors(tokenizer, train)
+    model, checked = policy.model, range(min(config.check_problems, len(prompts["test"])))
+    inputs, targets = supervised_tensors(policy.tokenizer, prompts["train"])
     generator = torch.Generator().manual_seed(config.seed)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.lr, betas=(0.9, config.beta2), weight_decay=config.weight_decay
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / config.warmup))
-    model.train()
     result = Supervised(0, math.nan, math.nan)
     for step in range(1, config.max_steps + 1):
-        rows = torch.randint(len(train), (config.batch,), generator=generator)
+        rows = torch.randint(len(inputs), (config.batch,), generator=generator)
         loss = _supervised_step(model, optimizer, inputs[rows], targets[rows], config.max_norm)
         schedule.step()
         if step % config.check_every == 0 or step == config.max_steps:
-            result = Supervised(step, loss, _check(model, tokenizer, held_out, config, seed=config.seed + step))
+            result = Supervised(step, loss, _accuracy(policy, checked, config.seed + step))
             text = f"supervision  loss {loss:.3f}  accuracy {result.accuracy:4.0%} (until {config.stop_at:.0%})"
             progress.update(bar, description=text)
             if result.accuracy >= config.stop_at:
                 break
         progress.update(bar, completed=step)
     progress.update(bar, total=result.steps, completed=result.steps)
-    model.eval()
     _require_band(result, config)
     return result
 
 
 def _supervised_step(
-    model: Qwen2ForCausalLM,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     inputs: Tensor,
     targets: Tensor,
@@ -216,18 +210,11 @@ def _supervised_step(
     return loss.item()
 
 
-def _check(
-    model: Qwen2ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    held_out: Sequence[Problem],
-    config: SupervisionConfig,
-    seed: int,
-) -> float:
-    """Sampled exact match on the first held-out problems, one completion each."""
-    problems = held_out[: config.check_problems]
-    return accuracy(
-        sample(model, tokenizer, problems, 1, config.temperature, config.max_new_tokens, seed, prefix="check")
-    )
+def _accuracy(policy: SampleGenerator, problems: Sequence[int], seed: int) -> float:
+    """Sampled exact match on some held-out problems, one completion each."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a policy that has learned little samples padding, and does not end
+        return policy.generate_from_prompt_ids(problems, seed=seed, reward_cfg="exact").rewards.mean().item()
 
 
 def _require_band(result: Supervised, config: SupervisionConfig) -> None:

@@ -8,25 +8,17 @@ The checkpoint is taken after the last step's batch was sampled and before its g
 the state in which that step can be explained.
 """
 
-import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from rich.progress import Progress
-from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
-from transformers.utils import logging as transformers_logging
+from torch import Tensor, nn
 
+from fkernel.demo.export import write_before_step, write_model
 from fkernel.demo.progress import silent
-from fkernel.demo.records import Record, write_json, write_records
-from fkernel.demo.sampling import Sample, accuracy, sample
-from fkernel.demo.score import sequence_logprob, tokens
-from fkernel.demo.task import Problem
-from fkernel.demo.tokenizer import PAD, token_id
 from fkernel.errors import DemoError
+from fkernel.rollout import GeneratedBatch, SampleGenerator
 
 
 @dataclass(frozen=True)
@@ -44,7 +36,7 @@ class ReinforceConfig:
         max_new_tokens: tokens a response may have, EOS included.
         min_groups: groups of the last batch that must hold both right and wrong answers; the others have
             advantage zero throughout.
-        seed: seed of the problems' order and of all sampling.
+        seed: seed of all sampling.
     """
 
     steps: int = 5
@@ -88,42 +80,35 @@ class StepInfo:
     clip_factor: float
 
 
-def advantages(rewards: Tensor, completions: int) -> Tensor:
-    """Reward minus the mean of its group.
+def sequence_logprob(model: nn.Module, batch: GeneratedBatch, temperature: float) -> Tensor:
+    """S(x) = Σ over the response of log softmax(logits / τ) at the token that was sampled.
+
+    It is written once more, in plain torch: what the demo trains on must not come from the engine that explains it.
 
     Args:
-        rewards: [n], group by group.
-        completions: size of a group; divides n.
-
-    Returns:
-        [n]; sums to zero in every group.
-    """
-    grouped = rewards.reshape(-1, completions)
-    return (grouped - grouped.mean(1, keepdim=True)).flatten()
-
-
-def backward(
-    model: Qwen2ForCausalLM, samples: Sequence[Sample], advantage: Tensor, pad: int, temperature: float
-) -> float:
-    """Replace the model's gradients by ∇L of one batch, unclipped.
-
-    Args:
-        model: the policy in eval mode.
-        samples: N samples.
-        advantage: A, [N].
-        pad: id of the padding token.
+        model: a Hugging Face causal language model in eval mode.
+        batch: n sequences.
         temperature: τ.
 
     Returns:
-        L.
+        [n], nats.
     """
+    input_ids, attention_mask, response_mask = batch.sequences
+    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+    logp = torch.log_softmax(logits[:, :-1] / temperature, dim=-1)  # [n t-1 v]: position i predicts token i+1
+    picked = logp.gather(-1, input_ids[:, 1:, None])[..., 0]
+    return (picked * response_mask[:, 1:]).sum(-1)
+
+
+def backward(model: nn.Module, batch: GeneratedBatch, temperature: float) -> float:
+    """Replace the model's gradients by ∇L of one batch, unclipped; return L."""
     model.zero_grad(set_to_none=True)
-    loss = -(advantage * sequence_logprob(model, tokens(samples, pad), temperature)).sum() / len(samples)
+    loss = -(batch.loss_weights * sequence_logprob(model, batch, temperature)).sum()
     loss.backward()
     return loss.item()
 
 
-def clip(model: torch.nn.Module, max_norm: float) -> tuple[float, float]:
+def clip(model: nn.Module, max_norm: float) -> tuple[float, float]:
     """Clip the model's gradients in place.
 
     Args:
@@ -137,35 +122,16 @@ def clip(model: torch.nn.Module, max_norm: float) -> tuple[float, float]:
     return norm, min(1.0, max_norm / (norm + 1e-6))
 
 
-def make_optimizer(model: torch.nn.Module, config: ReinforceConfig) -> torch.optim.AdamW:
-    """AdamW over NAMED parameters, so that its state_dict says which moments belong to which parameter."""
-    return torch.optim.AdamW(model.named_parameters(), lr=config.lr, weight_decay=config.weight_decay)
-
-
-def save_model(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
-    """Write a model and its tokenizer in Hugging Face's format."""
-    with _without_transformers_bars():
-        model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
-
-
 def reinforce(
-    model: Qwen2ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    train: Sequence[Problem],
-    config: ReinforceConfig,
-    directory: Path,
-    progress: Progress | None = None,
+    policy: SampleGenerator, config: ReinforceConfig, directory: Path, progress: Progress | None = None
 ) -> list[StepInfo]:
-    """Take ``config.steps`` real steps with ``model`` and keep the last one.
+    """Take ``config.steps`` real steps and keep the last one.
 
-    Writes ``model/``, ``optimizer.pt`` and ``update.json`` before the last step is applied, ``after/model/``
+    Writes ``model/``, ``optimizer.pt`` and ``update/`` before the last step is applied, ``after/model/``
     afterwards.
 
     Args:
-        model: the supervised policy; changed in place.
-        tokenizer: the demo's tokenizer.
-        train: problems to draw batches from, without replacement.
+        policy: the supervised policy with its problems, those of "train" among them; its model is changed in place.
         config: the steps.
         directory: where to write; exists.
         progress: where to draw; nothing is drawn without it.
@@ -174,114 +140,35 @@ def reinforce(
         One `StepInfo` a step.
 
     Raises:
-        ValueError: too few problems for the configuration.
+        RolloutError: there are fewer problems than a step asks for.
         DemoError: too few groups of the last batch hold both right and wrong answers.
     """
-    _require_problems(train, config)
     progress = progress or silent()
     bar = progress.add_task("REINFORCE", total=config.steps)
-    pad = token_id(tokenizer, PAD)
-    order = random.Random(config.seed).sample(train, config.steps * config.prompts)
-    optimizer = make_optimizer(model, config)
-    model.eval()  # no layer drops anything in either mode; said so that the explained forward is this one
-    infos: list[StepInfo] = []
+    model = policy.model
+    # Parameters by NAME, so that the state_dict says which moments belong to which.
+    optimizer = torch.optim.AdamW(model.named_parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    steps: list[StepInfo] = []
     for step in range(1, config.steps + 1):
-        problems = order[(step - 1) * config.prompts : step * config.prompts]
-        batch = _draw(model, tokenizer, problems, config.completions, config, 2 * step, "U")
-        advantage = advantages(torch.tensor([s.reward for s in batch]), config.completions)
+        seed = config.seed * config.steps + step  # every batch of every run has a stream of its own
+        batch = policy.generate_update_batch(config.prompts, config.completions, seed=seed, reward_cfg="exact")
+        signal = len(set(batch.groups[batch.advantages != 0].tolist()))
         if step == config.steps:
-            _require_signal(advantage, config)
-            save_model(model, tokenizer, directory / "model")
-            torch.save(optimizer.state_dict(), directory / "optimizer.pt")
-            _write_batch(directory, batch, advantage)
-        loss = backward(model, batch, advantage, pad, config.temperature)
+            _require_signal(signal, config)
+            write_before_step(directory, policy, optimizer, batch)
+        loss = backward(model, batch, config.temperature)
         norm, factor = clip(model, config.max_norm)
         optimizer.step()
-        infos.append(StepInfo(step, accuracy(batch), _signal(advantage, config.completions), loss, norm, factor))
-        progress.update(bar, completed=step, description=f"REINFORCE    reward {infos[-1].mean_reward:.3f}")
-    save_model(model, tokenizer, directory / "after" / "model")
-    return infos
+        steps.append(StepInfo(step, batch.rewards.mean().item(), signal, loss, norm, factor))
+        progress.update(bar, completed=step, description=f"REINFORCE    reward {steps[-1].mean_reward:.3f}")
+    write_model(directory / "after" / "model", policy)
+    return steps
 
 
-def write_step(directory: Path, infos: Sequence[StepInfo], config: ReinforceConfig, facts: dict[str, object]) -> None:
-    """Write ``step.json``: the last step's numbers, all steps' history, the configuration and further facts.
-
-    Args:
-        directory: where.
-        infos: what `reinforce` returned.
-        config: its configuration.
-        facts: anything else worth keeping, JSON-serialisable.
-    """
-    last = infos[-1]
-    write_json(
-        directory / "step.json",
-        {
-            "steps_before": last.step - 1,
-            "step": last.step,
-            "lr": config.lr,
-            "weight_decay": config.weight_decay,
-            "temperature": config.temperature,
-            "max_norm": config.max_norm,
-            "loss": last.loss,
-            "gradient_norm": last.gradient_norm,
-            "clip_factor": last.clip_factor,
-            "groups_with_signal": last.groups_with_signal,
-            "history": [asdict(info) for info in infos],
-            **facts,
-        },
-    )
-
-
-@contextmanager
-def _without_transformers_bars() -> Iterator[None]:
-    """Keep the library's own bars from drawing into ours; as it was before afterwards."""
-    enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            transformers_logging.enable_progress_bar()
-
-
-def _draw(
-    model: Qwen2ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    problems: Sequence[Problem],
-    completions: int,
-    config: ReinforceConfig,
-    stream: int,
-    prefix: str,
-) -> list[Sample]:
-    """Sample one batch; every batch of a run has its own stream of random numbers."""
-    seed = config.seed * 1_000_003 + stream
-    return sample(model, tokenizer, problems, completions, config.temperature, config.max_new_tokens, seed, prefix)
-
-
-def _write_batch(directory: Path, batch: list[Sample], advantage: Tensor) -> None:
-    """Write U with its advantages and weights."""
-    update = [Record(s, a, 1 / len(batch)) for s, a in zip(batch, advantage.tolist(), strict=True)]
-    write_records(directory / "update.json", update)
-
-
-def _signal(advantage: Tensor, completions: int) -> int:
-    """Number of groups whose advantages are not all zero."""
-    return int((advantage.reshape(-1, completions) != 0).any(1).sum())
-
-
-def _require_signal(advantage: Tensor, config: ReinforceConfig) -> None:
-    found = _signal(advantage, config.completions)
-    if found < config.min_groups:
+def _require_signal(groups: int, config: ReinforceConfig) -> None:
+    if groups < config.min_groups:
         raise DemoError(
-            f"only {found} of {config.prompts} groups of the last batch hold both right and wrong answers, "
+            f"only {groups} of {config.prompts} groups of the last batch hold both right and wrong answers, "
             f"at least {config.min_groups} are needed for a gradient worth explaining; train to an accuracy "
             "nearer 50 % or use another seed"
-        )
-
-
-def _require_problems(train: Sequence[Problem], config: ReinforceConfig) -> None:
-    needed = config.steps * config.prompts
-    if len(train) < needed:
-        raise ValueError(
-            f"{config.steps} steps of {config.prompts} prompts need {needed} training problems; got {len(train)}"
         )

@@ -3,6 +3,8 @@
 import random
 from dataclasses import dataclass
 
+from fkernel.rollout import Rows
+
 ALPHABET = "0123456789+-="
 
 
@@ -31,58 +33,31 @@ class TaskConfig:
             raise ValueError(f"held_out must lie in 1..{total - 1} of the {total} problems; got {self.held_out}")
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One question and its only right answer.
+def problem(a: int, sign: str, b: int) -> dict[str, str]:
+    """One question, always six characters, and its only right answer.
 
-    Attributes:
-        id: the problem's name, unique over the whole task, e.g. ``add-37-85``.
-        prompt: what the policy reads, always six characters, e.g. ``37+85=``.
-        answer: what it should write, e.g. ``122`` or ``-48``.
+    Example:
+        >>> problem(37, "-", 85)
+        {'question': '37-85=', 'answer': '-48'}
     """
-
-    id: str
-    prompt: str
-    answer: str
+    return {"question": f"{a}{sign}{b}=", "answer": str(a + b if sign == "+" else a - b)}
 
 
-def addition(a: int, b: int) -> Problem:
-    """The problem a + b.
-
-    >>> addition(37, 85)
-    Problem(id='add-37-85', prompt='37+85=', answer='122')
-    """
-    return Problem(f"add-{a}-{b}", f"{a}+{b}=", str(a + b))
-
-
-def subtraction(a: int, b: int) -> Problem:
-    """The problem a - b.
-
-    >>> subtraction(37, 85)
-    Problem(id='sub-37-85', prompt='37-85=', answer='-48')
-    """
-    return Problem(f"sub-{a}-{b}", f"{a}-{b}=", str(a - b))
-
-
-def splits(config: TaskConfig) -> tuple[list[Problem], list[Problem]]:
+def splits(config: TaskConfig) -> dict[str, Rows]:
     """All problems, shuffled and cut in two.
 
     Args:
         config: the operands' range, the size of the held-out part and the seed.
 
     Returns:
-        ``(train, held_out)``: disjoint, together every problem once, the same for the same config.
+        Prompts by split, "train" and "test": disjoint, together every problem once, the same for the same config.
+
+    Example:
+        >>> {name: len(prompts) for name, prompts in splits(TaskConfig()).items()}
+        {'train': 15200, 'test': 1000}
     """
     operands = range(config.low, config.high + 1)
-    problems = [make(a, b) for make in (addition, subtraction) for a in operands for b in operands]
+    problems = [problem(a, sign, b) for sign in "+-" for a in operands for b in operands]
     random.Random(config.seed).shuffle(problems)
-    return problems[config.held_out :], problems[: config.held_out]
-
-
-def reward(problem: Problem, response_text: str) -> float:
-    """1 for exactly the answer, 0 for anything else, spaces and leading zeros included.
-
-    >>> reward(addition(10, 10), "20"), reward(addition(10, 10), "020")
-    (1.0, 0.0)
-    """
-    return 1.0 if response_text == problem.answer else 0.0
+    parts = {"train": problems[config.held_out :], "test": problems[: config.held_out]}
+    return {name: Rows("demo", name, part) for name, part in parts.items()}

@@ -28,38 +28,3 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         padding_side="right",
         clean_up_tokenization_spaces=False,
     )
-
-
-def token_id(tokenizer: PreTrainedTokenizerFast, name: str) -> int:
-    """The id of the special token PAD or EOS.
-
-    Args:
-        tokenizer: the demo's tokenizer.
-        name: the token's text.
-
-    Raises:
-        ValueError: the tokenizer has no such token.
-    """
-    found = tokenizer.get_vocab().get(name)
-    if found is None:
-        raise ValueError(f"the tokenizer has no token {name!r}; the demo needs the one from build_tokenizer()")
-    return found
-
-
-def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    """The ids of a text, nothing added before or after it.
-
-    Raises:
-        ValueError: a character is outside the alphabet; byte-pair models drop such characters silently.
-    """
-    unknown = sorted(set(text) - set(ALPHABET))
-    if unknown:
-        raise ValueError(f"cannot encode {text!r}: {unknown} not in the alphabet {ALPHABET!r}")
-    return list(tokenizer.encode(text, add_special_tokens=False))
-
-
-def decode(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
-    """The text of ids, special tokens shown: a padding token that was sampled must not read as nothing."""
-    text = tokenizer.decode(ids, skip_special_tokens=False)
-    assert isinstance(text, str)  # a list only for a batch of ids
-    return text

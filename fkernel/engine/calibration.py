@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
-
+from fkernel.engine.correlation import pearson, varies
 from fkernel.errors import BatchError
 from fkernel.shapes import Tensor
-
-ROUNDING = 8
-"""Roundoffs of its dtype, relative to ‖x‖, up to which the spread of x is rounding."""
 
 
 class Calibration(NamedTuple):
@@ -56,24 +52,7 @@ def calibrate(predicted: Tensor, realised: Tensor) -> Calibration:
             "defined; take sequences that move by different amounts."
         )
     return Calibration(
-        pearson=round(float((p0 / p0.norm()) @ (r0 / r0.norm())), 12),
+        pearson=pearson(predicted, realised),
         slope=float(p0 @ r0 / (p0 @ p0)),
         relative_error=float((p - r).norm() / r.norm()),
     )
-
-
-def varies(x: Tensor) -> bool:
-    """Tell whether numbers differ by more than rounding.
-
-    ‖x − x̄‖ > 8 u ‖x‖,  with u the roundoff of x's dtype; the mean of equal numbers is itself rounded
-
-    Args:
-        x: [n].
-
-    Example:
-        >>> varies(torch.full((3,), 0.1)), varies(torch.tensor([0.1, 0.2]))
-        (False, True)
-    """
-    unit = torch.finfo(x.dtype if x.is_floating_point() else torch.float64).eps
-    wide = x.double()
-    return bool((wide - wide.mean()).norm() > ROUNDING * unit * wide.norm())

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 
 from fkernel import func, tree
-from fkernel.engine.budget import parse_bytes
 from fkernel.engine.gradients import computed
 from fkernel.engine.layered import along_of, gradient_sum
 from fkernel.engine.planning import Strategy, choose, usual_microbatch
@@ -39,6 +38,7 @@ from fkernel.func.microbatch import token_grant
 from fkernel.func.objective import Function, bare, check_values
 from fkernel.func.rows import handles_of
 from fkernel.func.source import plain, widened
+from fkernel.io import parse_bytes
 from fkernel.precond import Diagonal, Preconditioner
 from fkernel.shapes import Tensor, Tree
 

@@ -16,6 +16,7 @@ from fkernel.engine.sides import Ordered, blocks, naming
 from fkernel.func.batch import length, take, trim
 from fkernel.func.boundary import explained
 from fkernel.func.certified import plan_of
+from fkernel.func.contract import widest
 from fkernel.func.cutting import cut_of
 from fkernel.func.handles import Handles, at, each_tensor, form, nbytes, packed, stack_handles, tensors
 from fkernel.func.rows import handle_pieces
@@ -36,7 +37,10 @@ class Gradients:
         read: i ↦ its handles.
         computed: how many sequences' gradients this process computed; the others were read.
         shares: groups of parameters that can be read by themselves; None where a microbatch comes whole.
+        walked: whether none is kept, and each is made again whenever it is asked for.
     """
+
+    walked = False
 
     def __init__(
         self,
@@ -109,6 +113,21 @@ class Gradients:
         """Compute Σ_n w_n g_n², [n] -> {name: [*shape]}; all w are 1 where none are given."""
         return self._summed(func.squared_sum, torch.ones(len(self)) if weights is None else weights)
 
+    def along(self, vector: Tree) -> Tensor:
+        """Compute ⟨g, v⟩ of every sequence, [n]."""
+        one, found = {name: leaf[None] for name, leaf in vector.items()}, torch.empty(len(self), dtype=torch.float64)
+        for rows, handles in self:
+            found[rows] = func.contract(handles, one)[:, 0].to(found)
+        return found
+
+    def squared_norms(self, D: Tree | None) -> func.SquaredNorms:
+        """Compute ‖g‖² and ⟨g, D g⟩ of every sequence, [n] float64; D is 1 where none is given."""
+        plain, weighted = torch.empty(2, len(self), dtype=torch.float64)
+        for rows, handles in self:
+            found = func.squared_norms(handles, diagonal=D)
+            plain[rows], weighted[rows] = found.plain.cpu(), found.weighted.cpu()
+        return func.SquaredNorms(plain, weighted)
+
     def _summed(self, of: Callable[[Handles, Tensor], Tree], weights: Tensor) -> Tree:
         """Σ_n w_n of gradients, or of their squares; a microbatch whose weights are all 0 is not read."""
         total: Tree = {}
@@ -147,6 +166,12 @@ class Gradients:
             return {name: at(handle, place) for name, handle in self.read(i).items()}  # pyright: ignore[reportArgumentType]
 
         return Gradients(side, cuts, read)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """Of the gradients, at least float32."""
+        handles = self.read(0)
+        return widest(handles, handles)
 
     @cached_property
     def largest(self) -> int:

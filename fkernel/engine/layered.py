@@ -11,7 +11,7 @@ of whole sequences (`fkernel.engine.contraction`), and comes in the same blocks 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,12 +21,14 @@ from fkernel.engine.contraction import Block, arranged
 from fkernel.engine.path import NODES, check_path
 from fkernel.engine.planning.estimate import Walking, walking_of
 from fkernel.engine.planning.walking import tiles_of
+from fkernel.engine.planning.workload import LONG
 from fkernel.engine.sides import Ordered, naming
 from fkernel.errors import ModelError
 from fkernel.func.batch import take, trim
 from fkernel.func.contract import Asked, Own, Products
 from fkernel.func.cutting import cut_of
 from fkernel.func.evaluate import evaluate_in_float64
+from fkernel.func.handles import Handles
 from fkernel.func.held import weighted_sum
 from fkernel.func.layers import Cut
 from fkernel.func.objective import Function
@@ -57,7 +59,7 @@ def sources_of(path: str, params: Tree, step: Tree | None) -> tuple[tuple[float,
 
 def layered(
     E: Ordered,
-    U: Ordered,
+    U: Ordered | None,
     nodes: tuple[tuple[float, Source], ...],
     params: Tree,
     asked: Asked,
@@ -71,7 +73,7 @@ def layered(
 
     Args:
         E: the rows.
-        U: the columns; E itself where the two are one.
+        U: the columns; E itself where the two are one; None where rows are asked about by themselves alone.
         nodes: where E's gradients are taken, (q_j, source).
         params: θ, where U's are.
         asked: what is asked; x is E, y is U.
@@ -85,6 +87,9 @@ def layered(
         One `Block` a tile of E; one in all where U is held.
     """
     assert E.f is not None
+    if U is None:
+        yield from arranged(E, None, asked, "E", lambda own: _alone(E, nodes, params, own, how, tile))
+        return
     assert U.f is not None
     at_U = nodes if U is E and len(nodes) == 1 else ((1.0, plain(params)),)
     columns = Side(U.batch, at_U, must_cut(U.f, params, U.batch))
@@ -99,6 +104,21 @@ def layered(
             yield some, products
 
     yield from arranged(E, U, asked, held, walk)
+
+
+def _alone(
+    E: Ordered, nodes: tuple[tuple[float, Source], ...], params: Tree, asked: Asked, how: Walking, tile: int | None
+) -> Iterator[tuple[slice, Products]]:
+    """Walk a tile of rows after the other, all nodes of each together: what is asked of them may not be linear."""
+    assert E.f is not None
+    side = Side(E.batch, nodes, must_cut(E.f, params, E.batch))
+    assert side.cut is not None
+    for some in tiles_of(E.tokens, tile):
+        products = Products(asked, some.stop - some.start, 0, E.order.device)
+        part = _part(side, some, len(E))
+        for shard in shards(side.cut, part, part, every=how.every, tokens=how.tokens, dense=not how.tokens):
+            products.add(shard.held, shard.held, own_y=False)
+        yield some, products
 
 
 def _part(side: Side, rows: slice, n: int) -> Side:
@@ -122,26 +142,47 @@ def along_of(
     """Compute ⟨ḡ, v⟩ of every sequence layer by layer, [n] float64 in the caller's order; ḡ = Σ_j q_j ∇f(θ_j)."""
     products = Products(Asked(x=Own({"along": vector})), len(side), 0, side.order.device)
     for q, source in nodes:
-        for rows, handles in _walk(side, source, params, how, q).back():
-            products.add(handles, handles, rows=rows, own_y=False)
+        for start, walk in _walks(side, source, params, how, weight=q):
+            for some, handles in walk.back():
+                rows = slice(start + some.start, start + some.stop)
+                products.add(handles, handles, rows=rows, own_y=False)
     found = products.whole("x", "along")
     return torch.empty_like(found).index_copy_(0, side.order, found)
 
 
-def gradient_sum(side: Ordered, params: Tree, weights: Tensor, how: Walking) -> Tree:
-    """Compute Jᵀw layer by layer, {name: [*shape]}; w in the caller's order."""
-    walk, total = _walk(side, plain(params), params, how), dict[str, Tensor]()
-    w = weights[side.order].to(widened(next(iter(params.values()))[..., :0]))
-    for rows, handles in walk.back():
-        for name, leaf in weighted_sum(handles, w[rows]).items():
-            total[name] = total[name].add_(leaf) if name in total else leaf
+def gradient_sum(
+    side: Ordered,
+    params: Tree,
+    weights: Tensor,
+    how: Walking,
+    of: Callable[[Handles, Tensor], Tree] = weighted_sum,
+    tick: Callable[[int], Any] = lambda n: None,
+) -> Tree:
+    """Compute Jᵀw layer by layer, {name: [*shape]}; sequences of weight 0 do not walk.
+
+    Args:
+        side: with its f.
+        params: θ.
+        weights: [n] in the caller's order.
+        how: how sequences walk.
+        of: another sum over sequences, of handles and weights: `func.squared_sum`.
+        tick: called with a number of sequences whenever so many have walked.
+    """
+    total: dict[str, Tensor] = {}
+    w = weights[side.order.to(weights.device)].to(widened(next(iter(params.values()))[..., :0]))
+    for start, walk in _walks(side, plain(params), params, how, w):
+        for some, handles in walk.back():
+            for name, leaf in of(handles, w[start + some.start : start + some.stop]).items():
+                total[name] = total[name].add_(leaf) if name in total else leaf
+        tick(len(walk.values))
     return {name: total[name] for name in params}
 
 
 def values_of(side: Ordered, source: Source, params: Tree, how: Walking) -> Tensor:
     """Compute f of a side, [n] float64 in the caller's order; one layer's input of each sequence is held."""
-    walk = _walk(side, source, params, how._replace(every=1 << 30))
-    return torch.empty_like(walk.values).index_copy_(0, side.order, walk.values)
+    walks = _walks(side, source, params, how._replace(every=1 << 30))
+    values = torch.cat([walk.values for _, walk in walks])
+    return torch.empty_like(values).index_copy_(0, side.order, values)
 
 
 def evaluated(f: Function, params: Tree, batch: Any, microbatch: int | None = None) -> Tensor:
@@ -154,8 +195,20 @@ def evaluated(f: Function, params: Tree, batch: Any, microbatch: int | None = No
     return evaluate_in_float64(f, microbatch)(params, batch)
 
 
-def _walk(side: Ordered, source: Source, params: Tree, how: Walking, weight: float = 1.0) -> Walk:
+def _walks(
+    side: Ordered, source: Source, params: Tree, how: Walking, weights: Tensor | None = None, weight: float = 1.0
+) -> Iterator[tuple[int, Walk]]:
+    """Walk a few sequences after the other, (row of the first one, their walk): no two of them meet.
+
+    Those whose weights are all 0 are left out, but for the first, which gives zeros their shapes.
+    """
     assert side.f is not None
-    with naming(side.name, side.order):
+    with naming(side.name):
         cut = must_cut(side.f, params, side.batch)
-        return Walk(cut, source, side.batch, weight=weight, every=how.every, tokens=how.tokens)
+    calls: dict[Any, Any] = {}
+    for rows in tiles_of(side.tokens, max(LONG, how.tokens)):
+        if weights is None or not rows.start or bool(weights[rows].any()):
+            with naming(side.name, side.order[rows]):
+                part = side.batch if rows == slice(0, len(side)) else trim(take(side.batch, rows))
+                walk = Walk(cut, source, part, weight=weight, every=how.every, tokens=how.tokens, calls=calls)
+            yield rows.start, walk

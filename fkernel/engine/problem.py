@@ -68,7 +68,6 @@ def blocks(problem: Problem, strategy: Strategy) -> Iterator[Block]:
                 'The strategy "layers" has no whole gradient, and a P that is no diagonal needs whole gradients.'
             )
         sources = sources_of(problem.path, problem.params, problem.step)
-        assert problem.U is not None
         how = Walking(strategy.tokens or 0, strategy.every)
         yield from layered(problem.E, problem.U, sources, problem.params, problem.asked, how, **strategy.loops)
         return

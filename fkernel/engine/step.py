@@ -35,7 +35,7 @@ from fkernel.func.contract import Asked, Own
 from fkernel.func.objective import Function
 from fkernel.func.source import widened
 from fkernel.func.unused import unused_parameters
-from fkernel.precond import AdamWState, AdamWStep, Diagonal, adamw_response, adamw_step, clip_factor
+from fkernel.precond import AdamWState, AdamWStep, Diagonal, adamw_response, adamw_step, clip_gradient
 from fkernel.precond.adam import Grads
 from fkernel.precond.state import check_covers
 from fkernel.shapes import Tensor, Tree
@@ -125,14 +125,8 @@ def loss_gradient(
     """
     check_weights(weights, length(U))
     with naming("U"):
-        gradient = func.vjp(f, usual_microbatch(microbatch, U))(params, U, -weights)
-    return clipped(gradient, max_norm)
-
-
-def clipped(gradient: Tree, max_norm: float | None) -> tuple[Tree, float, float]:
-    """Clip ∇L: (c ∇L, c, ‖∇L‖)."""
-    clip = clip_factor(gradient, max_norm)
-    return tree.scale(clip, gradient), clip, float(tree.norm(gradient))
+        ascent = func.vjp(f, usual_microbatch(microbatch, U))(params, U, weights)
+    return clip_gradient(ascent, max_norm)
 
 
 def explain_step(
@@ -219,15 +213,15 @@ def _explained(
     strategy: Strategy,
     promised: bool,
 ) -> tuple[StepEffect, AdamWStep]:
-    side_U, kept, w = Ordered("U", U, f), None, -widened(weights.to(next(iter(params.values())).device))
+    side_U, kept, w = Ordered("U", U, f), None, widened(weights.to(next(iter(params.values())).device))
     if strategy.name == "layers":
-        g, clip, norm = clipped(
-            gradient_sum(side_U, params, w, Walking(strategy.tokens or 0, strategy.every)), max_norm
-        )
+        ascent = gradient_sum(side_U, params, w, Walking(strategy.tokens or 0, strategy.every))
+        g, clip, norm = clip_gradient(ascent, max_norm)
+        del ascent
     elif strategy.held == "U" and strategy.tile is None:  # they are held anyway, and give g
         kept = computed(side_U, ((1.0, params),), cuts_of(side_U, strategy.tokens), promised)
         kept = kept.in_memory(together=promised)
-        g, clip, norm = clipped(kept.weighted_sum(w), max_norm)
+        g, clip, norm = clip_gradient(kept.weighted_sum(w), max_norm)
     else:
         g, clip, norm = loss_gradient(f, params, U, weights, max_norm=max_norm, microbatch=m)
     θ = {name: widened(leaf) for name, leaf in params.items()}

@@ -16,10 +16,10 @@ from fkernel import func
 from fkernel.engine.gradients import Gradients, Read, computed
 from fkernel.engine.sides import Ordered
 from fkernel.engine.store import Store, open_store
-from fkernel.engine.store.fingerprint import fingerprint
 from fkernel.errors import StoreError
 from fkernel.func.handles import Handles, nbytes
 from fkernel.func.objective import name_of
+from fkernel.io import fingerprint
 from fkernel.shapes import Tree
 
 TOLERANCE = 1e-3

@@ -2,7 +2,7 @@
 
 from fkernel.precond.adam import AdamWStep, adam, adamw_response, adamw_step, gradient_rates
 from fkernel.precond.alternatives import alternatives
-from fkernel.precond.clipping import clip_factor
+from fkernel.precond.clipping import clip_factor, clip_gradient
 from fkernel.precond.linearized import Update, broyden, linearized, partition, secant
 from fkernel.precond.state import AdamWState, adamw_init
 from fkernel.precond.transform import Diagonal, Preconditioner, chain, diagonal, identity, select
@@ -21,6 +21,7 @@ __all__ = [
     "broyden",
     "chain",
     "clip_factor",
+    "clip_gradient",
     "diagonal",
     "gradient_rates",
     "identity",

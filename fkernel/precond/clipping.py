@@ -1,4 +1,4 @@
-"""The factor by which gradient clipping scales a whole gradient."""
+"""Gradient clipping: the factor by which a whole gradient is scaled, and what the optimizer is then given."""
 
 from __future__ import annotations
 
@@ -33,3 +33,28 @@ def clip_factor(grads: Tree, max_norm: float | None) -> float:
     if not max_norm > 0:
         raise OptimizerStateError(f"max_norm is {max_norm!r}; expected a positive number, or None for no clipping.")
     return min(1.0, max_norm / (float(tree.norm(grads)) + 1e-6))
+
+
+def clip_gradient(
+    ascent: Tree, max_norm: float | None = None, *, clip: float | None = None
+) -> tuple[Tree, float, float]:
+    """Make the gradient that the optimizer is given: g = c ∇L = −c J_Uᵀ(w A).
+
+    Args:
+        ascent: J_Uᵀ(w A) = −∇L, {name: [*shape]}.
+        max_norm: as in `clip_factor`.
+        clip: c itself, instead.
+
+    Returns:
+        (g, c, ‖∇L‖ before clipping).
+
+    Raises:
+        As `clip_factor`.
+
+    Example:
+        >>> import torch
+        >>> clip_gradient({"w": torch.tensor([-3.0, -4.0])}, clip=0.5)
+        ({'w': tensor([1.5000, 2.0000])}, 0.5, 5.0)
+    """
+    c = clip_factor(ascent, max_norm) if clip is None else clip
+    return tree.scale(-c, ascent), c, float(tree.norm(ascent))

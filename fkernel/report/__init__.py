@@ -1,8 +1,7 @@
 """Tables and pictures, from finished results, batches and estimates."""
 
-from fkernel.report.accounts import analysis_tables, ledger_table, update_tables
+from fkernel.report.analysis_tables import ledger_table, request_tables, update_tables
 from fkernel.report.batch import batch_lines, batch_table
-from fkernel.report.cells import covariates_panel, tokens_panel
 from fkernel.report.comparisons import (
     counterfactuals_panel,
     observable_panel,
@@ -12,6 +11,7 @@ from fkernel.report.comparisons import (
 from fkernel.report.estimate import estimate_line, estimate_record, estimate_table
 from fkernel.report.forecast import forecast_lines, forecast_record, forecast_table
 from fkernel.report.gallery import draw_all
+from fkernel.report.heatmaps import covariates_panel, tokens_panel
 from fkernel.report.panels import ledger_panel, parts_panel, sweep_panel
 from fkernel.report.pictures import contributor_bars, heatmap, influence_histogram, predicted_vs_realised, spectrum
 from fkernel.report.table import calibration_table, effects_table, influence_table, pair_view, study_lines
@@ -19,7 +19,6 @@ from fkernel.report.tokens import token_html, token_table, token_text
 from fkernel.report.update_panels import health_panel, structure_panel
 
 __all__ = [
-    "analysis_tables",
     "batch_lines",
     "batch_table",
     "calibration_table",
@@ -45,6 +44,7 @@ __all__ = [
     "parts_panel",
     "preconditioners_panel",
     "predicted_vs_realised",
+    "request_tables",
     "spectrum",
     "structure_panel",
     "study_lines",

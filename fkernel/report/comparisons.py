@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fkernel.report.canvas import (
+from fkernel.report.style import (
     BLUE,
     GREY,
     PALE,
     RED,
     SMALL,
+    analysis_result,
     figure,
-    finding,
     finish,
     label,
     largest,
@@ -23,7 +23,7 @@ from fkernel.report.canvas import (
     sequence_rows,
     tail,
 )
-from fkernel.study import Finding, RequestResult, SequenceInfo
+from fkernel.study import AnalysisResult, RequestResult, SequenceInfo
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,49 +54,49 @@ def observable_panel(
         ModelError: matplotlib is not installed.
         ResultsError: the observable was not asked for, or it was left out.
     """
-    found = finding(result, f"observables.{name}")
-    predicted = found["batch"] + sum(found.arrays.get(part, 0.0) for part in EFFECTS)
-    kind = found.facts["kind"]
+    analysis = analysis_result(result, f"observables.{name}")
+    predicted = analysis["batch"] + sum(analysis.arrays.get(part, 0.0) for part in EFFECTS)
+    kind = analysis.facts["kind"]
     own = UNITS.get(kind, "nats")
     unit = f"10⁻³ {own if units == 'nats' else units}"
     (most,) = largest(predicted, 1)
-    held = "realised" in found.arrays
+    held = "realised" in analysis.arrays
     drawn = figure(9 if held else 5.2, 3.9)
     panels = drawn.subplots(1, 2 if held else 1, squeeze=False)[0]
     if held:
-        _predicted(panels[0], found, predicted, unit)
-    axes, columns = panels[-1], found["top"][most]
-    values = SMALL * found["top_contributions"][most]
+        _predicted(panels[0], analysis, predicted, unit)
+    axes, columns = panels[-1], analysis["top"][most]
+    values = SMALL * analysis["top_contributions"][most]
     axes.barh(range(len(values)), values, color=np.where(values < 0, BLUE, RED))
     axes.set_yticks(range(len(values)), [label(result.update[u], 16) for u in columns])
     axes.invert_yaxis()
     axes.axvline(0, color=GREY, linewidth=0.8)
     axes.locator_params(axis="x", nbins=6)
     axes.set_xlabel(f"contribution  ({unit})", fontsize=9)
-    axes.set_title(f"who changed {plain(tail(found.facts['rows'][most], 32))}", loc="left", fontsize=9)
-    told = "" if kind == name else f", {kind.replace('_', ' ')}"
-    mean = f"{found['value'].mean():.3g}" + " nats" * (own == "nats")
-    title = f"{result.name}: {name}{told}, {mean} on average before the step"
+    axes.set_title(f"who changed {plain(tail(analysis.facts['rows'][most], 32))}", loc="left", fontsize=9)
+    caption = "" if kind == name else f", {kind.replace('_', ' ')}"
+    mean = f"{analysis['value'].mean():.3g}" + " nats" * (own == "nats")
+    title = f"{result.name}: {name}{caption}, {mean} on average before the step"
     drawn.suptitle(title, x=0.01, ha="left", fontsize=10)
     return finish(drawn, path, 8)
 
 
-def _predicted(axes: Axes, found: Finding, predicted: np.ndarray, unit: str) -> None:
-    realised = SMALL * found["realised"].astype(float)
+def _predicted(axes: Axes, analysis: AnalysisResult, predicted: np.ndarray, unit: str) -> None:
+    realised = SMALL * analysis["realised"].astype(float)
     axes.axline((0, 0), slope=1, color=GREY, linewidth=0.8)
-    axes.scatter(SMALL * found["batch"], realised, s=12, color="#a6a6a6", linewidths=0, label="K·A alone")
+    axes.scatter(SMALL * analysis["batch"], realised, s=12, color="#a6a6a6", linewidths=0, label="K·A alone")
     axes.scatter(SMALL * predicted, realised, s=18, color=BLUE, alpha=0.85, linewidths=0, label="whole prediction")
-    whole, told = SMALL * predicted, ""
-    if "unselected" in found.arrays:
-        whole = whole + SMALL * found["unselected"]
-        told = " with what is not selected"
-        axes.scatter(whole, realised, s=18, marker="x", color="black", linewidths=0.9, label=told.strip())
+    whole, caption = SMALL * predicted, ""
+    if "unselected" in analysis.arrays:
+        whole = whole + SMALL * analysis["unselected"]
+        caption = " with what is not selected"
+        axes.scatter(whole, realised, s=18, marker="x", color="black", linewidths=0.9, label=caption.strip())
     size = float(np.linalg.norm(realised))
     error = float(np.linalg.norm(whole - realised)) / size if size else None
     axes.set_xlabel(f"predicted change  ({unit})", fontsize=9)
     axes.set_ylabel(f"realised change  ({unit})", fontsize=9)
     rows = "1 row" if len(realised) == 1 else f"{len(realised)} rows"
-    axes.set_title(f"{rows}, off by {percent(error)}{told}", loc="left", fontsize=9)
+    axes.set_title(f"{rows}, off by {percent(error)}{caption}", loc="left", fontsize=9)
     axes.legend(frameon=False, fontsize=8)
 
 
@@ -113,16 +113,16 @@ def counterfactuals_panel(result: RequestResult, path: str | Path | None = None)
         ModelError: matplotlib is not installed.
         ResultsError: none was asked for, or all were left out.
     """
-    asked = {name: found for name, found in result.analyses.items() if name.startswith(COUNTERFACTUAL)}
-    made = {name: found for name, found in asked.items() if "left_out" not in found.facts}
+    asked = {name: analysis for name, analysis in result.analyses.items() if name.startswith(COUNTERFACTUAL)}
+    made = {name: analysis for name, analysis in asked.items() if analysis.skipped is None}
     if not made:
-        finding(result, next(iter(asked), "counterfactuals"))
+        analysis_result(result, next(iter(asked), "counterfactuals"))
     wide = 2 if len(made) == 4 else min(3, len(made))
     high = -(-len(made) // wide)
     drawn = figure(max(5.0, 3.3 * wide), 0.6 + 2.9 * high)
     panels = drawn.subplots(high, wide, squeeze=False).ravel()
-    for axes, (name, found) in zip(panels, made.items(), strict=False):
-        _other_step(axes, name.removeprefix(COUNTERFACTUAL), found)
+    for axes, (name, analysis) in zip(panels, made.items(), strict=False):
+        _other_step(axes, name.removeprefix(COUNTERFACTUAL), analysis)
     for axes in panels[len(made) :]:
         axes.set_axis_off()
     handles = panels[0].get_legend_handles_labels()
@@ -131,15 +131,15 @@ def counterfactuals_panel(result: RequestResult, path: str | Path | None = None)
     return finish(drawn, path, 7.5)
 
 
-def _other_step(axes: Axes, name: str, found: Finding) -> None:
-    change = SMALL * (found["exact"].astype(float) - found["taken"])
-    wrong = SMALL * (found["frozen"].astype(float) - found["exact"])
+def _other_step(axes: Axes, name: str, analysis: AnalysisResult) -> None:
+    change = SMALL * (analysis["exact"].astype(float) - analysis["taken"])
+    wrong = SMALL * (analysis["frozen"].astype(float) - analysis["exact"])
     order = np.argsort(change, kind="stable")
     place = np.arange(1, len(order) + 1)
     axes.axhline(0, color=GREY, linewidth=0.8)
     axes.scatter(place, wrong[order], s=7, color="#8c8c8c", linewidths=0, label="mistake of a frozen D")
     axes.scatter(place, change[order], s=14, color=BLUE, linewidths=0, label="this step less the step that was taken")
-    size = SMALL * float(np.abs(found["taken"]).max())
+    size = SMALL * float(np.abs(analysis["taken"]).max())
     if np.abs(change).max() <= 1e-5 * size:
         half = 0.01 * size or 1.0
         axes.set_ylim(-half, half)
@@ -148,13 +148,13 @@ def _other_step(axes: Axes, name: str, found: Finding) -> None:
     axes.locator_params(axis="x", integer=True)
     axes.set_xlabel("sequences of E, sorted", fontsize=8)
     axes.set_ylabel("Δ log π  (10⁻³ nats)", fontsize=8)
-    facts = found.facts
-    told = f"clip {facts['clip']:.3g}, frozen D off by {percent(facts['frozen_error'])}"
-    axes.set_title(f"{name}: {_changed(facts['changed'])}\n{told}", loc="left", fontsize=8)
+    facts = analysis.facts
+    caption = f"clip {facts['clip']:.3g}, frozen D off by {percent(facts['frozen_error'])}"
+    axes.set_title(f"{name}: {_changed(facts['changed'])}\n{caption}", loc="left", fontsize=8)
 
 
 def _changed(changed: dict[str, Any]) -> str:
-    def told(value: Any) -> str:
+    def shown(value: Any) -> str:
         match value:
             case list():
                 return ", ".join(map(str, value))
@@ -165,7 +165,7 @@ def _changed(changed: dict[str, Any]) -> str:
             case _:
                 return str(value)
 
-    text = ", ".join(f"{what.replace('_', ' ')} {told(value)}" for what, value in changed.items())
+    text = ", ".join(f"{what.replace('_', ' ')} {shown(value)}" for what, value in changed.items())
     return plain(text if len(text) <= 30 else f"{text[:29]}…")
 
 
@@ -177,15 +177,15 @@ def preconditioners_panel(result: RequestResult, path: str | Path | None = None)
 
     Args and errors as in `counterfactuals_panel`, of the preconditioners.
     """
-    found = finding(result, "preconditioners")
-    names, table = found.facts["names"], found.facts["agreement"]
+    analysis = analysis_result(result, "preconditioners")
+    names, table = analysis.facts["names"], analysis.facts["agreement"]
     drawn = figure(8, 1.7 + 0.42 * len(names))
     axes = drawn.subplots()
     places = np.arange(len(names))
     kinds = (("of_batch", BLUE, -0.2, "Pearson's r, batch's part"), ("rank", "#9ecae1", 0.2, "rank correlation"))
-    for what, colour, shift, told in kinds:
+    for what, colour, shift, caption in kinds:
         values = np.array([_number(table[name][what]) for name in names])
-        axes.barh(places + shift, values, height=0.38, color=colour, label=told)
+        axes.barh(places + shift, values, height=0.38, color=colour, label=caption)
         for place, value in zip(places + shift, values, strict=True):
             text = "not defined" if np.isnan(value) else f"{value:.3f}".replace("-", "−")
             axes.text(max(0.0, np.nan_to_num(value)) + 0.012, place, text, va="center", fontsize=7.5)
@@ -220,34 +220,36 @@ def uncertainty_panel(result: RequestResult, path: str | Path | None = None, *, 
         ModelError: matplotlib is not installed.
         ResultsError: the uncertainty was not asked for, or it was left out.
     """
-    found = finding(result, "uncertainty")
+    analysis = analysis_result(result, "uncertainty")
     order = largest(result.batch, 12)
     drawn = figure(10, 2.3 + 0.3 * len(order))
     left, right = drawn.subplots(1, 2, sharey=True, width_ratios=(1, 1.15))
     places, value = np.arange(len(order)), SMALL * result.batch[order]
     colours = np.where(value < 0, BLUE, RED)
-    if "low" in found.arrays:
-        left.hlines(places, SMALL * found["low"][order], SMALL * found["high"][order], color=colours, linewidth=2.2)
+    if "low" in analysis.arrays:
+        left.hlines(
+            places, SMALL * analysis["low"][order], SMALL * analysis["high"][order], color=colours, linewidth=2.2
+        )
     left.scatter(value, places, s=34, color=colours, edgecolor="white", linewidth=0.8, zorder=3)
     left.axvline(0, color=GREY, linewidth=0.8)
     sequence_rows(left, [result.evaluation[row] for row in order])
-    for place, p in zip(places, found["p"][order], strict=True):
+    for place, p in zip(places, analysis["p"][order], strict=True):
         left.annotate(f"p {p:.2g}", (1, place), (4, 0), xycoords=("axes fraction", "data"),
                       textcoords="offset points", va="center", fontsize=8)  # fmt: skip
     left.set_xlabel(f"influence of the batch  (10⁻³ {units})", fontsize=9)
-    interval = f"{found.facts['coverage']:.0%} intervals over prompts" if "low" in found.arrays else "influence"
+    interval = f"{analysis.facts['coverage']:.0%} intervals over prompts" if "low" in analysis.arrays else "influence"
     left.set_title(interval, loc="left", fontsize=9)
     title = f"{result.name}: how sure the influences of the batch are, of the {len(order)} that are largest"
     drawn.suptitle(title, x=0.01, ha="left", fontsize=10)
-    _by_prompt(right, found, order, result.update)
+    _by_prompt(right, analysis, order, result.update)
     return finish(drawn, path, 8)
 
 
-def _by_prompt(axes: Axes, found: Finding, order: list[int], update: tuple[SequenceInfo, ...]) -> None:
+def _by_prompt(axes: Axes, analysis: AnalysisResult, order: list[int], update: tuple[SequenceInfo, ...]) -> None:
     from matplotlib.colors import LogNorm
     from matplotlib.patches import Rectangle
 
-    facts, p = found.facts, found["prompt_p"][order]
+    facts, p = analysis.facts, analysis["prompt_p"][order]
     informative = np.array(facts["informative"], dtype=bool)
     low = min(0.01, max(1e-6, float(p.min())))
     shown = np.where(informative, p, np.nan)

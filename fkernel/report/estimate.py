@@ -9,49 +9,49 @@ from rich.table import Table
 from fkernel.engine import Estimate, Option
 
 
-def estimate_table(found: Estimate) -> Table:
+def estimate_table(estimate: Estimate) -> Table:
     """Tabulate the strategies: memory, disk, predicted time, and whether each is feasible.
 
     Args:
-        found: what `fkernel.estimate` returned.
+        estimate: what `fkernel.estimate` returned.
     """
-    load = found.workload
+    load = estimate.workload
     n_U, n_E = (len(load.tokens[side]) for side in ("U", "E"))
-    granted = "no memory grant" if found.budget is None else f"memory grant {size(found.budget)}"
+    granted = "no memory grant" if estimate.budget is None else f"memory grant {size(estimate.budget)}"
     model = f"{load.size:,} parameters of {load.itemsize} bytes"
     table = Table(title=f"{n_U} × {n_E} sequences of {load.longest} tokens\n{model}; {granted}")
     for name in ("strategy", "memory", "disk", "time", "feasible"):
         table.add_column(name, justify="left" if name in ("strategy", "feasible") else "right", no_wrap=True)
-    for option in found.options:
-        chosen = found.chosen is not None and option.name == found.chosen.name
+    for option in estimate.options:
+        chosen = estimate.chosen is not None and option.name == estimate.chosen.name
         disk = size(option.disk) if option.disk else "–"
-        says = _feasible(option, found.budget) + (", chosen" if chosen else "")
+        feasible = _feasible(option, estimate.budget) + (", chosen" if chosen else "")
         style = "bold" if chosen else ("dim" if option.why_not else None)
-        table.add_row(option.name, size(option.memory), disk, duration(option.seconds), says, style=style)
+        table.add_row(option.name, size(option.memory), disk, duration(option.seconds), feasible, style=style)
     return table
 
 
-def estimate_line(found: Estimate) -> str:
+def estimate_line(estimate: Estimate) -> str:
     """Say which strategy is chosen and why, or what would be needed."""
-    if found.chosen is None:
-        return found.reason
-    took = f"{size(found.chosen.memory)} beside the model, {duration(found.chosen.seconds)}"
-    return f"Chosen: {found.chosen.name} ({took}): {found.reason}."
+    if estimate.chosen is None:
+        return estimate.reason
+    took = f"{size(estimate.chosen.memory)} beside the model, {duration(estimate.chosen.seconds)}"
+    return f"Chosen: {estimate.chosen.name} ({took}): {estimate.reason}."
 
 
-def estimate_record(found: Estimate) -> dict[str, Any]:
+def estimate_record(estimate: Estimate) -> dict[str, Any]:
     """Return the same as numbers and strings that JSON holds; bytes and seconds."""
     return {
-        "parameters": found.workload.size,
-        "itemsize": found.workload.itemsize,
-        "n_U": len(found.workload.tokens["U"]),
-        "n_E": len(found.workload.tokens["E"]),
-        "tokens": found.workload.longest,
-        "budget": found.budget,
-        "options": [_record(option) for option in found.options],
-        "chosen": None if found.chosen is None else _record(found.chosen),
-        "reason": found.reason,
-        "rates": found.rates._asdict(),
+        "parameters": estimate.workload.size,
+        "itemsize": estimate.workload.itemsize,
+        "n_U": len(estimate.workload.tokens["U"]),
+        "n_E": len(estimate.workload.tokens["E"]),
+        "tokens": estimate.workload.longest,
+        "budget": estimate.budget,
+        "options": [_record(option) for option in estimate.options],
+        "chosen": None if estimate.chosen is None else _record(estimate.chosen),
+        "reason": estimate.reason,
+        "rates": estimate.rates._asdict(),
     }
 
 

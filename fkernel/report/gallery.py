@@ -7,30 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fkernel.report.cells import covariates_panel, tokens_panel
-from fkernel.report.comparisons import (
-    counterfactuals_panel,
-    observable_panel,
-    preconditioners_panel,
-    uncertainty_panel,
-)
-from fkernel.report.panels import ledger_panel, parts_panel, sweep_panel
+from fkernel.report.analysis_tables import REPORTS, UPDATE_REPORTS
 from fkernel.report.pictures import contributor_bars, heatmap, influence_histogram, predicted_vs_realised, spectrum
-from fkernel.report.update_panels import health_panel, structure_panel
 from fkernel.study import FisherKernelResults, RequestResult
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Draw = Callable[[], "Figure"]
-PANELS: dict[str, Callable[[RequestResult], Figure]] = {
-    "ledger": ledger_panel,
-    "sweep": sweep_panel,
-    "tokens": tokens_panel,
-    "parts": parts_panel,
-    "preconditioners": preconditioners_panel,
-    "covariates": covariates_panel,
-}
 
 
 def draw_all(results: FisherKernelResults, directory: str | Path) -> list[Path]:
@@ -44,12 +28,12 @@ def draw_all(results: FisherKernelResults, directory: str | Path) -> list[Path]:
     Returns:
         The files.
     """
-    place, found = Path(directory), list[Path]()
+    place, files = Path(directory), list[Path]()
     place.mkdir(parents=True, exist_ok=True)
     for name, draw in _pictures(results):
         draw().savefig(place / f"{name}.png")
-        found.append(place / f"{name}.png")
-    return found
+        files.append(place / f"{name}.png")
+    return files
 
 
 def _pictures(results: FisherKernelResults) -> Iterator[tuple[str, Draw]]:
@@ -59,9 +43,9 @@ def _pictures(results: FisherKernelResults) -> Iterator[tuple[str, Draw]]:
             yield f"{name}_{picture}", draw
     if results.self_kernel is not None:
         yield "spectrum", partial(spectrum, results.self_kernel)
-    for name, draw in (("health", health_panel), ("structure", structure_panel)):
-        if name in results.analyses and "left_out" not in results.analyses[name].facts:
-            yield f"update_{name}", partial(draw, results)
+    for name, report in UPDATE_REPORTS.items():
+        if name in results.analyses and results.analyses[name].skipped is None:
+            yield f"update_{name}", partial(report.figure, results)
 
 
 def _effects(result: RequestResult) -> Iterator[tuple[str, Draw]]:
@@ -75,15 +59,12 @@ def _effects(result: RequestResult) -> Iterator[tuple[str, Draw]]:
 
 
 def _analyses(result: RequestResult, units: str) -> Iterator[tuple[str, Draw]]:
-    """What was left out is not drawn."""
-    made = [name for name, finding in result.analyses.items() if "left_out" not in finding.facts]
-    for name in made:
-        kind, _, own = name.partition(".")
-        if kind == "observables":
-            yield f"observable_{own}", partial(observable_panel, result, own, units=units)
-        elif kind == "uncertainty":
-            yield kind, partial(uncertainty_panel, result, units=units)
-        elif kind in PANELS:
-            yield kind, partial(PANELS[kind], result)
-    if any(name.startswith("counterfactuals.") for name in made):
-        yield "counterfactuals", partial(counterfactuals_panel, result)
+    """What was skipped is not drawn."""
+    made = [name.partition(".") for name, found in result.analyses.items() if found.skipped is None]
+    for kind, report in REPORTS.items():
+        names = [own for one, _, own in made if one == kind]
+        draw = partial(report.figure, units=units) if report.in_units else report.figure
+        if report.each is not None:
+            yield from ((f"{report.each}_{own}", partial(draw, result, own)) for own in names)
+        elif names:
+            yield kind, partial(draw, result)

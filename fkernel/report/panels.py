@@ -7,22 +7,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fkernel.analysis.parts import ENDS
-from fkernel.report.canvas import (
+from fkernel.analysis import ENDS
+from fkernel.report.style import (
     BLUE,
     GREY,
     PALE,
     PALETTE,
     RED,
     SMALL,
+    analysis_result,
     figure,
-    finding,
     finish,
     largest,
     percent,
     sequence_rows,
 )
-from fkernel.study import Finding, RequestResult
+from fkernel.study import AnalysisResult, RequestResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,19 +53,19 @@ def ledger_panel(result: RequestResult, path: str | Path | None = None) -> Figur
         ModelError: matplotlib is not installed.
         ResultsError: the ledger was not asked for, or it was left out.
     """
-    found = finding(result, "ledger")
-    order = largest(found["realised"], 12)
+    analysis = analysis_result(result, "ledger")
+    order = largest(analysis["realised"], 12)
     drawn = figure(9, 1.9 + 0.3 * len(order))
     left, right = drawn.subplots(1, 2, sharey=True, width_ratios=(2.3, 1))
-    _stack(left, {name: SMALL * found[name][order] for name in LEDGER if name in found.arrays})
+    _stack(left, {name: SMALL * analysis[name][order] for name in LEDGER if name in analysis.arrays})
     left.axvline(0, color="black", linewidth=0.8)
     realised = {"marker": "D", "s": 34, "color": "black", "edgecolor": "white", "linewidth": 0.8, "zorder": 4}
-    left.scatter(SMALL * found["realised"][order], range(len(order)), label="realised", **realised)
+    left.scatter(SMALL * analysis["realised"][order], range(len(order)), label="realised", **realised)
     sequence_rows(left, [result.evaluation[row] for row in order])
     left.set_xlabel("change of log π  (10⁻³ nats)", fontsize=9)
     who = f"the {len(order)} that moved most, part by part" if len(order) > 1 else "the change, part by part"
     left.set_title(f"{result.name}: {who}", loc="left", fontsize=11)
-    _left_over(right, found, order)
+    _left_over(right, analysis, order)
     style: dict[str, Any] = {"frameon": False, "fontsize": 9}
     drawn.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=3, **style)
     drawn.legend(*right.get_legend_handles_labels(), loc="outside lower right", **style)
@@ -90,20 +90,20 @@ def _stack(axes: Axes, parts: dict[str, np.ndarray]) -> None:
         up, down = up + np.clip(values, 0, None), down + np.clip(values, None, 0)
 
 
-def _left_over(axes: Axes, found: Finding, order: list[int]) -> None:
+def _left_over(axes: Axes, analysis: AnalysisResult, order: list[int]) -> None:
     places = np.arange(len(order))
-    rest, floor = np.abs(found["remainder"])[order], found["floor"][order]
+    rest, floor = np.abs(analysis["remainder"])[order], analysis["floor"][order]
     positive = np.concatenate([x[x > 0] for x in (rest, floor)])
     low = 0.4 * float(positive.min()) if len(positive) else 1e-9
-    told = (
-        f"{name} {percent(found.facts[fact])}"
+    caption = (
+        f"{name} {percent(analysis.facts[fact])}"
         for name, fact in (
             ("rounding floor,", "floor"),
             ("remainder,", "error"),
         )
     )
-    axes.barh(places, np.clip(floor - low, 0, None), left=low, height=0.74, color=PALE, label=next(told))
-    axes.plot(_above(rest), places, "o", color=BLUE, markersize=6, label=next(told))
+    axes.barh(places, np.clip(floor - low, 0, None), left=low, height=0.74, color=PALE, label=next(caption))
+    axes.plot(_above(rest), places, "o", color=BLUE, markersize=6, label=next(caption))
     axes.set_xscale("log")
     axes.set_xlim(low, None)
     axes.set_xlabel("size  (nats)", fontsize=9)
@@ -122,10 +122,10 @@ def sweep_panel(result: RequestResult, path: str | Path | None = None) -> Figure
 
     Args and errors as in `ledger_panel`, of the sweep.
     """
-    found = finding(result, "sweep")
-    scales, facts = found["scales"].astype(float), found.facts
-    errors = {order: _above(found[f"{order}_error"].astype(float)) for order in ("first", "second")}
-    noise = _above(found["noise"].astype(float))
+    analysis = analysis_result(result, "sweep")
+    scales, facts = analysis["scales"].astype(float), analysis.facts
+    errors = {order: _above(analysis[f"{order}_error"].astype(float)) for order in ("first", "second")}
+    noise = _above(analysis["noise"].astype(float))
     drawn = figure(8.5, 5.2)
     axes = drawn.subplots()
     axes.set_xscale("log")
@@ -177,8 +177,8 @@ def _guide(axes: Axes, scales: np.ndarray, error: np.ndarray, power: int, colour
     axes.plot(ends, line, color=colour, linewidth=0.9, linestyle="-.")
     where: dict[str, Any] = {"ha": "right", "va": "bottom"} if power == 1 else {"ha": "left", "va": "top"}
     shift = (-4, 0) if power == 1 else (3, -2)
-    told = f"slope {power}"
-    axes.annotate(told, (ends[1], line[1]), shift, textcoords="offset points", color=colour, fontsize=8, **where)
+    caption = f"slope {power}"
+    axes.annotate(caption, (ends[1], line[1]), shift, textcoords="offset points", color=colour, fontsize=8, **where)
 
 
 def _words(axes: Axes, scales: np.ndarray, noise: np.ndarray, error: np.ndarray) -> None:
@@ -207,15 +207,15 @@ def parts_panel(result: RequestResult, path: str | Path | None = None) -> Figure
 
     Args and errors as in `ledger_panel`, of the parts.
     """
-    found = finding(result, "parts")
-    facts = found.facts
+    analysis = analysis_result(result, "parts")
+    facts = analysis.facts
     most = max(len(facts["kinds"]), len(facts["layers"]))
     drawn = figure(9, 1.5 + 0.3 * min(most, 16))
     for axes, view in zip(drawn.subplots(1, 2), ("kind", "layer"), strict=True):
         names = facts[f"{view}s"]
         places = np.arange(len(names))
         hatches = ["/////" if name in ENDS else "" for name in names]
-        for what, colour, shift, told in (
+        for what, colour, shift, caption in (
             ("shares", BLUE, -0.2, "of what moved, Σ|K·A|"),
             ("norm_shares", "#a6a6a6", 0.2, "of the gradients' size, Σ‖∇S‖²"),
         ):
@@ -223,15 +223,15 @@ def parts_panel(result: RequestResult, path: str | Path | None = None) -> Figure
             bars = axes.barh(places + shift, widths, height=0.38, color=colour, edgecolor="white", linewidth=0)
             for bar, hatch in zip(bars, hatches, strict=True):
                 bar.set_hatch(hatch)
-            axes.barh([0], [0], color=colour, label=told)
+            axes.barh([0], [0], color=colour, label=caption)
         every = -(-len(names) // 24)
         axes.set_yticks(places[::every], names[::every])
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.set_xlabel("share  (%)", fontsize=9)
         axes.set_title(f"by {'kind of parameter' if view == 'kind' else 'layer'}", loc="left", fontsize=9)
     drawn.axes[0].barh([0], [0], color="white", edgecolor=GREY, hatch="/////", linewidth=0, label="often left out")
-    handles, told = drawn.axes[0].get_legend_handles_labels()
-    drawn.legend(handles, told, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    handles, caption = drawn.axes[0].get_legend_handles_labels()
+    drawn.legend(handles, caption, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     drawn.suptitle(
         f"{result.name}: through which parameters the batch moved it; "
         f"without the hatched, K·A is wrong by {percent(facts['missed'])}",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fkernel.report.canvas import BLUE, GREY, RED, diverging, figure, finish, label, moved_most, plain
+from fkernel.report.style import BLUE, GREY, RED, diverging, figure, finish, label, moved_most, plain
 from fkernel.study import RequestResult, SelfKernel, SequenceInfo
 
 if TYPE_CHECKING:
@@ -76,8 +76,8 @@ def predicted_vs_realised(result: RequestResult, path: str | Path | None = None)
         margin = 0.05 * (high - low)
         axes.set_ylim(low - margin, high + margin)
     left.set_ylabel(f"realised ΔS{_proven(result)}  (10⁻³ nats)")
-    left_over, told = realised - 1e3 * result.predicted, f"gradients of E at the {result.path} of the step"
-    right.scatter(realised, left_over, s=14, color=BLUE, alpha=0.8, linewidths=0, label=told)
+    left_over, caption = realised - 1e3 * result.predicted, f"gradients of E at the {result.path} of the step"
+    right.scatter(realised, left_over, s=14, color=BLUE, alpha=0.8, linewidths=0, label=caption)
     if result.unselected is not None:
         rest = realised - 1e3 * (result.predicted + result.unselected)
         right.scatter(

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fkernel.rollout import GeneratedBatch
-from fkernel.study import Finding, FisherKernelResults, RequestResult, SequenceInfo
+from fkernel.study import AnalysisResult, FisherKernelResults, RequestResult, SequenceInfo
 
 CHANCE = 0.05
 """A contributor's p from which on it is said to be told apart from chance."""
@@ -49,11 +49,13 @@ def effects_table(result: RequestResult, rows: int = 10) -> Table:
     for row in np.argsort(-np.abs(moved), kind="stable")[:rows]:
         info = result.evaluation[row]
         changes = [f"{1e3 * values[row]:+.2f}" for values in given.values()]
-        culprits = [
+        contributors = [
             f"{1e3 * nats:+.2f}{_mark(sure, int(row), k, u)}  {_text(u)}"
             for k, (u, nats) in enumerate(result.top_contributors(int(row)))
         ]
-        table.add_row(f"{_text(info)}\nS = {info.logprob:.2f} nats", *changes, "\n".join(culprits), end_section=True)
+        table.add_row(
+            f"{_text(info)}\nS = {info.logprob:.2f} nats", *changes, "\n".join(contributors), end_section=True
+        )
     return table
 
 
@@ -138,23 +140,23 @@ def study_lines(results: FisherKernelResults) -> list[str]:
     """Say what is known of the step and of U, a line each."""
     step, own = results.step, results.self_kernel
     certificates, conditions = (results.environment.get(name, []) for name in ("certificates", "conditions"))
-    said = [f"Step: clip {step['clip']:.4g}, ‖∇L‖ {step['grad_norm']:.4g}"]
+    lines = [f"Step: clip {step['clip']:.4g}, ‖∇L‖ {step['grad_norm']:.4g}"]
     if "lr" in step:
-        said[0] += f", lr {', '.join(f'{lr:g}' for lr in step['lr'])}"
-    said += [f"Certificate {one['name']} failed: {one['detail']}" for one in certificates if one["passed"] is False]
+        lines[0] += f", lr {', '.join(f'{lr:g}' for lr in step['lr'])}"
+    lines += [f"Certificate {one['name']} failed: {one['detail']}" for one in certificates if one["passed"] is False]
     if made := [one for one in certificates if one["passed"]]:
         names = ", ".join(dict.fromkeys(one["name"] for one in made))
-        said.append(f"Certified on this model: {names} (environment.json has the numbers).")
-    said += [f"The training did what is not modelled here: {one['found']}" for one in conditions]
+        lines.append(f"Certified on this model: {names} (environment.json has the numbers).")
+    lines += [f"The training did what is not modelled here: {one['found']}" for one in conditions]
     if own is not None:
-        said.append(
+        lines.append(
             f"U: {len(own.ids)} sequences move along {own.effective_rank:.1f} directions (effective rank of K_UU); "
             f"mean |cosine| {_number(own.same_prompt[1])} within a prompt, {_number(own.cross_prompt[1])} across."
         )
-    return said
+    return lines
 
 
-def _mark(sure: Finding | None, row: int, k: int, u: SequenceInfo) -> str:
+def _mark(sure: AnalysisResult | None, row: int, k: int, u: SequenceInfo) -> str:
     """Whether the k-th contributor to a row is told apart from chance: "*" itself, "†" its prompt, or neither."""
     if sure is None or "top_p" not in sure.arrays:
         return ""

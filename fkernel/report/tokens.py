@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fkernel.errors import ResultsError
-from fkernel.study import Finding, RequestResult
+from fkernel.study import AnalysisResult, RequestResult
 
 RAISED, LOWERED = (178, 24, 43), (33, 102, 172)
 STEPS = 1e3
@@ -31,14 +31,14 @@ def token_table(result: RequestResult, rows: int = 5) -> Table:
     Raises:
         ResultsError: tokens were not asked for.
     """
-    found = result.analysis("tokens")
+    analysis = result.analysis("tokens")
     table = Table(title=f"{result.name}: tokens (red raises, blue lowers; 10⁻³ nats below)")
     for name in ("sequence", "response", "Σ", "Δ entropy"):
         table.add_column(name, justify="left" if name in ("sequence", "response") else "right")
-    logprob, entropy = found["logprob"], found["entropy"]
+    logprob, entropy = analysis["logprob"], analysis["entropy"]
     for row in np.argsort(-np.abs(logprob.sum(1)), kind="stable")[:rows]:
-        texts, changes = _row(found, int(row))
-        shown = Text.assemble(token_text(texts, changes, _largest(found)), "\n", _numbers(changes))
+        texts, changes = _row(analysis, int(row))
+        shown = Text.assemble(token_text(texts, changes, _largest(analysis)), "\n", _numbers(changes))
         sums = (f"{STEPS * logprob[row].sum():+.2f}", f"{STEPS * entropy[row].sum():+.2f}")
         table.add_row(result.evaluation[row].id, shown, *sums, end_section=True)
     return table
@@ -52,12 +52,12 @@ def token_text(texts: Sequence[str], changes: Sequence[float], largest: float) -
         changes: Δ log π of each, nats.
         largest: |Δ log π| of the strongest colour.
     """
-    found = Text()
+    coloured = Text()
     for text, change in zip(texts, changes, strict=True):
         style = f"{_ink(change / largest)} on {_colour(change / largest)}"
-        found.append(f"{_plain(text)}", style)
-        found.append(" ")
-    return found
+        coloured.append(f"{_plain(text)}", style)
+        coloured.append(" ")
+    return coloured
 
 
 def token_html(result: RequestResult, rows: list[str] | None = None) -> str:
@@ -70,9 +70,9 @@ def token_html(result: RequestResult, rows: list[str] | None = None) -> str:
     Raises:
         ResultsError: tokens were not asked for, or there is no such sequence.
     """
-    found = result.analysis("tokens")
+    analysis = result.analysis("tokens")
     places = range(len(result.evaluation)) if rows is None else [result.row(name) for name in rows]
-    lines = [_line(result, found, row) for row in places]
+    lines = [_line(result, analysis, row) for row in places]
     return (
         '<div class="fkernel-tokens" style="font-family: monospace; line-height: 1.8">\n'
         + "\n".join(lines)
@@ -80,10 +80,10 @@ def token_html(result: RequestResult, rows: list[str] | None = None) -> str:
     )
 
 
-def _line(result: RequestResult, found: Finding, row: int) -> str:
-    texts, changes = _row(found, row)
-    info, largest = result.evaluation[row], _largest(found)
-    entropy = found["entropy"][row][found["response"][row]].tolist()
+def _line(result: RequestResult, analysis: AnalysisResult, row: int) -> str:
+    texts, changes = _row(analysis, row)
+    info, largest = result.evaluation[row], _largest(analysis)
+    entropy = analysis["entropy"][row][analysis["response"][row]].tolist()
     spans = [
         f'<span style="background: {_colour(x / largest)}; color: {_ink(x / largest)}; white-space: pre-wrap" '
         f'title="Δ log π {STEPS * x:+.3f}, Δ entropy {STEPS * h:+.3f} (10⁻³ nats)">{escape(_plain(text))}</span>'
@@ -93,15 +93,15 @@ def _line(result: RequestResult, found: Finding, row: int) -> str:
     return f"<div><b>{escape(info.id)}</b> {escape(_plain(info.prompt))}{''.join(spans)} <small>{whole}</small></div>"
 
 
-def _row(found: Finding, row: int) -> tuple[list[str], list[float]]:
+def _row(analysis: AnalysisResult, row: int) -> tuple[list[str], list[float]]:
     """Texts of a response's tokens, and what the step did to each, nats."""
-    if "left_out" in found.facts:
-        raise ResultsError(f"Tokens were left out: {found.facts['left_out']}.")
-    return found.facts["tokens"][row], found["logprob"][row][found["response"][row]].tolist()
+    if analysis.skipped is not None:
+        raise ResultsError(f"Tokens were left out: {analysis.skipped}.")
+    return analysis.facts["tokens"][row], analysis["logprob"][row][analysis["response"][row]].tolist()
 
 
-def _largest(found: Finding) -> float:
-    return float(np.abs(found["logprob"]).max()) or 1.0
+def _largest(analysis: AnalysisResult) -> float:
+    return float(np.abs(analysis["logprob"]).max()) or 1.0
 
 
 def _numbers(changes: Sequence[float]) -> Text:

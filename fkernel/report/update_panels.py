@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from fkernel.report.canvas import BLUE, GREY, PALETTE, RED, figure, finding, finish, label, percent, plain, tail
+from fkernel.report.style import BLUE, GREY, PALETTE, RED, analysis_result, figure, finish, label, percent, plain, tail
 from fkernel.study import FisherKernelResults, SequenceInfo
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ def health_panel(results: FisherKernelResults, path: str | Path | None = None) -
         ModelError: matplotlib is not installed.
         ResultsError: it was not asked for, or it was left out.
     """
-    found = finding(results, "health")
-    facts = found.facts
+    analysis = analysis_result(results, "health")
+    facts = analysis.facts
     by_parameter = facts["by_parameter"]
     names = sorted(by_parameter, key=lambda name: -by_parameter[name])[:MOST]
     drawn = figure(10, 1.5 + 0.27 * max(len(names), 8))
@@ -44,12 +44,12 @@ def health_panel(results: FisherKernelResults, path: str | Path | None = None) -
     left.set_title(f"which parameters carry the kernel{rest}", loc="left", fontsize=10)
     sets = {name: facts[name] for name in COORDINATES if facts.get(name) is not None}
     places = np.arange(len(sets))
-    for what, colour, shift, told in (
+    for what, colour, shift, caption in (
         ("coordinates", "#a6a6a6", -0.2, f"of all {facts['coordinates']:,} coordinates"),
         ("trace", RED, 0.2, "of the trace"),
     ):
         values = [100 * share[what] for share in sets.values()]
-        right.bar(places + shift, values, width=0.38, color=colour, label=told)
+        right.bar(places + shift, values, width=0.38, color=colour, label=caption)
         for place, value in zip(places + shift, values, strict=True):
             right.annotate(percent(value / 100), (place, value), (0, 2), textcoords="offset points",
                            ha="center", fontsize=8)  # fmt: skip
@@ -70,8 +70,8 @@ def structure_panel(results: FisherKernelResults, path: str | Path | None = None
 
     Args and errors as in `health_panel`, of the structure.
     """
-    found = finding(results, "structure")
-    facts, scores, labels = found.facts, found["scores"], found["labels"]
+    analysis = analysis_result(results, "structure")
+    facts, scores, labels = analysis.facts, analysis["scores"], analysis["labels"]
     drawn = figure(10, 5.0)
     left, right = drawn.subplots(1, 2, width_ratios=(1.6, 1))
     second = scores[:, 1] if scores.shape[1] > 1 else np.arange(len(scores), dtype=float)

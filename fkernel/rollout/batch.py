@@ -127,10 +127,10 @@ class GeneratedBatch:
         Raises:
             RolloutError: there is none.
         """
-        found = [record for record in self.records if record.provenance.global_prompt_id == global_prompt_id]
-        if not found:
+        records = [record for record in self.records if record.provenance.global_prompt_id == global_prompt_id]
+        if not records:
             raise RolloutError(f"No sequence of this batch belongs to the prompt {global_prompt_id!r}.")
-        return found
+        return records
 
     def clone_with_subset(self, keep: Iterable[str] | Callable[[SequenceRecord], bool]) -> GeneratedBatch:
         """Keep some sequences, under their own ids and in their own order.

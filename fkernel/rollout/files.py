@@ -13,9 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -25,8 +22,8 @@ import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from fkernel.engine.store.sealed import sealed, unsealed
 from fkernel.errors import RolloutError
+from fkernel.io import atomic_directory, checksummed_json, hash_json, read_checksummed
 from fkernel.rollout.batch import GeneratedBatch
 from fkernel.rollout.record import Provenance, SequenceRecord
 from fkernel.rollout.sampling import Sampling
@@ -68,26 +65,11 @@ def save_batch(batch: GeneratedBatch, directory: str | Path, *, replace: bool = 
         "diagnostics": batch.diagnostics,
         "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()},
     }
-    contents[MANIFEST] = sealed(manifest)
+    contents[MANIFEST] = checksummed_json(manifest)
     place.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{place.name}.partial-", dir=place.parent))
-    before = work.with_name(f"{work.name}-replaced")
-    try:
+    with atomic_directory(place, replaced) as work:
         for name, content in contents.items():
-            with open(work / name, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        os.chmod(work, 0o755)
-        if replaced:  # out of the way first: a directory is not renamed onto one that holds something
-            os.rename(place, before)
-        os.rename(work, place)
-    except BaseException:
-        if before.exists() and not place.exists():
-            os.rename(before, place)
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    shutil.rmtree(before, ignore_errors=True)
+            (work / name).write_bytes(content)
     return place
 
 
@@ -103,7 +85,7 @@ def load_batch(directory: str | Path, checkpoint: str | None = None) -> Generate
     """
     place = Path(directory)
     try:
-        manifest = unsealed((place / MANIFEST).read_bytes())
+        manifest = read_checksummed(place / MANIFEST)
         schema = manifest["schema"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RolloutError(f"There is no batch at {place}: its {MANIFEST} cannot be read ({error}).") from error
@@ -156,7 +138,7 @@ def content_of_batch(batch: GeneratedBatch, scores: bool = True) -> str:
     left_out = {"metadata", *(() if scores else STATISTICS)}
     kept = [{key: value for key, value in asdict(record).items() if key not in left_out} for record in batch]
     whole = [kept, batch.checkpoint, None if batch.sampling is None else asdict(batch.sampling)]
-    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+    return hash_json(whole)
 
 
 def _holds(place: Path, batch: GeneratedBatch) -> bool:
@@ -189,11 +171,11 @@ def _tensors(batch: GeneratedBatch) -> dict[str, Tensor]:
     def flat(rows: Iterable[tuple[Any, ...]], dtype: torch.dtype) -> Tensor:
         return torch.tensor([value for row in rows for value in row], dtype=dtype)
 
-    found = {name: flat((getattr(record, name) for record in batch), torch.int64) for name in IDS}
-    found |= {name: flat((getattr(record, name) for record in batch), torch.float64) for name in STATISTICS}
-    found["prompts"] = torch.tensor([len(record.prompt_ids) for record in batch])
-    found["responses"] = torch.tensor([len(record.response_ids) for record in batch])
-    return found
+    tensors = {name: flat((getattr(record, name) for record in batch), torch.int64) for name in IDS}
+    tensors |= {name: flat((getattr(record, name) for record in batch), torch.float64) for name in STATISTICS}
+    tensors["prompts"] = torch.tensor([len(record.prompt_ids) for record in batch])
+    tensors["responses"] = torch.tensor([len(record.response_ids) for record in batch])
+    return tensors
 
 
 def _columns(tensors: dict[str, Tensor]) -> dict[str, list[tuple[Any, ...]]]:
@@ -211,5 +193,5 @@ def _record(row: dict[str, Any], tokens: dict[str, tuple[Any, ...]]) -> Sequence
     return record
 
 
-def _sampling(found: dict[str, Any]) -> Sampling:
-    return Sampling(**{**found, "stop_strings": tuple(found["stop_strings"])})
+def _sampling(fields: dict[str, Any]) -> Sampling:
+    return Sampling(**{**fields, "stop_strings": tuple(fields["stop_strings"])})

@@ -1,4 +1,4 @@
-"""The hub for U and E: one policy, its prompts and its sampling; every batch of a study is made here."""
+"""Makes every batch of a study: one policy, its prompts and how it is sampled."""
 
 from __future__ import annotations
 
@@ -178,8 +178,8 @@ class SampleGenerator:
             if isinstance(prompt, CustomSample)
             else CustomSample(prompt, response or "", metadata or {}, raw, ended)
         )
-        (asked,) = custom([given.prompt])
-        text, name = given.prompt if given.raw else render(self.template, asked), asked.global_prompt_id
+        (question,) = custom([given.prompt])
+        text, name = given.prompt if given.raw else render(self.template, question), question.global_prompt_id
         prompt_ids = encode(self.tokenizer, text, name, self._adds)
         words = list(self.tokenizer.encode(given.response, add_special_tokens=False)) if given.response else []
         if not words and not given.ended:
@@ -213,14 +213,14 @@ class SampleGenerator:
         Raises:
             RolloutError: a prompt is not one of the generator's, or the reward fails.
         """
-        found = list[float | None]()
+        rewards = list[float | None]()
         for record in batch:
             split = record.provenance.split
             judge = self._reward(reward_cfg, split)
             assert judge is not None
             prompt = self._prompt(record.provenance.global_prompt_id, split)
-            found.append(judge(prompt, record.response, record.sequence_id))
-        return found
+            rewards.append(judge(prompt, record.response, record.sequence_id))
+        return rewards
 
     def _source(self, split: str) -> PromptSource:
         if not self._sources or split not in self._sources:
@@ -257,15 +257,15 @@ class SampleGenerator:
             raise RolloutError(f"completions_per_prompt is {completions}; expected at least 1.")
         texts = [render(self.template, prompt) for prompt in prompts]
         names = [prompt.global_prompt_id for prompt in prompts]
-        asked = [encode(self.tokenizer, text, name, self._adds) for text, name in zip(texts, names, strict=True)]
-        check_room(self.model, [len(ids) for ids in asked], self.sampling.max_new_tokens, names)
+        prompt_ids = [encode(self.tokenizer, text, name, self._adds) for text, name in zip(texts, names, strict=True)]
+        check_room(self.model, [len(ids) for ids in prompt_ids], self.sampling.max_new_tokens, names)
         draws: list[Draw] = [(g, k, prompt) for g, prompt in enumerate(prompts) for k in range(completions)]
         seeds = [seed_of(seed, prefix, g, k) for g, k, _ in draws]
-        each = [asked[g] for g, _, _ in draws]
-        found = draw(self.model, self.tokenizer, each, seeds, self.sampling, self.microbatch, self.tick)
-        batch = pad(each, [one.response_ids for one in found], padding(self.tokenizer))
+        each = [prompt_ids[g] for g, _, _ in draws]
+        drawn = draw(self.model, self.tokenizer, each, seeds, self.sampling, self.microbatch, self.tick)
+        batch = pad(each, [one.response_ids for one in drawn], padding(self.tokenizer))
         records = []
-        for (g, k, prompt), one, known in zip(draws, found, score(self.model, batch, self.sampling), strict=True):
+        for (g, k, prompt), one, known in zip(draws, drawn, score(self.model, batch, self.sampling), strict=True):
             name = sequence_id(prefix, g, k)
             check_recorded(one.logprobs, known.logprobs, name)
             response = self._text(one)
@@ -273,7 +273,7 @@ class SampleGenerator:
             records.append(
                 SequenceRecord(
                     sequence_id=name,
-                    prompt_ids=tuple(asked[g]),
+                    prompt_ids=tuple(prompt_ids[g]),
                     response_ids=one.response_ids,
                     prompt=texts[g],
                     response=response,

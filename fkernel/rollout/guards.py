@@ -106,12 +106,12 @@ def encode(tokenizer: Any, text: str, name: str, add_special_tokens: bool = True
 
 def _check_read(tokenizer: Any, text: str, ids: Sequence[int], name: str) -> None:
     """Warn where the tokens do not say what the text says: a vocabulary without a character drops it silently."""
-    said, meant = ("".join(part.split()) for part in (tokenizer.decode(list(ids)), text))
-    if meant not in said:
-        lost = sorted({*meant} - {*said})
+    read, meant = ("".join(part.split()) for part in (tokenizer.decode(list(ids)), text))
+    if meant not in read:
+        lost = sorted({*meant} - {*read})
         warnings.warn(
             f"{name}: the tokenizer reads the prompt otherwise than it is written"
-            f"{f', without {lost[:5]}' if lost else ''}; the policy is asked {said[:60]!r}.",
+            f"{f', without {lost[:5]}' if lost else ''}; the policy is asked {read[:60]!r}.",
             RolloutWarning,
             stacklevel=3,
         )
@@ -127,11 +127,11 @@ def check_concatenation(
     """
     bos = tokenizer.bos_token
     adds = add_special_tokens and not (bos and prompt.startswith(bos))
-    whole = list(tokenizer.encode(prompt + response, add_special_tokens=adds))
-    if whole != [*ids]:
-        at = next((i for i, (a, b) in enumerate(zip(whole, ids, strict=False)) if a != b), min(len(whole), len(ids)))
+    joint = list(tokenizer.encode(prompt + response, add_special_tokens=adds))
+    if joint != [*ids]:
+        at = next((i for i, (a, b) in enumerate(zip(joint, ids, strict=False)) if a != b), min(len(joint), len(ids)))
         warnings.warn(
-            f"{name}: tokenized as one text, prompt and response are {len(whole)} tokens and differ from the "
+            f"{name}: tokenized as one text, prompt and response are {len(joint)} tokens and differ from the "
             f"{len(ids)} that are scored from token {at} on; the boundary between the two falls inside a token.",
             RolloutWarning,
             stacklevel=2,

@@ -117,12 +117,12 @@ def _objects(path: str | Path, lines: Iterable[str]) -> Iterator[dict[str, Any]]
         if not line.strip():
             continue
         try:
-            found = json.loads(line)
+            value = json.loads(line)
         except ValueError as error:
             raise RolloutError(f"{path}, line {number}: no JSON ({error}).") from None
-        if not isinstance(found, dict):
-            raise RolloutError(f"{path}, line {number}: expected an object, found a {type(found).__name__}.")
-        yield found
+        if not isinstance(value, dict):
+            raise RolloutError(f"{path}, line {number}: expected an object, found a {type(value).__name__}.")
+        yield value
 
 
 def dataset(path: str | Path, split: str = "train", question: str = "question", answer: str = "answer") -> Rows:
@@ -137,12 +137,12 @@ def dataset(path: str | Path, split: str = "train", question: str = "question", 
         raise RolloutError("Data sets need the package datasets: pip install 'fkernel[rollout]'.") from None
     if not Path(path).is_dir():
         raise RolloutError(f"There is no data set at {path}; expected a directory of save_to_disk().")
-    found: Any = load_from_disk(str(path))
-    if isinstance(found, Mapping):
-        if split not in found:
-            raise RolloutError(f"The data set at {path} has the splits {sorted(found)}; there is no {split!r}.")
-        found = found[split]
-    return Rows(str(path), split, found, question, answer)
+    rows: Any = load_from_disk(str(path))
+    if isinstance(rows, Mapping):
+        if split not in rows:
+            raise RolloutError(f"The data set at {path} has the splits {sorted(rows)}; there is no {split!r}.")
+        rows = rows[split]
+    return Rows(str(path), split, rows, question, answer)
 
 
 class Gym:
@@ -187,9 +187,9 @@ class Gym:
         if not 0 <= index < len(self):
             raise IndexError(index)
         entry = self._entries[index]
-        told = json.loads(json.dumps(entry.get("metadata", {}), default=str))
+        metadata = json.loads(json.dumps(entry.get("metadata", {}), default=str))
         return Prompt(
-            prompt_id(self.split, index), entry["question"], entry["answer"], self.split, self.name, {"entry": told}
+            prompt_id(self.split, index), entry["question"], entry["answer"], self.split, self.name, {"entry": metadata}
         )
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fkernel.errors import RolloutError
+from fkernel.io import hash_json
 
 Finish = Literal["eos", "stop_string", "length", "given"]
 """Why a response ended: its own end of sequence, a stop string, no more room; or it was written by hand."""
@@ -110,12 +109,7 @@ class SequenceRecord:
             >>> one.content_hash == two.content_hash
             True
         """
-        return content_hash(self.prompt_ids, self.response_ids)
-
-
-def content_hash(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> str:
-    """Hash the tokens of a prompt and a response."""
-    return hashlib.sha256(json.dumps([[*prompt_ids], [*response_ids]]).encode()).hexdigest()[:16]
+        return hash_json([self.prompt_ids, self.response_ids])[:16]
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,9 @@ def answer_block(response: str) -> str | None:
         >>> answer_block("<answer>1</answer><answer>2</answer>") is None
         True
     """
-    found = ANSWER.findall(response)
+    blocks = ANSWER.findall(response)
     tags = response.count("<answer>"), response.count("</answer>")
-    return found[0].strip() if len(found) == 1 and tags == (1, 1) else None
+    return blocks[0].strip() if len(blocks) == 1 and tags == (1, 1) else None
 
 
 def math(prompt: Prompt, response: str) -> float:
@@ -47,12 +47,12 @@ def math(prompt: Prompt, response: str) -> float:
         raise RolloutError("The reward 'math' needs math-verify: pip install 'fkernel[rollout]'.") from None
     if prompt.answer is None:
         raise RolloutError(f"The prompt {prompt.global_prompt_id} has no reference answer to compare with.")
-    said = answer_block(response)
-    if said is None:
+    answer = answer_block(response)
+    if answer is None:
         return 0.0
     gold = prompt.answer.rpartition("####")[2].strip()
     # Timeouts use signals, which work in the main thread only; the texts here are short.
-    sides = [parse(f"${side}$", parsing_timeout=None) for side in (gold, said)]  # pyright: ignore[reportArgumentType]
+    sides = [parse(f"${side}$", parsing_timeout=None) for side in (gold, answer)]  # pyright: ignore[reportArgumentType]
     return float(verify(*sides, timeout_seconds=None))  # pyright: ignore[reportArgumentType]
 
 
@@ -77,9 +77,9 @@ def gym(source: PromptSource) -> Reward:
         raise RolloutError(f"The reward 'gym' is a reasoning-gym task's own; the prompts come from {source.name!r}.")
 
     def score(prompt: Prompt, response: str) -> float:
-        said = answer_block(response)
+        answer = answer_block(response)
         entry = {"question": prompt.question, "answer": prompt.answer, "metadata": prompt.metadata.get("entry", {})}
-        return float(source.scorer(response.strip() if said is None else said, entry))
+        return float(source.scorer(response.strip() if answer is None else answer, entry))
 
     return score
 
@@ -175,9 +175,9 @@ def dotted(name: str, expected: str) -> Any:
     """
     module, _, attribute = name.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        value = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise RolloutError(f"{name!r} is not {expected} ({error}).") from error
-    if not callable(found):
-        raise RolloutError(f"{name!r} is not {expected} (it is a {type(found).__name__}).")
-    return found
+    if not callable(value):
+        raise RolloutError(f"{name!r} is not {expected} (it is a {type(value).__name__}).")
+    return value

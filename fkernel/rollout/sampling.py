@@ -1,6 +1,6 @@
 """Responses that the policy really wrote: `model.generate`, with random numbers that belong to a sequence.
 
-`model.generate` draws one random stream for a whole microbatch, so that a sequence depends on its company. Here each
+`model.generate` draws one random stream for a whole microbatch, so that a sequence depends on its neighbours. Here each
 sequence has a generator of its own, and a token is drawn by the Gumbel-max trick,
 
     token = argmax_v (log q_v + γ_v),   γ_v = −log ε_v,  ε_v ~ Exp(1)   ⇒   P(token = v) = q_v
@@ -64,14 +64,14 @@ class Sampling:
     @property
     def warpers(self) -> tuple[LogitsProcessor, ...]:
         """What turns π's logits into q's, in the order in which transformers applies them."""
-        found: list[LogitsProcessor] = []
+        warpers: list[LogitsProcessor] = []
         if self.temperature != 1.0:
-            found.append(TemperatureLogitsWarper(self.temperature))
+            warpers.append(TemperatureLogitsWarper(self.temperature))
         if self.top_k:
-            found.append(TopKLogitsWarper(self.top_k))
+            warpers.append(TopKLogitsWarper(self.top_k))
         if self.top_p < 1.0:
-            found.append(TopPLogitsWarper(self.top_p))
-        return tuple(found)
+            warpers.append(TopPLogitsWarper(self.top_p))
+        return tuple(warpers)
 
 
 class Drawn(NamedTuple):
@@ -121,8 +121,8 @@ def draw(
     done: dict[int, Drawn] = {}
     for start in range(0, len(order), microbatch):
         rows = order[start : start + microbatch]
-        found = _together(model, tokenizer, [prompts[i] for i in rows], [seeds[i] for i in rows], sampling)
-        done.update(zip(rows, found, strict=True))
+        drawn = _together(model, tokenizer, [prompts[i] for i in rows], [seeds[i] for i in rows], sampling)
+        done.update(zip(rows, drawn, strict=True))
         tick(len(rows))
     return [done[i] for i in range(len(prompts))]
 
@@ -178,13 +178,13 @@ def _together(
             stopping_criteria=StoppingCriteriaList([ends]),
         )
     tokens, logprobs, logqs = (torch.stack(column, 1).tolist() for column in (sampler.tokens, sampler.p, sampler.q))
-    found = []
-    for row, (length, finish) in enumerate(ends.found):
+    drawn = []
+    for row, (length, finish) in enumerate(ends.ended):
         end = length or len(tokens[row])
-        found.append(
+        drawn.append(
             Drawn(tuple(tokens[row][:end]), tuple(logprobs[row][:end]), tuple(logqs[row][:end]), finish or "length")
         )
-    return found
+    return drawn
 
 
 class _Sampler(LogitsProcessor):
@@ -220,7 +220,7 @@ class _Ends(StoppingCriteria):
         self.tokenizer, self.stop = tokenizer, [*stop_strings]
         # The token that completes a stop string is the last: no more of a response than one can span is looked at.
         self.span = max((len(text.encode()) for text in stop_strings), default=0) + 4
-        self.found: list[tuple[int, Finish | None]] = [(0, None)] * n
+        self.ended: list[tuple[int, Finish | None]] = [(0, None)] * n
         self.length = 0
 
     def __call__(self, input_ids: Any, scores: Any, **options: Any) -> Any:
@@ -229,8 +229,8 @@ class _Ends(StoppingCriteria):
         tails = input_ids[:, -min(self.length, self.span) :].tolist() if self.stop else [[]] * len(input_ids)
         stopped = torch.tensor([self._stops(tail) for tail in tails], device=ended.device)
         for row, (by_eos, by_text) in enumerate(zip(ended.tolist(), stopped.tolist(), strict=True)):
-            if self.found[row][1] is None and (by_eos or by_text):
-                self.found[row] = (self.length, "eos" if by_eos else "stop_string")
+            if self.ended[row][1] is None and (by_eos or by_text):
+                self.ended[row] = (self.length, "eos" if by_eos else "stop_string")
         return ended | stopped
 
     def _stops(self, tail: list[int]) -> bool:

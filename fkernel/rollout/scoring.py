@@ -36,7 +36,7 @@ def score(model: Any, batch: Sequences, sampling: Sampling, microbatch: int = 8)
         model: a causal language model.
         batch: n sequences.
         sampling: what q is.
-        microbatch: sequences of the greatest length under way at once; shorter ones travel in larger company.
+        microbatch: sequences of the greatest length in one forward pass; of shorter ones there are more.
 
     Returns:
         One a sequence, in the batch's order.
@@ -48,13 +48,13 @@ def score(model: Any, batch: Sequences, sampling: Sampling, microbatch: int = 8)
     func.sequence_logprob(apply).check(batch)
     order = by_length(batch)
     ordered = take(batch, order)
-    found: dict[int, TokenStatistics] = {}
+    by_row: dict[int, TokenStatistics] = {}
     with torch.no_grad():
         for rows in groups(ordered, token_grant(batch, microbatch)):
             part = trim(take(ordered, rows))
             statistics = statistics_of(apply, params, part, sampling)
-            found.update(zip(order[rows].tolist(), statistics, strict=True))
-    return [found[row] for row in range(length(batch))]
+            by_row.update(zip(order[rows].tolist(), statistics, strict=True))
+    return [by_row[row] for row in range(length(batch))]
 
 
 def statistics_of(apply: func.Apply, params: Tree, batch: Sequences, sampling: Sampling) -> list[TokenStatistics]:

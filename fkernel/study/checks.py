@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fkernel.errors import PlanError
 from fkernel.rollout.rewards import dotted
-from fkernel.study.analyses.plan import OBSERVABLE
+from fkernel.study.analyses.observables import OBSERVABLE
 from fkernel.study.outcome import RequestResult
 from fkernel.study.plan import FisherKernelPlan
 

@@ -3,10 +3,12 @@
 <directory>/
   asked.json             everything that decides what is in here; written first, and compared at every later opening
   batch/                 U, as `save_batch` wrote it
-  gradients/             one folder of shards for U, as `fkernel.engine.store` keeps them
+  gradients/             one folder of shards for U, as `fkernel.engine.store` keeps them; there is none of long
+                         sequences, which the model walks again for every question (`fkernel.engine.walked`)
   response.safetensors   P, {name: [*shape]}
+  ascent.safetensors     J_Uᵀ(w A) and the KL term's share: what U ascends before clipping, {name: [*shape]}
   loss.safetensors       what a loss that the plan names made of U: ρ [n t], the KL term's share of the ascent
-  complete.json          c, ‖∇L‖, what is known of the loss, and the checksums of U and of the two before; written last
+  complete.json          c, ‖∇L‖, what is known of the loss, checksums of U and of the three before; written last
   kept/                  answers of earlier runs (`fkernel.study.kept`); may be deleted
   lock                   names the one process that has it open
 
@@ -30,22 +32,22 @@ from fkernel.engine.gradients import Gradients, Read
 from fkernel.engine.sides import Ordered
 from fkernel.engine.store import open_store
 from fkernel.engine.store.directory import MANIFEST
-from fkernel.engine.store.files import checksum, locked, plain_errors, write_atomically
-from fkernel.engine.store.fingerprint import fingerprint
 from fkernel.engine.store.manifest import differences
-from fkernel.engine.store.sealed import sealed, unsealed
 from fkernel.engine.stored import complete
 from fkernel.errors import StoreError, listing
 from fkernel.func.losses import Weighted
+from fkernel.io import atomic_write, checksum, checksummed_json, fingerprint, locked, plain_errors, read_checksummed
 from fkernel.precond import Diagonal
 from fkernel.rollout import load_batch, save_batch
 from fkernel.rollout.batch import GeneratedBatch
 from fkernel.rollout.files import MANIFEST as MANIFEST_OF_BATCH
+from fkernel.shapes import Tree
 from fkernel.study.loss_terms import LossTerms
 
-SCHEMA = 1
+SCHEMA = 2
 ASKED, COMPLETE, LOCK = "asked.json", "complete.json", "lock"
 BATCH, GRADIENTS, RESPONSE, LOSS = "batch", "gradients", "response.safetensors", "loss.safetensors"
+ASCENT = "ascent.safetensors"
 
 
 class WorkspaceDirectory:
@@ -168,19 +170,40 @@ class WorkspaceDirectory:
         computed = 0 if pieces is None else complete(store, pieces, tick)
         return Gradients(side, cuts, store.read, computed, device)
 
+    def walked(self, side: Ordered) -> Gradients:
+        """Stand for gradients that are not kept, where there is no model to walk the sequences again."""
+
+        def read(i: int, *names: Any) -> Any:
+            raise StoreError(
+                f"The workspace at {self.path} keeps no gradients: its sequences are long, and the model walks them "
+                f"again for every question. Say which plan made it: `fkernel query {self.path} ID ID --plan "
+                f"OUT/plan.json`; or ask a plan with `requests: [{{kind: update}}]`, by `fkernel run PLAN`."
+            )
+
+        found = Gradients(side, [slice(i, i + 1) for i in range(len(side))], read)
+        found.walked = True
+        return found
+
     def unfinished(self) -> StoreError:
         """Say that a run was cut off."""
         return StoreError(f"The workspace at {self.path} is not complete; run its plan again, and it is finished.")
 
-    def seal(self, P: Diagonal, clip: float, grad_norm: float, loss: LossTerms | None = None) -> None:
-        """Write P and what is left, last of all."""
-        chunks: list[bytes] = [save_tensors({k: v.cpu().contiguous() for k, v in (P.d or {}).items()})]
-        write_atomically(self.path / RESPONSE, chunks)
-        facts: dict[str, Any] = {"clip": clip, "grad_norm": grad_norm, "sha256": checksum(self.path / RESPONSE)}
+    def seal(
+        self,
+        P: Diagonal,
+        clip: float,
+        grad_norm: float,
+        ascent: Tree,
+        loss: LossTerms | None = None,
+        walked: bool = False,
+    ) -> None:
+        """Write P and what is left, last of all; `walked` says that no gradients are kept."""
+        facts: dict[str, Any] = {"clip": clip, "grad_norm": grad_norm, "walked": walked}
+        facts |= {"sha256": self._vector(RESPONSE, P.d or {}), "ascent": {"sha256": self._vector(ASCENT, ascent)}}
         facts["batch"] = checksum(self.path / BATCH / MANIFEST_OF_BATCH)
         if loss is not None:
-            write_atomically(self.path / LOSS, [save_tensors(loss.tensors())])
-            facts["loss"] = {"facts": loss.facts, "sha256": checksum(self.path / LOSS)}
+            sha256 = atomic_write(self.path / LOSS, [save_tensors(loss.tensors())])
+            facts["loss"] = {"facts": loss.facts, "sha256": sha256}
         self._write(COMPLETE, facts)
 
     def loss(self) -> LossTerms | None:
@@ -191,6 +214,17 @@ class WorkspaceDirectory:
         """
         facts = (self.complete or {}).get("loss")
         return None if facts is None else LossTerms.of(self._tensors(LOSS, facts), facts["facts"])
+
+    def ascent(self) -> Tree:
+        """Read what U ascends, of which Δθ is made again.
+
+        Raises:
+            StoreError: the workspace is not complete, or it is not what was written.
+        """
+        facts = self.complete
+        if facts is None:
+            raise self.unfinished()
+        return self._tensors(ASCENT, facts["ascent"])
 
     def response(self) -> tuple[Diagonal, float, float]:
         """Read (P, c, ‖∇L‖).
@@ -204,6 +238,10 @@ class WorkspaceDirectory:
         self._check_batch(facts)
         return Diagonal(self._tensors(RESPONSE, facts) or None), facts["clip"], facts["grad_norm"]
 
+    def _vector(self, name: str, vector: Tree) -> str:
+        """Write a vector of the parameters' shapes, and give its checksum."""
+        return atomic_write(self.path / name, [save_tensors({k: v.cpu().contiguous() for k, v in vector.items()})])
+
     def _tensors(self, name: str, facts: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         place = self.path / name
         with plain_errors("read", self.path):
@@ -213,7 +251,7 @@ class WorkspaceDirectory:
 
     def _read(self, name: str) -> dict[str, Any]:
         try:
-            return unsealed((self.path / name).read_bytes())
+            return read_checksummed(self.path / name)
         except (OSError, ValueError) as error:
             raise StoreError(
                 f"{self.path / name} cannot be read ({error}); delete the workspace to begin anew."
@@ -221,4 +259,4 @@ class WorkspaceDirectory:
 
     def _write(self, name: str, content: Mapping[str, Any]) -> None:
         with plain_errors("write to", self.path):
-            write_atomically(self.path / name, [sealed(content)])
+            atomic_write(self.path / name, [checksummed_json(content)])

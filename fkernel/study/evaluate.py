@@ -24,12 +24,12 @@ from fkernel.precond import AdamWStep
 from fkernel.rollout import SequenceRecord
 from fkernel.rollout.batch import GeneratedBatch
 from fkernel.shapes import Tensor, Tree
-from fkernel.study.analyses.accounts import Accounts
-from fkernel.study.analyses.plan import RequestAnalyses
-from fkernel.study.analyses.situation import Situation
+from fkernel.study.analyses.context import RequestContext
+from fkernel.study.analyses.registry import RequestAnalyses
+from fkernel.study.analyses.runner import AnalysisRunner
+from fkernel.study.capture import CapturePlan
 from fkernel.study.diagnostics import BlockTally, cosines, top_contributors
 from fkernel.study.outcome import Entry, RequestResult, info_of
-from fkernel.study.requests import CapturePlan
 from fkernel.study.rows import Grant, Policy, walked
 from fkernel.study.workspace import KernelWorkspace, selected, tokens_of
 
@@ -84,23 +84,23 @@ def evaluate(
     capture = question.capture
     weights = workspace.weights_with(question.advantages)
     E = tokens_of(batch, policy.params)
-    at = Situation(batch, E, workspace, policy, step, grant, capture, weights, question.advantages)
-    found = at.found
-    accounts = Accounts(question.analyses, at, question.strict)
+    at = RequestContext(
+        batch, E, workspace, policy, step, grant, capture, weights, question.advantages, question.strict
+    )
+    found, analyses = at.effects, AnalysisRunner(question.analyses, at)
     needs_K = not capture.influence_only or question.analyses.of_rows
     with recycled():
-        asked = accounts.asked(_asked(at, needs_K))
+        asked = analyses.ask(_asked(at, needs_K))
     with recycled():  # once more: what making those vectors freed goes back to the system, and is not beside the walk
         own = None if policy.through_detach or policy.path != "start" else workspace.rows_of(batch)
         blocks = walked(E, workspace, policy, grant, asked, own)
         if needs_K:
-            found |= _reduced(blocks, question, batch, workspace, weights, tick, accounts, at.dtype)
+            found |= _reduced(blocks, question, batch, workspace, weights, tick, analyses, at.dtype)
         else:
             found |= _alone(blocks, at, ("batch", *at.vectors))
             tick(len(batch))
-        if step is not None and not at.overridden:
-            found |= _measured(at, step)
-        analyses = accounts.findings()
+        found |= at.measured(policy.f, E)
+        answers = analyses.results()
     facts = found.pop("facts", {}) | {"sampling": batch.diagnostics, "advantages": question.advantages}
     facts["path"] = policy.path
     if "realised" in found:
@@ -114,12 +114,12 @@ def evaluate(
         evaluation=tuple(map(info_of, batch)),
         update=tuple(map(info_of, workspace.batch)),
         facts=facts,
-        analyses=analyses,
+        analyses=answers,
         **arrays,
     )
 
 
-def _asked(at: Situation, needs_K: bool) -> Asked:
+def _asked(at: RequestContext, needs_K: bool) -> Asked:
     """What every request asks of the walk; analyses add to it."""
     P, vectors = at.workspace.P.d, dict(at.vectors)
     if not needs_K:
@@ -129,23 +129,12 @@ def _asked(at: Situation, needs_K: bool) -> Asked:
     return Asked({"": P}, Own(vectors, norms), Own() if at.workspace.has_norms else Own(squares=norms))
 
 
-def _alone(blocks: Iterator[Block], at: Situation, names: Iterable[str]) -> dict[str, Tensor]:
+def _alone(blocks: Iterator[Block], at: RequestContext, names: Iterable[str]) -> dict[str, Tensor]:
     """Take what was asked of E's rows by themselves, [n_E] each."""
     found = {name: torch.empty(len(at.batch), dtype=at.dtype) for name in names}
     for block in blocks:
         for name, values in found.items():
             values[block.at] = block.rows(name).to(at.dtype)
-    return found
-
-
-def _measured(at: Situation, step: AdamWStep) -> dict[str, Tensor]:
-    """The realised change, with what was not selected of it, and the curvature where it is asked for, [n_E] each."""
-    found: dict[str, Tensor] = {}
-    if at.capture.curvature:
-        curvature = func.curvature(at.policy.f, at.grant.microbatch)
-        found["curvature"] = 0.5 * curvature(at.policy.params, at.E, step.total)
-    if at.capture.realised:
-        found |= at.realised(at.policy.f, at.E, at.before)
     return found
 
 
@@ -156,7 +145,7 @@ def _reduced(
     workspace: KernelWorkspace,
     weights: Tensor,
     tick: Callable[[int], Any],
-    accounts: Accounts,
+    analyses: AnalysisRunner,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
     """Take rows of K as they come; keep what was asked for."""
@@ -167,7 +156,7 @@ def _reduced(
     wanted, tally, entries = _wanted(question, batch, workspace), BlockTally(), list[Entry]()
     prompts = [record.provenance.global_prompt_id for record in workspace.batch]
     names = [*map(_identity, workspace.batch)]
-    vectors = accounts.at.vectors
+    vectors = analyses.context.vectors
     for block in blocks:
         at, K = block.at, block.kernel().to(dtype)
         if not workspace.has_norms:
@@ -192,7 +181,7 @@ def _reduced(
             for u in wanted.get(e, ()):
                 ids = batch.ids[e], workspace.batch.ids[u]
                 entries.append(Entry(*ids, float(K[r, u]), float(cosine[r, u]), float(C[r, u])))
-        accounts.add(block)
+        analyses.add(block)
         tick(len(at))
     place = {name: i for i, name in enumerate(batch.ids)}
     entries.sort(key=lambda entry: (place[entry.row], workspace.index[entry.column]))

@@ -19,11 +19,8 @@ is damaged is computed again. It may be deleted.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -32,13 +29,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fkernel import func
-from fkernel.engine.store.files import checksum, plain_errors, write_atomically
-from fkernel.engine.store.sealed import sealed, unsealed
 from fkernel.errors import FKernelError, RolloutError
+from fkernel.io import PARTIAL, atomic_directory, checksummed_json, checksums, hash_json, plain_errors, read_checksummed
 from fkernel.rollout import content_of_batch, load_batch, save_batch
 from fkernel.rollout.batch import GeneratedBatch
+from fkernel.study.analyses.registry import UPDATE_ANALYSES
 from fkernel.study.directory import COMPLETE
-from fkernel.study.outcome import Finding, RequestResult, SelfKernel, info_of
+from fkernel.study.outcome import AnalysisResult, RequestResult, SelfKernel, info_of
 from fkernel.study.plan import FisherKernelPlan
 from fkernel.study.policy import identity_of_checkpoint
 from fkernel.study.results import OWN, FisherKernelResults
@@ -46,7 +43,7 @@ from fkernel.study.sources import code_of, dotted_names, own_code, prompts_files
 from fkernel.study.workspace import KernelWorkspace
 
 SCHEMA = 1
-KEPT, RECORD, BATCH, PARTIAL = "kept", "kept.json", "batch", ".partial-"
+KEPT, RECORD, BATCH = "kept", "kept.json", "batch"
 PACKAGES = ("torch", "transformers", "numpy", "peft")
 """Whose versions may change numbers; with reasoning-gym's and math-verify's, whose scorers give rewards."""
 FROM_SPLITS = ("update", "evaluation", "prompt_ids")
@@ -66,7 +63,7 @@ class Answer(NamedTuple):
     request: RequestResult | None = None
     batch: GeneratedBatch | None = None
     self_kernel: SelfKernel | None = None
-    analyses: Mapping[str, Finding] = {}
+    analyses: Mapping[str, AnalysisResult] = {}
     written: str | None = None
 
 
@@ -99,7 +96,7 @@ def answer_cache(
         "schema": SCHEMA,
         "fkernel": [version("fkernel"), own_code()],
         "versions": {name: version(name) for name in (*PACKAGES, "reasoning-gym", "math-verify")},
-        "workspace": {**workspace.asked, "complete": unsealed((workspace.directory / COMPLETE).read_bytes())},
+        "workspace": {**workspace.asked, "complete": read_checksummed(workspace.directory / COMPLETE)},
         "step": plan.step.model_dump(mode="json", exclude={"after", "loss"}),
         "after": None if after is None else identity_of_checkpoint(after, numerics.dtype),
         "numerics": numerics.model_dump(mode="json", include={"seed", "device", "skip_certificates"}),
@@ -111,7 +108,7 @@ def own_answer(
     cache: AnswerCache,
     plan: FisherKernelPlan,
     self_kernel: Callable[..., SelfKernel],
-    analyses: Callable[[], dict[str, Finding]],
+    analyses: Callable[[], dict[str, AnalysisResult]],
 ) -> Answer:
     """Read what a plan asks of U itself, or compute and keep it.
 
@@ -125,7 +122,7 @@ def own_answer(
     if plan.self_kernel:
         asked = {"capture_full": plan.capture.kernel}
         found = kept_or_computed(cache, {"self_kernel": asked}, lambda: Answer(self_kernel=self_kernel(**asked)))
-    asked = plan.analyses.model_dump(mode="json", include={"health", "structure"})
+    asked = plan.analyses.model_dump(mode="json", include={*UPDATE_ANALYSES})
     if any(asked.values()):
         more = kept_or_computed(cache, {"analyses": asked}, lambda: Answer(analyses=analyses()))
         found = found._replace(analyses=more.analyses, written=found.written or more.written)
@@ -228,7 +225,7 @@ def kept_or_computed(cache: AnswerCache, key: Mapping[str, Any] | None, compute:
     if cache.place is None or key is None:
         return compute()
     whole = json.loads(json.dumps({**cache.common, **key}))
-    place = cache.place / hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:32]
+    place = cache.place / hash_json(whole)[:32]
     found = _read(cache, place, whole)
     if found is None:
         found = compute()
@@ -241,17 +238,16 @@ def kept_or_computed(cache: AnswerCache, key: Mapping[str, Any] | None, compute:
 
 def _failed(answer: Answer) -> bool:
     """Whether an analysis was left out since something went wrong in it, and not for want of what it needs."""
-    findings = [*answer.analyses.values(), *({} if answer.request is None else answer.request.analyses).values()]
-    return any(str(one.facts.get("left_out", "")).startswith("it failed") for one in findings)
+    results = [*answer.analyses.values(), *({} if answer.request is None else answer.request.analyses).values()]
+    return any((one.skipped or "").startswith("it failed") for one in results)
 
 
 def _write(cache: AnswerCache, place: Path, key: Mapping[str, Any], answer: Answer) -> None:
     assert cache.place is not None
     cache.place.mkdir(exist_ok=True)
-    for left in cache.place.glob(f"{PARTIAL}*"):  # by a run that was killed: the workspace is this process's alone
+    for left in cache.place.glob(f"*{PARTIAL}"):  # by a run that was killed: the workspace is this process's alone
         shutil.rmtree(left)
-    work = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=cache.place))
-    try:
+    with atomic_directory(place, replace=True) as work:  # one that is there is damaged
         request, U = answer.request, tuple(map(info_of, cache.workspace.batch))
         requests = {} if request is None else {request.name: request}
         own, analyses = answer.self_kernel, dict(answer.analyses)
@@ -264,18 +260,13 @@ def _write(cache: AnswerCache, place: Path, key: Mapping[str, Any], answer: Answ
             "certificates": [one._asdict() | {"error": _or_none(one.error)} for one in cache.certificates],
             "sha256": _checksums(work),
         }
-        write_atomically(work / RECORD, [sealed(record)])
-        shutil.rmtree(place, ignore_errors=True)  # a damaged one
-        os.rename(work, place)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
+        (work / RECORD).write_bytes(checksummed_json(record))
 
 
 def _read(cache: AnswerCache, place: Path, key: Mapping[str, Any]) -> Answer | None:
     """Read an answer; None where there is none, or it is not what was written."""
     try:
-        record = unsealed((place / RECORD).read_bytes())
+        record = read_checksummed(place / RECORD)
         if record["key"] != key or record["sha256"] != _checksums(place):
             return None
         results = FisherKernelResults.load(place)
@@ -289,8 +280,7 @@ def _read(cache: AnswerCache, place: Path, key: Mapping[str, Any]) -> Answer | N
 
 
 def _checksums(place: Path) -> dict[str, str]:
-    files = sorted(file for file in place.rglob("*") if file.is_file() and file.name != RECORD)
-    return {str(file.relative_to(place)): checksum(file) for file in files}
+    return {name: digest for name, digest in checksums(place).items() if name != RECORD}
 
 
 def _or_none(error: float) -> float | None:

@@ -167,9 +167,7 @@ def _own(policy: Policy, tokens: func.Sequences, microbatch: int) -> Tensor:
 
 def _scored(one: CheckpointPlan, policy: Policy, tokens: func.Sequences, microbatch: int) -> Tensor:
     """Score U with another policy, [n t]; its model is let go of."""
-    leaf = next(iter(policy.params.values()))
-    model = one.load_weights(leaf.dtype).model.to(leaf.device)
-    apply, params = func.make_functional(model, select=lambda name: True)
+    apply, params = one.load_policy(policy.params)
     return func.evaluate(func.token_logprobs(apply, policy.temperature), microbatch)(params, tokens)
 
 

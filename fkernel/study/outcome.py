@@ -15,6 +15,9 @@ from fkernel.study.diagnostics import cosines
 
 EFFECTS = ("penalty", "momentum", "decay", "curvature", "realised", "unselected")
 
+SKIPPED = "left_out"
+"""Where the facts of an analysis that was skipped say why; files have this word."""
+
 
 @dataclass(frozen=True)
 class SequenceInfo:
@@ -79,16 +82,21 @@ class Entry:
 
 
 @dataclass(frozen=True, eq=False)
-class Finding:
+class AnalysisResult:
     """What an analysis found.
 
     Attributes:
         arrays: by name; `docs/results.md` has their shapes.
-        facts: JSON. Where something that it needs was not there, `left_out` says what, and there are no arrays.
+        facts: JSON. Of an analysis that was skipped they have nothing but why, as `left_out`, and there are no arrays.
     """
 
     arrays: dict[str, np.ndarray]
     facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def skipped(self) -> str | None:
+        """Why it could not be made: what it lacked, or how it failed; None where it was made."""
+        return self.facts.get(SKIPPED)
 
     def __getitem__(self, name: str) -> np.ndarray:
         """Give an array.
@@ -97,7 +105,7 @@ class Finding:
             ResultsError: there is none of that name.
         """
         if name not in self.arrays:
-            why = self.facts.get("left_out", f"it has {', '.join(self.arrays) or 'none'}")
+            why = self.skipped or f"it has {', '.join(self.arrays) or 'none'}"
             raise ResultsError(f"This analysis has no {name!r}: {why}.")
         return self.arrays[name]
 
@@ -133,7 +141,7 @@ class RequestResult:
         contributions: [n_E n_U] C.
         selected: entries that were asked for by id.
         facts: JSON: same-prompt and cross-prompt blocks, sampling diagnostics, advantages that were overridden.
-        analyses: {name: Finding} of what the plan's `analyses` asked for.
+        analyses: {name: AnalysisResult} of what the plan's `analyses` asked for.
     """
 
     name: str
@@ -156,7 +164,7 @@ class RequestResult:
     contributions: np.ndarray | None = None
     selected: tuple[Entry, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
-    analyses: dict[str, Finding] = field(default_factory=dict)
+    analyses: dict[str, AnalysisResult] = field(default_factory=dict)
 
     @property
     def path(self) -> str:
@@ -215,7 +223,7 @@ class RequestResult:
             )
         return found
 
-    def analysis(self, name: str) -> Finding:
+    def analysis(self, name: str) -> AnalysisResult:
         """Give what an analysis found, such as "ledger" or "counterfactuals.rloo".
 
         Raises:
@@ -247,7 +255,7 @@ class RequestResult:
         return [(self.update[u], float(nats)) for u, nats in pairs]
 
 
-def asked_for(analyses: dict[str, Finding], name: str, whose: str) -> Finding:
+def asked_for(analyses: dict[str, AnalysisResult], name: str, whose: str) -> AnalysisResult:
     """Give one of some findings.
 
     Raises:

@@ -9,9 +9,11 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from fkernel import checkpoint
+from fkernel import checkpoint, func
 from fkernel.checkpoint.files import read_json
+from fkernel.errors import PlanError, listing
 from fkernel.rollout import Gym, PromptSource, SampleGenerator, Sampling, dataset, jsonl
+from fkernel.shapes import Tree
 
 
 class Strict(BaseModel):
@@ -61,6 +63,23 @@ class CheckpointPlan(Strict):
     def load_weights(self, dtype: torch.dtype = torch.float32) -> checkpoint.Checkpoint:
         """Load it without its optimizer's state, where only log-probabilities or weights are wanted."""
         return self.model_copy(update={"optimizer": False, "names": None}).load(dtype)
+
+    def load_policy(self, beside: Tree, place: str | None = None) -> tuple[func.Apply, Tree]:
+        """Load another policy: a function, and all of its parameters where the plan's own are, and in their dtype.
+
+        Args:
+            beside: parameters of the plan's policy.
+            place: in the plan, of a checkpoint that must have every one of them.
+
+        Raises:
+            PlanError: it lacks one.
+        """
+        leaf = next(iter(beside.values()))
+        model = self.load_weights(leaf.dtype).model.to(leaf.device)
+        apply, params = func.make_functional(model, select=lambda name: True)
+        if place is not None and (missing := sorted({*beside} - {*params})):
+            raise PlanError(f"{place}: {self.path} has no {listing(missing)}; is it the same model's?")
+        return apply, params
 
 
 class PromptsPlan(Strict):

@@ -4,6 +4,8 @@
     U with itself     read a tile against a tile
     each request      E's gradients meet U's, which are there; then two evaluations of E, before the step and after it
 
+Of a U with long sequences nothing is kept: it walks for its sum, and again beside itself and beside every E.
+
     memory = θ + the optimizer's moments + vectors of the step + the largest of  phases beside them
 
 It chooses as the run does (`fkernel.engine.planning.kept`), from the checkpoint's weights and the sequences' lengths;
@@ -19,7 +21,6 @@ import torch
 
 from fkernel import func
 from fkernel.checkpoint import Checkpoint
-from fkernel.engine.budget import parse_bytes
 from fkernel.engine.path import NODES
 from fkernel.engine.planning import Option, Rates, Strategy, Workload, rates, usual_microbatch
 from fkernel.engine.planning.kept import (
@@ -35,11 +36,15 @@ from fkernel.engine.planning.kept import (
 from fkernel.engine.planning.strategy import cost
 from fkernel.engine.planning.workload import Ready
 from fkernel.engine.sides import Ordered
+from fkernel.engine.walked import ALONE, choose_walk, walk_load, walking_alone
+from fkernel.io import parse_bytes
+from fkernel.study.analyses.registry import ANALYSES
 from fkernel.study.lengths import lengths_of
 from fkernel.study.plan import FisherKernelPlan
 from fkernel.study.policy import policy_of
+from fkernel.study.rows import Policy
 
-BESIDE = ("sweep", "tokens", "observables", "counterfactuals", "preconditioners", "covariates")
+BESIDE = tuple(name for name, analysis in ANALYSES.items() if analysis.accumulator is None)
 """Analyses whose own passes are not in a forecast."""
 PARTS = 4
 """Vectors of a step: P, and Δθ in three parts. A request has their sum, and the nodes of the path, beside them."""
@@ -141,6 +146,9 @@ def _forecast(
     plan: FisherKernelPlan, loaded: Checkpoint, lengths: dict[str, list[int]], assumed: list[str]
 ) -> Forecast:
     policy = policy_of(plan, loaded, 1.0)
+    U = Ordered("U", _sequences(lengths["U"]), policy.f)
+    if how := walking_alone(policy.f, policy.params, U, plan.numerics.memory):
+        return _of_walks(plan, policy, U, lengths, assumed, how.every)
     every = sorted((t for counts in lengths.values() for t in counts), reverse=True)
     start = process_time()
     load = load_of(policy.params, Ordered("E", _sequences(every), policy.f))
@@ -150,17 +158,64 @@ def _forecast(
     machine = _Machine(
         plan, load, speed, grant, 0.0 if grant is None else counting, "disk" if plan.storage.persist else "memory"
     )
-    U = lengths.pop("U")
-    made, ready = _made(machine, U)
+    counts = lengths.pop("U")
+    made, ready = _made(machine, counts)
     phases = [made]
     if plan.self_kernel or plan.analyses.structure is not None:
-        phases.append(_with_itself(machine, U, ready))
+        phases.append(_with_itself(machine, counts, ready))
     asked = {str(request.name): request for request in plan.requests}
-    phases += [_request(machine, asked[name], counts, U, ready) for name, counts in lengths.items()]
-    passes = sorted({name for one in asked.values() for name in BESIDE if getattr(one.analyses or plan.analyses, name)})
-    if passes:
-        assumed = [*assumed, f"the passes of {', '.join(passes)} are not counted"]
-    return Forecast(tuple(phases), load.size, 3 * load.row, grant, tuple(assumed))
+    phases += [_request(machine, asked[name], E, counts, ready) for name, E in lengths.items()]
+    return Forecast(tuple(phases), load.size, 3 * load.row, grant, (*assumed, *_uncounted(plan)))
+
+
+def _uncounted(plan: FisherKernelPlan) -> list[str]:
+    """Say which analyses' own passes are not counted."""
+    asked = [request.analyses or plan.analyses for request in plan.requests]
+    passes = sorted({name for analyses in asked for name in BESIDE if getattr(analyses, name)})
+    return [f"the passes of {', '.join(passes)} are not counted"] if passes else []
+
+
+def _of_walks(
+    plan: FisherKernelPlan,
+    policy: Policy,
+    U: Ordered,
+    lengths: dict[str, list[int]],
+    assumed: list[str],
+    every: int,
+) -> Forecast:
+    """Forecast a study whose U is walked again for every question."""
+    params, grant = policy.params, None if plan.numerics.memory is None else parse_bytes(plan.numerics.memory)
+    speed, own = rates(next(iter(params.values())).dtype), walk_load(U, U, params)
+    machine = _Machine(plan, own, speed, grant, 0.0, "disk" if plan.storage.persist else "memory")
+
+    def meeting(E: Ordered, reserved: int = 0) -> Option:
+        return cost(walk_load(E, U, params), speed, choose_walk(E, U, params, grant, 1, reserved))
+
+    def alone(side: Ordered) -> Option:
+        """One side, a sequence at a time: half of what it takes beside itself."""
+        first, walk = Ordered(side.name, _sequences(side.tokens[:1]), policy.f), ALONE._replace(every=every)
+        one = cost(walk_load(first, first, params), speed, walk)
+        whole = cost(walk_load(side, side, params), speed, walk._replace(tile=None))
+        return one._replace(seconds=whole.seconds / 2)
+
+    phases = [_phase(machine, "sum over U", U.tokens, alone(U), 2)]
+    if plan.self_kernel or plan.analyses.structure is not None:
+        itself = meeting(U)
+        phases.append(_phase(machine, "U with itself", U.tokens, itself._replace(seconds=itself.seconds / 2), PARTS))
+    nodes = len(NODES[plan.step.path])
+    for request in plan.requests:
+        capture, analyses = request.capture or plan.capture, request.analyses or plan.analyses
+        E = Ordered("E", _sequences(lengths[str(request.name)]), policy.f)
+        permuted = analyses.uncertainty is not None and plan.preconditioner.form == "post-step"
+        reserved, single = own.row * (bool(analyses.ledger) + permuted), alone(E)
+        if not capture.influence_only or analyses.of_rows:
+            found = meeting(E, reserved)
+        else:
+            found = single._replace(seconds=single.seconds + alone(U).seconds)
+        seconds = found.seconds + (nodes - 1 + 2 * FORWARD * capture.realised) * single.seconds
+        found = found._replace(memory=found.memory + reserved, seconds=seconds)
+        phases.append(_phase(machine, f"request {request.name}", E.tokens, found, PARTS + 1 + nodes))
+    return Forecast(tuple(phases), own.size, 3 * own.row, grant, (*assumed, *_uncounted(plan)))
 
 
 def _made(machine: _Machine, U: list[int]) -> tuple[Phase, Ready]:

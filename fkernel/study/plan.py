@@ -2,69 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from fkernel.engine.budget import parse_bytes
-from fkernel.study.analyses.plan import AnalysesPlan
-from fkernel.study.loss_plan import LossPlan
-from fkernel.study.parts import CheckpointPlan, SourcePlan, Strict
-from fkernel.study.requests import AnyRequest, BatchRequest, CapturePlan, UpdateSource
-
-
-class PreconditionerPlan(Strict):
-    """P, which stands between two gradients once.
-
-    Attributes:
-        form: "post-step" divides by √v̂' with the batch's own gradient in it, as the optimizer will; "frozen" by the
-            stored √v̂; "identity" by nothing.
-        calibrated: whether learning rate and bias correction are part of it, so that contributions are in nats; a bare
-            one is D itself, and its influences have units of their own.
-        unseen: what becomes of coordinates whose second moment is 0: "error", "zero" or "eps". By default "eps" for
-            post-step, as the optimizer does, and "error" for frozen.
-    """
-
-    form: Literal["post-step", "frozen", "identity"] = "post-step"
-    calibrated: bool = True
-    unseen: Literal["error", "zero", "eps"] | None = None
-
-    @model_validator(mode="after")
-    def _fits(self) -> PreconditionerPlan:
-        if self.form == "identity" and self.unseen is not None:
-            raise ValueError("form 'identity' divides by nothing, so unseen has no meaning; leave one of the two out")
-        return self
-
-
-class StepPlan(Strict):
-    """The optimizer step that is explained.
-
-    Attributes:
-        max_norm: gradient clipping's threshold; None for none.
-        clip: the factor c itself, where the training recorded it, or where parameters that are not selected count in
-            its norm; excludes max_norm.
-        path: where E's gradients are taken: "midpoint", halfway along the step, so that contributions add up to the
-            change; "gauss2", at two nodes, for a large step; "start", at the checkpoint: the first order.
-        after: the checkpoint after the step, where it was really taken: realised changes are then measured on it, and
-            not on the step executed here.
-        loss: what the step was taken on, where it is not the policy gradient −Σ w A S: a clipped ratio (PPO, GRPO,
-            GSPO), a penalty on the divergence from a reference beside it, or preferences (DPO).
-    """
-
-    max_norm: float | None = Field(None, gt=0)
-    clip: float | None = Field(None, gt=0, le=1)
-    path: Literal["midpoint", "start", "gauss2"] = "midpoint"
-    after: CheckpointPlan | None = None
-    loss: LossPlan | None = None
-
-    @model_validator(mode="after")
-    def _one(self) -> StepPlan:
-        if self.max_norm is not None and self.clip is not None:
-            raise ValueError("max_norm and clip say the same in two ways; give one of them")
-        return self
+from fkernel.io import hash_json, parse_bytes
+from fkernel.study.analyses.registry import AnalysesPlan
+from fkernel.study.capture import CapturePlan
+from fkernel.study.parts import SourcePlan, Strict
+from fkernel.study.requests import AnyRequest, BatchRequest, UpdateSource
+from fkernel.study.step_plan import PreconditionerPlan, StepPlan
 
 
 class StoragePlan(Strict):
@@ -209,7 +157,7 @@ class FisherKernelPlan(SourcePlan):
     def hash(self) -> str:
         """Name what is asked: a hash of the plan's record without its `out`."""
         asked = {key: value for key, value in self.record().items() if key != "out"}
-        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+        return hash_json(asked)
 
 
 TEMPLATE = """\

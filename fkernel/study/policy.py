@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import cache, partial
@@ -13,8 +11,8 @@ import torch
 
 from fkernel import func
 from fkernel.checkpoint import Checkpoint
-from fkernel.engine.store.fingerprint import fingerprint
 from fkernel.errors import PlanError, listing
+from fkernel.io import fingerprint, hash_json
 from fkernel.precond import AdamWState
 from fkernel.rollout import content_of_batch
 from fkernel.rollout.batch import GeneratedBatch
@@ -79,11 +77,8 @@ def unselected_of(plan: FisherKernelPlan, model: Any, params: Tree) -> Unselecte
 def _later(plan: FisherKernelPlan, params: Tree) -> Tree:
     """Load some parameters after the step."""
     assert plan.step.after is not None
-    later = plan.step.after.load_weights(getattr(torch, plan.numerics.dtype)).model.to(plan.numerics.device)
-    named = {name: leaf.detach() for name, leaf in later.named_parameters()}
-    if missing := sorted(set(params) - set(named)):
-        raise PlanError(f"step.after: {plan.step.after.path} has no {listing(missing)}; is it the same model's?")
-    return {name: named[name] for name in params}
+    _, later = plan.step.after.load_policy(params, "step.after")
+    return {name: later[name] for name in params}
 
 
 def chosen_parameters(plan: FisherKernelPlan, model: Any) -> list[str] | None:
@@ -120,7 +115,7 @@ def asked_of(plan: FisherKernelPlan, loaded: Checkpoint, made: GeneratedBatch | 
     names = names or [name for name, leaf in loaded.model.named_parameters() if leaf.requires_grad]
     return {
         "checkpoint": loaded.provenance.fingerprint,
-        "parameters": {"patterns": plan.parameters, "count": len(names), "sha256": _hash(names)},
+        "parameters": {"patterns": plan.parameters, "count": len(names), "sha256": hash_json(names)},
         "optimizer": None if loaded.optimizer is None else _fingerprint(loaded.optimizer),
         "files": files_of(plan),
         "update": _drawn(plan) if made is None else {"batch": content_of_batch(as_it_came(loss, made), scores)},
@@ -165,8 +160,4 @@ def _drawn(plan: FisherKernelPlan) -> dict[str, Any]:
 def _fingerprint(state: AdamWState) -> str:
     """Name an optimizer's state, numbers and moments."""
     numbers = {field: getattr(state, field) for field in ("step", "lr", "beta1", "beta2", "eps", "weight_decay")}
-    return _hash([numbers, fingerprint(state.exp_avg), fingerprint(state.exp_avg_sq)])
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return hash_json([numbers, fingerprint(state.exp_avg), fingerprint(state.exp_avg_sq)])

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, NamedTuple
 
 from fkernel import tree
 from fkernel.checkpoint import Checkpoint
 from fkernel.engine import recycled
-from fkernel.engine.gradients import Summing, computed
+from fkernel.engine.gradients import Gradients, Summing, computed
+from fkernel.engine.layered import gradient_sum
 from fkernel.engine.planning import usual_microbatch
 from fkernel.engine.planning.kept import HELD
 from fkernel.engine.sides import Ordered, check_side, cuts_of
+from fkernel.engine.walked import WalkedGradients, walking_alone
 from fkernel.func import Sequences
 from fkernel.func.unused import unused_parameters
 from fkernel.precond import AdamWStep
 from fkernel.rollout import SampleGenerator, check_temperature
 from fkernel.rollout.batch import GeneratedBatch
-from fkernel.shapes import Tensor
+from fkernel.shapes import Tensor, Tree
 from fkernel.study.directory import WorkspaceDirectory
 from fkernel.study.draws import UpdateDraw, check_rewards
 from fkernel.study.loss_terms import LossTerms
@@ -26,8 +29,8 @@ from fkernel.study.losses import terms_of, weighed
 from fkernel.study.plan import FisherKernelPlan
 from fkernel.study.policy import asked_of, policy_of, temperature_of
 from fkernel.study.response import response
-from fkernel.study.rows import Policy, grant_of
-from fkernel.study.workspace import KernelWorkspace, named_errors, tokens_of
+from fkernel.study.rows import Grant, Policy, grant_of
+from fkernel.study.workspace import KernelWorkspace, beside, named_errors, tokens_of
 
 
 class Prepared(NamedTuple):
@@ -117,7 +120,7 @@ def _made(
     directory: WorkspaceDirectory | None,
     tick: Callable[[int, int], Any],
 ) -> Prepared:
-    """Compute what is missing of U's gradients, then P from them."""
+    """Compute what is missing of U's gradients and their sum, then P from it."""
     if batch.sampling is not None:
         check_temperature(batch.sampling.temperature, asked["temperature"])
     tokens = tokens_of(batch, policy.params)
@@ -132,39 +135,67 @@ def _made(
         loss = _terms(plan, checkpoint, policy, batch, tokens, grant.microbatch, directory)
         f, U = policy.columns_for(tokens, loss)
         side = Ordered("U", U, f)
-        cuts = (directory and directory.cuts()) or cuts_of(side, grant.microbatch * max(side.tokens))
-        # What was computed is held as well as written, where no grant forbids it: it is read again for every request.
-        held = 0 if directory is None or grant.memory is not None else HELD // 2
-        made = Summing(computed(side, ((1.0, policy.params),), cuts), _weights(batch, policy), held)
-        if directory is None:
-            gradients = made.gradients.in_memory(told)
+        how, w = walking_alone(f, policy.params, side, plan.numerics.memory), _weights(batch, policy)
+        done = directory is not None and directory.complete is not None
+        if how is None:
+            gradients, total = _kept(side, policy, w, grant, directory, told)
         else:
-            gradients = directory.gradients(side, cuts, made.gradients.read, told, tokens.input_ids.device)
-            gradients = gradients.remembering(made.held, held)
-        ascent = made.whole(gradients)
-        if loss is not None and loss.penalty is not None:
-            ascent = tree.add(ascent, loss.penalty)
+            gradients = WalkedGradients(side, policy.params, how, 0 if done else len(side))
+            total = partial(gradient_sum, side, policy.params, w, how, tick=told)
+
+        if directory is not None and done:
+            ascent = beside(directory.ascent(), policy.params)
+        else:
+            ascent = total()
+            if loss is not None and loss.penalty is not None:
+                ascent = tree.add(ascent, loss.penalty)
         unused = unused_parameters(f, policy.params, U)
     found = response(plan.preconditioner, plan.step, policy.params, policy.state, ascent, unused)
-    if directory is not None and directory.complete is None:
-        directory.seal(found.P, found.clip, found.grad_norm, loss)
-    place, opened = (None, None) if directory is None else (directory.path, directory.opened)
-    workspace = KernelWorkspace(batch, gradients, found.P, found.clip, found.grad_norm, asked, place, opened, loss)
+    if directory is not None and not done:
+        directory.seal(found.P, found.clip, found.grad_norm, ascent, loss, gradients.walked)
+    kept = (lambda: ascent, asked, None, None)
+    if directory is not None:
+        kept = (directory.ascent, asked, directory.path, directory.opened)
+    workspace = KernelWorkspace(batch, gradients, found.P, found.clip, found.grad_norm, *kept, loss)
     policy = policy._replace(unused=unused)
     return Prepared(workspace, found.step if plan.preconditioner.calibrated else None, policy)
 
 
-def step_again(plan: FisherKernelPlan, workspace: KernelWorkspace, policy: Policy) -> AdamWStep | None:
-    """Make Δθ of a workspace that was opened by itself, from the gradients that it keeps; None where there is none."""
+def _kept(
+    side: Ordered,
+    policy: Policy,
+    w: Tensor,
+    grant: Grant,
+    directory: WorkspaceDirectory | None,
+    told: Callable[[int], Any],
+) -> tuple[Gradients, Callable[[], Tree]]:
+    """Compute what is missing of U's gradients, to be held or read from now on; and say how they are added up."""
+    cuts = (directory and directory.cuts()) or cuts_of(side, grant.microbatch * max(side.tokens))
+    # What was computed is held as well as written, where no grant forbids it: it is read again for every request.
+    held = 0 if directory is None or grant.memory is not None else HELD // 2
+    made = Summing(computed(side, ((1.0, policy.params),), cuts), w, held)
+    if directory is None:
+        gradients = made.gradients.in_memory(told)
+    else:
+        device = next(iter(policy.params.values())).device
+        gradients = directory.gradients(side, cuts, made.gradients.read, told, device).remembering(made.held, held)
+    return gradients, lambda: made.whole(gradients)
+
+
+def adopted(plan: FisherKernelPlan, workspace: KernelWorkspace, policy: Policy) -> AdamWStep | None:
+    """Make Δθ of a workspace that was opened by itself; None where there is none. Long sequences get a model to walk.
+
+    Δθ is made of the ascent that the workspace keeps, and no gradient is read.
+    """
+    f, U = policy.columns_for(tokens_of(workspace.batch, policy.params), workspace.loss)
+    side = Ordered("U", U, f)
+    if how := walking_alone(f, policy.params, side, plan.numerics.memory):
+        workspace.gradients = WalkedGradients(side, policy.params, how)
     if policy.state is None or not plan.preconditioner.calibrated:
         return None
-    ascent = workspace.with_penalty(workspace.gradients.weighted_sum(_weights(workspace.batch, policy)))
-    tokens = tokens_of(workspace.batch, policy.params)
-    f, U = policy.columns_for(tokens, workspace.loss)
-    made = response(
-        plan.preconditioner, plan.step, policy.params, policy.state, ascent, unused_parameters(f, policy.params, U)
-    )
-    return made.step
+    unused = unused_parameters(f, policy.params, U)
+    ascent = workspace.ascent(policy.params)
+    return response(plan.preconditioner, plan.step, policy.params, policy.state, ascent, unused).step
 
 
 def _terms(

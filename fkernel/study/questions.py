@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from fkernel import func
 from fkernel.engine import recycled
+from fkernel.engine.planning import Strategy
 from fkernel.errors import PlanError
 from fkernel.shapes import Tensor
 from fkernel.study.diagnostics import BlockTally, cosines, spectrum
@@ -18,7 +18,7 @@ from fkernel.study.workspace import KernelWorkspace, selected
 
 
 def self_kernel_of(
-    workspace: KernelWorkspace, ids: Sequence[str] | None = None, full: bool = False, tile: int | None = None
+    workspace: KernelWorkspace, ids: Sequence[str] | None = None, full: bool = False, how: Strategy | None = None
 ) -> SelfKernel:
     """Compute K_UU, or the part of some sequences, with its spectrum.
 
@@ -26,7 +26,7 @@ def self_kernel_of(
         workspace: U.
         ids: patterns on ids; None for all.
         full: whether the matrix is kept.
-        tile: tokens whose gradients are held on one side at a time; None for all.
+        how: U meets itself; None for all of it at once.
 
     Raises:
         RolloutError: a pattern names no sequence.
@@ -34,7 +34,7 @@ def self_kernel_of(
     ids = workspace.batch.ids if ids is None else selected(workspace.batch.ids, ids, "U")
     at = torch.tensor([workspace.index[name] for name in ids])
     with recycled():
-        K = workspace.self_kernel(tile)[at][:, at]
+        K = workspace.self_kernel(how)[at][:, at]
         norms = workspace.norms
     prompts = [workspace.batch.records[i].provenance.global_prompt_id for i in at.tolist()]
     same = torch.tensor([[a == b for b in prompts] for a in prompts])
@@ -80,11 +80,5 @@ def influence_of(
         )
     wanted = workspace.batch.ids if ids is None else selected(workspace.batch.ids, ids, "U")
     weights: Tensor = workspace.weights_with(advantages)
-    towards = {name: leaf[None] for name, leaf in workspace.P(workspace.gradients.weighted_sum(weights)).items()}
-    found = dict.fromkeys(wanted, 0.0)
-    for rows, handles in workspace.gradients:
-        for row, nats in zip(rows.tolist(), func.contract(handles, towards)[:, 0].tolist(), strict=True):
-            name = workspace.batch.ids[row]
-            if name in found:
-                found[name] = nats
-    return found
+    nats = workspace.gradients.along(workspace.P(workspace.gradients.weighted_sum(weights))).tolist()
+    return {name: nats[workspace.index[name]] for name in wanted}

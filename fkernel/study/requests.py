@@ -11,7 +11,8 @@ from fkernel.errors import PlanError
 from fkernel.rollout import CustomSample, SampleGenerator, check_recorded, load_batch, score
 from fkernel.rollout.batch import GeneratedBatch
 from fkernel.rollout.rewards import dotted
-from fkernel.study.analyses.plan import RequestAnalyses
+from fkernel.study.analyses.registry import RequestAnalyses
+from fkernel.study.capture import CapturePlan
 from fkernel.study.draws import (
     CustomPromptsDraw,
     CustomSequenceDraw,
@@ -22,29 +23,6 @@ from fkernel.study.draws import (
     UpdateRules,
 )
 from fkernel.study.parts import Strict, one_of
-
-
-class Submatrix(Strict):
-    """Entries of K to keep: every pair of some rows and some columns, by id; `*` stands for any characters."""
-
-    rows: tuple[str, ...] = Field(min_length=1)
-    columns: tuple[str, ...] = Field(min_length=1)
-
-
-class CapturePlan(Strict):
-    """What of a request is computed, and what of that is kept."""
-
-    kernel: bool = Field(False, description="keep K and C whole; memory and files grow with n_E · n_U")
-    top_k: int = Field(10, ge=0, description="contributors kept for each sequence")
-    pairs: tuple[tuple[str, str], ...] = Field((), description="[E id, U id], whose entries are kept")
-    submatrices: tuple[Submatrix, ...] = Field((), description="blocks of K that are kept")
-    curvature: bool = Field(False, description="½ ΔθᵀHΔθ at the checkpoint, by one pass of second derivatives over E")
-    realised: bool = Field(True, description="take the step, and hold the prediction against what it does")
-
-    @property
-    def influence_only(self) -> bool:
-        """Whether nothing is asked that needs K: the influence is one column of E's gradients, U's are not read."""
-        return not (self.kernel or self.top_k or self.pairs or self.submatrices)
 
 
 class FromFile(Draw):

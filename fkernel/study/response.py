@@ -19,12 +19,12 @@ from typing import NamedTuple
 
 import torch
 
-from fkernel import precond, tree
+from fkernel import precond
 from fkernel.errors import OptimizerStateError
 from fkernel.precond import AdamWState, AdamWStep, Diagonal
 from fkernel.precond.adam import Grads
 from fkernel.shapes import Tree
-from fkernel.study.plan import PreconditionerPlan, StepPlan
+from fkernel.study.step_plan import PreconditionerPlan, StepPlan
 
 
 class Response(NamedTuple):
@@ -64,15 +64,15 @@ def response(
     Raises:
         OptimizerStateError: what is asked for needs a state, or the state does not allow it.
     """
-    norm, (clip, g) = float(tree.norm(ascent)), clipped(step, ascent, unused)
+    g, clip, norm = clipped(step, ascent, unused)
     P = preconditioner_of(plan, params, state, g)
     return Response(P, None if state is None else precond.adamw_step(params, g, state), clip, norm)
 
 
-def clipped(step: StepPlan, ascent: Tree, unused: Collection[str] = ()) -> tuple[float, Grads]:
-    """Make (c, g = −c · ascent); g is None of what the loss never uses."""
-    clip = precond.clip_factor(ascent, step.max_norm) if step.clip is None else step.clip
-    return clip, {**tree.scale(-clip, ascent), **dict.fromkeys(unused)}
+def clipped(step: StepPlan, ascent: Tree, unused: Collection[str] = ()) -> tuple[Grads, float, float]:
+    """Make (g = −c · ascent, c, ‖∇L‖); g is None of what the loss never uses."""
+    g, clip, norm = precond.clip_gradient(ascent, step.max_norm, clip=step.clip)
+    return {**g, **dict.fromkeys(unused)}, clip, norm
 
 
 def preconditioner_of(plan: PreconditionerPlan, params: Tree, state: AdamWState | None, g: Grads) -> Diagonal:

@@ -18,13 +18,13 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from fkernel.engine.store.files import checksum
 from fkernel.errors import ResultsError
+from fkernel.io import atomic_file, checksum
 from fkernel.rollout.batch import GeneratedBatch
 from fkernel.study.outcome import (
     EFFECTS,
+    AnalysisResult,
     Entry,
-    Finding,
     RequestResult,
     SelfKernel,
     SequenceInfo,
@@ -32,7 +32,6 @@ from fkernel.study.outcome import (
     info_of,
 )
 from fkernel.study.tables import to_frame, to_xarray
-from fkernel.study.whole import whole
 
 SCHEMA = 3
 BATCHES = "batches"
@@ -55,7 +54,7 @@ class FisherKernelResults:
         step: what is known of the step: c, ‖∇L‖, and so on.
         self_kernel: U against itself; None unless it was asked for.
         requests: {name: result}, in the plan's order.
-        analyses: {name: Finding} of U itself: "health", "structure".
+        analyses: {name: AnalysisResult} of U itself: "health", "structure".
     """
 
     plan: dict[str, Any]
@@ -64,7 +63,7 @@ class FisherKernelResults:
     step: dict[str, Any]
     self_kernel: SelfKernel | None
     requests: dict[str, RequestResult]
-    analyses: dict[str, Finding] = field(default_factory=dict)
+    analyses: dict[str, AnalysisResult] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> RequestResult:
         """Give the result of one request.
@@ -76,7 +75,7 @@ class FisherKernelResults:
             raise ResultsError(f"There is no request {name!r}; these results have {', '.join(self.requests)}.")
         return self.requests[name]
 
-    def analysis(self, name: str) -> Finding:
+    def analysis(self, name: str) -> AnalysisResult:
         """Give what an analysis of U found, "health" or "structure".
 
         Raises:
@@ -120,7 +119,7 @@ class FisherKernelResults:
         Raises:
             ResultsError: as `to_xarray`.
         """
-        with whole(Path(path)) as temporary:
+        with atomic_file(Path(path)) as temporary:
             self.to_xarray(request).to_netcdf(temporary)
         return Path(path)
 
@@ -144,7 +143,7 @@ class FisherKernelResults:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "results.json").unlink(missing_ok=True)  # its absence says that the others are being changed
-        with whole(directory / "kernel.npz") as temporary, temporary.open("wb") as file:
+        with atomic_file(directory / "kernel.npz") as temporary, temporary.open("wb") as file:
             np.savez(file, allow_pickle=False, **self._arrays())
         for name, content in (("plan.json", self.plan), ("environment.json", self.environment)):
             _write_json(directory / name, content)
@@ -207,7 +206,7 @@ class FisherKernelResults:
             "step": self.step,
             "update": [asdict(info) for info in self.update],
             "self_kernel": None if own is None else {name: getattr(own, name) for name in kept},
-            "analyses": {name: finding.facts for name, finding in self.analyses.items()},
+            "analyses": {name: result.facts for name, result in self.analyses.items()},
             "requests": {name: _request(result) for name, result in self.requests.items()},
         }
 
@@ -237,7 +236,7 @@ def check_saved_batch(place: str | Path, batch: GeneratedBatch) -> None:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with whole(path) as temporary:
+    with atomic_file(path) as temporary:
         text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
         temporary.write_text(text + "\n", encoding="utf-8")
 
@@ -265,25 +264,25 @@ def _request(result: RequestResult) -> dict[str, Any]:
         "calibration": {name: value._asdict() for name, value in result.calibration.items()},
         "selected": [asdict(entry) for entry in result.selected],
         "facts": result.facts,
-        "analyses": {name: finding.facts for name, finding in result.analyses.items()},
+        "analyses": {name: one.facts for name, one in result.analyses.items()},
         "evaluation": rows,
     }
 
 
-def _analysed(whose: str, analyses: Mapping[str, Finding]) -> dict[str, np.ndarray]:
+def _analysed(whose: str, analyses: Mapping[str, AnalysisResult]) -> dict[str, np.ndarray]:
     return {
         f"{whose}/{analysis}/{name}": values
-        for analysis, finding in analyses.items()
-        for name, values in finding.arrays.items()
+        for analysis, result in analyses.items()
+        for name, values in result.arrays.items()
     }
 
 
-def _findings(whose: str, facts: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> dict[str, Finding]:
+def _analyses(whose: str, facts: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> dict[str, AnalysisResult]:
     found = {}
     for analysis, known in facts.items():
         start = f"{whose}/{analysis}/"
         own = {name.removeprefix(start): values for name, values in arrays.items() if name.startswith(start)}
-        found[analysis] = Finding(own, known)
+        found[analysis] = AnalysisResult(own, known)
     return found
 
 
@@ -321,7 +320,7 @@ def _read(
             update,
             selected=selected,
             facts=row["facts"],
-            analyses=_findings(name, row["analyses"], arrays),
+            analyses=_analyses(name, row["analyses"], arrays),
             **given,
         )
     own = None
@@ -335,4 +334,4 @@ def _read(
             cross_prompt=tuple(found["cross_prompt"]),
             **given,
         )
-    return kind(plan, environment, update, data["step"], own, requests, _findings(OWN, data["analyses"], arrays))
+    return kind(plan, environment, update, data["step"], own, requests, _analyses(OWN, data["analyses"], arrays))

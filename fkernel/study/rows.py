@@ -8,11 +8,9 @@ from typing import Any, NamedTuple
 import torch
 
 from fkernel import func
-from fkernel.engine.budget import parse_bytes
 from fkernel.engine.contraction import Block, contraction
 from fkernel.engine.path import Nodes, nodes_of
 from fkernel.engine.planning import Strategy, rates, usual_microbatch
-from fkernel.engine.planning.estimate import walking_of
 from fkernel.engine.planning.kept import (
     Where,
     choose_making,
@@ -26,8 +24,11 @@ from fkernel.engine.planning.passes import bytes_of
 from fkernel.engine.planning.workload import Ready, Workload
 from fkernel.engine.problem import Problem, blocks
 from fkernel.engine.sides import Ordered
+from fkernel.engine.walked import ALONE, WalkedGradients, choose_walk, walking_alone
 from fkernel.func.batch import holding_inside
 from fkernel.func.contract import Asked
+from fkernel.func.cutting import cut_of
+from fkernel.io import parse_bytes
 from fkernel.precond import AdamWState
 from fkernel.shapes import Tree
 from fkernel.study.loss_terms import Columns, LossTerms, columns_of
@@ -132,7 +133,7 @@ def grant_of(
         BatchError: one sequence at a time does not fit; it says what would be needed.
     """
     wanted, budget = usual_microbatch(microbatch, batch), None if memory is None else parse_bytes(memory)
-    if walking_of(policy.f, policy.params, (batch,), memory):  # long sequences go one by one
+    if walking_alone(policy.f, policy.params, Ordered("", batch), memory):  # long sequences go one by one
         return Grant(1, budget)
     if budget is None:
         return Grant(wanted, None)
@@ -171,8 +172,11 @@ def walked(
     # P and the step's parts lie beside a grant; what else is asked about was made for this walk, and is within it.
     given = {**asked.kernels, **asked.x.along, **asked.x.squares}
     more = {id(v) for what, v in given.items() if v is not None and what not in STEP} - {id(workspace.P.d)}
+    reserved = len(more) * bytes_of(policy.params)
+    if isinstance(U, WalkedGradients):
+        return _walked_again(batch, U, policy, grant, asked, reserved, own)
     E = Ordered("E", batch, None if own is not None else policy.f)
-    how = _strategy(grant, policy, E, workspace, len(more) * bytes_of(policy.params))
+    how = _strategy(grant, policy, E, workspace, reserved)
     if own is not None:
         J = U if own.tolist() == list(range(len(U))) else U.chosen(own)
         return contraction(J, U if asked.kernels else None, asked, tile=how.tile, block=how.block)
@@ -181,13 +185,31 @@ def walked(
     return blocks(Problem(policy.params, E, side, asked, policy.path, policy.step, U, promised=promised), how)
 
 
-def tile_of(memory: int | str | None, workspace: KernelWorkspace, policy: Policy) -> int | None:
-    """Ask the planner how many tokens of U are held on one side at a time, where U meets itself."""
-    tokens, ready = workspace.gradients.side.tokens, ready_of(workspace)
-    if memory is None:
-        return ungranted(tokens, ready, 1).tile
-    load = read_load(policy.params, tokens, ready)
-    return choose_tile(load, parse_bytes(memory), rates(_dtype(policy.params))).strategy.tile
+def _walked_again(
+    batch: Any, U: WalkedGradients, policy: Policy, grant: Grant, asked: Asked, reserved: int, own: Any
+) -> Iterator[Block]:
+    """Walk U, whose gradients are not kept, beside E; where E is U itself it walks once."""
+    E, side, kept, params = Ordered("E", batch, policy.f), U.side if asked.kernels else None, None, policy.params
+    if side is not None and own is not None and own.tolist() == list(range(len(U))):
+        E = side
+    if isinstance(cut_of(policy.f, params, batch), str):  # E's derivative may be another: a whole gradient at a time
+        kept, how = U, Strategy("sequences", "E", None, U.side.tokens[0], E.tokens[0])
+    elif side is None:
+        how = ALONE._replace(every=U.how.every)
+    else:
+        how = choose_walk(E, side, params, grant.memory, grant.microbatch, reserved)
+    return blocks(Problem(params, E, side, asked, policy.path, policy.step, kept), how)
+
+
+def self_strategy(memory: int | str | None, workspace: KernelWorkspace, policy: Policy) -> Strategy:
+    """Ask the planner how U meets itself."""
+    J, budget = workspace.gradients, None if memory is None else parse_bytes(memory)
+    if isinstance(J, WalkedGradients):
+        return choose_walk(J.side, J.side, policy.params, budget, 1)
+    tokens, ready = J.side.tokens, ready_of(workspace)
+    if budget is None:
+        return ungranted(tokens, ready, 1)
+    return choose_tile(read_load(policy.params, tokens, ready), budget, rates(_dtype(policy.params))).strategy
 
 
 def ready_of(workspace: KernelWorkspace) -> Ready:

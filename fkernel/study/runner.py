@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fkernel import func, tree
+from fkernel import func
 from fkernel.checkpoint import Checkpoint
 from fkernel.engine.path import mean_of
 from fkernel.engine.sides import check_side
@@ -18,7 +18,8 @@ from fkernel.errors import PlanError
 from fkernel.precond import AdamWStep
 from fkernel.rollout import SampleGenerator, save_batch
 from fkernel.rollout.batch import GeneratedBatch
-from fkernel.study.analyses.update import health_of, structure_of
+from fkernel.study.analyses.context import UpdateContext
+from fkernel.study.analyses.runner import update_results
 from fkernel.study.certified import along, findings, skipping
 from fkernel.study.checks import check_inputs, missed_pairs
 from fkernel.study.draws import Draw
@@ -28,14 +29,14 @@ from fkernel.study.facts import facts_of_step
 from fkernel.study.gradients import GradientCache
 from fkernel.study.kept import answer_cache, answers, earlier, own_answer, results_of
 from fkernel.study.log import LOGGER, phase, say
-from fkernel.study.outcome import Entry, Finding, RequestResult, SelfKernel
+from fkernel.study.outcome import AnalysisResult, Entry, RequestResult, SelfKernel
 from fkernel.study.plan import FisherKernelPlan
 from fkernel.study.policy import after_of, policy_of
-from fkernel.study.prepare import prepared, step_again
+from fkernel.study.prepare import adopted, prepared
 from fkernel.study.questions import entry_of, influence_of, self_kernel_of
 from fkernel.study.requests import UpdateBatch
 from fkernel.study.results import FisherKernelResults
-from fkernel.study.rows import Grant, Policy, grant_of, tile_of
+from fkernel.study.rows import Grant, Policy, grant_of, self_strategy
 from fkernel.study.workspace import KernelWorkspace, named_errors, selected, tokens_of
 
 Tick = Callable[[str, int, int], Any]
@@ -150,7 +151,7 @@ class FisherKernelRunner:
                 f"{self.checkpoint.provenance.fingerprint[:12]}."
             )
         self.workspace, self._of_E = workspace, None  # the policy asks the workspace for its temperature
-        self._step = step_again(self.plan, workspace, self.policy)
+        self._step = adopted(self.plan, workspace, self.policy)
 
     def compute_self_kernel(
         self,
@@ -170,8 +171,8 @@ class FisherKernelRunner:
         """
         workspace = self._given(workspace)
         with phase(self.logger, "kernel of U with itself"):
-            tile = tile_of(self.plan.numerics.memory, workspace, self.policy)
-            return self_kernel_of(workspace, sequence_ids, capture_full, tile)
+            how = self_strategy(self.plan.numerics.memory, workspace, self.policy)
+            return self_kernel_of(workspace, sequence_ids, capture_full, how)
 
     def evaluate_batch(
         self,
@@ -213,21 +214,15 @@ class FisherKernelRunner:
             found |= {f"{key}_relative_error": v.relative_error for key, v in result.calibration.items()}
         return result
 
-    def analyse_update(self, workspace: KernelWorkspace | None = None) -> dict[str, Finding]:
+    def analyse_update(self, workspace: KernelWorkspace | None = None) -> dict[str, AnalysisResult]:
         """Make the analyses of U that the plan asks for: "health" and "structure".
 
         Raises:
             PlanError: something is asked for that there is not.
         """
-        workspace, asked, found = self._given(workspace), self.plan.analyses, dict[str, Finding]()
-        if asked.health:
-            found["health"] = health_of(workspace, self.policy)
-        if asked.structure is not None:
-            after = self.policy.after or (self._step and tree.add(self.policy.params, self._step.total))
-            grant = self._grant(workspace.batch)
-            seed = self.plan.numerics.seed
-            found["structure"] = structure_of(asked.structure, workspace, self.policy, grant, after, seed)
-        return found
+        workspace = self._given(workspace)
+        grant, seed = self._grant(workspace.batch), self.plan.numerics.seed
+        return update_results(self.plan.analyses, UpdateContext(workspace, self.policy, grant, self._step, seed))
 
     def query(self, one: str, other: str, workspace: KernelWorkspace | None = None) -> Entry:
         """Compute K of any two sequences: of U, or of a batch that was evaluated (`name/E-000-00` where ids repeat).

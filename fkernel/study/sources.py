@@ -20,7 +20,6 @@ import hashlib
 import importlib.machinery
 import importlib.util
 import inspect
-import json
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,8 +28,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from fkernel.engine.store.files import checksum
 from fkernel.errors import PlanError
+from fkernel.io import checksum, checksums, hash_json
 from fkernel.rollout.rewards import dotted
 from fkernel.study.parts import CheckpointPlan, PromptsPlan
 
@@ -80,9 +79,10 @@ def code_of(names: Iterable[str]) -> dict[str, str | None]:
     return dict(sorted(found.items()))
 
 
+@cache
 def own_code() -> str:
     """Hash fkernel's own files: a checkout is edited without a new version."""
-    return _own_code(PACKAGE)
+    return hash_json([*checksums(PACKAGE, "*.py").items()])
 
 
 def describing_files(one: CheckpointPlan) -> dict[str, str]:
@@ -117,10 +117,7 @@ def prompts_files(prompts: Iterable[PromptsPlan]) -> dict[str, Any]:
 def content_of(path: str | Path) -> str:
     """Hash a file; or a directory, by the names and contents of all its files."""
     place = Path(path)
-    if place.is_file():
-        return checksum(place)
-    files = sorted(file for file in place.rglob("*") if file.is_file())
-    return _hash([[str(file.relative_to(place)), checksum(file)] for file in files])
+    return checksum(place) if place.is_file() else hash_json([*checksums(place).items()])
 
 
 def version(package: str) -> str | None:
@@ -219,12 +216,3 @@ def _is_own(file: Path) -> bool:
 
 def _inside(file: Path, around: Path) -> bool:
     return file.resolve().is_relative_to(around.resolve())
-
-
-@cache
-def _own_code(package: Path) -> str:
-    return _hash([[str(file.relative_to(package)), checksum(file)] for file in sorted(package.rglob("*.py"))])
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -13,10 +13,11 @@ import torch
 from fkernel import func, tree
 from fkernel.engine.contraction import self_kernel
 from fkernel.engine.gradients import Gradients
+from fkernel.engine.planning import Strategy
 from fkernel.engine.sides import Ordered
+from fkernel.engine.walked import WalkedGradients
 from fkernel.errors import NonFiniteError, PlanError, RolloutError, listing
 from fkernel.func import Sequences
-from fkernel.func.contract import widest
 from fkernel.precond import Diagonal
 from fkernel.rollout import load_batch
 from fkernel.rollout.batch import GeneratedBatch
@@ -32,7 +33,7 @@ class KernelWorkspace:
     Attributes:
         batch: U.
         gradients: J_U; its rows are ∇S, or, where the step's loss has ratios, Σ_t ρ_ut ∇log π(u_t): the kernel of U
-            with itself, norms and `cache` of its sequences are then of these.
+            with itself, norms and `cache` of its sequences are then of these. Of long sequences none is kept.
         P: the preconditioner.
         clip: c.
         grad_norm: ‖∇L‖ before clipping.
@@ -48,6 +49,7 @@ class KernelWorkspace:
         P: Diagonal,
         clip: float,
         grad_norm: float,
+        ascent: Callable[[], Tree],
         asked: Mapping[str, Any],
         directory: Path | None = None,
         opened: ExitStack | None = None,
@@ -56,7 +58,7 @@ class KernelWorkspace:
         """Take what was made or read."""
         self.batch, self.gradients, self.P, self.clip, self.grad_norm = batch, gradients, P, clip, grad_norm
         self.asked, self.directory, self._opened = dict(asked), directory, opened or ExitStack()
-        self.loss = loss
+        self.loss, self._ascent = loss, ascent
         self.index = {name: row for row, name in enumerate(batch.ids)}
         self._caches: dict[str, GradientCache] = {}
         self._self_kernel: Tensor | None = None
@@ -114,6 +116,11 @@ class KernelWorkspace:
     def keeps_signs(self) -> bool:
         """Whether the step's loss was evaluated for the signs of its advantages."""
         return "loss" in self.asked and self.asked["loss"]["kind"] != "policy_gradient"
+
+    def ascent(self, params: Tree | None = None) -> Tree:
+        """Give J_Uᵀ(w A) with the KL term's share, before clipping: as it was kept, or beside parameters."""
+        found = self._ascent()
+        return found if params is None else beside(found, params)
 
     def with_penalty(self, ascent: Tree, scale: float = 1.0) -> Tree:
         """Add the KL term's share, times a factor, to what U ascends; it has no advantages."""
@@ -179,22 +186,20 @@ class KernelWorkspace:
         """⟨∇S(one), P ∇S(other)⟩, of any two sequences."""
         return float(func.contract(one.handles, other.handles, diagonal=self.P.d))
 
-    def self_kernel(self, tile: int | None = None) -> Tensor:
-        """K_UU [n_U n_U], of U's columns, computed when it is first asked for, at most `tile` tokens at a time."""
+    def self_kernel(self, how: Strategy | None = None) -> Tensor:
+        """K_UU [n_U n_U], of U's columns, computed when it is first asked for, all at once where nothing says how."""
         if self._self_kernel is None:
-            K, norms = self_kernel(self.gradients, self.P.d, tile)
-            self._self_kernel, self._norms = K.to(_dtype(self.gradients)), func.SquaredNorms(norms, K.diagonal())
+            J, D = self.gradients, self.P.d
+            walks = isinstance(J, WalkedGradients)
+            K, norms = J.with_itself(D, how) if walks else self_kernel(J, D, None if how is None else how.tile)
+            self._self_kernel, self._norms = K.to(J.dtype), func.SquaredNorms(norms, K.diagonal())
         return self._self_kernel
 
     @property
     def norms(self) -> func.SquaredNorms:
         """‖g‖² and ⟨g, P g⟩ of U, computed when they are first asked for, or by the walk that came first."""
         if self._norms is None:
-            plain, weighted = torch.empty(2, len(self.batch), dtype=torch.float64)
-            for at, handles in self.gradients:
-                found = func.squared_norms(handles, diagonal=self.P.d)
-                plain[at], weighted[at] = found.plain.cpu(), found.weighted.cpu()
-            self._norms = func.SquaredNorms(plain, weighted)
+            self._norms = self.gradients.squared_norms(self.P.d)
         return self._norms
 
     @property
@@ -205,6 +210,11 @@ class KernelWorkspace:
     def learn(self, norms: func.SquaredNorms) -> None:
         """Take U's norms from a walk that formed its gradients anyway."""
         self._norms = norms
+
+
+def beside(found: Tree, params: Tree) -> Tree:
+    """Put a vector where the parameters are, in their order: a file has another."""
+    return {name: found[name].to(leaf.device) for name, leaf in params.items()}
 
 
 def tokens_of(batch: GeneratedBatch, params: Tree) -> Any:
@@ -222,11 +232,6 @@ def named_errors(batch: GeneratedBatch) -> Iterator[None]:
         if error.row is None:
             raise
         raise NonFiniteError(f"{batch.ids[error.row]}: {error}", row=error.row, parameter=error.parameter) from error
-
-
-def _dtype(gradients: Gradients) -> torch.dtype:
-    handles = gradients.read(0)
-    return widest(handles, handles)
 
 
 def load_workspace(path: str | Path) -> KernelWorkspace:
@@ -247,11 +252,14 @@ def load_workspace(path: str | Path) -> KernelWorkspace:
         batch = load_batch(directory.path / BATCH, checkpoint=directory.sampler)
         side = Ordered("U", batch.sequences)
         cuts = directory.cuts()
-        if cuts is None:
+        if (directory.complete or {}).get("walked"):
+            gradients = directory.walked(side)
+        elif cuts is None:
             raise directory.unfinished()
-        gradients = directory.gradients(side, cuts, None)
-        asked, place, opened = directory.asked, directory.path, directory.opened
-        return KernelWorkspace(batch, gradients, P, clip, norm, asked, place, opened, directory.loss())
+        else:
+            gradients = directory.gradients(side, cuts, None)
+        at = directory.ascent, directory.asked, directory.path, directory.opened
+        return KernelWorkspace(batch, gradients, P, clip, norm, *at, directory.loss())
     except BaseException:
         directory.opened.close()
         raise
@@ -268,9 +276,10 @@ def serialize_workspace(workspace: KernelWorkspace, path: str | Path) -> Path:
     directory = WorkspaceDirectory(path, workspace.asked)
     with directory.opened:
         directory.batch(lambda: workspace.batch)
-        own = workspace.gradients
-        directory.gradients(own.side, own.cuts, own.read)
-        directory.seal(workspace.P, workspace.clip, workspace.grad_norm, workspace.loss)
+        own, numbers = workspace.gradients, (workspace.P, workspace.clip, workspace.grad_norm)
+        if not own.walked:
+            directory.gradients(own.side, own.cuts, own.read)
+        directory.seal(*numbers, workspace.ascent(), workspace.loss, own.walked)
     return Path(path)
 
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import fkernel as fk
-from fkernel.analysis.comparison import correlation, ranks
-from fkernel.engine.calibration import varies
+from fkernel.engine.correlation import mean_ranks, pearson, varies
 
 DTYPES = [torch.float32, torch.float64]
 VARIED = torch.tensor([0.2, -0.1, 0.3, 0.25, 0.1, -0.4, 0.7])
@@ -34,8 +33,8 @@ def test_constants_are_refused_on_either_side(dtype, n):
         for pair in ((constant, varied), (varied, constant), (constant, constant)):
             with pytest.raises(fk.BatchError, match="are equal, up to rounding, so neither correlation nor slope"):
                 fk.calibrate(*pair)
-            assert math.isnan(correlation(*pair))
-            assert math.isnan(correlation(*map(ranks, pair)))
+            assert math.isnan(pearson(*pair))
+            assert math.isnan(pearson(*map(mean_ranks, pair)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -47,13 +46,13 @@ def test_what_varies_by_more_than_rounding_is_told(dtype):
     for offset in (0.0, 1.0, 1e-3 * 0.1 / torch.finfo(dtype).eps):
         moved = x + offset
         assert varies(moved)
-        assert correlation(moved, y) == pytest.approx(expected, abs=5e-3)
+        assert pearson(moved, y) == pytest.approx(expected, abs=5e-3)
         assert fk.calibrate(moved, y).pearson == pytest.approx(expected, abs=5e-3)
-        assert torch.equal(ranks(moved), ranks(x))
+        assert torch.equal(mean_ranks(moved), mean_ranks(x))
     small = fk.calibrate(1e-9 * x, 1e-9 * y)
     assert small.pearson == pytest.approx(expected, rel=1e-5)
 
 
 def test_whole_numbers_are_numbers():
-    assert correlation(torch.arange(4), torch.arange(4) * 2) == 1
-    assert math.isnan(correlation(torch.ones(4, dtype=torch.int64), torch.arange(4)))
+    assert pearson(torch.arange(4), torch.arange(4) * 2) == 1
+    assert math.isnan(pearson(torch.ones(4, dtype=torch.int64), torch.arange(4)))

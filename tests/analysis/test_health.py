@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fkernel as fk
 from fkernel import func, precond, tree
-from fkernel.analysis.health import Health, Share, health
+from fkernel.analysis.trace_shares import Health, Share, health
 from fkernel.func import squares
 from fkernel.func.handles import at, shape_of
 from fkernel.func.squares import squared_sum

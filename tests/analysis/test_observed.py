@@ -7,7 +7,6 @@ import torch
 
 import fkernel as fk
 from fkernel import func, tree
-from fkernel.analysis import explain_observable
 from fkernel.engine.path import nodes_of
 from tests.cases import EXAMPLES
 
@@ -35,7 +34,7 @@ def test_a_prediction_meets_the_step_that_is_taken(case, name):
     S, params, E, U = case.engine(fk)
     f, batch = observables(case, params, E)[name]
     weights, state = case.weights, case.state(fk, lr=1e-4)
-    effect = explain_observable(f, S, params, batch, U, weights, state, max_norm=0.05)
+    effect, _ = fk.explain_step(S, params, batch, U, weights, state, max_norm=0.05, rows=f)
     _, step = fk.explain_step(S, params, E, U, weights, state, max_norm=0.05)
     realised = fk.realised_change(f, params, tree.add(params, step.total), batch)
     first = func.jvp(f)(params, batch, step.total)
@@ -51,8 +50,8 @@ def test_a_prediction_meets_the_step_that_is_taken(case, name):
 def test_at_the_start_it_is_the_first_order(case, name):
     S, params, E, U = case.engine(fk)
     f, batch = observables(case, params, E)[name]
-    effect = explain_observable(f, S, params, batch, U, case.weights, case.state(fk, lr=1e-4), path="start")
-    _, step = fk.explain_step(S, params, E, U, case.weights, case.state(fk, lr=1e-4))
+    state = case.state(fk, lr=1e-4)
+    effect, step = fk.explain_step(S, params, batch, U, case.weights, state, path="start", rows=f)
     for part in ("batch", "momentum", "decay"):
         expected = func.jvp(f)(params, batch, getattr(step, part))
         torch.testing.assert_close(getattr(effect, part), expected, rtol=1e-9, atol=1e-14)
@@ -62,7 +61,7 @@ def test_log_probability_is_one_of_them(case):
     S, params, E, U = case.engine(fk)
     state = case.state(fk)
     ours, _ = fk.explain_step(S, params, E, U, case.weights, state)
-    found = explain_observable(S, S, params, E, U, case.weights, state)
+    found, _ = fk.explain_step(S, params, E, U, case.weights, state, rows=S)
     assert found.path == ours.path == "midpoint"
     for mine, other in zip(found[:4], ours[:4], strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-14)
@@ -72,10 +71,9 @@ def test_the_log_odds_are_the_difference_of_two_rows(case):
     _, params, E, U = case.engine(fk)
     f, pair = observables(case, params, E)["odds"]
     state = case.state(fk)
-    ours, _ = fk.explain_step(func.sequence_logprob(func.make_functional(case.model)[0]), params, E, U, case.weights,
-                              state)  # fmt: skip
-    found = explain_observable(f, func.sequence_logprob(func.make_functional(case.model)[0]), params, pair, U,
-                               case.weights, state)  # fmt: skip
+    S = func.sequence_logprob(func.make_functional(case.model)[0])
+    ours, _ = fk.explain_step(S, params, E, U, case.weights, state)
+    found, _ = fk.explain_step(S, params, pair, U, case.weights, state, rows=f)
     torch.testing.assert_close(found.contributions, ours.contributions - ours.contributions.flip(0), rtol=1e-8,
                                atol=1e-13)  # fmt: skip
 
@@ -87,9 +85,9 @@ def test_a_path_that_there_is_not_is_said(case):
 
 def test_the_start_knows_no_second_order(case):
     S, params, E, U = case.engine(fk)
-    start = explain_observable(S, S, params, E, U, case.weights, case.state(fk), path="start")
+    start, _ = fk.explain_step(S, params, E, U, case.weights, case.state(fk), path="start", rows=S)
     with pytest.raises(fk.BatchError, match='path="start" is the first order alone'):
         start.second_order  # noqa: B018 - raises
     torch.testing.assert_close(start.first_order, start.batch + start.momentum + start.decay)
-    middle = explain_observable(S, S, params, E, U, case.weights, case.state(fk))
+    middle, _ = fk.explain_step(S, params, E, U, case.weights, case.state(fk), rows=S)
     assert middle.second_order.equal(middle.predicted)

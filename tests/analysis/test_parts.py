@@ -9,7 +9,7 @@ import torch
 
 import fkernel as fk
 from fkernel import func
-from fkernel.analysis import by_part, missed, norms_by, shares, summed
+from fkernel.analysis import by_part, missed, shares, summed
 from tests.cases import EXAMPLES
 
 
@@ -30,16 +30,6 @@ def test_parts_add_up_to_groups_and_groups_to_the_whole(case, key):
     for group, K in straight.items():
         torch.testing.assert_close(groups[group], K, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(torch.stack([*groups.values()]).sum(0), whole, rtol=1e-10, atol=1e-12)
-
-
-def test_norms_add_up(case):
-    S, params, E, _ = case.engine(fk)
-    D = {name: leaf.abs() for name, leaf in case.tree(52).items()}
-    J = func.per_sequence_handles(S)(params, E)
-    parts, whole = norms_by(J, diagonal=D), func.squared_norms(J, diagonal=D)
-    for i in range(2):
-        total = torch.stack([norms[i] for norms in parts.values()]).sum(0)
-        torch.testing.assert_close(total, whole[i], rtol=1e-10, atol=0.0)
 
 
 def test_what_is_left_out_is_missed_as_much_as_the_kernel_without_it_is_wrong(case):

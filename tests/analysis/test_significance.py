@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fkernel as fk
-from fkernel.analysis.significance import Permutations, permutations, significance
+from fkernel.analysis.permutation_test import Permutations, permutations, significance
 from tests.laws import close
 
 DTYPE = torch.float64

@@ -9,6 +9,7 @@ import torch
 
 from fkernel.demo import DemoConfig, cache_key, default_cache_root, prepare
 from fkernel.demo import cache as cache_module
+from tests.test_structure import imported_modules
 
 
 @pytest.fixture
@@ -37,7 +38,6 @@ def test_the_layout_is_complete(prepared: Path) -> None:
         "model/model.safetensors",
         "model/tokenizer.json",
         "optimizer.pt",
-        "update.json",
         "update/manifest.json",
         "train.jsonl",
         "test.jsonl",
@@ -72,10 +72,21 @@ def test_source_and_versions_belong_to_the_key(tiny: DemoConfig, monkeypatch: py
     assert len(keys) == 3
 
 
-def test_every_module_is_a_source_or_comes_after() -> None:
-    here = Path(cache_module.__file__).parent
-    modules = {p.stem for p in here.glob("*.py")}
-    assert modules - {"__init__", "progress", "explain"} == set(cache_module.MODULES)
+def test_whatever_a_source_imports_is_a_source_too() -> None:
+    """So that an edit of anything that decides what is computed makes the policy again."""
+    texts = cache_module.sources()
+    assert {"demo/policy.py", "demo/reinforce.py", "rollout/sampling.py", "func/batch.py"} <= texts.keys()
+    rooms = {
+        (place.split("/")[0], module.split(".")[1])
+        for place, text in texts.items()
+        for _, module in imported_modules(text, f"fkernel.{place.removesuffix('.py').replace('/', '.')}")
+        if module.startswith("fkernel.")
+    }
+    outside = {pair for pair in rooms if pair[1] in cache_module.AFTERWARDS}
+    assert outside <= {
+        ("checkpoint", "precond"),
+        ("checkpoint", "engine"),
+    }  # the optimizer's state, and what a run costs
 
 
 def test_a_run_that_fails_leaves_nothing(root: Path, tiny: DemoConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +136,6 @@ def test_the_same_configuration_makes_the_same_bytes(prepared: Path, tiny: DemoC
     assert torch.get_num_threads() == threads
     assert torch.equal(torch.get_rng_state(), state)
     for name in (
-        "update.json",
         "update/records.jsonl",
         "update/tokens.safetensors",
         "test.jsonl",

@@ -7,16 +7,25 @@ from fkernel.demo import DemoConfig
 from fkernel.demo.policy import (
     IGNORED,
     PolicyConfig,
+    Supervised,
     SupervisionConfig,
     build_model,
     count_parameters,
     supervise,
     supervised_tensors,
 )
-from fkernel.demo.task import addition, splits, subtraction
+from fkernel.demo.task import problem, splits
 from fkernel.demo.tokenizer import build_tokenizer
+from fkernel.rollout import Rows, SampleGenerator, Sampling
 
 TOKENIZER = build_tokenizer()
+
+
+def supervised(tiny: DemoConfig, config: SupervisionConfig) -> Supervised:
+    prompts, model = splits(tiny.task), build_model(tiny.policy, TOKENIZER)
+    sampling = Sampling(max_new_tokens=5)
+    policy = SampleGenerator(model, TOKENIZER, prompts, sampling=sampling, template="bare")
+    return supervise(policy, prompts, config)
 
 
 def test_shape_of_the_real_policy() -> None:
@@ -36,21 +45,18 @@ def test_initial_weights_depend_on_the_seed_and_disturb_nobody() -> None:
 
 
 def test_targets_are_answer_and_eos_only() -> None:
-    inputs, targets = supervised_tensors(TOKENIZER, [addition(37, 85), subtraction(12, 10)])
+    inputs, targets = supervised_tensors(TOKENIZER, Rows("demo", "train", [problem(37, "+", 85), problem(12, "-", 10)]))
     assert inputs.tolist() == [[5, 9, 12, 10, 7, 14, 3, 4, 4], [3, 4, 13, 3, 2, 14, 4, 1, 0]]
     assert targets.tolist() == [[IGNORED] * 5 + [3, 4, 4, 1], [IGNORED] * 5 + [4, 1, IGNORED, IGNORED]]
 
 
 @pytest.mark.parametrize(("band", "word"), [((0.99, 1.0), "raise max_steps"), ((-1.0, -0.5), "lower check_every")])
 def test_ending_outside_of_the_band_says_what_happened(tiny: DemoConfig, band: tuple[float, float], word: str) -> None:
-    train, held_out = splits(tiny.task)
     config = SupervisionConfig(batch=4, max_steps=2, check_every=1, band=band, stop_at=0.99)
-    model = build_model(tiny.policy, TOKENIZER)
     with pytest.raises(RuntimeError, match=rf"after 2 of at most 2 steps with a sampled accuracy.*{word}"):
-        supervise(model, TOKENIZER, train, held_out, config)
+        supervised(tiny, config)
 
 
 def test_training_stops_at_the_first_check_that_reaches_the_accuracy(tiny: DemoConfig) -> None:
-    train, held_out = splits(tiny.task)
     config = SupervisionConfig(batch=4, max_steps=50, check_every=3, band=(0.0, 1.0), stop_at=0.0)
-    assert supervise(build_model(tiny.policy, TOKENIZER), TOKENIZER, train, held_out, config).steps == 3
+    assert supervised(tiny, config).steps == 3

@@ -1,47 +1,32 @@
-"""The task is the same for a seed, its splits share nothing, and only the exact answer is rewarded."""
+"""The task is the same for a seed, and its splits share nothing."""
 
-from dataclasses import FrozenInstanceError, replace
+from dataclasses import replace
 
 import pytest
 
-from fkernel.demo.task import Problem, TaskConfig, addition, reward, splits, subtraction
+from fkernel.demo.task import TaskConfig, problem, splits
 
 
 def test_splits_are_disjoint_and_cover_the_task() -> None:
-    train, held_out = splits(TaskConfig())
-    names = [p.id for p in train + held_out]
-    assert len(names) == len(set(names)) == 2 * 90 * 90
+    train, held_out = ([each.question for each in prompts] for prompts in splits(TaskConfig()).values())
+    assert len({*train, *held_out}) == len(train) + len(held_out) == 2 * 90 * 90
     assert len(held_out) == 1000
-    assert not {p.prompt for p in train} & {p.prompt for p in held_out}
 
 
 def test_splits_depend_on_the_seed_alone() -> None:
-    config = TaskConfig(seed=3)
-    assert splits(config) == splits(TaskConfig(seed=3))
-    assert splits(config) != splits(replace(config, seed=4))
+    first, same, other = ([*splits(TaskConfig(seed=seed))["train"]] for seed in (3, 3, 4))
+    assert first == same
+    assert first != other
 
 
 def test_every_prompt_has_six_characters_and_the_right_answer() -> None:
-    train, held_out = splits(TaskConfig())
-    assert {len(p.prompt) for p in train + held_out} == {6}
-    for p in train + held_out:
-        a, sign, b = int(p.prompt[:2]), p.prompt[2], int(p.prompt[3:5])
-        assert int(p.answer) == (a + b if sign == "+" else a - b)
-
-
-@pytest.mark.parametrize("text", ["", "0122", "122 ", "+122", "12", "1222", "122<pad>"])
-def test_anything_but_the_answer_earns_nothing(text: str) -> None:
-    assert reward(addition(37, 85), text) == 0.0
-
-
-def test_the_answer_earns_one() -> None:
-    assert reward(addition(37, 85), "122") == 1.0
-    assert reward(subtraction(37, 85), "-48") == 1.0
-
-
-def test_problems_are_frozen() -> None:
-    with pytest.raises(FrozenInstanceError):
-        Problem("a", "b", "c").answer = "d"  # type: ignore[misc]
+    for each in (each for prompts in splits(TaskConfig()).values() for each in prompts):
+        q = each.question
+        a, sign, b = int(q[:2]), q[2], int(q[3:5])
+        assert len(q) == 6
+        assert q[5] == "="
+        assert each.answer == str(a + b if sign == "+" else a - b)
+    assert problem(37, "+", 85)["answer"] == "122"
 
 
 @pytest.mark.parametrize(
@@ -49,4 +34,4 @@ def test_problems_are_frozen() -> None:
 )
 def test_impossible_tasks_are_refused(bad: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="got"):
-        TaskConfig(**bad)
+        replace(TaskConfig(), **bad)

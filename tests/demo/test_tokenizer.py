@@ -7,26 +7,25 @@ from transformers import AutoTokenizer
 
 from fkernel.demo.policy import PolicyConfig, build_model
 from fkernel.demo.task import ALPHABET
-from fkernel.demo.tokenizer import EOS, PAD, build_tokenizer, decode, encode, token_id
+from fkernel.demo.tokenizer import EOS, PAD, build_tokenizer
 
 
 def test_one_token_a_character_and_nothing_added() -> None:
     tokenizer = build_tokenizer()
-    ids = encode(tokenizer, "37+85=-48")
+    ids = tokenizer.encode("37+85=-48")
     assert len(ids) == 9
-    assert decode(tokenizer, ids) == "37+85=-48"
-    assert sorted(encode(tokenizer, ALPHABET)) == list(range(2, 2 + len(ALPHABET)))
+    assert tokenizer.decode(ids) == "37+85=-48"
+    assert sorted(tokenizer.encode(ALPHABET)) == list(range(2, 2 + len(ALPHABET)))
 
 
 def test_padding_and_eos_are_distinct_and_there_is_no_bos() -> None:
     tokenizer = build_tokenizer()
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id) == (0, 1, None)
-    assert (token_id(tokenizer, PAD), token_id(tokenizer, EOS)) == (0, 1)
     assert len(tokenizer) == 2 + len(ALPHABET)
 
 
 def test_special_tokens_show_when_decoded() -> None:
-    assert decode(build_tokenizer(), [4, 0, 1]) == "2<pad><eos>"
+    assert build_tokenizer().decode([4, 0, 1]) == "2<pad><eos>"
 
 
 @pytest.mark.parametrize("beside_model", [False, True])
@@ -40,15 +39,5 @@ def test_round_trip_through_auto_tokenizer(tmp_path: Path, beside_model: bool) -
     assert loaded.get_vocab() == tokenizer.get_vocab()
     assert (loaded.pad_token, loaded.eos_token, loaded.bos_token, len(loaded)) == (PAD, EOS, None, 15)
     assert loaded.padding_side == "right"
-    assert encode(loaded, "37+85=-48") == encode(tokenizer, "37+85=-48")
-    assert decode(loaded, [5, 9, 1]) == decode(tokenizer, [5, 9, 1]) == "37<eos>"
-
-
-def test_characters_outside_the_alphabet_are_an_error() -> None:
-    with pytest.raises(ValueError, match="not in the alphabet"):
-        encode(build_tokenizer(), "3 x 7")
-
-
-def test_a_missing_special_token_is_an_error() -> None:
-    with pytest.raises(ValueError, match="has no token '<bos>'"):
-        token_id(build_tokenizer(), "<bos>")
+    assert loaded.encode("37+85=-48") == tokenizer.encode("37+85=-48")
+    assert loaded.decode([5, 9, 1]) == tokenizer.decode([5, 9, 1]) == "37<eos>"

@@ -1,4 +1,4 @@
-"""The engine by layers, influence and changes of long responses."""
+"""The engine by layers, influence, changes of long responses; files that are replaced."""
 
 from tests.mutants import Mutation
 
@@ -10,8 +10,8 @@ MUTATIONS = [
         "every tile holds the first sequences",
         f"{TILED}[E-midpoint]",
         "engine/layered.py",
-        "take(side.batch, rows)",
-        "take(side.batch, slice(0, rows.stop - rows.start))",
+        "side._replace(batch=trim(take(side.batch, rows)))",
+        "side._replace(batch=trim(take(side.batch, slice(0, rows.stop - rows.start))))",
     ),
     Mutation(
         "held sequences counted by themselves beside every block",
@@ -54,5 +54,12 @@ MUTATIONS = [
         "func/head.py",
         "(ω.double() * logprobs.double())",
         "(ω * logprobs)",
+    ),
+    Mutation(
+        "a directory is lost where its successor cannot be renamed",
+        "tests/test_atomic.py::test_a_directory_comes_back_where_its_successor_cannot_be_renamed",
+        "io/atomic.py",
+        "            os.rename(before, path)\n",
+        "            pass\n",
     ),
 ]

@@ -123,26 +123,26 @@ STUDIES = [
     Mutation(
         "the selected parameters' change for the whole model's",
         f"{SELECTED}::test_what_was_realised_is_the_whole_models_change",
-        "study/analyses/situation.py", '{"realised": own + others,',
+        "study/analyses/context.py", '{"realised": own + others,',
         '{"realised": own,',
     ),
     Mutation(
         "a ledger that explains what was not selected",
         f"{SELECTED}::test_the_ledger_closes_with_a_line_for_what_was_not_selected",
-        "study/analyses/effects.py", "whole - sum(rest.values())",
+        "study/analyses/ledger.py", "whole - sum(rest.values())",
         "whole",
     ),
     Mutation(
         "an agreement with what was not selected",
         f"{SELECTED}::test_an_agreement_is_with_what_the_selected_parameters_did",
-        "study/analyses/effects.py", 'others + at.found.get("unselected", 0.0)',
+        "study/analyses/preconditioners.py", 'others + context.effects.get("unselected", 0.0)',
         "others",
     ),
     Mutation(
         "a reference made of the policy's own parameters",
         f"{SELECTED}::test_kl_is_to_the_whole_reference_and_so_is_its_change",
         "study/analyses/observables.py", "func.kl_divergence(apply, params, temperature, reference)",
-        "func.kl_divergence(apply, {name: params[name] for name in at.policy.params}, temperature)",
+        "func.kl_divergence(apply, {name: params[name] for name in context.policy.params}, temperature)",
     ),
     Mutation(
         "one failure for all analyses",
@@ -153,13 +153,13 @@ STUDIES = [
     Mutation(
         "one failure of U's analyses for the study",
         f"{SELECTED}::test_an_analysis_of_u_that_fails_costs_no_study",
-        "study/analyses/update.py", 'tried("structure", WHOSE, make, workspace.batch.ids)',
-        "make(), None",
+        "study/analyses/runner.py", 'tried(name, "the update batch\'s", make, context.workspace.batch.ids)',
+        "(make(), None)",
     ),
     Mutation(
         "bars without what is not selected",
         f"{SELECTED}::test_pictures_and_tables_add_up_to_the_whole_models_change",
-        "report/panels.py", "for name in LEDGER if name in found.arrays",
+        "report/panels.py", "for name in LEDGER if name in analysis.arrays",
         'for name in LEDGER if name != "unselected"',
     ),
     Mutation(
@@ -171,13 +171,13 @@ STUDIES = [
     Mutation(
         "a text that is an answer as often as it is drawn",
         f"{SELECTED}::test_a_text_that_was_drawn_twice_is_one_answer",
-        "study/analyses/observables.py", "at.batch.records[i].response: i",
-        "at.batch.records[i].sequence_id: i",
+        "study/analyses/observables.py", "context.batch.records[i].response: i",
+        "context.batch.records[i].sequence_id: i",
     ),
     Mutation(
         "parameters asked of nobody",
         f"{SELECTED}::test_a_parameter_that_the_loss_never_uses_is_left_alone",
-        "study/prepare.py", "policy.state, ascent, unused)",
-        "policy.state, ascent)",
+        "study/prepare.py", "policy.state, ascent, unused)\n",
+        "policy.state, ascent)\n",
     ),
 ]  # fmt: skip

@@ -6,14 +6,14 @@ MUTATIONS = [
     Mutation(
         "a plan's parts without the weights",
         'tests/study/test_analyses.py::test_parts_add_up',
-        'study/analyses/takers.py', 'C = (K.to(at.dtype) * at.weights.to(at.dtype)).double()\n                _into',
-        'C = K.double()\n                _into',
+        'study/analyses/parts.py', '(K.to(context.dtype) * context.weights.to(context.dtype)).double()',
+        'K.double()',
     ),
     Mutation(
         'flips that drop',
         'tests/study/test_analyses.py::test_a_counterfactual_is_the_step_that_would_have_been_taken',
-        'study/analyses/effects.py', '[(asked.drop, 0.0), (asked.flip, -1.0), *scaled]',
-        '[(asked.drop, -1.0), (asked.flip, 0.0), *scaled]',
+        'study/analyses/counterfactuals.py', '[(config.drop, 0.0), (config.flip, -1.0), *scaled]',
+        '[(config.drop, -1.0), (config.flip, 0.0), *scaled]',
     ),
     Mutation(
         "U's own arrays under a request's name",
@@ -22,10 +22,10 @@ MUTATIONS = [
         'OWN = "self"',
     ),
     Mutation(
-        'a finding that was left out says nothing',
+        'an analysis that was skipped says nothing',
         'tests/study/test_tables.py::test_everything_that_was_asked_is_shown_and_what_was_left_out_says_why',
-        'report/accounts.py', '        if "left_out" in finding.facts:\n            yield escape(',
-        '        if "left" in finding.facts:\n            yield escape(',
+        'report/analysis_tables.py', '        if analysis.skipped is not None:\n            yield escape(',
+        '        if False:\n            yield escape(',
     ),
     Mutation(
         'blue for red',
@@ -54,14 +54,14 @@ MUTATIONS = [
     Mutation(
         "tokens' kernels turned",
         "tests/study/test_panels.py::test_cells_of_tokens_carry_their_numbers",
-        'report/cells.py', 'values = SMALL * found[pair["array"]].astype(float)',
-        'values = SMALL * found[pair["array"]].astype(float).T',
+        'report/heatmaps.py', 'values = SMALL * analysis[pair["array"]].astype(float)',
+        'values = SMALL * analysis[pair["array"]].astype(float).T',
     ),
     Mutation(
         'counterfactuals against the wrong step',
         "tests/study/test_panels.py::test_counterfactuals_are_sorted_changes_beside_the_mistake_of_a_frozen_preconditioner",
-        'report/comparisons.py', '(found["frozen"].astype(float) - found["exact"])',
-        '(found["frozen"].astype(float) - found["taken"])',
+        'report/comparisons.py', '(analysis["frozen"].astype(float) - analysis["exact"])',
+        '(analysis["frozen"].astype(float) - analysis["taken"])',
     ),
     Mutation(
         "a cluster's neighbours in its colour",
@@ -72,13 +72,13 @@ MUTATIONS = [
     Mutation(
         'what was left out is drawn',
         "tests/study/test_panels.py::test_what_was_left_out_is_not_drawn",
-        'report/gallery.py', 'if "left_out" not in finding.facts]',
-        'if True]',
+        'report/gallery.py', 'in result.analyses.items() if found.skipped is None]',
+        'in result.analyses.items()]',
     ),
     Mutation(
         'mathematics in a text',
         "tests/study/test_panels.py::test_any_text_is_drawn",
-        'report/canvas.py', '.replace("$", r"\\$")',
+        'report/style.py', '.replace("$", r"\\$")',
         '',
     ),
 ]  # fmt: skip

@@ -86,7 +86,7 @@ MUTATIONS = [
     Mutation(
         "momentum along the step, too",
         f"{STUDY}/test_runner.py::test_it_is_what_explain_step_says[midpoint]",
-        "study/analyses/situation.py", '{"momentum": self.taken.momentum,', '{"momentum": self.taken.total,',
+        "study/analyses/context.py", '{"momentum": self.taken.momentum,', '{"momentum": self.taken.total,',
     ),
     Mutation(
         "an influence without kernel that takes U's sum unpreconditioned",
@@ -184,5 +184,26 @@ MUTATIONS = [
         f"{STUDY}/test_workspace.py::test_rows_let_go_of_their_gradients",
         "engine/contraction.py", "        assert products is not None\n        del held\n",
         "        assert products is not None\n",
+    ),
+    Mutation(
+        "gradients of long sequences kept on disk",
+        f"{STUDY}/test_long.py::test_of_long_sequences_no_gradient_is_kept",
+        "study/prepare.py", "        if how is None:\n", "        if True:\n",
+    ),
+    Mutation(
+        "a walked sum whose weights are not in the order of the sequences' lengths",
+        f"{STUDY}/test_long.py::test_walked_gradients_are_those_that_are_computed_whole",
+        "engine/layered.py", "w = weights[side.order.to(weights.device)]", "w = weights",
+    ),
+    Mutation(
+        "rows by themselves at the first node of the path only",
+        f"{STUDY}/test_long.py::test_rows_walk_alone_at_all_nodes_of_a_path",
+        "engine/layered.py", "side = Side(E.batch, nodes, must_cut(", "side = Side(E.batch, nodes[:1], must_cut(",
+    ),
+    Mutation(
+        "a workspace that is opened makes its step of a preconditioned ascent",
+        f"{STUDY}/test_long.py::test_a_short_workspace_makes_the_same_step_and_reads_no_gradient",
+        "study/prepare.py", "ascent = workspace.ascent(policy.params)",
+        "ascent = workspace.P(workspace.ascent(policy.params))",
     ),
 ]  # fmt: skip

@@ -13,13 +13,13 @@ MUTATIONS = [
     Mutation(
         'what happened, on the weights before',
         f"{TRL}::test_what_happened_is_measured_on_the_weights_that_the_trainer_saved",
-        'study/policy.py', 'later = plan.step.after.load_weights(',
-        'later = plan.checkpoint.load_weights(',
+        'study/policy.py', 'plan.step.after.load_policy(',
+        'plan.checkpoint.load_policy(',
     ),
     Mutation(
         'the step after is executed here, and not read',
         f"{TRL}::test_the_batch_of_another_step_does_not_explain_this_one",
-        'study/analyses/situation.py', 'return self.policy.after or tree.add(',
+        'study/analyses/context.py', 'return self.policy.after or tree.add(',
         'return tree.add(',
     ),
     Mutation(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fkernel as fk
-from fkernel.engine.store.sealed import sealed, unsealed
+from fkernel.io import checksummed_json, read_checksummed
 from fkernel.rollout import GeneratedBatch, Provenance, Sampling, SequenceRecord, load_batch, save_batch
 
 
@@ -82,14 +82,14 @@ def test_damaged_batches_are_refused(batch, tmp_path, name, damage):
 
 def test_newer_schema_and_foreign_records_are_refused(batch, tmp_path):
     place = save_batch(batch, tmp_path / "U")
-    manifest = unsealed((place / "manifest.json").read_bytes())
-    (place / "manifest.json").write_bytes(sealed({**manifest, "schema": 2}))
+    manifest = read_checksummed(place / "manifest.json")
+    (place / "manifest.json").write_bytes(checksummed_json({**manifest, "schema": 2}))
     with pytest.raises(fk.RolloutError, match=r"has schema 2; this version of fkernel reads 1. Update it"):
         load_batch(place)
     other = save_batch(GeneratedBatch(tuple(record(f"E-00{i}-00") for i in range(4))), tmp_path / "E")
     lines = (other / "records.jsonl").read_bytes()
     (place / "records.jsonl").write_bytes(lines)
-    (place / "manifest.json").write_bytes(sealed(manifest))
+    (place / "manifest.json").write_bytes(checksummed_json(manifest))
     with pytest.raises(fk.RolloutError, match="is not what was written"):
         load_batch(place)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fkernel.report import structure_panel
-from fkernel.report.accounts import structure_table
+from fkernel.report.analysis_tables import structure_table
 from fkernel.study import FisherKernelRunner
 from fkernel.study.diagnostics import BlockTally, cosines, spectrum, top_contributors
 from fkernel.study.outcome import SelfKernel

@@ -177,14 +177,14 @@ def test_what_is_damaged_is_computed_again(run, tmp_path, computed, file):
 
 def test_an_analysis_that_failed_is_tried_again(run, tmp_path, computed, monkeypatch):
     from fkernel.errors import NonFiniteError
-    from fkernel.study.analyses import accounts
+    from fkernel.study.analyses import sweep
 
     def failing(*given, **more):
         raise NonFiniteError("Not a number today.")
 
     plan = full(run, tmp_path / "out", requests=[HELD], self_kernel=False, analyses={"sweep": True})
     with monkeypatch.context() as patch:
-        patch.setattr(accounts, "sweep_of", failing)
+        patch.setattr(sweep, "step_sweep", failing)
         with pytest.warns(UserWarning, match="it failed: Not a number today"):
             first = executed(plan)
     assert "left_out" in first["held_out"].analysis("sweep").facts
@@ -196,9 +196,9 @@ def test_what_a_killed_run_left_half_written_is_removed(run, tmp_path):
     plan = full(run, tmp_path / "out", requests=[PROBE], self_kernel=False, analyses={})
     executed(plan)
     kept = tmp_path / "out" / "workspace" / "kept"
-    (kept / ".partial-x").mkdir()
+    (kept / "x.0.tmp").mkdir()
     executed({**plan, "requests": [HELD]})
-    assert not list(kept.glob(".*"))
+    assert not list(kept.glob("*.tmp"))
     assert len(list(kept.iterdir())) == 2
 
 

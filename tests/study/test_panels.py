@@ -11,9 +11,9 @@ import pytest
 
 import fkernel as fk
 from fkernel import report
-from fkernel.report.canvas import label, percent, plain, signed
-from fkernel.report.cells import seen
-from fkernel.study import Finding, FisherKernelResults, FisherKernelRunner, RequestResult, SequenceInfo
+from fkernel.report.heatmaps import seen
+from fkernel.report.style import label, percent, plain, signed
+from fkernel.study import AnalysisResult, FisherKernelResults, FisherKernelRunner, RequestResult, SequenceInfo
 from tests.study.conftest import Run
 
 ASKED: dict[str, Any] = {
@@ -67,9 +67,10 @@ def result(results: FisherKernelResults) -> RequestResult:
 
 
 def changed(result: RequestResult, name: str, **facts: Any) -> RequestResult:
-    """The same result, with other facts of one finding."""
+    """The same result, with other facts of one analysis."""
     found = result.analysis(name)
-    return dataclasses.replace(result, analyses={**result.analyses, name: Finding(found.arrays, found.facts | facts)})
+    other = AnalysisResult(found.arrays, found.facts | facts)
+    return dataclasses.replace(result, analyses={**result.analyses, name: other})
 
 
 def texts(figure: Any) -> str:
@@ -123,7 +124,7 @@ def test_the_prediction_of_an_observable_has_all_its_parts(result):
     name = "observables.entropy"
     found = result.analysis(name)
     parts = {"penalty": np.linspace(0.0, 1e-3, len(found["batch"]))} | found.arrays
-    known = dataclasses.replace(result, analyses={name: Finding(parts, found.facts)})
+    known = dataclasses.replace(result, analyses={name: AnalysisResult(parts, found.facts)})
     alone, whole = (
         np.asarray(dots.get_offsets()) for dots in report.observable_panel(known, "entropy").axes[0].collections
     )
@@ -186,7 +187,7 @@ def test_guides_of_the_sweep_have_the_slopes_of_theory(result):
     error = {"first_error": 0.01, "second_error": 0.001}
     found = result.analysis("sweep")
     arrays = found.arrays | {name: value * np.array([0.1, 1, 10]) for name, value in error.items()}
-    known = dataclasses.replace(result, analyses={**result.analyses, "sweep": Finding(arrays, found.facts)})
+    known = dataclasses.replace(result, analyses={**result.analyses, "sweep": AnalysisResult(arrays, found.facts)})
     guides = [line for line in report.sweep_panel(known).axes[0].lines if line.get_linestyle() == "-."]
     slopes = [np.diff(np.log(line.get_ydata())) / np.diff(np.log(line.get_xdata())) for line in guides]
     assert [float(slope[0]) for slope in slopes] == pytest.approx([1, 2])
@@ -228,7 +229,7 @@ def test_of_a_long_response_the_part_that_moved_most_is_drawn(result):
     logprob[:, 30] = 1.0
     arrays = {"logprob": logprob, "entropy": logprob, "response": np.ones((n, t), dtype=bool)}
     facts = {"tokens": [[str(i) for i in range(t)]] * n, "pairs": []}
-    figure = report.tokens_panel(dataclasses.replace(result, analyses={"tokens": Finding(arrays, facts)}))
+    figure = report.tokens_panel(dataclasses.replace(result, analyses={"tokens": AnalysisResult(arrays, facts)}))
     shown = np.asarray(figure.axes[0].images[0].get_array())
     assert shown.shape[1] == 16
     assert shown.max() == pytest.approx(1e3)
@@ -290,7 +291,7 @@ def test_intervals_and_prompts_are_drawn_as_they_were_found(result):
 def test_one_prompt_has_no_interval(result):
     found = result.analysis("uncertainty")
     kept = {name: value for name, value in found.arrays.items() if name not in ("low", "high", "error")}
-    alone = dataclasses.replace(result, analyses={"uncertainty": Finding(kept, found.facts)})
+    alone = dataclasses.replace(result, analyses={"uncertainty": AnalysisResult(kept, found.facts)})
     assert "intervals" not in texts(report.uncertainty_panel(alone))
 
 
@@ -336,7 +337,7 @@ def test_far_sequences_and_one_component_are_drawn_too(results):
     far = found["scores"][:, :1].copy()
     far[0] = 1e3
     arrays = {"scores": far, "labels": found["labels"]}
-    one = dataclasses.replace(results, analyses={"structure": Finding(arrays, found.facts | {"shares": [1.0]})})
+    one = dataclasses.replace(results, analyses={"structure": AnalysisResult(arrays, found.facts | {"shares": [1.0]})})
     axes = report.structure_panel(one).axes[0]
     assert axes.get_xscale() == "asinh"
     assert axes.get_ylabel() == "sequence of U"
@@ -357,9 +358,9 @@ def test_all_that_was_found_is_drawn_and_nothing_else(results, tmp_path):
 
 
 def test_what_was_left_out_is_not_drawn(result, results, tmp_path):
-    gone = {name: Finding({}, {"left_out": "it needs the step"}) for name in result.analyses}
+    gone = {name: AnalysisResult({}, {"left_out": "it needs the step"}) for name in result.analyses}
     nothing = dataclasses.replace(result, analyses=gone)
-    own = {name: Finding({}, {"left_out": "it needs a second moment"}) for name in OWN}
+    own = {name: AnalysisResult({}, {"left_out": "it needs a second moment"}) for name in OWN}
     bare = dataclasses.replace(results, requests={"held_out": nothing}, analyses=own)
     names = {path.name for path in report.draw_all(bare, tmp_path)} - {"spectrum.png"}
     assert names == {f"held_out_{name}.png" for name in EFFECTS}
@@ -376,7 +377,7 @@ def test_what_was_left_out_is_not_drawn(result, results, tmp_path):
 
 
 def test_some_counterfactuals_may_be_left_out(result):
-    gone = {"counterfactuals.rloo": Finding({}, {"left_out": "it needs the step"})}
+    gone = {"counterfactuals.rloo": AnalysisResult({}, {"left_out": "it needs the step"})}
     some = dataclasses.replace(result, analyses={**result.analyses, **gone})
     titles = [axes.get_title(loc="left") for axes in report.counterfactuals_panel(some).axes]
     assert [title.split(":")[0] for title in titles] == ["unclipped"]
@@ -386,7 +387,7 @@ def test_without_a_realised_change_an_observable_shows_its_contributors(result):
     name = "observables.entropy"
     found = result.analysis(name)
     kept = {what: found[what] for what in ("batch", "top", "top_contributions", "value")}
-    alone = dataclasses.replace(result, analyses={name: Finding(kept, found.facts)})
+    alone = dataclasses.replace(result, analyses={name: AnalysisResult(kept, found.facts)})
     (axes,) = report.observable_panel(alone, "entropy").axes
     most = int(np.argmax(np.abs(found["batch"])))
     np.testing.assert_allclose([bar.get_width() for bar in axes.patches], 1e3 * found["top_contributions"][most])  # type: ignore[attr-defined]
@@ -401,7 +402,7 @@ def test_any_text_is_drawn(result, results, tmp_path):
     strange = [["$", "\n", "", " ", "$$\\frac{", "\x00", "\t"][: len(row)] for row in tokens.facts["tokens"]]
     strange = [row + ["$"] * (len(old) - len(row)) for row, old in zip(strange, tokens.facts["tokens"], strict=True)]
     facts = tokens.facts | {"tokens": strange}
-    analyses = {**result.analyses, "tokens": Finding(tokens.arrays, facts)}
+    analyses = {**result.analyses, "tokens": AnalysisResult(tokens.arrays, facts)}
     update = tuple(dataclasses.replace(info, prompt="$\\sqrt{\n$", response="_$") for info in result.update)
     written = dataclasses.replace(result, evaluation=odd, update=update, analyses=analyses)
     with warnings.catch_warnings():

@@ -11,8 +11,8 @@ from rich.console import Console
 from fkernel import report
 from fkernel.errors import ResultsError
 from fkernel.study import (
+    AnalysisResult,
     Entry,
-    Finding,
     FisherKernelPlan,
     FisherKernelResults,
     FisherKernelRunner,
@@ -99,7 +99,7 @@ def test_what_is_saved_is_what_is_read(results, tmp_path):
 def test_a_request_may_have_any_name_but_one(results, tmp_path, name):
     """Arrays of U against itself are kept under `update_batch`, which a plan gives to no request."""
     found = dataclasses.replace(results.requests["held_out"], name=name)
-    health = {"health": Finding({"x": np.ones(2)}, {"y": 1})}
+    health = {"health": AnalysisResult({"x": np.ones(2)}, {"y": 1})}
     given = dataclasses.replace(results, requests={name: found}, analyses=health)
     again = FisherKernelResults.load(given.save_results(tmp_path / "out"))
     assert again.self_kernel is not None

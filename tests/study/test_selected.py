@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import fkernel as fk
 from fkernel import checkpoint, func, precond, report
 from fkernel.study import FisherKernelResults, FisherKernelRunner, prepare
-from fkernel.study.analyses import accounts, update
+from fkernel.study.analyses import health, parts, structure, sweep
 from fkernel.study.plan import PreconditionerPlan, StepPlan
 from fkernel.study.policy import unselected_of
 from fkernel.study.response import response
@@ -162,8 +162,8 @@ def test_unseen_coordinates_and_failures_cost_no_other_analysis(unseen, tmp_path
     ]
     asked = {"ledger": True, "parts": True, "sweep": {"scales": [1.0]}, "preconditioners": names, "covariates": True,
              "observables": observables}  # fmt: skip
-    monkeypatch.setattr(accounts.PartsTaker, "add", lambda self, rows: failing(rows))
-    monkeypatch.setattr(accounts, "sweep_of", lambda at, sweep: 1 // 0)
+    monkeypatch.setattr(parts.PartsAccumulator, "add", lambda self, rows: failing(rows))
+    monkeypatch.setattr(sweep, "step_sweep", lambda *given, **more: 1 // 0)
     runner = FisherKernelRunner(unseen.plan(tmp_path / "out", analyses=asked))
     with pytest.warns(UserWarning, match="is left out of the request's analyses; it failed") as heard:
         result = runner.run()["held_out"]
@@ -187,8 +187,8 @@ def test_an_analysis_of_u_that_fails_costs_no_study(run, tmp_path, monkeypatch):
     def not_converging(*given: Any) -> None:
         raise torch.linalg.LinAlgError("the eigenvalues did not converge")  # pyright: ignore
 
-    monkeypatch.setattr(update, "kernel_pca", not_converging)
-    monkeypatch.setattr(update, "health", lambda *given: failing(None))
+    monkeypatch.setattr(structure, "kernel_pca", not_converging)
+    monkeypatch.setattr(health, "health", lambda *given: failing(None))
     plan = run.plan(tmp_path / "out", analyses={"structure": {}, "health": True, "ledger": True})
     with pytest.warns(UserWarning, match="is left out of the update batch's analyses; it failed") as heard:
         results = FisherKernelRunner(plan).run()

@@ -12,8 +12,8 @@ from rich.console import Console
 
 import fkernel as fk
 from fkernel import report
-from fkernel.report.accounts import TABLES, health_line, structure_table
-from fkernel.study import Finding
+from fkernel.report.analysis_tables import REPORTS, structure_table
+from fkernel.study import AnalysisResult
 
 
 @pytest.fixture(scope="module")
@@ -43,15 +43,15 @@ def test_a_ledgers_rows_add_up_in_print(results):
     assert "gradients of E at the midpoint of the step" in " ".join(text.split())
 
 
-@pytest.mark.parametrize("kind", [*TABLES])
+@pytest.mark.parametrize("kind", [*REPORTS])
 def test_every_table_is_about_its_request(results, kind):
-    text = shown(TABLES[kind](results["held_out"], 4))
+    text = shown(REPORTS[kind].table(results["held_out"], 4))
     assert text.strip().startswith("held_out:")
     assert "nan" not in text
 
 
 def test_everything_that_was_asked_is_shown_and_what_was_left_out_says_why(results):
-    text = shown(*report.analysis_tables(results["self"], 3))
+    text = shown(*report.request_tables(results["self"], 3))
     for word in ("the ledger", "how sure", "tokens", "through which parameters", "steps that were not taken",
                  "which preconditioner", "what changes go with", "other sizes"):  # fmt: skip
         assert word in text
@@ -65,7 +65,7 @@ def test_contributors_that_could_be_chance_are_told_from_those_that_could_not(re
     n, k = sure["top_p"].shape
     for own, prompt, mark in ((0.01, 1.0, "*"), (1.0, 0.01, "†"), (1.0, 1.0, " ")):
         arrays = {**sure.arrays, "top_p": np.full((n, k), own), "prompt_p": np.full_like(sure["prompt_p"], prompt)}
-        marked = replace(found, analyses={"uncertainty": Finding(arrays, sure.facts)})
+        marked = replace(found, analyses={"uncertainty": AnalysisResult(arrays, sure.facts)})
         text = shown(report.effects_table(marked, 2))
         rows = re.findall(r"\d\.\d\d(.)  U-", text)
         assert {*rows} == {mark}
@@ -107,5 +107,5 @@ def test_u_itself(results):
     assert "P rests on" in text
     assert "alignment with K_UU after the step" in text
     assert shown(structure_table(results)).count("U-0") >= 3
-    missing = replace(results, analyses={"health": Finding({}, {"left_out": "it has no state"})})
-    assert health_line(missing) == "P: it has no state"
+    missing = replace(results, analyses={"health": AnalysisResult({}, {"left_out": "it has no state"})})
+    assert [*report.update_tables(missing)] == ["P: it has no state"]

@@ -17,8 +17,8 @@ import torch
 
 import fkernel as fk
 from fkernel import checkpoint
-from fkernel.engine.store.sealed import sealed
 from fkernel.func.handles import tensors
+from fkernel.io import checksummed_json
 from fkernel.study import FisherKernelRunner, load_workspace
 from fkernel.study.directory import WorkspaceDirectory
 from tests.study.conftest import Run
@@ -225,7 +225,7 @@ def test_a_schema_that_is_newer_is_refused(kept, tmp_path):
     place = copied(kept, tmp_path / "copy")
     asked = json.loads((place / "asked.json").read_text())
     del asked["seal"]
-    (place / "asked.json").write_bytes(sealed({**asked, "schema": 99}))
+    (place / "asked.json").write_bytes(checksummed_json({**asked, "schema": 99}))
     with pytest.raises(fk.StoreError, match="schema 99"):
         load_workspace(place)
 

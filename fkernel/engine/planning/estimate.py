@@ -7,7 +7,6 @@ from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fkernel.engine.budget import parse_bytes
 from fkernel.engine.planning.machine import Rates, rates
 from fkernel.engine.planning.passes import bytes_of
 from fkernel.engine.planning.strategy import EVERY, USABLE, Option, Strategy, cost, default, options, usual_microbatch
@@ -20,6 +19,7 @@ from fkernel.func.boundary import explained
 from fkernel.func.cutting import cut_of
 from fkernel.func.objective import Function
 from fkernel.func.source import is_half, widened
+from fkernel.io import parse_bytes
 from fkernel.precond import Diagonal, Preconditioner
 from fkernel.shapes import Tree
 

@@ -7,11 +7,11 @@ that the engine spends its time in, at sizes of its own.
 from __future__ import annotations
 
 import json
-import os
 import platform
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from fkernel.func.contract import contract
 from fkernel.func.handles import Factored
 from fkernel.func.rows import handles_of, plan_of
 from fkernel.func.work import Work, work_of
-from fkernel.places import default_cache_root
+from fkernel.io import atomic_file, default_cache_root
 from fkernel.shapes import Tree
 
 MB = 1 << 20
@@ -66,19 +66,16 @@ def rates(dtype: torch.dtype = torch.float32, directory: Path | None = None) -> 
     key = (
         f"{platform.node()} · {_processor()} · {torch.get_num_threads()} threads · torch {torch.__version__} · {dtype}"
     )
-    known = _read(path)
-    try:
+    known: Any = None
+    with suppress(OSError, ValueError):
+        known = json.loads(path.read_text())
+    with suppress(KeyError, TypeError):
         return Rates(*known[key])
-    except (KeyError, TypeError):
-        pass
     measured = calibrate(dtype)
-    try:
+    with suppress(OSError):  # a machine without a writable cache measures again next time
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
-            json.dump({**known, key: measured}, file, indent=1)
-        os.replace(file.name, path)
-    except OSError:
-        pass  # a machine without a writable cache measures again next time
+        with atomic_file(path) as temporary:
+            temporary.write_text(json.dumps({**(known if isinstance(known, dict) else {}), key: measured}, indent=1))
     return measured
 
 
@@ -179,11 +176,3 @@ def _processor() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fkernel.engine.budget import parse_bytes
 from fkernel.engine.planning.strategy import USABLE
 from fkernel.func.batch import by_length, take, trim
 from fkernel.func.boundary import explained
@@ -23,6 +22,7 @@ from fkernel.func.directional import first_derivative, second_derivative
 from fkernel.func.objective import Function, bare
 from fkernel.func.rows import pull_back
 from fkernel.func.work import work_of
+from fkernel.io import parse_bytes
 from fkernel.shapes import Tree
 
 HOLES = 1.8

@@ -13,7 +13,7 @@ one's place.
 
 from __future__ import annotations
 
-import hashlib
+import errno
 import json
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from fkernel.engine.store import journal
-from fkernel.engine.store.files import NO_ROOM, TEMPORARY, checksum, hashed, locked, plain_errors, write_atomically
 from fkernel.engine.store.journal import Journal, Record
 from fkernel.engine.store.manifest import SCHEMA, describe, differences
 from fkernel.engine.store.shards import Layout, layout, pack, unpack
 from fkernel.errors import StoreError, listing
 from fkernel.func.handles import Handle, Handles, count
+from fkernel.io import NO_ROOM, PARTIAL, atomic_write, checksum, locked, plain_errors
 
 MANIFEST, LOCK = "manifest.json", "lock"
 _BEGIN_ANEW = "choose another directory, or delete this one to begin anew"
@@ -90,11 +90,11 @@ class Store:
                     f"Shard {i} is of rows {start} to {stop - 1}, {stop - start} sequences; {name!r} has gradients of "
                     f"{n}."
                 )
-        packed, path, digest = pack(handles), self._path(i), hashlib.sha256()
+        packed, path = pack(handles), self._path(i)
         with self._room(i, packed.nbytes):
-            self._journal.forget_unfinished()
-            write_atomically(path, hashed(packed.chunks(), digest))
-            self._journal.add(Record(i, [start, stop], path.name, packed.nbytes, digest.hexdigest()))
+            self._journal.cut()
+            sha256 = atomic_write(path, packed.chunks())
+            self._journal.add(Record(i, [start, stop], path.name, packed.nbytes, sha256))
             self._verified[i] = _state(path), layout(path)
 
     def read(self, i: int, names: Collection[str] | None = None) -> dict[str, Handle]:
@@ -159,22 +159,20 @@ class Store:
     def _room(self, i: int, needed: int) -> Iterator[None]:
         """Look for room before a disk is filled up; say how much was needed where it ran out all the same."""
         with plain_errors("write to", self.directory):
-            if shutil.disk_usage(self.directory).free < needed:
-                raise self._full(i, needed, "the disk is full")
             try:
+                if shutil.disk_usage(self.directory).free < needed:
+                    raise OSError(errno.ENOSPC, "the disk is full")
                 yield
             except OSError as error:
                 if error.errno not in NO_ROOM:
                     raise
-                raise self._full(i, needed, error.strerror or "the disk is full") from error
-
-    def _full(self, i: int, needed: int, why: str) -> StoreError:
-        free = shutil.disk_usage(self.directory).free
-        return StoreError(
-            f"No room for shard {i} in {str(self.directory)!r}: it needs {needed} bytes and {free} are free ({why}). "
-            f"Make room, or lift the quota or the limit on file sizes where there is one. What is complete, "
-            f"{len(self._journal)} of {len(self.groups)} shards, is kept, and another run goes on from there."
-        )
+                free, why = shutil.disk_usage(self.directory).free, error.strerror or "the disk is full"
+                raise StoreError(
+                    f"No room for shard {i} in {str(self.directory)!r}: it needs {needed} bytes and {free} are free "
+                    f"({why}). Make room, or lift the quota or the limit on file sizes where there is one. What is "
+                    f"complete, {len(self._journal)} of {len(self.groups)} shards, is kept, and another run goes on "
+                    f"from there."
+                ) from error
 
 
 @contextmanager
@@ -184,7 +182,7 @@ def open_store(directory: Path | str, identity: Mapping[str, Any], groups: Seque
     Args:
         directory: where; made where it is not there.
         identity: {field: JSON value}, everything that decides what the gradients are: fingerprints of parameters and
-            batch (`fkernel.engine.store.fingerprint`), which parameters, which dtype. A store of another is refused.
+            batch (`fkernel.io.fingerprint`), which parameters, which dtype. A store of another is refused.
         groups: the rows of each shard, contiguous from 0.
 
     Raises:
@@ -207,7 +205,7 @@ def open_store(directory: Path | str, identity: Mapping[str, Any], groups: Seque
         _refuse_strangers(directory)
     with locked(directory, LOCK):
         with plain_errors("open", directory):
-            for leftover in [*directory.glob(f"shard-*{TEMPORARY}"), *directory.glob(MANIFEST + TEMPORARY)]:
+            for leftover in [*directory.glob(f"shard-*{PARTIAL}"), *directory.glob(MANIFEST + PARTIAL)]:
                 leftover.unlink()
             _settle(directory / MANIFEST, wanted)
             store = Store(directory, wanted["groups"])
@@ -219,7 +217,7 @@ def open_store(directory: Path | str, identity: Mapping[str, Any], groups: Seque
 
 def _refuse_strangers(directory: Path) -> None:
     """Raise StoreError where a directory is no store and holds anything but the beginnings of one."""
-    strangers = sorted({path.name for path in directory.iterdir()} - {LOCK, MANIFEST + TEMPORARY})
+    strangers = sorted({path.name for path in directory.iterdir()} - {LOCK, MANIFEST + PARTIAL})
     # Asked after the listing: another process may be making the store, and what it adds it adds after the manifest.
     if strangers and not (directory / MANIFEST).exists():
         raise StoreError(
@@ -231,7 +229,7 @@ def _refuse_strangers(directory: Path) -> None:
 def _settle(path: Path, wanted: dict[str, Any]) -> None:
     """Write the manifest, or refuse a store of something else."""
     if not path.exists():
-        write_atomically(path, [json.dumps(wanted, indent=1).encode() + b"\n"])
+        atomic_write(path, [json.dumps(wanted, indent=1).encode() + b"\n"])
         return
     try:
         stored = json.loads(path.read_bytes())

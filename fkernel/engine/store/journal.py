@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fkernel.engine.store.files import flush
 from fkernel.errors import StoreError
+from fkernel.io import flush_to_disk
 
 NAME = "shards.jsonl"
 
@@ -56,7 +56,7 @@ class Journal:
                 )
             self._records[record.index] = record
             self._end += len(line)
-        self._cut()
+        self.cut()
 
     def __len__(self) -> int:
         return len(self._records)
@@ -74,24 +74,20 @@ class Journal:
 
     def add(self, record: Record) -> None:
         """Record a shard that is safe on the disk."""
-        self._cut()
+        self.cut()
         line = json.dumps(asdict(record)).encode() + b"\n"
         with open(self._path, "ab") as file:
             file.write(line)
-            file.flush()
-            flush(file.fileno())
+        flush_to_disk(self._path)
         self._records[record.index] = record
         self._end += len(line)
 
-    def forget_unfinished(self) -> None:
-        """Drop a line whose writing was interrupted after it was whole, before its shard is written again."""
-        self._cut()
-
-    def _cut(self) -> None:
+    def cut(self) -> None:
+        """Drop what was written behind the last record: a torn line, or a whole one whose writing was interrupted."""
         if self._path.exists() and self._path.stat().st_size != self._end:
             with open(self._path, "r+b") as file:
                 file.truncate(self._end)
-                flush(file.fileno())
+            flush_to_disk(self._path)
 
 
 def file_name(i: int) -> str:

@@ -5,7 +5,7 @@
     tensors                one after the other, widest dtype first, so that each begins at a multiple of its own width
 
 The format is simple enough to be streamed from the tensors themselves, through the checksum and past the page cache
-(`fkernel.engine.store.direct`), and any safetensors reader opens the result. What layers share is stored once and
+(`fkernel.io.direct`), and any safetensors reader opens the result. What layers share is stored once and
 shared again; what was expanded is stored unexpanded; a transposed tensor is stored as it lies in memory and transposed
 again, so that its products are computed by the same steps as before.
 """
@@ -20,11 +20,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fkernel.engine.store import direct
-from fkernel.engine.store.fingerprint import contents
 from fkernel.errors import StoreError
 from fkernel.func.handles import Factored, Handle, Handles, Rows, Stack, Sum
 from fkernel.func.head import Head
+from fkernel.io import open_direct, read_direct, tensor_chunks
 from fkernel.shapes import Tensor
 
 _DTYPES = {
@@ -63,7 +62,7 @@ class Packed(NamedTuple):
         """Walk the file's content; a tensor that is contiguous in memory is not copied."""
         yield self.header
         for tensor in self.tensors:
-            yield from contents(tensor)
+            yield from tensor_chunks(tensor)
 
 
 def pack(handles: Handles) -> Packed:
@@ -114,9 +113,9 @@ def layout(path: Path) -> Layout:
     Raises:
         OSError, KeyError, ValueError, TypeError: the file is no such file.
     """
-    with direct.opened(path) as file:
-        size = int.from_bytes(bytes(direct.read(file, 0, 8).numpy()), "little")
-        header = json.loads(bytes(direct.read(file, 8, 8 + size).numpy()))
+    with open_direct(path) as file:
+        size = int.from_bytes(bytes(read_direct(file, 0, 8).numpy()), "little")
+        header = json.loads(bytes(read_direct(file, 8, 8 + size).numpy()))
     structure = json.loads(header.pop("__metadata__")[_METADATA])
     named = {name: dtype for dtype, name in _DTYPES.items()}
     places = {
@@ -138,13 +137,13 @@ def unpack(path: Path, found: Layout, names: Collection[str] | None = None) -> d
         OSError, KeyError, ValueError: the file is no such file.
     """
     wanted = {name: found.structure[name] for name in (found.structure if names is None else names)}
-    with direct.opened(path) as file:
+    with open_direct(path) as file:
         tensors = {name: _read(file, *found.places[name]) for node in wanted.values() for name in _names(node)}
     return {name: _handle(node, tensors) for name, node in wanted.items()}
 
 
 def _read(file: int, dtype: torch.dtype, shape: list[int], start: int, stop: int) -> Tensor:
-    stored = direct.read(file, start, stop)
+    stored = read_direct(file, start, stop)
     if sys.byteorder == "big":
         stored = stored.view(-1, dtype.itemsize).flip(1).reshape(-1)
     # Tensors lie at multiples of their own widths, but what surrounds them was read as pages.

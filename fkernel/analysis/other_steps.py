@@ -1,0 +1,135 @@
+"""What would the step have done under other weights, another clipping, another learning rate? No new gradients.
+
+J_Uᵀ of other weights w' is a sum of gradients that are held already, and everything that AdamW makes of it is cheap:
+
+    g' = −c' J_Uᵀ(w'A'),  c' = min(1, max_norm' / ‖J_Uᵀ(w'A')‖)
+    exact     Δθ' = the step on g', v' and so D from g' itself
+    frozen    Δθ' = the same with the D of the step that was taken: linear in c'w'A', so that differences of two
+              counterfactuals are sums of contributions
+
+A sequence that is dropped has weight 0; the others' weights stay what they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from fkernel import func, precond, tree
+from fkernel.engine.planning import usual_microbatch
+from fkernel.errors import OptimizerStateError
+from fkernel.func.objective import Function
+from fkernel.precond import AdamWState, AdamWStep
+from fkernel.precond.adam import Grads
+from fkernel.shapes import Tensor, Tree
+
+
+class Counterfactual(NamedTuple):
+    """What E would have gained, [n_E] nats each.
+
+    Attributes:
+        frozen: first order, D of the step that was taken.
+        exact: first order, D recomputed.
+        curvature: ½ Δθ'ᵀH_eΔθ' of the exact step.
+        clip: c'.
+    """
+
+    frozen: Tensor
+    exact: Tensor
+    curvature: Tensor
+    clip: float
+
+    @property
+    def second_order(self) -> Tensor:
+        """[n_E] nats, exact + curvature: what to expect of the step, if it were taken."""
+        return self.exact + self.curvature
+
+
+class Alternative(NamedTuple):
+    """A step that was not taken, in both forms.
+
+    Attributes:
+        frozen: Δθ', D of the step that was taken.
+        exact: Δθ', D recomputed.
+        clip: c'.
+    """
+
+    frozen: AdamWStep
+    exact: AdamWStep
+    clip: float
+
+
+def alternative_step(
+    params: Tree,
+    ascent: Tree,
+    state: AdamWState,
+    taken: Mapping[str, Tensor | None],
+    *,
+    max_norm: float | None = None,
+    clip: float | None = None,
+    lr: float = 1.0,
+) -> Alternative:
+    """Compute the step on another gradient.
+
+    Args:
+        params: θ.
+        ascent: J_Uᵀ(w'A'), {name: [*shape]}; `func.weighted_sum` of gradients that are held, or `func.vjp`.
+        state: AdamW's before the step.
+        taken: g = c ∇L of the step that was taken, {name: [*shape]}; None for a parameter that the loss never uses
+            (`func.unused_parameters`): an optimizer leaves it alone under any weights, momentum and decay included.
+        max_norm: clipping threshold, None for none.
+        clip: c' itself, instead.
+        lr: the learning rate over the step's own.
+
+    Raises:
+        OptimizerStateError: lr is negative, or max_norm not positive.
+
+    Example:
+        >>> import torch
+        >>> params, g = {"w": torch.zeros(1)}, {"w": torch.tensor([-2.0])}
+        >>> state = precond.adamw_init(params, lr=0.1, weight_decay=0.0)
+        >>> found = alternative_step(params, {"w": torch.tensor([1.0])}, state, g)
+        >>> found.exact.total["w"], found.frozen.total["w"]
+        (tensor([0.1000]), tensor([0.0500]))
+    """
+    if not lr >= 0:
+        raise OptimizerStateError(f"lr is {lr!r}; expected the learning rate over the step's own, 0 or more.")
+    clipped, c, _ = precond.clip_gradient(ascent, max_norm, clip=clip)
+    g: Grads = {**clipped, **{name: None for name, leaf in taken.items() if leaf is None}}
+    rates = replace(state, lr={name: lr * rate for name, rate in state.lr.items()})
+    exact, real = (precond.adamw_step(params, {**each}, rates) for each in (g, taken))
+    frozen = real._replace(batch=precond.adamw_response(rates, {**taken})(tree.scale(c, ascent)))
+    return Alternative(frozen, exact, c)
+
+
+def counterfactual(
+    f: Function, params: Tree, E: Any, alternative: Alternative, *, microbatch: int | None = None
+) -> Counterfactual:
+    """Predict what a step that was not taken would have done.
+
+    Args:
+        f: S, (params, batch) -> [n].
+        params: θ.
+        E: the sequences.
+        alternative: the step.
+        microbatch: as in `fkernel.kernel`.
+
+    Raises:
+        As `func.jvp`.
+
+    Example:
+        >>> import torch
+        >>> f = lambda params, x: x @ params["w"]
+        >>> step = AdamWStep(*({"w": torch.full((2,), v)} for v in (1.0, 0.5, 0.0)))
+        >>> counterfactual(f, {"w": torch.zeros(2)}, torch.eye(2), Alternative(step, step, 1.0)).second_order
+        tensor([1.5000, 1.5000])
+    """
+    m = usual_microbatch(microbatch, E)
+    along, exact = func.jvp(f, m), alternative.exact.total
+    return Counterfactual(
+        along(params, E, alternative.frozen.total),
+        along(params, E, exact),
+        0.5 * func.curvature(f, m)(params, E, exact),
+        alternative.clip,
+    )

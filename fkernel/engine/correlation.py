@@ -1,0 +1,52 @@
+"""Correlations of numbers that vary by more than rounding; of what does not, there is none."""
+
+from __future__ import annotations
+
+import torch
+
+from fkernel.shapes import Tensor
+
+ROUNDING = 8
+"""Roundoffs of its dtype, relative to ‖x‖, up to which the spread of x is rounding."""
+
+
+def varies(x: Tensor) -> bool:
+    """Tell whether numbers differ by more than rounding.
+
+    ‖x − x̄‖ > 8 u ‖x‖,  with u the roundoff of x's dtype; the mean of equal numbers is itself rounded
+
+    Args:
+        x: [n].
+
+    Example:
+        >>> varies(torch.full((3,), 0.1)), varies(torch.tensor([0.1, 0.2]))
+        (False, True)
+    """
+    unit = torch.finfo(x.dtype if x.is_floating_point() else torch.float64).eps
+    wide = x.double()
+    return bool((wide - wide.mean()).norm() > ROUNDING * unit * wide.norm())
+
+
+def pearson(x: Tensor, y: Tensor) -> float:
+    """Compute Pearson's r of two [n]; NaN where one does not vary. Spearman's is that of their `mean_ranks`.
+
+    Example:
+        >>> pearson(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 4.0, 6.0]))
+        1.0
+    """
+    if not (varies(x) and varies(y)):
+        return float("nan")
+    x, y = ((each.double() - each.double().mean()) for each in (x, y))
+    return round(float((x / x.norm()) @ (y / y.norm())), 12)
+
+
+def mean_ranks(x: Tensor) -> Tensor:
+    """Give ranks from 0, [n] float64; equal values share the mean of theirs, and all do where only rounding differs.
+
+    Example:
+        >>> mean_ranks(torch.tensor([3.0, 1.0, 3.0]))
+        tensor([1.5000, 0.0000, 1.5000], dtype=torch.float64)
+    """
+    _, place, count = torch.unique(x if varies(x) else torch.zeros_like(x), return_inverse=True, return_counts=True)
+    last = count.cumsum(0).double()
+    return (last - (count.double() + 1) / 2)[place]

@@ -1,0 +1,125 @@
+"""Gradients of long sequences, of which none is kept: every question walks the sequences again, layer by layer.
+
+The gradient of a long sequence is no smaller in factors than written out: 64 of them at half a billion parameters are
+126 GB. A walk takes 1.25 × a plain pass forward and back, and holds one layer's gradients at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from fkernel import func
+from fkernel.engine.gradients import Gradients, computed
+from fkernel.engine.layered import along_of, gradient_sum, must_cut
+from fkernel.engine.planning import Strategy, Workload, rates
+from fkernel.engine.planning.estimate import Walking, walking_of
+from fkernel.engine.planning.kept import choose_meeting
+from fkernel.engine.planning.walking import walk_of
+from fkernel.engine.problem import Problem, blocks
+from fkernel.engine.sides import Ordered
+from fkernel.func.batch import take, trim
+from fkernel.func.contract import Asked, Own
+from fkernel.func.objective import Function
+from fkernel.func.source import plain, widened
+from fkernel.shapes import Tensor, Tree
+from fkernel.tree import size
+
+ALONE = Strategy("layers", "E", 1, None, 0)
+"""Rows by themselves: one sequence after the other, since no two of them meet."""
+WHOLE = ALONE._replace(tile=None)
+"""Both sides at once, where nothing says how."""
+
+
+class WalkedGradients(Gradients):
+    """J of one side at θ, made again whenever it is asked for; a microbatch is one sequence, written out whole.
+
+    Attributes:
+        params: θ.
+        how: how a sequence walks by itself.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> shape = {"vocab_size": 11, "n_positions": 8, "n_embd": 4, "n_layer": 2, "n_head": 1}
+        >>> apply, params = func.make_functional(GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0)))
+        >>> S, batch = func.sequence_logprob(apply), func.pad([[1, 2], [3]], [[4], [5]])
+        >>> J = WalkedGradients(Ordered("U", batch, S), params, Walking())
+        >>> sorted(J.weighted_sum(torch.ones(2))) == sorted(params)
+        True
+    """
+
+    walked = True
+
+    def __init__(self, side: Ordered, params: Tree, how: Walking, count: int = 0) -> None:
+        """Take a side with its f, θ, how it walks, and how many sequences were walked to get here."""
+        each = [slice(i, i + 1) for i in range(len(side))]
+        super().__init__(side, each, computed(side, ((1.0, params),), each).read, count)
+        self.params, self.how = params, how
+
+    def _summed(self, of: Callable[[Any, Tensor], Tree], weights: Tensor) -> Tree:
+        return gradient_sum(self.side, self.params, weights, self.how, of)
+
+    def along(self, vector: Tree) -> Tensor:
+        """Compute ⟨g, v⟩ of every sequence, [n] float64."""
+        return along_of(self.side, ((1.0, plain(self.params)),), self.params, vector, self.how)
+
+    def squared_norms(self, D: Tree | None) -> func.SquaredNorms:
+        """Compute ‖g‖² and ⟨g, D g⟩ of every sequence, [n] float64."""
+        found = torch.empty(2, len(self), dtype=torch.float64)
+        asked = Asked(x=Own(squares={"plain": None, "weighted": D}))
+        for block in blocks(Problem(self.params, self.side, None, asked), ALONE._replace(every=self.how.every)):
+            found[:, block.at] = torch.stack([block.rows("plain"), block.rows("weighted")])
+        return func.SquaredNorms(*found)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """Of the gradients."""
+        return _like(self.params).dtype
+
+    def with_itself(self, D: Tree | None, how: Strategy | None = None) -> tuple[Tensor, Tensor]:
+        """Compute K of the side with itself and ‖g‖²: ([n n] symmetric to the last bit, [n]), float64."""
+        n = len(self)
+        K, norms = torch.empty(n, n, dtype=torch.float64), torch.empty(n, dtype=torch.float64)
+        asked = Asked({"": D}, Own(squares={"norm": None}))
+        for block in blocks(Problem(self.params, self.side, self.side, asked), how or WHOLE):
+            K[block.at], norms[block.at] = block.kernel(), block.rows("norm")
+        return (K + K.T) / 2, norms
+
+
+def choose_walk(
+    E: Ordered, U: Ordered, params: Tree, memory: int | None, microbatch: int, reserved: int = 0
+) -> Strategy:
+    """Ask the planner how two sides walk together, layer by layer, within what a grant leaves beside reserved bytes.
+
+    Raises:
+        BatchError: none fits; the message says what would be enough.
+    """
+    if memory is None:  # a layer's gradients of the smaller side are held, as `fkernel.kernel` does
+        return Strategy("layers", "E" if len(E) <= len(U) else "U", None, None, 0)
+    load = walk_load(E, U, params)
+    return choose_meeting(load, memory, rates(_like(params).dtype), microbatch, reserved).strategy
+
+
+def walk_load(E: Ordered, U: Ordered, params: Tree) -> Workload:
+    """Count what two sides that walk together have to do; U with its f."""
+    assert U.f is not None
+    tokens = {"E": E.tokens, "U": U.tokens}
+    walk = walk_of(must_cut(U.f, params, U.batch), params, tokens)
+    return Workload(tokens, size(params), _like(params).element_size(), 0.0, None, walk=walk)
+
+
+def _like(params: Tree) -> Tensor:
+    """A tensor of what is computed in."""
+    return widened(next(iter(params.values()))[..., :0])
+
+
+def walking_alone(f: Function, params: Tree, side: Ordered, memory: int | str | None) -> Walking | None:
+    """Say how the longest sequence of a side walks by itself within a grant; None where no sequence is long.
+
+    Raises:
+        BatchError: the grant is too small for one sequence; the message says what would be enough.
+    """
+    return walking_of(f, params, (trim(take(side.batch, slice(0, 1))),), memory)

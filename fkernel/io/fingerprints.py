@@ -1,0 +1,119 @@
+"""SHA-256 of files, of JSON, and of the tensors of a tree or a batch, which are read a chunk at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+
+from fkernel.errors import BatchError
+from fkernel.io.direct import file_chunks
+from fkernel.shapes import Tensor
+
+CHUNK_BYTES = 1 << 20
+"""Small enough to stay in the cache between whoever copies a chunk and whoever hashes it."""
+
+
+def fingerprint(tree: Any) -> str:
+    """Name the content of parameters or of a batch, 64 hexadecimal digits: the same on every machine.
+
+    SHA-256 over every leaf's place in the tree, dtype, shape and bytes (row-major, little-endian). Places are sorted,
+    so the order in which a dictionary was filled does not matter; how a tensor lies in memory does not either.
+
+    Args:
+        tree: any pytree of tensors, numbers, texts and None: {name: tensor}, `Sequences`, a tuple of them.
+
+    Raises:
+        BatchError: a leaf is of another kind, or there is none.
+
+    Example:
+        >>> fingerprint({"w": torch.zeros(2)}) == fingerprint({"w": torch.zeros(4)[::2]})
+        True
+        >>> fingerprint({"w": torch.zeros(2)}) == fingerprint({"w": torch.tensor([0.0, -0.0])})
+        False
+    """
+    leaves = [(pytree.keystr(path), leaf) for path, leaf in pytree.tree_flatten_with_path(tree)[0]]
+    if not leaves:
+        raise BatchError(f"Nothing to take a fingerprint of: {type(tree).__name__} holds no leaf.")
+    digest = hashlib.sha256()
+    for place, leaf in sorted(leaves, key=lambda found: found[0]):
+        # A line of JSON says where each leaf ends, so that no two trees run together into the same bytes.
+        if isinstance(leaf, Tensor):
+            facts, chunks = [place, str(leaf.dtype), list(leaf.shape)], tensor_chunks(leaf)
+        elif leaf is None or isinstance(leaf, bool | int | float | str):
+            facts, chunks = [place, leaf], ()
+        else:
+            raise BatchError(
+                f"The leaf {place or 'itself'} is a {type(leaf).__name__}, whose content has no fingerprint; expected "
+                f"tensors, numbers, texts and None (torch.as_tensor makes a tensor of an array)."
+            )
+        digest.update(json.dumps(facts).encode() + b"\n")
+        for chunk in chunks:
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def tensor_chunks(tensor: Tensor) -> Iterator[memoryview]:
+    r"""Walk the bytes of any tensor, row-major and little-endian, a chunk at a time; a contiguous one is not copied.
+
+    Example:
+        >>> [bytes(chunk) for chunk in tensor_chunks(torch.tensor([[1, 2], [3, 4]], dtype=torch.uint8).T)]
+        [b'\x01\x03\x02\x04']
+    """
+    tensor = tensor.detach()
+    if tensor.numel() * tensor.element_size() <= CHUNK_BYTES or tensor.is_contiguous():
+        for piece in tensor.reshape(-1).split(max(1, CHUNK_BYTES // tensor.element_size())):
+            yield _bytes(piece)
+    else:
+        row = tensor[0].numel() * tensor.element_size()
+        for rows in tensor.split(max(1, CHUNK_BYTES // row)):
+            yield from tensor_chunks(rows[0] if row > CHUNK_BYTES else rows)
+
+
+def hash_json(value: Any) -> str:
+    """SHA-256 of a JSON value, whatever the order in which its objects were filled.
+
+    Example:
+        >>> hash_json({"a": 1, "b": 2}) == hash_json({"b": 2, "a": 1})
+        True
+    """
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, a chunk at a time.
+
+    Example:
+        >>> checksum(Path("/dev/null"))[:12]
+        'e3b0c44298fc'
+    """
+    digest = hashlib.sha256()
+    for chunk in file_chunks(path):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def checksums(directory: Path, pattern: str = "*") -> dict[str, str]:
+    """SHA-256 of every file below a directory whose name fits a pattern, {relative path: digits}, sorted by path.
+
+    Example:
+        >>> [*checksums(Path(__file__).parent, "at*.py")]
+        ['atomic.py']
+    """
+    files = sorted(file for file in directory.rglob(pattern) if file.is_file())
+    return {str(file.relative_to(directory)): checksum(file) for file in files}
+
+
+def _bytes(piece: Tensor) -> memoryview:
+    # As bytes, because numpy has no bfloat16; strided anew, because a single number may keep a stride of 0.
+    data: Any = piece.cpu().contiguous().as_strided((piece.numel(),), (1,)).view(torch.uint8).numpy()
+    if sys.byteorder == "big":
+        data = np.ascontiguousarray(data.reshape(-1, piece.element_size())[:, ::-1]).reshape(-1)
+    return memoryview(data)

@@ -1,0 +1,185 @@
+"""How sure contributions are: intervals by prompt of U, and what is told apart from chance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from pydantic import Field
+
+from fkernel import tree
+from fkernel.analysis import (
+    group_sums,
+    influence_interval,
+    permutation_rms,
+    permutations,
+    rank_interval,
+    resamplings,
+    significance,
+)
+from fkernel.engine.contraction import Block
+from fkernel.engine.gradients import Gradients
+from fkernel.func.contract import Asked
+from fkernel.precond import Diagonal
+from fkernel.rollout import GeneratedBatch
+from fkernel.shapes import Tensor, Tree
+from fkernel.study.analyses.analysis import Accumulator, Analysis
+from fkernel.study.analyses.context import RequestContext
+from fkernel.study.diagnostics import top_contributors
+from fkernel.study.outcome import AnalysisResult
+from fkernel.study.parts import Strict
+from fkernel.study.response import clipped, preconditioner_of
+from fkernel.study.rows import Policy
+from fkernel.study.step_plan import PreconditionerPlan, StepPlan
+from fkernel.study.workspace import KernelWorkspace
+
+
+class UncertaintyPlan(Strict):
+    """Resampled prompts and permuted advantages."""
+
+    draws: int = Field(1000, ge=20)
+    coverage: float = Field(0.9, gt=0, lt=1)
+    seed: int = Field(0, description="of the draws and of the permutations")
+
+
+class UncertaintyAccumulator(Accumulator):
+    """Intervals by prompt, and which contributors and prompts are told apart from chance.
+
+    Both are of K under a P that does not depend on how advantages fell within prompts: the step's own, where that is
+    frozen or the identity; else one with the mean of g² over all permutations (`permutation_rms`), a second kernel of
+    the same walk. An interval's width is of that, its middle the influence under the step's own.
+    """
+
+    def __init__(self, context: RequestContext, config: UncertaintyPlan) -> None:
+        """Draw once for all rows."""
+        batch = context.workspace.batch
+        self.context, self.config, n = context, config, len(context.batch)
+        self.advantages = context.workspace.advantages_with(context.advantages)
+        ones = torch.ones_like(self.advantages)
+        self.scale = context.workspace.clip * batch.with_values("advantage", ones).loss_weights
+        self.prompts = resamplings(batch.groups, config.draws, config.seed)
+        self.shuffled = permutations(batch.groups, config.draws, config.seed, judged(batch))
+        if context.workspace.keeps_signs:  # the loss was evaluated for these signs: nothing may be permuted, and p is 1
+            self.shuffled = self.shuffled._replace(orders=torch.arange(len(batch)).expand(config.draws, -1))
+        self.names = _names_by_place(batch, self.prompts.place)
+        k = min(max(1, context.capture.top_k), len(batch))
+        self.arrays = {name: torch.zeros(n, dtype=torch.float64) for name in ("low", "high", "error", "p")}
+        self.arrays |= {name: torch.zeros(n, k, dtype=torch.float64) for name in ("rank_low", "rank_high", "top_p")}
+        self.arrays["prompt_p"] = torch.zeros(n, len(self.names), dtype=torch.float64)
+        self.arrays["prompt_contributions"] = torch.zeros(n, len(self.names), dtype=torch.float64)
+        form = context.workspace.asked["preconditioner"]["form"]
+        self.permuted = form == "post-step"
+        self.facts: dict[str, Any] = {"draws": config.draws, "coverage": config.coverage, "prompts": self.names}
+        self.facts["preconditioner"] = "permutation mean" if self.permuted else form
+
+    def ask(self, walk: Asked) -> Asked:
+        """Ask for the kernel under a P that advantages do not enter as they fell, too."""
+        if not self.permuted:
+            return walk
+        P = permuted_preconditioner(self.context.workspace, self.context.policy)
+        return walk._replace(kernels={**walk.kernels, "permuted": P.d})
+
+    def add(self, block: Block) -> None:
+        """Take some rows; an interval needs two prompts."""
+        dtype = self.context.dtype
+        C = (block.kernel().to(dtype) * self.context.weights.to(dtype)).double()
+        arrays, k = self.arrays, self.arrays["top_p"].shape[1]
+        K = block.kernel("permuted" if self.permuted else "").to(dtype)
+        p_values = significance(K, self.scale, self.advantages, self.shuffled)
+        arrays["p"][block.at], arrays["prompt_p"][block.at] = p_values.influence, p_values.prompts
+        arrays["prompt_contributions"][block.at] = group_sums(C, self.prompts.place, self.prompts.prompts)
+        columns, _ = top_contributors(C, k)
+        arrays["top_p"][block.at] = p_values.sequences.gather(1, columns)
+        self.facts |= {"informative": p_values.informative.tolist(), "least": p_values.least.tolist()}
+        if self.context.workspace.keeps_signs:
+            self.facts |= {"informative": [False] * len(self.names), "least": [1.0] * len(p_values.least)}
+        if self.prompts.prompts < 2:
+            return
+        interval = influence_interval(K * self.context.weights.to(K), self.prompts, self.config.coverage)
+        apart = C.sum(1) - interval.estimate
+        arrays["low"][block.at], arrays["high"][block.at] = interval.low + apart, interval.high + apart
+        arrays["error"][block.at] = interval.error
+        _, ranks = rank_interval(C, self.prompts, k, self.config.coverage)
+        arrays["rank_low"][block.at], arrays["rank_high"][block.at] = ranks.low, ranks.high
+
+    def result(self) -> AnalysisResult:
+        """Give p-values, and intervals where there are two prompts or more."""
+        kept = dict(self.arrays)
+        if self.prompts.prompts < 2:
+            for name in ("low", "high", "error", "rank_low", "rank_high"):
+                del kept[name]
+        return AnalysisResult({name: value.numpy() for name, value in kept.items()}, self.facts)
+
+
+_PERMUTED: WeakKeyDictionary[KernelWorkspace, Diagonal] = WeakKeyDictionary()
+
+
+def permuted_preconditioner(workspace: KernelWorkspace, policy: Policy) -> Diagonal:
+    """Make P as the step's own is made, with the mean of g² over all permutations of advantages in place of g².
+
+    The clipping factor is that of the mean square, too. It is made once for all requests, of gradients that are held.
+    """
+    if workspace not in _PERMUTED:
+        like = next(iter(policy.params.values()))
+        loss, batch = workspace.loss, workspace.batch
+        weights = batch.with_values("advantage", torch.ones_like(batch.advantages)).loss_weights
+        weights = weights.to(like.device, torch.promote_types(like.dtype, torch.float32))
+        rms: Tree = {}
+        parts = 1 if workspace.gradients.walked else 8  # a walk has all parameters
+        for names in _shares(policy.params, parts):  # it is elementwise, and of a share five vectors are small
+            J = _part_of(workspace, names)
+            penalty = loss and loss.penalty and {name: loss.penalty[name] for name in names}
+            rms |= permutation_rms(
+                J.weighted_sum, J.squared_sum, weights, batch.advantages, batch.groups, penalty, judged(batch)
+            )
+        rms = {name: rms[name] for name in policy.params}
+        plan, step = (workspace.asked[name] for name in ("preconditioner", "step"))
+        g, _, _ = clipped(StepPlan(**step), rms, policy.unused)
+        del rms
+        _PERMUTED[workspace] = preconditioner_of(PreconditionerPlan(**plan), policy.params, policy.state, g)
+    return _PERMUTED[workspace]
+
+
+def _shares(params: Tree, parts: int) -> Iterator[list[str]]:
+    """Group successive parameters into shares of about one part in so many, or of one parameter."""
+    most, share, held = max(1, tree.size(params) // parts), list[str](), 0
+    for name, leaf in params.items():
+        if share and held + leaf.numel() > most:
+            yield share
+            share, held = [], 0
+        share.append(name)
+        held += leaf.numel()
+    yield share
+
+
+def _part_of(workspace: KernelWorkspace, names: Sequence[str]) -> Gradients:
+    """U's gradients of some parameters; what is on disk is read of these alone."""
+    U = workspace.gradients
+    if U.walked:
+        return U
+    if workspace.directory is not None:
+        return Gradients(U.side, U.cuts, lambda i: U.read(i, names))
+    return Gradients(U.side, U.cuts, lambda i: {name: U.read(i)[name] for name in names})
+
+
+def judged(batch: GeneratedBatch) -> Tensor | None:
+    """Tell which sequences have a reward that might have been another's of their prompt, [n] bool; None for all.
+
+    One whose reward abstained has the advantage 0 whatever the others' rewards are.
+    """
+    exchanged = torch.tensor([not record.abstained or record.reward is not None for record in batch])
+    return None if bool(exchanged.all()) else exchanged
+
+
+def _names_by_place(batch: GeneratedBatch, place: Tensor) -> list[str]:
+    """Prompts in the order in which they are numbered."""
+    names = dict(zip(place.tolist(), (record.provenance.global_prompt_id for record in batch), strict=True))
+    return [names[g] for g in sorted(names)]
+
+
+UNCERTAINTY = Analysis(
+    ("low", "high", "error", "p", "rank_low", "rank_high", "top_p", "prompt_p", "prompt_contributions"),
+    accumulator=UncertaintyAccumulator,
+)
