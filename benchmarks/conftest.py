@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.models import THREADS, Subject, build
 from benchmarks.ratios import Ratio, interleaved
-from fkernel import recycled
+from fkernel import reuse_memory
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -53,7 +53,9 @@ def quick(request: pytest.FixtureRequest) -> bool:
 def _threads(quick: bool) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1 if quick else THREADS)
-    with recycled():  # all sides alike take memory that is warm: fresh memory costs what the machine's host is up to
+    with (
+        reuse_memory()
+    ):  # all sides alike take memory that is warm: fresh memory costs what the machine's host is up to
         yield
     torch.set_num_threads(before)
 

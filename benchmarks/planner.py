@@ -56,7 +56,7 @@ def planned(shape: str, n_E: int, n_U: int, T: int, ample: float) -> dict[str, A
                 "strategy": option.strategy,
                 "predicted_MB": option.memory / memory.MB,
                 "predicted_s": option.seconds,
-                "feasible": not option.why_not,
+                "feasible": not option.infeasible_reason,
             }
             for option in found.options
         ],

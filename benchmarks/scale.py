@@ -32,7 +32,7 @@ from benchmarks.environment import ROOT, environment
 from benchmarks.limits import chunks, plain_backward
 from benchmarks.models import THREADS, build, model_of
 from fkernel import estimate, influence, kernel, precond, tree
-from fkernel.engine.recycling import recycled
+from fkernel.engine.recycling import reuse_memory
 
 RESULTS = ROOT / "benchmarks" / "results" / "scale.json"
 LARGE = {"shape": "half-billion", "n_E": 16, "n_U": 32, "T": 128, "memory": "8GiB", "checked": 24}
@@ -51,7 +51,7 @@ def limit(shape: str, n_E: int, n_U: int, T: int, **_: Any) -> dict[str, Any]:
     subject = build(shape)
     E, U = subject.batch(n_E, T, 1), subject.batch(n_U, T, 2)
     times = {}
-    with recycled():
+    with reuse_memory():
         for microbatch in (4, 8):
             plain_backward(subject, subject.batch(microbatch, T), microbatch)
             times[microbatch], _ = _timed(lambda m=microbatch: [plain_backward(subject, side, m) for side in (E, U)])
@@ -132,7 +132,7 @@ def long_limit(shape: str, n_E: int, n_U: int, T: int) -> dict[str, Any]:
             model.zero_grad()
 
     passes(subject.batch(1, 64))
-    with recycled():
+    with reuse_memory():
         return {"backward_s": _timed(lambda: [passes(subject.batch(n, T, n)) for n in (n_E, n_U)])[0]}
 
 

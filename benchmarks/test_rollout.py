@@ -11,7 +11,7 @@ import torch
 from benchmarks.conftest import Sides
 from benchmarks.models import Subject
 from fkernel import func
-from fkernel.func.batch import trim
+from fkernel.func.inputs.batch import trim
 from fkernel.rollout import Sampling, score
 from fkernel.rollout.sampling import draw
 from fkernel.rollout.scoring import statistics_of

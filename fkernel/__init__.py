@@ -18,9 +18,9 @@ from fkernel.engine import (
     influence,
     kernel,
     loss_gradient,
+    low_precision_kernel,
     realised_change,
-    recycled,
-    rounded_kernel,
+    reuse_memory,
     state_against_step,
 )
 from fkernel.errors import (
@@ -72,10 +72,10 @@ __all__ = [
     "influence",
     "kernel",
     "loss_gradient",
+    "low_precision_kernel",
     "precond",
     "realised_change",
-    "recycled",
-    "rounded_kernel",
+    "reuse_memory",
     "state_against_step",
     "tree",
 ]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import fkernel.engine.by_layer
-import fkernel.func.cutting  # noqa: F401
+import fkernel.func.layers.cutting  # noqa: F401
 from tests import oracle
 from tests.cases import Case
 
@@ -103,7 +103,7 @@ def held_gradients_give_what_passes_give(fk: Any, case: Case) -> None:
     dense = torch.einsum("nto,nti->noi", delta, a)
     for n, t in torch.cartesian_prod(torch.arange(3), torch.arange(4)).tolist():
         dense[n, ids[n, t]] += moves[n, t]
-    tied = {"w": fk.func.Sum((fk.func.Factored(a, delta), fk.func.Rows(ids, moves, 6)))}
+    tied = {"w": fk.func.Sum((fk.func.Factored(a, delta), fk.func.SparseRows(ids, moves, 6)))}
     close(fk.func.weighted_sum(tied, w)["w"], torch.einsum("n,noi->oi", w, dense))
     close(fk.func.squared_norms(tied).plain, dense.square().sum((1, 2)))
 
@@ -353,7 +353,7 @@ def rounding_stays_within_its_bound(fk: Any, case: Case) -> None:
     """Gradients kept in half the bits: every entry of K within its own bound, and the bound no empty promise."""
     S, params, E, U = case.engine(fk)
     D = {name: leaf.abs() + 0.1 for name, leaf in case.tree(21).items()}
-    rounded = fk.rounded_kernel(S, params, E, U, fk.precond.diagonal(D), dtype=torch.bfloat16)
+    rounded = fk.low_precision_kernel(S, params, E, U, fk.precond.diagonal(D), dtype=torch.bfloat16)
     error = (rounded.values - fk.kernel(S, params, E, U, fk.precond.diagonal(D))).abs()
     assert bool((error <= rounded.bound).all()), f"{float((error / rounded.bound).max()):.2f} times its bound"
     assert float((error / rounded.bound).max()) > 1e-3

@@ -67,7 +67,7 @@ def load(mutation: Mutation) -> ModuleType:
     sys.meta_path.insert(0, finder)
     try:
         package = importlib.import_module("fkernel")
-        for name in ("fkernel.engine.by_layer", "fkernel.func.cutting"):  # modules that the root may not need
+        for name in ("fkernel.engine.by_layer", "fkernel.func.layers.cutting"):  # modules that the root may not need
             importlib.import_module(name)
         return package
     finally:
@@ -84,7 +84,7 @@ MUTATIONS = [
     ),
     Mutation(
         "weights of another microbatch", "gradients_equal_a_loop_of_autograd",
-        "func/microbatch.py", "weights[rows])", "weights[: rows.stop - rows.start])",
+        "func/inputs/microbatch.py", "weights[rows])", "weights[: rows.stop - rows.start])",
     ),
     Mutation(
         "parameter skipped", "gradients_equal_a_loop_of_autograd",
@@ -93,53 +93,54 @@ MUTATIONS = [
     ),
     Mutation(
         "one use of a tied table overwrites the other", "gradients_equal_a_loop_of_autograd",
-        "func/handles.py", "for part in parts[1:]:", "for part in parts[2:]:",
+        "func/handles/forms.py", "for part in parts[1:]:", "for part in parts[2:]:",
     ),
     Mutation(
         "uses beside the known layers dropped", "gradients_equal_a_loop_of_autograd",
-        "func/listening.py", "        self.uses.extend(taps)", "        self.uses.extend(taps[:1])",
+        "func/taps/listening.py", "        self.uses.extend(taps)", "        self.uses.extend(taps[:1])",
     ),
     Mutation(
         "GPT-2's tokens in another order", "gradients_equal_a_loop_of_autograd",
-        "func/listening.py", "(several and self.turned) else (a, δ)", "(several and self.turned) else (a.flip(1), δ)",
+        "func/taps/listening.py", "(several and self.turned) else (a, δ)",
+        "(several and self.turned) else (a.flip(1), δ)",
     ),
     Mutation(
         "gathered rows dealt out in turn", "rows_find_their_sequence_wherever_they_went",
-        "func/whose.py", "[ids % len(x) // (len(x) // self.n)]", "[ids % self.n]",
+        "func/taps/whose.py", "[ids % len(x) // (len(x) // self.n)]", "[ids % self.n]",
     ),
     Mutation(
         "gathered rows in another order", "rows_find_their_sequence_wherever_they_went",
-        "func/whose.py", "out[mine, place] = x[order]", "out[mine, place] = x[order.flip(0)]",
+        "func/taps/whose.py", "out[mine, place] = x[order]", "out[mine, place] = x[order.flip(0)]",
     ),
     Mutation(
         "an expert's rows beside another token's", "rows_find_their_sequence_wherever_they_went",
-        "func/touched.py", "rights = touch.right[moved][order].split(each)",
+        "func/handles/touched.py", "rights = touch.right[moved][order].split(each)",
         "rights = touch.right[moved][order.flip(0)].split(each)",
     ),
     Mutation(
         "another expert's row", "rows_find_their_sequence_wherever_they_went",
-        "func/touched.py", "ids[key // size, k] = key % size", "ids[key // size, k] = (key + 1) % size",
+        "func/handles/touched.py", "ids[key // size, k] = key % size", "ids[key // size, k] = (key + 1) % size",
     ),
     Mutation(
         "what is computed of a parameter taken for it", "rows_find_their_sequence_wherever_they_went",
-        "func/made.py", "if func in _CASTS and out.shape == one.value.shape:", "if out.shape == one.value.shape:",
+        "func/taps/made.py", "if func in _CASTS and out.shape == one.value.shape:", "if out.shape == one.value.shape:",
     ),
     Mutation(
         "a transposed matrix taken for itself", "rows_find_their_sequence_wherever_they_went",
-        "func/made.py", "return one._replace(value=out, turned=not one.turned)", "return one._replace(value=out)",
+        "func/taps/made.py", "return one._replace(value=out, turned=not one.turned)", "return one._replace(value=out)",
     ),
     Mutation(
         "an expanded parameter's rows not summed", "rows_find_their_sequence_wherever_they_went",
-        "func/listening.py", "δ.sum_to_size(self.n, *repeated, *self.size)",
+        "func/taps/listening.py", "δ.sum_to_size(self.n, *repeated, *self.size)",
         "δ[:, :1].sum_to_size(self.n, *repeated, *self.size)",
     ),
     Mutation(
         "fused layer norm under nested jvp", "derivatives_agree_with_central_differences",
-        "func/directional.py", "    with elementary():", "    if elementary:",
+        "func/trust/directional.py", "    with elementary():", "    if elementary:",
     ),
     Mutation(
         "value in place of derivative", "derivatives_agree_with_central_differences",
-        "func/directional.py", "return value, tangent", "return value, value",
+        "func/trust/directional.py", "return value, tangent", "return value, value",
     ),
     Mutation(
         "sign of the weights lost", "derivatives_agree_with_central_differences",
@@ -155,11 +156,11 @@ MUTATIONS = [
     ),
     Mutation(
         "cotangents along a direction with other tokens' inputs", "influence_equals_kernel_times_weights",
-        "func/directional.py", "(inputs @ v.to(inputs).mT)", "(inputs.flip(1) @ v.to(inputs).mT)",
+        "func/trust/directional.py", "(inputs @ v.to(inputs).mT)", "(inputs.flip(1) @ v.to(inputs).mT)",
     ),
     Mutation(
         "lookups along a direction by another token", "influence_equals_kernel_times_weights",
-        "func/directional.py", "v.to(cotangents)[ids]", "v.to(cotangents)[ids.flip(1)]",
+        "func/trust/directional.py", "v.to(cotangents)[ids]", "v.to(cotangents)[ids.flip(1)]",
     ),
     Mutation(
         "incomplete last shard dropped", "influence_equals_kernel_times_weights",
@@ -168,7 +169,8 @@ MUTATIONS = [
     ),
     Mutation(
         "one side's sign lost", "self_kernel_is_symmetric_and_positive_semidefinite",
-        "func/contract.py", "return (scaled, other) if small is left", "return (scaled.abs(), other) if small is left",
+        "func/handles/products.py", "return (scaled, other) if small is left",
+        "return (scaled.abs(), other) if small is left",
     ),
     Mutation(
         "padding scored", "company_changes_nothing",
@@ -177,7 +179,7 @@ MUTATIONS = [
     ),
     Mutation(
         "microbatch written in reverse", "company_changes_nothing",
-        "func/microbatch.py", "torch.cat(column)[back]", "torch.cat(column).flip(0)[back]",
+        "func/inputs/microbatch.py", "torch.cat(column)[back]", "torch.cat(column).flip(0)[back]",
     ),
     Mutation(
         "sorted rows left sorted", "influence_equals_kernel_times_weights",
@@ -185,16 +187,16 @@ MUTATIONS = [
     ),
     Mutation(
         "gradients of sorted microbatches left sorted", "gradients_equal_a_loop_of_autograd",
-        "func/microbatch.py", "yield rows if as_it_came else order[rows],", "yield rows,",
+        "func/inputs/microbatch.py", "yield rows if as_it_came else order[rows],", "yield rows,",
     ),
     Mutation(
         "one token too many cut off", "company_changes_nothing",
-        "func/batch.py", "width = int(node.attention_mask.long().sum(1).max())",
+        "func/inputs/batch.py", "width = int(node.attention_mask.long().sum(1).max())",
         "width = int(node.attention_mask.long().sum(1).max()) - 1",
     ),
     Mutation(
         "left-pad attended", "left_padding_is_refused",
-        "func/batch.py", "(attended[:, 1:] & ~attended[:, :-1]).any(1) | ~attended[:, 0]", "(~attended).all(1)",
+        "func/inputs/batch.py", "(attended[:, 1:] & ~attended[:, :-1]).any(1) | ~attended[:, 0]", "(~attended).all(1)",
     ),
     Mutation(
         "advantages normalised", "effects_are_linear_in_the_advantages",
@@ -202,29 +204,29 @@ MUTATIONS = [
     ),
     Mutation(
         "missing bias correction of m", "three_terms_are_the_step_that_torch_takes",
-        "precond/adam.py", "return state.lr[name] / (1 - state.beta1[name] ** (state.step[name] + 1))",
+        "precond/adaptive.py", "return state.lr[name] / (1 - state.beta1[name] ** (state.step[name] + 1))",
         "return state.lr[name]",
     ),
     Mutation(
         "bias correction of the step before", "three_terms_are_the_step_that_torch_takes",
-        "precond/adam.py", "+ (1 - beta2) * g * g, t + 1", "+ (1 - beta2) * g * g, max(t, 1)",
+        "precond/adaptive.py", "+ (1 - beta2) * g * g, t + 1", "+ (1 - beta2) * g * g, max(t, 1)",
     ),
     Mutation(
         "ε inside the root", "three_terms_are_the_step_that_torch_takes",
-        "precond/adam.py", "v_hat.sqrt() + state.eps[name]", "(v_hat + state.eps[name]).sqrt()",
+        "precond/adaptive.py", "v_hat.sqrt() + state.eps[name]", "(v_hat + state.eps[name]).sqrt()",
     ),
     Mutation(
         "wrong sign of decay", "three_terms_are_the_step_that_torch_takes",
-        "precond/adam.py", "-state.lr[name] * state.weight_decay[name] * theta",
+        "precond/adaptive.py", "-state.lr[name] * state.weight_decay[name] * theta",
         "state.lr[name] * state.weight_decay[name] * theta",
     ),
     Mutation(
         "stored v in place of v'", "three_terms_are_the_step_that_torch_takes",
-        "precond/adam.py", "beta2 * v + (1 - beta2) * g * g, t + 1", "v, t + 1",
+        "precond/adaptive.py", "beta2 * v + (1 - beta2) * g * g, t + 1", "v, t + 1",
     ),
     Mutation(
         "decay without gradient", "three_terms_are_the_step_that_torch_takes",
-        "precond/adam.py", "(torch.zeros_like(theta) for _ in range(3))",
+        "precond/adaptive.py", "(torch.zeros_like(theta) for _ in range(3))",
         "(torch.zeros_like(theta), torch.zeros_like(theta), -0.01 * theta)",
     ),
     Mutation(
@@ -233,7 +235,7 @@ MUTATIONS = [
     ),
     Mutation(
         "P_step without lr", "contributions_momentum_and_decay_are_the_jvp_of_the_step",
-        "precond/adam.py", "{name: _rate(state, name) * (1 - state.beta1[name]) for name",
+        "precond/adaptive.py", "{name: _rate(state, name) * (1 - state.beta1[name]) for name",
         "{name: (1 - state.beta1[name]) for name",
     ),
     Mutation(
@@ -267,11 +269,11 @@ MUTATIONS = [
     ),
     Mutation(
         "P on both sides", "preconditioner_stands_on_one_side",
-        "engine/fisher.py", 'Asked({"": D})', 'Asked({"": {k: v * v for k, v in D.items()}})',
+        "engine/fisher.py", 'ProductSpec({"": D})', 'ProductSpec({"": {k: v * v for k, v in D.items()}})',
     ),
     Mutation(
         "rows and columns swapped", "preconditioner_stands_on_one_side",
-        "engine/contraction.py", "K[columns].T.contiguous()", "K[columns].reshape(K.shape[::-1])",
+        "engine/streaming.py", "K[columns].T.contiguous()", "K[columns].reshape(K.shape[::-1])",
     ),
     Mutation(
         "shifted mask", "scores_are_tempered_sums_over_the_response",
@@ -279,7 +281,7 @@ MUTATIONS = [
     ),
     Mutation(
         "EOS dropped", "scores_are_tempered_sums_over_the_response",
-        "func/batch.py", "response_mask[row, len(prompt) : end] = True",
+        "func/inputs/batch.py", "response_mask[row, len(prompt) : end] = True",
         "response_mask[row, len(prompt) : max(end - 1, len(prompt) + 1)] = True",
     ),
     Mutation(
@@ -292,7 +294,7 @@ MUTATIONS = [
     ),
     Mutation(
         "frozen form without bias correction", "frozen_and_post_step_agree_as_beta2_nears_one",
-        "precond/adam.py", "return v / (1 - beta2**t)\n    if g is not None", "return v\n    if g is not None",
+        "precond/adaptive.py", "return v / (1 - beta2**t)\n    if g is not None", "return v\n    if g is not None",
     ),
     Mutation(
         "a tile's rows written over by the next one's", "every_strategy_gives_the_same_kernel",
@@ -301,11 +303,11 @@ MUTATIONS = [
     ),
     Mutation(
         "only the last share of the parameters counts", "every_strategy_gives_the_same_kernel",
-        "func/contract.py", "K += self._shard(", "K[:] = self._shard(",
+        "func/handles/products.py", "K += self._shard(", "K[:] = self._shard(",
     ),
     Mutation(
         "a share of the parameters left out", "every_strategy_gives_the_same_kernel",
-        "engine/contraction.py", "for names in shares:\n", "for names in shares[1:] or shares:\n",
+        "engine/streaming.py", "for names in shares:\n", "for names in shares[1:] or shares:\n",
     ),
     Mutation(
         "factors read back in another order", "every_strategy_gives_the_same_kernel",
@@ -314,40 +316,40 @@ MUTATIONS = [
     ),
     Mutation(
         "an error counted a thousandfold too small", "rounding_stays_within_its_bound",
-        "engine/rounded.py", "SLACK * ε @", "1e-3 * SLACK * ε @",
+        "engine/low_precision.py", "SLACK * ε @", "1e-3 * SLACK * ε @",
     ),
     Mutation(
         "the error of what was not rounded", "rounding_stays_within_its_bound",
-        "engine/rounded.py", "errors.append(shard_norms(exact, d, less=kept[-1]))",
+        "engine/low_precision.py", "errors.append(shard_norms(exact, d, less=kept[-1]))",
         "errors.append(shard_norms(exact, d, less=exact))",
     ),
     Mutation(
         "weights of held factors lose their sign", "held_gradients_give_what_passes_give",
-        "func/held.py", "w[:, None, None]).flatten(0, 1).mT", "w.abs()[:, None, None]).flatten(0, 1).mT",
+        "func/handles/held.py", "w[:, None, None]).flatten(0, 1).mT", "w.abs()[:, None, None]).flatten(0, 1).mT",
     ),
     Mutation(
         "a later part of a tied table counted once more", "held_gradients_give_what_passes_give",
-        "func/held.py", "total += vector", "total += 2 * vector",
+        "func/handles/held.py", "total += vector", "total += 2 * vector",
     ),
     Mutation(
         "only the last tile's norm", "held_gradients_give_what_passes_give",
-        "func/contract.py", "            total += found\n", "            total[:] = found\n",
+        "func/handles/products.py", "            total += found\n", "            total[:] = found\n",
     ),
     Mutation(
         "post-step form without v", "frozen_and_post_step_agree_as_beta2_nears_one",
-        "precond/adam.py", "v, t = beta2 * v + (1 - beta2) * g * g, t + 1", "v, t = g * g, t + 1",
+        "precond/adaptive.py", "v, t = beta2 * v + (1 - beta2) * g * g, t + 1", "v, t = g * g, t + 1",
     ),
     Mutation(
         "a tied table counted once", "layers_give_what_the_whole_gives",
-        "func/walk.py", "uses.insert(0, self._heads[k])", "assert self._heads",
+        "func/layers/walk.py", "uses.insert(0, self._heads[k])", "assert self._heads",
     ),
     Mutation(
         "an online sum that is not rescaled", "layers_give_what_the_whole_gives",
-        "func/head.py", "mean.mul_(shrunk[:, None])", "mean",
+        "func/handles/head.py", "mean.mul_(shrunk[:, None])", "mean",
     ),
     Mutation(
         "a target's own logit left out of the table's gradient", "layers_give_what_the_whole_gives",
-        "func/head.py", "] - start] += slope[n, s]", "] - start] += 0 * slope[n, s]",
+        "func/handles/head.py", "] - start] += slope[n, s]", "] - start] += 0 * slope[n, s]",
     ),
     Mutation(
         "a node's weight dropped", "layers_give_what_the_whole_gives",
@@ -355,15 +357,15 @@ MUTATIONS = [
     ),
     Mutation(
         "the last node only", "layers_give_what_the_whole_gives",
-        "engine/by_layer.py", "(add if j else form)(", "form(",
+        "engine/by_layer.py", "(add if j else materialize_into)(", "materialize_into(",
     ),
     Mutation(
         "a path that stays where it begins", "layers_give_what_the_whole_gives",
-        "func/source.py", "return θ + s * widened(δ).to(θ)", "return θ + 0 * s * widened(δ).to(θ)",
+        "func/inputs/source.py", "return θ + s * widened(δ).to(θ)", "return θ + 0 * s * widened(δ).to(θ)",
     ),
     Mutation(
         "the input of the layer before", "layers_give_what_the_whole_gives",
-        "func/walk.py", "block.kept[i + 1] = layer(self.cut, i, leaves, h, block.calls[i])",
+        "func/layers/walk.py", "block.kept[i + 1] = layer(self.cut, i, leaves, h, block.calls[i])",
         "block.kept[i + 1] = h if i % 2 else layer(self.cut, i, leaves, h, block.calls[i])",
     ),
 ]  # fmt: skip

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import fkernel as fk
 from fkernel import func, precond
-from fkernel.func.certified import plan_of
+from fkernel.func.trust.checks import plan_of
 from tests.laws import close, rows
 
 DTYPE = torch.float64
@@ -235,7 +235,7 @@ def test_a_padding_row_inside_of_a_wrapper_is_withheld_as_training_withholds_it(
     apply, params = func.make_functional(model)
     assert apply.padding_idx == PAD
     U = func.pad(*INSIDE, PAD)
-    trained, true = (func.sequence_logprob(each) for each in (func.as_trained(apply), apply))
+    trained, true = (func.sequence_logprob(each) for each in (func.with_masked_padding_grad(apply), apply))
     close(rows(func.per_sequence_grad(trained)(params, U)), J, 1e-6)
     derivative = rows(func.per_sequence_grad(true)(params, U))
     assert float((derivative - J).norm() / J.norm()) > 1e-3

@@ -10,13 +10,13 @@ from torch.nn import functional as F
 
 import fkernel as fk
 from fkernel import func
-from fkernel.func.capture import Plan
-from fkernel.func.handles import form, nbytes
-from fkernel.func.listening import tap
-from fkernel.func.rows import gradient_rows, make_plan, plan_of
+from fkernel.func.handles.forms import materialize_into, nbytes
+from fkernel.func.taps.listening import tap
+from fkernel.func.taps.plan import GradientPlan
+from fkernel.func.taps.rows import gradient_rows, make_plan, plan_of
 from tests.cases import EXAMPLES
 
-NOTHING = Plan()
+NOTHING = GradientPlan()
 DTYPE = torch.float64
 
 
@@ -235,7 +235,7 @@ def test_an_untied_table_contracts_over_the_rows_that_were_touched():
     ids = torch.randint(500, (6, 4))
     ids[:, 0] = 7  # some row that all share
     x = func.per_sequence_handles(f, 4)(table, ids)
-    assert isinstance(x["w"], func.Rows)
+    assert isinstance(x["w"], func.SparseRows)
     D = {"w": torch.rand(500, 3, dtype=DTYPE)}
     dense = gradient_rows(f, None, NOTHING)(table, ids)
     expected = func.contract(dense, {"w": D["w"] * dense["w"]})
@@ -246,10 +246,10 @@ def test_a_handle_is_formed_in_ranges(params):
     params = {"w": torch.randn(40, 40, dtype=DTYPE), "b": torch.randn(40, dtype=DTYPE)}
     x = torch.randn(3, 2, 40, dtype=DTYPE)
     J = func.per_sequence_handles(linear, 2)(params, x)
-    assert isinstance(J["w"], func.Stack)
+    assert isinstance(J["w"], func.Concat)
     dense = gradient_rows(linear, None, NOTHING)(params, x)["w"]
     for start, r in ((0, 40), (0, 7), (33, 7)):
         out = torch.full((3, r, 40), torch.nan, dtype=DTYPE)
-        form(J["w"], out, start)
+        materialize_into(J["w"], out, start)
         torch.testing.assert_close(out, dense[:, start : start + r])
     assert nbytes({"w": J["w"]}) == 8 * 3 * 2 * (40 + 40)

@@ -11,7 +11,7 @@ from torch import nn
 
 import fkernel as fk
 from fkernel import func, precond
-from fkernel.func.certificate import NAMES, rows_against_sum
+from fkernel.func.trust.comparisons import NAMES, rows_against_sum
 from tests import oracle
 from tests.cases import EXAMPLES
 from tests.laws import close, rows
@@ -44,14 +44,14 @@ MISTAKES = [
     (
         "rows",
         Mutation(
-            "a captured layer's gradient is twice what it is", "", "func/listening.py",
+            "a captured layer's gradient is twice what it is", "", "func/taps/listening.py",
             "return Factored(right, left) if", "return Factored(right, 2 * left) if",
         ),
     ),
     (
         "rows",
         Mutation(
-            "what a pass brings back is a tenth short", "", "func/capture.py",
+            "what a pass brings back is a tenth short", "", "func/taps/plan.py",
             "total = found.values.sum() +", "total = 0.9 * found.values.sum() +",
         ),
     ),
@@ -74,7 +74,7 @@ MISTAKES = [
     (
         "forward",
         Mutation(
-            "fused normalizations in nested forward mode", "", "func/elementary.py",
+            "fused normalizations in nested forward mode", "", "func/trust/primitives.py",
             "if func in (F.layer_norm, torch.layer_norm):", "if func in ():",
         ),
     ),
@@ -117,7 +117,7 @@ def test_the_state_certificate_catches_what_calibration_cannot_see():
         Mutation(
             "no bias correction of m",
             "",
-            "precond/adam.py",
+            "precond/adaptive.py",
             "return state.lr[name] / (1 - state.beta1[name] ** (state.step[name] + 1))",
             "return state.lr[name]",
         )

@@ -11,13 +11,13 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import fkernel as fk
 from fkernel import func
-from fkernel.func.batch import take
-from fkernel.func.handles import nbytes, stack_handles
-from fkernel.func.rows import handles_of
-from fkernel.func.squares import squared_sum
-from fkernel.func.taps import batch_plan
-from fkernel.func.touched import Touch, touched_rows
-from fkernel.func.whose import Whose, by_sequence
+from fkernel.func.handles.forms import nbytes, stack_handles
+from fkernel.func.handles.squares import squared_sum
+from fkernel.func.handles.touched import Touch, touched_rows
+from fkernel.func.inputs.batch import take
+from fkernel.func.taps.batched import batch_plan
+from fkernel.func.taps.rows import handles_of
+from fkernel.func.taps.whose import Whose, by_sequence
 from tests.laws import close, flat, rows
 from tests.test_architectures import LLAMA_LIKE
 from tests.test_taps import EXPERTS, LAST_BIT, alone, built, written
@@ -48,7 +48,7 @@ def test_every_way_to_compute_experts_has_the_gradients_of_a_loop(name, way):
     assert experts
     for one in experts:
         handle = handles[one]
-        assert isinstance(handle, func.Rows)
+        assert isinstance(handle, func.SparseRows)
         touched = expected[one].flatten(2).abs().amax(2) > 0
         assert handle.ids.shape[1] == int(touched.sum(1).max())
 
@@ -79,7 +79,7 @@ def test_they_contract_as_dense_gradients_do(sparse):
     dense = func.per_sequence_grad(S)(params, BATCH)
     handles = func.per_sequence_handles(S, 2)(params, BATCH)
     whole = func.per_sequence_handles(S)(params, BATCH)
-    assert any(isinstance(handle, func.Rows) and handle.cotangents.ndim == 4 for handle in whole.values())
+    assert any(isinstance(handle, func.SparseRows) and handle.cotangents.ndim == 4 for handle in whole.values())
     D = {name: torch.rand_like(leaf) + 0.1 for name, leaf in params.items()}
     expected = func.contract(dense, {name: D[name] * leaf for name, leaf in dense.items()})
     for x, y in ((handles, handles), (whole, whole), (handles, whole), (whole, dense), (dense, handles)):
@@ -182,5 +182,5 @@ def test_a_padding_row_of_a_batch_is_nobody_s_expert():
     handles, _ = handles_of(g, params, x, plan)
     close(rows(written(handles, params, 3)), rows(alone(g, params, x)), 1e-12)
     W_rows = handles["W"]
-    assert isinstance(W_rows, func.Rows)
+    assert isinstance(W_rows, func.SparseRows)
     assert W_rows.ids.tolist() == [[0, 1], [1, 0], [2, 0]]

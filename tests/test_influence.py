@@ -12,10 +12,10 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 import fkernel as fk
 from fkernel import func, precond
 from fkernel.errors import NonFiniteError
-from fkernel.func.contract import contract
-from fkernel.func.directional import along_direction
-from fkernel.func.handles import Factored, Rows, Stack, Sum, count
-from fkernel.func.head import Head
+from fkernel.func.handles.forms import Concat, Factored, SparseRows, Sum, count
+from fkernel.func.handles.head import Head
+from fkernel.func.handles.products import contract
+from fkernel.func.trust.directional import along_direction
 from tests.laws import close
 
 D = torch.float64
@@ -25,8 +25,8 @@ def factored(n: int) -> Factored:
     return Factored(torch.randn(n, 3, 4, dtype=D), torch.randn(n, 3, 7, dtype=D))
 
 
-def rows(n: int) -> Rows:
-    return Rows(torch.randint(0, 7, (n, 5)), torch.randn(n, 5, 4, dtype=D), 7)
+def rows(n: int) -> SparseRows:
+    return SparseRows(torch.randint(0, 7, (n, 5)), torch.randn(n, 5, 4, dtype=D), 7)
 
 
 def head(n: int) -> Head:
@@ -41,7 +41,7 @@ HANDLES = {
     "lookups": lambda: rows(3),
     "a head": lambda: head(3),
     "a tied table": lambda: Sum((head(3), rows(3), factored(3))),
-    "successive sequences": lambda: Stack((factored(1), Sum((factored(2), rows(2))), torch.randn(1, 7, 4, dtype=D))),
+    "successive sequences": lambda: Concat((factored(1), Sum((factored(2), rows(2))), torch.randn(1, 7, 4, dtype=D))),
 }
 
 

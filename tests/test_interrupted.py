@@ -13,7 +13,7 @@ import fkernel as fk
 from fkernel import precond
 from fkernel.engine import recycling
 from fkernel.engine.store import Store
-from fkernel.func.certificate import NAMES
+from fkernel.func.trust.comparisons import NAMES
 
 W = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(6, 4)
 PARAMS = {"w": W}

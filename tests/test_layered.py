@@ -6,15 +6,15 @@ import pytest
 import torch
 
 import fkernel as fk
+from fkernel.engine.batching import SortedBatch
 from fkernel.engine.path import NODES
 from fkernel.engine.planning import Strategy, choose
 from fkernel.engine.planning.machine import Rates
 from fkernel.engine.planning.walking import tiles_of, walk_of
 from fkernel.engine.problem import Problem, blocks
-from fkernel.engine.sides import Ordered
-from fkernel.func.batch import take
-from fkernel.func.contract import Asked, Own
-from fkernel.func.cutting import cut_of
+from fkernel.func.handles.products import ProductSpec, RowSpec
+from fkernel.func.inputs.batch import take
+from fkernel.func.layers.cutting import cut_of
 from tests.cases import EXAMPLES
 from tests.laws import close
 
@@ -22,11 +22,11 @@ CASE = EXAMPLES[1]
 RATES = Rates(flops=1e11, moved=1e10, call=5e-6, forming=1e11, write=1e9, read=2e9)
 
 
-def asked(case) -> Asked:
+def asked(case) -> ProductSpec:
     """A kernel with a diagonal, by parts, and what is asked of both sides by themselves."""
     D = {name: leaf.abs() + 0.1 for name, leaf in case.tree(21).items()}
-    own = Own({"along": case.tree(22)}, {"norm": None})
-    return Asked({"D": D, "plain": None}, own, own, key=lambda name: name.split(".")[0])
+    own = RowSpec({"along": case.tree(22)}, {"norm": None})
+    return ProductSpec({"D": D, "plain": None}, own, own, key=lambda name: name.split(".")[0])
 
 
 def collected(problem: Problem, strategy: Strategy) -> dict[str, torch.Tensor]:
@@ -48,7 +48,7 @@ def collected(problem: Problem, strategy: Strategy) -> dict[str, torch.Tensor]:
 def test_tiles_of_either_side_along_any_path_give_what_whole_sequences_give(held, path):
     S, params, E, U = CASE.engine(fk)
     T, step = max(E.input_ids.shape[1], U.input_ids.shape[1]), CASE.tree(23, 0.05)
-    problem = Problem(params, Ordered("E", E, S), Ordered("U", U, S), asked(CASE), path, step)
+    problem = Problem(params, SortedBatch("E", E, S), SortedBatch("U", U, S), asked(CASE), path, step)
     expected = collected(problem, Strategy("sequences", "E", None, None, None))
     for tile, block, tokens, every in ((None, None, 0, 1), (T, None, 0, 2), (T, 2 * T, 2 * T, 1), (None, T, T, 2)):
         found = collected(problem, Strategy("layers", held, tile, block, tokens, every))
@@ -59,7 +59,7 @@ def test_tiles_of_either_side_along_any_path_give_what_whole_sequences_give(held
 @pytest.mark.parametrize("held", ["E", "U"])
 def test_a_side_with_itself_in_tiles(held):
     S, params, _, U = CASE.engine(fk)
-    side = Ordered("U", U, S)
+    side = SortedBatch("U", U, S)
     problem = Problem(params, side, side, asked(CASE))
     expected = collected(problem, Strategy("sequences", "E", None, None, None))
     for tile in (None, U.input_ids.shape[1]):

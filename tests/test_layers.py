@@ -21,12 +21,26 @@ from transformers import (
 )
 
 from fkernel import func
-from fkernel.func import cutting, head
-from fkernel.func.cutting import cut_of
-from fkernel.func.handles import Rows, Stack, Sum, add, at, count, form, is_bounded, nbytes, packed, shape_of, stack
-from fkernel.func.head import Head, deltas, scored
-from fkernel.func.layers import Cut
-from fkernel.func.source import moved, plain
+from fkernel.func.handles import head
+from fkernel.func.handles.forms import (
+    Concat,
+    SparseRows,
+    Sum,
+    add,
+    at,
+    count,
+    is_bounded,
+    materialize_into,
+    nbytes,
+    packed,
+    shape_of,
+    stack,
+)
+from fkernel.func.handles.head import Head, deltas, scored
+from fkernel.func.inputs.source import moved, plain
+from fkernel.func.layers import cutting
+from fkernel.func.layers.cut import Cut
+from fkernel.func.layers.cutting import cut_of
 from tests.models import own
 
 SMALL: dict[str, Any] = {
@@ -241,7 +255,7 @@ def test_a_head_forms_its_gradient_by_ranges_of_rows():
     G = dense_of(handle, W)
     for start, r in ((0, 11), (3, 5), (10, 1)):
         out = torch.full((2, r, 4), torch.nan, dtype=torch.float64)
-        form(handle, out, start)
+        materialize_into(handle, out, start)
         torch.testing.assert_close(out, G[:, start : start + r])
         add(handle, out, start)
         torch.testing.assert_close(out, 2 * G[:, start : start + r])
@@ -253,21 +267,21 @@ def test_a_head_is_a_handle_like_any_other():
     assert count(handle) == 2
     assert is_bounded(handle)
     assert not is_bounded(handle._replace(lse=handle.lse * torch.nan))
-    rows = Rows(torch.tensor([[1, 2], [3, 3]]), torch.randn(2, 2, 4).double(), 11)
+    rows = SparseRows(torch.tensor([[1, 2], [3, 3]]), torch.randn(2, 2, 4).double(), 11)
     tied, more = Sum((handle, rows)), a_head(seed=1)[0]._replace(rows=handle.rows)
     both = stack([tied, at(tied, slice(1, 2)), more])
-    assert isinstance(both, Stack)
+    assert isinstance(both, Concat)
     assert count(both) == 5
     out = torch.empty(5, 11, 4, dtype=torch.float64)
-    form(both, out)
+    materialize_into(both, out)
     alone = torch.empty(2, 11, 4, dtype=torch.float64)
-    form(rows, alone)
+    materialize_into(rows, alone)
     torch.testing.assert_close(out[:2], dense_of(handle, W) + alone)
     torch.testing.assert_close(out[2], out[1])
     own = packed({"w": both})
     assert nbytes(own) == nbytes({"w": both})
     again = torch.empty_like(out)
-    form(own["w"], again)
+    materialize_into(own["w"], again)
     assert torch.equal(again, out)
 
 

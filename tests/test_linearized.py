@@ -9,7 +9,7 @@ import torch
 
 import fkernel as fk
 from fkernel.precond import updates
-from fkernel.precond.linearized import linearized, partition
+from fkernel.precond.linearization import linearized, partition
 
 SHAPES = {"w": (4, 3), "b": (5,)}
 

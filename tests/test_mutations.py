@@ -3,7 +3,7 @@
 import pytest
 
 import fkernel
-from fkernel.func.certificate import NAMES as CERTIFICATES
+from fkernel.func.trust.comparisons import NAMES as CERTIFICATES
 from tests.cases import EXAMPLES
 from tests.laws import LAWS
 from tests.mutants import MUTATIONS, load

@@ -7,7 +7,7 @@ import torch
 
 import fkernel as fk
 from fkernel import func
-from fkernel.func.groups import by_kind, by_layer, contract_by, part_of
+from fkernel.func.handles.groups import by_kind, by_layer, contract_by, part_of
 from fkernel.func.observables import Answers, Pair, expected_reward, kl_divergence, log_odds, mean_entropy
 from tests.cases import EXAMPLES
 

@@ -46,7 +46,7 @@ def engine(model):
     apply, params = func.make_functional(model)
     return (
         func.sequence_logprob(apply),
-        func.sequence_logprob(func.as_trained(apply)),
+        func.sequence_logprob(func.with_masked_padding_grad(apply)),
         params,
         func.pad(*SEQUENCES, PAD),
     )
@@ -112,4 +112,4 @@ def test_a_step_on_such_a_batch_is_predicted(model):
 def test_a_model_without_a_padding_row_is_left_alone():
     module = torch.nn.Linear(2, 2)
     apply = func.Apply(module, None, None)
-    assert func.as_trained(apply) is apply
+    assert func.with_masked_padding_grad(apply) is apply

@@ -11,7 +11,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import fkernel as fk
 from fkernel import func
-from fkernel.func.evaluate import evaluate_in_float64
+from fkernel.func.evaluation import evaluate_in_float64
 from fkernel.func.losses import Weighted, weighted_logprob
 
 T = 4000

@@ -54,7 +54,9 @@ def test_a_trl_checkpoint_is_sampled_and_explained(run, tmp_path, prompts):
     apply, params = fk.func.make_functional(loaded.model)
     S = fk.func.sequence_logprob(apply)
     assert loaded.optimizer is not None
-    effect, _ = fk.explain_step(S, params, batch.sequences, batch.sequences, batch.loss_weights, loaded.optimizer)
+    effect, _ = fk.explain_step(
+        S, params, batch.sequences, batch.sequences, batch.weighted_advantages, loaded.optimizer
+    )
     assert effect.predicted.isfinite().all()
     for value, record in zip(S(params, batch.sequences).tolist(), batch, strict=True):
         assert value == pytest.approx(record.logprob, abs=1e-4)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fkernel import func
-from fkernel.func.microbatch import stacked
+from fkernel.func.inputs.microbatch import stacked
 
 # Lengths 4, 7, 3, 7, 5: the longest are neither first nor together.
 BATCH = func.pad([[5, 6], [7, 8, 9], [4], [1, 2, 3], [3, 3]], [[1, 1], [2, 2, 2, 1], [6, 1], [5, 4, 3, 1], [9, 8, 1]])

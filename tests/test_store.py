@@ -27,7 +27,7 @@ from fkernel.engine.store import Store, journal, open_store, shards
 from fkernel.engine.store import directory as module
 from fkernel.engine.store.manifest import SCHEMA, describe, differences
 from fkernel.errors import BatchError, FKernelError, StoreError
-from fkernel.func.handles import Factored, Rows, Stack, Sum, form, nbytes, shape_of, tensors
+from fkernel.func.handles.forms import Concat, Factored, SparseRows, Sum, materialize_into, nbytes, shape_of, tensors
 from fkernel.io import atomic, atomic_write, checksum, fingerprint, flush_to_disk, locks, open_direct, tensor_chunks
 
 ROOT = Path(__file__).parent.parent
@@ -46,16 +46,16 @@ def handles(i: int = 0, n: int = 3, dtype: torch.dtype = torch.float32) -> dict[
     """Every kind of handle, for n sequences of shard i; queries and keys share what goes in."""
     a, ids = values(n, 5, 4, dtype=dtype, seed=i), values(n, 5, dtype=torch.int64, seed=i) % 7
     delta = values(n, 5, 6, dtype=dtype, seed=i + 1)
-    table = Sum((Factored(values(n, 5, 6, dtype=dtype, seed=9), delta[..., :3]), Rows(ids, delta, 7)))
+    table = Sum((Factored(values(n, 5, 6, dtype=dtype, seed=9), delta[..., :3]), SparseRows(ids, delta, 7)))
     return {
         "bias": values(n, 6, dtype=dtype, seed=i + 2),
         "scale": values(n, dtype=dtype, seed=i + 3),
         "q.weight": Factored(a, delta),
         "k.weight": Factored(a, -delta),
-        "embedding": Rows(ids, delta, 7),
+        "embedding": SparseRows(ids, delta, 7),
         "tied": table,
-        "ragged": Stack((Factored(a[:1, :2], delta[:1, :2]), Factored(a[1:], delta[1:]))),
-        "nested": Stack((Sum((Rows(ids[:1], delta[:1], 7),)), values(n - 1, 7, 6, dtype=dtype, seed=i))),
+        "ragged": Concat((Factored(a[:1, :2], delta[:1, :2]), Factored(a[1:], delta[1:]))),
+        "nested": Concat((Sum((SparseRows(ids[:1], delta[:1], 7),)), values(n - 1, 7, 6, dtype=dtype, seed=i))),
         "unused": torch.zeros((), dtype=dtype).expand(n, 4, 4),
     }
 
@@ -174,8 +174,8 @@ def test_a_transposed_tensor_keeps_its_layout_so_that_products_keep_their_bits(t
     found, _ = written(tmp_path, {"w": Factored(inputs, cotangents)})
     assert found["w"].inputs.stride() == inputs.stride()
     products = [torch.empty(3, *shape_of(found["w"])) for _ in range(2)]
-    form(Factored(inputs, cotangents), products[0])
-    form(found["w"], products[1])
+    materialize_into(Factored(inputs, cotangents), products[0])
+    materialize_into(found["w"], products[1])
     assert_same(products[1], products[0])
 
 
@@ -517,7 +517,7 @@ KILLS = """
 import os, random, signal, sys, tempfile, time
 from pathlib import Path
 import torch
-from fkernel.func.handles import Factored
+from fkernel.func.handles.forms import Factored
 from fkernel.engine.store import open_store
 
 torch.set_num_threads(1)  # a forked child has no other threads
@@ -855,7 +855,7 @@ def test_a_read_only_directory_for_those_whom_permissions_bind(tmp_path):
 MEMORY = """
 import sys
 import torch
-from fkernel.func.handles import Factored
+from fkernel.func.handles.forms import Factored
 from fkernel.engine.store import open_store
 
 def megabytes(field):

@@ -5,14 +5,14 @@ import torch
 
 import fkernel as fk
 from fkernel import func, precond
-from fkernel.engine.contraction import contraction
+from fkernel.engine.batching import SortedBatch, cuts_of
 from fkernel.engine.gradients import computed
 from fkernel.engine.planning import Rates, Workload
 from fkernel.engine.planning.curve import Curve
 from fkernel.engine.planning.strategy import NAMES, cost, options
-from fkernel.engine.sides import Ordered, cuts_of
-from fkernel.func.contract import Asked, Own
-from fkernel.func.work import Work, work_of
+from fkernel.engine.planning.work import Work, count_cost
+from fkernel.engine.streaming import contraction
+from fkernel.func.handles.products import ProductSpec, RowSpec
 from tests.cases import EXAMPLES
 
 RATES = Rates(flops=1e11, moved=1e10, call=5e-6, forming=1e11, write=1e9, read=2e9)
@@ -75,7 +75,7 @@ def test_a_side_s_gradients_in_parts_add_up_and_are_found_again(case):
     S, params, _, U = case.engine(fk)
     w, J = case.weights.clone(), func.per_sequence_grad(S)(params, U)
     w[1] = 0.0
-    side = Ordered("U", U, S)
+    side = SortedBatch("U", U, S)
     found = computed(side, ((1.0, params),), cuts_of(side, side.tokens[0]))
     assert len(found.cuts) > 1
     for name, leaf in found.weighted_sum(w).items():
@@ -84,7 +84,9 @@ def test_a_side_s_gradients_in_parts_add_up_and_are_found_again(case):
         torch.testing.assert_close(leaf, torch.tensordot(w, J[name].square(), 1), rtol=1e-9, atol=1e-12)
     rows = torch.tensor([len(w) - 1, 0])
     some, whole = found.chosen(rows), func.contract(J, J)
-    for block in contraction(some, found, Asked({"": None}, Own(squares={"norm": None})), block=side.tokens[0]):
+    for block in contraction(
+        some, found, ProductSpec({"": None}, RowSpec(squares={"norm": None})), block=side.tokens[0]
+    ):
         torch.testing.assert_close(block.kernel(), whole[rows[block.at]], rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(block.rows("norm"), whole.diagonal()[rows[block.at]], rtol=1e-9, atol=1e-12)
     (one,) = func.contract(found.one(1), J)
@@ -103,17 +105,19 @@ def load(n_E: int = 16, n_U: int = 64, T: int = 128, size: int = 1_000_000, dens
 def test_options_stay_within_the_budget_or_say_why_not(budget, dense_U):
     found = options(load(dense_U=dense_U), RATES, budget, 8, store=True)
     assert tuple(option.name for option in found) == NAMES
-    assert {option.name: option.why_not for option in found}["layers"] == "not counted"
+    assert {option.name: option.infeasible_reason for option in found}["layers"] == "not counted"
     for option in (option for option in found if option.name != "layers"):
-        assert option == cost(load(dense_U=dense_U), RATES, option.strategy)._replace(why_not=option.why_not)
+        assert option == cost(load(dense_U=dense_U), RATES, option.strategy)._replace(
+            infeasible_reason=option.infeasible_reason
+        )
         if budget is not None:
-            assert bool(option.why_not) == (option.needs > budget)
+            assert bool(option.infeasible_reason) == (option.needs > budget)
 
 
 def test_less_memory_takes_more_time_and_never_more_memory():
     times = []
     for budget in (10**9, 10**8, 3 * 10**7, 2 * 10**7):
-        feasible = [o for o in options(load(), RATES, budget, 8, store=True) if not o.why_not]
+        feasible = [o for o in options(load(), RATES, budget, 8, store=True) if not o.infeasible_reason]
         times.append(min(option.seconds for option in feasible))
     assert times == sorted(times)
     assert times[0] < times[-1]
@@ -121,7 +125,7 @@ def test_less_memory_takes_more_time_and_never_more_memory():
 
 def test_the_store_is_only_chosen_where_there_is_a_directory():
     found = {option.name: option for option in options(load(), RATES, None, 8, store=False)}
-    assert found["store"].why_not == "no directory was given (store=)"
+    assert found["store"].infeasible_reason == "no directory was given (store=)"
     assert found["store"].disk > 0
 
 
@@ -149,7 +153,9 @@ def test_an_estimate_chooses_what_kernel_takes(case):
 
 def test_work_is_counted_without_a_value():
     """A product of [6 × 4] and [4 × 5]: 2·6·4·5 operations, 80 bytes of parameters, and its result alive at the end."""
-    work = work_of(lambda p, x: (x @ p["w"]).sin(), {"w": torch.full((4, 5), torch.nan)}, torch.full((6, 4), torch.nan))
+    work = count_cost(
+        lambda p, x: (x @ p["w"]).sin(), {"w": torch.full((4, 5), torch.nan)}, torch.full((6, 4), torch.nan)
+    )
     assert (work.flops, work.weights) == (240, 80)
     assert (work.peak, work.kept) == (2 * 120, 120)
 

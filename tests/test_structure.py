@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import re
 import subprocess
@@ -42,13 +43,13 @@ FLOORS = {
 
 
 def module_name(path: Path, root: Path = PACKAGE) -> str:
-    """Name the module that a file holds: fkernel/func/batch.py → fkernel.func.batch."""
+    """Name the module that a file holds: fkernel/func/inputs/batch.py → fkernel.func.inputs.batch."""
     parts = path.relative_to(root.parent).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def room_of(module: str) -> str | None:
-    """Name the room of a module, or None for the root itself: fkernel.func.batch → func."""
+    """Name the room of a module, or None for the root itself: fkernel.func.inputs.batch → func."""
     return module.split(".")[1] if "." in module else None
 
 
@@ -143,22 +144,25 @@ def test_floor_0_imports_itself_without_a_cycle():
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("fkernel.func.batch", "from fkernel.engine import kernel"),
-        ("fkernel.func.batch", "import fkernel.study.plan"),
-        ("fkernel.func.batch", "import torch, fkernel.kernel as k"),
-        ("fkernel.func.batch", "def f():\n    from fkernel.engine.fisher import kernel"),
-        ("fkernel.func.batch", "class A:\n    def f(self):\n        import fkernel.cli"),
-        ("fkernel.func.batch", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from fkernel import report"),
-        ("fkernel.func.batch", "try:\n    from fkernel.demo import run\nexcept ImportError:\n    run = None"),
-        ("fkernel.func.batch", "from fkernel.precond import identity"),
-        ("fkernel.precond.adam", "from fkernel import func"),
-        ("fkernel.precond.adam", "from fkernel import tree, func"),
-        ("fkernel.precond.adam", "from fkernel import explain_step"),
-        ("fkernel.precond.adam", "from .. import func"),
-        ("fkernel.precond.adam", "from ..func import batch"),
-        ("fkernel.precond.adam", "from ..func.batch import Sequences"),
-        ("fkernel.precond.adam", "import importlib\nimportlib.import_module('fkernel.func')"),
-        ("fkernel.precond.adam", "import fkernel"),
+        ("fkernel.func.inputs.batch", "from fkernel.engine import kernel"),
+        ("fkernel.func.inputs.batch", "import fkernel.study.config.plan"),
+        ("fkernel.func.inputs.batch", "import torch, fkernel.kernel as k"),
+        ("fkernel.func.inputs.batch", "def f():\n    from fkernel.engine.fisher import kernel"),
+        ("fkernel.func.inputs.batch", "class A:\n    def f(self):\n        import fkernel.cli"),
+        (
+            "fkernel.func.inputs.batch",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from fkernel import report",
+        ),
+        ("fkernel.func.inputs.batch", "try:\n    from fkernel.demo import run\nexcept ImportError:\n    run = None"),
+        ("fkernel.func.inputs.batch", "from fkernel.precond import identity"),
+        ("fkernel.precond.adaptive", "from fkernel import func"),
+        ("fkernel.precond.adaptive", "from fkernel import tree, func"),
+        ("fkernel.precond.adaptive", "from fkernel import explain_step"),
+        ("fkernel.precond.adaptive", "from .. import func"),
+        ("fkernel.precond.adaptive", "from ..func import batch"),
+        ("fkernel.precond.adaptive", "from ..func.batch import Sequences"),
+        ("fkernel.precond.adaptive", "import importlib\nimportlib.import_module('fkernel.func')"),
+        ("fkernel.precond.adaptive", "import fkernel"),
         ("fkernel.engine.step", "import fkernel as fk"),
         ("fkernel.tree", "from fkernel.func import contract"),
         ("fkernel.io.locks", "from fkernel.engine.store import open_store"),
@@ -175,12 +179,15 @@ def test_the_floor_check_sees_a_breach(module, source):
     ("module", "source"),
     [
         ("fkernel", "from fkernel.cli import app"),
-        ("fkernel.func.batch", "import torch\nfrom collections import abc"),
-        ("fkernel.func.batch", "from fkernel.func.microbatch import slices\nfrom .objective import Objective"),
-        ("fkernel.func.batch", "from fkernel import tree\nfrom ..errors import BatchError"),
-        ("fkernel.func.batch", "from fkernel import BatchError"),
+        ("fkernel.func.inputs.batch", "import torch\nfrom collections import abc"),
+        (
+            "fkernel.func.inputs.batch",
+            "from fkernel.func.inputs.microbatch import slices\nfrom .objective import Objective",
+        ),
+        ("fkernel.func.inputs.batch", "from fkernel import tree\nfrom ..errors import BatchError"),
+        ("fkernel.func.inputs.batch", "from fkernel import BatchError"),
         ("fkernel.tree", "from fkernel.errors import TreeError\nfrom fkernel.shapes import Tree"),
-        ("fkernel.engine.step", "from fkernel import func, tree, precond\nfrom fkernel.precond.adam import adam"),
+        ("fkernel.engine.step", "from fkernel import func, tree, precond\nfrom fkernel.precond.adaptive import adam"),
         ("fkernel.cli", "def main():\n    from fkernel.demo import run\n    import fkernel.report"),
         ("fkernel.demo.explain", "import fkernel as fk"),
     ],
@@ -195,6 +202,66 @@ def test_names_imported_from_the_root_resolve_to_their_rooms():
     assert EXPORTED["explain_step"] == "engine"
     source = "from fkernel import func, BatchError, explain_step"
     assert [room for _, room in imported_rooms(source, "fkernel.cli", EXPORTED)] == ["func", "errors", "engine"]
+
+
+# --------------------------------------------------------------------------------------------------- doors and names
+
+DEEP_IMPORTS = 0
+"""Imports of another room that bypass its nearest front door; the number may only fall."""
+
+
+def is_door(module: str) -> bool:
+    """Tell whether a module is a package, whose `__all__` is what other rooms may take."""
+    return (PACKAGE.parent / module.replace(".", "/") / "__init__.py").exists()
+
+
+def deep_imports(source: str, module: str) -> list[str]:
+    """List imports of single files of another room, past its front door or that of a folder in it."""
+    rooms = ((line, name) for line, name in imported_modules(source, module) if name.startswith("fkernel."))
+    other = ((line, name) for line, name in rooms if room_of(name) != room_of(module) and name.count(".") > 1)
+    return [f"{module}:{line} {name}" for line, name in other if not is_door(name)]
+
+
+def test_other_rooms_are_entered_by_their_front_doors():
+    found = [each for path in SOURCES for each in deep_imports(path.read_text(), module_name(path))]
+    assert len(found) <= DEEP_IMPORTS, found
+
+
+def test_the_count_of_deep_imports_sees_one():
+    assert deep_imports("from fkernel.func.inputs.batch import pad", "fkernel.engine.path")
+    assert not deep_imports("from fkernel.func.inputs import pad", "fkernel.engine.path")
+    assert not deep_imports("from fkernel.func.inputs.batch import pad", "fkernel.func.gradient")
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if path.name == "__init__.py"], ids=module_name)
+def test_a_door_says_what_it_exports(path):
+    names = {
+        alias.asname or alias.name
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("fkernel")
+        for alias in node.names
+    }
+    if names and module_name(path) != "fkernel.cli":
+        assert names <= {*importlib.import_module(module_name(path)).__all__}
+
+
+def shadowed(path: Path) -> bool:
+    """Tell whether a module is named like a function or class that it defines or that its package exports."""
+    door = ast.parse((path.parent / "__init__.py").read_text()) if (path.parent / "__init__.py").exists() else None
+    exported = {
+        alias.asname or alias.name
+        for node in (door.body if door else [])
+        if isinstance(node, ast.ImportFrom) and node.module == module_name(path)
+        for alias in node.names
+    }
+    defined = {
+        node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    }
+    return path.stem in exported | defined
+
+
+def test_no_module_is_named_like_a_function():
+    assert not [module_name(path) for path in SOURCES if path.name != "__init__.py" and shadowed(path)]
 
 
 # ------------------------------------------------------------------------------------------------------- the light root
@@ -356,3 +423,56 @@ def test_the_pure_rooms_hold_no_mutable_state(path):
 )
 def test_the_state_check_sees_mutable_state_and_nothing_else(source, found):
     assert mutable_state(source) == found
+
+
+STATEFUL = {
+    # What outlives a call: what was certified of a function, remembered weakly with it, and who collects it.
+    "func/trust/memory.py": {"Known", "WeakKeyDictionary", "ContextVar"},
+    # What lives for one pass or one walk: its listeners, and the sums that it adds up.
+    "func/handles/products.py": {"Products", "_Sums", "cache"},
+    "func/layers/walk.py": {"Block", "Walk"},
+    "func/taps/listening.py": {"Tap"},
+    "func/taps/uses.py": {"LayerCall"},
+    "func/taps/whose.py": {"Whose"},
+}
+_MODES = {"TorchFunctionMode", "TorchDispatchMode", "torch.autograd.Function", "Exception", "BaseException", "capture"}
+
+
+def held_state(source: str) -> set[str]:
+    """Name what keeps something: classes that may change, caches, weak dictionaries, context variables, `nonlocal`."""
+    found = set[str]()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Nonlocal):
+            found |= {f"nonlocal {name}" for name in node.names}
+        if isinstance(node, ast.Call):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            found |= {called} & {"WeakKeyDictionary", "ContextVar", "lru_cache"}
+        if isinstance(node, ast.FunctionDef):
+            decorators = {getattr(each, "attr", getattr(each, "id", "")) for each in node.decorator_list}
+            found |= decorators & {"cache", "lru_cache", "cached_property"}
+        if isinstance(node, ast.ClassDef):
+            bases = {ast.unparse(base) for base in node.bases}
+            frozen = any("frozen=True" in ast.unparse(each) for each in node.decorator_list)
+            if not frozen and "NamedTuple" not in bases and not bases & _MODES:
+                found.add(node.name)
+    return found
+
+
+def test_what_the_pure_rooms_keep_is_listed_with_its_reason():
+    pure = [path for path in SOURCES if room_of(module_name(path)) in ("func", "precond")]
+    found = {path.relative_to(PACKAGE).as_posix(): held_state(path.read_text()) for path in pure}
+    assert {file: names for file, names in found.items() if names} == STATEFUL
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("from functools import cache\n@cache\ndef plans(): ...", {"cache"}),
+        ("def f():\n    n = 0\n    def g():\n        nonlocal n\n        n += 1", {"nonlocal n"}),
+        ("class Seen:\n    def __init__(self): self.all = []", {"Seen"}),
+        ("from typing import NamedTuple\nclass Seen(NamedTuple):\n    all: int", set()),
+        ("import weakref\n_KNOWN = weakref.WeakKeyDictionary()", {"WeakKeyDictionary"}),
+    ],
+)
+def test_the_check_of_what_is_kept_sees_it(source, found):
+    assert held_state(source) == found

@@ -29,11 +29,11 @@ from transformers import (
 
 import fkernel as fk
 from fkernel import func
-from fkernel.func.batch import length, take
-from fkernel.func.capture import Plan
-from fkernel.func.handles import form
-from fkernel.func.rows import gradient_rows, handles_of, make_plan, plan_of
-from fkernel.func.taps import batch_plan, piece_plan, pull_rows
+from fkernel.func.handles.forms import materialize_into
+from fkernel.func.inputs.batch import length, take
+from fkernel.func.taps.batched import batch_plan, piece_plan, pull_rows
+from fkernel.func.taps.plan import GradientPlan
+from fkernel.func.taps.rows import gradient_rows, handles_of, make_plan, plan_of
 from tests.laws import close, rows
 from tests.test_architectures import CASES, LLAMA_LIKE
 from tests.test_as_people_have_them import OVERWRITTEN, PROMPTS, RESPONSES, Net, backward
@@ -97,7 +97,7 @@ def alone(f: Any, params: dict[str, torch.Tensor], batch: Any) -> dict[str, torc
 def written(handles: dict[str, Any], params: dict[str, torch.Tensor], n: int) -> dict[str, torch.Tensor]:
     J = {name: leaf.new_full((n, *leaf.shape), torch.nan) for name, leaf in params.items()}
     for name, handle in handles.items():
-        form(handle, J[name])
+        materialize_into(handle, J[name])
     return J
 
 
@@ -122,7 +122,7 @@ def test_positions_that_are_looked_up_once_are_each_sequence_s_own():
     S, batch = func.sequence_logprob(apply), func.pad([[5, 6, 7], [8, 9, 3]], [[3, 4], [5, 6]])
     handles, _ = handles_of(S.fn, params, batch, make_plan(S.fn, params, take(batch, slice(0, 1))))
     positions = handles["transformer.wpe.weight"]
-    assert isinstance(positions, func.Rows)
+    assert isinstance(positions, func.SparseRows)
     assert positions.ids.shape == (2, 5)
     close(written({"w": positions}, {"w": params["transformer.wpe.weight"]}, 2)["w"],
           alone(S.fn, params, batch)["transformer.wpe.weight"], LAST_BIT)  # fmt: skip
@@ -363,7 +363,7 @@ def test_a_coupling_is_still_an_error(params):
 
 def test_a_wrong_gradient_is_taken_by_vmap(params, monkeypatch):
     """The certificate sends it one way on, and no further."""
-    from fkernel.func import listening as taps
+    from fkernel.func.taps import listening as taps
 
     right, x = alone(linear, params, x := torch.randn(4, 3, 4, dtype=DTYPE)), x
     hear = taps.Tap.hear
@@ -444,6 +444,6 @@ def test_a_piece_s_other_inputs_have_no_cotangent_and_need_no_copies(params):
 
 def test_a_cotangent_of_another_shape_is_an_error(params):
     x = torch.randn(2, 3, 4, dtype=DTYPE)
-    plan = Plan(batched=True)
+    plan = GradientPlan(batched=True)
     with pytest.raises(fk.ModelError, match=r"fn returned \[2\], its cotangent is \[2, 3\]"):
         pull_rows(linear, params, (x,), torch.ones(2, 3, dtype=DTYPE), plan)

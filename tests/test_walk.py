@@ -18,16 +18,16 @@ import fkernel as fk
 from fkernel import func
 from fkernel.engine.by_layer import Shard, Side, shards
 from fkernel.errors import NonFiniteError
-from fkernel.func.batch import by_length, length, take, trim
-from fkernel.func.cutting import cut_of
 from fkernel.func.detach import through_detach
-from fkernel.func.handles import Factored, Sum, count, form, shape_of, summands, tensors
-from fkernel.func.head import Head
-from fkernel.func.layers import Cut
+from fkernel.func.handles.forms import Factored, Sum, count, materialize_into, shape_of, summands, tensors
+from fkernel.func.handles.head import Head
+from fkernel.func.inputs.batch import by_length, length, take, trim
+from fkernel.func.inputs.source import moved, plain
+from fkernel.func.layers.cut import Cut
+from fkernel.func.layers.cutting import cut_of
 from fkernel.func.losses import Weighted, weighted_logprob
-from fkernel.func.padding import as_trained
-from fkernel.func.rows import looped_rows
-from fkernel.func.source import moved, plain
+from fkernel.func.padding import with_masked_padding_grad
+from fkernel.func.taps.rows import looped_rows
 from tests.cases import EXAMPLES
 from tests.models import gpt2, own
 
@@ -119,7 +119,7 @@ def cut(f: Any, params: Any, batch: Any) -> Cut:
 
 def dense(handle: Any) -> Tensor:
     out = torch.empty(count(handle), *shape_of(handle), dtype=torch.float64)
-    form(handle, out)
+    materialize_into(handle, out)
     return out
 
 
@@ -251,7 +251,7 @@ def test_gradients_of_training_and_of_what_is_detached():
     E = ragged()
     inside = E._replace(input_ids=torch.where(E.input_ids == 5, 0, E.input_ids))  # padding ids inside of sequences
     apply, params = func.make_functional(built("Qwen2, tied"))
-    for change in (lambda same: same, as_trained):
+    for change in (lambda same: same, with_masked_padding_grad):
         S = func.sequence_logprob(change(apply))
         side = Side(inside, ((1.0, plain(params)),))
         assert apart(assembled(shards(cut(S, params, inside), side, side), "E"), looped(S, params, inside)) < 1e-13
@@ -353,8 +353,8 @@ _MEASURED = """
 import torch, transformers
 from fkernel import func
 from fkernel.engine.by_layer import Side, shards
-from fkernel.func.cutting import cut_of
-from fkernel.func.source import plain
+from fkernel.func.layers.cutting import cut_of
+from fkernel.func.inputs.source import plain
 from benchmarks.memory import _forget_peak, _status
 
 torch.set_num_threads(1)
@@ -389,6 +389,6 @@ def test_half_precision_is_never_computed_with_whole(tmp_path):
         with pytest.raises(fk.TreeError, match="bfloat16"):
             fk.kernel(S, half, E, U, P, strategy=strategy, store=tmp_path)
     with pytest.raises(fk.TreeError, match="bfloat16"):
-        fk.rounded_kernel(S, half, E, U, P)
+        fk.low_precision_kernel(S, half, E, U, P)
     with pytest.raises((fk.TreeError, fk.ModelError)):
         fk.kernel(lambda p, x: S.fn(p, x), half, E, U, P)

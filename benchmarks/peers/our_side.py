@@ -91,5 +91,5 @@ def sequences(ids: Tensor, given: Written) -> Sequences:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with fkernel.recycled():
+    with fkernel.reuse_memory():
         serve(lambda: load(Path(sys.argv[1]), sys.argv[2:]).once)

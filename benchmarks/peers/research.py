@@ -22,7 +22,7 @@ from benchmarks.peers.comparison import Comparison, relative_difference
 from benchmarks.ratios import interleaved
 from fkernel import precond
 from fkernel.func import Sequences
-from fkernel.func.objective import Function
+from fkernel.func.inputs.objective import Function
 from fkernel.shapes import Tree
 
 NAME = "research code's method"
@@ -97,7 +97,7 @@ def compare(shape: str, n_E: int, n_U: int, T: int, rounds: int, target: float |
 
     torch.set_num_threads(THREADS)
     calls = {name: keeping(name, side) for name, side in sides(subject, n_E, n_U, T).items()}
-    with fkernel.recycled():  # both take memory that is warm
+    with fkernel.reuse_memory():  # both take memory that is warm
         theirs, ours = interleaved(calls, rounds).values()
     difference = relative_difference(found["fkernel"], found[NAME])
     sizes = {"shape": shape, "n_E": n_E, "n_U": n_U, "T": T, "P": subject.size, "threads": THREADS}

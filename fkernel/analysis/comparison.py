@@ -19,10 +19,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from fkernel import func, tree
-from fkernel.engine.correlation import mean_ranks, pearson
+from fkernel.engine import mean_ranks, pearson
 from fkernel.engine.planning import usual_microbatch
 from fkernel.errors import BatchError
-from fkernel.func.objective import Function
+from fkernel.func.inputs import Function
 from fkernel.precond import Preconditioner
 from fkernel.shapes import Tensor, Tree
 

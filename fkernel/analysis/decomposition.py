@@ -25,8 +25,7 @@ import torch
 from fkernel import func
 from fkernel.engine.planning import usual_microbatch
 from fkernel.errors import BatchError
-from fkernel.func.batch import take
-from fkernel.func.objective import Function
+from fkernel.func.inputs import Function, take
 from fkernel.shapes import Tensor, Tree
 
 

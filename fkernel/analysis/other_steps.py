@@ -19,9 +19,8 @@ from typing import Any, NamedTuple
 from fkernel import func, precond, tree
 from fkernel.engine.planning import usual_microbatch
 from fkernel.errors import OptimizerStateError
-from fkernel.func.objective import Function
-from fkernel.precond import AdamWState, AdamWStep
-from fkernel.precond.adam import Grads
+from fkernel.func.inputs import Function
+from fkernel.precond import AdamWState, AdamWStep, Grads
 from fkernel.shapes import Tensor, Tree
 
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 
-from fkernel.engine.correlation import mean_ranks, pearson, varies
+from fkernel.engine import mean_ranks, pearson, varies
 from fkernel.errors import BatchError, NonFiniteError, listing
 from fkernel.shapes import Tensor
 

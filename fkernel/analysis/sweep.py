@@ -17,11 +17,11 @@ import torch
 
 from fkernel import func, tree
 from fkernel.analysis.decomposition import rounding_floor
-from fkernel.engine import recycled
+from fkernel.engine import reuse_memory
 from fkernel.engine.planning import usual_microbatch
 from fkernel.errors import BatchError, NonFiniteError
-from fkernel.func.evaluate import evaluate_in_float64
-from fkernel.func.objective import Function
+from fkernel.func import evaluate_in_float64
+from fkernel.func.inputs import Function
 from fkernel.shapes import Tensor, Tree
 
 DECADES = tuple(10 ** (i / 3) for i in range(-18, 7))
@@ -96,7 +96,7 @@ def step_sweep(
     if not len(scales) or min(scales) <= 0:
         raise BatchError(f"scales are {[*scales]}; expected one or more positive multiples of the step.")
     m = usual_microbatch(microbatch, E)
-    with recycled():
+    with reuse_memory():
         slope, bend = func.jvp(f, m)(params, E, step), 0.5 * func.curvature(f, m)(params, E, step)
         S = evaluate_in_float64(f, m)
         before = S(params, E)

@@ -18,7 +18,7 @@ from fkernel.engine import kernel
 from fkernel.engine.planning import usual_microbatch
 from fkernel.errors import BatchError
 from fkernel.func import Sequences
-from fkernel.func.batch import length
+from fkernel.func.inputs import length
 from fkernel.precond import Preconditioner
 from fkernel.shapes import Tensor, Tree
 

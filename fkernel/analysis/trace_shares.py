@@ -26,7 +26,7 @@ import torch
 
 from fkernel import tree
 from fkernel.errors import OptimizerStateError, PreconditionerWarning
-from fkernel.precond.state import AdamWState, check_covers
+from fkernel.precond import AdamWState, check_covers
 from fkernel.shapes import Tensor, Tree
 
 DOMINATED = 0.5

@@ -1,6 +1,7 @@
 """From files to what the engine takes: a model, or its skeleton, and AdamW's state keyed by parameter name."""
 
 from fkernel.checkpoint.conditions import Condition
+from fkernel.checkpoint.files import read_json
 from fkernel.checkpoint.loading import Checkpoint, Provenance, load
 from fkernel.checkpoint.model import load_adapter, load_model, load_tokenizer
 from fkernel.checkpoint.optimizer import adamw_state, load_adamw_state
@@ -20,6 +21,7 @@ __all__ = [
     "load_adapter",
     "load_model",
     "load_tokenizer",
+    "read_json",
     "skeleton_of",
     "workload_of",
 ]

@@ -120,7 +120,7 @@ def load(
         policy = load_model(path, dtype=dtype, trust_remote_code=trust_remote_code)
         tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
         known_by = fingerprint(dict(policy.named_parameters()))
-        return Checkpoint(policy, tokenizer, None, None, Provenance(str(path), "hub", known_by))
+        return Checkpoint(policy, tokenizer, None, None, Provenance(str(path), "generator", known_by))
     layout = find_layout(path)
     if layout.needs_model and model is None:
         raise ModelError(

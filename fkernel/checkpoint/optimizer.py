@@ -26,8 +26,7 @@ from fkernel.checkpoint.names import unwrapped
 from fkernel.checkpoint.order import Groups, find_order
 from fkernel.checkpoint.steps import steps_of
 from fkernel.errors import OptimizerStateError
-from fkernel.precond import AdamWState
-from fkernel.precond.state import check_covers
+from fkernel.precond import AdamWState, check_covers
 from fkernel.shapes import Tensor, Tree
 
 Names = Sequence[str] | Sequence[Sequence[str]] | Mapping[str, Any]

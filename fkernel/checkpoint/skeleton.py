@@ -16,21 +16,24 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fkernel import tree
-from fkernel.engine.planning.curve import Curve
-from fkernel.engine.planning.estimate import Estimate, weighed
-from fkernel.engine.planning.machine import rates
-from fkernel.engine.planning.strategy import usual_microbatch
-from fkernel.engine.planning.walking import Walk, walk_of
-from fkernel.engine.planning.workload import LONG, Workload, counted
+from fkernel.engine.planning import (
+    LONG,
+    Curve,
+    Estimate,
+    Walk,
+    Work,
+    Workload,
+    counted,
+    rates,
+    usual_microbatch,
+    walk_of,
+    weighed,
+)
 from fkernel.errors import BatchError, FKernelError, ModelError, listing
-from fkernel.func.batch import Sequences, pad
-from fkernel.func.boundary import explained
-from fkernel.func.cutting import FUSED, cut_of
-from fkernel.func.functional import make_functional, split
-from fkernel.func.logprob import sequence_logprob
-from fkernel.func.objective import Objective, bare
-from fkernel.func.rows import ONE_AT_A_TIME, make_plan
-from fkernel.func.work import Work
+from fkernel.func import make_functional, sequence_logprob, split
+from fkernel.func.inputs import Objective, Sequences, bare, pad, translate_errors
+from fkernel.func.layers import FUSED, cut_of
+from fkernel.func.taps import ONE_AT_A_TIME, make_plan
 from fkernel.io import parse_bytes
 from fkernel.shapes import Tree
 
@@ -121,7 +124,7 @@ def workload_of(bones: Skeleton, n_U: int, n_E: int) -> Workload:
     except RuntimeError:  # vmap cannot follow the model: gradients are taken one sequence at a time
         plan = ONE_AT_A_TIME
     try:
-        with explained(params):
+        with translate_errors(params):
             found = counted(f, params, one, tokens, plan)
             found.walk = _walk(f.apply.module, T)
             return found

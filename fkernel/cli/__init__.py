@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from fkernel.cli import study
-from fkernel.cli.said import complain, importing, said, told, wide
+from fkernel.cli.console import exit_on_error, importing, print_error, progress_and_log, wide
 
 app = typer.Typer(
     help="fkernel: why did this sequence's probability move? One AdamW step, explained in nats.",
@@ -39,10 +39,10 @@ def demo(
 
     Example: fkernel demo --out demo-out
     """
-    with said():
+    with exit_on_error():
         missed = _demo(out, cache, seed, rows)
     for line in missed:
-        complain(f"the prediction missed its bounds: {line}")
+        print_error(f"the prediction missed its bounds: {line}")
     if missed:
         raise typer.Exit(1)
 
@@ -73,7 +73,7 @@ def estimate(
 
     Of a plan the weights are loaded, and the options that describe a kernel mean nothing.
     """
-    with said():
+    with exit_on_error():
         if Path(model).is_file():
             study.say_forecast(Path(model), memory, as_json)
             return
@@ -92,16 +92,14 @@ def sample(
 
     Example: fkernel sample update.yaml
     """
-    with said():
+    with exit_on_error():
         _sample(plan, rows, as_json)
 
 
 def _demo(out: Path, cache: Path | None, seed: int, rows: int) -> list[str]:
     """Prepare the policy, run the plan that the package ships, and tell which bounds the prediction missed."""
     with importing():
-        from fkernel.demo import prepare, seeded
-        from fkernel.demo.explain import demo_plan
-        from fkernel.demo.progress import visible
+        from fkernel.demo import demo_plan, prepare, seeded, visible
 
     console = Console()
     with visible(Console(stderr=True)) as progress:
@@ -125,8 +123,8 @@ def _sample(path: Path, rows: int, as_json: bool) -> None:
         from fkernel.study import SamplePlan, read_plan, sampled
 
     plan = read_plan(path, SamplePlan)
-    with told("minimal") as tick:
-        batch = sampled(plan, lambda n: tick("sampling", n, 2 * plan.request.size))
+    with progress_and_log("minimal") as on_progress:
+        batch = sampled(plan, lambda n: on_progress("sampling", n, 2 * plan.request.size))
     if as_json:
         typer.echo(json.dumps({"out": plan.out, **batch.diagnostics}, indent=1))
         return
@@ -162,5 +160,5 @@ def _estimate(
         if found.chosen:
             console.print(report.estimate_line(found), highlight=False, soft_wrap=True)
     if not found.chosen:
-        complain(report.estimate_line(found))
+        print_error(report.estimate_line(found))
     return found.chosen is not None

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from fkernel.cli.said import importing, said, told, wide
+from fkernel.cli.console import exit_on_error, importing, progress_and_log, wide
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Workspace = Annotated[Path, typer.Argument(help="A workspace that `fkernel run` made: OUT/workspace.")]
@@ -31,7 +31,7 @@ def run(
 
     A run that is stopped goes on where it was when the same command is given again.
     """
-    with said():
+    with exit_on_error():
         with importing():
             from fkernel.study import FisherKernelPlan, read_plan
         asked = read_plan(plan, FisherKernelPlan)
@@ -52,8 +52,8 @@ def execute(plan: Any, overwrite: bool, log: str) -> Any:
 
     out = Path(plan.out)
     check_out(plan, overwrite)
-    with recorded(out / "log.jsonl"), told(log) as tick:
-        runner = FisherKernelRunner(plan, tick=tick)
+    with recorded(out / "log.jsonl"), progress_and_log(log) as on_progress:
+        runner = FisherKernelRunner(plan, on_progress=on_progress)
         results = runner.run()
         if plan.storage.batches:
             runner.save_batches(out)
@@ -117,7 +117,7 @@ def query(
 
     Example: fkernel query study/workspace U-000-01 U-003-00
     """
-    with said():
+    with exit_on_error():
         with importing():
             from dataclasses import asdict
 
@@ -140,8 +140,7 @@ def _cache(workspace: Any, name: str, batches: list[Path], plan: Path | None, pl
     """Find a sequence's gradient: U's is read, another's is computed by the plan's checkpoint."""
     from fkernel.errors import PlanError
     from fkernel.rollout import load_batch
-    from fkernel.study import FisherKernelPlan, FisherKernelRunner, read_plan
-    from fkernel.study.results import check_saved_batch
+    from fkernel.study import FisherKernelPlan, FisherKernelRunner, check_saved_batch, read_plan
 
     folder, _, own = name.rpartition("/")
     loaded = [(path, load_batch(path)) for path in batches if folder in ("", path.resolve().name)]
@@ -180,7 +179,7 @@ def influence(
 
     Example: fkernel influence study/workspace --advantages rloo --set U-003-01=0
     """
-    with said():
+    with exit_on_error():
         with importing():
             from fkernel import report
             from fkernel.study import influence_of, load_workspace
@@ -219,7 +218,7 @@ def show(
 
     Example: fkernel show study --request held_out --rows 20
     """
-    with said():
+    with exit_on_error():
         with importing():
             from fkernel.study import FisherKernelResults
         found = FisherKernelResults.load(results)
@@ -290,7 +289,7 @@ def init(path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path
 
     Example: fkernel plan init study.yaml
     """
-    with said():
+    with exit_on_error():
         from fkernel.errors import PlanError
         from fkernel.study import TEMPLATE
 
@@ -309,7 +308,7 @@ def check(
 
     Example: fkernel plan check study.yaml
     """
-    with said():
+    with exit_on_error():
         with importing():
             from fkernel.study import FisherKernelPlan, check_inputs, read_plan
         plan = read_plan(path, FisherKernelPlan)
@@ -329,7 +328,7 @@ def schema() -> None:
 
     Example: fkernel plan schema > plan.schema.json
     """
-    with said():
+    with exit_on_error():
         with importing():
             from fkernel.study import FisherKernelPlan
         typer.echo(json.dumps(FisherKernelPlan.model_json_schema(), indent=1))

@@ -5,9 +5,11 @@ alone, on batches that `fkernel.rollout` samples.
 """
 
 from fkernel.demo.cache import DemoConfig, cache_key, default_cache_root, prepare, seeded
+from fkernel.demo.explain import demo_plan
 from fkernel.demo.policy import PolicyConfig, SupervisionConfig
-from fkernel.demo.reinforce import ReinforceConfig
+from fkernel.demo.progress import visible
 from fkernel.demo.task import TaskConfig
+from fkernel.demo.training import ReinforceConfig
 
 __all__ = [
     "DemoConfig",
@@ -17,6 +19,8 @@ __all__ = [
     "TaskConfig",
     "cache_key",
     "default_cache_root",
+    "demo_plan",
     "prepare",
     "seeded",
+    "visible",
 ]

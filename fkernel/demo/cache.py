@@ -24,9 +24,9 @@ from rich.progress import Progress
 
 from fkernel.demo.export import write_json, write_prompts
 from fkernel.demo.policy import PolicyConfig, SupervisionConfig, build_model, count_parameters, supervise
-from fkernel.demo.reinforce import ReinforceConfig, reinforce
 from fkernel.demo.task import TaskConfig, splits
 from fkernel.demo.tokenizer import build_tokenizer
+from fkernel.demo.training import ReinforceConfig, reinforce
 from fkernel.io import atomic_directory, default_cache_root, hash_json
 from fkernel.rollout import SampleGenerator, Sampling
 

@@ -11,7 +11,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from fkernel import checkpoint
-from fkernel.rollout import GeneratedBatch, Rows, SampleGenerator, save_batch
+from fkernel.rollout import GeneratedBatch, SampleGenerator, TablePrompts, save_batch
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -19,7 +19,7 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def write_prompts(directory: Path, prompts: Mapping[str, Rows]) -> None:
+def write_prompts(directory: Path, prompts: Mapping[str, TablePrompts]) -> None:
     """Write ``<split>.jsonl``, one problem a line, as `fkernel.rollout.jsonl` reads them."""
     for split, source in prompts.items():
         lines = (json.dumps({"question": prompt.question, "answer": prompt.answer}) for prompt in source)

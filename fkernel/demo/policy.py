@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from fkernel.demo.progress import silent
 from fkernel.errors import DemoError
 from fkernel.func import pad
-from fkernel.rollout import Rows, SampleGenerator
+from fkernel.rollout import SampleGenerator, TablePrompts
 
 IGNORED = -100  # cross_entropy's own mark for positions without a target
 
@@ -126,7 +126,7 @@ def count_parameters(model: torch.nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def supervised_tensors(tokenizer: Any, problems: Rows) -> tuple[Tensor, Tensor]:
+def supervised_tensors(tokenizer: Any, problems: TablePrompts) -> tuple[Tensor, Tensor]:
     """Problems as inputs and next-token targets.
 
     Args:
@@ -148,7 +148,7 @@ def supervised_tensors(tokenizer: Any, problems: Rows) -> tuple[Tensor, Tensor]:
 
 def supervise(
     policy: SampleGenerator,
-    prompts: Mapping[str, Rows],
+    prompts: Mapping[str, TablePrompts],
     config: SupervisionConfig,
     progress: Progress | None = None,
 ) -> Supervised:

@@ -3,7 +3,7 @@
 import random
 from dataclasses import dataclass
 
-from fkernel.rollout import Rows
+from fkernel.rollout import TablePrompts
 
 ALPHABET = "0123456789+-="
 
@@ -43,7 +43,7 @@ def problem(a: int, sign: str, b: int) -> dict[str, str]:
     return {"question": f"{a}{sign}{b}=", "answer": str(a + b if sign == "+" else a - b)}
 
 
-def splits(config: TaskConfig) -> dict[str, Rows]:
+def splits(config: TaskConfig) -> dict[str, TablePrompts]:
     """All problems, shuffled and cut in two.
 
     Args:
@@ -60,4 +60,4 @@ def splits(config: TaskConfig) -> dict[str, Rows]:
     problems = [problem(a, sign, b) for sign in "+-" for a in operands for b in operands]
     random.Random(config.seed).shuffle(problems)
     parts = {"train": problems[config.held_out :], "test": problems[: config.held_out]}
-    return {name: Rows("demo", name, part) for name, part in parts.items()}
+    return {name: TablePrompts("demo", name, part) for name, part in parts.items()}

@@ -1,28 +1,64 @@
 """func and precond meet: kernels, influence without kernels, and one optimizer step explained."""
 
+from fkernel.engine.batching import SortedBatch, check_side, cuts_of
 from fkernel.engine.calibration import Calibration, calibrate
+from fkernel.engine.correlation import mean_ranks, pearson, varies
 from fkernel.engine.fisher import influence, kernel
+from fkernel.engine.from_store import complete
+from fkernel.engine.gradients import Gradients, Read, Summing, computed
+from fkernel.engine.layerwise import evaluated, gradient_sum
+from fkernel.engine.low_precision import Rounded, low_precision_kernel
+from fkernel.engine.path import NODES, Nodes, mean_of, nodes_of
 from fkernel.engine.planning import Estimate, Option, Strategy, estimate
-from fkernel.engine.recycling import recycled
-from fkernel.engine.rounded import Rounded, rounded_kernel
+from fkernel.engine.problem import Problem, blocks
+from fkernel.engine.recycling import reuse_memory
 from fkernel.engine.state_certificate import state_against_step
 from fkernel.engine.step import StepEffect, explain_step, loss_gradient, realised_change
+from fkernel.engine.streaming import KernelBlock, contraction, self_kernel
+from fkernel.engine.walked import ALONE, WalkedGradients, choose_walk, walk_load, walking_alone
 
 __all__ = [
+    "ALONE",
+    "NODES",
     "Calibration",
     "Estimate",
+    "Gradients",
+    "KernelBlock",
+    "Nodes",
     "Option",
+    "Problem",
+    "Read",
     "Rounded",
+    "SortedBatch",
     "StepEffect",
     "Strategy",
+    "Summing",
+    "WalkedGradients",
+    "blocks",
     "calibrate",
+    "check_side",
+    "choose_walk",
+    "complete",
+    "computed",
+    "contraction",
+    "cuts_of",
     "estimate",
+    "evaluated",
     "explain_step",
+    "gradient_sum",
     "influence",
     "kernel",
     "loss_gradient",
+    "low_precision_kernel",
+    "mean_of",
+    "mean_ranks",
+    "nodes_of",
+    "pearson",
     "realised_change",
-    "recycled",
-    "rounded_kernel",
+    "reuse_memory",
+    "self_kernel",
     "state_against_step",
+    "varies",
+    "walk_load",
+    "walking_alone",
 ]

@@ -21,10 +21,21 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fkernel.func.handles import Handle, Handles, Piece, Stack, Sum, add, form, shape_of, stack, summands, tensors
-from fkernel.func.layers import Cut
-from fkernel.func.source import Source
-from fkernel.func.walk import Walk
+from fkernel.func.handles import (
+    Concat,
+    Handle,
+    Handles,
+    Piece,
+    Sum,
+    add,
+    materialize_into,
+    shape_of,
+    stack,
+    summands,
+    tensors,
+)
+from fkernel.func.inputs import Source
+from fkernel.func.layers import Cut, Walk
 from fkernel.shapes import Tensor
 
 
@@ -102,7 +113,7 @@ def shards(
     """Walk both sides back together.
 
     Args:
-        cut: the model, from `fkernel.func.cutting.cut_of`.
+        cut: the model, from `fkernel.func.layers.cutting.cut_of`.
         held: the side whose gradients are held.
         streamed: the side whose gradients stream; where it is the held side itself, it is computed once.
         every: of how many layer inputs one is kept; the others are computed again, which costs another forward pass.
@@ -119,8 +130,8 @@ def shards(
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> from fkernel import func
-        >>> from fkernel.func.cutting import cut_of
-        >>> from fkernel.func.source import plain
+        >>> from fkernel.func.layers.cutting import cut_of
+        >>> from fkernel.func.inputs.source import plain
         >>> shape = {"vocab_size": 11, "n_positions": 8, "n_embd": 4, "n_layer": 2, "n_head": 1}
         >>> apply, params = func.make_functional(GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0)))
         >>> S, batch = func.sequence_logprob(apply), func.pad([[1, 2], [3]], [[4], [5]])
@@ -158,9 +169,9 @@ def _added(handles: list[Handle]) -> Handle:
     """Add handles of the same sequences up: those of a path's nodes."""
     if len(handles) == 1:
         return handles[0]
-    each = [handle.parts if isinstance(handle, Stack) else (handle,) for handle in handles]
+    each = [handle.parts if isinstance(handle, Concat) else (handle,) for handle in handles]
     sums = [Sum(tuple(one for part in parts for one in summands(part))) for parts in zip(*each, strict=True)]
-    return sums[0] if len(sums) == 1 else Stack(tuple(sums))
+    return sums[0] if len(sums) == 1 else Concat(tuple(sums))
 
 
 def _is_small(handle: Piece) -> bool:
@@ -191,7 +202,7 @@ class _Room:
                         continue
                     if name not in written:
                         written[name] = self._take(handle, taken)
-                    (add if j else form)(handle, written[name][rows])
+                    (add if j else materialize_into)(handle, written[name][rows])
                 handles = handle = None  # or they would be alive while the next are made
         sums = {name: [Sum(tuple(parts)) for parts in blocks.values()] for name, blocks in factors.items()}
         return {**written, **{name: stack([*blocks]) for name, blocks in sums.items()}}

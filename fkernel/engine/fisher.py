@@ -5,8 +5,8 @@
 
 P stands between the two gradients once. Rows are E, columns are U.
 
-One side's gradients are held, as handles (`fkernel.func.handles`) or written out, and the other side's stream past
-them a block at a time; a diagonal P is multiplied into the shards of their contraction, any other P is applied to
+One side's gradients are held, as handles (`fkernel.func.handles.forms`) or written out, and the other side's stream
+past them a block at a time; a diagonal P is multiplied into the shards of their contraction, any other P is applied to
 dense rows of U. `fkernel.engine.planning.strategy` has the ways to do this under a memory grant.
 
 Source: the kernel is the Fisher kernel of T. Jaakkola & D. Haussler (1998), with the optimizer's diagonal in place of
@@ -21,23 +21,19 @@ from typing import Any
 import torch
 
 from fkernel import func, tree
+from fkernel.engine.batching import SortedBatch, check_sides, cuts_of, error_context, transformed
 from fkernel.engine.gradients import computed
-from fkernel.engine.layered import along_of, gradient_sum
+from fkernel.engine.layerwise import along_of, gradient_sum
 from fkernel.engine.planning import Strategy, choose, usual_microbatch
-from fkernel.engine.planning.estimate import walking_of
-from fkernel.engine.planning.passes import fit, reverse
+from fkernel.engine.planning.estimates import walking_of
+from fkernel.engine.planning.passes import max_microbatch, reverse
 from fkernel.engine.problem import Problem, blocks
-from fkernel.engine.recycling import recycled
-from fkernel.engine.sides import Ordered, check_sides, cuts_of, naming, transformed
+from fkernel.engine.recycling import reuse_memory
 from fkernel.errors import BatchError
-from fkernel.func.boundary import explained
-from fkernel.func.certified import plan_of
-from fkernel.func.contract import Asked
-from fkernel.func.directional import along_direction
-from fkernel.func.microbatch import token_grant
-from fkernel.func.objective import Function, bare, check_values
-from fkernel.func.rows import handles_of
-from fkernel.func.source import plain, widened
+from fkernel.func.handles import ProductSpec
+from fkernel.func.inputs import Function, bare, check_values, plain, token_grant, translate_errors, widened
+from fkernel.func.taps import handles_of
+from fkernel.func.trust import along_direction, plan_of
 from fkernel.io import parse_bytes
 from fkernel.precond import Diagonal, Preconditioner
 from fkernel.shapes import Tensor, Tree
@@ -100,13 +96,13 @@ def kernel(
         tree.check_names(params, D, "the tree to precondition", "the preconditioner")
     size = usual_microbatch(microbatch, E, U)
     how = strategy or choose(f, params, E, U, memory, size, not diagonal, store is not None)
-    side_E = Ordered("E", E, f_E)
-    side_U = side_E if E is U and f_E is f and diagonal else Ordered("U", U, f)
+    side_E = SortedBatch("E", E, f_E)
+    side_U = side_E if E is U and f_E is f and diagonal else SortedBatch("U", U, f)
     promised = memory is not None or strategy is not None
     P = None if diagonal else precond
-    problem = Problem(params, side_E, side_U, Asked({"": D}), P=P, store=store, promised=promised)
+    problem = Problem(params, side_E, side_U, ProductSpec({"": D}), P=P, store=store, promised=promised)
     K = torch.empty(len(side_E), len(side_U), dtype=torch.float64)
-    with recycled():
+    with reuse_memory():
         for block in blocks(problem, how):
             K[block.at] = block.kernel()
     leaf = widened(next(iter(params.values()))[..., :0])
@@ -155,35 +151,37 @@ def influence(
     check_sides(f, params, E, U, layers=True)
     microbatch = usual_microbatch(microbatch, E, U)
     if how := walking_of(f, params, (E, U), memory):
-        with recycled():
-            with naming("U"):
-                towards = gradient_sum(Ordered("U", U, f), params, widened(weights), how)
-            found = along_of(Ordered("E", E, f), ((1.0, plain(params)),), params, transformed(precond, towards), how)
+        with reuse_memory():
+            with error_context("U"):
+                towards = gradient_sum(SortedBatch("U", U, f), params, widened(weights), how)
+            found = along_of(
+                SortedBatch("E", E, f), ((1.0, plain(params)),), params, transformed(precond, towards), how
+            )
             return found.to(towards[next(iter(towards))].dtype)
-    with naming("E"), explained(params):
+    with error_context("E"), translate_errors(params):
         plan = plan_of(f, params, E)
 
     def factors(f: Function, params: Tree, batch: Any) -> Any:
         return handles_of(bare(f), params, batch, plan)
 
-    m, needed = fit(memory, microbatch, f, params, (E, U), (reverse, factors), vectors=1, least=3)
+    m, needed = max_microbatch(memory, microbatch, f, params, (E, U), (reverse, factors), vectors=1, least=3)
     if memory is not None and parse_bytes(memory) < needed:
         raise BatchError(
             f"memory={memory!r} cannot hold three vectors of {tree.size(params)} parameters, and one sequence's "
             f"activations; give at least {needed} bytes, or shorten the sequences."
         )
-    with recycled():
-        with naming("U"):
+    with reuse_memory():
+        with error_context("U"):
             towards = func.vjp(f, m)(params, U, weights)
         move = transformed(precond, towards)
         del towards
-        return _along(Ordered("E", E, f), params, move, m)
+        return _along(SortedBatch("E", E, f), params, move, m)
 
 
-def _along(side: Ordered, params: Tree, direction: Tree, microbatch: int) -> Tensor:
+def _along(side: SortedBatch, params: Tree, direction: Tree, microbatch: int) -> Tensor:
     """Compute ⟨∇f, v⟩ of every sequence, [n] in the caller's order, a microbatch's gradients in handles at a time."""
     J = computed(side, ((1.0, params),), cuts_of(side, token_grant(side.batch, microbatch)))
     found = torch.cat([along_direction(handles, direction) for _, handles in J])
-    with naming(side.name, side.order):
+    with error_context(side.name, side.order):
         check_values(found, "the influence")
     return torch.empty_like(found).index_copy_(0, side.order, found).to(next(iter(direction.values())).dtype)

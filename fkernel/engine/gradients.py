@@ -10,18 +10,24 @@ from typing import Any
 import torch
 
 from fkernel import func
+from fkernel.engine.batching import SortedBatch, blocks, error_context
 from fkernel.engine.path import Nodes, mean_of
-from fkernel.engine.planning.workload import LONG
-from fkernel.engine.sides import Ordered, blocks, naming
-from fkernel.func.batch import length, take, trim
-from fkernel.func.boundary import explained
-from fkernel.func.certified import plan_of
-from fkernel.func.contract import widest
-from fkernel.func.cutting import cut_of
-from fkernel.func.handles import Handles, at, each_tensor, form, nbytes, packed, stack_handles, tensors
-from fkernel.func.rows import handle_pieces
-from fkernel.func.source import plain
-from fkernel.func.walk import Walk
+from fkernel.engine.planning.workloads import LONG
+from fkernel.func.handles import (
+    Handles,
+    at,
+    each_tensor,
+    materialize_into,
+    nbytes,
+    packed,
+    stack_handles,
+    tensors,
+    widest,
+)
+from fkernel.func.inputs import length, plain, take, translate_errors, trim
+from fkernel.func.layers import Walk, cut_of
+from fkernel.func.taps import handle_pieces
+from fkernel.func.trust import plan_of
 from fkernel.shapes import Tensor, Tree
 
 Read = Callable[..., Handles]
@@ -44,7 +50,7 @@ class Gradients:
 
     def __init__(
         self,
-        side: Ordered,
+        side: SortedBatch,
         cuts: Sequence[slice],
         read: Read,
         computed: int = 0,
@@ -81,13 +87,13 @@ class Gradients:
         """Hold the gradients of some microbatches, of all parameters or of some."""
         return stack_handles(self.read(i) if names is None else self.read(i, names) for i in block)
 
-    def in_memory(self, tick: Callable[[int], Any] = lambda n: None, *, together: bool = True) -> Gradients:
+    def in_memory(self, on_progress: Callable[[int], Any] = lambda n: None, *, together: bool = True) -> Gradients:
         """Compute or read everything once, and hold it, moved together: what temporaries surround leaves holes."""
         held = []
         for i, rows in enumerate(self.cuts):
             handles = self.read(i)
             held.append(packed(handles) if together else handles)
-            tick(rows.stop - rows.start)
+            on_progress(rows.stop - rows.start)
         return Gradients(self.side, self.cuts, held.__getitem__, len(self))
 
     def remembering(self, held: dict[int, Handles], room: int) -> Gradients:
@@ -185,7 +191,7 @@ class Gradients:
         return self.largest / ((rows.stop - rows.start) * self.side.tokens[rows.start])
 
 
-def computed(side: Ordered, nodes: Nodes, cuts: Sequence[slice], promised: bool = False) -> Gradients:
+def computed(side: SortedBatch, nodes: Nodes, cuts: Sequence[slice], promised: bool = False) -> Gradients:
     """Compute a side's gradients when they are asked for: ḡ = Σ_j q_j ∇f(θ_j) over the nodes of a path.
 
     Args:
@@ -197,7 +203,7 @@ def computed(side: Ordered, nodes: Nodes, cuts: Sequence[slice], promised: bool 
     """
     f, θ = side.f, nodes[0][1]
     assert f is not None
-    with naming(side.name), explained(θ):
+    with error_context(side.name), translate_errors(θ):
         cut = cut_of(f, θ, side.batch) if side.tokens[0] > LONG else "short"
         plan = plan_of(f, θ, side.batch) if isinstance(cut, str) else None
 
@@ -210,7 +216,7 @@ def computed(side: Ordered, nodes: Nodes, cuts: Sequence[slice], promised: bool 
     def read(i: int) -> Handles:
         part, found = trim(take(side.batch, cuts[i])), list[tuple[float, Handles]]()
         for q, params in nodes:
-            with naming(side.name, side.order[cuts[i]]), explained(params):
+            with error_context(side.name, side.order[cuts[i]]), translate_errors(params):
                 found.append((q, one(params, part)))
         mean = mean_of(found)
         return packed(mean) if promised else mean
@@ -224,7 +230,7 @@ def _by_layers(cut: Any, params: Tree, part: Any) -> Handles:
     J = {name: leaf.new_empty(length(part), *leaf.shape) for name, leaf in params.items()}
     for rows, handles in walk.back():
         for name, handle in handles.items():
-            form(handle, J[name][rows])
+            materialize_into(handle, J[name][rows])
     return J
 
 

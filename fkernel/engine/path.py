@@ -20,7 +20,7 @@ from typing import Literal
 
 from fkernel import tree
 from fkernel.errors import BatchError
-from fkernel.func.handles import Factored, Handle, Handles, Piece, Rows, Stack, Sum, summands
+from fkernel.func.handles import Concat, Factored, Handle, Handles, Piece, SparseRows, Sum, summands
 from fkernel.shapes import Tensor, Tree
 
 Path = Literal["midpoint", "start", "gauss2"]
@@ -78,17 +78,17 @@ def mean_of(pieces: Sequence[tuple[float, Handles]]) -> Handles:
 
 
 def _mean(pieces: list[tuple[float, Handle]]) -> Piece:
-    parts = [_times(q, part) for q, handle in pieces if not isinstance(handle, Stack) for part in summands(handle)]
-    dense = [part for part in parts if not isinstance(part, Factored | Rows)]
-    others = [part for part in parts if isinstance(part, Factored | Rows)]
+    parts = [_times(q, part) for q, handle in pieces if not isinstance(handle, Concat) for part in summands(handle)]
+    dense = [part for part in parts if not isinstance(part, Factored | SparseRows)]
+    others = [part for part in parts if isinstance(part, Factored | SparseRows)]
     whole = [sum(dense[1:], dense[0])] if dense else []
     # Lookups come last: they add to few rows of storage that the others have written whole.
-    ordered = [*whole, *sorted(others, key=lambda part: isinstance(part, Rows))]
+    ordered = [*whole, *sorted(others, key=lambda part: isinstance(part, SparseRows))]
     return ordered[0] if len(ordered) == 1 else Sum(tuple(ordered))
 
 
 def _times(q: float, part: Piece) -> Piece:
-    if isinstance(part, Factored | Rows):
+    if isinstance(part, Factored | SparseRows):
         return part._replace(cotangents=q * part.cotangents)
     assert isinstance(part, Tensor)  # heads and sums are of a walk by layers, which has its own nodes
     return q * part

@@ -11,18 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fkernel.engine.contraction import Block, contraction
+from fkernel.engine.batching import SortedBatch, cuts_of, error_context, transformed
+from fkernel.engine.from_store import kernel_from_store
 from fkernel.engine.gradients import Gradients, computed
-from fkernel.engine.layered import Walking, layered, sources_of
+from fkernel.engine.layerwise import Walking, layered, sources_of
 from fkernel.engine.path import nodes_of
 from fkernel.engine.planning import Strategy
-from fkernel.engine.sides import Ordered, cuts_of, naming, transformed
-from fkernel.engine.stored import stored
+from fkernel.engine.streaming import KernelBlock, contraction
 from fkernel.errors import BatchError
-from fkernel.func.boundary import check_params, explained
-from fkernel.func.contract import Asked
-from fkernel.func.handles import Handles, write_out
-from fkernel.func.source import is_half
+from fkernel.func.handles import Handles, ProductSpec, write_out
+from fkernel.func.inputs import check_params, is_half, translate_errors
 from fkernel.precond import Preconditioner
 from fkernel.shapes import Tree
 
@@ -45,9 +43,9 @@ class Problem:
     """
 
     params: Tree
-    E: Ordered
-    U: Ordered | None
-    asked: Asked
+    E: SortedBatch
+    U: SortedBatch | None
+    asked: ProductSpec
     path: str = "start"
     step: Tree | None = None
     kept: Gradients | None = None
@@ -56,11 +54,11 @@ class Problem:
     promised: bool = False
 
 
-def blocks(problem: Problem, strategy: Strategy) -> Iterator[Block]:
+def blocks(problem: Problem, strategy: Strategy) -> Iterator[KernelBlock]:
     """Run a problem by one of the ways of `fkernel.engine.planning.strategy`; every one gives the same numbers.
 
     Yields:
-        A `Block` a tile of E's rows.
+        A `KernelBlock` a tile of E's rows.
     """
     if strategy.name == "layers":
         if problem.P is not None:
@@ -82,10 +80,10 @@ def _sources(problem: Problem, strategy: Strategy, opened: ExitStack) -> tuple[G
     """Where both sides' gradients come from: computed as they are asked for, kept, or by way of a store."""
     nodes = nodes_of(problem.path, problem.params, problem.step)
 
-    def source(side: Ordered, at: Any) -> Gradients:
+    def source(side: SortedBatch, at: Any) -> Gradients:
         cuts = cuts_of(side, strategy.tokens)
         if strategy.name == "store":
-            return opened.enter_context(stored(_given(problem.store), problem.params, side, cuts))
+            return opened.enter_context(kernel_from_store(_given(problem.store), problem.params, side, cuts))
         return computed(side, at, cuts, problem.promised)
 
     E = source(problem.E, nodes)
@@ -101,7 +99,7 @@ def _under(P: Preconditioner, J: Gradients, params: Tree) -> Gradients:
     def read(i: int) -> Handles:
         rows = J.cuts[i]
         dense = write_out([(slice(0, rows.stop - rows.start), J.read(i))], params, rows.stop - rows.start)
-        with naming(J.side.name, J.side.order[rows]), explained(params):
+        with error_context(J.side.name, J.side.order[rows]), translate_errors(params):
             return {**transformed(P, dense)}
 
     return Gradients(J.side, J.cuts, read)

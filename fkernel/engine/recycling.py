@@ -16,7 +16,7 @@ _USUAL = 32 << 20  # where glibc's own, moving thresholds end up in a process th
 
 
 @contextmanager
-def recycled() -> Iterator[None]:
+def reuse_memory() -> Iterator[None]:
     """Within, memory that is freed is what is taken next; afterwards, what is free goes back to the system.
 
     glibc hands every block above 32 MB back to the system when it is freed, and takes the next one fresh. Fresh memory
@@ -30,7 +30,7 @@ def recycled() -> Iterator[None]:
         >>> f = lambda params, x: x @ params["w"]
         >>> from fkernel import kernel, precond
         >>> checkpoints = [{"w": torch.zeros(2)}, {"w": torch.ones(2)}]
-        >>> with recycled():
+        >>> with reuse_memory():
         ...     kernels = [kernel(f, params, torch.eye(2), torch.eye(2), precond.identity()) for params in checkpoints]
     """
     libc = _glibc()
@@ -46,7 +46,7 @@ def recycled() -> Iterator[None]:
 
 _lock = threading.Lock()
 _depth = [0]
-"""How many `recycled` are under way, in all threads: the first sets malloc's thresholds, the last puts them back."""
+"""How many `reuse_memory` are under way, in all threads: the first sets malloc's thresholds, the last resets them."""
 
 
 def _enter(libc: Any) -> None:

@@ -1,7 +1,7 @@
 """One AdamW step, explained: what it does to log π of every sequence of E, and which sequence of U did it.
 
-With g = −c Σ_u w_u A_u ∇S_u, Δθ = batch + momentum + decay (`fkernel.precond.adam`) and the nodes θ_j = θ + s_jΔθ of a
-path (`fkernel.engine.path`; by default one, halfway), ḡ_e = Σ_j q_j ∇S_e(θ_j) and
+With g = −c Σ_u w_u A_u ∇S_u, Δθ = batch + momentum + decay (`fkernel.precond.adaptive`) and the nodes θ_j = θ + s_jΔθ
+of a path (`fkernel.engine.path`; by default one, halfway), ḡ_e = Σ_j q_j ∇S_e(θ_j) and
 
     S_e(θ + Δθ) − S_e(θ) = Σ_u C_eu + momentum_e + decay_e + O(|Δθ|³)
     C_eu = c w_u A_u ⟨ḡ_e, P_step ∇S_u(θ)⟩
@@ -19,25 +19,29 @@ import torch
 from einops import rearrange
 
 from fkernel import func, tree
+from fkernel.engine.batching import SortedBatch, check_sides, cuts_of, error_context
 from fkernel.engine.gradients import computed
-from fkernel.engine.layered import Walking, evaluated, gradient_sum
+from fkernel.engine.layerwise import Walking, evaluated, gradient_sum
 from fkernel.engine.path import NODES, Path, check_path
 from fkernel.engine.planning import Strategy, choose, usual_microbatch
-from fkernel.engine.planning.passes import Fit, bytes_of, fit, reverse
+from fkernel.engine.planning.passes import Fit, bytes_of, max_microbatch, reverse
 from fkernel.engine.problem import Problem, blocks
-from fkernel.engine.recycling import recycled
-from fkernel.engine.sides import Ordered, check_sides, cuts_of, naming
+from fkernel.engine.recycling import reuse_memory
 from fkernel.errors import BatchError
-from fkernel.func.along import true_derivative
-from fkernel.func.batch import length
-from fkernel.func.boundary import check_weights, explained
-from fkernel.func.contract import Asked, Own
-from fkernel.func.objective import Function
-from fkernel.func.source import widened
-from fkernel.func.unused import unused_parameters
-from fkernel.precond import AdamWState, AdamWStep, Diagonal, adamw_response, adamw_step, clip_gradient
-from fkernel.precond.adam import Grads
-from fkernel.precond.state import check_covers
+from fkernel.func import unused_parameters
+from fkernel.func.handles import ProductSpec, RowSpec
+from fkernel.func.inputs import Function, check_weights, length, translate_errors, widened
+from fkernel.func.trust import true_derivative
+from fkernel.precond import (
+    AdamWState,
+    AdamWStep,
+    Diagonal,
+    Grads,
+    adamw_response,
+    adamw_step,
+    check_covers,
+    clip_gradient,
+)
 from fkernel.shapes import Tensor, Tree
 
 
@@ -124,7 +128,7 @@ def loss_gradient(
         ({'w': tensor([-3., -4.])}, 1.0, 5.0)
     """
     check_weights(weights, length(U))
-    with naming("U"):
+    with error_context("U"):
         ascent = func.vjp(f, usual_microbatch(microbatch, U))(params, U, weights)
     return clip_gradient(ascent, max_norm)
 
@@ -190,12 +194,12 @@ def explain_step(
     microbatch = usual_microbatch(microbatch, E, U)
 
     def passes() -> Fit:
-        return fit(memory, microbatch, f, params, (E, U), (reverse,), vectors=2, least=vectors + 1)
+        return max_microbatch(memory, microbatch, f, params, (E, U), (reverse,), vectors=2, least=vectors + 1)
 
     reserved = vectors * bytes_of(params)
     strategy = choose(f, params, E, U, memory, microbatch, False, False, reserved, lambda: passes().needed)
     m = microbatch if strategy.name == "layers" else passes().microbatch
-    with recycled():
+    with reuse_memory():
         return _explained(f, f_E, params, E, U, weights, state, path, max_norm, m, strategy, memory is not None)
 
 
@@ -213,7 +217,7 @@ def _explained(
     strategy: Strategy,
     promised: bool,
 ) -> tuple[StepEffect, AdamWStep]:
-    side_U, kept, w = Ordered("U", U, f), None, widened(weights.to(next(iter(params.values())).device))
+    side_U, kept, w = SortedBatch("U", U, f), None, widened(weights.to(next(iter(params.values())).device))
     if strategy.name == "layers":
         ascent = gradient_sum(side_U, params, w, Walking(strategy.tokens or 0, strategy.every))
         g, clip, norm = clip_gradient(ascent, max_norm)
@@ -225,17 +229,17 @@ def _explained(
     else:
         g, clip, norm = loss_gradient(f, params, U, weights, max_norm=max_norm, microbatch=m)
     θ = {name: widened(leaf) for name, leaf in params.items()}
-    with naming("U"):
+    with error_context("U"):
         given: Grads = {**g, **dict.fromkeys(unused_parameters(f, θ, U))}
     step, P = adamw_step(θ, given, state), adamw_response(state, given)
     assert isinstance(P, Diagonal)
     del g, given
     total = step.total
-    with naming("E"), explained(params):
+    with error_context("E"), translate_errors(params):
         S = true_derivative(f_E, θ, E, total)
     del θ
-    asked = Asked({"": P.d}, Own({"momentum": step.momentum, "decay": step.decay}))
-    side_E = Ordered("E", E, S)
+    asked = ProductSpec({"": P.d}, RowSpec({"momentum": step.momentum, "decay": step.decay}))
+    side_E = SortedBatch("E", E, S)
     problem = Problem(params, side_E, side_U, asked, path, total, kept, promised=promised)
     found = _found(problem, strategy)
     leaf = widened(next(iter(params.values()))[..., :0])
@@ -280,6 +284,6 @@ def realised_change(f: Function, before: Tree, after: Tree, E: Any, *, microbatc
     """
     tree.check_same(after, before, "after", "before")
     m = usual_microbatch(microbatch, E)
-    with naming("E"):
+    with error_context("E"):
         change = evaluated(f, after, E, m) - evaluated(f, before, E, m)
     return change.to(widened(next(iter(before.values()))[..., :0]))

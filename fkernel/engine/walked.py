@@ -13,18 +13,16 @@ from typing import Any
 import torch
 
 from fkernel import func
+from fkernel.engine.batching import SortedBatch
 from fkernel.engine.gradients import Gradients, computed
-from fkernel.engine.layered import along_of, gradient_sum, must_cut
+from fkernel.engine.layerwise import along_of, gradient_sum, must_cut
 from fkernel.engine.planning import Strategy, Workload, rates
-from fkernel.engine.planning.estimate import Walking, walking_of
+from fkernel.engine.planning.estimates import Walking, walking_of
 from fkernel.engine.planning.kept import choose_meeting
 from fkernel.engine.planning.walking import walk_of
 from fkernel.engine.problem import Problem, blocks
-from fkernel.engine.sides import Ordered
-from fkernel.func.batch import take, trim
-from fkernel.func.contract import Asked, Own
-from fkernel.func.objective import Function
-from fkernel.func.source import plain, widened
+from fkernel.func.handles import ProductSpec, RowSpec
+from fkernel.func.inputs import Function, plain, take, trim, widened
 from fkernel.shapes import Tensor, Tree
 from fkernel.tree import size
 
@@ -46,14 +44,14 @@ class WalkedGradients(Gradients):
         >>> shape = {"vocab_size": 11, "n_positions": 8, "n_embd": 4, "n_layer": 2, "n_head": 1}
         >>> apply, params = func.make_functional(GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0)))
         >>> S, batch = func.sequence_logprob(apply), func.pad([[1, 2], [3]], [[4], [5]])
-        >>> J = WalkedGradients(Ordered("U", batch, S), params, Walking())
+        >>> J = WalkedGradients(SortedBatch("U", batch, S), params, Walking())
         >>> sorted(J.weighted_sum(torch.ones(2))) == sorted(params)
         True
     """
 
     walked = True
 
-    def __init__(self, side: Ordered, params: Tree, how: Walking, count: int = 0) -> None:
+    def __init__(self, side: SortedBatch, params: Tree, how: Walking, count: int = 0) -> None:
         """Take a side with its f, θ, how it walks, and how many sequences were walked to get here."""
         each = [slice(i, i + 1) for i in range(len(side))]
         super().__init__(side, each, computed(side, ((1.0, params),), each).read, count)
@@ -69,7 +67,7 @@ class WalkedGradients(Gradients):
     def squared_norms(self, D: Tree | None) -> func.SquaredNorms:
         """Compute ‖g‖² and ⟨g, D g⟩ of every sequence, [n] float64."""
         found = torch.empty(2, len(self), dtype=torch.float64)
-        asked = Asked(x=Own(squares={"plain": None, "weighted": D}))
+        asked = ProductSpec(x=RowSpec(squares={"plain": None, "weighted": D}))
         for block in blocks(Problem(self.params, self.side, None, asked), ALONE._replace(every=self.how.every)):
             found[:, block.at] = torch.stack([block.rows("plain"), block.rows("weighted")])
         return func.SquaredNorms(*found)
@@ -83,14 +81,14 @@ class WalkedGradients(Gradients):
         """Compute K of the side with itself and ‖g‖²: ([n n] symmetric to the last bit, [n]), float64."""
         n = len(self)
         K, norms = torch.empty(n, n, dtype=torch.float64), torch.empty(n, dtype=torch.float64)
-        asked = Asked({"": D}, Own(squares={"norm": None}))
+        asked = ProductSpec({"": D}, RowSpec(squares={"norm": None}))
         for block in blocks(Problem(self.params, self.side, self.side, asked), how or WHOLE):
             K[block.at], norms[block.at] = block.kernel(), block.rows("norm")
         return (K + K.T) / 2, norms
 
 
 def choose_walk(
-    E: Ordered, U: Ordered, params: Tree, memory: int | None, microbatch: int, reserved: int = 0
+    E: SortedBatch, U: SortedBatch, params: Tree, memory: int | None, microbatch: int, reserved: int = 0
 ) -> Strategy:
     """Ask the planner how two sides walk together, layer by layer, within what a grant leaves beside reserved bytes.
 
@@ -103,7 +101,7 @@ def choose_walk(
     return choose_meeting(load, memory, rates(_like(params).dtype), microbatch, reserved).strategy
 
 
-def walk_load(E: Ordered, U: Ordered, params: Tree) -> Workload:
+def walk_load(E: SortedBatch, U: SortedBatch, params: Tree) -> Workload:
     """Count what two sides that walk together have to do; U with its f."""
     assert U.f is not None
     tokens = {"E": E.tokens, "U": U.tokens}
@@ -116,7 +114,7 @@ def _like(params: Tree) -> Tensor:
     return widened(next(iter(params.values()))[..., :0])
 
 
-def walking_alone(f: Function, params: Tree, side: Ordered, memory: int | str | None) -> Walking | None:
+def walking_alone(f: Function, params: Tree, side: SortedBatch, memory: int | str | None) -> Walking | None:
     """Say how the longest sequence of a side walks by itself within a grant; None where no sequence is long.
 
     Raises:

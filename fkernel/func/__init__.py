@@ -3,17 +3,17 @@
 No files, no tokenizers, no state. See `fkernel.func.gradient` for the mathematics.
 """
 
-from fkernel.func.along import true_derivative
-from fkernel.func.batch import Sequences, pad
-from fkernel.func.certificate import Certificate
-from fkernel.func.contract import contract
 from fkernel.func.detach import through_detach
-from fkernel.func.evaluate import evaluate
-from fkernel.func.functional import Apply, make_functional
+from fkernel.func.evaluation import evaluate, evaluate_in_float64
+from fkernel.func.functional import Apply, make_functional, split
 from fkernel.func.gradient import curvature, jvp, per_sequence_grad, per_sequence_handles, vjp
-from fkernel.func.groups import Part, by_kind, by_layer, contract_by, grouped, part_of
-from fkernel.func.handles import Factored, Handle, Handles, Rows, Stack, Sum
-from fkernel.func.held import SquaredNorms, squared_norms, weighted_sum
+from fkernel.func.handles.forms import Concat, Factored, Handle, Handles, SparseRows, Sum
+from fkernel.func.handles.groups import Part, by_kind, by_layer, contract_by, grouped, part_of
+from fkernel.func.handles.held import SquaredNorms, squared_norms, weighted_sum
+from fkernel.func.handles.products import contract
+from fkernel.func.handles.squares import squared_sum
+from fkernel.func.inputs.batch import Sequences, pad
+from fkernel.func.inputs.objective import Objective
 from fkernel.func.logprob import sequence_logprob, token_entropy, token_logprobs
 from fkernel.func.losses import (
     Weighted,
@@ -25,30 +25,29 @@ from fkernel.func.losses import (
     preference_weights,
     weighted_logprob,
 )
-from fkernel.func.objective import Objective
 from fkernel.func.observables import Answers, Pair, expected_reward, kl_divergence, log_odds, mean_entropy
-from fkernel.func.padding import as_trained
-from fkernel.func.remembered import certificates, made_certificates, skip_certificates
-from fkernel.func.squares import squared_sum
+from fkernel.func.padding import with_masked_padding_grad
+from fkernel.func.trust.along import true_derivative
+from fkernel.func.trust.comparisons import Certificate
+from fkernel.func.trust.memory import certificates, made_certificates, skip_certificates
 from fkernel.func.unused import unused_parameters
 
 __all__ = [
     "Answers",
     "Apply",
     "Certificate",
+    "Concat",
     "Factored",
     "Handle",
     "Handles",
     "Objective",
     "Pair",
     "Part",
-    "Rows",
     "Sequences",
+    "SparseRows",
     "SquaredNorms",
-    "Stack",
     "Sum",
     "Weighted",
-    "as_trained",
     "by_kind",
     "by_layer",
     "certificates",
@@ -59,6 +58,7 @@ __all__ = [
     "corrected_kl_penalty_weights",
     "curvature",
     "evaluate",
+    "evaluate_in_float64",
     "expected_reward",
     "grouped",
     "jvp",
@@ -76,6 +76,7 @@ __all__ = [
     "preference_weights",
     "sequence_logprob",
     "skip_certificates",
+    "split",
     "squared_norms",
     "squared_sum",
     "through_detach",
@@ -86,4 +87,5 @@ __all__ = [
     "vjp",
     "weighted_logprob",
     "weighted_sum",
+    "with_masked_padding_grad",
 ]

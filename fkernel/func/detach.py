@@ -17,9 +17,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from fkernel.func.constants import seen_through
 from fkernel.func.functional import Apply
-from fkernel.func.objective import Objective
-from fkernel.func.seen_through import seen_through
+from fkernel.func.inputs.objective import Objective
 
 
 def through_detach(f: Any) -> Any:

@@ -19,9 +19,9 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fkernel.errors import BatchError, ModelError, listing
-from fkernel.func.objective import is_readable
+from fkernel.func.constants import seen_through
+from fkernel.func.inputs.objective import is_readable
 from fkernel.func.padding import padding_rows, trained_padding
-from fkernel.func.seen_through import seen_through
 from fkernel.shapes import Tensor, Tree
 
 
@@ -36,7 +36,8 @@ class Apply:
         padding_idx: the id whose embedding row a training run withholds the gradient of, or None.
         own_width: whether log π of a sequence depends on how wide its batch is, so that sequences of different lengths
             may not share one (dynamic and long rotary scaling).
-        original: the module as the caller has it, in eval mode: what `fkernel.func.certificate` compares values with.
+        original: the module as the caller has it, in eval mode: what `fkernel.func.trust.comparisons` compares values
+            with.
         withholds: whether padding rows get no gradient, as in training; None where no lookup has such a row. See
             `fkernel.func.padding`.
         through_detach: whether what the module detaches is differentiated all the same; see `fkernel.func.detach`.
@@ -149,6 +150,10 @@ def make_functional(
 
 def split(model: nn.Module, chosen: Collection[str]) -> tuple[Apply, Tree]:
     """Split without `make_functional`'s checks; the parameters may lie on the meta device, where nothing has a value.
+
+    Args:
+        model: a module.
+        chosen: names of the parameters to differentiate; the others are constants.
 
     Example:
         >>> with torch.device("meta"):

@@ -8,7 +8,7 @@ J stacks the gradients of f, one row a sequence: J[x, α] = ∂f(x; θ)/∂θ_α
     curvature           vᵀH_x v = d²/dε² f(x; θ + εv)|₀  forward over forward
 
 Where torch.func cannot follow f, J is taken one sequence at a time, and Jv and vᵀHv by reverse passes alone
-(`fkernel.func.directional`): as exact, slower, and said once.
+(`fkernel.func.trust.directional`): as exact, slower, and said once.
 
 Every function here is made once from f, then called with (params, batch, …); `microbatch` bounds how many sequences
 are under way at once and changes no value. They are final: their results carry no graph. To differentiate once
@@ -25,15 +25,15 @@ from typing import Any
 
 from fkernel import tree
 from fkernel.errors import NonFiniteError
-from fkernel.func.along import derivative_for
-from fkernel.func.batch import length, take
-from fkernel.func.boundary import check_direction, check_weights
-from fkernel.func.certified import certified, plan_of
-from fkernel.func.directional import FIRST, SECOND, Order, value_on
-from fkernel.func.handles import Handles, stack_handles
-from fkernel.func.microbatch import groups, stacked, summed, token_grant
-from fkernel.func.objective import Function, bare, check_values, name_of, own_width
-from fkernel.func.rows import gradient_rows, handle_pieces, pull_back
+from fkernel.func.handles.forms import Handles, stack_handles
+from fkernel.func.inputs.batch import length, take
+from fkernel.func.inputs.microbatch import groups, stacked, summed, token_grant
+from fkernel.func.inputs.objective import Function, bare, check_values, name_of, own_width
+from fkernel.func.inputs.validation import check_direction, check_weights
+from fkernel.func.taps.rows import gradient_rows, handle_pieces, pull_back
+from fkernel.func.trust.along import derivative_for
+from fkernel.func.trust.checks import certified, plan_of
+from fkernel.func.trust.directional import FIRST, SECOND, Order, value_on
 from fkernel.shapes import Shaped, Tensor, Tree
 
 
@@ -51,8 +51,8 @@ def per_sequence_grad(f: Function, microbatch: int | None = None) -> Callable[[T
         (params, batch) -> {name: [n, *shape]}, in the parameters' dtype; units of f per unit of parameter.
 
     Raises:
-        BatchError, TreeError, ModelError, NonFiniteError: (when called) see `fkernel.func.boundary`; a non-finite
-            gradient names the sequence and the parameter.
+        BatchError, TreeError, ModelError, NonFiniteError: (when called) see `fkernel.func.inputs.validation`; a
+            non-finite gradient names the sequence and the parameter.
 
     Example:
         >>> import torch
@@ -72,10 +72,11 @@ def per_sequence_grad(f: Function, microbatch: int | None = None) -> Callable[[T
 def per_sequence_handles(f: Function, microbatch: int | None = None) -> Callable[[Tree, Any], Handles]:
     """Make J in its smallest exact form: factors of linear layers, rows of tables, dense where nothing is smaller.
 
-    Arguments and errors as in `per_sequence_grad`, whose J this is: `fkernel.func.handles.form` writes it out.
+    Arguments and errors as in `per_sequence_grad`, whose J this is: `fkernel.func.handles.forms.materialize_into`
+    writes it out.
 
     Returns:
-        (params, batch) -> {name: handle}; see `fkernel.func.handles`. `contract` takes any mix of them.
+        (params, batch) -> {name: handle}; see `fkernel.func.handles.forms`. `contract` takes any mix of them.
 
     Example:
         >>> import torch
@@ -107,8 +108,8 @@ def vjp(f: Function, microbatch: int | None = None) -> Callable[[Tree, Any, Tens
         (params, batch, weights [n]) -> {name: [*shape]}.
 
     Raises:
-        BatchError, TreeError, ModelError, NonFiniteError: (when called) see `fkernel.func.boundary`; where the sum is
-            not finite, the sequence and parameter that made it so are looked for and named.
+        BatchError, TreeError, ModelError, NonFiniteError: (when called) see `fkernel.func.inputs.validation`; where the
+            sum is not finite, the sequence and parameter that made it so are looked for and named.
 
     Example:
         >>> import torch
@@ -150,7 +151,7 @@ def jvp(f: Function, microbatch: int | None = None) -> Callable[[Tree, Any, Tree
 
     Raises:
         TreeError: (when called) direction and params disagree in names, shapes or dtypes.
-        BatchError, ModelError, NonFiniteError: (when called) see `fkernel.func.boundary`.
+        BatchError, ModelError, NonFiniteError: (when called) see `fkernel.func.inputs.validation`.
 
     Example:
         >>> import torch

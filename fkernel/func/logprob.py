@@ -21,9 +21,9 @@ import torch
 from einops import rearrange
 
 from fkernel.errors import ModelError
-from fkernel.func.batch import Sequences, check_tokens
-from fkernel.func.certified import certify_values
-from fkernel.func.objective import Function, Objective, TokenWeights, bare
+from fkernel.func.inputs.batch import Sequences, check_tokens
+from fkernel.func.inputs.objective import Function, Objective, TokenWeights, bare
+from fkernel.func.trust.checks import certify_values
 from fkernel.shapes import Float, Tensor, Tree
 
 LogitsFn = Callable[[Tree, Tensor, Tensor], Tensor]

@@ -34,10 +34,10 @@ import torch
 
 from fkernel import tree
 from fkernel.errors import BatchError, ModelError, NonFiniteError
-from fkernel.func.batch import Sequences
-from fkernel.func.boundary import check_weights
+from fkernel.func.inputs.batch import Sequences
+from fkernel.func.inputs.objective import Objective, TokenWeights, bare
+from fkernel.func.inputs.validation import check_weights
 from fkernel.func.logprob import LogitsFn, token_logprobs
-from fkernel.func.objective import Objective, TokenWeights, bare
 from fkernel.shapes import Tensor, Tree
 
 _SAME_TOKENS = "are both of the same tokens, at the same temperature?"

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 
 from fkernel.errors import BatchError
-from fkernel.func.batch import Sequences
+from fkernel.func.inputs.batch import Sequences
+from fkernel.func.inputs.objective import Objective, bare
 from fkernel.func.logprob import LogitsFn, sequence_logprob, token_entropy
-from fkernel.func.objective import Objective, bare
 from fkernel.shapes import Tensor, Tree
 
 

@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from fkernel.shapes import Tensor
 
 
-def as_trained(apply: Any) -> Any:
+def with_masked_padding_grad(apply: Any) -> Any:
     """Make the same function with the gradient that a training run takes of it, in reverse mode.
 
     Args:
@@ -42,7 +42,7 @@ def as_trained(apply: Any) -> Any:
         >>> shape = {"vocab_size": 9, "hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1}
         >>> shape |= {"num_attention_heads": 1, "num_key_value_heads": 1, "pad_token_id": 0}
         >>> apply, params = make_functional(Qwen2ForCausalLM(Qwen2Config(**shape)))
-        >>> apply.padding_idx, as_trained(apply).padding_idx
+        >>> apply.padding_idx, with_masked_padding_grad(apply).padding_idx
         (0, None)
     """
     return apply if apply.withholds is None else replace(apply, withholds=True, padding_idx=None)

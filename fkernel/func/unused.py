@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from fkernel.func.batch import take, trim
-from fkernel.func.boundary import boundary
-from fkernel.func.certified import seen_of
-from fkernel.func.objective import Function, bare
+from fkernel.func.inputs.batch import take, trim
+from fkernel.func.inputs.objective import Function, bare
+from fkernel.func.inputs.validation import validated
+from fkernel.func.trust.checks import seen_of
 from fkernel.shapes import Tree
 
 
@@ -41,7 +41,7 @@ def unused_parameters(f: Function, params: Tree, batch: Any) -> frozenset[str]:
         >>> unused_parameters(f, {"w": torch.zeros(2), "other": torch.zeros(3)}, torch.eye(2))
         frozenset({'other'})
     """
-    with boundary(f, params, batch):
+    with validated(f, params, batch):
         copies = {name: leaf.detach().requires_grad_() for name, leaf in params.items()}
         with torch.enable_grad():
             value = bare(f)(copies, trim(take(seen_of(f, batch), slice(0, 1)))).sum()

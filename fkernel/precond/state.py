@@ -137,7 +137,18 @@ def check_tree(x: Any, what: str) -> None:
 
 
 def check_covers(state: AdamWState, names: list[str], shapes: Tree, what: str) -> None:
-    """Raise TreeError unless the state and another tree are about the same parameters, shapes included."""
+    """Raise TreeError unless the state and another tree are about the same parameters, shapes included.
+
+    Args:
+        state: of the optimizer.
+        names: the tree's.
+        shapes: {name: tensor} of the tree, for their shapes.
+        what: what a message calls the tree.
+
+    Example:
+        >>> w = {"w": torch.ones(2)}
+        >>> check_covers(adamw_init(w, lr=0.1), ["w"], w, "the gradients")
+    """
     check_state(state)
     tree.check_names(names, state.names, what, "the optimizer state")
     for name in names:

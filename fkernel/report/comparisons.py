@@ -266,6 +266,6 @@ def _by_prompt(axes: Axes, analysis: AnalysisResult, order: list[int], update: t
     axes.set_title("every prompt; dark is more than chance", loc="left", fontsize=9)
     bar = axes.figure.colorbar(image, ax=axes, pad=0.015)
     bar.set_label(f"p  (of {facts['draws']} permutations)", fontsize=8.5)
-    ticks = [tick for tick in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0) if tick >= low]
-    bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+    ticks = [on_progress for on_progress in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0) if on_progress >= low]
+    bar.set_ticks(ticks, labels=[f"{on_progress:g}" for on_progress in ticks])
     bar.ax.minorticks_off()

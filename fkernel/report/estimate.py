@@ -26,7 +26,7 @@ def estimate_table(estimate: Estimate) -> Table:
         chosen = estimate.chosen is not None and option.name == estimate.chosen.name
         disk = size(option.disk) if option.disk else "–"
         feasible = _feasible(option, estimate.budget) + (", chosen" if chosen else "")
-        style = "bold" if chosen else ("dim" if option.why_not else None)
+        style = "bold" if chosen else ("dim" if option.infeasible_reason else None)
         table.add_row(option.name, size(option.memory), disk, duration(option.seconds), feasible, style=style)
     return table
 
@@ -81,10 +81,12 @@ def duration(seconds: float) -> str:
 
 
 def _feasible(option: Option, budget: int | None) -> str:
-    if not option.why_not:
+    if not option.infeasible_reason:
         return "yes"
     return (
-        f"no: needs {size(option.needs)}" if budget is not None and option.needs > budget else f"no: {option.why_not}"
+        f"no: needs {size(option.needs)}"
+        if budget is not None and option.needs > budget
+        else f"no: {option.infeasible_reason}"
     )
 
 
@@ -95,7 +97,7 @@ def _record(option: Option) -> dict[str, Any]:
         "needs": option.needs,
         "disk": option.disk,
         "seconds": option.seconds,
-        "feasible": not option.why_not,
-        "why_not": option.why_not,
+        "feasible": not option.infeasible_reason,
+        "infeasible_reason": option.infeasible_reason,
         "strategy": option.strategy._asdict(),
     }

@@ -2,17 +2,18 @@
 
 from fkernel.rollout.advantages import Advantage, loss_weights
 from fkernel.rollout.batch import GeneratedBatch
-from fkernel.rollout.files import content_of_batch, load_batch, save_batch
+from fkernel.rollout.files import MANIFEST, content_of_batch, load_batch, save_batch
 from fkernel.rollout.generator import SampleGenerator
 from fkernel.rollout.guards import check_recorded, check_temperature
-from fkernel.rollout.prompts import Gym, Prompt, PromptSource, Rows, dataset, jsonl
+from fkernel.rollout.prompts import Gym, Prompt, PromptSource, TablePrompts, custom, dataset, jsonl
 from fkernel.rollout.record import CustomSample, Provenance, SequenceRecord
-from fkernel.rollout.rewards import Reward
+from fkernel.rollout.rewards import Reward, dotted
 from fkernel.rollout.sampling import Sampling
 from fkernel.rollout.scoring import TokenStatistics, score
-from fkernel.rollout.template import Template
+from fkernel.rollout.template import Template, render
 
 __all__ = [
+    "MANIFEST",
     "Advantage",
     "CustomSample",
     "GeneratedBatch",
@@ -21,19 +22,22 @@ __all__ = [
     "PromptSource",
     "Provenance",
     "Reward",
-    "Rows",
     "SampleGenerator",
     "Sampling",
     "SequenceRecord",
+    "TablePrompts",
     "Template",
     "TokenStatistics",
     "check_recorded",
     "check_temperature",
     "content_of_batch",
+    "custom",
     "dataset",
+    "dotted",
     "jsonl",
     "load_batch",
     "loss_weights",
+    "render",
     "save_batch",
     "score",
 ]

@@ -90,7 +90,7 @@ class GeneratedBatch:
         return self._numbers("advantage")
 
     @property
-    def loss_weights(self) -> Tensor:
+    def weighted_advantages(self) -> Tensor:
         """[n] w·A: what the engine takes as `weights`.
 
         Raises:

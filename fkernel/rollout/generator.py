@@ -50,7 +50,7 @@ class SampleGenerator:
         sampling: Sampling | None = None,
         template: str | Template = "gsm8k_r1",
         microbatch: int = 32,
-        tick: Callable[[int], Any] = lambda n: None,
+        on_progress: Callable[[int], Any] = lambda n: None,
     ) -> None:
         """Take a policy and where its prompts come from.
 
@@ -62,7 +62,7 @@ class SampleGenerator:
             sampling: how responses are drawn; temperature 1 and nothing truncated by default.
             template: "gsm8k_r1", "chat", "bare", or a function.
             microbatch: responses that are drawn at once.
-            tick: called with a number of sequences whenever so many are drawn, and again when they are scored.
+            on_progress: called with a number of sequences whenever so many are drawn, and again when they are scored.
 
         Raises:
             RolloutError: there is no tokenizer, no EOS, or no such template.
@@ -73,7 +73,7 @@ class SampleGenerator:
             )
         end_of_sequence(tokenizer)
         self.model, self.tokenizer, self.fingerprint = model, tokenizer, fingerprint
-        self.sampling, self.microbatch, self.tick = sampling or Sampling(), microbatch, tick
+        self.sampling, self.microbatch, self.on_progress = sampling or Sampling(), microbatch, on_progress
         self.template = template_of(template, tokenizer)
         self._adds = not writes_special_tokens(self.template)
         self._sources = prompts if isinstance(prompts, Mapping) or prompts is None else {prompts.split: prompts}
@@ -262,7 +262,7 @@ class SampleGenerator:
         draws: list[Draw] = [(g, k, prompt) for g, prompt in enumerate(prompts) for k in range(completions)]
         seeds = [seed_of(seed, prefix, g, k) for g, k, _ in draws]
         each = [prompt_ids[g] for g, _, _ in draws]
-        drawn = draw(self.model, self.tokenizer, each, seeds, self.sampling, self.microbatch, self.tick)
+        drawn = draw(self.model, self.tokenizer, each, seeds, self.sampling, self.microbatch, self.on_progress)
         batch = pad(each, [one.response_ids for one in drawn], padding(self.tokenizer))
         records = []
         for (g, k, prompt), one, known in zip(draws, drawn, score(self.model, batch, self.sampling), strict=True):
@@ -288,7 +288,7 @@ class SampleGenerator:
                     abstained=judge is not None and reward is None,
                 )
             )
-        self.tick(len(records))
+        self.on_progress(len(records))
         check_truncated(records)
         if judge is not None:
             check_abstained(records, judge.name)

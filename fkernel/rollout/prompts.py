@@ -52,11 +52,11 @@ class PromptSource(Protocol):
         ...
 
 
-class Rows:
+class TablePrompts:
     """A source of rows, each a mapping; what `jsonl` and `dataset` return.
 
     Example:
-        >>> Rows("mine", "test", [{"question": "1+1?", "answer": "2"}])[0].global_prompt_id
+        >>> TablePrompts("mine", "test", [{"question": "1+1?", "answer": "2"}])[0].global_prompt_id
         'test-000000'
     """
 
@@ -99,7 +99,7 @@ def prompt_id(split: str, index: int) -> str:
     return f"{split}-{index:06d}"
 
 
-def jsonl(path: str | Path, split: str = "train", question: str = "question", answer: str = "answer") -> Rows:
+def jsonl(path: str | Path, split: str = "train", question: str = "question", answer: str = "answer") -> TablePrompts:
     """Read prompts from a file of one JSON object a line.
 
     Raises:
@@ -109,7 +109,7 @@ def jsonl(path: str | Path, split: str = "train", question: str = "question", an
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise RolloutError(f"The prompts at {path} cannot be read: {error}") from error
-    return Rows(str(path), split, [*_objects(path, lines)], question, answer)
+    return TablePrompts(str(path), split, [*_objects(path, lines)], question, answer)
 
 
 def _objects(path: str | Path, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
@@ -125,7 +125,7 @@ def _objects(path: str | Path, lines: Iterable[str]) -> Iterator[dict[str, Any]]
         yield value
 
 
-def dataset(path: str | Path, split: str = "train", question: str = "question", answer: str = "answer") -> Rows:
+def dataset(path: str | Path, split: str = "train", question: str = "question", answer: str = "answer") -> TablePrompts:
     """Take prompts from a local Hugging Face data set, as `save_to_disk` wrote it.
 
     Raises:
@@ -142,7 +142,7 @@ def dataset(path: str | Path, split: str = "train", question: str = "question", 
         if split not in rows:
             raise RolloutError(f"The data set at {path} has the splits {sorted(rows)}; there is no {split!r}.")
         rows = rows[split]
-    return Rows(str(path), split, rows, question, answer)
+    return TablePrompts(str(path), split, rows, question, answer)
 
 
 class Gym:

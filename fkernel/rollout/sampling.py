@@ -97,7 +97,7 @@ def draw(
     seeds: Sequence[int],
     sampling: Sampling,
     microbatch: int = 32,
-    tick: Callable[[int], Any] = lambda n: None,
+    on_progress: Callable[[int], Any] = lambda n: None,
 ) -> list[Drawn]:
     """Draw one response to each prompt.
 
@@ -109,7 +109,7 @@ def draw(
             floating-point ties of two tokens).
         sampling: the distribution.
         microbatch: responses under way at once; neighbours in length share one.
-        tick: called with the number of responses that are done.
+        on_progress: called with the number of responses that are done.
 
     Returns:
         One `Drawn` a prompt, in their order.
@@ -123,7 +123,7 @@ def draw(
         rows = order[start : start + microbatch]
         drawn = _together(model, tokenizer, [prompts[i] for i in rows], [seeds[i] for i in rows], sampling)
         done.update(zip(rows, drawn, strict=True))
-        tick(len(rows))
+        on_progress(len(rows))
     return [done[i] for i in range(len(prompts))]
 
 

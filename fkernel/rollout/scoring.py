@@ -9,8 +9,7 @@ import torch
 
 from fkernel import func
 from fkernel.func import Sequences
-from fkernel.func.batch import by_length, length, take, trim
-from fkernel.func.microbatch import groups, token_grant
+from fkernel.func.inputs import by_length, groups, length, take, token_grant, trim
 from fkernel.rollout.sampling import Sampling
 from fkernel.shapes import Tensor, Tree
 

@@ -3,27 +3,27 @@
 plan → workspace (U, its gradients, P) → one answer a request → results
 """
 
-from fkernel.engine.gradients import Gradients
+from fkernel.engine import Gradients
 from fkernel.errors import ResultsError
 from fkernel.study.analyses.registry import AnalysesPlan, RequestAnalyses
-from fkernel.study.capture import CapturePlan
 from fkernel.study.checks import check_inputs, check_out
+from fkernel.study.config.capture import CapturePlan
+from fkernel.study.config.io import read_plan
+from fkernel.study.config.loss import ClippedRatioLoss, KLPlan, PolicyGradientLoss, PreferenceLoss, SequenceRatioLoss
+from fkernel.study.config.plan import TEMPLATE, FisherKernelPlan, NumericsPlan, StoragePlan
+from fkernel.study.config.requests import AnyRequest, BatchRequest
+from fkernel.study.config.step import PreconditionerPlan, StepPlan
 from fkernel.study.diagnostics import Blocks, Spectrum, cosines, spectrum, top_contributors
-from fkernel.study.environment import environment
 from fkernel.study.gradients import GradientCache
 from fkernel.study.log import LEVELS, recorded
-from fkernel.study.loss_plan import ClippedRatioLoss, KLPlan, PolicyGradientLoss, PreferenceLoss, SequenceRatioLoss
 from fkernel.study.loss_terms import LossTerms
 from fkernel.study.outcome import AnalysisResult, Entry, RequestResult, SelfKernel, SequenceInfo
 from fkernel.study.phases import Forecast, Phase, forecast
-from fkernel.study.plan import TEMPLATE, FisherKernelPlan, NumericsPlan, StoragePlan
+from fkernel.study.provenance import environment
 from fkernel.study.questions import entry_of, influence_of, self_kernel_of
-from fkernel.study.reading import read_plan
-from fkernel.study.requests import AnyRequest, BatchRequest
-from fkernel.study.results import FisherKernelResults
+from fkernel.study.results import FisherKernelResults, check_saved_batch
 from fkernel.study.runner import FisherKernelRunner
 from fkernel.study.sample import SamplePlan, sampled
-from fkernel.study.step_plan import PreconditionerPlan, StepPlan
 from fkernel.study.workspace import KernelWorkspace, load_workspace, serialize_workspace
 
 __all__ = [
@@ -63,6 +63,7 @@ __all__ = [
     "StoragePlan",
     "check_inputs",
     "check_out",
+    "check_saved_batch",
     "cosines",
     "entry_of",
     "environment",

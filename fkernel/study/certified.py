@@ -13,8 +13,8 @@ from fkernel import func
 from fkernel.checkpoint import Checkpoint
 from fkernel.engine import state_against_step
 from fkernel.precond import AdamWStep
+from fkernel.study.config.plan import FisherKernelPlan
 from fkernel.study.log import say
-from fkernel.study.plan import FisherKernelPlan
 from fkernel.study.rows import Policy
 
 

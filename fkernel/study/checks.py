@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fkernel.errors import PlanError
-from fkernel.rollout.rewards import dotted
+from fkernel.rollout import dotted
 from fkernel.study.analyses.observables import OBSERVABLE
+from fkernel.study.config.plan import FisherKernelPlan
 from fkernel.study.outcome import RequestResult
-from fkernel.study.plan import FisherKernelPlan
 
 
 def check_inputs(plan: FisherKernelPlan) -> None:

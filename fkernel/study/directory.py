@@ -28,19 +28,14 @@ import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 
-from fkernel.engine.gradients import Gradients, Read
-from fkernel.engine.sides import Ordered
-from fkernel.engine.store import open_store
-from fkernel.engine.store.directory import MANIFEST
-from fkernel.engine.store.manifest import differences
-from fkernel.engine.stored import complete
+from fkernel.engine import Gradients, Read, SortedBatch, complete
+from fkernel.engine.store import MANIFEST, differences, open_store
 from fkernel.errors import StoreError, listing
-from fkernel.func.losses import Weighted
+from fkernel.func import Weighted
 from fkernel.io import atomic_write, checksum, checksummed_json, fingerprint, locked, plain_errors, read_checksummed
 from fkernel.precond import Diagonal
-from fkernel.rollout import load_batch, save_batch
-from fkernel.rollout.batch import GeneratedBatch
-from fkernel.rollout.files import MANIFEST as MANIFEST_OF_BATCH
+from fkernel.rollout import MANIFEST as MANIFEST_OF_BATCH
+from fkernel.rollout import GeneratedBatch, load_batch, save_batch
 from fkernel.shapes import Tree
 from fkernel.study.loss_terms import LossTerms
 
@@ -153,10 +148,10 @@ class WorkspaceDirectory:
 
     def gradients(
         self,
-        side: Ordered,
+        side: SortedBatch,
         cuts: list[slice],
         pieces: Read | None,
-        tick: Callable[[int], Any] = lambda n: None,
+        on_progress: Callable[[int], Any] = lambda n: None,
         device: torch.device | None = None,
     ) -> Gradients:
         """Open U's gradients; compute and write those that are missing."""
@@ -167,10 +162,10 @@ class WorkspaceDirectory:
         store = self.opened.enter_context(open_store(self.path / GRADIENTS, identity, cuts))
         if pieces is None and not store.complete:
             raise self.unfinished()
-        computed = 0 if pieces is None else complete(store, pieces, tick)
+        computed = 0 if pieces is None else complete(store, pieces, on_progress)
         return Gradients(side, cuts, store.read, computed, device)
 
-    def walked(self, side: Ordered) -> Gradients:
+    def walked(self, side: SortedBatch) -> Gradients:
         """Stand for gradients that are not kept, where there is no model to walk the sequences again."""
 
         def read(i: int, *names: Any) -> Any:

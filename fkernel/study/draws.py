@@ -7,12 +7,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from fkernel.errors import PlanError
-from fkernel.rollout import SampleGenerator
-from fkernel.rollout.batch import GeneratedBatch
-from fkernel.study.parts import Strict
+from fkernel.rollout import GeneratedBatch, SampleGenerator
+from fkernel.study.config.base import Strict
 
 
-class Draw(Strict):
+class BatchSource(Strict):
     """One batch to be drawn or scored; `seed: null` takes the plan's."""
 
     @property
@@ -20,16 +19,16 @@ class Draw(Strict):
         """How many sequences are drawn; 0 where none is, or nobody knows before."""
         return 0
 
-    def generate(self, hub: SampleGenerator, seed: int = 0) -> GeneratedBatch:
+    def generate(self, generator: SampleGenerator, seed: int = 0) -> GeneratedBatch:
         """Make the batch."""
         raise TypeError(f"{type(self).__name__} does not say how it is drawn.")
 
-    def of_any(self, hub: SampleGenerator, seed: int = 0) -> GeneratedBatch:
+    def of_any(self, generator: SampleGenerator, seed: int = 0) -> GeneratedBatch:
         """Make the batch, and take it of whatever policy where it is given: the step's loss knows who sampled it."""
-        return self.generate(hub, seed)
+        return self.generate(generator, seed)
 
 
-class UpdateRules(Draw):
+class UpdateRules(BatchSource):
     """How an update batch is rewarded and weighted."""
 
     kind: Literal["update"]
@@ -52,9 +51,9 @@ class UpdateDraw(UpdateRules):
         """Count them."""
         return self.batch_size_prompts * self.completions_per_prompt
 
-    def generate(self, hub: SampleGenerator, seed: int = 0) -> GeneratedBatch:
+    def generate(self, generator: SampleGenerator, seed: int = 0) -> GeneratedBatch:
         """Draw it."""
-        return hub.generate_update_batch(
+        return generator.generate_update_batch(
             self.batch_size_prompts,
             self.completions_per_prompt,
             self.dataset_split,
@@ -66,12 +65,12 @@ class UpdateDraw(UpdateRules):
         )
 
 
-def check_rewards(draw: UpdateDraw, hub: SampleGenerator, batch: GeneratedBatch, weighed: bool = False) -> None:
+def check_rewards(draw: UpdateDraw, generator: SampleGenerator, batch: GeneratedBatch, weighed: bool = False) -> None:
     """Hold the rewards and advantages that an earlier run gave U against what the same names give now.
 
     Args:
         draw: the plan's, whose functions have no file that could tell whether they were edited.
-        hub: with the prompts that U was drawn from.
+        generator: with the prompts that U was drawn from.
         batch: U, as that run left it.
         weighed: whether the step's loss has set its own advantages.
 
@@ -80,7 +79,7 @@ def check_rewards(draw: UpdateDraw, hub: SampleGenerator, batch: GeneratedBatch,
     """
     given: list[tuple[str, Any, list[Any], list[Any]]] = []
     if draw.reward is not None:
-        given.append(("reward", draw.reward, [r.reward for r in batch], hub.rewards_of(batch, draw.reward)))
+        given.append(("reward", draw.reward, [r.reward for r in batch], generator.rewards_of(batch, draw.reward)))
     if draw.reward is not None and draw.advantage is not None and not weighed:
         again = batch.with_advantages(draw.advantage)
         given.append(("advantage", draw.advantage, [r.advantage for r in batch], [r.advantage for r in again]))
@@ -94,7 +93,7 @@ def check_rewards(draw: UpdateDraw, hub: SampleGenerator, batch: GeneratedBatch,
                 )
 
 
-class EvaluationDraw(Draw):
+class EvaluationDraw(BatchSource):
     """E: `SampleGenerator.generate_evaluation_batch`."""
 
     kind: Literal["evaluation"]
@@ -110,9 +109,9 @@ class EvaluationDraw(Draw):
         """Count them."""
         return self.batch_size_prompts * self.completions_per_prompt
 
-    def generate(self, hub: SampleGenerator, seed: int = 0) -> GeneratedBatch:
+    def generate(self, generator: SampleGenerator, seed: int = 0) -> GeneratedBatch:
         """Draw it."""
-        return hub.generate_evaluation_batch(
+        return generator.generate_evaluation_batch(
             self.batch_size_prompts,
             self.completions_per_prompt,
             self.with_replacement,
@@ -122,7 +121,7 @@ class EvaluationDraw(Draw):
         )
 
 
-class PromptIdsDraw(Draw):
+class PromptIdsDraw(BatchSource):
     """Certain prompts: `SampleGenerator.generate_from_prompt_ids`."""
 
     kind: Literal["prompt_ids"]
@@ -137,15 +136,15 @@ class PromptIdsDraw(Draw):
         """Count them."""
         return len(self.prompt_ids) * self.completions_per_prompt
 
-    def generate(self, hub: SampleGenerator, seed: int = 0) -> GeneratedBatch:
+    def generate(self, generator: SampleGenerator, seed: int = 0) -> GeneratedBatch:
         """Draw it."""
         seed = seed if self.seed is None else self.seed
-        return hub.generate_from_prompt_ids(
+        return generator.generate_from_prompt_ids(
             self.prompt_ids, self.dataset_split, self.completions_per_prompt, seed, self.reward
         )
 
 
-class CustomPromptsDraw(Draw):
+class CustomPromptsDraw(BatchSource):
     """Prompts written by hand: `SampleGenerator.generate_from_custom_prompts`."""
 
     kind: Literal["custom_prompts"]
@@ -158,13 +157,13 @@ class CustomPromptsDraw(Draw):
         """Count them."""
         return len(self.prompts) * self.completions_per_prompt
 
-    def generate(self, hub: SampleGenerator, seed: int = 0) -> GeneratedBatch:
+    def generate(self, generator: SampleGenerator, seed: int = 0) -> GeneratedBatch:
         """Draw it."""
         seed = seed if self.seed is None else self.seed
-        return hub.generate_from_custom_prompts(self.prompts, self.completions_per_prompt, seed)
+        return generator.generate_from_custom_prompts(self.prompts, self.completions_per_prompt, seed)
 
 
-class CustomSequenceDraw(Draw):
+class CustomSequenceDraw(BatchSource):
     """A prompt and a response written by hand: `SampleGenerator.build_custom_sequence`."""
 
     kind: Literal["custom_sequence"]
@@ -174,9 +173,11 @@ class CustomSequenceDraw(Draw):
     raw: bool = False
     ended: bool = True
 
-    def generate(self, hub: SampleGenerator, seed: int = 0) -> GeneratedBatch:
+    def generate(self, generator: SampleGenerator, seed: int = 0) -> GeneratedBatch:
         """Score it."""
-        return hub.build_custom_sequence(self.prompt, self.response, self.metadata, raw=self.raw, ended=self.ended)
+        return generator.build_custom_sequence(
+            self.prompt, self.response, self.metadata, raw=self.raw, ended=self.ended
+        )
 
 
 AnyDraw = Annotated[

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import cached_property
 
 from fkernel import func, precond, tree
-from fkernel.func.handles import Handles, form, shape_of, tensors
+from fkernel.func.handles import Handles, materialize_into, shape_of, tensors
 from fkernel.shapes import Tree
 
 
@@ -32,7 +32,7 @@ class GradientCache:
         found: Tree = {}
         for name, handle in self.handles.items():
             leaf = tensors(handle)[-1].new_empty(1, *shape_of(handle))
-            form(handle, leaf)
+            materialize_into(handle, leaf)
             found[name] = leaf[0]
         return found
 

@@ -31,12 +31,11 @@ from typing import Any, NamedTuple
 from fkernel import func
 from fkernel.errors import FKernelError, RolloutError
 from fkernel.io import PARTIAL, atomic_directory, checksummed_json, checksums, hash_json, plain_errors, read_checksummed
-from fkernel.rollout import content_of_batch, load_batch, save_batch
-from fkernel.rollout.batch import GeneratedBatch
+from fkernel.rollout import GeneratedBatch, content_of_batch, load_batch, save_batch
 from fkernel.study.analyses.registry import UPDATE_ANALYSES
+from fkernel.study.config.plan import FisherKernelPlan
 from fkernel.study.directory import COMPLETE
 from fkernel.study.outcome import AnalysisResult, RequestResult, SelfKernel, info_of
-from fkernel.study.plan import FisherKernelPlan
 from fkernel.study.policy import identity_of_checkpoint
 from fkernel.study.results import OWN, FisherKernelResults
 from fkernel.study.sources import code_of, dotted_names, own_code, prompts_files, version

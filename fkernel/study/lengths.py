@@ -7,12 +7,9 @@ from typing import Any
 
 from fkernel.checkpoint import Checkpoint
 from fkernel.errors import PlanError
-from fkernel.rollout import SampleGenerator, load_batch
-from fkernel.rollout.batch import GeneratedBatch
-from fkernel.rollout.prompts import custom
-from fkernel.rollout.template import render
-from fkernel.study.plan import FisherKernelPlan
-from fkernel.study.requests import FromFile, Payload, UpdateBatch
+from fkernel.rollout import GeneratedBatch, SampleGenerator, custom, load_batch, render
+from fkernel.study.config.plan import FisherKernelPlan
+from fkernel.study.config.requests import FromFile, Payload, UpdateBatch
 from fkernel.study.workspace import selected
 
 FIRST = 64
@@ -34,7 +31,7 @@ def lengths_of(plan: FisherKernelPlan, loaded: Checkpoint) -> tuple[dict[str, li
     """
     found, assumed, hubs = dict[str, list[int]](), list[str](), list[SampleGenerator]()
 
-    def hub() -> SampleGenerator:
+    def generator() -> SampleGenerator:
         if not hubs:
             hubs.append(plan.generator(loaded, plan.sources()))
         return hubs[0]
@@ -42,11 +39,11 @@ def lengths_of(plan: FisherKernelPlan, loaded: Checkpoint) -> tuple[dict[str, li
     for name, one in [("U", plan.update), *((str(request.name), request) for request in plan.requests)]:
         if isinstance(one, UpdateBatch) and one.is_own:
             found[name] = found["U"]
-        elif (batch := _given(one, name, hub)) is not None:
+        elif (batch := _given(one, name, generator)) is not None:
             kept = batch.ids if (ids := getattr(one, "sequence_ids", None)) is None else selected(batch.ids, ids, name)
             found[name] = [len(batch.by_id(i).prompt_ids) + len(batch.by_id(i).response_ids) for i in kept]
         else:
-            longest, size = max(_prompts(plan, one, hub())), one.size
+            longest, size = max(_prompts(plan, one, generator())), one.size
             found[name] = [longest + plan.sampling.max_new_tokens] * size
             assumed.append(
                 f"{name}: {size} sequences as long as any, {longest} tokens and {plan.sampling.max_new_tokens} drawn; "
@@ -55,22 +52,22 @@ def lengths_of(plan: FisherKernelPlan, loaded: Checkpoint) -> tuple[dict[str, li
     return found, assumed
 
 
-def _given(one: Any, name: str, hub: Callable[[], SampleGenerator]) -> GeneratedBatch | None:
+def _given(one: Any, name: str, generator: Callable[[], SampleGenerator]) -> GeneratedBatch | None:
     """Read a batch that need not be drawn; None where it must."""
     if isinstance(one, FromFile):
         return load_batch(one.path)
     if isinstance(one, Payload) and one.callback is not None:
         raise PlanError(f"{name} is made by {one.callback}, and nobody knows its sequences before; save it to a file.")
     if isinstance(one, Payload):
-        return one.batch if one.batch is not None else one.of_any(hub())
-    return one.generate(hub()) if one.kind == "custom_sequence" else None
+        return one.batch if one.batch is not None else one.of_any(generator())
+    return one.generate(generator()) if one.kind == "custom_sequence" else None
 
 
-def _prompts(plan: FisherKernelPlan, one: Any, hub: SampleGenerator) -> list[int]:
+def _prompts(plan: FisherKernelPlan, one: Any, generator: SampleGenerator) -> list[int]:
     """Tokens of prompts that may be drawn: of all that are named, or of a split's first ones."""
     if one.kind == "custom_prompts":
         prompts = custom(one.prompts)
     else:
         source = plan.sources()[one.dataset_split]
         prompts = [source[i] for i in range(min(FIRST, len(source)))]
-    return [len(hub.tokenizer.encode(render(hub.template, prompt))) for prompt in prompts]
+    return [len(generator.tokenizer.encode(render(generator.template, prompt))) for prompt in prompts]

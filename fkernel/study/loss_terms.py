@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from fkernel import func
-from fkernel.func.losses import Weighted, weighted_logprob
-from fkernel.func.objective import Objective
+from fkernel.func import Weighted, weighted_logprob
+from fkernel.func.inputs import Objective
 from fkernel.shapes import Tensor, Tree
 
 PENALTY = "penalty."

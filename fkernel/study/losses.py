@@ -18,14 +18,12 @@ import torch
 
 from fkernel import func
 from fkernel.errors import PlanError, RolloutError, listing
-from fkernel.func import losses
-from fkernel.func.losses import Weighted, weighted_logprob
-from fkernel.rollout import check_recorded
-from fkernel.rollout.batch import GeneratedBatch
+from fkernel.func import Weighted, losses, weighted_logprob
+from fkernel.rollout import GeneratedBatch, check_recorded
 from fkernel.shapes import Tensor, Tree
-from fkernel.study.loss_plan import ClippedRatioLoss, KLPlan, LossPlan, PolicyGradientLoss, PreferenceLoss
+from fkernel.study.config.base import CheckpointPlan
+from fkernel.study.config.loss import ClippedRatioLoss, KLPlan, LossPlan, PolicyGradientLoss, PreferenceLoss
 from fkernel.study.loss_terms import LossTerms
-from fkernel.study.parts import CheckpointPlan
 from fkernel.study.rows import Policy
 
 MARGINS = "preference"
@@ -237,7 +235,7 @@ def _by_id(batch: GeneratedBatch, named: tuple[tuple[str, str], ...]) -> list[tu
 
 def _weights(batch: GeneratedBatch) -> Tensor:
     """[n] w, none of them negative: the sign of w A is the advantage's."""
-    w = batch.with_values("advantage", torch.ones(len(batch))).loss_weights
+    w = batch.with_values("advantage", torch.ones(len(batch))).weighted_advantages
     if wrong := [name for name, value in zip(batch.ids, w.tolist(), strict=True) if value < 0]:
         raise RolloutError(f"step.loss needs loss weights w ≥ 0, and these have w < 0: {listing(wrong)}.")
     return w

@@ -21,26 +21,29 @@ import torch
 
 from fkernel import func
 from fkernel.checkpoint import Checkpoint
-from fkernel.engine.path import NODES
-from fkernel.engine.planning import Option, Rates, Strategy, Workload, rates, usual_microbatch
-from fkernel.engine.planning.kept import (
+from fkernel.engine import ALONE, NODES, SortedBatch, choose_walk, walk_load, walking_alone
+from fkernel.engine.planning import (
     HELD,
+    Option,
+    Rates,
+    Ready,
+    Strategy,
     Where,
+    Workload,
     choose_making,
     choose_meeting,
     choose_tile,
+    cost,
     load_of,
     making,
+    rates,
     ungranted,
+    usual_microbatch,
 )
-from fkernel.engine.planning.strategy import cost
-from fkernel.engine.planning.workload import Ready
-from fkernel.engine.sides import Ordered
-from fkernel.engine.walked import ALONE, choose_walk, walk_load, walking_alone
 from fkernel.io import parse_bytes
 from fkernel.study.analyses.registry import ANALYSES
+from fkernel.study.config.plan import FisherKernelPlan
 from fkernel.study.lengths import lengths_of
-from fkernel.study.plan import FisherKernelPlan
 from fkernel.study.policy import policy_of
 from fkernel.study.rows import Policy
 
@@ -146,12 +149,12 @@ def _forecast(
     plan: FisherKernelPlan, loaded: Checkpoint, lengths: dict[str, list[int]], assumed: list[str]
 ) -> Forecast:
     policy = policy_of(plan, loaded, 1.0)
-    U = Ordered("U", _sequences(lengths["U"]), policy.f)
+    U = SortedBatch("U", _sequences(lengths["U"]), policy.f)
     if how := walking_alone(policy.f, policy.params, U, plan.numerics.memory):
         return _of_walks(plan, policy, U, lengths, assumed, how.every)
     every = sorted((t for counts in lengths.values() for t in counts), reverse=True)
     start = process_time()
-    load = load_of(policy.params, Ordered("E", _sequences(every), policy.f))
+    load = load_of(policy.params, SortedBatch("E", _sequences(every), policy.f))
     counting = process_time() - start  # a run counts as well, once a batch, where a grant is to be kept
     grant = None if plan.numerics.memory is None else parse_bytes(plan.numerics.memory)
     speed = rates(next(iter(policy.params.values())).dtype)
@@ -178,7 +181,7 @@ def _uncounted(plan: FisherKernelPlan) -> list[str]:
 def _of_walks(
     plan: FisherKernelPlan,
     policy: Policy,
-    U: Ordered,
+    U: SortedBatch,
     lengths: dict[str, list[int]],
     assumed: list[str],
     every: int,
@@ -188,12 +191,12 @@ def _of_walks(
     speed, own = rates(next(iter(params.values())).dtype), walk_load(U, U, params)
     machine = _Machine(plan, own, speed, grant, 0.0, "disk" if plan.storage.persist else "memory")
 
-    def meeting(E: Ordered, reserved: int = 0) -> Option:
+    def meeting(E: SortedBatch, reserved: int = 0) -> Option:
         return cost(walk_load(E, U, params), speed, choose_walk(E, U, params, grant, 1, reserved))
 
-    def alone(side: Ordered) -> Option:
+    def alone(side: SortedBatch) -> Option:
         """One side, a sequence at a time: half of what it takes beside itself."""
-        first, walk = Ordered(side.name, _sequences(side.tokens[:1]), policy.f), ALONE._replace(every=every)
+        first, walk = SortedBatch(side.name, _sequences(side.tokens[:1]), policy.f), ALONE._replace(every=every)
         one = cost(walk_load(first, first, params), speed, walk)
         whole = cost(walk_load(side, side, params), speed, walk._replace(tile=None))
         return one._replace(seconds=whole.seconds / 2)
@@ -205,7 +208,7 @@ def _of_walks(
     nodes = len(NODES[plan.step.path])
     for request in plan.requests:
         capture, analyses = request.capture or plan.capture, request.analyses or plan.analyses
-        E = Ordered("E", _sequences(lengths[str(request.name)]), policy.f)
+        E = SortedBatch("E", _sequences(lengths[str(request.name)]), policy.f)
         permuted = analyses.uncertainty is not None and plan.preconditioner.form == "post-step"
         reserved, single = own.row * (bool(analyses.ledger) + permuted), alone(E)
         if not capture.influence_only or analyses.of_rows:

@@ -14,13 +14,12 @@ from fkernel.checkpoint import Checkpoint
 from fkernel.errors import PlanError, listing
 from fkernel.io import fingerprint, hash_json
 from fkernel.precond import AdamWState
-from fkernel.rollout import content_of_batch
-from fkernel.rollout.batch import GeneratedBatch
+from fkernel.rollout import GeneratedBatch, content_of_batch
 from fkernel.shapes import Tree
+from fkernel.study.config.base import CheckpointPlan
+from fkernel.study.config.plan import FisherKernelPlan
 from fkernel.study.losses import as_it_came, asked_of_loss
-from fkernel.study.parts import CheckpointPlan
-from fkernel.study.plan import FisherKernelPlan
-from fkernel.study.response import restricted
+from fkernel.study.optimizer_step import restricted
 from fkernel.study.rows import Policy, Unselected
 from fkernel.study.sources import code_of, describing_files, dotted_names, prompts_files, version
 
@@ -40,7 +39,7 @@ def policy_of(plan: FisherKernelPlan, loaded: Checkpoint, temperature: float) ->
     if state is not None:
         state = restricted(state, params)
     # What a step does to E is told by the derivative; what U gave the optimizer is what training took for one.
-    true, trained = replace(apply, padding_idx=None), func.as_trained(apply)
+    true, trained = replace(apply, padding_idx=None), func.with_masked_padding_grad(apply)
     S, columns = (func.sequence_logprob(each, temperature) for each in (true, trained))
     rest, row = cache(partial(unselected_of, plan, loaded.model, params)), apply.padding_idx
     return Policy(S, params, state, None, true, temperature, loaded.tokenizer, trained, columns, row, rest)

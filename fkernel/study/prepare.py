@@ -9,31 +9,35 @@ from typing import Any, NamedTuple
 
 from fkernel import tree
 from fkernel.checkpoint import Checkpoint
-from fkernel.engine import recycled
-from fkernel.engine.gradients import Gradients, Summing, computed
-from fkernel.engine.layered import gradient_sum
-from fkernel.engine.planning import usual_microbatch
-from fkernel.engine.planning.kept import HELD
-from fkernel.engine.sides import Ordered, check_side, cuts_of
-from fkernel.engine.walked import WalkedGradients, walking_alone
-from fkernel.func import Sequences
-from fkernel.func.unused import unused_parameters
+from fkernel.engine import (
+    Gradients,
+    SortedBatch,
+    Summing,
+    WalkedGradients,
+    check_side,
+    computed,
+    cuts_of,
+    gradient_sum,
+    reuse_memory,
+    walking_alone,
+)
+from fkernel.engine.planning import HELD, usual_microbatch
+from fkernel.func import Sequences, unused_parameters
 from fkernel.precond import AdamWStep
-from fkernel.rollout import SampleGenerator, check_temperature
-from fkernel.rollout.batch import GeneratedBatch
+from fkernel.rollout import GeneratedBatch, SampleGenerator, check_temperature
 from fkernel.shapes import Tensor, Tree
+from fkernel.study.config.plan import FisherKernelPlan
 from fkernel.study.directory import WorkspaceDirectory
 from fkernel.study.draws import UpdateDraw, check_rewards
 from fkernel.study.loss_terms import LossTerms
 from fkernel.study.losses import terms_of, weighed
-from fkernel.study.plan import FisherKernelPlan
+from fkernel.study.optimizer_step import response
 from fkernel.study.policy import asked_of, policy_of, temperature_of
-from fkernel.study.response import response
-from fkernel.study.rows import Grant, Policy, grant_of
+from fkernel.study.rows import MemoryBudget, Policy, grant_of
 from fkernel.study.workspace import KernelWorkspace, beside, named_errors, tokens_of
 
 
-class Prepared(NamedTuple):
+class WorkspaceAndStep(NamedTuple):
     """What a plan's requests are asked of.
 
     Attributes:
@@ -51,18 +55,18 @@ def prepared(
     plan: FisherKernelPlan,
     checkpoint: Checkpoint,
     make: Callable[[], GeneratedBatch],
-    tick: Callable[[int, int], Any] = lambda n, total: None,
-    hub: Callable[[], SampleGenerator] | None = None,
-) -> Prepared:
+    on_progress: Callable[[int, int], Any] = lambda n, total: None,
+    generator: Callable[[], SampleGenerator] | None = None,
+) -> WorkspaceAndStep:
     """Make U's workspace, go on with one that was cut off, or open one that is complete.
 
     Args:
         plan: what is to be in it.
         checkpoint: the plan's, loaded.
         make: makes U: draws it, reads it, or takes what was handed in.
-        tick: called with (sequences whose gradients are done now, all of them).
-        hub: makes the sample generator, with which a U that an earlier run drew is rewarded again where the function
-            has no file that could tell whether it was edited.
+        on_progress: called with (sequences whose gradients are done now, all of them).
+        generator: makes the sample generator, with which a U that an earlier run drew is rewarded again where the
+            function has no file that could tell whether it was edited.
 
     Raises:
         FKernelError: the batch, its rewards or the place where gradients are kept is at fault.
@@ -79,28 +83,28 @@ def prepared(
         return _ready(plan, policy, make() if given is None else given)
 
     def check(batch: GeneratedBatch) -> None:
-        if isinstance(plan.update, UpdateDraw) and hub is not None and None in asked["update"]["code"].values():
+        if isinstance(plan.update, UpdateDraw) and generator is not None and None in asked["update"]["code"].values():
             weighed = plan.step.loss is not None and plan.step.loss.kind == "preference"
-            check_rewards(plan.update, hub(), batch, weighed)
+            check_rewards(plan.update, generator(), batch, weighed)
 
     if not plan.storage.persist:
-        return _made(plan, checkpoint, policy, ready(), asked, None, tick)
+        return _made(plan, checkpoint, policy, ready(), asked, None, on_progress)
     directory = WorkspaceDirectory(plan.workspace_path, asked)
     with ExitStack() as stack:
         stack.callback(directory.opened.close)
-        found = _made(plan, checkpoint, policy, directory.batch(ready, check), asked, directory, tick)
+        found = _made(plan, checkpoint, policy, directory.batch(ready, check), asked, directory, on_progress)
         stack.pop_all()
     return found
 
 
 def _weights(batch: GeneratedBatch, policy: Policy) -> Tensor:
-    return batch.loss_weights.to(next(iter(policy.params.values())))
+    return batch.weighted_advantages.to(next(iter(policy.params.values())))
 
 
 def _check_weights(plan: FisherKernelPlan, batch: GeneratedBatch) -> None:
     """Say now what lacks a weight or an advantage, and not after an hour."""
     if plan.step.loss is None or plan.step.loss.kind != "preference":
-        batch.loss_weights  # noqa: B018 - raises
+        batch.weighted_advantages  # noqa: B018 - raises
 
 
 def _ready(plan: FisherKernelPlan, policy: Policy, batch: GeneratedBatch) -> GeneratedBatch:
@@ -118,30 +122,30 @@ def _made(
     batch: GeneratedBatch,
     asked: Mapping[str, Any],
     directory: WorkspaceDirectory | None,
-    tick: Callable[[int, int], Any],
-) -> Prepared:
+    on_progress: Callable[[int, int], Any],
+) -> WorkspaceAndStep:
     """Compute what is missing of U's gradients and their sum, then P from it."""
     if batch.sampling is not None:
         check_temperature(batch.sampling.temperature, asked["temperature"])
     tokens = tokens_of(batch, policy.params)
 
     def told(n: int) -> None:
-        tick(n, len(batch))
+        on_progress(n, len(batch))
 
-    with named_errors(batch), recycled():
+    with named_errors(batch), reuse_memory():
         check_side("U", policy.f, policy.params, tokens)
         where = "memory" if directory is None else "disk"
         grant = grant_of(plan.numerics.memory, plan.numerics.microbatch, policy, tokens, where)
         loss = _terms(plan, checkpoint, policy, batch, tokens, grant.microbatch, directory)
         f, U = policy.columns_for(tokens, loss)
-        side = Ordered("U", U, f)
+        side = SortedBatch("U", U, f)
         how, w = walking_alone(f, policy.params, side, plan.numerics.memory), _weights(batch, policy)
         done = directory is not None and directory.complete is not None
         if how is None:
             gradients, total = _kept(side, policy, w, grant, directory, told)
         else:
             gradients = WalkedGradients(side, policy.params, how, 0 if done else len(side))
-            total = partial(gradient_sum, side, policy.params, w, how, tick=told)
+            total = partial(gradient_sum, side, policy.params, w, how, on_progress=told)
 
         if directory is not None and done:
             ascent = beside(directory.ascent(), policy.params)
@@ -158,14 +162,14 @@ def _made(
         kept = (directory.ascent, asked, directory.path, directory.opened)
     workspace = KernelWorkspace(batch, gradients, found.P, found.clip, found.grad_norm, *kept, loss)
     policy = policy._replace(unused=unused)
-    return Prepared(workspace, found.step if plan.preconditioner.calibrated else None, policy)
+    return WorkspaceAndStep(workspace, found.step if plan.preconditioner.calibrated else None, policy)
 
 
 def _kept(
-    side: Ordered,
+    side: SortedBatch,
     policy: Policy,
     w: Tensor,
-    grant: Grant,
+    grant: MemoryBudget,
     directory: WorkspaceDirectory | None,
     told: Callable[[int], Any],
 ) -> tuple[Gradients, Callable[[], Tree]]:
@@ -188,7 +192,7 @@ def adopted(plan: FisherKernelPlan, workspace: KernelWorkspace, policy: Policy) 
     Δθ is made of the ascent that the workspace keeps, and no gradient is read.
     """
     f, U = policy.columns_for(tokens_of(workspace.batch, policy.params), workspace.loss)
-    side = Ordered("U", U, f)
+    side = SortedBatch("U", U, f)
     if how := walking_alone(f, policy.params, side, plan.numerics.memory):
         workspace.gradients = WalkedGradients(side, policy.params, how)
     if policy.state is None or not plan.preconditioner.calibrated:

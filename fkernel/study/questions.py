@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fkernel.engine import recycled
+from fkernel.engine import reuse_memory
 from fkernel.engine.planning import Strategy
 from fkernel.errors import PlanError
 from fkernel.shapes import Tensor
@@ -33,7 +33,7 @@ def self_kernel_of(
     """
     ids = workspace.batch.ids if ids is None else selected(workspace.batch.ids, ids, "U")
     at = torch.tensor([workspace.index[name] for name in ids])
-    with recycled():
+    with reuse_memory():
         K = workspace.self_kernel(how)[at][:, at]
         norms = workspace.norms
     prompts = [workspace.batch.records[i].provenance.global_prompt_id for i in at.tolist()]

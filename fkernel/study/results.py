@@ -20,7 +20,7 @@ import numpy as np
 
 from fkernel.errors import ResultsError
 from fkernel.io import atomic_file, checksum
-from fkernel.rollout.batch import GeneratedBatch
+from fkernel.rollout import GeneratedBatch
 from fkernel.study.outcome import (
     EFFECTS,
     AnalysisResult,

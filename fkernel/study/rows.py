@@ -8,26 +8,37 @@ from typing import Any, NamedTuple
 import torch
 
 from fkernel import func
-from fkernel.engine.contraction import Block, contraction
-from fkernel.engine.path import Nodes, nodes_of
-from fkernel.engine.planning import Strategy, rates, usual_microbatch
-from fkernel.engine.planning.kept import (
+from fkernel.engine import (
+    ALONE,
+    KernelBlock,
+    Nodes,
+    Problem,
+    SortedBatch,
+    WalkedGradients,
+    blocks,
+    choose_walk,
+    contraction,
+    nodes_of,
+    walking_alone,
+)
+from fkernel.engine.planning import (
+    Ready,
+    Strategy,
     Where,
+    Workload,
+    bytes_of,
     choose_making,
     choose_meeting,
     choose_tile,
     load_of,
+    rates,
     read_load,
     ungranted,
+    usual_microbatch,
 )
-from fkernel.engine.planning.passes import bytes_of
-from fkernel.engine.planning.workload import Ready, Workload
-from fkernel.engine.problem import Problem, blocks
-from fkernel.engine.sides import Ordered
-from fkernel.engine.walked import ALONE, WalkedGradients, choose_walk, walking_alone
-from fkernel.func.batch import holding_inside
-from fkernel.func.contract import Asked
-from fkernel.func.cutting import cut_of
+from fkernel.func.handles import ProductSpec
+from fkernel.func.inputs import holding_inside
+from fkernel.func.layers import cut_of
 from fkernel.io import parse_bytes
 from fkernel.precond import AdamWState
 from fkernel.shapes import Tree
@@ -101,7 +112,7 @@ class Policy(NamedTuple):
         return nodes_of(self.path, self.params, self.step)
 
 
-class Grant(NamedTuple):
+class MemoryBudget(NamedTuple):
     """What may be under way at once.
 
     Attributes:
@@ -119,7 +130,7 @@ class Grant(NamedTuple):
 
 def grant_of(
     memory: int | str | None, microbatch: int | None, policy: Policy, batch: Any, where: Where = "disk"
-) -> Grant:
+) -> MemoryBudget:
     """Ask the planner for the largest microbatch in which a batch's gradients can be made within a grant.
 
     Args:
@@ -133,16 +144,18 @@ def grant_of(
         BatchError: one sequence at a time does not fit; it says what would be needed.
     """
     wanted, budget = usual_microbatch(microbatch, batch), None if memory is None else parse_bytes(memory)
-    if walking_alone(policy.f, policy.params, Ordered("", batch), memory):  # long sequences go one by one
-        return Grant(1, budget)
+    if walking_alone(policy.f, policy.params, SortedBatch("", batch), memory):  # long sequences go one by one
+        return MemoryBudget(1, budget)
     if budget is None:
-        return Grant(wanted, None)
-    load = load_of(policy.params, Ordered("", batch, policy.f))
+        return MemoryBudget(wanted, None)
+    load = load_of(policy.params, SortedBatch("", batch, policy.f))
     found = choose_making(load, budget, rates(_dtype(policy.params)), wanted, where)
-    return Grant((found.strategy.tokens or 1) // load.longest, budget, policy.f, load)
+    return MemoryBudget((found.strategy.tokens or 1) // load.longest, budget, policy.f, load)
 
 
-def _strategy(grant: Grant, policy: Policy, E: Ordered, workspace: KernelWorkspace, reserved: int) -> Strategy:
+def _strategy(
+    grant: MemoryBudget, policy: Policy, E: SortedBatch, workspace: KernelWorkspace, reserved: int
+) -> Strategy:
     """Ask the planner how E meets U's gradients, which are there; E's are too, where E has no f."""
     U, ready, params = workspace.gradients.side.tokens, ready_of(workspace), policy.params
     if grant.memory is None:
@@ -156,8 +169,8 @@ def _strategy(grant: Grant, policy: Policy, E: Ordered, workspace: KernelWorkspa
 
 
 def walked(
-    batch: Any, workspace: KernelWorkspace, policy: Policy, grant: Grant, asked: Asked, own: Any = None
-) -> Iterator[Block]:
+    batch: Any, workspace: KernelWorkspace, policy: Policy, grant: MemoryBudget, asked: ProductSpec, own: Any = None
+) -> Iterator[KernelBlock]:
     """Walk everything that is asked of a batch's gradients and U's, some rows at a time.
 
     Args:
@@ -175,7 +188,7 @@ def walked(
     reserved = len(more) * bytes_of(policy.params)
     if isinstance(U, WalkedGradients):
         return _walked_again(batch, U, policy, grant, asked, reserved, own)
-    E = Ordered("E", batch, None if own is not None else policy.f)
+    E = SortedBatch("E", batch, None if own is not None else policy.f)
     how = _strategy(grant, policy, E, workspace, reserved)
     if own is not None:
         J = U if own.tolist() == list(range(len(U))) else U.chosen(own)
@@ -186,10 +199,10 @@ def walked(
 
 
 def _walked_again(
-    batch: Any, U: WalkedGradients, policy: Policy, grant: Grant, asked: Asked, reserved: int, own: Any
-) -> Iterator[Block]:
+    batch: Any, U: WalkedGradients, policy: Policy, grant: MemoryBudget, asked: ProductSpec, reserved: int, own: Any
+) -> Iterator[KernelBlock]:
     """Walk U, whose gradients are not kept, beside E; where E is U itself it walks once."""
-    E, side, kept, params = Ordered("E", batch, policy.f), U.side if asked.kernels else None, None, policy.params
+    E, side, kept, params = SortedBatch("E", batch, policy.f), U.side if asked.kernels else None, None, policy.params
     if side is not None and own is not None and own.tolist() == list(range(len(U))):
         E = side
     if isinstance(cut_of(policy.f, params, batch), str):  # E's derivative may be another: a whole gradient at a time

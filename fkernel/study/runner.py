@@ -12,31 +12,29 @@ import torch
 
 from fkernel import func
 from fkernel.checkpoint import Checkpoint
-from fkernel.engine.path import mean_of
-from fkernel.engine.sides import check_side
+from fkernel.engine import check_side, mean_of
 from fkernel.errors import PlanError
 from fkernel.precond import AdamWStep
-from fkernel.rollout import SampleGenerator, save_batch
-from fkernel.rollout.batch import GeneratedBatch
+from fkernel.rollout import GeneratedBatch, SampleGenerator, save_batch
 from fkernel.study.analyses.context import UpdateContext
 from fkernel.study.analyses.runner import update_results
 from fkernel.study.certified import along, findings, skipping
 from fkernel.study.checks import check_inputs, missed_pairs
-from fkernel.study.draws import Draw
-from fkernel.study.environment import environment
-from fkernel.study.evaluate import Question, evaluate
+from fkernel.study.config.plan import FisherKernelPlan
+from fkernel.study.config.requests import UpdateBatch
+from fkernel.study.draws import BatchSource
+from fkernel.study.evaluation import Question, evaluate
 from fkernel.study.facts import facts_of_step
 from fkernel.study.gradients import GradientCache
 from fkernel.study.kept import answer_cache, answers, earlier, own_answer, results_of
 from fkernel.study.log import LOGGER, phase, say
 from fkernel.study.outcome import AnalysisResult, Entry, RequestResult, SelfKernel
-from fkernel.study.plan import FisherKernelPlan
 from fkernel.study.policy import after_of, policy_of
 from fkernel.study.prepare import adopted, prepared
+from fkernel.study.provenance import environment
 from fkernel.study.questions import entry_of, influence_of, self_kernel_of
-from fkernel.study.requests import UpdateBatch
 from fkernel.study.results import FisherKernelResults
-from fkernel.study.rows import Grant, Policy, grant_of, self_strategy
+from fkernel.study.rows import MemoryBudget, Policy, grant_of, self_strategy
 from fkernel.study.workspace import KernelWorkspace, named_errors, selected, tokens_of
 
 Tick = Callable[[str, int, int], Any]
@@ -56,16 +54,16 @@ class FisherKernelRunner:
         self,
         config: FisherKernelPlan | Mapping[str, Any],
         logger: logging.Logger | None = None,
-        tick: Tick = lambda what, n, total: None,
+        on_progress: Tick = lambda what, n, total: None,
     ) -> None:
         """Take a plan; nothing is loaded yet.
 
         Args:
             config: a plan, or its keys and values.
             logger: Python's; `fkernel`'s own by default.
-            tick: called while sequences are done, for a progress bar.
+            on_progress: called while sequences are done, for a progress bar.
         """
-        self.logger, self.tick = logger or LOGGER, tick
+        self.logger, self.on_progress = logger or LOGGER, on_progress
         self._take(config if isinstance(config, FisherKernelPlan) else FisherKernelPlan.model_validate(config))
 
     def _take(self, plan: FisherKernelPlan) -> None:
@@ -94,7 +92,7 @@ class FisherKernelRunner:
         """The hub for U and E, made when a request first needs it."""
         sources = self.plan.sources()
         return self.plan.generator(
-            self.checkpoint, sources, tick=lambda n: self.tick(self._drawn[0], n, self._drawn[1])
+            self.checkpoint, sources, on_progress=lambda n: self.on_progress(self._drawn[0], n, self._drawn[1])
         )
 
     @cached_property
@@ -131,8 +129,8 @@ class FisherKernelRunner:
             self._take(plan)
         plan = self.plan
         with skipping(self.plan), phase(self.logger, "preparing the workspace") as found:
-            tick = partial(self.tick, "gradients of U")
-            made = prepared(plan, self.checkpoint, self._update, tick, lambda: self.generator)
+            on_progress = partial(self.on_progress, "gradients of U")
+            made = prepared(plan, self.checkpoint, self._update, on_progress, lambda: self.generator)
             self.workspace, self._step, self._prepared = made
             workspace = made.workspace
             found |= {"sequences": len(workspace.batch), "gradients_computed": workspace.gradients.computed}
@@ -209,7 +207,9 @@ class FisherKernelRunner:
                 question = Question(name, request.kind, capture, request.advantages, strict, asked)
                 grant, size = self._grant(E), len(E)
                 policy = self._along(tokens)
-                result = evaluate(question, E, workspace, policy, self._step, grant, lambda n: self.tick(name, n, size))
+                result = evaluate(
+                    question, E, workspace, policy, self._step, grant, lambda n: self.on_progress(name, n, size)
+                )
             found |= {"sequences": len(E)}
             found |= {f"{key}_relative_error": v.relative_error for key, v in result.calibration.items()}
         return result
@@ -335,11 +335,13 @@ class FisherKernelRunner:
         draw, loss = self.plan.update, self.plan.step.loss
         return self._generated(draw, "U", draw.of_any if loss is not None and loss.foreign else draw.generate)
 
-    def _generated(self, draw: Draw, what: str, make: Callable[..., GeneratedBatch] | None = None) -> GeneratedBatch:
+    def _generated(
+        self, draw: BatchSource, what: str, make: Callable[..., GeneratedBatch] | None = None
+    ) -> GeneratedBatch:
         """Make a batch; every sequence that is drawn is told of twice, drawn and scored."""
         self._drawn = (f"sampling {what}", 2 * draw.size)
         return (make or draw.generate)(self.generator, self.plan.numerics.seed)
 
-    def _grant(self, batch: GeneratedBatch) -> Grant:
+    def _grant(self, batch: GeneratedBatch) -> MemoryBudget:
         tokens = tokens_of(batch, self.policy.params)
         return grant_of(self.plan.numerics.memory, self.plan.numerics.microbatch, self.policy, tokens)

@@ -9,10 +9,9 @@ from typing import Any
 from pydantic import Field
 
 from fkernel.errors import RolloutError
-from fkernel.rollout import save_batch
-from fkernel.rollout.batch import GeneratedBatch
+from fkernel.rollout import GeneratedBatch, save_batch
+from fkernel.study.config.base import SourcePlan
 from fkernel.study.draws import AnyDraw
-from fkernel.study.parts import SourcePlan
 
 
 class SamplePlan(SourcePlan):
@@ -23,7 +22,7 @@ class SamplePlan(SourcePlan):
     out: str = Field(description="directory that the batch is saved to; it must not exist")
 
 
-def sampled(plan: SamplePlan, tick: Callable[[int], Any] = lambda n: None) -> GeneratedBatch:
+def sampled(plan: SamplePlan, on_progress: Callable[[int], Any] = lambda n: None) -> GeneratedBatch:
     """Load, draw and save what a plan asks for.
 
     Raises:
@@ -32,7 +31,7 @@ def sampled(plan: SamplePlan, tick: Callable[[int], Any] = lambda n: None) -> Ge
     if Path(plan.out).exists():  # before an hour of sampling, not after it
         raise RolloutError(f"There is something at {plan.out} already; choose another directory (out:), or delete it.")
     sources = plan.sources()  # and before a checkpoint is loaded
-    hub = plan.generator(plan.checkpoint.load(), sources, plan.microbatch, tick)
-    batch = plan.request.generate(hub)
+    generator = plan.generator(plan.checkpoint.load(), sources, plan.microbatch, on_progress)
+    batch = plan.request.generate(generator)
     save_batch(batch, plan.out)
     return batch

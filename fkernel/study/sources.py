@@ -30,8 +30,8 @@ from typing import Any
 
 from fkernel.errors import PlanError
 from fkernel.io import checksum, checksums, hash_json
-from fkernel.rollout.rewards import dotted
-from fkernel.study.parts import CheckpointPlan, PromptsPlan
+from fkernel.rollout import dotted
+from fkernel.study.config.base import CheckpointPlan, PromptsPlan
 
 EXECUTED = ("reward", "advantage", "advantages", "callback", "function")
 """Keys of a plan whose values may be dotted names of functions."""

@@ -11,16 +11,12 @@ from typing import Any
 import torch
 
 from fkernel import func, tree
-from fkernel.engine.contraction import self_kernel
-from fkernel.engine.gradients import Gradients
+from fkernel.engine import Gradients, SortedBatch, WalkedGradients, self_kernel
 from fkernel.engine.planning import Strategy
-from fkernel.engine.sides import Ordered
-from fkernel.engine.walked import WalkedGradients
 from fkernel.errors import NonFiniteError, PlanError, RolloutError, listing
 from fkernel.func import Sequences
 from fkernel.precond import Diagonal
-from fkernel.rollout import load_batch
-from fkernel.rollout.batch import GeneratedBatch
+from fkernel.rollout import GeneratedBatch, load_batch
 from fkernel.shapes import Tensor, Tree
 from fkernel.study.directory import BATCH, WorkspaceDirectory
 from fkernel.study.gradients import GradientCache
@@ -77,7 +73,7 @@ class KernelWorkspace:
     @property
     def weights(self) -> Tensor:
         """[n_U] c·w·A, what contributions weigh the kernel's columns with."""
-        return self.clip * self.batch.loss_weights
+        return self.clip * self.batch.weighted_advantages
 
     def weights_with(self, advantages: str | Mapping[str, float] | None) -> Tensor:
         """[n_U] c·w·A under other advantages: a rule's name, or {id: advantage} for some of U.
@@ -94,7 +90,7 @@ class KernelWorkspace:
             RolloutError: there is no such rule, or no such sequence.
             PlanError: the step's loss depends on the advantages' signs, and one changes.
         """
-        return self.signed(self.batch.with_values("advantage", self.advantages_with(advantages)).loss_weights)
+        return self.signed(self.batch.with_values("advantage", self.advantages_with(advantages)).weighted_advantages)
 
     def signed(self, weights: Tensor) -> Tensor:
         """Check [n_U] other w·A against a loss that was evaluated for the signs of the step's own; 0 goes with both.
@@ -250,7 +246,7 @@ def load_workspace(path: str | Path) -> KernelWorkspace:
     try:
         P, clip, norm = directory.response()
         batch = load_batch(directory.path / BATCH, checkpoint=directory.sampler)
-        side = Ordered("U", batch.sequences)
+        side = SortedBatch("U", batch.sequences)
         cuts = directory.cuts()
         if (directory.complete or {}).get("walked"):
             gradients = directory.walked(side)

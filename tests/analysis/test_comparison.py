@@ -13,7 +13,7 @@ from fkernel import func, precond, tree
 from fkernel.analysis import compare
 from fkernel.engine.correlation import mean_ranks, pearson
 from fkernel.precond import updates
-from fkernel.precond.alternatives import NAMES
+from fkernel.precond.optimizers import NAMES
 from tests.cases import EXAMPLES, Case
 
 CASE = Case("own", 5, ((3, 4), (1, 6), (5, 2), (2, 2)), tuple((1 + i % 4, 1 + i % 5) for i in range(14)), 0.7, 4)

@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fkernel as fk
 from fkernel import func, precond, tree
 from fkernel.analysis.trace_shares import Health, Share, health
-from fkernel.func import squares
-from fkernel.func.handles import at, shape_of
-from fkernel.func.squares import squared_sum
-from fkernel.func.tiles import tiles
+from fkernel.func.handles import squares
+from fkernel.func.handles.forms import at, shape_of
+from fkernel.func.handles.shards import tiles
+from fkernel.func.handles.squares import squared_sum
 from tests.cases import EXAMPLES
 from tests.laws import close, close_trees, flat
 
@@ -68,7 +68,7 @@ def test_squares_are_those_of_dense_gradients(case, microbatch, weighted):
 def test_squares_of_every_form_of_handle(draw, monkeypatch):
     """Models this small are written out; factors, rows, sums and stacks are made here, and cut into several tiles."""
     for name in ("TILE_COLUMNS", "LEAST_COLUMNS"):
-        monkeypatch.setattr(importlib.import_module("fkernel.func.tiles"), name, 10)
+        monkeypatch.setattr(importlib.import_module("fkernel.func.handles.shards"), name, 10)
     sizes = []
 
     def watched(handle, step, dtype):
@@ -82,7 +82,7 @@ def test_squares_of_every_form_of_handle(draw, monkeypatch):
     product, table = torch.einsum("nto,nti->noi", delta, a), torch.zeros_like(dense)
     for n, t in torch.cartesian_prod(torch.arange(3), torch.arange(4)).tolist():
         table[n, ids[n, t]] += moves[n, t]
-    factored, rows = func.Factored(a, delta), func.Rows(ids, moves, 7)
+    factored, rows = func.Factored(a, delta), func.SparseRows(ids, moves, 7)
     tied, first, others = func.Sum((factored, rows)), slice(0, 1), slice(1, 3)
     whole = {
         "dense": (dense, dense),
@@ -91,8 +91,11 @@ def test_squares_of_every_form_of_handle(draw, monkeypatch):
         "factored": (factored, product),
         "rows": (rows, table),
         "sum": (tied, product + table),
-        "stack": (func.Stack((at(tied, first), at(factored, others))), torch.cat([(product + table)[:1], product[1:]])),
-        "stack of rows": (func.Stack((at(rows, slice(0, 2)), dense[2:])), torch.cat([table[:2], dense[2:]])),
+        "stack": (
+            func.Concat((at(tied, first), at(factored, others))),
+            torch.cat([(product + table)[:1], product[1:]]),
+        ),
+        "stack of rows": (func.Concat((at(rows, slice(0, 2)), dense[2:])), torch.cat([table[:2], dense[2:]])),
     }
     w = torch.randn(3, generator=draw, dtype=DTYPE)
     found = squared_sum({name: handle for name, (handle, _) in whole.items()}, w)

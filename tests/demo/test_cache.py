@@ -75,7 +75,7 @@ def test_source_and_versions_belong_to_the_key(tiny: DemoConfig, monkeypatch: py
 def test_whatever_a_source_imports_is_a_source_too() -> None:
     """So that an edit of anything that decides what is computed makes the policy again."""
     texts = cache_module.sources()
-    assert {"demo/policy.py", "demo/reinforce.py", "rollout/sampling.py", "func/batch.py"} <= texts.keys()
+    assert {"demo/policy.py", "demo/training.py", "rollout/sampling.py", "func/inputs/batch.py"} <= texts.keys()
     rooms = {
         (place.split("/")[0], module.split(".")[1])
         for place, text in texts.items()

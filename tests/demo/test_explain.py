@@ -9,7 +9,7 @@ import fkernel.demo
 from fkernel.cli import app
 from fkernel.demo.explain import demo_plan
 from fkernel.study import FisherKernelResults, FisherKernelRunner
-from fkernel.study.requests import FromFile
+from fkernel.study.config.requests import FromFile
 
 REQUESTS = ["held_out", "self", "three_prompts", "probes"]
 

@@ -16,7 +16,7 @@ from fkernel.demo.policy import (
 )
 from fkernel.demo.task import problem, splits
 from fkernel.demo.tokenizer import build_tokenizer
-from fkernel.rollout import Rows, SampleGenerator, Sampling
+from fkernel.rollout import SampleGenerator, Sampling, TablePrompts
 
 TOKENIZER = build_tokenizer()
 
@@ -45,7 +45,9 @@ def test_initial_weights_depend_on_the_seed_and_disturb_nobody() -> None:
 
 
 def test_targets_are_answer_and_eos_only() -> None:
-    inputs, targets = supervised_tensors(TOKENIZER, Rows("demo", "train", [problem(37, "+", 85), problem(12, "-", 10)]))
+    inputs, targets = supervised_tensors(
+        TOKENIZER, TablePrompts("demo", "train", [problem(37, "+", 85), problem(12, "-", 10)])
+    )
     assert inputs.tolist() == [[5, 9, 12, 10, 7, 14, 3, 4, 4], [3, 4, 13, 3, 2, 14, 4, 1, 0]]
     assert targets.tolist() == [[IGNORED] * 5 + [3, 4, 4, 1], [IGNORED] * 5 + [4, 1, IGNORED, IGNORED]]
 

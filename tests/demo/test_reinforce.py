@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from fkernel import checkpoint
 from fkernel.demo import DemoConfig, ReinforceConfig
 from fkernel.demo.policy import build_model
-from fkernel.demo.reinforce import clip, reinforce, sequence_logprob
 from fkernel.demo.task import splits
 from fkernel.demo.tokenizer import build_tokenizer
+from fkernel.demo.training import clip, reinforce, sequence_logprob
 from fkernel.errors import RolloutError
 from fkernel.rollout import GeneratedBatch, SampleGenerator, Sampling, SequenceRecord, load_batch
 

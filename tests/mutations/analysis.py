@@ -7,13 +7,13 @@ MUTATIONS = [
     Mutation(
         "one learning rate for all parameters",
         f"{ANALYSIS}/test_comparison.py::test_parameters_keep_their_own_learning_rates",
-        "precond/alternatives.py", "{name: rates[name] * leaf for",
+        "precond/optimizers.py", "{name: rates[name] * leaf for",
         "{name: max(rates.values()) * leaf for",
     ),
     Mutation(
         "an optimizer's Jacobian with its own sign",
         "tests/test_linearized.py::test_linearized_is_the_derivative_of_torchs_own_step",
-        "precond/linearized.py", "return tree.scale(-1.0, found[1])",
+        "precond/linearization.py", "return tree.scale(-1.0, found[1])",
         "return tree.scale(1.0, found[1])",
     ),
     Mutation(
@@ -31,7 +31,7 @@ MUTATIONS = [
     Mutation(
         "a part of a kernel without P",
         "tests/test_observables.py::test_a_kernels_parts_add_up_to_it",
-        "func/groups.py", "diagonal=None if diagonal is None else {name: diagonal[name] for name in names},",
+        "func/handles/groups.py", "diagonal=None if diagonal is None else {name: diagonal[name] for name in names},",
         "diagonal=None,",
     ),
     Mutation(
@@ -151,7 +151,7 @@ MUTATIONS = [
     Mutation(
         "a sequence paired with itself",
         "tests/study/test_diagnostics.py::test_blocks_are_of_different_sequences",
-        "study/evaluate.py", "tally.add(K[others], cosine[others], same[others])",
+        "study/evaluation.py", "tally.add(K[others], cosine[others], same[others])",
         "tally.add(K, cosine, same)",
     ),
     Mutation(
@@ -163,37 +163,37 @@ MUTATIONS = [
     Mutation(
         'Muon for every parameter',
         f"{ANALYSIS}/test_comparison.py::test_muon_moves_the_matrices_it_is_given_and_adamw_the_rest",
-        'precond/alternatives.py', 'if g.ndim == 2 and (matrices is None or name in matrices)',
+        'precond/optimizers.py', 'if g.ndim == 2 and (matrices is None or name in matrices)',
         'if g.ndim == 2',
     ),
     Mutation(
         "squares of the factors' sum taken as sums",
         f"{ANALYSIS}/test_health.py::test_squares_are_those_of_dense_gradients",
-        'func/squares.py', 'tile(start, r).square()',
+        'func/handles/squares.py', 'tile(start, r).square()',
         'tile(start, r).abs()',
     ),
     Mutation(
         'squares without their weights',
         f"{ANALYSIS}/test_health.py::test_squares_are_those_of_dense_gradients",
-        'func/squares.py', 'found[start : start + r] = (w @ tile',
+        'func/handles/squares.py', 'found[start : start + r] = (w @ tile',
         'found[start : start + r] = (torch.ones_like(w) @ tile',
     ),
     Mutation(
         'rows of a table put back in the wrong place',
         f"{ANALYSIS}/test_health.py::test_squares_of_every_form_of_handle",
-        'func/squares.py', 'found[touched] = ',
+        'func/handles/squares.py', 'found[touched] = ',
         'found[: len(touched)] = ',
     ),
     Mutation(
         'the second tile overwrites the first',
         f"{ANALYSIS}/test_health.py::test_squares_of_every_form_of_handle",
-        'func/squares.py', '(w @ tile(start, r)',
+        'func/handles/squares.py', '(w @ tile(start, r)',
         '(w @ tile(0, r)',
     ),
     Mutation(
         'a whole leaf in one tile',
         f"{ANALYSIS}/test_health.py::test_squares_of_every_form_of_handle",
-        'func/squares.py', 'step = max(1, tile_columns(count(handle), w.dtype.itemsize) // width)',
+        'func/handles/squares.py', 'step = max(1, tile_columns(count(handle), w.dtype.itemsize) // width)',
         'step = shape[0]',
     ),
     Mutation(

@@ -9,14 +9,14 @@ MUTATIONS = [
     Mutation(
         "every tile holds the first sequences",
         f"{TILED}[E-midpoint]",
-        "engine/layered.py",
+        "engine/layerwise.py",
         "side._replace(batch=trim(take(side.batch, rows)))",
         "side._replace(batch=trim(take(side.batch, slice(0, rows.stop - rows.start))))",
     ),
     Mutation(
         "held sequences counted by themselves beside every block",
         f"{TILED}[E-start]",
-        "engine/layered.py",
+        "engine/layerwise.py",
         "own_x=k == 0 and start == 0",
         "own_x=k == 0",
     ),
@@ -30,8 +30,8 @@ MUTATIONS = [
     Mutation(
         "the held side's vectors asked of the other",
         f"{TILED}[U-midpoint]",
-        "engine/contraction.py",
-        "Asked(asked.kernels, asked.y, asked.x, asked.key)",
+        "engine/streaming.py",
+        "ProductSpec(asked.kernels, asked.y, asked.x, asked.key)",
         "asked",
     ),
     Mutation(
@@ -51,7 +51,7 @@ MUTATIONS = [
     Mutation(
         "the same by layers",
         f"{CHANGE}::test_a_small_change_of_a_long_response_is_known_to_the_rounding_of_its_tokens[by layers]",
-        "func/head.py",
+        "func/handles/head.py",
         "(ω.double() * logprobs.double())",
         "(ω * logprobs)",
     ),

@@ -121,7 +121,7 @@ MUTATIONS = [
     Mutation(
         'E may be of another policy too',
         f"{PLAN}/test_errors.py::test_only_u_may_be_of_another_policy",
-        'study/requests.py', 'return load_batch(self.path, checkpoint=hub.fingerprint)',
+        'study/config/requests.py', 'return load_batch(self.path, checkpoint=generator.fingerprint)',
         'return load_batch(self.path)',
     ),
     Mutation(

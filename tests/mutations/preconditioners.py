@@ -10,25 +10,25 @@ MUTATIONS = [
     Mutation(
         "a move that momentum makes without any gradient",
         f"{MOVES}::test_what_sequences_did_adds_up_to_torchs_own_move",
-        "precond/linearized.py", "tree.add(update(tree.zeros_like(grads), state), tree.scale(",
+        "precond/linearization.py", "tree.add(update(tree.zeros_like(grads), state), tree.scale(",
         "tree.add(tree.zeros_like(grads), tree.scale(",
     ),
     Mutation(
         "no derivative where there is no gradient",
         f"{MOVES}::test_a_coordinate_without_gradient_has_the_derivative",
-        "precond/linearized.py", "torch.where(small[name], slope[name], leaf)",
+        "precond/linearization.py", "torch.where(small[name], slope[name], leaf)",
         "torch.where(small[name], leaf, leaf)",
     ),
     Mutation(
         "a derivative in place of the move",
         f"{MOVES}::test_adafactors_whole_move_is_met_and_its_derivative_is_kept_beside_it",
-        "precond/linearized.py", "leaf + _along(grads[name], x[name]) * gap[name]",
+        "precond/linearization.py", "leaf + _along(grads[name], x[name]) * gap[name]",
         "leaf",
     ),
     Mutation(
         "rows that share a correction",
         f"{MOVES}::test_adafactors_whole_move_is_met_and_its_derivative_is_kept_beside_it",
-        "precond/linearized.py", "share = (unit * x).sum(own, keepdim=True)",
+        "precond/linearization.py", "share = (unit * x).sum(own, keepdim=True)",
         "share = (unit * x).sum()",
     ),
     Mutation(
@@ -46,19 +46,19 @@ MUTATIONS = [
     Mutation(
         "the first parameter's epsilon for all",
         f"{MOVES}::test_each_parameter_has_its_own_rates",
-        "precond/alternatives.py", "eps=state.eps)",
+        "precond/optimizers.py", "eps=state.eps)",
         "eps=state.eps[state.names[0]])",
     ),
     Mutation(
         "the oldest parameter's steps for all",
         f"{MOVES}::test_each_parameter_has_its_own_rates",
-        "precond/alternatives.py", "step=state.step,",
+        "precond/optimizers.py", "step=state.step,",
         "step=max(state.step.values()),",
     ),
     Mutation(
         "AdamW told by its derivative",
         f"{COMPARED}::test_at_the_first_step_each_optimizer_is_told_by_its_move",
-        "precond/alternatives.py", "secant(adamw, grads, state)",
+        "precond/optimizers.py", "secant(adamw, grads, state)",
         "__import__('fkernel').precond.linearized(adamw, grads, state)",
     ),
     Mutation(
@@ -100,7 +100,7 @@ MUTATIONS = [
     Mutation(
         "a study that moves what the loss never uses",
         f"{SELECTED}::test_the_response_of_an_unused_parameter_is_none_at_all",
-        "study/response.py", "**dict.fromkeys(unused)",
+        "study/optimizer_step.py", "**dict.fromkeys(unused)",
         "",
     ),
     Mutation(
@@ -111,12 +111,12 @@ MUTATIONS = [
     Mutation(
         "a tuple is taken for a gradient",
         "tests/test_wrong_kinds.py::test_the_tuple_of_loss_gradient_says_which_part_is_meant",
-        "precond/adam.py", '    check_tree(grads, "grads")\n', "",
+        "precond/adaptive.py", '    check_tree(grads, "grads")\n', "",
     ),
     Mutation(
         "the first microbatch runs twice",
         "tests/test_stacked.py::test_every_sequence_is_computed_once",
-        "func/microbatch.py", "known = (places, leaves) if _columns(part) == columns else None", "known = None",
+        "func/inputs/microbatch.py", "known = (places, leaves) if _columns(part) == columns else None", "known = None",
     ),
 ]  # fmt: skip
 STUDIES = [
@@ -165,7 +165,7 @@ STUDIES = [
     Mutation(
         "an optimizer of a checkpoint whose weights alone are wanted",
         "tests/study/test_plan.py::test_what_a_checkpoint_is_loaded_with_is_passed_on",
-        "study/parts.py", '{"optimizer": False, "names": None}',
+        "study/config/base.py", '{"optimizer": False, "names": None}',
         '{"names": None}',
     ),
     Mutation(

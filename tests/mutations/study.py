@@ -8,7 +8,7 @@ MUTATIONS = [
     Mutation(
         "a vector counted once a block of columns",
         "tests/test_strategies.py::test_a_side_s_gradients_in_parts_add_up_and_are_found_again",
-        "engine/contraction.py", "own_x=j == 0,", "own_x=True,",
+        "engine/streaming.py", "own_x=j == 0,", "own_x=True,",
     ),
     Mutation(
         "completions of a prompt share a stream",
@@ -48,13 +48,13 @@ MUTATIONS = [
     Mutation(
         "columns of the kernel left in the order of their lengths",
         f"{STUDY}/test_runner.py::test_preconditioners[True-post-step]",
-        "engine/contraction.py", "at = torch.arange(0) if columns is None else columns.argsort()",
+        "engine/streaming.py", "at = torch.arange(0) if columns is None else columns.argsort()",
         "at = torch.arange(0) if columns is None else columns.argsort().flip(0)",
     ),
     Mutation(
         "half of U's kernel with itself turned around",
         f"{STUDY}/test_runner.py::test_paths_share_a_workspace_and_the_kernel_of_u_is_where_u_is",
-        "engine/contraction.py", "K[columns[:, None], rows] = products.kernel().T.cpu()",
+        "engine/streaming.py", "K[columns[:, None], rows] = products.kernel().T.cpu()",
         "K[columns[:, None], rows] = products.kernel().T.flip(0).cpu()",
     ),
     Mutation(
@@ -71,7 +71,8 @@ MUTATIONS = [
     Mutation(
         "U's own gradients for a request of U halfway along the step",
         f"{STUDY}/test_runner.py::test_it_is_what_explain_step_says[midpoint]",
-        "study/evaluate.py", 'if policy.through_detach or policy.path != "start" else', "if policy.through_detach else",
+        "study/evaluation.py", 'if policy.through_detach or policy.path != "start" else',
+        "if policy.through_detach else",
     ),
     Mutation(
         "one sequence's gradient at the checkpoint, beside requests at the midpoint",
@@ -91,7 +92,7 @@ MUTATIONS = [
     Mutation(
         "an influence without kernel that takes U's sum unpreconditioned",
         f"{STUDY}/test_runner.py::test_influence_alone_needs_no_kernel",
-        "study/evaluate.py", "at.workspace.P(at.workspace.gradients.weighted_sum(at.weights.to(at.like)))",
+        "study/evaluation.py", "at.workspace.P(at.workspace.gradients.weighted_sum(at.weights.to(at.like)))",
         "at.workspace.gradients.weighted_sum(at.weights.to(at.like))",
     ),
     Mutation(
@@ -112,7 +113,7 @@ MUTATIONS = [
     Mutation(
         "stored gradients are computed again",
         f"{STUDY}/test_runner.py::{AGAIN}",
-        "engine/stored.py", "if not store.has(i)]", "]",
+        "engine/from_store.py", "if not store.has(i)]", "]",
     ),
     Mutation(
         "an edited reward is served the old one's batch",
@@ -182,7 +183,7 @@ MUTATIONS = [
     Mutation(
         "rows that keep their gradients",
         f"{STUDY}/test_workspace.py::test_rows_let_go_of_their_gradients",
-        "engine/contraction.py", "        assert products is not None\n        del held\n",
+        "engine/streaming.py", "        assert products is not None\n        del held\n",
         "        assert products is not None\n",
     ),
     Mutation(
@@ -193,12 +194,12 @@ MUTATIONS = [
     Mutation(
         "a walked sum whose weights are not in the order of the sequences' lengths",
         f"{STUDY}/test_long.py::test_walked_gradients_are_those_that_are_computed_whole",
-        "engine/layered.py", "w = weights[side.order.to(weights.device)]", "w = weights",
+        "engine/layerwise.py", "w = weights[side.order.to(weights.device)]", "w = weights",
     ),
     Mutation(
         "rows by themselves at the first node of the path only",
         f"{STUDY}/test_long.py::test_rows_walk_alone_at_all_nodes_of_a_path",
-        "engine/layered.py", "side = Side(E.batch, nodes, must_cut(", "side = Side(E.batch, nodes[:1], must_cut(",
+        "engine/layerwise.py", "side = Side(E.batch, nodes, must_cut(", "side = Side(E.batch, nodes[:1], must_cut(",
     ),
     Mutation(
         "a workspace that is opened makes its step of a preconditioned ascent",

@@ -25,7 +25,7 @@ MUTATIONS = [
     Mutation(
         "padding trained like any other, in a study",
         f"{TRL}::test_padding_inside_of_a_response_is_differentiated_as_the_trainer_did",
-        "study/policy.py", "replace(apply, padding_idx=None), func.as_trained(apply)",
+        "study/policy.py", "replace(apply, padding_idx=None), func.with_masked_padding_grad(apply)",
         "replace(apply, padding_idx=None), replace(apply, padding_idx=None)",
     ),
 ]  # fmt: skip

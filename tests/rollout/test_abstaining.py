@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import fkernel as fk
-from fkernel.rollout import GeneratedBatch, Rows, SampleGenerator, Sampling, advantages, load_batch, save_batch
+from fkernel.rollout import GeneratedBatch, SampleGenerator, Sampling, TablePrompts, advantages, load_batch, save_batch
 from fkernel.rollout.rewards import judge_of
 from tests.rollout.test_files import record
 
@@ -26,7 +26,7 @@ RULES = ["group_mean", "grpo", "rloo", "raw"]
 
 def hub_of(model, tokenizer) -> SampleGenerator:
     return SampleGenerator(
-        model, tokenizer, Rows("mine", "train", ROWS), template="bare", sampling=Sampling(max_new_tokens=6)
+        model, tokenizer, TablePrompts("mine", "train", ROWS), template="bare", sampling=Sampling(max_new_tokens=6)
     )
 
 
@@ -133,15 +133,17 @@ def test_a_reward_that_is_set_later_counts():
 
 
 def test_sampled_batches_say_who_abstained(model, tokenizer, tmp_path):
-    hub = hub_of(model, tokenizer)
+    generator = hub_of(model, tokenizer)
     message = (
         r"The reward .*in_odd_places.<locals>.sparing returned None for 4 of 8 responses \('U-000-00', 'U-000-02'.*\)"
     )
     with pytest.warns(fk.RolloutWarning, match=message):
-        batch = hub.generate_update_batch(2, 4, reward_cfg=in_odd_places(), advantage_cfg="grpo", weight_cfg="bnpo")
+        batch = generator.generate_update_batch(
+            2, 4, reward_cfg=in_odd_places(), advantage_cfg="grpo", weight_cfg="bnpo"
+        )
     assert [each.reward is None for each in batch] == [True, False] * 4
     assert [each.abstained for each in batch] == [True, False] * 4
-    assert batch.loss_weights[::2].tolist() == [0.0] * 4
+    assert batch.weighted_advantages[::2].tolist() == [0.0] * 4
     tokens = sum(len(each.response_ids) for each in batch)  # theirs, too, as in TRL's loss
     assert {each.weight for each in batch} == {1 / tokens}
     assert batch.diagnostics["accuracy"] == 5.0
@@ -153,14 +155,14 @@ def test_sampled_batches_say_who_abstained(model, tokenizer, tmp_path):
     assert loaded.with_advantages("rloo") == batch.with_advantages("rloo")
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        hub.generate_evaluation_batch(2, dataset_split="train", reward_cfg=lambda prompt, response: 1)
+        generator.generate_evaluation_batch(2, dataset_split="train", reward_cfg=lambda prompt, response: 1)
     assert not [one for one in told if "returned None" in str(one.message)]
 
 
 def test_a_reward_that_judges_nothing(model, tokenizer):
     with pytest.warns(fk.RolloutWarning, match="returned None for 4 of 4 responses"):
         batch = hub_of(model, tokenizer).generate_update_batch(1, 4, reward_cfg=lambda p, r: None, advantage_cfg="rloo")
-    assert not batch.loss_weights.any()
+    assert not batch.weighted_advantages.any()
     assert batch.diagnostics["accuracy"] is None
 
 
@@ -186,7 +188,7 @@ def test_files_without_abstentions_are_what_they_were(tmp_path):
 def test_one_number_of_whatever_kind_is_a_reward(value, reward):
     judge = judge_of(lambda prompt, response: value)
     assert judge is not None
-    found = judge(Rows("mine", "train", ROWS)[0], "4", "U-000-01")
+    found = judge(TablePrompts("mine", "train", ROWS)[0], "4", "U-000-01")
     assert found == reward
     assert type(found) is float
 
@@ -219,7 +221,7 @@ def test_what_is_no_reward_names_sequence_function_and_value(model, tokenizer, v
 
 
 def test_a_reward_that_fails(model, tokenizer):
-    hub = hub_of(model, tokenizer)
+    generator = hub_of(model, tokenizer)
 
     def failing(prompt, response):
         return {"score": 1.0}["reward"]
@@ -230,14 +232,14 @@ def test_a_reward_that_fails(model, tokenizer):
     trls_own: Any = of_trl
 
     with pytest.raises(fk.RolloutError, match=r"U-000-00: the reward .*failing failed: KeyError: 'reward'") as caught:
-        hub.generate_update_batch(1, 2, reward_cfg=failing)
+        generator.generate_update_batch(1, 2, reward_cfg=failing)
     assert isinstance(caught.value.__cause__, KeyError)
     with pytest.raises(
         fk.RolloutError, match=r"E-000-00: .*of_trl failed: TypeError: .*reward\(prompt, response text\)"
     ):
-        hub.generate_evaluation_batch(1, dataset_split="train", reward_cfg=trls_own)
+        generator.generate_evaluation_batch(1, dataset_split="train", reward_cfg=trls_own)
     with pytest.raises(fk.RolloutError, match=f"P-000-00: the reward {__name__}.lost failed: ValueError: no answer"):
-        hub.generate_from_prompt_ids([1], dataset_split="train", reward_cfg=f"{__name__}.lost")
+        generator.generate_from_prompt_ids([1], dataset_split="train", reward_cfg=f"{__name__}.lost")
 
 
 def lost(prompt, response):
@@ -245,10 +247,10 @@ def lost(prompt, response):
 
 
 def test_a_prompt_without_an_answer_names_the_sequence(model, tokenizer):
-    rows = Rows("mine", "train", [{"question": "1+1?"}])
-    hub = SampleGenerator(model, tokenizer, rows, template="bare", sampling=Sampling(max_new_tokens=3))
+    rows = TablePrompts("mine", "train", [{"question": "1+1?"}])
+    generator = SampleGenerator(model, tokenizer, rows, template="bare", sampling=Sampling(max_new_tokens=3))
     with pytest.raises(fk.RolloutError, match="U-000-00: the reward exact failed: The prompt train-000000 has no ref"):
-        hub.generate_update_batch(1, 2, reward_cfg="exact")
+        generator.generate_update_batch(1, 2, reward_cfg="exact")
 
 
 @pytest.mark.parametrize("field", ["reward", "advantage", "weight"])
@@ -267,7 +269,7 @@ def test_a_study_of_rewards_that_abstain_adds_up():
     """What the engine takes as weights is finite, and 0 for those that abstain, whichever rule is asked for later."""
     batch = batch_of().with_advantages("grpo").with_loss_weights("dapo")
     for rule in RULES:
-        weights = batch.with_advantages(rule).loss_weights
+        weights = batch.with_advantages(rule).weighted_advantages
         assert weights.isfinite().all()
         assert not weights[[each.abstained for each in batch]].any()
     assert advantages.among_judged(advantages.raw, torch.tensor([NAN, 2.0]), torch.tensor([0, 0])).tolist() == [

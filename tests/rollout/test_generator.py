@@ -11,7 +11,7 @@ import torch
 
 import fkernel as fk
 from fkernel import func
-from fkernel.rollout import CustomSample, Gym, Prompt, Rows, SampleGenerator, Sampling, rewards
+from fkernel.rollout import CustomSample, Gym, Prompt, SampleGenerator, Sampling, TablePrompts, rewards
 from fkernel.rollout.template import gsm8k_r1
 from tests.rollout.conftest import byte_tokenizer, policy
 
@@ -20,7 +20,7 @@ SAMPLING = Sampling(max_new_tokens=8)
 
 
 def generator(model, tokenizer, **options) -> SampleGenerator:
-    sources = {split: Rows("mine", split, ROWS) for split in ("train", "test")}
+    sources = {split: TablePrompts("mine", split, ROWS) for split in ("train", "test")}
     return SampleGenerator(
         model,
         tokenizer,
@@ -47,7 +47,7 @@ def test_update_batch(model, tokenizer):
     assert {r.provenance.seed for r in batch} == {5}
     assert batch.checkpoint == "f"
     torch.testing.assert_close(batch.advantages, batch.with_advantages("rloo").advantages)
-    torch.testing.assert_close(batch.loss_weights, batch.advantages / 12)
+    torch.testing.assert_close(batch.weighted_advantages, batch.advantages / 12)
     first = batch.by_id("U-000-00")
     assert tokenizer.decode(list(first.prompt_ids)) == first.prompt
     assert len({r.response_ids for r in batch.by_prompt(first.provenance.global_prompt_id)}) > 1
@@ -188,7 +188,7 @@ def test_rewards_by_name():
     with pytest.raises(fk.RolloutError, match="has no reference answer"):
         rewards.exact(Prompt("x", "?"), "1")
     with pytest.raises(fk.RolloutError, match="the prompts come from 'mine'"):
-        rewards.gym(Rows("mine", "test", ROWS))
+        rewards.gym(TablePrompts("mine", "test", ROWS))
 
 
 def test_prompts_from_files(tmp_path):

@@ -51,12 +51,12 @@ def test_chat_prompts_are_those_of_apply_chat_template(model, text, system, adds
     turns.append({"role": "user", "content": "1+1?"})
     expected = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True)["input_ids"]
     assert expected.count(tokenizer.bos_token_id) == (text == TEMPLATES["with BOS"])
-    hub = hub_of(model, tokenizer, chat(tokenizer, system))
-    sampled = hub.generate_from_custom_prompts(["1+1?"], completions_per_prompt=2)
+    generator = hub_of(model, tokenizer, chat(tokenizer, system))
+    sampled = generator.generate_from_custom_prompts(["1+1?"], completions_per_prompt=2)
     assert [list(record.prompt_ids) for record in sampled] == [expected] * 2
-    (given,) = hub.build_custom_sequence("1+1?", "2")
+    (given,) = generator.build_custom_sequence("1+1?", "2")
     assert list(given.prompt_ids) == expected
-    (again,) = hub.build_custom_sequence(CustomSample(given.prompt, "2", raw=True))
+    (again,) = generator.build_custom_sequence(CustomSample(given.prompt, "2", raw=True))
     assert again.content_hash == given.content_hash
 
 

@@ -89,7 +89,7 @@ def made(place: Path) -> Run:
         lines = [json.dumps({"question": q, "answer": str(eval(q[:-1]))}) for q in prompts]
         (place / f"{split}.jsonl").write_text("\n".join(lines))
     loaded = checkpoint.load(place / "before")
-    hub = SampleGenerator(
+    generator = SampleGenerator(
         loaded.model,
         loaded.tokenizer,
         jsonl(place / "train.jsonl"),
@@ -97,12 +97,12 @@ def made(place: Path) -> Run:
         sampling=Sampling(**SAMPLING),
         template="bare",
     )
-    batch = hub.generate_update_batch(3, 3, seed=4, reward_cfg=brevity)
+    batch = generator.generate_update_batch(3, 3, seed=4, reward_cfg=brevity)
     save_batch(batch, place / "update")
     # The step itself, by torch: L = −Σ w A S, clipped.
     U = batch.sequences
     logp = model(U.input_ids).logits[:, :-1].log_softmax(-1).gather(-1, U.input_ids[:, 1:, None])[..., 0]
-    (-(batch.loss_weights * (logp * U.response_mask[:, 1:]).sum(1)).sum()).backward()
+    (-(batch.weighted_advantages * (logp * U.response_mask[:, 1:]).sum(1)).sum()).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
     optimizer.step()
     saved(place / "after", model, tokenizer)

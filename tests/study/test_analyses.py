@@ -150,7 +150,7 @@ def test_a_counterfactual_is_the_step_that_would_have_been_taken(run, study):
     apply, params = func.make_functional(loaded.model)
     S = func.sequence_logprob(apply)
     U, result = run.batch.sequences, study[1]["self"]
-    weights = run.batch.loss_weights.float()
+    weights = run.batch.weighted_advantages.float()
     weights[[name.startswith("U-000-") for name in run.batch.ids]] = 0
     g, _, _ = fk.loss_gradient(S, params, U, weights, max_norm=MAX_NORM)
     assert loaded.optimizer is not None

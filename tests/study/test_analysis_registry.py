@@ -57,7 +57,7 @@ from pydantic import Field
 from fkernel.study.analyses.analysis import Analysis
 from fkernel.study.analyses.context import RequestContext
 from fkernel.study.outcome import AnalysisResult
-from fkernel.study.parts import Strict
+from fkernel.study.config.base import Strict
 
 
 class RaisedPlan(Strict):

@@ -211,9 +211,9 @@ def test_nothing_is_kept_where_gradients_are_not(run, tmp_path, computed):
     assert not (tmp_path / "out").exists()
 
 
-def called(hub: SampleGenerator) -> Any:
+def called(generator: SampleGenerator) -> Any:
     CALLS.append(1)
-    return hub.build_custom_sequence("3+4=", str(len(CALLS)))
+    return generator.build_custom_sequence("3+4=", str(len(CALLS)))
 
 
 CALLS = list[int]()

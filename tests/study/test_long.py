@@ -19,17 +19,18 @@ import torch
 
 import fkernel as fk
 from fkernel import checkpoint
-from fkernel.engine import layered
-from fkernel.engine.contraction import self_kernel
+from fkernel.engine import layerwise
+from fkernel.engine.batching import SortedBatch
 from fkernel.engine.gradients import computed
 from fkernel.engine.planning import Strategy
-from fkernel.engine.planning.estimate import Walking
+from fkernel.engine.planning.estimates import Walking
 from fkernel.engine.problem import Problem, blocks
-from fkernel.engine.sides import Ordered
 from fkernel.engine.store import Store
+from fkernel.engine.streaming import self_kernel
 from fkernel.engine.walked import ALONE, WalkedGradients
-from fkernel.func import Sequences, contract, cutting, make_functional, pad, sequence_logprob
-from fkernel.func.contract import Asked, Own
+from fkernel.func import Sequences, contract, make_functional, pad, sequence_logprob
+from fkernel.func.handles.products import ProductSpec, RowSpec
+from fkernel.func.layers import cutting
 from fkernel.rollout import GeneratedBatch, Sampling, save_batch
 from fkernel.rollout.record import Provenance, SequenceRecord
 from fkernel.study import (
@@ -180,7 +181,7 @@ def test_of_long_sequences_no_gradient_is_kept(place, tmp_path):
 def test_walked_gradients_are_those_that_are_computed_whole():
     """Any length will do, and sequences of weight 0 count for nothing."""
     S, params, batch = tiny()
-    side = Ordered("U", batch, S)
+    side = SortedBatch("U", batch, S)
     walked = WalkedGradients(side, params, Walking())
     with short():
         whole = computed(side, ((1.0, params),), [slice(0, 1), slice(1, 4)])
@@ -203,7 +204,9 @@ def test_rows_walk_alone_at_all_nodes_of_a_path():
     """Squares of a sum over nodes are no sum of squares."""
     S, params, batch = tiny()
     step = {name: 0.1 * leaf.sign() for name, leaf in params.items()}
-    problem = Problem(params, Ordered("E", batch, S), None, Asked(x=Own({"v": params}, {"n": None})), "gauss2", step)
+    problem = Problem(
+        params, SortedBatch("E", batch, S), None, ProductSpec(x=RowSpec({"v": params}, {"n": None})), "gauss2", step
+    )
     found, expected = torch.empty(2, 2, 4, dtype=torch.float64)
     for strategy, values in ((ALONE, found), (Strategy("sequences", "E", None, None, 40), expected)):
         for block in blocks(problem, strategy):
@@ -244,7 +247,7 @@ def test_a_finished_workspace_walks_nothing_again(place, tmp_path, monkeypatch):
     """A rerun answers from what is kept; a new request needs E's gradients and U's, and Δθ is read, not walked for."""
     asked = plan(place, tmp_path / "out", analyses={}, self_kernel=False)
     first = FisherKernelRunner(asked).run()
-    for module in (layered, sys.modules["fkernel.engine.by_layer"], sys.modules["fkernel.engine.gradients"]):
+    for module in (layerwise, sys.modules["fkernel.engine.by_layer"], sys.modules["fkernel.engine.gradients"]):
         monkeypatch.setattr(module, "Walk", None)
     runner = FisherKernelRunner(asked)
     again = runner.run()

@@ -9,7 +9,8 @@ import yaml
 
 import fkernel as fk
 from fkernel import checkpoint
-from fkernel.study import TEMPLATE, FisherKernelPlan, check_inputs, parts, read_plan
+from fkernel.study import TEMPLATE, FisherKernelPlan, check_inputs, read_plan
+from fkernel.study.config.base import CheckpointPlan
 
 
 @pytest.fixture
@@ -104,9 +105,9 @@ def test_what_a_checkpoint_is_loaded_with_is_passed_on(base, tmp_path, monkeypat
     monkeypatch.setattr(checkpoint, "load", load)
     groups, file = [["w", "b"], ["head"]], tmp_path / "names.json"
     file.write_text(json.dumps(["w", "b", "head"]))
-    parts.CheckpointPlan.model_validate({"path": "run", "names": groups, "optimizer": False}).load()
-    parts.CheckpointPlan.model_validate({"path": "run", "names": str(file)}).load()
-    parts.CheckpointPlan.model_validate({"path": "run", "names": str(file)}).load_weights()
+    CheckpointPlan.model_validate({"path": "run", "names": groups, "optimizer": False}).load()
+    CheckpointPlan.model_validate({"path": "run", "names": str(file)}).load()
+    CheckpointPlan.model_validate({"path": "run", "names": str(file)}).load_weights()
     assert given[0]["names"] == (("w", "b"), ("head",))
     assert given[0]["optimizer"] is False
     assert given[1]["names"] == ["w", "b", "head"]
@@ -114,7 +115,7 @@ def test_what_a_checkpoint_is_loaded_with_is_passed_on(base, tmp_path, monkeypat
     assert given[2]["names"] is None
     assert given[2]["optimizer"] is False
     with pytest.raises(fk.CheckpointError, match="names of the optimizer's parameters"):
-        parts.CheckpointPlan.model_validate({"path": "run", "names": str(tmp_path / "none.json")}).load()
+        CheckpointPlan.model_validate({"path": "run", "names": str(tmp_path / "none.json")}).load()
     plan = FisherKernelPlan.model_validate(base | {"checkpoint": {"path": str(tmp_path), "names": "no.json"}})
     with pytest.raises(fk.PlanError, match=r"checkpoint\.names: there is nothing at no\.json"):
         check_inputs(plan)

@@ -137,5 +137,5 @@ def test_a_grant_is_kept(place, tmp_path, grant, persist):
     assert found.grown <= 1.1 * promise
     assert found.grown == pytest.approx(foretold.memory / MB, rel=0.2)
     # The clock is other processes' too; processor time, on a machine whose rates were measured at some other time, is
-    # held to a factor alone.
-    assert 0.4 < found.seconds / foretold.seconds < 2.5
+    # held to an order of magnitude.
+    assert 0.1 < found.seconds / foretold.seconds < 10

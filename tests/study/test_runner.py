@@ -76,7 +76,7 @@ def test_it_is_what_explain_step_says(run, study, start, path, tmp_path):
     assert loaded.optimizer is not None
     own = run.batch
     effect, step = fk.explain_step(
-        S, params, own.sequences, own.sequences, own.loss_weights, loaded.optimizer, max_norm=MAX_NORM, path=path
+        S, params, own.sequences, own.sequences, own.weighted_advantages, loaded.optimizer, max_norm=MAX_NORM, path=path
     )
     found = results["self"]
     assert effect.clip < 1
@@ -286,7 +286,7 @@ def test_influence_of_u_on_itself_and_under_other_advantages(run, study, start):
         twice = dict(zip(workspace.batch.ids, (2 * workspace.batch.advantages).tolist(), strict=True))
         for name, value in influence_of(workspace, None, twice).items():
             assert value == pytest.approx(2 * found[name], rel=1e-4, abs=1e-8)
-        rloo = workspace.batch.with_advantages("rloo").loss_weights
+        rloo = workspace.batch.with_advantages("rloo").weighted_advantages
         assert influence_of(workspace, None, "rloo")["U-000-00"] == pytest.approx(
             float(start["self"].kept("kernel")[0] @ (workspace.clip * rloo).numpy()), rel=1e-3, abs=1e-7
         )
@@ -326,11 +326,11 @@ def test_self_kernel_of_some_sequences(study, start):
 # --------------------------------------------------------------------------------------------------- kinds of requests
 
 
-def callback(hub: SampleGenerator) -> GeneratedBatch:
-    return hub.build_custom_sequence("3+4=", "8")
+def callback(generator: SampleGenerator) -> GeneratedBatch:
+    return generator.build_custom_sequence("3+4=", "8")
 
 
-def no_batch(hub: SampleGenerator) -> int:
+def no_batch(generator: SampleGenerator) -> int:
     return 3
 
 
@@ -462,7 +462,7 @@ def test_preconditioners(run, tmp_path, form, calibrated):
     S = fk.func.sequence_logprob(apply)
     state = loaded.optimizer
     assert state is not None
-    g, _, _ = fk.loss_gradient(S, params, run.batch.sequences, run.batch.loss_weights, max_norm=MAX_NORM)
+    g, _, _ = fk.loss_gradient(S, params, run.batch.sequences, run.batch.weighted_advantages, max_norm=MAX_NORM)
     D = {
         "post-step": lambda: fk.precond.adam(state, {**g}, "eps"),
         "frozen": lambda: fk.precond.adam(state, None, "zero"),
@@ -475,8 +475,8 @@ def test_preconditioners(run, tmp_path, form, calibrated):
     step = fk.precond.adamw_step(params, {**g}, state).total
     node = fk.tree.axpy(0.5, step, params) if calibrated else params
     assert found.path == ("midpoint" if calibrated else "start")
-    hub = FisherKernelRunner(run.plan(tmp_path / "out2")).generator
-    E = hub.generate_evaluation_batch(4)
+    generator = FisherKernelRunner(run.plan(tmp_path / "out2")).generator
+    E = generator.generate_evaluation_batch(4)
     assert E.ids == [info.id for info in found.evaluation]
     K = fk.func.contract(fk.func.per_sequence_grad(S)(node, E.sequences), P_J)
     np.testing.assert_allclose(found.kept("kernel"), K.numpy(), rtol=2e-3, atol=1e-5 * float(K.abs().max()))

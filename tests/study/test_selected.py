@@ -14,9 +14,9 @@ import fkernel as fk
 from fkernel import checkpoint, func, precond, report
 from fkernel.study import FisherKernelResults, FisherKernelRunner, prepare
 from fkernel.study.analyses import health, parts, structure, sweep
-from fkernel.study.plan import PreconditionerPlan, StepPlan
+from fkernel.study.config.plan import PreconditionerPlan, StepPlan
+from fkernel.study.optimizer_step import response
 from fkernel.study.policy import unselected_of
-from fkernel.study.response import response
 from tests.rollout import conftest as rollout
 from tests.study.conftest import MAX_NORM, Run, made
 

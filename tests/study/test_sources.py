@@ -15,7 +15,7 @@ import pytest
 
 import fkernel as fk
 from fkernel.study import FisherKernelRunner
-from fkernel.study.parts import CheckpointPlan
+from fkernel.study.config.base import CheckpointPlan
 from fkernel.study.sources import code_of, describing_files, dotted_names, own_code
 from tests.study.conftest import Run
 from tests.study.test_workspace import asking

@@ -18,7 +18,7 @@ from tests.study.conftest import MAX_NORM
 
 def weights_of(batch):
     """w, whatever advantages are."""
-    return batch.with_values("advantage", torch.ones_like(batch.advantages)).loss_weights
+    return batch.with_values("advantage", torch.ones_like(batch.advantages)).weighted_advantages
 
 
 def study(run, out, **changes):
@@ -78,7 +78,7 @@ def test_p_is_of_a_kernel_that_permutations_leave_alone(run, results, permuted):
 def test_intervals_have_their_width_of_that_kernel_and_their_middle_of_the_step(run, results, permuted):
     stats = pytest.importorskip("scipy.stats")
     result, groups = results["self"], run.batch.groups
-    found, C = result.analysis("uncertainty"), permuted * results.step["clip"] * run.batch.loss_weights
+    found, C = result.analysis("uncertainty"), permuted * results.step["clip"] * run.batch.weighted_advantages
     whole = C.sum(1)
     without = torch.stack([(whole - C[:, groups == g].sum(1)) * 3 / 2 for g in groups.unique()])
     error = (2 / 3 * (without - without.mean(0)).square().sum(0)).sqrt()

@@ -17,7 +17,7 @@ import torch
 
 import fkernel as fk
 from fkernel import checkpoint
-from fkernel.func.handles import tensors
+from fkernel.func.handles.forms import tensors
 from fkernel.io import checksummed_json
 from fkernel.study import FisherKernelRunner, load_workspace
 from fkernel.study.directory import WorkspaceDirectory
@@ -275,7 +275,7 @@ def test_a_disk_that_is_full_leaves_nothing_half_written(run, tmp_path, monkeypa
 def test_requests_stream(run, tmp_path):
     """Rows of K that are held at once do not grow with E, unless they are asked for."""
     from fkernel.engine.planning import kept as limits
-    from fkernel.study import evaluate as module
+    from fkernel.study import evaluation as module
 
     most = []
     real = module.walked
@@ -310,8 +310,8 @@ def test_rows_let_go_of_their_gradients(run, tmp_path):
     import weakref
 
     from fkernel.engine import gradients as module
-    from fkernel.func.contract import Asked
-    from fkernel.study.rows import Grant, walked
+    from fkernel.func.handles.products import ProductSpec
+    from fkernel.study.rows import MemoryBudget, walked
     from fkernel.study.workspace import tokens_of
 
     runner = FisherKernelRunner(run.plan(tmp_path / "out", numerics={"microbatch": 2}))
@@ -328,7 +328,7 @@ def test_rows_let_go_of_their_gradients(run, tmp_path):
             return found
 
         patch.setattr(module, "handle_pieces", watched)
-        for rows in walked(E, workspace, runner.policy, Grant(2, None), Asked({"": workspace.P.d})):
+        for rows in walked(E, workspace, runner.policy, MemoryBudget(2, None), ProductSpec({"": workspace.P.d})):
             kept.append(rows)
             assert all(reference() is None for each in alive for reference in each)
         assert len(kept) == len(alive) > 2

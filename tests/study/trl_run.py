@@ -217,7 +217,7 @@ def held_out(run: Trained, at: int) -> GeneratedBatch:
     loaded = checkpoint.load(**run.checkpoint(at))
     file = run.path.parent / "held_out.jsonl"
     file.write_text("\n".join(json.dumps({"question": prompt, "answer": ""}) for prompt in HELD_OUT))
-    hub = SampleGenerator(
+    generator = SampleGenerator(
         loaded.model,
         loaded.tokenizer,
         jsonl(file, "test"),
@@ -227,7 +227,7 @@ def held_out(run: Trained, at: int) -> GeneratedBatch:
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what is left out below, and of responses cut as the trainer's are
-        drawn = hub.generate_evaluation_batch(len(HELD_OUT), seed=1, with_replacement=False)
+        drawn = generator.generate_evaluation_batch(len(HELD_OUT), seed=1, with_replacement=False)
     return drawn.clone_with_subset(lambda record: TOKENIZER.pad_token_id not in record.response_ids)
 
 

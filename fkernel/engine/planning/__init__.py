@@ -1,8 +1,52 @@
 """What a kernel will take, and how to compute it within a memory grant: workload / rates → options → choice."""
 
-from fkernel.engine.planning.estimate import Estimate, choose, estimate
+from fkernel.engine.planning.curve import Curve
+from fkernel.engine.planning.estimates import Estimate, choose, estimate, weighed
+from fkernel.engine.planning.kept import (
+    HELD,
+    Where,
+    choose_making,
+    choose_meeting,
+    choose_tile,
+    load_of,
+    making,
+    read_load,
+    ungranted,
+)
 from fkernel.engine.planning.machine import Rates, rates
-from fkernel.engine.planning.strategy import Option, Strategy, usual_microbatch
-from fkernel.engine.planning.workload import Workload
+from fkernel.engine.planning.passes import bytes_of
+from fkernel.engine.planning.strategy import Option, Strategy, cost, usual_microbatch
+from fkernel.engine.planning.walking import Walk, walk_of
+from fkernel.engine.planning.work import Work
+from fkernel.engine.planning.workloads import LONG, Ready, Workload, counted
 
-__all__ = ["Estimate", "Option", "Rates", "Strategy", "Workload", "choose", "estimate", "rates", "usual_microbatch"]
+__all__ = [
+    "HELD",
+    "LONG",
+    "Curve",
+    "Estimate",
+    "Option",
+    "Rates",
+    "Ready",
+    "Strategy",
+    "Walk",
+    "Where",
+    "Work",
+    "Workload",
+    "bytes_of",
+    "choose",
+    "choose_making",
+    "choose_meeting",
+    "choose_tile",
+    "cost",
+    "counted",
+    "estimate",
+    "load_of",
+    "making",
+    "rates",
+    "read_load",
+    "ungranted",
+    "usual_microbatch",
+    "walk_of",
+    "weighed",
+]

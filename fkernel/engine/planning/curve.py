@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fkernel.func.work import Work
+from fkernel.engine.planning.work import Work
 
 
 class Curve(NamedTuple):

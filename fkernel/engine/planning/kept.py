@@ -14,18 +14,16 @@ from collections.abc import Sequence
 from math import inf
 from typing import Literal
 
+from fkernel.engine.batching import SortedBatch
 from fkernel.engine.planning.curve import Curve
-from fkernel.engine.planning.estimate import weighed
+from fkernel.engine.planning.estimates import weighed
 from fkernel.engine.planning.machine import Rates
 from fkernel.engine.planning.strategy import HANDLES, HOLES, LIBRARIES, STARTING, Option, Strategy, cost, parts
-from fkernel.engine.planning.workload import Ready, Workload, counted
-from fkernel.engine.sides import Ordered
+from fkernel.engine.planning.work import Work
+from fkernel.engine.planning.workloads import Ready, Workload, counted
 from fkernel.errors import BatchError
-from fkernel.func.batch import take, trim
-from fkernel.func.boundary import explained
-from fkernel.func.certified import plan_of
-from fkernel.func.source import widened
-from fkernel.func.work import Work
+from fkernel.func.inputs import take, translate_errors, trim, widened
+from fkernel.func.trust import plan_of
 from fkernel.shapes import Tree
 from fkernel.tree import size
 
@@ -35,7 +33,7 @@ HELD = 4 << 30
 Where = Literal["memory", "disk"]
 
 
-def load_of(params: Tree, side: Ordered) -> Workload:
+def load_of(params: Tree, side: SortedBatch) -> Workload:
     """Count a side's gradients on its longest sequence, or on three lengths where they differ.
 
     Args:
@@ -44,7 +42,7 @@ def load_of(params: Tree, side: Ordered) -> Workload:
     """
     assert side.f is not None
     tokens = {"E": [*side.tokens], "U": [*side.tokens]}
-    with explained(params):
+    with translate_errors(params):
         one = trim(take(side.batch, slice(0, 1)))
         return counted(side.f, params, one, tokens, plan_of(side.f, params, side.batch))
 

@@ -1,7 +1,7 @@
 """How fast this machine is: six rates, measured once in a few seconds and kept.
 
-A prediction of time is a count of work (`fkernel.func.work`) divided by these. They are measured with the operations
-that the engine spends its time in, at sizes of its own.
+A prediction of time is a count of work (`fkernel.engine.planning.work`) divided by these. They are measured with the
+operations that the engine spends its time in, at sizes of its own.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from fkernel.engine.recycling import recycled
+from fkernel.engine.planning.work import Work, count_cost
+from fkernel.engine.recycling import reuse_memory
 from fkernel.engine.store import open_store
-from fkernel.func.contract import contract
-from fkernel.func.handles import Factored
-from fkernel.func.rows import handles_of, plan_of
-from fkernel.func.work import Work, work_of
+from fkernel.func.handles import Factored, contract
+from fkernel.func.taps import handles_of, plan_of
 from fkernel.io import atomic_file, default_cache_root
 from fkernel.shapes import Tree
 
@@ -71,7 +70,7 @@ def rates(dtype: torch.dtype = torch.float32, directory: Path | None = None) -> 
         known = json.loads(path.read_text())
     with suppress(KeyError, TypeError):
         return Rates(*known[key])
-    measured = calibrate(dtype)
+    measured = measure_rates(dtype)
     with suppress(OSError):  # a machine without a writable cache measures again next time
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as temporary:
@@ -79,9 +78,9 @@ def rates(dtype: torch.dtype = torch.float32, directory: Path | None = None) -> 
     return measured
 
 
-def calibrate(dtype: torch.dtype = torch.float32) -> Rates:
+def measure_rates(dtype: torch.dtype = torch.float32) -> Rates:
     """Measure the rates now."""
-    with recycled():
+    with reuse_memory():
         flops, call, forming = _products(dtype), _calls(dtype), _forms(dtype)
         moved = _moves(dtype, flops, call)
         write, read = _disk()
@@ -111,7 +110,7 @@ def _moves(dtype: torch.dtype, flops: float, call: float) -> float:
         return (z[..., 0] - z.logsumexp(-1)).sum(1)
 
     plan = plan_of(f, params, x)
-    work = work_of(lambda p, x: handles_of(f, p, x, plan), params, x)
+    work = count_cost(lambda p, x: handles_of(f, p, x, plan), params, x)
     left = _median(lambda: handles_of(f, params, x, plan)) - work.flops / flops - work.calls * call
     return (work.moved + work.weights) / max(left, 1e-4)
 
@@ -135,7 +134,7 @@ def _calls(dtype: torch.dtype) -> float:
         return x.sum((1, 2))
 
     plan = plan_of(f, params, x)
-    work = work_of(lambda p, x: handles_of(f, p, x, plan), params, x)
+    work = count_cost(lambda p, x: handles_of(f, p, x, plan), params, x)
     return _median(lambda: handles_of(f, params, x, plan)) / work.calls
 
 

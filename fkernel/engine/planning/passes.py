@@ -4,7 +4,7 @@
     jvp          direction + m · activations, values and tangents
     curvature    the same, with second tangents
 
-Activations are counted on one sequence of the greatest length (`fkernel.func.work`).
+Activations are counted on one sequence of the greatest length (`fkernel.engine.planning.work`).
 """
 
 from __future__ import annotations
@@ -16,12 +16,10 @@ from typing import Any, NamedTuple
 import torch
 
 from fkernel.engine.planning.strategy import USABLE
-from fkernel.func.batch import by_length, take, trim
-from fkernel.func.boundary import explained
-from fkernel.func.directional import first_derivative, second_derivative
-from fkernel.func.objective import Function, bare
-from fkernel.func.rows import pull_back
-from fkernel.func.work import work_of
+from fkernel.engine.planning.work import count_cost
+from fkernel.func.inputs import Function, bare, by_length, take, translate_errors, trim
+from fkernel.func.taps import pull_back
+from fkernel.func.trust import first_derivative, second_derivative
 from fkernel.io import parse_bytes
 from fkernel.shapes import Tree
 
@@ -64,7 +62,7 @@ class Fit(NamedTuple):
     needed: int
 
 
-def fit(
+def max_microbatch(
     memory: int | str | None,
     microbatch: int,
     f: Function,
@@ -91,11 +89,11 @@ def fit(
     P, budget = bytes_of(params), parse_bytes(memory)
     longest = [trim(take(batch, by_length(batch)[:1])) for batch in batches]
     fitting, needed = microbatch, ceil(least * P / USABLE)
-    with explained(params):
+    with translate_errors(params):
         for one in passes:
             # A reverse pass makes a vector of its own, which more sequences do not make larger.
             held = (vectors + (one is reverse)) * P
-            peaks = [work_of(lambda p, x, one=one: one(f, p, x), params, x).peak for x in longest]
+            peaks = [count_cost(lambda p, x, one=one: one(f, p, x), params, x).peak for x in longest]
             each = max(1, ceil(HOLES * (max(peaks) - (one is reverse) * P)))
             fitting = min(fitting, int(budget * USABLE - held) // each)
             needed = max(needed, ceil((held + each) / USABLE))

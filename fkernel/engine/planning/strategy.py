@@ -28,10 +28,9 @@ from math import ceil
 from typing import Any, Literal, NamedTuple
 
 from fkernel.engine.planning.machine import Rates
-from fkernel.engine.planning.workload import LONG, Workload
-from fkernel.func.batch import lengths
-from fkernel.func.microbatch import check_size
-from fkernel.func.tiles import tile_bytes
+from fkernel.engine.planning.workloads import LONG, Workload
+from fkernel.func.handles import tile_bytes
+from fkernel.func.inputs import check_size, lengths
 
 MICROBATCH = 8
 TOKENS = LONG
@@ -78,7 +77,7 @@ class Strategy(NamedTuple):
 
     @property
     def loops(self) -> dict[str, Any]:
-        """What `fkernel.engine.contraction` is told."""
+        """What `fkernel.engine.streaming` is told."""
         return {"held": self.held, "tile": self.tile, "block": self.block}
 
 
@@ -90,14 +89,14 @@ class Option(NamedTuple):
         memory: bytes beside the model, the optimizer's state, the preconditioner and the batches.
         disk: bytes.
         seconds: predicted time.
-        why_not: why it cannot be chosen; empty where it can.
+        infeasible_reason: why it cannot be chosen; empty where it can.
     """
 
     strategy: Strategy
     memory: int
     disk: int
     seconds: float
-    why_not: str = ""
+    infeasible_reason: str = ""
 
     @property
     def name(self) -> Name:
@@ -157,10 +156,10 @@ def options(
         fitting = [option for option in tried if budget is None or option.needs <= budget]
         if not fitting:
             least = min(tried, key=lambda option: option.memory)
-            found.append(least._replace(why_not=f"needs {least.needs} bytes"))
+            found.append(least._replace(infeasible_reason=f"needs {least.needs} bytes"))
         elif name == "store" and not store:
             best = min(fitting, key=lambda option: option.seconds)
-            found.append(best._replace(why_not="no directory was given (store=)"))
+            found.append(best._replace(infeasible_reason="no directory was given (store=)"))
         else:
             found.append(min(fitting, key=lambda option: option.seconds))
     return tuple(found)

@@ -18,10 +18,10 @@ import torch
 
 from fkernel.engine.planning.curve import Curve
 from fkernel.engine.planning.machine import Rates
-from fkernel.func.head import LOGITS_BYTES
+from fkernel.engine.planning.work import Work, count_cost
+from fkernel.func.handles import LOGITS_BYTES
+from fkernel.func.inputs import plain
 from fkernel.func.layers import Cut, before, constants_of, layer
-from fkernel.func.source import plain
-from fkernel.func.work import Work, work_of
 from fkernel.shapes import Tensor, Tree
 
 HOLES = 1.3
@@ -173,7 +173,7 @@ def _counted(cut: Cut, params: Tree, t: int) -> tuple[Work, Work, Work]:
                     out = layer(cut, i, given, x.view_as(x), call)
                 return torch.autograd.grad(out, [x, *leaves], torch.ones_like(out), allow_unused=True)
 
-            known[kind] = work_of(forward, own, h), work_of(backward, own, h)
+            known[kind] = count_cost(forward, own, h), count_cost(backward, own, h)
         each.append(known[kind])
     return _added([a for a, _ in each]), _added([b for _, b in each]), max((b for _, b in each), key=lambda w: w.peak)
 

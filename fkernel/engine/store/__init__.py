@@ -1,5 +1,6 @@
 """Gradient handles on disk: a directory of checksummed shards, complete or absent, for one process at a time."""
 
-from fkernel.engine.store.directory import Store, open_store
+from fkernel.engine.store.directory import MANIFEST, Store, open_store
+from fkernel.engine.store.manifest import differences
 
-__all__ = ["Store", "open_store"]
+__all__ = ["MANIFEST", "Store", "differences", "open_store"]

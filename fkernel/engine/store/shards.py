@@ -21,8 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fkernel.errors import StoreError
-from fkernel.func.handles import Factored, Handle, Handles, Rows, Stack, Sum
-from fkernel.func.head import Head
+from fkernel.func.handles import Concat, Factored, Handle, Handles, Head, SparseRows, Sum
 from fkernel.io import open_direct, read_direct, tensor_chunks
 from fkernel.shapes import Tensor
 
@@ -159,7 +158,7 @@ class _Stored:
 
     def describe(self, handle: Handle, place: str) -> dict[str, Any]:
         match handle:
-            case Stack(parts):
+            case Concat(parts):
                 return {"stack": [self.describe(part, f"{place}/{at}") for at, part in enumerate(parts)]}
             case Sum(parts):
                 return {"sum": [self.describe(part, f"{place}/{at}") for at, part in enumerate(parts)]}
@@ -167,7 +166,7 @@ class _Stored:
                 return {
                     "factored": [self.tensor(inputs, f"{place}/inputs"), self.tensor(cotangents, f"{place}/cotangents")]
                 }
-            case Rows(ids, cotangents, size):
+            case SparseRows(ids, cotangents, size):
                 return {
                     "rows": [self.tensor(ids, f"{place}/ids"), self.tensor(cotangents, f"{place}/cotangents"), size]
                 }
@@ -199,13 +198,13 @@ def _handle(node: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
     ((kind, parts),) = node.items()
     match kind:
         case "stack":
-            return Stack(tuple(_handle(part, tensors) for part in parts))
+            return Concat(tuple(_handle(part, tensors) for part in parts))
         case "sum":
             return Sum(tuple(_handle(part, tensors) for part in parts))
         case "factored":
             return Factored(*(_tensor(part, tensors) for part in parts))
         case "rows":
-            return Rows(_tensor(parts[0], tensors), _tensor(parts[1], tensors), parts[2])
+            return SparseRows(_tensor(parts[0], tensors), _tensor(parts[1], tensors), parts[2])
         case "dense":
             return _tensor(parts, tensors)
         case _:

@@ -12,8 +12,8 @@ from typing import Any
 
 from pydantic import BeforeValidator
 
-from fkernel.engine.contraction import Block
-from fkernel.func.contract import Asked
+from fkernel.engine import KernelBlock
+from fkernel.func.handles import ProductSpec
 from fkernel.study.outcome import AnalysisResult
 
 
@@ -29,11 +29,11 @@ NAME = r"^[\w.-]+$"
 class Accumulator:
     """An analysis that takes rows of K, or the gradients of E, as they come; it is made of (context, config)."""
 
-    def ask(self, walk: Asked) -> Asked:
+    def ask(self, walk: ProductSpec) -> ProductSpec:
         """Add what it asks of the walk over E's and U's gradients."""
         return walk
 
-    def add(self, block: Block) -> None:
+    def add(self, block: KernelBlock) -> None:
         """Take some rows."""
         raise NotImplementedError
 

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 
 from fkernel import func, tree
-from fkernel.engine import realised_change
-from fkernel.engine.layered import evaluated
+from fkernel.engine import evaluated, realised_change
 from fkernel.precond import AdamWStep
 from fkernel.rollout import GeneratedBatch
 from fkernel.shapes import Tensor, Tree
 from fkernel.study.analyses.failures import AnalysisUnavailable
-from fkernel.study.capture import CapturePlan
-from fkernel.study.rows import Grant, Policy
+from fkernel.study.config.capture import CapturePlan
+from fkernel.study.rows import MemoryBudget, Policy
 from fkernel.study.workspace import KernelWorkspace
 
 
@@ -43,7 +42,7 @@ class RequestContext:
     workspace: KernelWorkspace
     policy: Policy
     taken: AdamWStep | None
-    grant: Grant
+    grant: MemoryBudget
     capture: CapturePlan
     weights: Tensor
     advantages: Any = None
@@ -166,7 +165,7 @@ class UpdateContext:
 
     workspace: KernelWorkspace
     policy: Policy
-    grant: Grant
+    grant: MemoryBudget
     step: AdamWStep | None
     seed: int
 

@@ -9,12 +9,12 @@ from pydantic import Field, model_validator
 
 from fkernel import func
 from fkernel.analysis import alternative_step, counterfactual
-from fkernel.precond.adam import Grads
+from fkernel.precond import Grads
 from fkernel.shapes import Tensor
 from fkernel.study.analyses.analysis import NAME, Analysis, without_nan
 from fkernel.study.analyses.context import RequestContext
+from fkernel.study.config.base import Strict
 from fkernel.study.outcome import AnalysisResult
-from fkernel.study.parts import Strict
 from fkernel.study.workspace import KernelWorkspace, selected
 
 

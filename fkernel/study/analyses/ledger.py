@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from fkernel.analysis import Ledger, floor_from, ledger
-from fkernel.engine.contraction import Block
-from fkernel.func.contract import Asked
+from fkernel.engine import KernelBlock
+from fkernel.func.handles import ProductSpec
 from fkernel.study.analyses.analysis import Accumulator, Analysis, without_nan
 from fkernel.study.analyses.context import RequestContext
 from fkernel.study.outcome import AnalysisResult
@@ -19,12 +19,12 @@ class LedgerAccumulator(Accumulator):
         """Begin with nothing."""
         self.context, self.floor = context, torch.zeros(len(context.batch), dtype=torch.float64)
 
-    def ask(self, walk: Asked) -> Asked:
+    def ask(self, walk: ProductSpec) -> ProductSpec:
         """Ask for Σ_α θ_α² g_eα²."""
         floor = {name: leaf.square() for name, leaf in self.context.policy.params.items()}
         return walk._replace(x=walk.x._replace(squares={**walk.x.squares, "floor": floor}))
 
-    def add(self, block: Block) -> None:
+    def add(self, block: KernelBlock) -> None:
         """Take some rows."""
         self.floor[block.at] = floor_from(block.rows("floor"), self.context.before[block.at].cpu(), self.context.dtype)
 

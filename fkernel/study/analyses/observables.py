@@ -10,18 +10,18 @@ import torch
 from pydantic import Field, model_validator
 
 from fkernel import func
-from fkernel.engine.sides import check_side
+from fkernel.engine import check_side
 from fkernel.errors import RolloutError, listing
-from fkernel.func.batch import take
-from fkernel.func.contract import Asked, Own
-from fkernel.rollout.rewards import dotted
+from fkernel.func.handles import ProductSpec, RowSpec
+from fkernel.func.inputs import take
+from fkernel.rollout import dotted
 from fkernel.shapes import Tensor
 from fkernel.study.analyses.analysis import NAME, Analysis
 from fkernel.study.analyses.context import RequestContext
 from fkernel.study.analyses.failures import AnalysisUnavailable
+from fkernel.study.config.base import CheckpointPlan, Strict
 from fkernel.study.diagnostics import top_contributors
 from fkernel.study.outcome import AnalysisResult
-from fkernel.study.parts import CheckpointPlan, Strict
 from fkernel.study.rows import walked
 
 OBSERVABLE = "a function that makes an observable: (apply, temperature) -> f"
@@ -78,7 +78,9 @@ def compute(context: RequestContext, config: ObservablePlan) -> AnalysisResult:
     arrays |= {"top_contributions": like(n, k), **{name: like(n) for name in vectors}}
     if context.capture.kernel:
         arrays["contributions"] = like(n, len(context.weights))
-    for block in walked(E, context.workspace, p, context.grant, Asked({"": context.workspace.P.d}, Own(vectors))):
+    for block in walked(
+        E, context.workspace, p, context.grant, ProductSpec({"": context.workspace.P.d}, RowSpec(vectors))
+    ):
         C = block.kernel() * context.weights.double()
         arrays["batch"][block.at] = C.sum(1)
         arrays["top"][block.at], arrays["top_contributions"][block.at] = top_contributors(C, k)

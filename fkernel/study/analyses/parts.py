@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from fkernel.analysis import by_part, missed, shares, summed
-from fkernel.engine.contraction import Block
+from fkernel.engine import KernelBlock
 from fkernel.func import by_kind, by_layer
-from fkernel.func.contract import Asked
+from fkernel.func.handles import ProductSpec
 from fkernel.shapes import Tensor
 from fkernel.study.analyses.analysis import Accumulator, Analysis
 from fkernel.study.analyses.context import RequestContext
@@ -26,11 +26,11 @@ class PartsAccumulator(Accumulator):
         self.norms: dict[str, dict[str, Tensor]] = {"kind": {}, "layer": {}}
         self.contributions: dict[str, dict[str, Tensor]] = {"kind": {}, "layer": {}}
 
-    def ask(self, walk: Asked) -> Asked:
+    def ask(self, walk: ProductSpec) -> ProductSpec:
         """Ask for every sum part by part."""
         return walk._replace(key=by_part)
 
-    def add(self, block: Block) -> None:
+    def add(self, block: KernelBlock) -> None:
         """Take some rows."""
         context, n = self.context, len(self.context.batch)
         for view, key in (("kind", by_kind), ("layer", by_layer)):

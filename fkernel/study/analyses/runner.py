@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from fkernel.engine.contraction import Block
-from fkernel.func.contract import Asked
+from fkernel.engine import KernelBlock
+from fkernel.func.handles import ProductSpec
 from fkernel.study.analyses.analysis import Accumulator
 from fkernel.study.analyses.context import RequestContext, UpdateContext
 from fkernel.study.analyses.failures import tried
@@ -35,14 +35,14 @@ class AnalysisRunner:
         }
         self.skipped: dict[str, AnalysisResult] = {}
 
-    def ask(self, walk: Asked) -> Asked:
+    def ask(self, walk: ProductSpec) -> ProductSpec:
         """Add what the analyses of rows ask of the walk; one that cannot say it is skipped."""
         for name, accumulator in self._accumulating():
             more = self._tried(name, partial(accumulator.ask, walk))
             walk = walk if name in self.skipped else more
         return walk
 
-    def add(self, block: Block) -> None:
+    def add(self, block: KernelBlock) -> None:
         """Take some rows; what fails takes no more of them."""
         for name, accumulator in self._accumulating():
             self._tried(name, partial(accumulator.add, block))

@@ -9,8 +9,8 @@ from pydantic import Field
 from fkernel.analysis import DECADES, step_sweep
 from fkernel.study.analyses.analysis import Analysis
 from fkernel.study.analyses.context import RequestContext
+from fkernel.study.config.base import Strict
 from fkernel.study.outcome import AnalysisResult
-from fkernel.study.parts import Strict
 
 
 class SweepPlan(Strict):

@@ -12,18 +12,16 @@ import torch
 from pydantic import Field
 
 from fkernel.analysis import TokenChange, apart, token_change
-from fkernel.engine import Strategy
-from fkernel.engine.problem import Problem, blocks
-from fkernel.engine.sides import Ordered
+from fkernel.engine import Problem, SortedBatch, Strategy, blocks
 from fkernel.errors import RolloutError
 from fkernel.func import Sequences
-from fkernel.func.batch import take
-from fkernel.func.contract import Asked
+from fkernel.func.handles import ProductSpec
+from fkernel.func.inputs import take
 from fkernel.shapes import Tensor
 from fkernel.study.analyses.analysis import Analysis
 from fkernel.study.analyses.context import RequestContext
+from fkernel.study.config.base import Strict
 from fkernel.study.outcome import AnalysisResult
-from fkernel.study.parts import Strict
 from fkernel.study.workspace import tokens_of
 
 
@@ -72,8 +70,8 @@ def _change(context: RequestContext) -> TokenChange:
 
 def _kernel(context: RequestContext, e: Sequences, u: Sequences) -> Tensor:
     """The kernel of two sequences, token by token, [response tokens of e, response tokens of u]."""
-    p, asked = context.policy, Asked({"": context.workspace.P.d})
-    E, U = Ordered("E", apart(e), p.f), Ordered("U", apart(u), p.columns)
+    p, asked = context.policy, ProductSpec({"": context.workspace.P.d})
+    E, U = SortedBatch("E", apart(e), p.f), SortedBatch("U", apart(u), p.columns)
     problem = Problem(p.params, E, U, asked, p.path, p.step, promised=context.grant.memory is not None)
     K = torch.empty(len(E), len(U), dtype=context.dtype)
     for block in blocks(problem, Strategy("sequences", "E", None, None, context.grant.microbatch * max(E.tokens))):

@@ -19,20 +19,19 @@ from fkernel.analysis import (
     resamplings,
     significance,
 )
-from fkernel.engine.contraction import Block
-from fkernel.engine.gradients import Gradients
-from fkernel.func.contract import Asked
+from fkernel.engine import Gradients, KernelBlock
+from fkernel.func.handles import ProductSpec
 from fkernel.precond import Diagonal
 from fkernel.rollout import GeneratedBatch
 from fkernel.shapes import Tensor, Tree
 from fkernel.study.analyses.analysis import Accumulator, Analysis
 from fkernel.study.analyses.context import RequestContext
+from fkernel.study.config.base import Strict
+from fkernel.study.config.step import PreconditionerPlan, StepPlan
 from fkernel.study.diagnostics import top_contributors
+from fkernel.study.optimizer_step import clipped, preconditioner_of
 from fkernel.study.outcome import AnalysisResult
-from fkernel.study.parts import Strict
-from fkernel.study.response import clipped, preconditioner_of
 from fkernel.study.rows import Policy
-from fkernel.study.step_plan import PreconditionerPlan, StepPlan
 from fkernel.study.workspace import KernelWorkspace
 
 
@@ -58,7 +57,7 @@ class UncertaintyAccumulator(Accumulator):
         self.context, self.config, n = context, config, len(context.batch)
         self.advantages = context.workspace.advantages_with(context.advantages)
         ones = torch.ones_like(self.advantages)
-        self.scale = context.workspace.clip * batch.with_values("advantage", ones).loss_weights
+        self.scale = context.workspace.clip * batch.with_values("advantage", ones).weighted_advantages
         self.prompts = resamplings(batch.groups, config.draws, config.seed)
         self.shuffled = permutations(batch.groups, config.draws, config.seed, judged(batch))
         if context.workspace.keeps_signs:  # the loss was evaluated for these signs: nothing may be permuted, and p is 1
@@ -74,14 +73,14 @@ class UncertaintyAccumulator(Accumulator):
         self.facts: dict[str, Any] = {"draws": config.draws, "coverage": config.coverage, "prompts": self.names}
         self.facts["preconditioner"] = "permutation mean" if self.permuted else form
 
-    def ask(self, walk: Asked) -> Asked:
+    def ask(self, walk: ProductSpec) -> ProductSpec:
         """Ask for the kernel under a P that advantages do not enter as they fell, too."""
         if not self.permuted:
             return walk
         P = permuted_preconditioner(self.context.workspace, self.context.policy)
         return walk._replace(kernels={**walk.kernels, "permuted": P.d})
 
-    def add(self, block: Block) -> None:
+    def add(self, block: KernelBlock) -> None:
         """Take some rows; an interval needs two prompts."""
         dtype = self.context.dtype
         C = (block.kernel().to(dtype) * self.context.weights.to(dtype)).double()
@@ -124,7 +123,7 @@ def permuted_preconditioner(workspace: KernelWorkspace, policy: Policy) -> Diago
     if workspace not in _PERMUTED:
         like = next(iter(policy.params.values()))
         loss, batch = workspace.loss, workspace.batch
-        weights = batch.with_values("advantage", torch.ones_like(batch.advantages)).loss_weights
+        weights = batch.with_values("advantage", torch.ones_like(batch.advantages)).weighted_advantages
         weights = weights.to(like.device, torch.promote_types(like.dtype, torch.float32))
         rms: Tree = {}
         parts = 1 if workspace.gradients.walked else 8  # a walk has all parameters

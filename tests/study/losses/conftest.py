@@ -34,13 +34,13 @@ def second(tmp_path_factory: pytest.TempPathFactory) -> Second:
     first = made(place / "first")
     model, optimizer, tokenizer = restored(first.before)
     U = first.batch.sequences
-    mask, weights = U.response_mask[:, 1:], first.batch.loss_weights
+    mask, weights = U.response_mask[:, 1:], first.batch.weighted_advantages
     taken(model, optimizer, lambda m: -(weights * (token_logp(m, U) * mask).sum(1)).sum(), FAR)
     optimizer.param_groups[0]["lr"] = NEAR
     saved(place / "one", model, tokenizer)
     torch.save(optimizer.state_dict(), place / "one" / "optimizer.pt")
-    hub = FisherKernelRunner(first.plan(place / "out")).generator
-    pairs = hub.generate_update_batch(4, 2, seed=7, reward_cfg=by_bytes, advantage_cfg=None, weight_cfg=None)
+    generator = FisherKernelRunner(first.plan(place / "out")).generator
+    pairs = generator.generate_update_batch(4, 2, seed=7, reward_cfg=by_bytes, advantage_cfg=None, weight_cfg=None)
     save_batch(pairs, place / "pairs")
     return Second(first, place / "one", place / "pairs", place)
 

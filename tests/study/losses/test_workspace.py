@@ -125,6 +125,7 @@ def test_without_a_loss_nothing_is_asked_that_was_not(second, tmp_path):
         assert sorted({*workspace.asked} - {"schema", "seal", "padding"}) == sorted(known)
         assert workspace.asked["step"] == {"max_norm": MAX_NORM, "clip": None}
     assert sorted(path.name for path in (tmp_path / "workspace").iterdir()) == [
+        "ascent.safetensors",
         "asked.json",
         "batch",
         "complete.json",

@@ -1,0 +1,213 @@
+"""The contraction with layers outside: for long sequences, whose whole gradients have no room, and logits neither.
+
+    for tile in held:  for block in streamed:
+        for shard in (head and after, layer L, …, layer 1, before):
+            for u in block:  sums += products(J_held[tile, shard], J_streamed[u, shard])
+
+Both walk back one layer together (`fkernel.engine.by_layer`), and again for every part of the other side; there is one
+layer's gradients of a model at once, those of a tile and of a few sequences of a block. What is asked is the same as
+of whole sequences (`fkernel.engine.streaming`), and comes in the same blocks of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from fkernel.engine.batching import SortedBatch, error_context
+from fkernel.engine.by_layer import Side, shards
+from fkernel.engine.path import NODES, check_path
+from fkernel.engine.planning.estimates import Walking, walking_of
+from fkernel.engine.planning.walking import tiles_of
+from fkernel.engine.planning.workloads import LONG
+from fkernel.engine.streaming import KernelBlock, arranged
+from fkernel.errors import ModelError
+from fkernel.func import evaluate_in_float64
+from fkernel.func.handles import Handles, Products, ProductSpec, RowSpec, weighted_sum
+from fkernel.func.inputs import Function, Source, moved, plain, take, trim, widened
+from fkernel.func.layers import Cut, Walk, cut_of
+from fkernel.shapes import Tensor, Tree
+
+
+def must_cut(f: Function, params: Tree, batch: Any) -> Cut:
+    """Cut a model at its layers.
+
+    Raises:
+        ModelError: it cannot be cut; the message says what stands against it.
+    """
+    found = cut_of(f, params, batch)
+    if isinstance(found, str):
+        raise ModelError(f"f cannot be computed layer by layer: {found}. Leave strategy= and memory= to the planner.")
+    return found
+
+
+def sources_of(path: str, params: Tree, step: Tree | None) -> tuple[tuple[float, Source], ...]:
+    """Place the nodes of a step's path, their parameters made a layer at a time: (q_j, θ + s_jΔθ)."""
+    check_path(path)
+    if step is None:
+        return ((1.0, plain(params)),)
+    return tuple((q, plain(params) if s == 0 else moved(params, step, s)) for q, s in NODES[path])
+
+
+def layered(
+    E: SortedBatch,
+    U: SortedBatch | None,
+    nodes: tuple[tuple[float, Source], ...],
+    params: Tree,
+    asked: ProductSpec,
+    how: Walking,
+    *,
+    held: str = "E",
+    tile: int | None = None,
+    block: int | None = None,
+) -> Iterator[KernelBlock]:
+    """Contract everything that is asked of two sides, layer by layer.
+
+    Args:
+        E: the rows.
+        U: the columns; E itself where the two are one; None where rows are asked about by themselves alone.
+        nodes: where E's gradients are taken, (q_j, source).
+        params: θ, where U's are.
+        asked: what is asked; x is E, y is U.
+        how: blocks, and how many layer inputs are kept.
+        held: the side whose gradients of a layer are held while the other's stream past, "E" or "U".
+        tile: tokens of it that are held at a time; None for all.
+        block: tokens of the other side that are under way beside them; None for all. Each side walks again for every
+            part of the other.
+
+    Yields:
+        One `KernelBlock` a tile of E; one in all where U is held.
+    """
+    assert E.f is not None
+    if U is None:
+        yield from arranged(E, None, asked, "E", lambda own: _alone(E, nodes, params, own, how, tile))
+        return
+    assert U.f is not None
+    at_U = nodes if U is E and len(nodes) == 1 else ((1.0, plain(params)),)
+    columns = Side(U.batch, at_U, must_cut(U.f, params, U.batch))
+    rows = columns if U is E and len(nodes) == 1 else Side(E.batch, nodes, must_cut(E.f, params, E.batch))
+    (own, x), (others, y) = ((E, rows), (U, columns)) if held == "E" else ((U, columns), (E, rows))
+
+    def walk(asked: ProductSpec) -> Iterator[tuple[slice, Products]]:
+        for some in tiles_of(own.tokens, tile):
+            products = Products(asked, some.stop - some.start, len(others), own.order.device)
+            for passing in tiles_of(others.tokens, block):
+                _contract(_part(x, some, len(own)), _part(y, passing, len(others)), products, passing.start, how)
+            yield some, products
+
+    yield from arranged(E, U, asked, held, walk)
+
+
+def _alone(
+    E: SortedBatch,
+    nodes: tuple[tuple[float, Source], ...],
+    params: Tree,
+    asked: ProductSpec,
+    how: Walking,
+    tile: int | None,
+) -> Iterator[tuple[slice, Products]]:
+    """Walk a tile of rows after the other, all nodes of each together: what is asked of them may not be linear."""
+    assert E.f is not None
+    side = Side(E.batch, nodes, must_cut(E.f, params, E.batch))
+    assert side.cut is not None
+    for some in tiles_of(E.tokens, tile):
+        products = Products(asked, some.stop - some.start, 0, E.order.device)
+        part = _part(side, some, len(E))
+        for shard in shards(side.cut, part, part, every=how.every, tokens=how.tokens, dense=not how.tokens):
+            products.add(shard.held, shard.held, own_y=False)
+        yield some, products
+
+
+def _part(side: Side, rows: slice, n: int) -> Side:
+    """Some sequences of a side; the side itself, where they are all of its n."""
+    return side if rows == slice(0, n) else side._replace(batch=trim(take(side.batch, rows)))
+
+
+def _contract(x: Side, y: Side, products: Products, start: int, how: Walking) -> None:
+    """Hold x's gradients a layer at a time and let y's pass, which are the columns from `start` on."""
+    assert y.cut is not None
+    for shard in shards(y.cut, x, y, every=how.every, tokens=how.tokens, dense=not how.tokens):
+        for k, (rows, handles) in enumerate(shard.streamed):
+            columns = slice(start + rows.start, start + rows.stop)
+            products.add(shard.held, handles, columns, own_x=k == 0 and start == 0)
+            del handles  # or they would be alive while the next are made
+
+
+def along_of(
+    side: SortedBatch, nodes: tuple[tuple[float, Source], ...], params: Tree, vector: Tree, how: Walking
+) -> Tensor:
+    """Compute ⟨ḡ, v⟩ of every sequence layer by layer, [n] float64 in the caller's order; ḡ = Σ_j q_j ∇f(θ_j)."""
+    products = Products(ProductSpec(x=RowSpec({"along": vector})), len(side), 0, side.order.device)
+    for q, source in nodes:
+        for start, walk in _walks(side, source, params, how, weight=q):
+            for some, handles in walk.back():
+                rows = slice(start + some.start, start + some.stop)
+                products.add(handles, handles, rows=rows, own_y=False)
+    found = products.whole("x", "along")
+    return torch.empty_like(found).index_copy_(0, side.order, found)
+
+
+def gradient_sum(
+    side: SortedBatch,
+    params: Tree,
+    weights: Tensor,
+    how: Walking,
+    of: Callable[[Handles, Tensor], Tree] = weighted_sum,
+    on_progress: Callable[[int], Any] = lambda n: None,
+) -> Tree:
+    """Compute Jᵀw layer by layer, {name: [*shape]}; sequences of weight 0 do not walk.
+
+    Args:
+        side: with its f.
+        params: θ.
+        weights: [n] in the caller's order.
+        how: how sequences walk.
+        of: another sum over sequences, of handles and weights: `func.squared_sum`.
+        on_progress: called with a number of sequences whenever so many have walked.
+    """
+    total: dict[str, Tensor] = {}
+    w = weights[side.order.to(weights.device)].to(widened(next(iter(params.values()))[..., :0]))
+    for start, walk in _walks(side, plain(params), params, how, w):
+        for some, handles in walk.back():
+            for name, leaf in of(handles, w[start + some.start : start + some.stop]).items():
+                total[name] = total[name].add_(leaf) if name in total else leaf
+        on_progress(len(walk.values))
+    return {name: total[name] for name in params}
+
+
+def values_of(side: SortedBatch, source: Source, params: Tree, how: Walking) -> Tensor:
+    """Compute f of a side, [n] float64 in the caller's order; one layer's input of each sequence is held."""
+    walks = _walks(side, source, params, how._replace(every=1 << 30))
+    values = torch.cat([walk.values for _, walk in walks])
+    return torch.empty_like(values).index_copy_(0, side.order, values)
+
+
+def evaluated(f: Function, params: Tree, batch: Any, microbatch: int | None = None) -> Tensor:
+    """Compute f of a batch, [n] float64: layer by layer where it is long and f can be cut, else whole microbatches.
+
+    Sums over tokens are not rounded to the dtype of the parameters: between two θ f differs by far less than f.
+    """
+    if how := walking_of(f, params, (batch,), None):
+        return values_of(SortedBatch("E", batch, f), plain(params), params, how)
+    return evaluate_in_float64(f, microbatch)(params, batch)
+
+
+def _walks(
+    side: SortedBatch, source: Source, params: Tree, how: Walking, weights: Tensor | None = None, weight: float = 1.0
+) -> Iterator[tuple[int, Walk]]:
+    """Walk a few sequences after the other, (row of the first one, their walk): no two of them meet.
+
+    Those whose weights are all 0 are left out, but for the first, which gives zeros their shapes.
+    """
+    assert side.f is not None
+    with error_context(side.name):
+        cut = must_cut(side.f, params, side.batch)
+    calls: dict[Any, Any] = {}
+    for rows in tiles_of(side.tokens, max(LONG, how.tokens)):
+        if weights is None or not rows.start or bool(weights[rows].any()):
+            with error_context(side.name, side.order[rows]):
+                part = side.batch if rows == slice(0, len(side)) else trim(take(side.batch, rows))
+                walk = Walk(cut, source, part, weight=weight, every=how.every, tokens=how.tokens, calls=calls)
+            yield rows.start, walk

@@ -1,0 +1,220 @@
+"""What a kernel will take, before it is started: memory, disk and time of every strategy, and which will be chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import ceil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fkernel.engine.batching import check_sides
+from fkernel.engine.planning.machine import Rates, rates
+from fkernel.engine.planning.passes import bytes_of
+from fkernel.engine.planning.strategy import EVERY, USABLE, Option, Strategy, cost, default, options, usual_microbatch
+from fkernel.engine.planning.walking import walk_of
+from fkernel.engine.planning.workloads import HALVES, LONG, Workload, workload
+from fkernel.errors import BatchError, ModelError
+from fkernel.func.inputs import Function, check_batch, is_half, length, lengths, token_counts, translate_errors, widened
+from fkernel.func.layers import cut_of
+from fkernel.io import parse_bytes
+from fkernel.precond import Diagonal, Preconditioner
+from fkernel.shapes import Tree
+
+
+class Estimate(NamedTuple):
+    """What a kernel will take.
+
+    Attributes:
+        options: one a way to compute it: "sequences", "layers", "store".
+        chosen: the one that `fkernel.kernel` takes with the same arguments; None where none is feasible.
+        budget: the granted bytes, or None.
+        workload: what was counted.
+        rates: what this machine does in a second.
+    """
+
+    options: tuple[Option, ...]
+    chosen: Option | None
+    budget: int | None
+    workload: Workload
+    rates: Rates
+
+    @property
+    def reason(self) -> str:
+        """Why the chosen strategy is chosen, or what would be needed."""
+        if self.chosen is None:
+            return str(_too_small(self.options, self.budget, self.workload))
+        if self.budget is None:
+            return "no memory grant was given: the smaller side's gradients are held whole"
+        slower = sorted(
+            o.seconds / self.chosen.seconds for o in self.options if not o.infeasible_reason and o is not self.chosen
+        )
+        return f"fastest feasible; the next takes {slower[0]:.2f} times as long" if slower else "the only feasible one"
+
+
+def estimate(
+    f: Function,
+    params: Tree,
+    E: Any,
+    U: Any,
+    precond: Preconditioner,
+    *,
+    memory: int | str | None = None,
+    microbatch: int | None = None,
+    store: Path | str | None = None,
+) -> Estimate:
+    """Predict memory, disk and time of `fkernel.kernel` with the same arguments, without computing a gradient.
+
+    Work is counted by running f on tensors without storage; this machine's rates are measured once, in a few seconds,
+    and kept in ``$FKERNEL_CACHE``.
+
+    Args:
+        f: (params, batch) -> [n].
+        params: θ.
+        E: the evaluation batch.
+        U: the update batch.
+        precond: P; a `precond.Diagonal` stands in the contraction, any other callable needs dense rows of U.
+        memory: as in `fkernel.kernel`.
+        microbatch: as in `fkernel.kernel`.
+        store: as in `fkernel.kernel`.
+
+    Raises:
+        BatchError, TreeError, ModelError: as `fkernel.kernel`. A grant that nothing fits is not an error here.
+
+    Example:
+        >>> import torch
+        >>> from fkernel import precond
+        >>> f = lambda params, x: torch.nn.functional.linear(x, params["w"]).square().sum((1, 2))
+        >>> params, x = {"w": torch.ones(8, 8)}, torch.ones(4, 2, 8)
+        >>> found = estimate(f, params, x, x, precond.identity(), memory="1MB")
+        >>> [option.name for option in found.options]
+        ['sequences', 'layers', 'store']
+    """
+    check_sides(f, params, E, U, layers=True)
+    microbatch = usual_microbatch(microbatch, E, U)
+    return estimated(f, params, E, U, memory, microbatch, not isinstance(precond, Diagonal), store is not None)
+
+
+def estimated(
+    f: Function,
+    params: Tree,
+    E: Any,
+    U: Any,
+    memory: int | str | None,
+    microbatch: int,
+    dense_U: bool,
+    store: bool,
+) -> Estimate:
+    """Estimate, for callers that have checked their arguments."""
+    budget = None if memory is None else parse_bytes(memory)
+    with translate_errors(params):
+        load = workload(f, params, E, U, dense_U)
+    return weighed(load, rates(widened(next(iter(params.values()))[..., :0]).dtype), budget, microbatch, store)
+
+
+def weighed(load: Workload, speed: Rates, budget: int | None, microbatch: int, store: bool) -> Estimate:
+    """Estimate from a workload."""
+    found = options(load, speed, budget, microbatch, store)
+    if budget is None:
+        n_E, n_U = (len(load.tokens[side]) for side in ("E", "U"))
+        whole = load.curve is not None
+        usual = default(n_E, n_U, load.longest, microbatch, load.dense_U) if whole else _by_layers(n_E, n_U)
+        return Estimate(found, cost(load, speed, usual), budget, load, speed)
+    feasible = [option for option in found if not option.infeasible_reason]
+    chosen = min(feasible, key=lambda option: option.seconds) if feasible else None
+    return Estimate(found, chosen, budget, load, speed)
+
+
+def choose(
+    f: Function,
+    params: Tree,
+    E: Any,
+    U: Any,
+    memory: int | str | None,
+    microbatch: int,
+    dense_U: bool,
+    store: bool,
+    reserved: int = 0,
+    needed: Callable[[], int] = lambda: 0,
+) -> Strategy:
+    """Choose how to compute a kernel within what a grant leaves beside some reserved bytes.
+
+    Raises:
+        BatchError: the grant is too small for every strategy, or below what is needed before or after; the message
+            says what would be enough for all of it.
+    """
+    if memory is None:
+        T = max(1 if counts is None else int(counts.max()) for counts in (lengths(E), lengths(U)))
+        if (T > LONG or is_half(params)) and not dense_U:
+            cut = cut_of(f, params, U)
+            if not isinstance(cut, str):
+                return _by_layers(length(E), length(U))
+            if is_half(params):
+                raise ModelError(f"{HALVES}, and f cannot be: {cut}. Convert them: fkernel.tree.cast.")
+        return default(length(E), length(U), T, microbatch, dense_U)
+    budget = parse_bytes(memory)
+    found = estimated(f, params, E, U, max(0, budget - reserved), microbatch, dense_U, store)
+    chosen = found.chosen
+    if chosen is not None and chosen.name != "layers" and budget < needed():
+        layers = [option for option in found.options if option.name == "layers" and not option.infeasible_reason]
+        chosen = layers[0] if layers else None
+    if chosen is None:
+        raise _too_small(
+            found.options, budget, found.workload, reserved, 0 if found.workload.curve is None else needed()
+        )
+    return chosen.strategy
+
+
+def _by_layers(n_E: int, n_U: int) -> Strategy:
+    """What long sequences take where no memory is promised: a layer's gradients of the smaller side are held."""
+    return Strategy("layers", "E" if n_E <= n_U else "U", None, None, 0)
+
+
+def _too_small(
+    found: tuple[Option, ...], budget: int | None, load: Workload, reserved: int = 0, needed: int = 0
+) -> BatchError:
+    least = max(needed, min(option.needs for option in found if option.memory) + reserved)
+    beside = f"{reserved} bytes of vectors, " if reserved else ""
+    return BatchError(
+        f"memory={budget} bytes is too small for every strategy: for {load.size} parameters and sequences of "
+        f"{load.longest} tokens the smallest, one sequence of each side at a time, needs {beside}its activations, its "
+        f"gradients and the kernel itself. Give at least {least} bytes, or shorten the sequences."
+    )
+
+
+class Walking(NamedTuple):
+    """How sides walk.
+
+    Attributes:
+        tokens: of a block of sequences that travel together; 0: every sequence by itself.
+        every: of how many layer inputs one is kept.
+    """
+
+    tokens: int = 0
+    every: int = 1
+
+
+def walking_of(f: Function, params: Tree, batches: tuple[Any, ...], memory: int | str | None) -> Walking | None:
+    """Say how sides of long sequences walk by layers, one after the other, within a grant; None where they need not.
+
+    Raises:
+        BatchError: the grant is too small; the message says what would be enough.
+    """
+    for batch in batches:
+        check_batch(batch)
+    counts = [sorted(token_counts(batch), reverse=True) for batch in batches]
+    if max(each[0] for each in counts) <= LONG and not is_half(params):
+        return None
+    cut = cut_of(f, params, batches[0])
+    if isinstance(cut, str):
+        return None
+    if memory is None:
+        return Walking()
+    budget, itemsize = parse_bytes(memory), widened(next(iter(params.values()))[..., :0]).element_size()
+    largest = max(counts, key=sum)
+    walk, needed = walk_of(cut, params, {"E": largest[:1], "U": largest}), 0
+    vectors = 3 * bytes_of(params)
+    for every in EVERY:
+        needed = ceil((vectors + walk.memory({"E": largest[:1], "U": largest}, itemsize, every, 0)) / USABLE)
+        if needed <= budget:
+            return Walking(every=every)
+    raise BatchError(f"memory={memory!r} cannot hold three vectors and a walk by layers; give at least {needed} bytes.")

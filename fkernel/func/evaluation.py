@@ -1,0 +1,70 @@
+"""f itself, over microbatches and without a graph: order zero of what `fkernel.func.gradient` differentiates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fkernel.func.inputs.batch import length
+from fkernel.func.inputs.microbatch import stacked
+from fkernel.func.inputs.objective import Function, bare, check_values, name_of, own_width
+from fkernel.func.inputs.validation import check_output
+from fkernel.func.logprob import summed_in_float64
+from fkernel.func.trust.checks import certified
+from fkernel.shapes import Tensor, Tree
+
+
+def evaluate(f: Function, microbatch: int | None = None) -> Callable[[Tree, Any], Tensor]:
+    """Make the evaluation of f on a batch of any size.
+
+    Args:
+        f: (params, batch) -> [n], or [n, ...] for quantities per token.
+        microbatch: sequences under way at once; None takes the whole batch.
+
+    Returns:
+        (params, batch) -> [n], or f's own shape; no graph is recorded.
+
+    Raises:
+        BatchError, TreeError, ModelError, NonFiniteError: (when called) see `fkernel.func.inputs.validation`.
+
+    Example:
+        >>> f = lambda params, x: x @ params["w"]
+        >>> evaluate(f, microbatch=1)({"w": torch.tensor([1.0, 2.0])}, torch.eye(2))
+        tensor([1., 2.])
+    """
+    return _over_microbatches(f, bare(f), microbatch)
+
+
+def evaluate_in_float64(f: Function, microbatch: int | None = None) -> Callable[[Tree, Any], Tensor]:
+    """Make the same for differences of values: what adds up tokens adds them up in float64, and returns it.
+
+    Arguments and errors as in `evaluate`; see `fkernel.func.logprob.summed_in_float64`.
+
+    Example:
+        >>> f = lambda params, x: x @ params["w"]
+        >>> evaluate_in_float64(f)({"w": torch.tensor([1.0, 2.0])}, torch.eye(2))
+        tensor([1., 2.], dtype=torch.float64)
+    """
+    values = _over_microbatches(f, summed_in_float64(f), microbatch)
+    return lambda params, batch: values(params, batch).double()
+
+
+def _over_microbatches(f: Function, value_of: Function, microbatch: int | None) -> Callable[[Tree, Any], Tensor]:
+    """Evaluate f by a function that computes it, checked and certified as f is."""
+
+    def one_microbatch(params: Tree, batch: Any) -> Tensor:
+        value = value_of(params, batch)
+        check_output(value, length(batch), per_sequence=False)
+        return value
+
+    rows = stacked(one_microbatch, microbatch, own_width(f))
+
+    def values(params: Tree, batch: Any) -> Tensor:
+        with certified(f, params, batch), torch.no_grad():
+            out = rows(params, batch)
+        check_values(out, name_of(f))
+        return out
+
+    return values

@@ -1,0 +1,54 @@
+"""What a function is given: sequences, objectives and parameters; how they are checked and cut into microbatches."""
+
+from fkernel.func.inputs.batch import (
+    Sequences,
+    by_length,
+    check_batch,
+    find_sequences,
+    holding_inside,
+    length,
+    lengths,
+    pad,
+    take,
+    token_counts,
+    trim,
+    widths,
+)
+from fkernel.func.inputs.microbatch import check_size, cut, groups, token_grant
+from fkernel.func.inputs.objective import Function, Objective, bare, check_values, name_of, own_width
+from fkernel.func.inputs.source import Source, is_half, moved, plain, widened
+from fkernel.func.inputs.validation import check_inputs, check_params, check_weights, translate_errors
+
+__all__ = [
+    "Function",
+    "Objective",
+    "Sequences",
+    "Source",
+    "bare",
+    "by_length",
+    "check_batch",
+    "check_inputs",
+    "check_params",
+    "check_size",
+    "check_values",
+    "check_weights",
+    "cut",
+    "find_sequences",
+    "groups",
+    "holding_inside",
+    "is_half",
+    "length",
+    "lengths",
+    "moved",
+    "name_of",
+    "own_width",
+    "pad",
+    "plain",
+    "take",
+    "token_counts",
+    "token_grant",
+    "translate_errors",
+    "trim",
+    "widened",
+    "widths",
+]

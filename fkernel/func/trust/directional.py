@@ -1,0 +1,194 @@
+"""How f of every sequence changes along one direction: by forward mode, by reverse passes, or of gradients in handles.
+
+    forward    Jv = d/dε f(θ + εv)|₀                          vᵀHv = d²/dε² f(θ + εv)|₀, forward over forward
+    reverse    h(w) = ⟨Jᵀw, v⟩,  Jv = ∂h/∂w                    k(w) = ⟨∇_θ h(w), v⟩,  vᵀH_n v = ∂k/∂w_n
+    handles    (Jv)_n = ⟨g_n, v⟩;  of factors g_n = Σ_t δ_nt a_ntᵀ it is Σ_t ⟨δ_nt, V a_nt⟩, and no g_n is formed
+
+h and k are linear in w, so their derivatives hold at any w. The reverse form keeps the graphs of two and of three
+passes; it needs nothing but backward rules, and it is what the forward form is held against. Handles come from one
+reverse pass, and V a takes what another forward pass takes: three in all, as many as forward mode.
+
+Source: the "double backward" trick, J. Townsend, "A new trick for calculating Jacobian vector products" (2017).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import func
+
+from fkernel.func.handles.forms import Concat, Factored, Handle, Handles, SparseRows, Sum, count, tensors
+from fkernel.func.handles.products import Products, ProductSpec, RowSpec
+from fkernel.func.inputs.batch import length
+from fkernel.func.inputs.objective import Function, bare
+from fkernel.func.inputs.validation import check_output
+from fkernel.func.trust.primitives import elementary
+from fkernel.shapes import Tensor, Tree
+
+
+class Order(NamedTuple):
+    """A derivative in both forms.
+
+    Attributes:
+        name: what a message calls it.
+        forward: by forward mode.
+        reverse: by reverse passes.
+        bound: how far the two may be apart, over the sum of what is added up.
+    """
+
+    name: str
+    forward: Callable[[Callable[[Tree], Tensor], Tree, Tree], tuple[Tensor, Tensor]]
+    reverse: Callable[[Callable[[Tree], Tensor], Tree, Tree], Any]
+    bound: float
+
+
+def value_on(f: Function, batch: Any) -> Callable[[Tree], Tensor]:
+    """Make θ ↦ f(θ, batch), [n] or [n, ...]."""
+
+    def value_at(params: Tree) -> Tensor:
+        value = bare(f)(params, batch)
+        check_output(value, length(batch), per_sequence=False)
+        return value
+
+    return value_at
+
+
+def first_derivative(f: Callable[[Tree], Tensor], params: Tree, direction: Tree) -> tuple[Tensor, Tensor]:
+    """f and its derivative along a direction."""
+    value, tangent, *_ = func.jvp(f, (params,), (direction,))
+    return value, tangent
+
+
+def second_derivative(f: Callable[[Tree], Tensor], params: Tree, direction: Tree) -> tuple[Tensor, Tensor]:
+    """f and its second derivative along a direction."""
+    with elementary():
+        (value, _), (_, second), *_ = func.jvp(lambda p: first_derivative(f, p, direction), (params,), (direction,))
+    return value, second
+
+
+class ByReverse(NamedTuple):
+    """A derivative along v, without forward mode.
+
+    Attributes:
+        value: f(θ).
+        derivative: Jv, or vᵀHv, of f's shape.
+        size: Σ_α |g_α v_α| of what it is a sum of: rounding is relative to this.
+    """
+
+    value: Tensor
+    derivative: Tensor
+    size: float
+
+
+def first_by_reverse(f: Callable[[Tree], Tensor], params: Tree, direction: Tree) -> ByReverse:
+    """f and its derivative along a direction, without forward mode."""
+    value, weights, along, _ = _weighted_derivative(f, params, direction)
+    return ByReverse(value, _slope(along.total, weights), along.size)
+
+
+def second_by_reverse(f: Callable[[Tree], Tensor], params: Tree, direction: Tree) -> ByReverse:
+    """f and its second derivative along a direction, without forward mode."""
+    value, weights, along, leaves = _weighted_derivative(f, params, direction)
+    if not along.total.requires_grad:
+        return ByReverse(value, torch.zeros_like(value), 0.0)
+    twice = torch.autograd.grad(along.total, [*leaves.values()], create_graph=True, allow_unused=True)
+    bent = _inner(twice, direction)
+    return ByReverse(value, _slope(bent.total, weights), bent.size)
+
+
+def _weighted_derivative(
+    f: Callable[[Tree], Tensor], params: Tree, direction: Tree
+) -> tuple[Tensor, Tensor, Inner, Tree]:
+    """f(θ), w = 1, h(w) = ⟨Jᵀw, v⟩ with its graph, and θ in it."""
+    leaves = {name: leaf.detach().requires_grad_() for name, leaf in params.items()}
+    with torch.enable_grad():
+        value = f(leaves)
+        weights = torch.ones_like(value).requires_grad_()
+        if not value.requires_grad:
+            return value, weights, Inner(torch.zeros(()), 0.0), leaves
+        grads = torch.autograd.grad(value, [*leaves.values()], weights, create_graph=True, allow_unused=True)
+        return value.detach(), weights, _inner(grads, direction), leaves
+
+
+class Inner(NamedTuple):
+    """⟨g, v⟩ with its graph, and Σ |g v|."""
+
+    total: Tensor
+    size: float
+
+
+def _inner(grads: tuple[Tensor | None, ...], direction: Tree) -> Inner:
+    with torch.enable_grad():
+        parts = [g * v for g, v in zip(grads, direction.values(), strict=True) if g is not None]
+        total = torch.stack([part.sum() for part in parts]).sum() if parts else torch.zeros(())
+    return Inner(total, sum(float(part.detach().abs().sum()) for part in parts))
+
+
+def _slope(along: Tensor, weights: Tensor) -> Tensor:
+    if not along.requires_grad:
+        return torch.zeros_like(weights)
+    (found,) = torch.autograd.grad(along, weights, allow_unused=True)
+    return torch.zeros_like(weights) if found is None else found
+
+
+def row_by_row(f: Callable[[Tree], Tensor], params: Tree, direction: Tree) -> tuple[Tensor, Tensor]:
+    """f [n] and ⟨∇f_n, v⟩, by a reverse pass for each of a few sequences.
+
+    Args:
+        f: params -> [n].
+        params: θ.
+        direction: v.
+
+    Example:
+        >>> row_by_row(lambda p: p["w"] ** 2, {"w": torch.tensor([3.0])}, {"w": torch.tensor([0.5])})
+        (tensor([9.]), tensor([3.], dtype=torch.float64))
+    """
+    leaves = {name: leaf.detach().requires_grad_() for name, leaf in params.items()}
+    with torch.enable_grad():
+        value = f(leaves)
+
+    def slope(one: Tensor) -> float:
+        if not one.requires_grad:
+            return 0.0
+        grads = torch.autograd.grad(one, [*leaves.values()], retain_graph=True, allow_unused=True)
+        pairs = [(g, direction[name]) for name, g in zip(params, grads, strict=True) if g is not None]
+        return sum(float((g * v).sum(dtype=torch.float64)) for g, v in pairs)
+
+    return value.detach(), torch.tensor([slope(one) for one in value], dtype=torch.float64, device=value.device)
+
+
+def along_direction(handles: Handles, direction: Tree) -> Tensor:
+    """Compute ⟨g_n, v⟩ of gradients in handles, [n] float64; factors and lookups are not multiplied out.
+
+    Args:
+        handles: {name: handle} of n sequences.
+        direction: v, {name: [*shape]}.
+
+    Example:
+        >>> J = {"w": Factored(torch.tensor([[[1.0, 2.0]], [[0.0, 1.0]]]), torch.tensor([[[10.0]], [[1.0]]]))}
+        >>> along_direction(J, {"w": torch.tensor([[3.0, 1.0]])})
+        tensor([50.,  1.], dtype=torch.float64)
+    """
+    return torch.stack([_sums(handle, direction[name]) for name, handle in handles.items()]).sum(0)
+
+
+def _sums(handle: Handle, v: Tensor) -> Tensor:
+    match handle:
+        case Concat(parts):
+            return torch.cat([_sums(part, v) for part in parts])
+        case Sum(parts):
+            return torch.stack([_sums(part, v) for part in parts]).sum(0)
+        case Factored(inputs, cotangents):
+            return (inputs @ v.to(inputs).mT).mul_(cotangents).sum(2).sum(1, dtype=torch.float64)
+        case SparseRows(ids, cotangents, _):
+            return v.to(cotangents)[ids].mul_(cotangents).flatten(2).sum(2).sum(1, dtype=torch.float64)
+        case _:
+            products = Products(ProductSpec(x=RowSpec({"": {"": v}})), count(handle), 0, tensors(handle)[0].device)
+            products.add({"": handle}, {"": handle}, own_y=False)
+            return products.whole("x", "")
+
+
+FIRST = Order("derivative along a direction", first_derivative, first_by_reverse, 3e-5)
+SECOND = Order("second derivative along a direction", second_derivative, second_by_reverse, 3e-4)

@@ -1,0 +1,1 @@
+"""Plans: what is asked of a study, checked when it is read."""

@@ -1,0 +1,168 @@
+"""What plans are made of: a checkpoint, where prompts come from, how responses are drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from fkernel import checkpoint, func
+from fkernel.checkpoint import read_json
+from fkernel.errors import PlanError, listing
+from fkernel.rollout import Gym, PromptSource, SampleGenerator, Sampling, dataset, jsonl
+from fkernel.shapes import Tree
+
+
+class Strict(BaseModel):
+    """Frozen; keys that are not known are mistakes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class CheckpointPlan(Strict):
+    """What `fkernel.checkpoint.load` is given.
+
+    Attributes:
+        path: a directory, a file, or "hub:org/name".
+        model: for layouts without an architecture: a directory with config.json.
+        base: an adapter's base model, where the adapter does not record a directory that is here.
+        names: the parameters' names in the optimizer's order, where the state records none: a list of names, one list
+            a group, or the path of a JSON file that holds either. Parameters that are not named were frozen.
+        order: which known order of the parameters the optimizer had, where several fit.
+        decoupled: whether weight decay is AdamW's, where the state does not say.
+        optimizer: false to leave the optimizer's state unread, where none is wanted or it is of a layout that is not
+            read; then nothing is predicted of a step.
+        trust_remote_code: whether code that came with the model may be executed.
+    """
+
+    path: str
+    model: str | None = Field(None, description="a directory with config.json, for layouts without an architecture")
+    base: str | None = Field(None, description="an adapter's base model")
+    names: str | tuple[str, ...] | tuple[tuple[str, ...], ...] | None = Field(
+        None, description="the parameters in the optimizer's order: names, one list a group, or a JSON file of either"
+    )
+    order: Literal["named_parameters", "all_parameters", "trainer", "trainer_before_4_51", "by_dimension"] | None = None
+    decoupled: bool | None = None
+    optimizer: bool = Field(True, description="false to leave the optimizer's state unread")
+    trust_remote_code: bool = False
+
+    def load(self, dtype: torch.dtype = torch.float32) -> checkpoint.Checkpoint:
+        """Load it.
+
+        Raises:
+            FKernelError: as `fkernel.checkpoint.load`; or the file of names cannot be read.
+        """
+        names: Any = self.names
+        if isinstance(names, str):
+            names = read_json(Path(names), "names of the optimizer's parameters")
+        return checkpoint.load(self.path, dtype=dtype, names=names, **self.model_dump(exclude={"path", "names"}))
+
+    def load_weights(self, dtype: torch.dtype = torch.float32) -> checkpoint.Checkpoint:
+        """Load it without its optimizer's state, where only log-probabilities or weights are wanted."""
+        return self.model_copy(update={"optimizer": False, "names": None}).load(dtype)
+
+    def load_policy(self, beside: Tree, place: str | None = None) -> tuple[func.Apply, Tree]:
+        """Load another policy: a function, and all of its parameters where the plan's own are, and in their dtype.
+
+        Args:
+            beside: parameters of the plan's policy.
+            place: in the plan, of a checkpoint that must have every one of them.
+
+        Raises:
+            PlanError: it lacks one.
+        """
+        leaf = next(iter(beside.values()))
+        model = self.load_weights(leaf.dtype).model.to(leaf.device)
+        apply, params = func.make_functional(model, select=lambda name: True)
+        if place is not None and (missing := sorted({*beside} - {*params})):
+            raise PlanError(f"{place}: {self.path} has no {listing(missing)}; is it the same model's?")
+        return apply, params
+
+
+class PromptsPlan(Strict):
+    """Where prompts come from: exactly one of a file, a data set and a task."""
+
+    jsonl: str | None = None
+    dataset: str | None = Field(None, description="a directory of save_to_disk()")
+    task: str | None = Field(None, description="a reasoning-gym task")
+    split: str = "train"
+    question: str = Field("question", description="column, of a file or a data set")
+    answer: str = Field("answer", description="column, of a file or a data set")
+    size: int = Field(1000, gt=0, description="questions, of a task")
+    seed: int = Field(0, description="of a task")
+    options: dict[str, Any] = Field(default_factory=dict, description="of a task")
+
+    @model_validator(mode="after")
+    def _one(self) -> PromptsPlan:
+        one_of(self, "jsonl", "dataset", "task")
+        return self
+
+    def source(self) -> PromptSource:
+        """Open it."""
+        if self.task is not None:
+            return Gym(self.task, self.split, self.size, self.seed, **self.options)
+        if self.jsonl is not None:
+            return jsonl(self.jsonl, self.split, self.question, self.answer)
+        assert self.dataset is not None
+        return dataset(self.dataset, self.split, self.question, self.answer)
+
+
+class SamplingPlan(Strict):
+    """How responses are drawn; see `fkernel.rollout.Sampling`."""
+
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+    max_new_tokens: int = Field(default=256, ge=1)
+    stop_strings: tuple[str, ...] = ()
+
+
+def one_of(model: BaseModel, *names: str) -> None:
+    """Raise ValueError unless exactly one of some fields is given."""
+    given = [name for name in names if getattr(model, name) is not None]
+    if len(given) != 1:
+        listed = f"{', '.join(names[:-1])} and {names[-1]}"
+        raise ValueError(f"give exactly one of {listed}, not {' and '.join(given) or 'none'}")
+
+
+class SourcePlan(Strict):
+    """What a `SampleGenerator` is made of, beside the checkpoint; common to all plans."""
+
+    checkpoint: CheckpointPlan
+    prompts: tuple[PromptsPlan, ...] = Field((), description="one a split")
+    template: str = Field("gsm8k_r1", description="gsm8k_r1, chat or bare")
+    sampling: SamplingPlan = SamplingPlan()
+
+    @model_validator(mode="after")
+    def _splits(self) -> SourcePlan:
+        splits = [prompts.split for prompts in self.prompts]
+        twice = sorted({split for split in splits if splits.count(split) > 1})
+        if twice:
+            raise ValueError(f"two prompt sources have the split {twice[0]!r}; give each one of its own (split:)")
+        return self
+
+    def sources(self) -> Mapping[str, PromptSource]:
+        """Open where prompts come from, {split: source}."""
+        return {prompts.split: prompts.source() for prompts in self.prompts}
+
+    def generator(
+        self,
+        loaded: checkpoint.Checkpoint,
+        sources: Mapping[str, PromptSource],
+        microbatch: int = 32,
+        on_progress: Callable[[int], Any] = lambda n: None,
+    ) -> SampleGenerator:
+        """Make the hub for U and E."""
+        return SampleGenerator(
+            loaded.model,
+            loaded.tokenizer,
+            sources,
+            fingerprint=loaded.provenance.fingerprint,
+            sampling=Sampling(**self.sampling.model_dump()),
+            template=self.template,
+            microbatch=microbatch,
+            on_progress=on_progress,
+        )
