@@ -362,16 +362,16 @@ def rounding_stays_within_its_bound(fk: Any, case: Case) -> None:
 def layers_give_what_the_whole_gives(fk: Any, case: Case) -> None:
     """A kernel contracted layer by layer, its rows along a path of two nodes, the head by narrow tiles."""
     S, params, E, U = case.engine(fk)
-    E, U = (fk.func.batch.take(batch, fk.func.batch.by_length(batch)) for batch in (E, U))
+    E, U = (fk.func.inputs.take(batch, fk.func.inputs.by_length(batch)) for batch in (E, U))
     v, nodes = case.tree(11, 0.05), ((0.3, 0.0), (0.7, 0.5))
-    source = fk.func.source
-    cut = fk.func.cutting.cut_of(S, params, U)
+    source = fk.func.inputs.source
+    cut = fk.func.layers.cut_of(S, params, U)
     assert not isinstance(cut, str), cut
     by_layer = fk.engine.by_layer
     path = by_layer.Side(E, tuple((q, source.moved(params, v, s)) for q, s in nodes))
     here = by_layer.Side(U, ((1.0, source.plain(params)),))
     K = torch.zeros(len(case.E), len(case.U), dtype=torch.float64)
-    with patch.object(fk.func.head, "LOGITS_BYTES", 512):
+    with patch.object(fk.func.handles.head, "LOGITS_BYTES", 512):
         for shard in by_layer.shards(cut, path, here, every=2, tokens=24):
             for rows, handles in shard.streamed:
                 K[:, rows] += fk.func.contract(shard.held, handles)
@@ -405,9 +405,9 @@ def rows_find_their_sequence_wherever_they_went(fk: Any, case: Case) -> None:
         y = (out @ p["turned"].T + h).view_as(x)
         return torch.cat([y, p["sinks"][None].expand(len(x), -1, -1)], 1).softmax(1).square().sum((1, 2))
 
-    plan = fk.func.taps.batch_plan(f, params, x[:1])
+    plan = fk.func.taps.batched.batch_plan(f, params, x[:1])
     assert plan is not None
-    handles, _ = fk.func.rows.handles_of(f, params, x, plan)
+    handles, _ = fk.func.taps.handles_of(f, params, x, plan)
     for i in range(len(x)):
         leaves = {name: leaf.clone().requires_grad_() for name, leaf in params.items()}
         expected = torch.autograd.grad(f(leaves, x[i : i + 1]).sum(), [*leaves.values()])

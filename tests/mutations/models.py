@@ -62,7 +62,7 @@ MUTATIONS = [
         "the derivative along the step is certified by other passes than E's gradients are taken by",
         f"{CERTIFICATES}::test_the_derivative_of_E_looks_through_what_training_holds_constant[unrecorded]",
         "func/trust/comparisons.py", "in row_by_row(value_at, params, direction))",
-        "in __import__('fkernel').func.directional.FIRST.forward(value_at, params, direction))",
+        "in __import__('fkernel').func.trust.directional.FIRST.forward(value_at, params, direction))",
     ),
     Mutation(
         "no_grad is not looked through",
