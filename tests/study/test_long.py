@@ -117,7 +117,7 @@ def eager() -> Iterator[None]:
 def short() -> Iterator[None]:
     """Have long sequences taken for short ones."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("planning.estimate", "planning.workload", "gradients"):
+        for module in ("planning.estimates", "planning.workloads", "gradients"):
             patch.setattr(sys.modules[f"fkernel.engine.{module}"], "LONG", 10**6)
         yield
 

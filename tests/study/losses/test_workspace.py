@@ -134,6 +134,7 @@ def test_without_a_loss_nothing_is_asked_that_was_not(second, tmp_path):
         "response.safetensors",
     ]
     assert set(json.loads((tmp_path / "workspace" / "complete.json").read_text())) == {
+        "ascent",
         "batch",
         "clip",
         "grad_norm",
