@@ -140,4 +140,5 @@ def test_without_a_loss_nothing_is_asked_that_was_not(second, tmp_path):
         "grad_norm",
         "sha256",
         "seal",
+        "walked",
     }
