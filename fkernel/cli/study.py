@@ -91,13 +91,13 @@ def say_forecast(path: Path, memory: str | None, as_json: bool) -> None:
         plan = plan.model_copy(update={"numerics": numerics})
     check_inputs(plan)
     with Console(stderr=True).status("counting what the run does, and measuring this machine once"):
-        found = forecast(plan)
+        forecasted = forecast(plan)
     if as_json:
-        typer.echo(json.dumps(report.forecast_record(found), indent=1))
+        typer.echo(json.dumps(report.forecast_record(forecasted), indent=1))
         return
     console = wide(100)
-    console.print(report.forecast_table(found))
-    for line in report.forecast_lines(found):
+    console.print(report.forecast_table(forecasted))
+    for line in report.forecast_lines(forecasted):
         console.print(line, highlight=False, soft_wrap=True)
 
 

@@ -87,24 +87,24 @@ class Shards:
         same, room = held is streamed, _Room(self.values_held.shape[1], self._dense)
         everything = slice(0, self.values_streamed.shape[1])
 
-        def whole(left: list[Handles], right: list[Handles]) -> Iterator[Shard]:
+        def outside_layers(left: list[Handles], right: list[Handles]) -> Iterator[Shard]:
             if left[0]:
-                found = _summed(left)
-                yield Shard(found, iter([(everything, found if same else _summed(right))]))
+                gradients = _summed(left)
+                yield Shard(gradients, iter([(everything, gradients if same else _summed(right))]))
 
         last = [walk.last() for walk in held]
-        yield from whole(last, last if same else [walk.last() for walk in streamed])
+        yield from outside_layers(last, last if same else [walk.last() for walk in streamed])
         del last
         for i in range(len(cut.layers) - 1, max(cut.lowest, 0) - 1, -1):
-            found = room.filled(walk.layer(i) for walk in held)
-            blocks = iter([(everything, found)]) if same else _together([walk.layer(i) for walk in streamed])
-            if found:
-                yield Shard(found, blocks)
+            gradients = room.filled(walk.layer(i) for walk in held)
+            blocks = iter([(everything, gradients)]) if same else _together([walk.layer(i) for walk in streamed])
+            if gradients:
+                yield Shard(gradients, blocks)
             for _ in blocks:  # what nobody read has to be walked all the same
                 pass
         if cut.lowest < 0:
             first = [walk.first() for walk in held]
-            yield from whole(first, first if same else [walk.first() for walk in streamed])
+            yield from outside_layers(first, first if same else [walk.first() for walk in streamed])
 
 
 def shards(

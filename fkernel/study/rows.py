@@ -72,7 +72,7 @@ class Policy(NamedTuple):
         apply: (params, input_ids, attention_mask) -> logits.
         temperature: of S.
         tokenizer: Hugging Face's.
-        trained: apply, differentiated as training does: `func.as_trained`.
+        trained: apply, differentiated as training does: `func.with_masked_padding_grad`.
         columns: f of `trained`, whose gradients are U's.
         through_detach: whether E's derivative goes through what the model detaches, which U's gradients do not.
         unused: parameters that the loss of the step never uses, so that its optimizer leaves them alone; known once U's

@@ -73,7 +73,7 @@ def explained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 def test_padding_inside_of_a_response_is_differentiated_as_the_trainer_did(tmp_path):
-    """Its embedding's row is withheld from U's gradients, and not from E's (`func.as_trained`)."""
+    """Its embedding's row is withheld from U's gradients, and not from E's (`func.with_masked_padding_grad`)."""
     run = trained(tmp_path, Asked("dapo", False, "cosine", 1e-4, max_norm=0.1, padding=True))
     U, E = update_batch(run, AT), held_out(run, AT)
     inside = [record for record in U if TOKENIZER.pad_token_id in (*record.prompt_ids, *record.response_ids)[:-1]]

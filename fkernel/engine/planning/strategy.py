@@ -9,7 +9,7 @@ gradient meets once:
     sequences   gradients of whole sequences, in handles; with several tiles what streams is computed again for each
     layers      both sides walk back one layer together, and no more of a gradient is there (`planning.walking`); each
                 side walks again for every part of the other
-    store       both sides' handles are written to disk, and read back a few parameters at a time (`engine.stored`)
+    store       both sides' handles are written to disk, and read back a few parameters at a time (`engine.from_store`)
 
 Below, a side has n sequences of t₁ ≥ t₂ ≥ … tokens, P parameters; h of the held ones are a tile, in `tiles` of them.
 
