@@ -23,10 +23,10 @@ RATES = Rates(flops=1e11, moved=1e10, call=5e-6, forming=1e11, write=1e9, read=2
 
 
 def asked(case) -> ProductSpec:
-    """A kernel with a diagonal, by parts, and what is asked of both sides by themselves."""
+    """A kernel with a diagonal, by parts, and of each side by itself something else."""
     D = {name: leaf.abs() + 0.1 for name, leaf in case.tree(21).items()}
-    own = RowSpec({"along": case.tree(22)}, {"norm": None})
-    return ProductSpec({"D": D, "plain": None}, own, own, key=lambda name: name.split(".")[0])
+    of_E, of_U = RowSpec({"along": case.tree(22)}, {"norm": None}), RowSpec({"along": case.tree(24)}, {"norm": D})
+    return ProductSpec({"D": D, "plain": None}, of_E, of_U, key=lambda name: name.split(".")[0])
 
 
 def collected(problem: Problem, strategy: Strategy) -> dict[str, torch.Tensor]:
