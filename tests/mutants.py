@@ -252,7 +252,7 @@ MUTATIONS = [
     ),
     Mutation(
         "E's gradients where the step begins", "contributions_add_up_to_the_change_that_happened",
-        "engine/step.py", "asked, path, total, kept,", "asked, 'start', total, kept,",
+        "engine/step.py", "spec, path, total, kept,", "spec, 'start', total, kept,",
     ),
     Mutation(
         "two nodes at the ends", "contributions_add_up_to_the_change_that_happened",

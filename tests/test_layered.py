@@ -22,7 +22,7 @@ CASE = EXAMPLES[1]
 RATES = Rates(flops=1e11, moved=1e10, call=5e-6, forming=1e11, write=1e9, read=2e9)
 
 
-def asked(case) -> ProductSpec:
+def spec(case) -> ProductSpec:
     """A kernel with a diagonal, by parts, and of each side by itself something else."""
     D = {name: leaf.abs() + 0.1 for name, leaf in case.tree(21).items()}
     of_E, of_U = RowSpec({"along": case.tree(22)}, {"norm": None}), RowSpec({"along": case.tree(24)}, {"norm": D})
@@ -48,7 +48,7 @@ def collected(problem: Problem, strategy: Strategy) -> dict[str, torch.Tensor]:
 def test_tiles_of_either_side_along_any_path_give_what_whole_sequences_give(held, path):
     S, params, E, U = CASE.engine(fk)
     T, step = max(E.input_ids.shape[1], U.input_ids.shape[1]), CASE.tree(23, 0.05)
-    problem = Problem(params, SortedBatch("E", E, S), SortedBatch("U", U, S), asked(CASE), path, step)
+    problem = Problem(params, SortedBatch("E", E, S), SortedBatch("U", U, S), spec(CASE), path, step)
     expected = collected(problem, Strategy("sequences", "E", None, None, None))
     for tile, block, tokens, every in ((None, None, 0, 1), (T, None, 0, 2), (T, 2 * T, 2 * T, 1), (None, T, T, 2)):
         found = collected(problem, Strategy("layers", held, tile, block, tokens, every))
@@ -60,7 +60,7 @@ def test_tiles_of_either_side_along_any_path_give_what_whole_sequences_give(held
 def test_a_side_with_itself_in_tiles(held):
     S, params, _, U = CASE.engine(fk)
     side = SortedBatch("U", U, S)
-    problem = Problem(params, side, side, asked(CASE))
+    problem = Problem(params, side, side, spec(CASE))
     expected = collected(problem, Strategy("sequences", "E", None, None, None))
     for tile in (None, U.input_ids.shape[1]):
         found = collected(problem, Strategy("layers", held, tile, None, 0))

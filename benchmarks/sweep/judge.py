@@ -152,7 +152,7 @@ def judged(model: nn.Module, truth: Truth, slack: float) -> dict[str, Row]:
     S, batch = func.sequence_logprob(apply), func.pad(oracle.PROMPTS, oracle.RESPONSES, pad_id=0)
     E, J = func.Sequences(*(leaf[1:3] for leaf in batch)), oracle.flat(truth.J)
     w = torch.tensor([1.0, -2.0, 0.5, 4.0], dtype=next(iter(params.values())).dtype)
-    asked: dict[str, tuple[Callable[[], torch.Tensor], torch.Tensor, float]] = {
+    spec: dict[str, tuple[Callable[[], torch.Tensor], torch.Tensor, float]] = {
         "values": (lambda: S(params, batch), truth.S, 0.0),
         "gradients": (lambda: oracle.flat(func.per_sequence_grad(S)(params, batch)), J, 0.0),
         "vjp": (lambda: _flat(func.vjp(S)(params, batch, w)), w.double() @ J, 0.0),
@@ -162,7 +162,7 @@ def judged(model: nn.Module, truth: Truth, slack: float) -> dict[str, Row]:
     }
     quantities = {
         name: compared(compute, expected, allowed(name, slack, doubt))
-        for name, (compute, expected, doubt) in asked.items()
+        for name, (compute, expected, doubt) in spec.items()
     }
     if quantities["jvp"]["verdict"] == "wrong":
         with suppress(Exception):  # then it is wrong

@@ -34,15 +34,15 @@ def run(
     with exit_on_error():
         with importing():
             from fkernel.study import FisherKernelPlan, read_plan
-        asked = read_plan(plan, FisherKernelPlan)
+        spec = read_plan(plan, FisherKernelPlan)
         if out is not None:
-            asked = asked.model_copy(update={"out": str(out)})
-        results = execute(asked, overwrite, log)
+            spec = spec.model_copy(update={"out": str(out)})
+        results = execute(spec, overwrite, log)
         if as_json:
-            typer.echo(json.dumps(summary(results, asked.out), indent=1))
+            typer.echo(json.dumps(summary(results, spec.out), indent=1))
         else:
             show_results(results, rows)
-            Console().print(f"Wrote {asked.out}", highlight=False, soft_wrap=True)
+            Console().print(f"Wrote {spec.out}", highlight=False, soft_wrap=True)
 
 
 def execute(plan: Any, overwrite: bool, log: str) -> Any:
@@ -132,7 +132,7 @@ def query(
         print_ = Console(highlight=False).print
         print_(f"K({entry.row}, {entry.column}) = {entry.kernel:.6g}    cosine {entry.cosine:+.4f}", soft_wrap=True)
         if entry.contribution is not None:
-            unit = "nats" if opened.asked["preconditioner"]["calibrated"] else "(bare)"
+            unit = "nats" if opened.spec["preconditioner"]["calibrated"] else "(bare)"
             print_(f"{entry.column} moves {entry.row} by {entry.contribution:+.6g} {unit}", soft_wrap=True)
 
 
@@ -187,7 +187,7 @@ def influence(
             chosen = opened.advantages_of(advantages, _changes(change or []))
             found = influence_of(opened, tuple(ids) if ids else None, chosen)
             before = influence_of(opened, tuple(ids) if ids else None)
-            batch, calibrated = opened.batch, opened.asked["preconditioner"]["calibrated"]
+            batch, calibrated = opened.batch, opened.spec["preconditioner"]["calibrated"]
         if as_json:
             typer.echo(json.dumps(found, indent=1))
         else:
@@ -316,10 +316,8 @@ def check(
         if as_json:
             typer.echo(json.dumps(plan.record(), indent=1))
             return
-        asked = ", ".join(f"{request.name} ({request.kind})" for request in plan.requests) or "none"
-        Console().print(
-            f"{path} is a plan (hash {plan.hash[:12]}). Requests: {asked}.", highlight=False, soft_wrap=True
-        )
+        spec = ", ".join(f"{request.name} ({request.kind})" for request in plan.requests) or "none"
+        Console().print(f"{path} is a plan (hash {plan.hash[:12]}). Requests: {spec}.", highlight=False, soft_wrap=True)
 
 
 @plan_app.command()

@@ -56,7 +56,7 @@ def layered(
     U: SortedBatch | None,
     nodes: tuple[tuple[float, Source], ...],
     params: Tree,
-    asked: ProductSpec,
+    spec: ProductSpec,
     how: Walking,
     *,
     held: str = "E",
@@ -70,7 +70,7 @@ def layered(
         U: the columns; E itself where the two are one; None where rows are asked about by themselves alone.
         nodes: where E's gradients are taken, (q_j, source).
         params: θ, where U's are.
-        asked: what is asked; x is E, y is U.
+        spec: what is asked; x is E, y is U.
         how: blocks, and how many layer inputs are kept.
         held: the side whose gradients of a layer are held while the other's stream past, "E" or "U".
         tile: tokens of it that are held at a time; None for all.
@@ -82,7 +82,7 @@ def layered(
     """
     assert E.f is not None
     if U is None:
-        yield from arranged(E, None, asked, "E", lambda own: _alone(E, nodes, params, own, how, tile))
+        yield from arranged(E, None, spec, "E", lambda own: _alone(E, nodes, params, own, how, tile))
         return
     assert U.f is not None
     at_U = nodes if U is E and len(nodes) == 1 else ((1.0, plain(params)),)
@@ -90,21 +90,21 @@ def layered(
     rows = columns if U is E and len(nodes) == 1 else Side(E.batch, nodes, must_cut(E.f, params, E.batch))
     (own, x), (others, y) = ((E, rows), (U, columns)) if held == "E" else ((U, columns), (E, rows))
 
-    def walk(asked: ProductSpec) -> Iterator[tuple[slice, Products]]:
+    def walk(spec: ProductSpec) -> Iterator[tuple[slice, Products]]:
         for some in tiles_of(own.tokens, tile):
-            products = Products(asked, some.stop - some.start, len(others), own.order.device)
+            products = Products(spec, some.stop - some.start, len(others), own.order.device)
             for passing in tiles_of(others.tokens, block):
                 _contract(_part(x, some, len(own)), _part(y, passing, len(others)), products, passing.start, how)
             yield some, products
 
-    yield from arranged(E, U, asked, held, walk)
+    yield from arranged(E, U, spec, held, walk)
 
 
 def _alone(
     E: SortedBatch,
     nodes: tuple[tuple[float, Source], ...],
     params: Tree,
-    asked: ProductSpec,
+    spec: ProductSpec,
     how: Walking,
     tile: int | None,
 ) -> Iterator[tuple[slice, Products]]:
@@ -113,7 +113,7 @@ def _alone(
     side = Side(E.batch, nodes, must_cut(E.f, params, E.batch))
     assert side.cut is not None
     for some in tiles_of(E.tokens, tile):
-        products = Products(asked, some.stop - some.start, 0, E.order.device)
+        products = Products(spec, some.stop - some.start, 0, E.order.device)
         part = _part(side, some, len(E))
         for shard in shards(side.cut, part, part, every=how.every, tokens=how.tokens, dense=not how.tokens):
             products.add(shard.held, shard.held, own_y=False)

@@ -33,11 +33,11 @@ class Problem:
         params: θ.
         E: the rows, in the engine's order, with their f.
         U: the columns; E itself where the two are one, None where only rows are asked about.
-        asked: what is asked; x is E, y is U.
+        spec: what is asked; x is E, y is U.
         path: where E's gradients are taken; of `fkernel.engine.path.NODES`.
         step: Δθ; None where nothing moves.
         kept: U's gradients, where they are held or on disk already.
-        P: a preconditioner that is no diagonal, which U's rows go through; None for one that stands in `asked`.
+        P: a preconditioner that is no diagonal, which U's rows go through; None for one that stands in `spec`.
         store: a directory for the gradients of both sides.
         promised: whether memory was promised.
     """
@@ -45,7 +45,7 @@ class Problem:
     params: Tree
     E: SortedBatch
     U: SortedBatch | None
-    asked: ProductSpec
+    spec: ProductSpec
     path: str = "start"
     step: Tree | None = None
     kept: Gradients | None = None
@@ -67,13 +67,13 @@ def blocks(problem: Problem, strategy: Strategy) -> Iterator[KernelBlock]:
             )
         sources = sources_of(problem.path, problem.params, problem.step)
         how = Walking(strategy.tokens or 0, strategy.every)
-        yield from layered(problem.E, problem.U, sources, problem.params, problem.asked, how, **strategy.loops)
+        yield from layered(problem.E, problem.U, sources, problem.params, problem.spec, how, **strategy.loops)
         return
     if is_half(problem.params):
         check_params(problem.params)  # says that only layers take it
     with ExitStack() as opened:
         E, U = _sources(problem, strategy, opened)
-        yield from contraction(E, U, problem.asked, held=strategy.held, tile=strategy.tile, block=strategy.block)
+        yield from contraction(E, U, problem.spec, held=strategy.held, tile=strategy.tile, block=strategy.block)
 
 
 def _sources(problem: Problem, strategy: Strategy, opened: ExitStack) -> tuple[Gradients, Gradients | None]:

@@ -238,9 +238,9 @@ def _explained(
     with error_context("E"), translate_errors(params):
         S = true_derivative(f_E, θ, E, total)
     del θ
-    asked = ProductSpec({"": P.d}, RowSpec({"momentum": step.momentum, "decay": step.decay}))
+    spec = ProductSpec({"": P.d}, RowSpec({"momentum": step.momentum, "decay": step.decay}))
     side_E = SortedBatch("E", E, S)
-    problem = Problem(params, side_E, side_U, asked, path, total, kept, promised=promised)
+    problem = Problem(params, side_E, side_U, spec, path, total, kept, promised=promised)
     found = _found(problem, strategy)
     leaf = widened(next(iter(params.values()))[..., :0])
     K, momentum, decay = (each.to(leaf.device, leaf.dtype) for each in found)

@@ -56,7 +56,7 @@ class KernelBlock:
 def contraction(
     E: Gradients,
     U: Gradients | None,
-    asked: ProductSpec,
+    spec: ProductSpec,
     *,
     held: str = "E",
     tile: int | None = None,
@@ -67,7 +67,7 @@ def contraction(
     Args:
         E: the rows.
         U: the columns; E itself where the two are one; None where rows are asked about by themselves alone.
-        asked: what is asked; x is E, y is U.
+        spec: what is asked; x is E, y is U.
         held: the side whose gradients are held while the other's stream past.
         tile: tokens of the held side that are held at a time; None for all.
         block: tokens of the other side that are held beside them; None for all.
@@ -76,13 +76,13 @@ def contraction(
         One `KernelBlock` a tile of E; one in all where U is held.
     """
     x, y = (E, U) if U is None or held == "E" else (U, E)
-    yield from arranged(E.side, None if U is None else U.side, asked, held, lambda own: _walk(x, y, own, tile, block))
+    yield from arranged(E.side, None if U is None else U.side, spec, held, lambda own: _walk(x, y, own, tile, block))
 
 
 def arranged(
     E: SortedBatch,
     U: SortedBatch | None,
-    asked: ProductSpec,
+    spec: ProductSpec,
     held: str,
     walk: Callable[[ProductSpec], Iterator[tuple[slice, Products]]],
 ) -> Iterator[KernelBlock]:
@@ -91,7 +91,7 @@ def arranged(
     Args:
         E: the rows.
         U: the columns; None where there are none.
-        asked: what is asked; x is E, y is U.
+        spec: what is asked; x is E, y is U.
         held: which side is held, "E" or "U".
         walk: what is asked, x being the side that is held ↦ (rows of a tile of it, their sums), in its order.
 
@@ -99,10 +99,10 @@ def arranged(
         One `KernelBlock` a tile of E; one in all where U is held.
     """
     if U is None or held == "E":
-        for rows, found in walk(asked):
+        for rows, found in walk(spec):
             yield placed(E.order[rows], None if U is None else U.order, found)
         return
-    tiles = [found for _, found in walk(ProductSpec(asked.kernels, asked.y, asked.x, asked.key))]
+    tiles = [found for _, found in walk(ProductSpec(spec.kernels, spec.y, spec.x, spec.key))]
     columns = U.order.argsort()
     kernels = _joined([found.kernels for found in tiles])
     kernels = {what: {group: K[columns].T.contiguous() for group, K in of.items()} for what, of in kernels.items()}
@@ -124,13 +124,13 @@ def placed(rows: Tensor, columns: Tensor | None, found: Products) -> KernelBlock
 
 
 def _walk(
-    x: Gradients, y: Gradients | None, asked: ProductSpec, tile: int | None, block: int | None
+    x: Gradients, y: Gradients | None, spec: ProductSpec, tile: int | None, block: int | None
 ) -> Iterator[tuple[slice, Products]]:
     """Hold a tile of x, let y pass; both in their own orders."""
     if y is None:
         for own in x.blocks(tile):
             rows, held = x.rows(own), x.gathered(own)
-            products = Products(asked, rows.stop - rows.start, 0, device_of(held))
+            products = Products(spec, rows.stop - rows.start, 0, device_of(held))
             products.add(held, held, own_y=False)
             del held
             yield rows, products
@@ -145,7 +145,7 @@ def _walk(
                 left = x.gathered(own, names) if held is None else held
                 right = left if same else y.gathered(others, names)
                 if products is None:
-                    products = Products(asked, rows.stop - rows.start, len(y), device_of(left))
+                    products = Products(spec, rows.stop - rows.start, len(y), device_of(left))
                 products.add(left, right, y.rows(others), own_x=j == 0, own_y=k == 0)
                 del left, right  # or they would be alive while the next are made
         assert products is not None
@@ -187,8 +187,8 @@ def self_kernel(U: Gradients, D: Tree | None, tile: int | None = None) -> tuple[
         left, rows = U.gathered(own), order[U.rows(own)]
         for others in tiles[k:]:
             right, columns = (left if others == own else U.gathered(others)), order[U.rows(others)]
-            asked = ProductSpec({"": D}, x=RowSpec(squares={"norm": None}))
-            products = Products(asked, len(rows), len(columns), device_of(left))
+            spec = ProductSpec({"": D}, x=RowSpec(squares={"norm": None}))
+            products = Products(spec, len(rows), len(columns), device_of(left))
             products.add(left, right, own_x=others == own)
             K[rows[:, None], columns] = products.kernel().cpu()
             K[columns[:, None], rows] = products.kernel().T.cpu()

@@ -67,8 +67,8 @@ class WalkedGradients(Gradients):
     def squared_norms(self, D: Tree | None) -> func.SquaredNorms:
         """Compute ‖g‖² and ⟨g, D g⟩ of every sequence, [n] float64."""
         found = torch.empty(2, len(self), dtype=torch.float64)
-        asked = ProductSpec(x=RowSpec(squares={"plain": None, "weighted": D}))
-        for block in blocks(Problem(self.params, self.side, None, asked), ALONE._replace(every=self.how.every)):
+        spec = ProductSpec(x=RowSpec(squares={"plain": None, "weighted": D}))
+        for block in blocks(Problem(self.params, self.side, None, spec), ALONE._replace(every=self.how.every)):
             found[:, block.at] = torch.stack([block.rows("plain"), block.rows("weighted")])
         return func.SquaredNorms(*found)
 
@@ -81,8 +81,8 @@ class WalkedGradients(Gradients):
         """Compute K of the side with itself and ‖g‖²: ([n n] symmetric to the last bit, [n]), float64."""
         n = len(self)
         K, norms = torch.empty(n, n, dtype=torch.float64), torch.empty(n, dtype=torch.float64)
-        asked = ProductSpec({"": D}, RowSpec(squares={"norm": None}))
-        for block in blocks(Problem(self.params, self.side, self.side, asked), how or WHOLE):
+        spec = ProductSpec({"": D}, RowSpec(squares={"norm": None}))
+        for block in blocks(Problem(self.params, self.side, self.side, spec), how or WHOLE):
             K[block.at], norms[block.at] = block.kernel(), block.rows("norm")
         return (K + K.T) / 2, norms
 

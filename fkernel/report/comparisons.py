@@ -113,10 +113,10 @@ def counterfactuals_panel(result: RequestResult, path: str | Path | None = None)
         ModelError: matplotlib is not installed.
         ResultsError: none was asked for, or all were left out.
     """
-    asked = {name: analysis for name, analysis in result.analyses.items() if name.startswith(COUNTERFACTUAL)}
-    made = {name: analysis for name, analysis in asked.items() if analysis.skipped is None}
+    spec = {name: analysis for name, analysis in result.analyses.items() if name.startswith(COUNTERFACTUAL)}
+    made = {name: analysis for name, analysis in spec.items() if analysis.skipped is None}
     if not made:
-        analysis_result(result, next(iter(asked), "counterfactuals"))
+        analysis_result(result, next(iter(spec), "counterfactuals"))
     wide = 2 if len(made) == 4 else min(3, len(made))
     high = -(-len(made) // wide)
     drawn = figure(max(5.0, 3.3 * wide), 0.6 + 2.9 * high)

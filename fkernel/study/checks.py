@@ -29,9 +29,9 @@ def check_inputs(plan: FisherKernelPlan) -> None:
         named |= {f"step.loss.{place}.path": one.path for place, one in plan.step.loss.checkpoints.items()}
     for i, prompts in enumerate(plan.prompts):
         named[f"prompts.{i}.jsonl"], named[f"prompts.{i}.dataset"] = prompts.jsonl, prompts.dataset
-    asked = {"analyses": plan.analyses}
-    asked |= {f"requests.{i}.analyses": own for i, one in enumerate(plan.requests) if (own := one.analyses) is not None}
-    for place, analyses in asked.items():
+    spec = {"analyses": plan.analyses}
+    spec |= {f"requests.{i}.analyses": own for i, one in enumerate(plan.requests) if (own := one.analyses) is not None}
+    for place, analyses in spec.items():
         for one in analyses.observables:
             if one.reference is not None:
                 named[f"{place}.observables.{one.name}.reference.path"] = one.reference.path

@@ -48,18 +48,18 @@ ASCENT = "ascent.safetensors"
 class WorkspaceDirectory:
     """A workspace's files, opened by one process at a time; see the top of this module."""
 
-    def __init__(self, path: str | Path, asked: Mapping[str, Any] | None) -> None:
+    def __init__(self, path: str | Path, spec: Mapping[str, Any] | None) -> None:
         """Open a directory, make it where it is not there, and lock it.
 
         Args:
             path: where.
-            asked: what is to be in it; None takes whatever is there.
+            spec: what is to be in it; None takes whatever is there.
 
         Raises:
             StoreError: another process has it, it is of something else, it holds strangers, or there is none.
         """
         self.path, self.opened = Path(path), ExitStack()
-        if asked is None and not (self.path / ASKED).is_file():
+        if spec is None and not (self.path / ASKED).is_file():
             raise StoreError(f"There is no workspace at {self.path}: it has no {ASKED}. `fkernel run` makes one.")
         with plain_errors("open", self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -71,24 +71,24 @@ class WorkspaceDirectory:
                 )
         self.opened.enter_context(locked(self.path, LOCK))
         try:
-            self.asked = self._settle(asked)
+            self.spec = self._settle(spec)
         except BaseException:
             self.opened.close()
             raise
 
-    def _settle(self, asked: Mapping[str, Any] | None) -> dict[str, Any]:
+    def _settle(self, spec: Mapping[str, Any] | None) -> dict[str, Any]:
         place = self.path / ASKED
         if not place.exists():
-            assert asked is not None
-            self._write(ASKED, {"schema": SCHEMA, **asked})
+            assert spec is not None
+            self._write(ASKED, {"schema": SCHEMA, **spec})
         stored = self._read(ASKED)
         if stored.get("schema") != SCHEMA:
             raise StoreError(
                 f"The workspace at {self.path} has schema {stored.get('schema')}; this version of fkernel reads "
                 f"{SCHEMA}. Choose another directory."
             )
-        if asked is not None:
-            wanted = json.loads(json.dumps({"schema": SCHEMA, **asked}))
+        if spec is not None:
+            wanted = json.loads(json.dumps({"schema": SCHEMA, **spec}))
             if found := differences(stored, wanted):
                 raise StoreError(
                     f"The workspace at {self.path} is of something else: {'; '.join(found)}. Choose another directory "
@@ -104,7 +104,7 @@ class WorkspaceDirectory:
     @property
     def sampler(self) -> str | None:
         """Fingerprint of the policy that U is of: the checkpoint, or another one that the loss knows; None for any."""
-        return self.asked.get("sampled_by", self.asked["checkpoint"])
+        return self.spec.get("sampled_by", self.spec["checkpoint"])
 
     def batch(
         self, make: Callable[[], GeneratedBatch], check: Callable[[GeneratedBatch], Any] = lambda batch: None
@@ -155,8 +155,8 @@ class WorkspaceDirectory:
         device: torch.device | None = None,
     ) -> Gradients:
         """Open U's gradients; compute and write those that are missing."""
-        identity = {key: self.asked[key] for key in ("checkpoint", "parameters", "temperature", "dtype")}
-        identity |= {key: self.asked[key] for key in ("loss", "padding") if key in self.asked}
+        identity = {key: self.spec[key] for key in ("checkpoint", "parameters", "temperature", "dtype")}
+        identity |= {key: self.spec[key] for key in ("loss", "padding") if key in self.spec}
         batch = side.batch
         identity["batch"] = fingerprint(batch.sequences if isinstance(batch, Weighted) else batch)
         store = self.opened.enter_context(open_store(self.path / GRADIENTS, identity, cuts))

@@ -88,12 +88,12 @@ def evaluate(
     found, analyses = at.effects, AnalysisRunner(question.analyses, at)
     needs_K = not capture.influence_only or question.analyses.of_rows
     with reuse_memory():
-        asked = analyses.ask(_asked(at, needs_K))
+        spec = analyses.ask(_asked(at, needs_K))
     with (
         reuse_memory()
     ):  # once more: what making those vectors freed goes back to the system, and is not beside the walk
         own = None if policy.through_detach or policy.path != "start" else workspace.rows_of(batch)
-        blocks = walked(E, workspace, policy, grant, asked, own)
+        blocks = walked(E, workspace, policy, grant, spec, own)
         if needs_K:
             found |= _reduced(blocks, question, batch, workspace, weights, on_progress, analyses, at.dtype)
         else:

@@ -18,7 +18,7 @@ def facts_of_step(workspace: KernelWorkspace, policy: Policy, step: int | None) 
     """
     state = policy.state
     facts: dict[str, Any] = {"clip": workspace.clip, "grad_norm": workspace.grad_norm}
-    facts |= {"step": step, "temperature": workspace.asked["temperature"]}
+    facts |= {"step": step, "temperature": workspace.spec["temperature"]}
     facts |= {"parameters": sum(leaf.numel() for leaf in policy.params.values())}
     if state is not None:
         facts |= {"lr": sorted({*state.lr.values()}), "weight_decay": sorted({*state.weight_decay.values()})}

@@ -95,7 +95,7 @@ def answer_cache(
         "schema": SCHEMA,
         "fkernel": [version("fkernel"), own_code()],
         "versions": {name: version(name) for name in (*PACKAGES, "reasoning-gym", "math-verify")},
-        "workspace": {**workspace.asked, "complete": read_checksummed(workspace.directory / COMPLETE)},
+        "workspace": {**workspace.spec, "complete": read_checksummed(workspace.directory / COMPLETE)},
         "step": plan.step.model_dump(mode="json", exclude={"after", "loss"}),
         "after": None if after is None else identity_of_checkpoint(after, numerics.dtype),
         "numerics": numerics.model_dump(mode="json", include={"seed", "device", "skip_certificates"}),
@@ -119,11 +119,11 @@ def own_answer(
     """
     found = Answer()
     if plan.self_kernel:
-        asked = {"capture_full": plan.capture.kernel}
-        found = kept_or_computed(cache, {"self_kernel": asked}, lambda: Answer(self_kernel=self_kernel(**asked)))
-    asked = plan.analyses.model_dump(mode="json", include={*UPDATE_ANALYSES})
-    if any(asked.values()):
-        more = kept_or_computed(cache, {"analyses": asked}, lambda: Answer(analyses=analyses()))
+        spec = {"capture_full": plan.capture.kernel}
+        found = kept_or_computed(cache, {"self_kernel": spec}, lambda: Answer(self_kernel=self_kernel(**spec)))
+    spec = plan.analyses.model_dump(mode="json", include={*UPDATE_ANALYSES})
+    if any(spec.values()):
+        more = kept_or_computed(cache, {"analyses": spec}, lambda: Answer(analyses=analyses()))
         found = found._replace(analyses=more.analyses, written=found.written or more.written)
     return found
 
@@ -193,15 +193,15 @@ def request_key(plan: FisherKernelPlan, request: Any, given: GeneratedBatch | No
         request: one of the plan's.
         given: E, where it is not drawn.
     """
-    asked = request.model_dump(mode="json", exclude={"batch", "path", "callback"})
+    spec = request.model_dump(mode="json", exclude={"batch", "path", "callback"})
     strict = bool(request.capture or request.analyses)
     capture, analyses = request.capture or plan.capture, request.analyses or plan.analyses
-    asked |= {"capture": capture.model_dump(mode="json"), "analyses": analyses.model_dump(mode="json")}
-    code = code_of(dotted_names(asked))
+    spec |= {"capture": capture.model_dump(mode="json"), "analyses": analyses.model_dump(mode="json")}
+    code = code_of(dotted_names(spec))
     if None in code.values():
         return None
     references = {one.name: one.reference for one in analyses.observables if one.reference is not None}
-    key = {"request": asked, "strict": strict, "code": code}
+    key = {"request": spec, "strict": strict, "code": code}
     key |= {"references": {name: identity_of_checkpoint(one, plan.numerics.dtype) for name, one in references.items()}}
     if given is not None:
         return key | {"batch": content_of_batch(given, scores=False)}

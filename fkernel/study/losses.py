@@ -30,7 +30,7 @@ MARGINS = "preference"
 """Key of a record's metadata: the pairs that it is in, with their margins."""
 
 
-def asked_of_loss(loss: LossPlan | None, dtype: torch.dtype, made: GeneratedBatch | None) -> dict[str, Any]:
+def spec_of_loss(loss: LossPlan | None, dtype: torch.dtype, made: GeneratedBatch | None) -> dict[str, Any]:
     """List what a loss decides of a workspace, JSON; nothing, where there is none.
 
     Args:
@@ -51,8 +51,8 @@ def asked_of_loss(loss: LossPlan | None, dtype: torch.dtype, made: GeneratedBatc
             f"checkpoint that sampled U."
         )
     found = loss.model_dump(mode="json", exclude={"old": True, "reference": True, "kl": {"reference"}})
-    asked: dict[str, Any] = {"loss": {**found, "policies": prints}}
-    return asked if made is None or not loss.foreign else {**asked, "sampled_by": sampler}
+    spec: dict[str, Any] = {"loss": {**found, "policies": prints}}
+    return spec if made is None or not loss.foreign else {**spec, "sampled_by": sampler}
 
 
 def as_it_came(loss: LossPlan | None, batch: GeneratedBatch) -> GeneratedBatch:
@@ -137,7 +137,7 @@ def terms_of(
 
 
 def _penalty(
-    asked: KLPlan,
+    kl: KLPlan,
     w: Tensor,
     policy: Policy,
     tokens: func.Sequences,
@@ -146,12 +146,12 @@ def _penalty(
     microbatch: int,
 ) -> tuple[Tree, float]:
     """The penalty's share of the ascent, and the mean of k3 over response tokens, nats."""
-    reference = _scored(asked.reference, policy, tokens, microbatch)
+    reference = _scored(kl.reference, policy, tokens, microbatch)
     w, mask = w.to(now), tokens.response_mask.bool()
     omega = (
-        losses.corrected_kl_penalty_weights(now, old, reference, w, mask, asked.beta)
-        if asked.corrected
-        else losses.kl_penalty_weights(now, reference, w, mask, asked.beta)
+        losses.corrected_kl_penalty_weights(now, old, reference, w, mask, kl.beta)
+        if kl.corrected
+        else losses.kl_penalty_weights(now, reference, w, mask, kl.beta)
     )
     pull = func.vjp(weighted_logprob(policy.trained, policy.temperature), microbatch)
     d = (reference - now)[mask]

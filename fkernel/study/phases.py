@@ -166,15 +166,15 @@ def _forecast(
     phases = [made]
     if plan.self_kernel or plan.analyses.structure is not None:
         phases.append(_with_itself(machine, counts, ready))
-    asked = {str(request.name): request for request in plan.requests}
-    phases += [_request(machine, asked[name], E, counts, ready) for name, E in lengths.items()]
+    spec = {str(request.name): request for request in plan.requests}
+    phases += [_request(machine, spec[name], E, counts, ready) for name, E in lengths.items()]
     return Forecast(tuple(phases), load.size, 3 * load.row, grant, (*assumed, *_uncounted(plan)))
 
 
 def _uncounted(plan: FisherKernelPlan) -> list[str]:
     """Say which analyses' own passes are not counted."""
-    asked = [request.analyses or plan.analyses for request in plan.requests]
-    passes = sorted({name for analyses in asked for name in BESIDE if getattr(analyses, name)})
+    spec = [request.analyses or plan.analyses for request in plan.requests]
+    passes = sorted({name for analyses in spec for name in BESIDE if getattr(analyses, name)})
     return [f"the passes of {', '.join(passes)} are not counted"] if passes else []
 
 

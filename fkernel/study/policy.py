@@ -18,7 +18,7 @@ from fkernel.rollout import GeneratedBatch, content_of_batch
 from fkernel.shapes import Tree
 from fkernel.study.config.base import CheckpointPlan
 from fkernel.study.config.plan import FisherKernelPlan
-from fkernel.study.losses import as_it_came, asked_of_loss
+from fkernel.study.losses import as_it_came, spec_of_loss
 from fkernel.study.optimizer_step import restricted
 from fkernel.study.rows import Policy, Unselected
 from fkernel.study.sources import code_of, describing_files, dotted_names, prompts_files, version
@@ -97,7 +97,7 @@ def chosen_parameters(plan: FisherKernelPlan, model: Any) -> list[str] | None:
     return [name for name in trained if any(fnmatchcase(name, pattern) for pattern in plan.parameters)]
 
 
-def asked_of(plan: FisherKernelPlan, loaded: Checkpoint, made: GeneratedBatch | None) -> dict[str, Any]:
+def spec_of(plan: FisherKernelPlan, loaded: Checkpoint, made: GeneratedBatch | None) -> dict[str, Any]:
     """List everything that decides what a workspace holds, JSON.
 
     Args:
@@ -122,7 +122,7 @@ def asked_of(plan: FisherKernelPlan, loaded: Checkpoint, made: GeneratedBatch | 
         "dtype": plan.numerics.dtype,
         "preconditioner": plan.preconditioner.model_dump(mode="json"),
         "step": {"max_norm": plan.step.max_norm, "clip": plan.step.clip},
-        **asked_of_loss(loss, getattr(torch, plan.numerics.dtype), made),
+        **spec_of_loss(loss, getattr(torch, plan.numerics.dtype), made),
     }
 
 

@@ -32,7 +32,7 @@ from fkernel.study.draws import UpdateDraw, check_rewards
 from fkernel.study.loss_terms import LossTerms
 from fkernel.study.losses import terms_of, weighed
 from fkernel.study.optimizer_step import response
-from fkernel.study.policy import asked_of, policy_of, temperature_of
+from fkernel.study.policy import policy_of, spec_of, temperature_of
 from fkernel.study.rows import MemoryBudget, Policy, grant_of
 from fkernel.study.workspace import KernelWorkspace, beside, named_errors, tokens_of
 
@@ -75,24 +75,24 @@ def prepared(
     if given is not None:
         _check_weights(plan, given)
     policy = policy_of(plan, checkpoint, temperature_of(plan, given))
-    asked = asked_of(plan, checkpoint, given)
+    spec = spec_of(plan, checkpoint, given)
     if policy.padding_idx is not None:
-        asked["padding"] = policy.padding_idx
+        spec["padding"] = policy.padding_idx
 
     def ready() -> GeneratedBatch:
         return _ready(plan, policy, make() if given is None else given)
 
     def check(batch: GeneratedBatch) -> None:
-        if isinstance(plan.update, UpdateDraw) and generator is not None and None in asked["update"]["code"].values():
+        if isinstance(plan.update, UpdateDraw) and generator is not None and None in spec["update"]["code"].values():
             weighed = plan.step.loss is not None and plan.step.loss.kind == "preference"
             check_rewards(plan.update, generator(), batch, weighed)
 
     if not plan.storage.persist:
-        return _made(plan, checkpoint, policy, ready(), asked, None, on_progress)
-    directory = WorkspaceDirectory(plan.workspace_path, asked)
+        return _made(plan, checkpoint, policy, ready(), spec, None, on_progress)
+    directory = WorkspaceDirectory(plan.workspace_path, spec)
     with ExitStack() as stack:
         stack.callback(directory.opened.close)
-        found = _made(plan, checkpoint, policy, directory.batch(ready, check), asked, directory, on_progress)
+        found = _made(plan, checkpoint, policy, directory.batch(ready, check), spec, directory, on_progress)
         stack.pop_all()
     return found
 
@@ -120,13 +120,13 @@ def _made(
     checkpoint: Checkpoint,
     policy: Policy,
     batch: GeneratedBatch,
-    asked: Mapping[str, Any],
+    spec: Mapping[str, Any],
     directory: WorkspaceDirectory | None,
     on_progress: Callable[[int, int], Any],
 ) -> WorkspaceAndStep:
     """Compute what is missing of U's gradients and their sum, then P from it."""
     if batch.sampling is not None:
-        check_temperature(batch.sampling.temperature, asked["temperature"])
+        check_temperature(batch.sampling.temperature, spec["temperature"])
     tokens = tokens_of(batch, policy.params)
 
     def told(n: int) -> None:
@@ -157,9 +157,9 @@ def _made(
     found = response(plan.preconditioner, plan.step, policy.params, policy.state, ascent, unused)
     if directory is not None and not done:
         directory.seal(found.P, found.clip, found.grad_norm, ascent, loss, gradients.walked)
-    kept = (lambda: ascent, asked, None, None)
+    kept = (lambda: ascent, spec, None, None)
     if directory is not None:
-        kept = (directory.ascent, asked, directory.path, directory.opened)
+        kept = (directory.ascent, spec, directory.path, directory.opened)
     workspace = KernelWorkspace(batch, gradients, found.P, found.clip, found.grad_norm, *kept, loss)
     policy = policy._replace(unused=unused)
     return WorkspaceAndStep(workspace, found.step if plan.preconditioner.calibrated else None, policy)

@@ -169,7 +169,7 @@ def _strategy(
 
 
 def walked(
-    batch: Any, workspace: KernelWorkspace, policy: Policy, grant: MemoryBudget, asked: ProductSpec, own: Any = None
+    batch: Any, workspace: KernelWorkspace, policy: Policy, grant: MemoryBudget, spec: ProductSpec, own: Any = None
 ) -> Iterator[KernelBlock]:
     """Walk everything that is asked of a batch's gradients and U's, some rows at a time.
 
@@ -178,31 +178,31 @@ def walked(
         workspace: U.
         policy: the checkpoint, whose nodes say where E's gradients are taken.
         grant: what may be under way at once.
-        asked: what is asked; without kernels U is not read.
+        spec: what is asked; without kernels U is not read.
         own: [n_E] which rows of U they are, where E is U's own and taken where U's are; no gradient is computed then.
     """
     U = workspace.gradients
     # P and the step's parts lie beside a grant; what else is asked about was made for this walk, and is within it.
-    given = {**asked.kernels, **asked.x.along, **asked.x.squares}
+    given = {**spec.kernels, **spec.x.along, **spec.x.squares}
     more = {id(v) for what, v in given.items() if v is not None and what not in STEP} - {id(workspace.P.d)}
     reserved = len(more) * bytes_of(policy.params)
     if isinstance(U, WalkedGradients):
-        return _walked_again(batch, U, policy, grant, asked, reserved, own)
+        return _walked_again(batch, U, policy, grant, spec, reserved, own)
     E = SortedBatch("E", batch, None if own is not None else policy.f)
     how = _strategy(grant, policy, E, workspace, reserved)
     if own is not None:
         J = U if own.tolist() == list(range(len(U))) else U.chosen(own)
-        return contraction(J, U if asked.kernels else None, asked, tile=how.tile, block=how.block)
-    side = U.side if asked.kernels else None
+        return contraction(J, U if spec.kernels else None, spec, tile=how.tile, block=how.block)
+    side = U.side if spec.kernels else None
     promised = grant.memory is not None
-    return blocks(Problem(policy.params, E, side, asked, policy.path, policy.step, U, promised=promised), how)
+    return blocks(Problem(policy.params, E, side, spec, policy.path, policy.step, U, promised=promised), how)
 
 
 def _walked_again(
-    batch: Any, U: WalkedGradients, policy: Policy, grant: MemoryBudget, asked: ProductSpec, reserved: int, own: Any
+    batch: Any, U: WalkedGradients, policy: Policy, grant: MemoryBudget, spec: ProductSpec, reserved: int, own: Any
 ) -> Iterator[KernelBlock]:
     """Walk U, whose gradients are not kept, beside E; where E is U itself it walks once."""
-    E, side, kept, params = SortedBatch("E", batch, policy.f), U.side if asked.kernels else None, None, policy.params
+    E, side, kept, params = SortedBatch("E", batch, policy.f), U.side if spec.kernels else None, None, policy.params
     if side is not None and own is not None and own.tolist() == list(range(len(U))):
         E = side
     if isinstance(cut_of(policy.f, params, batch), str):  # E's derivative may be another: a whole gradient at a time
@@ -211,7 +211,7 @@ def _walked_again(
         how = ALONE._replace(every=U.how.every)
     else:
         how = choose_walk(E, side, params, grant.memory, grant.microbatch, reserved)
-    return blocks(Problem(params, E, side, asked, policy.path, policy.step, kept), how)
+    return blocks(Problem(params, E, side, spec, policy.path, policy.step, kept), how)
 
 
 def self_strategy(memory: int | str | None, workspace: KernelWorkspace, policy: Policy) -> Strategy:

@@ -98,8 +98,8 @@ class FisherKernelRunner:
     @cached_property
     def policy(self) -> Policy:
         """The checkpoint as the engine takes it; S at the temperature that U was sampled at, unless the plan says."""
-        asked = self._given(None).asked
-        found = self._prepared or policy_of(self.plan, self.checkpoint, asked["temperature"])
+        spec = self._given(None).spec
+        found = self._prepared or policy_of(self.plan, self.checkpoint, spec["temperature"])
         return found._replace(after=after_of(self.plan, found.params))
 
     def _along(self, E: func.Sequences) -> Policy:
@@ -143,9 +143,9 @@ class FisherKernelRunner:
         Raises:
             PlanError: it is of another checkpoint than the plan's.
         """
-        if workspace.asked["checkpoint"] != self.checkpoint.provenance.fingerprint:
+        if workspace.spec["checkpoint"] != self.checkpoint.provenance.fingerprint:
             raise PlanError(
-                f"The workspace is of the checkpoint {workspace.asked['checkpoint'][:12]}, the plan's is "
+                f"The workspace is of the checkpoint {workspace.spec['checkpoint'][:12]}, the plan's is "
                 f"{self.checkpoint.provenance.fingerprint[:12]}."
             )
         self.workspace, self._of_E = workspace, None  # the policy asks the workspace for its temperature
@@ -203,8 +203,8 @@ class FisherKernelRunner:
             with named_errors(E):
                 tokens = tokens_of(E, self.policy.params)
                 check_side("E", self.policy.f, self.policy.params, tokens)
-                asked, strict = request.analyses or plan.analyses, bool(request.capture or request.analyses)
-                question = Question(name, request.kind, capture, request.advantages, strict, asked)
+                spec, strict = request.analyses or plan.analyses, bool(request.capture or request.analyses)
+                question = Question(name, request.kind, capture, request.advantages, strict, spec)
                 grant, size = self._grant(E), len(E)
                 policy = self._along(tokens)
                 result = evaluate(
@@ -302,7 +302,7 @@ class FisherKernelRunner:
             own = own_answer(cache, plan, self.compute_self_kernel, self.analyse_update)
             given = answers(cache, plan, self._batch, self.evaluate_batch, self._batches)
             facts, computed = facts_of_step(workspace, self.policy, self.checkpoint.step), workspace.gradients.computed
-            about |= {"fingerprint": workspace.asked["checkpoint"], "kept": earlier(own, given)}
+            about |= {"fingerprint": workspace.spec["checkpoint"], "kept": earlier(own, given)}
             say(self.logger, "gradients of U", computed=computed, read=len(workspace.batch) - computed)
             about |= findings(made, self.policy, self._step, self.checkpoint, self.logger)
             results = results_of(plan, workspace, facts, own, given, about)

@@ -33,7 +33,7 @@ class KernelWorkspace:
         P: the preconditioner.
         clip: c.
         grad_norm: ‖∇L‖ before clipping.
-        asked: everything that decides what it holds: fingerprints, preconditioner, step, temperature.
+        spec: everything that decides what it holds: fingerprints, preconditioner, step, temperature.
         directory: where it is kept; None in memory.
         loss: what the step's loss made of U; None where it is the policy gradient.
     """
@@ -46,14 +46,14 @@ class KernelWorkspace:
         clip: float,
         grad_norm: float,
         ascent: Callable[[], Tree],
-        asked: Mapping[str, Any],
+        spec: Mapping[str, Any],
         directory: Path | None = None,
         opened: ExitStack | None = None,
         loss: LossTerms | None = None,
     ) -> None:
         """Take what was made or read."""
         self.batch, self.gradients, self.P, self.clip, self.grad_norm = batch, gradients, P, clip, grad_norm
-        self.asked, self.directory, self._opened = dict(asked), directory, opened or ExitStack()
+        self.spec, self.directory, self._opened = dict(spec), directory, opened or ExitStack()
         self.loss, self._ascent = loss, ascent
         self.index = {name: row for row, name in enumerate(batch.ids)}
         self._caches: dict[str, GradientCache] = {}
@@ -103,7 +103,7 @@ class KernelWorkspace:
             row = int(moved.nonzero()[0])
             raise PlanError(
                 f"The advantage of {self.batch.ids[row]} is {float(own[row]):g}, and what is asked changes its sign. "
-                f"step.loss ({self.asked['loss']['kind']}) was evaluated for the step's own signs, and would weigh "
+                f"step.loss ({self.spec['loss']['kind']}) was evaluated for the step's own signs, and would weigh "
                 f"tokens otherwise: ask for advantages of the same signs, or 0; or leave step.loss out."
             )
         return weights
@@ -111,7 +111,7 @@ class KernelWorkspace:
     @property
     def keeps_signs(self) -> bool:
         """Whether the step's loss was evaluated for the signs of its advantages."""
-        return "loss" in self.asked and self.asked["loss"]["kind"] != "policy_gradient"
+        return "loss" in self.spec and self.spec["loss"]["kind"] != "policy_gradient"
 
     def ascent(self, params: Tree | None = None) -> Tree:
         """Give J_Uᵀ(w A) with the KL term's share, before clipping: as it was kept, or beside parameters."""
@@ -163,7 +163,7 @@ class KernelWorkspace:
         """Find the rows of a batch whose sequences are U's own, [n]; None where one is not, or U's rows are not ∇S."""
         if self.loss is not None and self.loss.ratio is not None:
             return None
-        padding = self.asked.get("padding")
+        padding = self.spec.get("padding")
         if any(padding in (*record.prompt_ids, *record.response_ids)[:-1] for record in batch):
             return None  # training withheld a part of their gradients
         at = [self.index.get(name, -1) for name in batch.ids]
@@ -254,7 +254,7 @@ def load_workspace(path: str | Path) -> KernelWorkspace:
             raise directory.unfinished()
         else:
             gradients = directory.gradients(side, cuts, None)
-        at = directory.ascent, directory.asked, directory.path, directory.opened
+        at = directory.ascent, directory.spec, directory.path, directory.opened
         return KernelWorkspace(batch, gradients, P, clip, norm, *at, directory.loss())
     except BaseException:
         directory.opened.close()
@@ -269,7 +269,7 @@ def serialize_workspace(workspace: KernelWorkspace, path: str | Path) -> Path:
     """
     if workspace.directory is not None:
         return workspace.directory
-    directory = WorkspaceDirectory(path, workspace.asked)
+    directory = WorkspaceDirectory(path, workspace.spec)
     with directory.opened:
         directory.batch(lambda: workspace.batch)
         own, numbers = workspace.gradients, (workspace.P, workspace.clip, workspace.grad_norm)

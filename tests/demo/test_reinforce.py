@@ -101,9 +101,9 @@ def test_prompts_are_split_and_the_update_batch_is_of_those_trained_on(
         lines = [json.loads(line) for line in (prepared / f"{split}.jsonl").read_text().splitlines()]
         assert lines == [{"question": each.question, "answer": each.answer} for each in source]
     for record in update:
-        asked = prompts["train"][int(record.provenance.global_prompt_id.removeprefix("train-"))]
-        assert record.prompt == asked.question
-        assert record.reward == float(record.response == asked.answer)
+        spec = prompts["train"][int(record.provenance.global_prompt_id.removeprefix("train-"))]
+        assert record.prompt == spec.question
+        assert record.reward == float(record.response == spec.answer)
 
 
 def test_the_saved_tokenizer_reads_the_saved_prompts(prepared: Path, update: GeneratedBatch) -> None:

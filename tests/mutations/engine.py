@@ -31,8 +31,8 @@ MUTATIONS = [
         "the held side's vectors asked of the other",
         f"{TILED}[U-midpoint]",
         "engine/streaming.py",
-        "ProductSpec(asked.kernels, asked.y, asked.x, asked.key)",
-        "asked",
+        "ProductSpec(spec.kernels, spec.y, spec.x, spec.key)",
+        "spec",
     ),
     Mutation(
         "what streams walks once, whatever the tiles",

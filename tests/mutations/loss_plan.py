@@ -31,8 +31,8 @@ MUTATIONS = [
     Mutation(
         'the penalty of the uncorrected estimator',
         f"{PLAN}/test_steps.py::test_a_step_on_the_loss_is_predicted[kl]",
-        'study/losses.py', '        if asked.corrected\n',
-        '        if not asked.corrected\n',
+        'study/losses.py', '        if kl.corrected\n',
+        '        if not kl.corrected\n',
     ),
     Mutation(
         'the penalty is not clipped',
@@ -73,8 +73,8 @@ MUTATIONS = [
     Mutation(
         "tokens' kernels at the checkpoint",
         f"{PLAN}/test_analyses.py::test_analyses_are_of_the_loss[held_out]",
-        'study/analyses/tokens.py', 'asked, p.path, p.step, promised',
-        'asked, "start", None, promised',
+        'study/analyses/tokens.py', 'spec, p.path, p.step, promised',
+        'spec, "start", None, promised',
     ),
     Mutation(
         "tokens' kernels without the ratios",
@@ -139,8 +139,8 @@ MUTATIONS = [
     Mutation(
         'the loss left out of what a workspace is asked',
         f"{PLAN}/test_workspace.py::test_a_workspace_of_another_loss_is_not_served",
-        'study/losses.py', '    asked: dict[str, Any] = {"loss": {**found, "policies": prints}}\n',
-        '    asked: dict[str, Any] = {"loss": {"kind": loss.kind}}\n',
+        'study/losses.py', '    spec: dict[str, Any] = {"loss": {**found, "policies": prints}}\n',
+        '    spec: dict[str, Any] = {"loss": {"kind": loss.kind}}\n',
     ),
     Mutation(
         'influence read from weighted gradients',

@@ -60,7 +60,7 @@ MUTATIONS = [
     Mutation(
         "a request's kernel at the checkpoint, though its path is the midpoint",
         f"{STUDY}/test_runner.py::test_it_is_what_explain_step_says[midpoint]",
-        "study/rows.py", "asked, policy.path, policy.step, U", 'asked, "start", policy.step, U',
+        "study/rows.py", "spec, policy.path, policy.step, U", 'spec, "start", policy.step, U',
     ),
     Mutation(
         "a request's kernel at the midpoint, though its path is the start",

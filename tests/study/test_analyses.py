@@ -30,10 +30,10 @@ def firsts(study: Any, tmp_path_factory: pytest.TempPathFactory) -> FisherKernel
     """The same requests with all gradients at the checkpoint: the first order, and the curvature beside it."""
     plan, _ = study
     changes = {"step": {**plan["step"], "path": "start"}, "capture": {"kernel": True, "curvature": True}}
-    asked = {"ledger": True, "tokens": EVERYTHING["tokens"], "observables": plan["analyses"]["observables"]}
+    spec = {"ledger": True, "tokens": EVERYTHING["tokens"], "observables": plan["analyses"]["observables"]}
     storage = {"workspace": f"{plan['out']}/workspace", "pictures": False}
     out = str(tmp_path_factory.mktemp("firsts") / "out")
-    return FisherKernelRunner({**plan, **changes, "analyses": asked, "storage": storage, "out": out}).run()
+    return FisherKernelRunner({**plan, **changes, "analyses": spec, "storage": storage, "out": out}).run()
 
 
 @pytest.fixture(scope="module")
@@ -221,8 +221,8 @@ def test_what_is_saved_is_what_is_read(study):
 
 def test_other_advantages_have_no_ledger_and_say_so(run, tmp_path):
     request = {"kind": "update", "name": "other", "advantages": "rloo"}
-    asked = {"ledger": True, "preconditioners": ["identity"], "covariates": True}
-    found = FisherKernelRunner(run.plan(tmp_path / "out", requests=[request], analyses=asked)).run()["other"]
+    spec = {"ledger": True, "preconditioners": ["identity"], "covariates": True}
+    found = FisherKernelRunner(run.plan(tmp_path / "out", requests=[request], analyses=spec)).run()["other"]
     for name in ("ledger", "preconditioners"):
         assert "other advantages than the step" in found.analysis(name).facts["left_out"]
     assert found.analysis("covariates").facts["correlations"]
@@ -260,7 +260,7 @@ def test_a_request_has_analyses_of_its_own(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("asked", "message"),
+    ("spec", "message"),
     [
         ({"counterfactuals": [{"name": "nothing"}]}, "changes nothing"),
         (
@@ -274,13 +274,13 @@ def test_a_request_has_analyses_of_its_own(run, tmp_path):
         ({"unknown": True}, "unknown"),
     ],
 )
-def test_mistakes_in_a_plan_are_said(run, tmp_path, asked, message):
+def test_mistakes_in_a_plan_are_said(run, tmp_path, spec, message):
     with pytest.raises(pydantic.ValidationError, match=message):
-        FisherKernelPlan.model_validate(run.plan(tmp_path, analyses=asked))
+        FisherKernelPlan.model_validate(run.plan(tmp_path, analyses=spec))
 
 
 @pytest.mark.parametrize(
-    ("asked", "error", "message"),
+    ("spec", "error", "message"),
     [
         ({"counterfactuals": [{"name": "a", "drop": ["U-9*"]}]}, fk.RolloutError, "'U-9\\*' names no sequence of U"),
         ({"counterfactuals": [{"name": "a", "drop_prompts": ["x"]}]}, fk.RolloutError, "the prompts of U"),
@@ -288,9 +288,9 @@ def test_mistakes_in_a_plan_are_said(run, tmp_path, asked, message):
         ({"observables": [{"name": "a", "kind": "function", "function": "no.such"}]}, fk.FKernelError, "no.such"),
     ],
 )
-def test_mistakes_that_only_a_run_sees_are_said(run, tmp_path, asked, error, message):
+def test_mistakes_that_only_a_run_sees_are_said(run, tmp_path, spec, error, message):
     with pytest.raises(error, match=message):
-        FisherKernelRunner(run.plan(tmp_path / "out", analyses=asked)).run()
+        FisherKernelRunner(run.plan(tmp_path / "out", analyses=spec)).run()
 
 
 def test_what_a_switch_takes():
@@ -304,8 +304,8 @@ def test_what_a_switch_takes():
 
 def test_rows_in_small_blocks_give_the_same(run, study, tmp_path):
     plan, results = study
-    asked = {"ledger": True, "parts": True, "uncertainty": EVERYTHING["uncertainty"]}
-    small = {"analyses": asked, "requests": plan["requests"][:1], "numerics": {"microbatch": 1}}
+    spec = {"ledger": True, "parts": True, "uncertainty": EVERYTHING["uncertainty"]}
+    small = {"analyses": spec, "requests": plan["requests"][:1], "numerics": {"microbatch": 1}}
     again = FisherKernelRunner({**plan, **small, "out": str(tmp_path / "out")}).run()
     for name in ("parts", "uncertainty", "ledger"):
         for key, values in results["held_out"].analysis(name).arrays.items():

@@ -106,23 +106,23 @@ def test_query_refuses_a_batch_that_the_results_are_not_about(study, run, tmp_pa
     place, _ = study
     out = tmp_path / "out"
     shutil.copytree(place / "out", out)
-    asked = "query", out / "workspace", "E-001-00", "U-002-00", "--batch", out / "batches" / "held_out"
-    told(*asked)
+    spec = "query", out / "workspace", "E-001-00", "U-002-00", "--batch", out / "batches" / "held_out"
+    told(*spec)
     drawn = load_batch(out / "batches" / "held_out")
     pairs = zip(drawn, drawn.records[::-1], strict=True)
     swapped = replace(drawn, records=tuple(replace(b, sequence_id=a.sequence_id) for a, b in pairs))
     save_batch(swapped, out / "batches" / "held_out", replace=True)
-    said = " ".join(told(*asked, code=2).stderr.split())
+    said = " ".join(told(*spec, code=2).stderr.split())
     assert "is of another run than the results" in said
     assert "are about other sequences" in said
     save_batch(drawn, out / "batches" / "older")
-    said = " ".join(told(*asked[:-1], out / "batches" / "older", code=2).stderr.split())
+    said = " ".join(told(*spec[:-1], out / "batches" / "older", code=2).stderr.split())
     assert "have no request 'older'" in said
     save_batch(swapped, tmp_path / "elsewhere")  # of no results: it is asked of by itself
-    told(*asked[:-1], tmp_path / "elsewhere")
+    told(*spec[:-1], tmp_path / "elsewhere")
     (out / "results.json").unlink()
     save_batch(drawn, out / "batches" / "held_out", replace=True)
-    assert "no readable results.json" in " ".join(told(*asked, code=2).stderr.split())
+    assert "no readable results.json" in " ".join(told(*spec, code=2).stderr.split())
 
 
 def test_an_id_of_two_sequences_is_not_guessed(study, run, tmp_path):

@@ -224,15 +224,15 @@ def tiny() -> tuple[Any, dict[str, torch.Tensor], Sequences]:
 
 def test_a_short_workspace_makes_the_same_step_and_reads_no_gradient(run, tmp_path, monkeypatch):
     """A finished workspace is opened by one vector, by itself or by its plan."""
-    asked = asking(run, tmp_path / "out")
-    first = FisherKernelRunner(asked)
+    spec = asking(run, tmp_path / "out")
+    first = FisherKernelRunner(spec)
     first.run()
 
     def read(*given: Any) -> Any:
         raise AssertionError("a gradient was read")
 
     monkeypatch.setattr(Store, "read", read)
-    again, other = FisherKernelRunner(asked), FisherKernelRunner(asked)
+    again, other = FisherKernelRunner(spec), FisherKernelRunner(spec)
     again.prepare_update_workspace().close()
     with load_workspace(tmp_path / "out" / "workspace") as workspace:
         other.adopt(workspace)
@@ -245,11 +245,11 @@ def test_a_short_workspace_makes_the_same_step_and_reads_no_gradient(run, tmp_pa
 
 def test_a_finished_workspace_walks_nothing_again(place, tmp_path, monkeypatch):
     """A rerun answers from what is kept; a new request needs E's gradients and U's, and Δθ is read, not walked for."""
-    asked = plan(place, tmp_path / "out", analyses={}, self_kernel=False)
-    first = FisherKernelRunner(asked).run()
+    spec = plan(place, tmp_path / "out", analyses={}, self_kernel=False)
+    first = FisherKernelRunner(spec).run()
     for module in (layerwise, sys.modules["fkernel.engine.by_layer"], sys.modules["fkernel.engine.gradients"]):
         monkeypatch.setattr(module, "Walk", None)
-    runner = FisherKernelRunner(asked)
+    runner = FisherKernelRunner(spec)
     again = runner.run()
     assert runner.workspace is not None
     assert runner.workspace.gradients.computed == 0
@@ -264,12 +264,12 @@ def test_stopped_in_the_middle_it_goes_on_to_the_same_numbers(place, tmp_path):
     expected = FisherKernelRunner(plan(place, tmp_path / "whole", **small)).run()
     took = time.perf_counter() - began
     for k, share in enumerate((0.2, 0.4, 0.6, 0.8)):
-        asked = plan(place, tmp_path / f"killed-{k}", **small)
-        child = in_a_fork(lambda asked=asked: FisherKernelRunner(asked).run())
+        spec = plan(place, tmp_path / f"killed-{k}", **small)
+        child = in_a_fork(lambda spec=spec: FisherKernelRunner(spec).run())
         time.sleep(share * took)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        found = FisherKernelRunner(asked).run()
+        found = FisherKernelRunner(spec).run()
         np.testing.assert_array_equal(found["held_out"].contributions, expected["held_out"].contributions)
 
 
@@ -280,8 +280,8 @@ def test_without_a_model_it_says_which_command_works_and_with_the_plan_that_work
 
     saved = {"kind": "from_file", "path": str(tmp_path / "U")}
     save_batch(plan(place, tmp_path)["update"]["batch"], tmp_path / "U")
-    asked = plan(place, tmp_path / "out", update=saved, analyses={}, self_kernel=False, requests=[])
-    results = FisherKernelRunner(asked).run()
+    spec = plan(place, tmp_path / "out", update=saved, analyses={}, self_kernel=False, requests=[])
+    results = FisherKernelRunner(spec).run()
     results.save_results(tmp_path / "out")
     where = tmp_path / "out" / "workspace"
     with load_workspace(where) as workspace:
@@ -314,29 +314,29 @@ def test_in_memory_it_answers_and_can_be_written(place, tmp_path, whole):
 def test_influence_alone_walks_neither_side_whole(place, tmp_path, whole):
     """Without K, U's sum is one walk, and E's rows are walked by themselves, halfway along the step."""
     capture = {"top_k": 0, "kernel": False, "realised": False}
-    asked = plan(place, tmp_path / "out", capture=capture, analyses={}, self_kernel=False)
-    found = FisherKernelRunner(asked).run()
+    spec = plan(place, tmp_path / "out", capture=capture, analyses={}, self_kernel=False)
+    found = FisherKernelRunner(spec).run()
     for name in ("held_out", "self"):
         close(found[name].kept("batch"), whole[name].kept("batch"), name)
         close(found[name].kept("momentum"), whole[name].kept("momentum"), name)
 
 
 def test_a_damaged_ascent_is_not_served(place, tmp_path):
-    asked = plan(place, tmp_path / "out", analyses={}, self_kernel=False, requests=[])
-    FisherKernelRunner(asked).run()
+    spec = plan(place, tmp_path / "out", analyses={}, self_kernel=False, requests=[])
+    FisherKernelRunner(spec).run()
     path = tmp_path / "out" / "workspace" / "ascent.safetensors"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0x41
     path.write_bytes(content)
     with pytest.raises(fk.StoreError, match="is not what was written"):
-        FisherKernelRunner(asked).run()
+        FisherKernelRunner(spec).run()
 
 
 def test_adopted_it_makes_the_same_step(place, tmp_path):
     """Δθ of a workspace that was opened by itself is made of the ascent that it keeps."""
-    asked = plan(place, tmp_path / "out", analyses={}, self_kernel=False)
-    first = FisherKernelRunner(asked).run()
-    runner = FisherKernelRunner(asked)
+    spec = plan(place, tmp_path / "out", analyses={}, self_kernel=False)
+    first = FisherKernelRunner(spec).run()
+    runner = FisherKernelRunner(spec)
     with load_workspace(tmp_path / "out" / "workspace") as workspace:
         runner.adopt(workspace)
         found = runner.evaluate_batch(runner.plan.requests[0])

@@ -181,10 +181,10 @@ def test_a_second_run_computes_no_gradient_and_gives_the_same_bits(study):
 def test_the_recorded_plan_reproduces_the_results(study, tmp_path):
     plan, results = study
     record = json.loads((Path(plan["out"]) / "plan.json").read_text())
-    asked = FisherKernelPlan.model_validate(record)
-    assert asked.record() == record
-    assert asked.hash == FisherKernelPlan.model_validate(plan).hash == results.environment["plan_hash"]
-    same(FisherKernelRunner(asked).run(), results)
+    spec = FisherKernelPlan.model_validate(record)
+    assert spec.record() == record
+    assert spec.hash == FisherKernelPlan.model_validate(plan).hash == results.environment["plan_hash"]
+    same(FisherKernelRunner(spec).run(), results)
 
 
 def test_in_memory_it_is_the_same(study):
@@ -378,11 +378,11 @@ def test_at_the_start_u_is_read_and_not_computed_again(study, start, tmp_path, m
     from fkernel.study import rows
 
     plan, _ = study
-    asked = {**along(plan, "start", tmp_path), "requests": [
+    spec = {**along(plan, "start", tmp_path), "requests": [
         {"kind": "update", "name": "own", "sequence_ids": ["U-001-*"]}, {"kind": "update", "name": "all"},
     ]}  # fmt: skip
     monkeypatch.setattr(rows, "blocks", lambda *given: pytest.fail("gradients of E were computed"))
-    found = executed(asked)
+    found = executed(spec)
     np.testing.assert_array_equal(found["all"].kept("kernel"), start["self"].kept("kernel"))
     np.testing.assert_array_equal(found["own"].kept("kernel"), start["self"].kept("kernel")[3:6])
 

@@ -160,11 +160,11 @@ def test_unseen_coordinates_and_failures_cost_no_other_analysis(unseen, tmp_path
         {"name": "wrong", "kind": "function", "function": "tests.study.test_selected.wrong_shape"},
         {"name": "entropy", "kind": "entropy"},
     ]
-    asked = {"ledger": True, "parts": True, "sweep": {"scales": [1.0]}, "preconditioners": names, "covariates": True,
+    spec = {"ledger": True, "parts": True, "sweep": {"scales": [1.0]}, "preconditioners": names, "covariates": True,
              "observables": observables}  # fmt: skip
     monkeypatch.setattr(parts.PartsAccumulator, "add", lambda self, rows: failing(rows))
     monkeypatch.setattr(sweep, "step_sweep", lambda *given, **more: 1 // 0)
-    runner = FisherKernelRunner(unseen.plan(tmp_path / "out", analyses=asked))
+    runner = FisherKernelRunner(unseen.plan(tmp_path / "out", analyses=spec))
     with pytest.warns(UserWarning, match="is left out of the request's analyses; it failed") as heard:
         result = runner.run()["held_out"]
     for name, why in (("parts", "E-002-00: the part of sequence 2"), ("sweep", "by zero"),

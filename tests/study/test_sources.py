@@ -134,10 +134,10 @@ def test_a_models_own_code_counts_where_it_may_be_executed(run, tmp_path):
     (tmp_path / "before" / "model" / "modeling_own.py").write_text("x = 1\n")
     path = str(tmp_path / "before")
     assert "modeling_own.py" not in describing_files(CheckpointPlan.model_validate({"path": path}))
-    asked = CheckpointPlan.model_validate({"path": path, "trust_remote_code": True})
-    before = describing_files(asked)["modeling_own.py"]
+    spec = CheckpointPlan.model_validate({"path": path, "trust_remote_code": True})
+    before = describing_files(spec)["modeling_own.py"]
     (tmp_path / "before" / "model" / "modeling_own.py").write_text("x = 2\n")
-    assert describing_files(asked)["modeling_own.py"] != before
+    assert describing_files(spec)["modeling_own.py"] != before
 
 
 def test_rewards_and_weights_of_a_given_u_count(run, tmp_path):

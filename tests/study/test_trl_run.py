@@ -131,14 +131,14 @@ def scored(run: Trained, at: int, batch: GeneratedBatch) -> np.ndarray:
 
 def test_the_step_is_the_one_that_the_trainer_logged(explained):
     run, step = explained.run, explained.results.step
-    logged, asked = run.log[AT + 1], run.asked
+    logged, spec = run.log[AT + 1], run.spec
     assert step["step"] == AT
     assert step["grad_norm"] == pytest.approx(logged["grad_norm"], rel=1e-5)
-    assert step["clip"] == pytest.approx(asked.max_norm / logged["grad_norm"], rel=1e-4)
+    assert step["clip"] == pytest.approx(spec.max_norm / logged["grad_norm"], rel=1e-4)
     assert step["clip"] < 1
     gone = (AT - WARMUP) / (STEPS - WARMUP)
-    left = {"cosine": (1 + math.cos(math.pi * gone)) / 2, "linear": 1 - gone}[asked.schedule]
-    assert step["lr"] == [pytest.approx(asked.peak * left, rel=1e-9)]
+    left = {"cosine": (1 + math.cos(math.pi * gone)) / 2, "linear": 1 - gone}[spec.schedule]
+    assert step["lr"] == [pytest.approx(spec.peak * left, rel=1e-9)]
     assert step["lr"] == [pytest.approx(logged["learning_rate"], rel=1e-9)]
     assert left < 0.8
     assert max(step["weight_decay"]) == DECAY
@@ -148,7 +148,7 @@ def test_only_what_was_trained_is_explained(explained):
     run = explained.run
     loaded = checkpoint.load(**run.checkpoint(AT))
     assert loaded.optimizer is not None
-    assert all("lora_" in name for name in loaded.optimizer.names) == run.asked.lora
+    assert all("lora_" in name for name in loaded.optimizer.names) == run.spec.lora
     assert {*loaded.optimizer.step.values()} == {AT}
     parameters = dict(loaded.model.named_parameters())
     assert explained.results.step["parameters"] == sum(parameters[name].numel() for name in loaded.optimizer.names)
@@ -175,8 +175,8 @@ def test_the_batch_of_another_step_does_not_explain_this_one(explained, other, t
 def test_the_batches_are_what_they_are_said_to_be(explained):
     run, U, E = explained.run, explained.U, explained.E
     given = run.given[AT]
-    assert len(given) == run.asked.accumulation
-    assert len(U) == 16 * run.asked.accumulation
+    assert len(given) == run.spec.accumulation
+    assert len(U) == 16 * run.spec.accumulation
     assert any(not each["prompt_mask"].all() for each in given)  # TRL padded on the left
     assert torch.bincount(U.groups).tolist() == [4] * (len(U) // 4)
     lengths = [len(record.response_ids) for record in U]

@@ -223,9 +223,9 @@ def test_another_batch_of_the_same_ids_is_not_served(run, kept, tmp_path):
 
 def test_a_schema_that_is_newer_is_refused(kept, tmp_path):
     place = copied(kept, tmp_path / "copy")
-    asked = json.loads((place / "asked.json").read_text())
-    del asked["seal"]
-    (place / "asked.json").write_bytes(checksummed_json({**asked, "schema": 99}))
+    spec = json.loads((place / "asked.json").read_text())
+    del spec["seal"]
+    (place / "asked.json").write_bytes(checksummed_json({**spec, "schema": 99}))
     with pytest.raises(fk.StoreError, match="schema 99"):
         load_workspace(place)
 

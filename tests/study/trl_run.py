@@ -64,14 +64,14 @@ class Trained(NamedTuple):
     """What a run left.
 
     Attributes:
-        asked: how it was made.
+        spec: how it was made.
         path: where checkpoint-1, checkpoint-2, … are.
         base: the base model's directory; None where no adapter was trained.
         given: {steps taken: micro-batches of the next step, as `compute_loss` received them}.
         log: {steps taken after it: what the trainer logged of a step}.
     """
 
-    asked: Asked
+    spec: Asked
     path: Path
     base: Path | None
     given: dict[int, list[dict[str, torch.Tensor]]]
@@ -87,7 +87,7 @@ class Trained(NamedTuple):
         return {
             "checkpoint": self.checkpoint(at),
             "update": {"kind": "from_file", "path": str(update)},
-            "step": {"max_norm": self.asked.max_norm, "after": self.checkpoint(at + 1)},
+            "step": {"max_norm": self.spec.max_norm, "after": self.checkpoint(at + 1)},
             "requests": [{"kind": "payload", "name": "held_out", "batch": E}],
             "self_kernel": False,
             "storage": {"persist": False, "pictures": False},
@@ -116,7 +116,7 @@ def policy() -> Any:
     return Qwen2ForCausalLM(config)
 
 
-def trained(place: Path, asked: Asked) -> Trained:
+def trained(place: Path, spec: Asked) -> Trained:
     """Train for eight steps, and save after each."""
     from datasets import Dataset
     from trl.trainer.grpo_config import GRPOConfig
@@ -131,7 +131,7 @@ def trained(place: Path, asked: Asked) -> Trained:
             return super().compute_loss(model, inputs, *rest, **others)
 
     model, base, options = policy(), None, dict[str, Any]()
-    if asked.lora:
+    if spec.lora:
         from peft import LoraConfig
 
         base = place / "base"
@@ -144,22 +144,22 @@ def trained(place: Path, asked: Asked) -> Trained:
         )
     args = GRPOConfig(
         output_dir=str(place / "run"),
-        loss_type=asked.rule,
+        loss_type=spec.rule,
         per_device_train_batch_size=16,
-        gradient_accumulation_steps=asked.accumulation,
+        gradient_accumulation_steps=spec.accumulation,
         num_generations=4,
         max_completion_length=LONGEST,
         temperature=1.0,
-        generation_kwargs=None if asked.padding else {"suppress_tokens": [TOKENIZER.pad_token_id]},
+        generation_kwargs=None if spec.padding else {"suppress_tokens": [TOKENIZER.pad_token_id]},
         beta=0.0,
         num_iterations=1,
         max_steps=STEPS,
         save_steps=1,
-        learning_rate=asked.peak,
-        lr_scheduler_type=asked.schedule,
+        learning_rate=spec.peak,
+        lr_scheduler_type=spec.schedule,
         warmup_steps=WARMUP,
         weight_decay=DECAY,
-        max_grad_norm=asked.max_norm,
+        max_grad_norm=spec.max_norm,
         bf16=False,
         gradient_checkpointing=False,
         use_cpu=True,
@@ -180,23 +180,23 @@ def trained(place: Path, asked: Asked) -> Trained:
     run.remove_callback(PrinterCallback)
     run.train()
     log = {int(row["step"]): row for row in run.state.log_history if "grad_norm" in row}
-    return Trained(asked, place / "run", base, given, log)
+    return Trained(spec, place / "run", base, given, log)
 
 
 def update_batch(run: Trained, step: int, policy_at: int | None = None) -> GeneratedBatch:
     """What the trainer was given for a step, as a batch of a checkpoint: that step's own, or another's."""
     at = run.checkpoint(step if policy_at is None else policy_at)
     loaded = checkpoint.load(**at)
-    asked, microbatches = run.asked, run.given[step]
+    spec, microbatches = run.spec, run.given[step]
     parts = [GeneratedBatch(_records(each), loaded.provenance.fingerprint, SAMPLING) for each in microbatches]
     weighted = [
         part.with_values(
             "weight",
             loss_weights(
                 [len(record.response_ids) for record in part],
-                asked.rule,
+                spec.rule,
                 max_completion_length=LONGEST,
-                accumulation=asked.accumulation,
+                accumulation=spec.accumulation,
                 tokens=int(each["num_items_in_batch"]),
             ),
         )

@@ -46,28 +46,28 @@ def describe(identity: Mapping[str, Any], groups: Sequence[slice]) -> dict[str, 
     return {"schema": SCHEMA, "identity": plain, "groups": [[int(rows.start), int(rows.stop)] for rows in groups]}
 
 
-def differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+def differences(stored: Mapping[str, Any], spec: Mapping[str, Any]) -> list[str]:
     """List where two manifests differ, each with what is stored and what is asked.
 
     Args:
         stored: one manifest.
-        asked: the other.
+        spec: the other.
 
     Example:
         >>> differences({"identity": {"seed": 0, "dtype": "bf16"}}, {"identity": {"seed": 1, "dtype": "bf16"}})
         ['identity.seed: stored 0, asked for 1']
     """
-    found = list(_differences(stored, asked, ""))
+    found = list(_differences(stored, spec, ""))
     return found if len(found) <= _MOST else [*found[: _MOST - 1], f"and {len(found) - _MOST + 1} more"]
 
 
-def _differences(stored: Any, asked: Any, place: str) -> Iterator[str]:
-    if isinstance(stored, Mapping) and isinstance(asked, Mapping):
-        for key in [*stored, *(key for key in asked if key not in stored)]:
+def _differences(stored: Any, spec: Any, place: str) -> Iterator[str]:
+    if isinstance(stored, Mapping) and isinstance(spec, Mapping):
+        for key in [*stored, *(key for key in spec if key not in stored)]:
             where = f"{place}.{key}" if place else str(key)
-            yield from _differences(stored.get(key, _ABSENT), asked.get(key, _ABSENT), where)
+            yield from _differences(stored.get(key, _ABSENT), spec.get(key, _ABSENT), where)
     # As texts, because to Python 1, 1.0 and True are one.
-    elif (ours := _shown(stored)) != (theirs := _shown(asked)):
+    elif (ours := _shown(stored)) != (theirs := _shown(spec)):
         yield f"{place}: stored {_short(ours)}, asked for {_short(theirs)}"
 
 

@@ -108,13 +108,13 @@ class Products:
         (17.0, 5.0, 25.0)
     """
 
-    def __init__(self, asked: ProductSpec, n: int, m: int, device: torch.device | None = None, jit: bool | None = None):
+    def __init__(self, spec: ProductSpec, n: int, m: int, device: torch.device | None = None, jit: bool | None = None):
         """Begin with zeros, for n rows and m columns."""
-        self.asked, self.n, self.m, self.device = asked, n, m, device
+        self.spec, self.n, self.m, self.device = spec, n, m, device
         compiled = (device is not None and device.type != "cpu") if jit is None else jit
         self._shard = _compiled() if compiled else _einsum
-        self.kernels: dict[str, dict[str, Tensor]] = {what: {} for what in asked.kernels}
-        self.x, self.y = ({what: {} for what in (*own.along, *own.squares)} for own in (asked.x, asked.y))
+        self.kernels: dict[str, dict[str, Tensor]] = {what: {} for what in spec.kernels}
+        self.x, self.y = ({what: {} for what in (*own.along, *own.squares)} for own in (spec.x, spec.y))
 
     def kernel(self, what: str = "") -> Tensor:
         """One of the kernels over all parameters, [n m] float64."""
@@ -151,10 +151,10 @@ class Products:
         for side, handles in (("x", x), ("y", y)):
             rows_of(handles, side)
         check_fit(x, y, None)
-        for D in self.asked.kernels.values():
+        for D in self.spec.kernels.values():
             check_shapes(x, D)
         dtype = widest(x, y)
-        mine, others = (self.asked.x if own_x else RowSpec()), (self.asked.y if own_y else RowSpec())
+        mine, others = (self.spec.x if own_x else RowSpec()), (self.spec.y if own_y else RowSpec())
         with torch.no_grad():
             for name in x:
                 self._walk(name, x[name], y[name], at, mine, others, dtype)
@@ -171,7 +171,7 @@ class Products:
         dtype: torch.dtype,
     ) -> None:
         """Walk one parameter in shards [n c], [m c], and take of each what is asked."""
-        group, same = self.asked.key(name), x is y
+        group, same = self.spec.key(name), x is y
         x, y, of = _aligned(x, y)
         n, m, shape = count(x), count(y), shape_of(x)
         width = math.prod(shape[1:])
@@ -179,7 +179,7 @@ class Products:
         tile_x, tile_y = tiles(x, step, dtype), tiles(y, step, dtype)
         kernels = [
             (self._sums(self.kernels[what], group, self.n, self.m)[at], None if D is None else of(D[name]))
-            for what, D in self.asked.kernels.items()
+            for what, D in self.spec.kernels.items()
         ]
         left_alone = _Sums(mine, name, of, lambda what: self._sums(self.x[what], group, self.n)[at[0]])
         right_alone = _Sums(others, name, of, lambda what: self._sums(self.y[what], group, self.m)[at[1]])
@@ -242,12 +242,12 @@ class _Sums:
             _add_sums(self.squares, here, torch.mul(tile, tile, out=room[: tile.numel()].view(tile.shape)))
 
 
-def _add_sums(asked: Sequence[tuple[Tensor, Tensor | None]], here: slice, tile: Tensor) -> None:
+def _add_sums(spec: Sequence[tuple[Tensor, Tensor | None]], here: slice, tile: Tensor) -> None:
     """Add ⟨x_n, v_k⟩ of a shard to the sums of each k, in float64 between runs of columns."""
     ones = tile.new_ones(tile.shape[1])
-    vectors = torch.stack([ones if leaf is None else leaf[here].reshape(-1).to(ones) for _, leaf in asked])
+    vectors = torch.stack([ones if leaf is None else leaf[here].reshape(-1).to(ones) for _, leaf in spec])
     for columns, run in zip(vectors.split(RUN, 1), tile.split(RUN, 1), strict=True):
-        for (total, _), found in zip(asked, (run @ columns.mT).unbind(1), strict=True):
+        for (total, _), found in zip(spec, (run @ columns.mT).unbind(1), strict=True):
             total += found
 
 

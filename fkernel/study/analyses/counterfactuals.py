@@ -69,7 +69,7 @@ def weights_of(config: CounterfactualPlan, workspace: KernelWorkspace) -> Tensor
 
 def compute(context: RequestContext, config: CounterfactualPlan) -> AnalysisResult:
     """Predict a step that was not taken, with the D of the one that was and with its own."""
-    p, m, step = context.policy, context.grant.microbatch, context.workspace.asked["step"]
+    p, m, step = context.policy, context.grant.microbatch, context.workspace.spec["step"]
     taken = context.step
     assert p.state is not None
     ascent = context.workspace.gradients.weighted_sum(weights_of(config, context.workspace).to(context.like))

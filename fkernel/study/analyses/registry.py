@@ -78,7 +78,7 @@ class RequestAnalyses(Strict):
     @property
     def of_rows(self) -> bool:
         """Whether something is asked that needs rows of K, or the gradients of E."""
-        return any(analysis.accumulator is not None for _, analysis, _ in asked_of(self, ANALYSES))
+        return any(analysis.accumulator is not None for _, analysis, _ in spec_of(self, ANALYSES))
 
 
 class AnalysesPlan(RequestAnalyses):
@@ -93,7 +93,7 @@ class AnalysesPlan(RequestAnalyses):
     structure: Annotated[StructurePlan | None, Switch] = None
 
 
-def asked_of(plan: RequestAnalyses, analyses: Mapping[str, Analysis]) -> Iterator[tuple[str, Analysis, Any]]:
+def spec_of(plan: RequestAnalyses, analyses: Mapping[str, Analysis]) -> Iterator[tuple[str, Analysis, Any]]:
     """Yield (what results call it, the analysis, its configuration) of all that a plan asks for."""
     for name, analysis in analyses.items():
         config = getattr(plan, name)

@@ -14,7 +14,7 @@ from fkernel.func.handles import ProductSpec
 from fkernel.study.analyses.analysis import Accumulator
 from fkernel.study.analyses.context import RequestContext, UpdateContext
 from fkernel.study.analyses.failures import tried
-from fkernel.study.analyses.registry import ANALYSES, UPDATE_ANALYSES, AnalysesPlan, RequestAnalyses, asked_of
+from fkernel.study.analyses.registry import ANALYSES, UPDATE_ANALYSES, AnalysesPlan, RequestAnalyses, spec_of
 from fkernel.study.outcome import AnalysisResult
 
 
@@ -24,13 +24,13 @@ class AnalysisRunner:
     def __init__(self, plan: RequestAnalyses, context: RequestContext) -> None:
         """Begin all that is asked; what the plan names and is not there is an error now, and not after all rows."""
         self.context = context
-        self.asked = {name: (analysis, config) for name, analysis, config in asked_of(plan, ANALYSES)}
-        for analysis, config in self.asked.values():
+        self.spec = {name: (analysis, config) for name, analysis, config in spec_of(plan, ANALYSES)}
+        for analysis, config in self.spec.values():
             if analysis.check is not None:
                 analysis.check(context, config)
         self.accumulators = {
             name: analysis.accumulator(context, config)
-            for name, (analysis, config) in self.asked.items()
+            for name, (analysis, config) in self.spec.items()
             if analysis.accumulator is not None
         }
         self.skipped: dict[str, AnalysisResult] = {}
@@ -49,13 +49,13 @@ class AnalysisRunner:
 
     def results(self) -> dict[str, AnalysisResult]:
         """Make everything that was asked; what lacks something says what."""
-        return {name: self.skipped.get(name) or self._result(name) for name in self.asked}
+        return {name: self.skipped.get(name) or self._result(name) for name in self.spec}
 
     def _accumulating(self) -> Iterator[tuple[str, Accumulator]]:
         return ((name, one) for name, one in self.accumulators.items() if name not in self.skipped)
 
     def _result(self, name: str) -> AnalysisResult:
-        analysis, config = self.asked[name]
+        analysis, config = self.spec[name]
         if name in self.accumulators:
             made: AnalysisResult = self._tried(name, self.accumulators[name].result)
         else:
@@ -65,7 +65,7 @@ class AnalysisRunner:
 
     def _tried(self, name: str, do: Callable[[], Any]) -> Any:
         """Do a part of one analysis; where it fails, record why the analysis is skipped."""
-        ids = None if self.asked[name][0].own_rows else self.context.batch.ids
+        ids = None if self.spec[name][0].own_rows else self.context.batch.ids
         made, skipped = tried(name, "the request's", do, ids)
         if skipped is not None:
             self.skipped[name] = skipped
@@ -79,7 +79,7 @@ def update_results(plan: AnalysesPlan, context: UpdateContext) -> dict[str, Anal
         PlanError: something is asked for that there is not.
     """
     results = dict[str, AnalysisResult]()
-    for name, analysis, config in asked_of(plan, UPDATE_ANALYSES):
+    for name, analysis, config in spec_of(plan, UPDATE_ANALYSES):
         assert analysis.compute is not None
         make = partial(analysis.compute, context, config)
         made, skipped = tried(name, "the update batch's", make, context.workspace.batch.ids)

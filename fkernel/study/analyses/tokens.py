@@ -70,9 +70,9 @@ def _change(context: RequestContext) -> TokenChange:
 
 def _kernel(context: RequestContext, e: Sequences, u: Sequences) -> Tensor:
     """The kernel of two sequences, token by token, [response tokens of e, response tokens of u]."""
-    p, asked = context.policy, ProductSpec({"": context.workspace.P.d})
+    p, spec = context.policy, ProductSpec({"": context.workspace.P.d})
     E, U = SortedBatch("E", apart(e), p.f), SortedBatch("U", apart(u), p.columns)
-    problem = Problem(p.params, E, U, asked, p.path, p.step, promised=context.grant.memory is not None)
+    problem = Problem(p.params, E, U, spec, p.path, p.step, promised=context.grant.memory is not None)
     K = torch.empty(len(E), len(U), dtype=context.dtype)
     for block in blocks(problem, Strategy("sequences", "E", None, None, context.grant.microbatch * max(E.tokens))):
         K[block.at] = block.kernel().to(context.dtype)

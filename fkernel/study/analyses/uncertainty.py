@@ -68,7 +68,7 @@ class UncertaintyAccumulator(Accumulator):
         self.arrays |= {name: torch.zeros(n, k, dtype=torch.float64) for name in ("rank_low", "rank_high", "top_p")}
         self.arrays["prompt_p"] = torch.zeros(n, len(self.names), dtype=torch.float64)
         self.arrays["prompt_contributions"] = torch.zeros(n, len(self.names), dtype=torch.float64)
-        form = context.workspace.asked["preconditioner"]["form"]
+        form = context.workspace.spec["preconditioner"]["form"]
         self.permuted = form == "post-step"
         self.facts: dict[str, Any] = {"draws": config.draws, "coverage": config.coverage, "prompts": self.names}
         self.facts["preconditioner"] = "permutation mean" if self.permuted else form
@@ -134,7 +134,7 @@ def permuted_preconditioner(workspace: KernelWorkspace, policy: Policy) -> Diago
                 J.weighted_sum, J.squared_sum, weights, batch.advantages, batch.groups, penalty, judged(batch)
             )
         rms = {name: rms[name] for name in policy.params}
-        plan, step = (workspace.asked[name] for name in ("preconditioner", "step"))
+        plan, step = (workspace.spec[name] for name in ("preconditioner", "step"))
         g, _, _ = clipped(StepPlan(**step), rms, policy.unused)
         del rms
         _PERMUTED[workspace] = preconditioner_of(PreconditionerPlan(**plan), policy.params, policy.state, g)

@@ -156,8 +156,8 @@ class FisherKernelPlan(SourcePlan):
     @property
     def hash(self) -> str:
         """Name what is asked: a hash of the plan's record without its `out`."""
-        asked = {key: value for key, value in self.record().items() if key != "out"}
-        return hash_json(asked)
+        spec = {key: value for key, value in self.record().items() if key != "out"}
+        return hash_json(spec)
 
 
 TEMPLATE = """\

@@ -48,7 +48,7 @@ def second(tmp_path_factory: pytest.TempPathFactory) -> Second:
 @pytest.fixture(scope="package")
 def study(second: Second, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Any]:
     """The step on the clipped surrogate with a penalty, explained with every analysis, and kept."""
-    asked = {
+    spec = {
         "ledger": True,
         "tokens": {"pairs": [["E-000-00", "U-001-01"]]},
         "parts": True,
@@ -65,7 +65,7 @@ def study(second: Second, tmp_path_factory: pytest.TempPathFactory) -> tuple[dic
     }
     after = second.step("kl", surrogate(second, beta=BETA))
     loss = {**RATIO, "kl": kl(second)}
-    plan = second.plan(tmp_path_factory.mktemp("losses") / "out", after, loss, analyses=asked)
+    plan = second.plan(tmp_path_factory.mktemp("losses") / "out", after, loss, analyses=spec)
     results = executed(plan)
     results.save_results(plan["out"])
     return plan, results

@@ -40,8 +40,8 @@ def test_only_u_may_be_of_another_policy(second, tmp_path):
     request = {"kind": "from_file", "path": str(second.first.update)}
     with pytest.raises(fk.RolloutError, match="another policy's"):
         executed(second.plan(tmp_path, None, RATIO, requests=[request], **QUIET))
-    asked = {"kind": "policy_gradient", "kl": kl(second)}
-    for loss in (None, asked):
+    spec = {"kind": "policy_gradient", "kl": kl(second)}
+    for loss in (None, spec):
         with pytest.raises(fk.RolloutError, match="another policy's"):
             executed(second.plan(tmp_path, None, loss, **QUIET))
         update = {"kind": "payload", "batch": second.first.batch}

@@ -45,9 +45,9 @@ def test_the_policy_gradient_with_a_penalty(second, tmp_path):
         return (w * torch.where(mask, each, 0.0)).sum()
 
     after = second.step("first-kl", loss, second.first.before)
-    asked = {"kind": "policy_gradient", "kl": {"beta": BETA, "reference": {"path": str(second.one)}}}
+    spec = {"kind": "policy_gradient", "kl": {"beta": BETA, "reference": {"path": str(second.one)}}}
     changes = {**QUIET, "checkpoint": second.reference}
-    whole = second.plan(tmp_path / "a", after, asked, **changes)
+    whole = second.plan(tmp_path / "a", after, spec, **changes)
     results, start = executed(whole), executed(at_start(whole))
     without = executed(second.plan(tmp_path / "b", after, None, **changes))
     for name in ("held_out", "self"):
@@ -57,5 +57,5 @@ def test_the_policy_gradient_with_a_penalty(second, tmp_path):
         assert error(without[name]) > 3 * first
     assert "clipped" not in results.step["loss"]
     request = {"kind": "update", "advantages": "rloo"}
-    own = executed(second.plan(tmp_path / "c", after, asked, **changes, requests=[request]))
+    own = executed(second.plan(tmp_path / "c", after, spec, **changes, requests=[request]))
     assert own["update"].penalty is not None  # signs may change: nothing here depends on them

@@ -111,8 +111,8 @@ def test_the_record_of_preferences_reproduces_them(preferences):
     runner = FisherKernelRunner({**plan, "update": {"kind": "payload", "batch": batch}})
     record = runner.plan.record()
     assert record["update"]["path"].endswith("workspace/batch")
-    for asked in ({**plan, "update": {"kind": "payload", "batch": batch}}, record):
-        again = FisherKernelRunner(asked)
+    for spec in ({**plan, "update": {"kind": "payload", "batch": batch}}, record):
+        again = FisherKernelRunner(spec)
         np.testing.assert_array_equal(again.run()["held_out"].contributions, results["held_out"].contributions)
         assert again.workspace is not None
         assert again.workspace.gradients.computed == 0

@@ -122,8 +122,8 @@ def test_without_a_loss_nothing_is_asked_that_was_not(second, tmp_path):
         assert workspace.loss is None
         known = ["checkpoint", "parameters", "optimizer", "update", "temperature", "dtype", "preconditioner", "step"]
         known += ["files"]
-        assert sorted({*workspace.asked} - {"schema", "seal", "padding"}) == sorted(known)
-        assert workspace.asked["step"] == {"max_norm": MAX_NORM, "clip": None}
+        assert sorted({*workspace.spec} - {"schema", "seal", "padding"}) == sorted(known)
+        assert workspace.spec["step"] == {"max_norm": MAX_NORM, "clip": None}
     assert sorted(path.name for path in (tmp_path / "workspace").iterdir()) == [
         "ascent.safetensors",
         "asked.json",
