@@ -152,7 +152,7 @@ MUTATIONS = [
     ),
     Mutation(
         "an influence left in the engine's order", "influence_equals_kernel_times_weights",
-        "engine/fisher.py", "torch.empty_like(found).index_copy_(0, side.order, found).to(", "found.to(",
+        "engine/fisher.py", "torch.empty_like(products).index_copy_(0, side.order, products).to(", "products.to(",
     ),
     Mutation(
         "cotangents along a direction with other tokens' inputs", "influence_equals_kernel_times_weights",
@@ -333,7 +333,7 @@ MUTATIONS = [
     ),
     Mutation(
         "only the last tile's norm", "held_gradients_give_what_passes_give",
-        "func/handles/products.py", "            total += found\n", "            total[:] = found\n",
+        "func/handles/products.py", "            total += sums\n", "            total[:] = sums\n",
     ),
     Mutation(
         "post-step form without v", "frozen_and_post_step_agree_as_beta2_nears_one",

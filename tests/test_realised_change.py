@@ -12,7 +12,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 import fkernel as fk
 from fkernel import func
 from fkernel.func.evaluation import evaluate_in_float64
-from fkernel.func.losses import Weighted, weighted_logprob
+from fkernel.func.weighted import Weighted, weighted_logprob
 
 T = 4000
 

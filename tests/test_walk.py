@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 
 import fkernel as fk
 from fkernel import func
+from fkernel.engine.batching import SortedBatch
 from fkernel.engine.by_layer import Shard, Side, shards
+from fkernel.engine.layerwise import Walking, gradient_sum
 from fkernel.errors import NonFiniteError
 from fkernel.func.detach import through_detach
 from fkernel.func.handles.forms import Factored, Sum, count, materialize_into, shape_of, summands, tensors
@@ -25,9 +28,9 @@ from fkernel.func.inputs.batch import by_length, length, take, trim
 from fkernel.func.inputs.source import moved, plain
 from fkernel.func.layers.cut import Cut
 from fkernel.func.layers.cutting import cut_of
-from fkernel.func.losses import Weighted, weighted_logprob
 from fkernel.func.padding import with_masked_padding_grad
 from fkernel.func.taps.rows import looped_rows
+from fkernel.func.weighted import Weighted, weighted_logprob
 from tests.cases import EXAMPLES
 from tests.models import gpt2, own
 
@@ -192,18 +195,32 @@ def test_fused_attention_is_as_right_as_its_own_arithmetic():
     assert apart(J, looped(S, params, E)) < 1e-6
 
 
-def test_weighted_tokens_of_any_sign_and_none():
+@pytest.mark.parametrize("entropies", [False, True])
+def test_weighted_tokens_of_any_sign_and_none(entropies):
     apply, params = func.make_functional(built("GPT-2"))
     f, U = weighted_logprob(apply, 0.7), ragged()
-    omega = torch.randn(U.input_ids.shape, dtype=torch.float64)
-    omega[1] = 0.0
-    batch = Weighted(U, omega)
+    omega, eta = torch.randn(2, *U.input_ids.shape, dtype=torch.float64)
+    omega[1] = eta[1] = 0.0
+    omega[2] = 0.0  # nothing but entropies, where there are any
+    batch = Weighted(U, omega, eta if entropies else None)
     side = Side(batch, ((1.0, plain(params)),))
     walked = shards(cut(f, params, batch), side, side, tokens=40)
     torch.testing.assert_close(walked.values_streamed[0], f(params, batch))
     J = assembled(walked, "U")
     assert apart(J, looped(f, params, batch)) < 1e-13
     assert all(not leaf[1].any() for leaf in J.values())
+    assert any(leaf[2].any() for leaf in J.values()) == entropies
+
+
+def test_a_weighted_sum_of_entropies_layer_by_layer():
+    apply, params = func.make_functional(built("Qwen2, tied"))
+    f, U, w = weighted_logprob(apply), ragged(), torch.linspace(-1, 1, len(ragged().input_ids)).double()
+    batch = Weighted(U, torch.zeros(U.input_ids.shape).double(), torch.ones(U.input_ids.shape).double())
+    total = gradient_sum(SortedBatch("U", batch, f), params, w, Walking(30, 1))
+    H = func.token_entropy(apply)
+    J = looped(replace(H, fn=lambda p, x: H.fn(p, x).sum(1)), params, U)
+    for name, leaf in total.items():
+        torch.testing.assert_close(leaf, torch.tensordot(w, J[name], 1), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("dense_rows", [True, False])

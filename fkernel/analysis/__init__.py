@@ -1,13 +1,15 @@
-"""What may be asked of a step once it is explained: a room of its own, for it stands on `kernel` and needs no study.
+"""Analyses of an explained step, as pure functions: tensors in, tensors out, no files and no plans.
 
-Every function is pure: tensors in, tensors out, no file and no plan. `fkernel.study.analyses` has what a plan may ask.
+`fkernel.study.analyses` makes them available to plans.
 """
 
+from fkernel.analysis.auditing import Audit, Described, audit, described_step
 from fkernel.analysis.comparison import Agreement, compare
-from fkernel.analysis.decomposition import Ledger, floor_from, ledger, rounding_floor
+from fkernel.analysis.decomposition import Ledger, floor_from, floor_scale, ledger, rounding_floor
 from fkernel.analysis.other_steps import Alternative, Counterfactual, alternative_step, counterfactual
 from fkernel.analysis.parts import ENDS, by_part, missed, shares, summed
 from fkernel.analysis.permutation_test import Permutations, Significance, permutation_rms, permutations, significance
+from fkernel.analysis.step_fit import Fit
 from fkernel.analysis.structure import Clusters, Correlation, KernelPCA, alignment, clusters, correlations, kernel_pca
 from fkernel.analysis.sweep import DECADES, Sweep, step_sweep
 from fkernel.analysis.tokens import TokenChange, apart, token_change, token_kernel
@@ -22,15 +24,20 @@ from fkernel.analysis.uncertainty import (
     resamplings,
     total_ranks,
 )
+from fkernel.analysis.verdicts import Finding
 
 __all__ = [
     "DECADES",
     "ENDS",
     "Agreement",
     "Alternative",
+    "Audit",
     "Clusters",
     "Correlation",
     "Counterfactual",
+    "Described",
+    "Finding",
+    "Fit",
     "Health",
     "Interval",
     "KernelPCA",
@@ -45,12 +52,15 @@ __all__ = [
     "alignment",
     "alternative_step",
     "apart",
+    "audit",
     "by_part",
     "clusters",
     "compare",
     "correlations",
     "counterfactual",
+    "described_step",
     "floor_from",
+    "floor_scale",
     "group_sums",
     "health",
     "influence_interval",

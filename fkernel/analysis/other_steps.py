@@ -1,13 +1,13 @@
-"""What would the step have done under other weights, another clipping, another learning rate? No new gradients.
+"""The effect of a step under other weights, clipping or learning rate, without new gradients.
 
-J_Uᵀ of other weights w' is a sum of gradients that are held already, and everything that AdamW makes of it is cheap:
+J_Uᵀ of other weights w' is a sum of gradients that are already held, and AdamW's step on it is cheap:
 
     g' = −c' J_Uᵀ(w'A'),  c' = min(1, max_norm' / ‖J_Uᵀ(w'A')‖)
     exact     Δθ' = the step on g', v' and so D from g' itself
     frozen    Δθ' = the same with the D of the step that was taken: linear in c'w'A', so that differences of two
               counterfactuals are sums of contributions
 
-A sequence that is dropped has weight 0; the others' weights stay what they were.
+A dropped sequence has weight 0; the others' weights are unchanged.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fkernel.shapes import Tensor, Tree
 
 
 class Counterfactual(NamedTuple):
-    """What E would have gained, [n_E] nats each.
+    """Predicted change of E, [n_E] nats each.
 
     Attributes:
         frozen: first order, D of the step that was taken.
@@ -41,12 +41,12 @@ class Counterfactual(NamedTuple):
 
     @property
     def second_order(self) -> Tensor:
-        """[n_E] nats, exact + curvature: what to expect of the step, if it were taken."""
+        """[n_E] nats, exact + curvature: the predicted change."""
         return self.exact + self.curvature
 
 
 class Alternative(NamedTuple):
-    """A step that was not taken, in both forms.
+    """A hypothetical step, in both forms.
 
     Attributes:
         frozen: Δθ', D of the step that was taken.
@@ -76,10 +76,10 @@ def alternative_step(
         ascent: J_Uᵀ(w'A'), {name: [*shape]}; `func.weighted_sum` of gradients that are held, or `func.vjp`.
         state: AdamW's before the step.
         taken: g = c ∇L of the step that was taken, {name: [*shape]}; None for a parameter that the loss never uses
-            (`func.unused_parameters`): an optimizer leaves it alone under any weights, momentum and decay included.
+            (`func.unused_parameters`): an optimizer skips it under any weights, momentum and decay included.
         max_norm: clipping threshold, None for none.
-        clip: c' itself, instead.
-        lr: the learning rate over the step's own.
+        clip: c', instead of max_norm.
+        lr: the learning rate, relative to the step's own.
 
     Raises:
         OptimizerStateError: lr is negative, or max_norm not positive.
@@ -88,8 +88,8 @@ def alternative_step(
         >>> import torch
         >>> params, g = {"w": torch.zeros(1)}, {"w": torch.tensor([-2.0])}
         >>> state = precond.adamw_init(params, lr=0.1, weight_decay=0.0)
-        >>> found = alternative_step(params, {"w": torch.tensor([1.0])}, state, g)
-        >>> found.exact.total["w"], found.frozen.total["w"]
+        >>> step = alternative_step(params, {"w": torch.tensor([1.0])}, state, g)
+        >>> step.exact.total["w"], step.frozen.total["w"]
         (tensor([0.1000]), tensor([0.0500]))
     """
     if not lr >= 0:
@@ -105,7 +105,7 @@ def alternative_step(
 def counterfactual(
     f: Function, params: Tree, E: Any, alternative: Alternative, *, microbatch: int | None = None
 ) -> Counterfactual:
-    """Predict what a step that was not taken would have done.
+    """Predict the effect of a hypothetical step.
 
     Args:
         f: S, (params, batch) -> [n].

@@ -1,12 +1,12 @@
-"""Through which parts of the model a step moved a sequence, and what a method that leaves some out would not see.
+"""A step's effect by parts of the model, and the error of methods that leave some parts out.
 
-An inner product is a sum over parameters, so every quantity splits, and the parts add up to the whole:
+An inner product is a sum over parameters, so every quantity is a sum over parts:
 
     C_e = Σ_groups C_e^group,   C_eu^group = c w_u A_u Σ_{names in group} ⟨∇S_e[name], P ∇S_u[name]⟩
 
 Every part (layer and kind at once) is contracted once; layers and kinds are sums of parts.
 
-    share    Σ |C^group| / Σ_groups Σ |C^group|     of what moved, in either direction
+    share    Σ |C^group| / Σ_groups Σ |C^group|     of the absolute effect
     missed   ‖Σ_{left out} C^group‖ / ‖C‖           the relative error of a method that leaves some kinds out
 """
 
@@ -40,46 +40,45 @@ def by_part(name: str) -> str:
 
 
 def summed(parts: Mapping[str, Tensor], names: Iterable[str], key: Callable[[str], str]) -> dict[str, Tensor]:
-    """Add parts up to coarser groups.
+    """Sum parts into coarser groups.
 
     C^group = Σ_{parts in group} C^part;  Σ_groups C^group = Σ_parts C^part
 
     Args:
         parts: {part: tensor}, of `by_part`.
-        names: of the parameters that the parts are of, from which it is known what part belongs to what group.
+        names: of the parameters in these parts, which determine the group of each part.
         key: name ↦ group, such as `func.by_kind`.
 
     Raises:
-        TreeError: a group would hold a part of a part, so that the sums could not be told, or parts and names are not
-            of the same parameters.
+        TreeError: a part would belong to several groups, or parts and names are of different parameters.
 
     Example:
         >>> names = ["h.0.mlp.up_proj", "h.1.mlp.up_proj"]
         >>> summed({by_part(name): torch.ones(1) for name in names}, names, by_kind)
         {'MLP': tensor([2.])}
     """
-    found: dict[str, Tensor] = {}
-    for part, group in _groups(parts, names, key).items():  # in the model's order, in whichever gradients came
-        found[group] = found[group] + parts[part] if group in found else parts[part]
-    return found
+    sums: dict[str, Tensor] = {}
+    for part, group in _groups(parts, names, key).items():  # in the model's order, whatever the order of gradients
+        sums[group] = sums[group] + parts[part] if group in sums else parts[part]
+    return sums
 
 
 def _groups(parts: Mapping[str, Tensor], names: Iterable[str], key: Callable[[str], str]) -> dict[str, str]:
-    """The group that each part belongs to, whole."""
+    """Return the group of each part."""
     members = func.grouped(names, by_part)
     tree.check_names(parts, members, "parts", "names")
-    found = {part: [*dict.fromkeys(map(key, own))] for part, own in members.items()}
-    for part, groups in found.items():
+    groups_of = {part: [*dict.fromkeys(map(key, own))] for part, own in members.items()}
+    for part, groups in groups_of.items():
         if len(groups) > 1:
             raise TreeError(
                 f"The part {part!r} has parameters of {len(groups)} groups, {listing(groups)}; expected groups of "
                 f"whole parts. Take a coarser key, or split the kernel by this one: func.contract_by(x, y, key)."
             )
-    return {part: groups[0] for part, groups in found.items()}
+    return {part: groups[0] for part, groups in groups_of.items()}
 
 
 def shares(groups: Mapping[str, Tensor]) -> dict[str, float]:
-    """Tell how much of what moved went through each group, in either direction; they add up to 1.
+    """Compute each group's share of the absolute effect; shares add up to 1.
 
     Σ |C^group| / Σ_groups Σ |C^group|
 
@@ -96,16 +95,16 @@ def shares(groups: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def missed(groups: Mapping[str, Tensor], left_out: Iterable[str] = ENDS) -> float:
-    """Tell how wrong a method is that leaves some kinds out.
+    """Compute the relative error of a method that leaves some kinds out.
 
     ‖Σ_{left out} C^group‖ / ‖Σ_groups C^group‖
 
     Args:
-        groups: {kind: [...]}, additive to the whole.
+        groups: {kind: [...]}, which add up to the whole.
         left_out: kinds.
 
     Returns:
-        The relative error that it makes; 0 where it leaves nothing out that matters, and NaN where nothing moved.
+        The relative error; NaN where the whole is zero.
 
     Example:
         >>> missed({"MLP": torch.tensor([3.0]), "head": torch.tensor([1.0])})

@@ -1,52 +1,48 @@
-"""Which contributors are told apart from advantages that carry no information. No gradient is computed.
+"""Permutation test of contributors against advantages without information. No gradient is computed.
 
 The null: given the completions of a prompt, their rewards are exchangeable, so advantages may be permuted within the
 prompt (all rules of `fkernel.rollout.advantages` are permuted with the rewards), while K and the loss weights stay
-where they are. The prompt's mean Ā is the same under all permutations, and they can tell nothing about it; what they
-can tell is about
+fixed. The prompt's mean Ā is the same under all permutations and cannot be tested; the test is about
 
     D_eu = K_eu c w_u (A_u − Ā)        which is C_eu where advantages are centred on their prompts, as GRPO's and RLOO's
     D_eu(π) = K_eu c w_u (A_π(u) − Ā)
     p = (1 + #{π : T(π) ≥ T}) / (1 + #π)
 
-Which T? For one sequence, |D_eu(π)| ≥ |D_eu| says |A_π(u) − Ā| ≥ |A_u − Ā| whatever K is: a per-entry p knows nothing
-of the kernel. And the largest of many entries is large by chance. So a sequence is compared with the largest of its
-row,
+Statistic T. For one sequence, |D_eu(π)| ≥ |D_eu| means |A_π(u) − Ā| ≥ |A_u − Ā| whatever K is: a per-entry p is
+independent of the kernel. And the largest of many entries is large by chance. So a sequence is compared with the
+largest of its row,
 
     T_eu = |D_eu|  against  max_v |D_ev(π)|
 
-so that where advantages tell nothing, some p of a row is ≤ α with a chance of at most α (the single-step maxT of
-Westfall & Young). Still, a single sequence cannot be told apart beyond what its prompt has to exchange: p is at least
-the share of the prompt's completions whose |A − Ā| is as large as its own, 1/8 or more in a group of eight, and 1 where
-half of them are right (`least`). What permutations can tell is whether a prompt's advantages agree with the kernel, and
-whether all of U's do,
+so that under the null some p of a row is ≤ α with probability at most α (the single-step maxT of Westfall & Young).
+The power for a single sequence is limited by its prompt: p is at least the share of the prompt's completions whose
+|A − Ā| is as large as its own, 1/8 or more in a group of eight, and 1 where half of them are right (`least`). More
+powerful are tests of whether a prompt's advantages agree with the kernel, and whether all of U's do,
 
     T_eg = |Σ_{u in g} D_eu|  against  max_h |Σ_{u in h} D_eu(π)|        T_e = |Σ_u D_eu|  against  |Σ_u D_eu(π)|
 
 A prompt with h of k completions right has k!/(h! (k−h)!) arrangements, half as many up to sign where h = k/2. One whose
-advantages are all equal has nothing to permute: it gives no information, its p is 1,
-and other prompts' p are what they would be without it.
+advantages are all equal has nothing to permute: its p is 1, and other prompts' p do not depend on it.
 
-A sequence whose reward abstained is given the advantage 0 whatever the others' rewards are, so it is not exchangeable
-with them: it keeps its place and its advantage, Ā and k are of the others of its prompt, D is 0 in its column and its p
-is 1. `permutations` takes which sequences may be permuted.
+A sequence whose reward abstained has the advantage 0 whatever the others' rewards are, so it is not exchangeable with
+them: it is not permuted, Ā and k are of the others of its prompt, D is 0 in its column and its p is 1. `permutations`
+takes a mask of the sequences to permute.
 
-Which K? One that permutations leave alone, and K under the step's own P is none: v' = β2 v + (1−β2) g² holds the
-advantages as they fell, so that g is divided by its own size, and permuted ones by that of another. In a run's first
-step nothing is ever found under it: where advantages tell nothing, P(p ≤ ½) is .03 instead of .5. The identity and the
-frozen P hold no advantages of this step. For the others, the mean of g² over all permutations takes the place of g²,
+Kernel K. It must not depend on the permutation, but K under the step's own P does: v' = β2 v + (1−β2) g² contains the
+actual advantages, so that g is divided by its own size, and permuted gradients by that of another. In a run's first
+step the test then has no power: under the null, P(p ≤ ½) is .03 instead of .5. The identity and the frozen P contain no
+advantages of this step. For other P, the mean of g² over all permutations replaces g²,
 
-    g_π = −Σ_u w_u A_π(u) ∇S_u − h            h what no advantage enters, such as a penalty's gradient
+    g_π = −Σ_u w_u A_π(u) ∇S_u − h            h without advantages, such as a penalty's gradient
     E_π g_π² = M² + Σ_g s_g² (Σ_{u in g} (w_u ∇S_u)² − (Σ_{u in g} w_u ∇S_u)²/k_g)
 
     M = Σ_u w_u Ā ∇S_u + h                    s_g² = Σ_{u in g} (A_u − Ā)²/(k_g − 1)
 
-coordinate by coordinate, g a prompt of k_g completions that may be permuted; any other enters M with its own A:
-`permutation_rms`. Advantages enter it through Ā and s_g alone,
-which are the same for all permutations, so that p-values are exact; and there is still one K, with an entry for each
-sequence. D recomputed for every permutation would be as exact, at the price of a gradient for each of them, and finds
-less: in a run's first step, of advantages that go with what is asked for, 25% have p ≤ .05, 35% with the mean, and none
-under the step's own P.
+coordinate by coordinate, g a prompt of k_g completions that may be permuted; any other enters M with its own A
+(`permutation_rms`). Advantages enter through Ā and s_g alone, which are the same for all permutations, so p-values are
+exact, and there is one K, with an entry for each sequence. Recomputing D for every permutation would be exact too, but
+costs a gradient each and has less power: in a run's first step with informative advantages, 25% have p ≤ .05, against
+35% with the mean, and none under the step's own P.
 
 Sources: P. Westfall & S. Young, "Resampling-based multiple testing" (1993), §2.3; B. Phipson & G. Smyth, "Permutation
 p-values should never be zero" (2010).
@@ -65,16 +61,16 @@ from fkernel.errors import BatchError
 from fkernel.shapes import Tensor, Tree
 
 ROUNDING = 1e-12
-"""By how much, relative to Σ_u |K_eu c w_u| max|A − Ā|, equal statistics of two permutations may differ."""
+"""Tolerance for equal statistics of two permutations, relative to Σ_u |K_eu c w_u| max|A − Ā|."""
 
 
 class Permutations(NamedTuple):
-    """Permutations that keep every prompt's completions among themselves, once for all rows of a kernel.
+    """Permutations within prompts, shared by all rows of a kernel.
 
     Attributes:
         place: [n] int64, the prompt of each sequence, 0 … G−1.
         orders: [draws n] int64, π.
-        permuted: [n] bool, which sequences take part; None for all.
+        permuted: [n] bool, which sequences are permuted; None for all.
     """
 
     place: Tensor
@@ -83,14 +79,14 @@ class Permutations(NamedTuple):
 
 
 class Significance(NamedTuple):
-    """What is told apart from advantages that carry no information: p-values of r rows.
+    """p-values of r rows, against advantages without information.
 
     Attributes:
         sequences: [r n_U], each against the largest sequence of its row.
         prompts: [r G], each against the largest prompt of its row.
         influence: [r], of all of U.
-        least: [n_U], below which no p in `sequences` is expected to fall, whatever K is.
-        informative: [G] bool, whether a prompt's advantages differ at all; where not, nothing can be told.
+        least: [n_U], lower limit of the expected p in `sequences`, whatever K is.
+        informative: [G] bool, whether a prompt's advantages differ; where not, nothing can be tested.
     """
 
     sequences: Tensor
@@ -105,10 +101,9 @@ def permutations(groups: Tensor, draws: int = 1000, seed: int = 0, permuted: Ten
 
     Args:
         groups: [n] int64, which prompt each sequence belongs to.
-        draws: how many.
+        draws: number of permutations.
         seed: of the draws.
-        permuted: [n] bool, which sequences may be permuted: not those whose reward abstained. The others stay where
-            they are. None for all.
+        permuted: [n] bool, which sequences may be permuted: not those whose reward abstained. None for all.
 
     Returns:
         Permutations; draws · n numbers of eight bytes.
@@ -125,14 +120,14 @@ def permutations(groups: Tensor, draws: int = 1000, seed: int = 0, permuted: Ten
     cells = _cells(place, G, permuted)
     chance = torch.rand(draws, len(place), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     anyhow = chance.argsort(1)
-    shuffled = anyhow.gather(1, cells[anyhow].argsort(dim=1, stable=True))  # by prompt, at random inside of each
+    shuffled = anyhow.gather(1, cells[anyhow].argsort(dim=1, stable=True))  # by prompt, in random order within each
     orders = torch.empty_like(shuffled)
     orders[:, cells.argsort(stable=True)] = shuffled
     return Permutations(place, orders, permuted)
 
 
 def _cells(place: Tensor, G: int, permuted: Tensor | None) -> Tensor:
-    """Number what is permuted among itself, [n]: a prompt's sequences, and every one that stays where it is alone."""
+    """Number the exchangeable sets, [n]: a prompt's permuted sequences, and each fixed sequence by itself."""
     if permuted is None:
         return place
     if permuted.shape != place.shape or permuted.dtype != torch.bool:
@@ -144,17 +139,17 @@ def _cells(place: Tensor, G: int, permuted: Tensor | None) -> Tensor:
 
 
 def significance(K: Tensor, scale: Tensor, advantages: Tensor, draws: Permutations) -> Significance:
-    """Tell which sequences and prompts of U, and which influences, are told apart from advantages without information.
+    """Compute p-values of sequences and prompts of U, and of influences, against advantages without information.
 
     D_eu(π) = K_eu · c w_u · (A_π(u) − Ā); the statistics are derived in `fkernel.analysis.permutation_test`
 
     Args:
-        K: [r n_U] some rows of the kernel, nats per unit of c·w·A; under a P that does not depend on how advantages
-            fell within prompts: the identity, the frozen one, or one made with `permutation_rms`. Under the response to
-            the step's own gradient p means nothing in a run's first steps; of K alone that cannot be seen.
-        scale: [n_U] c·w, what each sequence's advantage is multiplied with; it is not permuted.
+        K: [r n_U] some rows of the kernel, nats per unit of c·w·A; under a P that does not depend on the order of
+            advantages within prompts: the identity, the frozen one, or one made with `permutation_rms`. Under the
+            response to the step's own gradient p is invalid in a run's first steps; this cannot be checked from K.
+        scale: [n_U] c·w, the factor of each sequence's advantage; it is not permuted.
         advantages: [n_U] A.
-        draws: of U's prompts. In the columns of sequences that they leave where they are D is 0, and p is 1.
+        draws: of U's prompts. For sequences that are not permuted D is 0, and p is 1.
 
     Returns:
         Significance; p ≥ 1/(draws + 1). A row's numbers do not depend on the other rows; memory is draws · (r + n_U).
@@ -165,8 +160,8 @@ def significance(K: Tensor, scale: Tensor, advantages: Tensor, draws: Permutatio
 
     Example:
         >>> prompts = permutations(torch.tensor([0, 0, 1, 1]))
-        >>> found = significance(torch.ones(1, 4), torch.ones(4), torch.tensor([1.0, -1.0, 0.5, 0.5]), prompts)
-        >>> found.sequences, found.informative
+        >>> test = significance(torch.ones(1, 4), torch.ones(4), torch.tensor([1.0, -1.0, 0.5, 0.5]), prompts)
+        >>> test.sequences, test.informative
         (tensor([[1., 1., 1., 1.]], dtype=torch.float64), tensor([ True, False]))
     """
     check_kernel(K, draws.place)
@@ -210,22 +205,21 @@ def permutation_rms(
 
     √(E_π g_π²),  g_π = −Σ_u w_u A_π(u) ∇S_u − h;  in closed form, derived in `fkernel.analysis.permutation_test`
 
-    It takes the place of g where P is made for p-values, `fkernel.precond.adamw_response(state, rms)`: an optimizer
-    that works by squares then divides by the same numbers however advantages fall.
+    It replaces g where P is made for p-values, `fkernel.precond.adamw_response(state, rms)`: the second moment is then
+    the same for all permutations.
 
     Args:
-        weighted_sum: [n_U] x ↦ Σ_u x_u ∇S_u, such as `func.weighted_sum` of gradients that are held. It is called once,
-            and once for each prompt whose advantages differ, with zeros elsewhere.
+        weighted_sum: [n_U] x ↦ Σ_u x_u ∇S_u, such as `func.weighted_sum` of gradients that are held. Called once, and
+            once more for each prompt whose advantages differ, with zeros elsewhere.
         squared_sum: [n_U] x ↦ Σ_u x_u ∇S_u², such as `func.squared_sum`; called once.
         weights: w, [n_U].
         advantages: A, [n_U].
         groups: [n_U] int64, which prompt each sequence belongs to.
         constant: h, {name: [*shape]}; None for none.
-        permuted: [n_U] bool, as in `permutations`; the others' advantages stay theirs.
+        permuted: [n_U] bool, as in `permutations`; the others keep their advantages.
 
     Returns:
-        {name: [*shape]}; times c for a clipped gradient. What permutations leave of a sum of squares is no smaller than
-        its rounding.
+        {name: [*shape]}; times c for a clipped gradient. Differences of squares are bounded below by their rounding.
 
     Raises:
         BatchError: shapes disagree, or `permuted` is not bool.
@@ -235,8 +229,8 @@ def permutation_rms(
         >>> from fkernel import func
         >>> J = {"w": torch.tensor([[1.0, 2.0], [1.0, 0.0]])}
         >>> sums = (lambda x: func.weighted_sum(J, x)), (lambda x: func.squared_sum(J, x))
-        >>> found = permutation_rms(*sums, torch.ones(2), torch.tensor([1.0, -1.0]), torch.tensor([0, 0]))
-        >>> found["w"].round(decimals=2)  # ± (∇S_0 − ∇S_1), whichever of the two is right
+        >>> rms = permutation_rms(*sums, torch.ones(2), torch.tensor([1.0, -1.0]), torch.tensor([0, 0]))
+        >>> rms["w"].round(decimals=2)  # ± (∇S_0 − ∇S_1), whichever of the two is right
         tensor([0., 2.])
 
     Source: W. Hoeffding, "A combinatorial central limit theorem" (1951), for the mean square.
@@ -264,20 +258,20 @@ def permutation_rms(
 
 
 def _root(mean: Tensor, squares: Tensor, common: Tensor, n: int) -> Tensor:
-    """√(M² + Σ (wg)² − common); a difference of n terms is no smaller than their rounding."""
+    """√(M² + Σ (wg)² − common), with the difference bounded below by the rounding of n terms."""
     left = torch.maximum(squares - common, n * torch.finfo(squares.dtype).eps * squares)
     return left.addcmul_(mean, mean).sqrt_()
 
 
 def _p(own: Tensor, null: Tensor, slack: Tensor) -> Tensor:
-    """(1 + #{T(π) ≥ T}) / (1 + #π), of T [r k] and T(π) [r draws]; what is observed is one of the permutations."""
+    """(1 + #{T(π) ≥ T}) / (1 + #π), of T [r k] and T(π) [r draws]; the observed order counts as one permutation."""
     draws = null.shape[1]
     smaller = torch.searchsorted(null.sort(1).values, own - slack)
     return (1 + draws - smaller).double() / (1 + draws)
 
 
 def _centred(A: Tensor, place: Tensor, G: int, permuted: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """A − Ā of each prompt, exactly 0 where a prompt's are equal or stay; and whether any can be exchanged, [G]."""
+    """A − Ā within prompts, exactly 0 where they are equal or not permuted; and whether any differ, [G]."""
     moves = torch.ones_like(place, dtype=torch.bool) if permuted is None else permuted.to(place.device)
     own, at = A[moves], place[moves]
     low, high = (A.new_zeros(G).scatter_reduce_(0, at, own, how, include_self=False) for how in ("amin", "amax"))
@@ -287,7 +281,7 @@ def _centred(A: Tensor, place: Tensor, G: int, permuted: Tensor | None = None) -
 
 
 def _least(A: Tensor, cells: Tensor) -> Tensor:
-    """Each sequence's share of those |A − Ā| that it may be given and that are as large as its own, [n]."""
+    """Share of the |A − Ā| in each sequence's exchangeable set that are at least its own, [n]."""
     size, least = A.abs(), torch.empty_like(A)
     for g in cells.unique():
         own = size[cells == g]

@@ -1,6 +1,6 @@
-"""What a kernel's geometry is: its directions, its clusters, another kernel's likeness, and what plain numbers explain.
+"""Geometry of a kernel: principal components, clusters, alignment with another kernel, correlation with covariates.
 
-A positive semi-definite K_UU holds inner products of features φ_u = P^½ ∇S_u, and nothing here needs the features:
+A positive semi-definite K_UU holds inner products of features φ_u = P^½ ∇S_u, which are not needed explicitly:
 
     kernel PCA   H K H = Σ_i λ_i q_i q_iᵀ,  H = I − 11ᵀ/n    scores √λ_i q_i are U S of the centred features' SVD
     clusters     k-means on φ/‖φ‖:  ‖φ_u − μ_c‖² = K_uu − 2 mean_{v in c} K_uv + mean_{v,w in c} K_vw
@@ -27,7 +27,7 @@ from fkernel.errors import BatchError, NonFiniteError, listing
 from fkernel.shapes import Tensor
 
 ROUNDING = 1e-10
-"""What is smaller than this, relative to what it was computed from, is zero: a variance, or a distance."""
+"""Relative size below which a variance or a distance counts as zero."""
 MOST_ROUNDS = 100
 
 
@@ -35,8 +35,8 @@ class KernelPCA(NamedTuple):
     """Principal components of the centred kernel, largest first.
 
     Attributes:
-        scores: [n c] float64, coordinates of each sequence, √ of K's units; a component's sign is free, and such that
-            its largest score is positive.
+        scores: [n c] float64, coordinates of each sequence, √ of K's units; signs are chosen such that
+            each component's largest score is positive.
         shares: [c] share of the centred kernel's trace that each component explains.
     """
 
@@ -45,12 +45,12 @@ class KernelPCA(NamedTuple):
 
 
 class Clusters(NamedTuple):
-    """Sequences that pull parameters in similar directions; the largest cluster is 0.
+    """Clusters of sequences with similar gradient directions; the largest cluster is 0.
 
     Attributes:
         labels: [n] int64, 0 … k−1.
         exemplars: [k] int64, the member with the largest mean cosine to its cluster.
-        within: share of the scatter about the mean that is left within clusters, in [0, 1].
+        within: share of the scatter about the mean that is within clusters, in [0, 1].
     """
 
     labels: Tensor
@@ -59,13 +59,13 @@ class Clusters(NamedTuple):
 
 
 class Correlation(NamedTuple):
-    """How a covariate goes with an influence, in [−1, 1] each; None where either is constant.
+    """Correlation of a covariate with an influence, in [−1, 1] each; None where either is constant.
 
     Attributes:
         pearson: of the values.
-        spearman: of their ranks, of equal ones the mean.
-        partial: Pearson's of what a line in the given covariate leaves of both; None also where it leaves nothing, as
-            of that covariate itself, or none is given.
+        spearman: of their ranks, with mean ranks for ties.
+        partial: of both residuals after regression on the given covariate; None also where a residual is zero, as of
+            that covariate itself, or none is given.
     """
 
     pearson: float | None
@@ -74,7 +74,7 @@ class Correlation(NamedTuple):
 
 
 def kernel_pca(K: Tensor, components: int = 2) -> KernelPCA:
-    """Find the directions along which sequences differ most.
+    """Compute principal components of the centred kernel.
 
     H K H = Σ_i λ_i q_i q_iᵀ;  scores √λ_i q_i,  shares λ_i / Σ_j λ_j
 
@@ -83,15 +83,15 @@ def kernel_pca(K: Tensor, components: int = 2) -> KernelPCA:
         components: c, 1 … n.
 
     Returns:
-        KernelPCA; eigenvalues below zero, which rounding makes, count as zero.
+        KernelPCA; negative eigenvalues, due to rounding, count as zero.
 
     Raises:
-        BatchError: K is not square, or has no so many components.
+        BatchError: K is not square, or components out of range.
         NonFiniteError: K holds NaN or infinity.
 
     Example:
-        >>> found = kernel_pca(torch.tensor([[1.0, -1.0], [-1.0, 1.0]]), 1)
-        >>> found.scores.abs()[:, 0], found.shares
+        >>> pca = kernel_pca(torch.tensor([[1.0, -1.0], [-1.0, 1.0]]), 1)
+        >>> pca.scores.abs()[:, 0], pca.shares
         (tensor([1., 1.], dtype=torch.float64), tensor([1.], dtype=torch.float64))
     """
     centred = _centred(_square(K, "K"))
@@ -106,18 +106,18 @@ def kernel_pca(K: Tensor, components: int = 2) -> KernelPCA:
 
 
 def clusters(K: Tensor, k: int, seed: int = 0, restarts: int = 10) -> Clusters:
-    """Group sequences by the directions in which they pull parameters: kernel k-means on cosines.
+    """Cluster sequences by gradient direction: kernel k-means on cosines.
 
     min over labels of Σ_u ‖φ_u/‖φ_u‖ − μ_c(u)‖², from seeds drawn with chances ∝ the squared distance to those before
 
     Args:
         K: [n n] symmetric, positive semi-definite. A sequence without gradient has cosine 0 with all.
-        k: how many clusters, 1 … n; none is empty.
-        seed: of the seeding.
-        restarts: of which the tightest is taken.
+        k: number of clusters, 1 … n; none is empty.
+        seed: of the random initialisation.
+        restarts: number of runs, of which the tightest is returned.
 
     Returns:
-        Clusters, the larger first (of equal ones, that of the first sequence).
+        Clusters, largest first (ties: by their first sequence).
 
     Raises:
         BatchError: K is not square, or k or restarts out of range.
@@ -148,12 +148,12 @@ def clusters(K: Tensor, k: int, seed: int = 0, restarts: int = 10) -> Clusters:
 
 
 def alignment(K1: Tensor, K2: Tensor) -> float | None:
-    """Tell how alike two kernels of the same sequences are: centred kernel alignment, without its bias.
+    """Compute the centred kernel alignment of two kernels of the same sequences, without bias.
 
     ⟨K̃1, K̃2⟩_F / (‖K̃1‖_F ‖K̃2‖_F),   K̃_uv = K_uv − (r_u + r_v)/(n−2) + s/((n−1)(n−2)) where u ≠ v, and 0 where u = v
 
-    with r_u = Σ_{v≠u} K_uv and s = Σ_u r_u. The diagonal is left out: of n sequences with many more parameters it is
-    most of H K H, and would make unrelated kernels look the same. ⟨K̃1, K̃2⟩_F / (n(n−3)) is the unbiased estimator of
+    with r_u = Σ_{v≠u} K_uv and s = Σ_u r_u. The diagonal is left out: with many more parameters than sequences it
+    dominates H K H, and would make unrelated kernels look similar. ⟨K̃1, K̃2⟩_F / (n(n−3)) is the unbiased estimator of
     HSIC, whose mean is 0 where the features are independent.
 
     Args:
@@ -162,8 +162,7 @@ def alignment(K1: Tensor, K2: Tensor) -> float | None:
 
     Returns:
         A number in [−1, 1], 1 for kernels that differ by scale alone, and about 0 for those of unrelated features; None
-        of fewer than four sequences, which cannot tell, and where a K̃ is zero: inner products that are all equal, such
-        as none at all, have no geometry.
+        for fewer than four sequences, and where a K̃ is zero: inner products that are all equal have no geometry.
 
     Raises:
         BatchError: a kernel is not square, or they differ in size.
@@ -188,25 +187,25 @@ def alignment(K1: Tensor, K2: Tensor) -> float | None:
 def correlations(
     values: Tensor, covariates: Mapping[str, Tensor], given: str | None = "length"
 ) -> dict[str, Correlation]:
-    """Tell what of an influence goes with plain numbers, and what still does once one of them is taken out.
+    """Correlate an influence with covariates, also after regression on one of them.
 
     r_xy,  and with z given  (r_xy − r_xz r_yz) / √((1 − r_xz²)(1 − r_yz²)), computed from residuals
 
     Args:
         values: [n] one number a sequence, such as its influence or the size of its contributions.
         covariates: {name: [n]} such as its length, entropy, reward, log-probability.
-        given: which covariate is taken out; None for none.
+        given: the covariate to regress on; None for none.
 
     Returns:
-        {name: Correlation}; Pearson of two sequences and partial of three are ±1, whatever they are of.
+        {name: Correlation}; Pearson of two sequences and partial of three are always ±1.
 
     Raises:
         BatchError: lengths differ, or `given` is not among the covariates.
         NonFiniteError: a value or covariate is NaN or infinite; it names the sequence. Leave out such sequences first.
 
     Example:
-        >>> found = correlations(torch.tensor([1.0, 2.0, 4.0]), {"length": torch.tensor([8.0, 4.0, 2.0])})["length"]
-        >>> found.spearman, found.partial is None
+        >>> length = correlations(torch.tensor([1.0, 2.0, 4.0]), {"length": torch.tensor([8.0, 4.0, 2.0])})["length"]
+        >>> length.spearman, length.partial is None
         (-1.0, True)
     """
     if given is not None and given not in covariates:
@@ -225,7 +224,7 @@ def correlations(
 
 
 def _square(K: Tensor, name: str) -> Tensor:
-    """K in float64, symmetric to the last bit."""
+    """Return K in float64, exactly symmetric."""
     if K.ndim != 2 or K.shape[0] != K.shape[1] or not len(K):
         raise BatchError(f"{name} has shape {list(K.shape)}; expected the kernel of a batch with itself, [n n].")
     bad = (~torch.isfinite(K)).any(1).nonzero()
@@ -240,7 +239,7 @@ def _centred(K: Tensor) -> Tensor:
 
 
 def _centred_apart(K: Tensor) -> Tensor:
-    """K̃, centred without its diagonal: rows and columns add up to 0, and so does what it leaves out."""
+    """K̃, centred without its diagonal: rows and columns sum to 0."""
     n = len(K)
     off = K - torch.diag(K.diagonal())
     rows = off.sum(1) / (n - 2)
@@ -249,12 +248,12 @@ def _centred_apart(K: Tensor) -> Tensor:
 
 
 def _seeded(K: Tensor, k: int, stream: torch.Generator) -> Tensor:
-    """Labels [n] of the nearest of k seeds, drawn as k-means++ does; no cluster is empty."""
+    """Labels [n] of the nearest of k seeds, drawn as in k-means++; no cluster is empty."""
     own, seeds = K.diagonal(), []
     nearest = torch.ones_like(own)
     distances = own.new_empty(k, len(own))
     for c in range(k):
-        if not bool(nearest.sum() > ROUNDING):  # fewer places than clusters: any sequence that is no seed yet
+        if not bool(nearest.sum() > ROUNDING):  # fewer distinct points than clusters: any other sequence
             nearest = torch.ones_like(own)
             nearest[seeds] = 0.0
         seed = int(torch.multinomial(nearest.cpu(), 1, generator=stream))
@@ -263,16 +262,16 @@ def _seeded(K: Tensor, k: int, stream: torch.Generator) -> Tensor:
         nearest = distances[: c + 1].amin(0)
         nearest[seeds] = 0.0
     labels = distances.argmin(0)
-    labels[seeds] = torch.arange(k, device=K.device)  # itself, whoever else lies there
+    labels[seeds] = torch.arange(k, device=K.device)  # a seed has its own label, even where points coincide
     return labels
 
 
 def _settled(K: Tensor, labels: Tensor, k: int) -> tuple[Tensor, float]:
-    """Labels that no reassignment improves, and Σ_u ‖φ_u − μ_c(u)‖²."""
+    """Iterate to labels that no reassignment improves; return them and Σ_u ‖φ_u − μ_c(u)‖²."""
     for _ in range(MOST_ROUNDS):
         distances = _distances(K, labels, k)
         new = distances.argmin(1)
-        # Sequences that are as near to their own cluster stay: rounding must not send them to and fro.
+        # Ties keep their label, so that rounding cannot make labels oscillate.
         own = distances.gather(1, labels[:, None])[:, 0]
         new = torch.where(distances.amin(1) < own - ROUNDING, new, labels)
         for empty in [c for c in range(k) if not bool((new == c).any())]:
@@ -308,7 +307,7 @@ def _correlation(x: Tensor, y: Tensor) -> float | None:
 
 
 def _residual(x: Tensor, z: Tensor) -> Tensor:
-    """What a line in z leaves of x, about 0; exactly 0 where it leaves rounding."""
+    """Residual of x after linear regression on z, with mean 0; exactly 0 where it is rounding."""
     a, c = x - x.mean(), z - z.mean()
     if not varies(z):
         return a

@@ -1,11 +1,11 @@
-"""How far a prediction carries: predicted against realised while the step grows over decades.
+"""Range of validity of a prediction: predicted against realised change for steps of many sizes.
 
 Every part of AdamW's step is proportional to the learning rate, so the step at s times the rate is s Δθ:
 
     first_e(s) = s ⟨∇S_e, Δθ⟩     second_e(s) = first_e(s) + s² ½ ΔθᵀH_eΔθ     realised_e(s) = S_e(θ + sΔθ) − S_e(θ)
 
-The error of the first falls as s², of the second as s³, until rounding is all that is left: a floor that does not fall.
-Where s is large the expansion breaks down. Between the two lies the range in which a prediction holds.
+As s falls, the error of the first falls as s², of the second as s³, down to the rounding floor. For large s the
+expansion breaks down. Between the two is the range in which a prediction holds.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Sweep(NamedTuple):
         scales: [k] s, multiples of the step, smallest first.
         first: [k n_E] predicted, first order.
         second: [k n_E] predicted, with curvature.
-        realised: [k n_E] what happened; NaN where f was not finite any more.
+        realised: [k n_E] realised change; NaN where f was not finite.
         floor: [n_E] size of the rounding in `realised`, `rounding_floor`.
     """
 
@@ -56,7 +56,7 @@ class Sweep(NamedTuple):
         return (predicted - self.realised).norm(dim=1) / self.realised.norm(dim=1)
 
     def holds(self, within: float = 0.01, order: Literal["first", "second"] = "first") -> tuple[float, float] | None:
-        """The widest run of scales in which the prediction is within a relative error; None where there is none."""
+        """Return the widest range of scales in which the relative error is at most `within`; None if none."""
         good = (self.error(order) <= within).tolist()
         best, start = (0, 0), None
         for i, ok in enumerate([*good, False]):
@@ -71,14 +71,14 @@ class Sweep(NamedTuple):
 def step_sweep(
     f: Function, params: Tree, E: Any, step: Tree, scales: Sequence[float] = DECADES, *, microbatch: int | None = None
 ) -> Sweep:
-    """Predict and take a step at several sizes.
+    """Predict and measure the effect of a step at several sizes.
 
     Args:
         f: S, (params, batch) -> [n].
         params: θ.
         E: the sequences.
         step: Δθ, {name: [*shape]}, such as `adamw_step(…).total`.
-        scales: multiples of it: learning rates over the step's own.
+        scales: multiples of it, such as learning rates relative to the step's own.
         microbatch: as in `fkernel.kernel`.
 
     Returns:
@@ -89,8 +89,8 @@ def step_sweep(
 
     Example:
         >>> f = lambda params, x: (x @ params["w"]).square()
-        >>> found = step_sweep(f, {"w": torch.ones(2)}, torch.eye(2), {"w": torch.ones(2)}, [0.1, 1.0])
-        >>> found.first[1].tolist(), found.realised[1].tolist(), found.second[1].tolist()
+        >>> sweep = step_sweep(f, {"w": torch.ones(2)}, torch.eye(2), {"w": torch.ones(2)}, [0.1, 1.0])
+        >>> sweep.first[1].tolist(), sweep.realised[1].tolist(), sweep.second[1].tolist()
         ([2.0, 2.0], [3.0, 3.0], [3.0, 3.0])
     """
     if not len(scales) or min(scales) <= 0:
@@ -108,7 +108,7 @@ def step_sweep(
 
 
 def _evaluated(S: Function, params: Tree, E: Any, like: Tensor) -> Tensor:
-    """S at θ + sΔθ; NaN for all of E where so large a step leaves the numbers that the dtype has."""
+    """S at θ + sΔθ; NaN for all of E where it overflows."""
     try:
         return S(params, E)
     except NonFiniteError:

@@ -1,4 +1,4 @@
-"""A sequence taken apart: which of its tokens moved, and which tokens of another moved them.
+"""Effects by token: the change of each token of a sequence, and the kernel between two sequences' tokens.
 
     ΔS_e = Σ_t Δ log π(x_t | x_<t)                                   one jvp gives all, to first order
     K[t, s] = ⟨∇ log π(e_t), P ∇ log π(u_s)⟩,  Σ_ts K[t, s] = K_eu    a row for every response token of e, a column of u
@@ -24,7 +24,7 @@ from fkernel.shapes import Tensor, Tree
 
 
 class TokenChange(NamedTuple):
-    """What a step does to the tokens of E, [n t] each, 0 outside of responses.
+    """Change of the tokens of E by a step, [n t] each, 0 outside of responses.
 
     Attributes:
         logprob: change of log π of each token, nats; a row's sum is the sequence's first order.
@@ -38,7 +38,7 @@ class TokenChange(NamedTuple):
 def token_change(
     apply: Any, params: Tree, E: Sequences, step: Tree, temperature: float = 1.0, *, microbatch: int | None = None
 ) -> TokenChange:
-    """Predict, to first order, what a step does to every token.
+    """Predict the change of every token, to first order.
 
     Args:
         apply: (params, input_ids, attention_mask) -> logits, as `make_functional` returns it.
@@ -63,7 +63,7 @@ def token_change(
 
 
 def apart(sequence: Sequences) -> Sequences:
-    """Make one sequence into as many as it has response tokens, each scored on one of them.
+    """Repeat one sequence for each of its response tokens, each copy scored on one of them.
 
     Args:
         sequence: a batch of one.

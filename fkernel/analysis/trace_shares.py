@@ -1,17 +1,17 @@
-"""Is a kernel about the model, or about coordinates that the optimizer hardly knows?
+"""Shares of a kernel's trace: does it depend on coordinates with little or no optimizer statistics?
 
-Where v is tiny, D = 1/(√v̂+ε) is huge, and a few such coordinates can carry the whole kernel. Three sets of coordinates
-tell, each by how many they are and by what they carry of the trace:
+Where v is tiny, D = 1/(√v̂+ε) is huge, and a few such coordinates can dominate the kernel. For three sets of
+coordinates, their number and their share of the trace are reported:
 
     unseen      v = 0                       no gradient ever, or one that underflowed
-    below ε     √v̂ < ε,  v̂ = v/(1−β2^t)     where ε decides what D is
+    below ε     √v̂ < ε,  v̂ = v/(1−β2^t)     where ε determines D
     smallest    the smallest percent of v
 
     trace(K) = Σ_n ⟨g_n, P g_n⟩ = Σ_α P_α Σ_n g_nα²
 
-A set that knew as much as all others would carry the share that it is. The k-th smallest v is found exactly, by its
-bits: floats ≥ 0 order as their bits do, so that two counts over 2¹⁶ digits find it. v is read three times in all, a
-shard at a time, and never copied. A v that is held in more than float32 is ordered as float32.
+A typical set has a share of the trace equal to its share of coordinates. The k-th smallest v is selected exactly, by
+its bits: floats ≥ 0 order as their bits do, so two histograms of 2¹⁶ bins suffice. v is read three times in all, a
+shard at a time, and never copied. A v in more than float32 is ordered as float32.
 
 Source: D. Knuth, "The Art of Computer Programming" 3, §5.2.5, for selection by digits.
 """
@@ -30,11 +30,11 @@ from fkernel.precond import AdamWState, check_covers
 from fkernel.shapes import Tensor, Tree
 
 DOMINATED = 0.5
-"""Share of the trace beyond which a set of coordinates is said to carry the kernel."""
+"""Share of the trace above which a set of coordinates dominates the kernel."""
 
 
 class Share(NamedTuple):
-    """What a set of coordinates is, and what it carries, in [0, 1] each.
+    """Size of a set of coordinates and its share of the trace, in [0, 1] each.
 
     Attributes:
         coordinates: share of all coordinates.
@@ -46,16 +46,15 @@ class Share(NamedTuple):
 
 
 class Health(NamedTuple):
-    """What a kernel's diagonal rests on.
+    """Shares of a kernel's trace by sets of coordinates.
 
     Attributes:
-        coordinates: how many there are.
+        coordinates: their number.
         unseen: those with v = 0.
-        below_eps: those with √v̂ < ε; None at step 0, where there is no v̂. Of several parameters, those at step 0 have
-            none and are not counted in it.
-        smallest: those of smallest v, as many as were asked for; of equal v at the threshold each carries their mean.
+        below_eps: those with √v̂ < ε; None at step 0, where v̂ is undefined. Parameters at step 0 are not counted.
+        smallest: the requested share with the smallest v; ties at the threshold count with their mean.
         by_parameter: {name: share of trace(K)}.
-        dominated: whether `smallest`, or, once a step was taken, `unseen`, carries more than half of the trace.
+        dominated: whether `smallest`, or, after step 0, `unseen`, has more than half of the trace.
     """
 
     coordinates: int
@@ -67,23 +66,22 @@ class Health(NamedTuple):
 
 
 def health(state: AdamWState, diagonal: Tree, squares: Tree, smallest: float = 0.01) -> Health:
-    """Tell what a kernel's diagonal rests on, and warn where that is next to nothing.
+    """Compute which coordinates a kernel's trace comes from, and warn if those with little data dominate.
 
-    Before the first step v is 0 everywhere: all coordinates are unseen and equally small, which says nothing about any
-    of them, and nothing is warned of.
+    Before the first step v is 0 everywhere and all coordinates are equal, so there is no warning.
 
     Args:
         state: AdamW's before the step.
         diagonal: P ≥ 0, {name: [*shape]}, such as `adamw_response(…).d`.
-        squares: Σ_n g_n², {name: [*shape]}, `func.squared_sum` of the sequences in question.
-        smallest: which share of the coordinates counts as the smallest; at least one coordinate does.
+        squares: Σ_n g_n², {name: [*shape]}, `func.squared_sum` of the kernel's sequences.
+        smallest: share of coordinates in the set `smallest`, at least one.
 
     Returns:
         Health; shares of a trace that is zero are zero.
 
     Raises:
         OptimizerStateError: smallest is not between 0 and a half.
-        TreeError: the trees are about other parameters.
+        TreeError: the trees are of other parameters.
         NonFiniteError: P or the squares hold NaN or infinity.
 
     Warns:
@@ -111,7 +109,7 @@ def health(state: AdamWState, diagonal: Tree, squares: Tree, smallest: float = 0
     unseen, below, under, ties = (Share(n / total, s / (whole or 1.0)) for n, s in zip(counts, sums, strict=True))
     carried = under.trace + ties.trace * (k - counts[2]) / counts[3]
     past = any(state.step.values())
-    found = Health(
+    shares = Health(
         coordinates=total,
         unseen=unseen,
         below_eps=below if past else None,
@@ -119,13 +117,13 @@ def health(state: AdamWState, diagonal: Tree, squares: Tree, smallest: float = 0
         by_parameter={name: s / (whole or 1.0) for name, s in trace.items()},
         dominated=carried > DOMINATED or (past and unseen.trace > DOMINATED),
     )
-    if found.dominated:
-        warnings.warn(_advice(found), PreconditionerWarning, stacklevel=2)
-    return found
+    if shares.dominated:
+        warnings.warn(_advice(shares), PreconditionerWarning, stacklevel=2)
+    return shares
 
 
 def _shards(state: AdamWState) -> Iterator[tuple[str, slice, Tensor]]:
-    """Walk v in pieces: (name, where in the flattened leaf, [p])."""
+    """Iterate over v in shards: (name, range of the flattened leaf, [p])."""
     for name, leaf in state.exp_avg_sq.items():
         flat = leaf.reshape(-1)
         for start in range(0, len(flat), tree.SHARD_COLUMNS):
@@ -136,7 +134,7 @@ def _shards(state: AdamWState) -> Iterator[tuple[str, slice, Tensor]]:
 def _tally(
     state: AdamWState, diagonal: Tree, squares: Tree, threshold: int
 ) -> tuple[list[int], list[float], dict[str, float]]:
-    """Count the unseen, those below ε, under the threshold and at it; add up P Σ g² of each, and of each parameter."""
+    """Count coordinates that are unseen, below ε, below the threshold, at it; sum P Σ g² of each set and parameter."""
     counts, sums, trace = [0] * 4, [0.0] * 4, dict.fromkeys(state.names, 0.0)
     for name, rows, v in _shards(state):
         carried = diagonal[name].reshape(-1)[rows].double() * squares[name].reshape(-1)[rows].double()
@@ -157,12 +155,12 @@ def _below(state: AdamWState, name: str, v: Tensor) -> Tensor:
 
 
 def _key(v: Tensor) -> Tensor:
-    """Numbers that are ordered as v ≥ 0 is, [p] int32: its bits; abs makes one of the two zeros."""
+    """Return the bits of v ≥ 0, [p] int32, in the same order; abs maps −0 to 0."""
     return v.float().abs().view(torch.int32)
 
 
 def _threshold(state: AdamWState, k: int) -> int:
-    """The key of the k-th smallest v: its upper sixteen bits first, then the lower ones among those that share them."""
+    """Return the key of the k-th smallest v: its upper sixteen bits first, then the lower ones."""
     upper = sum(torch.bincount(_key(v) >> 16, minlength=1 << 16) for _, _, v in _shards(state))
     first, before = _digit(torch.as_tensor(upper), k)
     keys = (_key(v) for _, _, v in _shards(state))
@@ -171,19 +169,19 @@ def _threshold(state: AdamWState, k: int) -> int:
 
 
 def _digit(counts: Tensor, k: int) -> tuple[int, int]:
-    """The digit of the k-th smallest, and how many have smaller ones."""
+    """Return the bin of the k-th smallest, and the count in smaller bins."""
     reached = counts.cumsum(0)
     digit = int((reached < k).sum())
     return digit, int(reached[digit] - counts[digit])
 
 
-def _advice(found: Health) -> str:
-    largest = max(found.by_parameter, key=lambda name: found.by_parameter[name])
-    small, unseen = found.smallest, found.unseen
-    below = "" if found.below_eps is None else f", and {found.below_eps.coordinates:.1%} are below ε"
+def _advice(shares: Health) -> str:
+    largest = max(shares.by_parameter, key=lambda name: shares.by_parameter[name])
+    small, unseen = shares.smallest, shares.unseen
+    below = "" if shares.below_eps is None else f", and {shares.below_eps.coordinates:.1%} are below ε"
     return (
-        f"Of {found.coordinates} coordinates, the {small.coordinates:.1%} with the smallest second moment carry "
+        f"Of {shares.coordinates} coordinates, the {small.coordinates:.1%} with the smallest second moment carry "
         f"{small.trace:.0%} of the kernel's trace; the {unseen.coordinates:.1%} that never received a gradient carry "
-        f"{unseen.trace:.0%}{below}. {largest!r} has {found.by_parameter[largest]:.0%} of it. What the kernel says is "
+        f"{unseen.trace:.0%}{below}. {largest!r} has {shares.by_parameter[largest]:.0%} of it. What the kernel says is "
         f"about them: unseen='zero' leaves out those without a gradient, precond.select whole parameters."
     )

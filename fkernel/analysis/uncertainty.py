@@ -1,7 +1,7 @@
-"""How sure an influence or a contributor's rank is, had other prompts been drawn. No gradient is computed.
+"""Uncertainty of influences and ranks under resampling of prompts. No gradient is computed.
 
-Completions of one prompt are drawn together, so prompts are the units. An influence is a sum over them, and so is the
-rank of a contributor, for it is how many others are ahead of it:
+Completions of one prompt are sampled together, so prompts are the resampling units. Influences are sums over prompts,
+and so are ranks:
 
     influence of U on e       x = Σ_g x_g,   x_g = Σ_{u in g} C_eu
     rank of u for e           x = Σ_g x_g,   x_g = #{v in g : |C_ev| > |C_eu|}
@@ -10,24 +10,23 @@ rank of a contributor, for it is how many others are ahead of it:
                  σ = √((G−1)/G Σ_g (x_(g) − x̄_(·))²) is √(G/(G−1) Σ_g (x_g − x/G)²): of G times a mean, √G times the
                  standard deviation of the x_g
     bootstrap    x* = Σ_g n*_g x_g, where prompt g is drawn n*_g times of G, with replacement; percentiles of x*.
-                 The loss's denominator stays what it was
+                 The loss's denominator is unchanged
 
 An influence's interval is x ± t σ, with Student's t of G − 1 degrees of freedom: exact where the x_g are normal. The
-bootstrap's percentiles are √((G−1)/G) narrower, and lack what t adds for a σ that is itself estimated: of normal x_g,
-those of 90% hold 50, 74 and 87 of a hundred with 2, 4 and 16 prompts.
+bootstrap's percentiles are √((G−1)/G) narrower, and lack t's correction for an estimated σ: for normal x_g, 90%
+intervals cover 50, 74 and 87 of a hundred with 2, 4 and 16 prompts.
 
-A rank's interval is of the percentiles all the same. They have that fault with few prompts, but t is no cure there: a
-rank is a small count, and near the top both hold fewer than they say, however many prompts there are. It shows how much
-a rank depends on which prompts were drawn, no more.
+A rank's interval is of percentiles nevertheless. They cover too little with few prompts, but t does not help: a rank is
+a small count, and near the top both cover too little, however many prompts there are. It only shows how much a rank
+depends on the sampled prompts.
 
-The x_g are sums under one P, which other prompts would have changed as well: where v' holds g², D falls as |g| grows,
-and g·D varies less than g. In a run's first step, errors under the step's own D are 20 times the standard deviation
-of redrawn batches. Take C under the P of `permutation_rms` (`fkernel.analysis.permutation_test`) for the width, and
-put it around the influence: with D recomputed for every redrawn batch, such intervals of 90% hold 89 to 97 of a
-hundred.
+The x_g are sums under one P, which other prompts would change as well: where v' contains g², D falls as |g| grows, and
+g·D varies less than g. In a run's first step, errors under the step's own D are 20 times the standard deviation over
+resampled batches. For the width take C under the P of `permutation_rms` (`fkernel.analysis.permutation_test`), centred
+on the influence: with D recomputed for every resampled batch, such 90% intervals cover 89 to 97 of a hundred.
 
-What is drawn is drawn once for all rows of a kernel, which may then come in blocks. Whether a contribution is more than
-chance is another question: `fkernel.analysis.permutation_test`.
+Draws are shared by all rows of a kernel, which may come in blocks. For the significance of a contribution see
+`fkernel.analysis.permutation_test`.
 
 Sources: B. Efron & R. Tibshirani, "An introduction to the bootstrap" (1993), chapters 6, 11 and 13; A. Cameron, J.
 Gelbach & D. Miller, "Bootstrap-based improvements for inference with clustered errors" (2008), for groups.
@@ -47,7 +46,7 @@ from fkernel.shapes import Tensor
 
 
 class Resamplings(NamedTuple):
-    """Prompts drawn with replacement, once for all rows of a kernel.
+    """Prompts drawn with replacement, shared by all rows of a kernel.
 
     Attributes:
         place: [n] int64, the prompt of each sequence, 0 … G−1.
@@ -64,7 +63,7 @@ class Resamplings(NamedTuple):
 
 
 class Interval(NamedTuple):
-    """An estimate and how sure it is, [r] each.
+    """An estimate with its interval, [r] each.
 
     Attributes:
         estimate: x.
@@ -83,7 +82,7 @@ class Ranks(NamedTuple):
     """Ranks of contributors to the whole of E, 0 is the largest; [n_U] float64 each.
 
     Attributes:
-        estimate: how many are ahead.
+        estimate: number of larger contributors.
         low: lower end, of the bootstrap's percentiles.
         high: upper end.
     """
@@ -98,7 +97,7 @@ def resamplings(groups: Tensor, draws: int = 1000, seed: int = 0) -> Resamplings
 
     Args:
         groups: [n] int64, which prompt each sequence belongs to.
-        draws: how often.
+        draws: number of resamplings.
         seed: of the draws.
 
     Returns:
@@ -108,8 +107,8 @@ def resamplings(groups: Tensor, draws: int = 1000, seed: int = 0) -> Resamplings
         BatchError: no sequences, or no draws.
 
     Example:
-        >>> found = resamplings(torch.tensor([7, 7, 3]), draws=2)
-        >>> found.place, found.counts.sum(1)
+        >>> drawn = resamplings(torch.tensor([7, 7, 3]), draws=2)
+        >>> drawn.place, drawn.counts.sum(1)
         (tensor([1, 1, 0]), tensor([2., 2.], dtype=torch.float64))
     """
     place, G = places(groups, draws)
@@ -118,7 +117,7 @@ def resamplings(groups: Tensor, draws: int = 1000, seed: int = 0) -> Resamplings
 
 
 def places(groups: Tensor, draws: int) -> tuple[Tensor, int]:
-    """Number prompts from 0: ([n] int64, how many); raise BatchError where there is nothing to draw."""
+    """Number prompts from 0: ([n] int64, G); raise BatchError where there is nothing to draw."""
     if groups.ndim != 1 or not len(groups) or draws < 1:
         raise BatchError(
             f"groups has shape {list(groups.shape)} and there are to be {draws} draws; expected [n], one prompt's "
@@ -129,13 +128,13 @@ def places(groups: Tensor, draws: int) -> tuple[Tensor, int]:
 
 
 def group_sums(x: Tensor, place: Tensor, prompts: int) -> Tensor:
-    """Add the columns of each prompt up.
+    """Sum the columns of each prompt.
 
     x_rg = Σ_{u in g} x_ru
 
     Args:
         x: [r n].
-        place: [n] int64, the prompt of each column, such as `Resamplings.place`, or that of some of the sequences.
+        place: [n] int64, the prompt of each column, such as `Resamplings.place` or part of it.
         prompts: G.
 
     Returns:
@@ -153,20 +152,20 @@ def group_sums(x: Tensor, place: Tensor, prompts: int) -> Tensor:
 
 
 def influence_interval(C: Tensor, draws: Resamplings, coverage: float = 0.9) -> Interval:
-    """Estimate how sure influences are, by prompts of U.
+    """Compute intervals of influences, resampling prompts of U.
 
     Σ_u C_eu ± t σ_e,  P(|T| ≤ t) = coverage of Student's T with G − 1 degrees of freedom
 
     Args:
         C: [r n_U] contributions to some rows of E, nats.
-        draws: of U's prompts, of which only their numbers count.
+        draws: of U's prompts; only `place` is used.
         coverage: of the interval, in (0, 1).
 
     Returns:
         Interval, [r] each, nats; the same in blocks of rows as in one.
 
     Raises:
-        BatchError: fewer than two prompts, or shapes or coverage that are none.
+        BatchError: fewer than two prompts, or invalid shapes or coverage.
         NonFiniteError: a contribution is not finite; it names the row.
 
     Example:
@@ -202,7 +201,7 @@ def student_quantile(coverage: float, freedom: int) -> float:
     Source: M. Abramowitz & I. Stegun, "Handbook of mathematical functions" (1964), 26.7.3 and 26.7.4.
     """
     low, high = 0.0, math.pi / 2
-    while low < (middle := (low + high) / 2) < high:  # the chance rises with θ; halved until nothing lies between
+    while low < (middle := (low + high) / 2) < high:  # bisection: the probability increases with θ
         low, high = (middle, high) if _student_chance(middle, freedom) < coverage else (low, middle)
     return math.sqrt(freedom) * math.tan(low)
 
@@ -220,16 +219,15 @@ def _student_chance(theta: float, freedom: int) -> float:
 
 
 def rank_interval(C: Tensor, draws: Resamplings, top: int = 10, coverage: float = 0.9) -> tuple[Tensor, Interval]:
-    """Estimate how sure the ranks of the largest contributors to each row are, by prompts of U.
+    """Compute intervals of the ranks of the largest contributors to each row, resampling prompts of U.
 
-    #{v : |C_ev| > |C_eu|}: how many would be ahead of u, had the other prompts been drawn anew. The largest has none
-    ahead in any redrawn batch, since a bootstrap draws no new ones: whether it is more than chance is what
-    `significance` tells.
+    #{v : |C_ev| > |C_eu|}: the number of contributors ahead of u, with other prompts resampled. The largest has rank 0
+    in every resampling, since a bootstrap draws no new prompts; see `significance` for a test.
 
     Args:
         C: [r n_U] contributions, nats.
         draws: of U's prompts.
-        top: how many contributors, those of largest |C|.
+        top: number of contributors with the largest |C|.
         coverage: of the interval.
 
     Returns:
@@ -247,7 +245,7 @@ def rank_interval(C: Tensor, draws: Resamplings, top: int = 10, coverage: float 
     check_kernel(C, draws.place)
     size = C.double().abs()
     columns = size.sort(dim=1, descending=True, stable=True).indices[:, : max(1, top)]
-    # One contributor of each row at a time: [r n_U] beside [draws r], and never all of it.
+    # One contributor of each row at a time: [r n_U] and [draws r] in memory.
     each = [
         _bootstrapped(group_sums(size > size.gather(1, own[:, None]), draws.place, draws.prompts), draws, coverage)
         for own in columns.T
@@ -256,9 +254,9 @@ def rank_interval(C: Tensor, draws: Resamplings, top: int = 10, coverage: float 
 
 
 def total_ranks(sums: Tensor, draws: Resamplings, coverage: float = 0.9) -> Ranks:
-    """Estimate how sure the ranks of contributors to the whole of E are, by prompts of E.
+    """Compute intervals of the ranks of contributors to the whole of E, resampling prompts of E.
 
-    The rank of |Σ_e C_eu|, had other prompts been evaluated. `sums` may be added up from blocks of rows:
+    The rank of |Σ_e C_eu|. `sums` may be accumulated over blocks of rows:
     `sums + group_sums(C.T, draws.place[rows], draws.prompts)`.
 
     Args:
@@ -295,14 +293,14 @@ def _jackknife(sums: Tensor) -> Tensor:
 
 
 def _ranks(x: Tensor) -> Tensor:
-    """How many of a row are larger, [r n] float64."""
+    """Count the larger entries of the same row, [r n] float64."""
     size = x.abs()
     ahead = size.shape[1] - torch.searchsorted(size.sort(1).values, size, right=True)
     return ahead.double()
 
 
 def _percentiles(drawn: Tensor, coverage: float) -> tuple[Tensor, Tensor]:
-    """The middle of [draws r], between its order statistics linearly; torch's own quantile takes 16 million at most."""
+    """Central interval of [draws r], by linear interpolation; torch.quantile takes at most 16 million numbers."""
     ordered = drawn.sort(0).values
     last, tail = len(ordered) - 1, (1 - coverage) / 2
 

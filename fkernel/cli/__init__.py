@@ -1,7 +1,7 @@
-"""The command line: parse, delegate, and say in one line what the user can mend.
+"""The command line.
 
-Exit codes: 0 done; 2 the user's mistake; 1 ours, a demo whose prediction missed its bounds, or a memory grant that
-nothing fits; 130 stopped by Ctrl-C, and the same command goes on from what is complete.
+Exit codes: 0 done; 2 a user error; 1 a failed demo or one whose prediction missed its bounds, or a memory limit that no
+strategy fits; 130 stopped by Ctrl-C, and the same command resumes.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ app = typer.Typer(
 )
 
 BOUNDS = {"predicted": 0.002}
-"""Largest relative error of the demo's prediction, against the step really taken."""
+"""Largest relative error of the demo's prediction of the realised change."""
 
 
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Directory for the results and the pictures.")] = Path("demo-out"),
     cache: Annotated[
-        Path | None, typer.Option(help="Where policies are kept (default: $FKERNEL_CACHE or ~/.cache/fkernel).")
+        Path | None, typer.Option(help="Cache of policies (default: $FKERNEL_CACHE or ~/.cache/fkernel).")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the policy, its training and its sampling.")] = 0,
     rows: Annotated[int, typer.Option(help="Sequences to show in the table.")] = 10,
@@ -65,13 +65,13 @@ def estimate(
     dtype: Annotated[str, typer.Option(help="The parameters' dtype: float32 or float64.")] = "float32",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Predict memory, disk and time of a kernel, without loading any weights; or of what `fkernel run PLAN` executes.
+    """Predict memory, disk and time of a kernel, without loading any weights; or of `fkernel run PLAN`.
 
     Example: fkernel estimate path/to/model --n-u 32 --n-e 16 --tokens 128 --memory 8GiB
 
     Example: fkernel estimate study.yaml --memory 8GiB
 
-    Of a plan the weights are loaded, and the options that describe a kernel mean nothing.
+    For a plan the weights are loaded, and the options that describe a kernel are ignored.
     """
     with exit_on_error():
         if Path(model).is_file():
@@ -88,7 +88,7 @@ def sample(
     rows: Annotated[int, typer.Option(help="Sequences to show in the table.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="Print the batch's diagnostics as JSON.")] = False,
 ) -> None:
-    """Draw one batch of a checkpoint, score it, and save it to a directory.
+    """Sample one batch from a checkpoint, score it, and save it to a directory.
 
     Example: fkernel sample update.yaml
     """
@@ -97,7 +97,7 @@ def sample(
 
 
 def _demo(out: Path, cache: Path | None, seed: int, rows: int) -> list[str]:
-    """Prepare the policy, run the plan that the package ships, and tell which bounds the prediction missed."""
+    """Prepare the policy and run the package's plan; returns the bounds that the prediction missed."""
     with importing():
         from fkernel.demo import demo_plan, prepare, seeded, visible
 
@@ -109,9 +109,9 @@ def _demo(out: Path, cache: Path | None, seed: int, rows: int) -> list[str]:
     study.show_results(results, rows, "probes")
     study.say_step(results)
     console.print(f"Wrote {out}. More: fkernel show {out}", highlight=False, soft_wrap=True)
-    missed, found = [], results["held_out"].calibration
+    missed, calibration = [], results["held_out"].calibration
     for name, bound in BOUNDS.items():
-        value = found[name]
+        value = calibration[name]
         if value.pearson < 0.9999 or abs(value.slope - 1) > 0.02 or value.relative_error > bound:
             missed.append(f"{name} {value}, bounds r ≥ 0.9999, slope 1 ± 0.02, relative error ≤ {bound}")
     return missed
@@ -137,7 +137,7 @@ def _sample(path: Path, rows: int, as_json: bool) -> None:
 def _estimate(
     model: str, n_u: int, n_e: int, tokens: int, memory: str | None, store: bool, dtype: str, as_json: bool
 ) -> bool:
-    """Print an estimate; tell whether anything is feasible."""
+    """Print an estimate; returns whether any strategy is feasible."""
     from fkernel.errors import BatchError, ModelError
 
     for option, given, least in (("--n-u", n_u, 1), ("--n-e", n_e, 1), ("--tokens", tokens, 2)):
@@ -151,14 +151,14 @@ def _estimate(
         from fkernel import report
         from fkernel.checkpoint import estimate_model
 
-        found = estimate_model(model, n_u, n_e, tokens, memory=memory, store=store, dtype=getattr(torch, dtype))
+        prediction = estimate_model(model, n_u, n_e, tokens, memory=memory, store=store, dtype=getattr(torch, dtype))
     if as_json:
-        typer.echo(json.dumps(report.estimate_record(found), indent=1))
+        typer.echo(json.dumps(report.estimate_record(prediction), indent=1))
     else:
         console = wide(100)
-        console.print(report.estimate_table(found))
-        if found.chosen:
-            console.print(report.estimate_line(found), highlight=False, soft_wrap=True)
-    if not found.chosen:
-        print_error(report.estimate_line(found))
-    return found.chosen is not None
+        console.print(report.estimate_table(prediction))
+        if prediction.chosen:
+            console.print(report.estimate_line(prediction), highlight=False, soft_wrap=True)
+    if not prediction.chosen:
+        print_error(report.estimate_line(prediction))
+    return prediction.chosen is not None

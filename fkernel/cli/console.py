@@ -1,4 +1,4 @@
-"""How the commands speak: mistakes in one line, exit codes, bars that draw where a person looks."""
+"""Error messages, exit codes, progress bars and consoles of the commands."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from rich.console import Console
 
 @contextmanager
 def exit_on_error() -> Iterator[None]:
-    """Say a mistake in one line, and exit: 2 where the user can mend it, 1 where it is ours, 130 after Ctrl-C."""
-    from fkernel.errors import DemoError, FKernelError  # here, so that --help does not wait for torch
+    """Print an error in one line and exit: 2 for user errors, 1 for a failed demo, 130 after Ctrl-C."""
+    from fkernel.errors import DemoError, FKernelError  # imported here to keep --help fast
 
     try:
         yield
@@ -29,19 +29,19 @@ def exit_on_error() -> Iterator[None]:
 
 
 def print_error(text: str) -> None:
-    """Say what is wrong on stderr."""
+    """Print an error message to stderr."""
     Console(stderr=True).print(f"fkernel: {text}", style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 def wide(least: int) -> Console:
-    """A console for tables: as wide as the terminal, or as a table needs where the output is a file."""
+    """A console for tables: as wide as the terminal; at least `least` where the output is a file."""
     console = Console()
     return console if console.width >= least or console.is_terminal else Console(width=least)
 
 
 @contextmanager
 def progress_and_log(level: str) -> Iterator[Callable[[str, int, int], Any]]:
-    """Show what a runner does: its log on stderr at a level, and a bar for what it counts."""
+    """Show a runner's log on stderr at a level, and a progress bar per phase."""
     from rich.logging import RichHandler
 
     from fkernel.demo import visible
@@ -55,15 +55,15 @@ def progress_and_log(level: str) -> Iterator[Callable[[str, int, int], Any]]:
     handler.setLevel(LEVELS[level])
     logger.addHandler(handler)
     logger.setLevel(min(LEVELS[level], logging.INFO))
-    shown, heard = warnings.showwarning, set[str]()
+    showwarning, logged = warnings.showwarning, set[str]()
 
-    def show(message: Warning | str, *where: Any, **more: Any) -> None:
-        """Say a warning once, as a line of the log: where in the library it was raised helps nobody here."""
-        if str(message) not in heard:
-            heard.add(str(message))
+    def log_once(message: Warning | str, *where: Any, **more: Any) -> None:
+        """Log a warning once, without its source line."""
+        if str(message) not in logged:
+            logged.add(str(message))
             logger.warning("%s", message)
 
-    warnings.showwarning = show
+    warnings.showwarning = log_once
     try:
         with visible(console) as progress:
             bars: dict[str, Any] = {}
@@ -75,10 +75,10 @@ def progress_and_log(level: str) -> Iterator[Callable[[str, int, int], Any]]:
 
             yield on_progress
     finally:
-        warnings.showwarning = shown
+        warnings.showwarning = showwarning
         logger.removeHandler(handler)
 
 
 def importing() -> Any:
-    """Say that the slow imports are under way."""
+    """Show a status line during slow imports."""
     return Console(stderr=True, quiet=not sys.stderr.isatty()).status("importing torch and transformers")

@@ -1,4 +1,4 @@
-"""`fkernel run | query | influence | show | plan`: a study from the shell."""
+"""Commands of studies: `fkernel run | query | influence | show | plan`."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Directory for the results, instead of the plan's.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace results that another plan left there.")] = False,
     rows: Annotated[int, typer.Option(help="Sequences to show of each request.")] = 5,
-    log: Annotated[str, typer.Option(help="What to say meanwhile: minimal, normal, detailed or debug.")] = "normal",
+    log: Annotated[str, typer.Option(help="Log level: minimal, normal, detailed or debug.")] = "normal",
     as_json: AsJson = False,
 ) -> None:
-    """Compute what a plan asks for, and save it.
+    """Run a plan and save its results.
 
     Example: fkernel run study.yaml
 
-    A run that is stopped goes on where it was when the same command is given again.
+    After an interruption the same command resumes the run.
     """
     with exit_on_error():
         with importing():
             from fkernel.study import FisherKernelPlan, read_plan
-        spec = read_plan(plan, FisherKernelPlan)
+        loaded = read_plan(plan, FisherKernelPlan)
         if out is not None:
-            spec = spec.model_copy(update={"out": str(out)})
-        results = execute(spec, overwrite, log)
+            loaded = loaded.model_copy(update={"out": str(out)})
+        results = execute(loaded, overwrite, log)
         if as_json:
-            typer.echo(json.dumps(summary(results, spec.out), indent=1))
+            typer.echo(json.dumps(summary(results, loaded.out), indent=1))
         else:
             show_results(results, rows)
-            Console().print(f"Wrote {spec.out}", highlight=False, soft_wrap=True)
+            Console().print(f"Wrote {loaded.out}", highlight=False, soft_wrap=True)
 
 
 def execute(plan: Any, overwrite: bool, log: str) -> Any:
-    """Run a plan and write everything that it makes."""
+    """Run a plan; write its results, log, batches and pictures."""
     from fkernel import report
     from fkernel.study import FisherKernelRunner, check_out, recorded
 
@@ -69,7 +69,7 @@ def execute(plan: Any, overwrite: bool, log: str) -> Any:
 
 
 def _remove_pictures(out: Path) -> None:
-    """Remove the pictures of the results that are about to be replaced, and no others."""
+    """Remove the pictures of the results that will be replaced, and no other files."""
     try:
         names = [*json.loads((out / "results.json").read_text(encoding="utf-8"))["requests"], "update"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -81,7 +81,7 @@ def _remove_pictures(out: Path) -> None:
 
 
 def say_forecast(path: Path, memory: str | None, as_json: bool) -> None:
-    """Print what a run of a plan will take; `memory` instead of the plan's own grant."""
+    """Print the forecast of a plan; `memory` replaces the plan's limit."""
     with importing():
         from fkernel import report
         from fkernel.study import FisherKernelPlan, check_inputs, forecast, read_plan
@@ -91,20 +91,20 @@ def say_forecast(path: Path, memory: str | None, as_json: bool) -> None:
         plan = plan.model_copy(update={"numerics": numerics})
     check_inputs(plan)
     with Console(stderr=True).status("counting what the run does, and measuring this machine once"):
-        forecasted = forecast(plan)
+        prediction = forecast(plan)
     if as_json:
-        typer.echo(json.dumps(report.forecast_record(forecasted), indent=1))
+        typer.echo(json.dumps(report.forecast_record(prediction), indent=1))
         return
     console = wide(100)
-    console.print(report.forecast_table(forecasted))
-    for line in report.forecast_lines(forecasted):
+    console.print(report.forecast_table(prediction))
+    for line in report.forecast_lines(prediction):
         console.print(line, highlight=False, soft_wrap=True)
 
 
 def query(
     workspace: Workspace,
     one: Annotated[str, typer.Argument(help="Id of a sequence of U, or of a batch given with --batch.")],
-    other: Annotated[str, typer.Argument(help="The same; where it is U's, its contribution is told.")],
+    other: Annotated[str, typer.Argument(help="The same; its contribution is printed where it is of U.")],
     batch: Annotated[
         list[Path] | None, typer.Option(help="Saved batches to look ids up in, beside U; NAME/ID is of one of them.")
     ] = None,
@@ -113,7 +113,7 @@ def query(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Tell the kernel's entry of any two sequences.
+    """Print the kernel's entry of any two sequences.
 
     Example: fkernel query study/workspace U-000-01 U-003-00
     """
@@ -129,45 +129,46 @@ def query(
         if as_json:
             typer.echo(json.dumps(asdict(entry), indent=1))
             return
-        print_ = Console(highlight=False).print
-        print_(f"K({entry.row}, {entry.column}) = {entry.kernel:.6g}    cosine {entry.cosine:+.4f}", soft_wrap=True)
+        console = Console(highlight=False, soft_wrap=True)
+        console.print(f"K({entry.row}, {entry.column}) = {entry.kernel:.6g}    cosine {entry.cosine:+.4f}")
         if entry.contribution is not None:
             unit = "nats" if opened.spec["preconditioner"]["calibrated"] else "(bare)"
-            print_(f"{entry.column} moves {entry.row} by {entry.contribution:+.6g} {unit}", soft_wrap=True)
+            console.print(f"{entry.column} moves {entry.row} by {entry.contribution:+.6g} {unit}")
 
 
 def _cache(workspace: Any, name: str, batches: list[Path], plan: Path | None, place: Path) -> Any:
-    """Find a sequence's gradient: U's is read, another's is computed by the plan's checkpoint."""
+    """A sequence's gradient: of U it is read, else it is computed with the plan's checkpoint."""
     from fkernel.errors import PlanError
     from fkernel.rollout import load_batch
     from fkernel.study import FisherKernelPlan, FisherKernelRunner, check_saved_batch, read_plan
 
     folder, _, own = name.rpartition("/")
     loaded = [(path, load_batch(path)) for path in batches if folder in ("", path.resolve().name)]
-    found = [(path, batch) for path, batch in loaded if own in batch.ids]
+    matches = [(path, batch) for path, batch in loaded if own in batch.ids]
     of_U = not folder and own in workspace.index
-    meant = [batch.by_id(own).content_hash for batch in ([workspace.batch] if of_U else []) + [b for _, b in found]]
-    if len({*meant}) > 1:
+    candidates = [workspace.batch] * of_U + [batch for _, batch in matches]
+    contents = {batch.by_id(own).content_hash for batch in candidates}
+    if len(contents) > 1:
         raise PlanError(
-            f"{own!r} is the id of {len({*meant})} different sequences, of U or of the batches that are given; say "
+            f"{own!r} is the id of {len(contents)} different sequences, of U or of the batches that are given; say "
             f"which one: NAME/{own}, where NAME is the batch's folder, or leave its --batch out for U's."
         )
     if of_U:
         return workspace.cache(own)
-    if not found:
-        workspace.batch.by_id(name)
-    check_saved_batch(*found[0])
+    if not matches:
+        workspace.batch.by_id(name)  # raises, and lists similar ids
+    check_saved_batch(*matches[0])
     where = plan or place.parent / "plan.json"
     if not where.is_file():
         raise PlanError(f"{name} is outside of U, so its gradient needs the checkpoint; say --plan OUT/plan.json.")
     runner = FisherKernelRunner(read_plan(where, FisherKernelPlan))
     runner.adopt(workspace)
-    return runner.external(found[0][1].clone_with_subset([own]), name=name)
+    return runner.external(matches[0][1].clone_with_subset([own]), name=name)
 
 
 def influence(
     workspace: Workspace,
-    ids: Annotated[list[str] | None, typer.Option("--id", help="Sequences of U to tell of; * stands for any.")] = None,
+    ids: Annotated[list[str] | None, typer.Option("--id", help="Sequences of U to show; * matches any.")] = None,
     advantages: Annotated[
         str | None, typer.Option(help="Another advantage rule: group_mean, grpo, rloo, raw or module.function.")
     ] = None,
@@ -175,7 +176,7 @@ def influence(
     rows: Annotated[int, typer.Option(help="Sequences to show, largest first.")] = 20,
     as_json: AsJson = False,
 ) -> None:
-    """Tell what U's step does to U's own sequences, also under other advantages; no gradient is computed.
+    """Print what U's step does to U's own sequences, also under other advantages; no gradient is computed.
 
     Example: fkernel influence study/workspace --advantages rloo --set U-003-01=0
     """
@@ -184,27 +185,27 @@ def influence(
             from fkernel import report
             from fkernel.study import influence_of, load_workspace
         with load_workspace(workspace) as opened:
-            chosen = opened.advantages_of(advantages, _changes(change or []))
-            found = influence_of(opened, tuple(ids) if ids else None, chosen)
-            before = influence_of(opened, tuple(ids) if ids else None)
+            patterns = tuple(ids) if ids else None
+            after = influence_of(opened, patterns, opened.advantages_of(advantages, _changes(change or [])))
+            before = influence_of(opened, patterns)
             batch, calibrated = opened.batch, opened.spec["preconditioner"]["calibrated"]
         if as_json:
-            typer.echo(json.dumps(found, indent=1))
+            typer.echo(json.dumps(after, indent=1))
         else:
-            wide(100).print(report.influence_table(batch, before, found, rows, "nats" if calibrated else "bare"))
+            wide(100).print(report.influence_table(batch, before, after, rows, "nats" if calibrated else "bare"))
 
 
 def _changes(given: list[str]) -> dict[str, float]:
     from fkernel.errors import PlanError
 
-    found = {}
+    changes = {}
     for text in given:
         name, _, value = text.partition("=")
         try:
-            found[name] = float(value)
+            changes[name] = float(value)
         except ValueError:
             raise PlanError(f"--set {text}: expected ID=NUMBER, such as U-003-01=0.5.") from None
-    return found
+    return changes
 
 
 def show(
@@ -221,13 +222,13 @@ def show(
     with exit_on_error():
         with importing():
             from fkernel.study import FisherKernelResults
-        found = FisherKernelResults.load(results)
+        loaded = FisherKernelResults.load(results)
         if netcdf is not None:
-            found.to_netcdf(netcdf, request)
+            loaded.to_netcdf(netcdf, request)
         if as_json:
-            typer.echo(json.dumps(summary(found, str(results), request), indent=1))
+            typer.echo(json.dumps(summary(loaded, str(results), request), indent=1))
         else:
-            show_results(found, rows, request)
+            show_results(loaded, rows, request)
 
 
 def show_results(results: Any, rows: int, request: str | None = None) -> None:
@@ -246,7 +247,7 @@ def show_results(results: Any, rows: int, request: str | None = None) -> None:
 
 
 def say_step(results: Any) -> None:
-    """Print what is known of the step and of U."""
+    """Print the facts of the step and of U."""
     from fkernel import report
 
     for line in report.study_lines(results):
@@ -256,7 +257,7 @@ def say_step(results: Any) -> None:
 
 
 def summary(results: Any, out: str, request: str | None = None) -> dict[str, Any]:
-    """Return what a program would ask first."""
+    """The main results as JSON."""
     chosen = results.requests if request is None else {request: results[request]}
     return {
         "out": out,
@@ -267,7 +268,7 @@ def summary(results: Any, out: str, request: str | None = None) -> dict[str, Any
                 "sequences": len(result.evaluation),
                 "calibration": {key: value._asdict() for key, value in result.calibration.items()},
                 "realised_on": result.facts.get("realised_on"),
-                "analyses": {key: finding.facts for key, finding in result.analyses.items()},
+                "analyses": {key: analysis.facts for key, analysis in result.analyses.items()},
                 "evaluation": [
                     {
                         "id": info.id,
@@ -285,7 +286,7 @@ def summary(results: Any, out: str, request: str | None = None) -> dict[str, Any
 
 @plan_app.command()
 def init(path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("study.yaml")) -> None:
-    """Write a plan to begin with.
+    """Write a template plan.
 
     Example: fkernel plan init study.yaml
     """
@@ -316,8 +317,10 @@ def check(
         if as_json:
             typer.echo(json.dumps(plan.record(), indent=1))
             return
-        spec = ", ".join(f"{request.name} ({request.kind})" for request in plan.requests) or "none"
-        Console().print(f"{path} is a plan (hash {plan.hash[:12]}). Requests: {spec}.", highlight=False, soft_wrap=True)
+        requests = ", ".join(f"{request.name} ({request.kind})" for request in plan.requests) or "none"
+        Console().print(
+            f"{path} is a plan (hash {plan.hash[:12]}). Requests: {requests}.", highlight=False, soft_wrap=True
+        )
 
 
 @plan_app.command()

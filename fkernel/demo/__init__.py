@@ -1,7 +1,6 @@
-"""The demo's policy: a small real model, trained here, and real REINFORCE steps whose last one is kept.
+"""The demo: a small model, trained here, and REINFORCE steps whose last one is saved and explained.
 
-Nothing in this room knows the engine: the policy is trained, and its steps are taken, with torch and transformers
-alone, on batches that `fkernel.rollout` samples.
+Training does not use the engine: only torch and transformers, on batches that `fkernel.rollout` samples.
 """
 
 from fkernel.demo.cache import DemoConfig, cache_key, default_cache_root, prepare, seeded

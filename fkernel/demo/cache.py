@@ -1,10 +1,10 @@
-"""The prepared policy, made once: a directory named by everything that determines what is in it.
+"""The cache of prepared policies: a directory named by a hash of everything that determines its contents.
 
 <root>/<key>/
   model/            the policy before the last step: config, safetensors, tokenizer
   optimizer.pt      AdamW's state_dict before the last step, parameter names recorded
   update/           U: the last step's batch, with advantages and loss weights (`fkernel.rollout.load_batch`)
-  train.jsonl       the problems that were trained on, one a line; test.jsonl those that were held out
+  train.jsonl       the training problems, one per line; test.jsonl the held-out ones
   after/model/      the policy after the last step
   step.json         the numbers of the run
   complete.json     sizes of all other files; written last
@@ -31,7 +31,7 @@ from fkernel.io import atomic_directory, default_cache_root, hash_json
 from fkernel.rollout import SampleGenerator, Sampling
 
 COMPLETE = "complete.json"
-# Rooms and modules whose text decides nothing of what lands on disk; that of all others does.
+# Source files that do not affect the contents; all others are in the key.
 AFTERWARDS = {"__init__.py", "analysis", "cli", "engine", "precond", "report", "study"}
 BESIDE = {"demo/explain.py", "demo/progress.py"}
 PACKAGES = ("torch", "transformers", "tokenizers")
@@ -46,9 +46,8 @@ class DemoConfig:
         policy: the model.
         supervision: its training.
         reinforce: the RL steps.
-        threads: torch threads that everything here runs on. One: tensors this small gain little from two, two
-            on a machine that is busy with something else run ten times slower than one, and the sums do not
-            depend on how many cores the machine has.
+        threads: torch threads. One, since tensors this small gain little from two, which are ten times slower on a
+            busy machine, and so that sums do not depend on the number of cores.
     """
 
     task: TaskConfig = field(default_factory=TaskConfig)
@@ -66,12 +65,12 @@ def seeded(seed: int) -> DemoConfig:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that decide what is computed."""
+    """Versions of the packages that determine the contents."""
     return {name: metadata.version(name) for name in PACKAGES}
 
 
 def sources() -> dict[str, str]:
-    """Text of the modules that decide what is computed, by their place in the package."""
+    """Source text of the modules that determine the contents, by path in the package."""
     package = Path(__file__).parents[1]
     files = [path.relative_to(package) for path in package.rglob("*.py")]
     kept = [path for path in files if path.parts[0] not in AFTERWARDS and path.as_posix() not in BESIDE]
@@ -79,13 +78,12 @@ def sources() -> dict[str, str]:
 
 
 def cache_key(config: DemoConfig) -> str:
-    """SHA-256 over all configurations, the text of the making modules and the packages' versions, in hex."""
-    determined_by = {"config": asdict(config), "sources": sources(), "versions": versions()}
-    return hash_json(determined_by)
+    """SHA-256 over the configuration, source text and packages' versions, in hex."""
+    return hash_json({"config": asdict(config), "sources": sources(), "versions": versions()})
 
 
 def is_complete(directory: Path) -> bool:
-    """Whether a prepared directory holds every file that its maker wrote, at its size."""
+    """Whether a prepared directory has all files of `COMPLETE`, with their sizes."""
     try:
         sizes: dict[str, int] = json.loads((directory / COMPLETE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -94,15 +92,14 @@ def is_complete(directory: Path) -> bool:
 
 
 def prepare(config: DemoConfig, cache_root: Path | None = None, progress: Progress | None = None) -> Path:
-    """Train the policy, take the RL steps and keep the last one; at once where that was done before.
+    """Train the policy, take the RL steps and save the last one; or return the cached directory.
 
-    The work happens in a sibling directory that is renamed when it is complete: a run that is killed leaves
-    nothing that a later run could take for a result.
+    Files are written to a temporary sibling directory that is renamed when it is complete.
 
     Args:
-        config: what to make.
-        cache_root: where prepared directories live; `default_cache_root` if None.
-        progress: where to draw; nothing is drawn without it.
+        config: the configuration.
+        cache_root: parent of prepared directories; `default_cache_root` if None.
+        progress: progress bars; None for none.
 
     Returns:
         The prepared directory (its files are listed at the top of this module).
@@ -120,9 +117,9 @@ def prepare(config: DemoConfig, cache_root: Path | None = None, progress: Progre
         with atomic_directory(final) as work:
             with _threads(config.threads):
                 _make(config, work, key, progress)
-            if final.exists() and not is_complete(final):  # a damaged one
+            if final.exists() and not is_complete(final):  # damaged
                 shutil.rmtree(final)
-    except OSError:  # another process may have made it meanwhile: its directory stays
+    except OSError:  # another process may have completed it meanwhile
         if not is_complete(final):
             raise
     return final
@@ -130,7 +127,7 @@ def prepare(config: DemoConfig, cache_root: Path | None = None, progress: Progre
 
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """Run the block on ``count`` torch threads, then on as many as before."""
+    """Run the block on ``count`` torch threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -140,7 +137,7 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def _make(config: DemoConfig, directory: Path, key: str, progress: Progress | None) -> None:
-    """Do all the work in ``directory``, whose `COMPLETE` file comes last."""
+    """Write all files of ``directory``, `COMPLETE` last."""
     prompts, tokenizer = splits(config.task), build_tokenizer()
     sampling = Sampling(config.reinforce.temperature, max_new_tokens=config.reinforce.max_new_tokens)
     model = build_model(config.policy, tokenizer)

@@ -1,4 +1,4 @@
-"""From the prepared directory to the plan that explains its last step."""
+"""The plan that explains the demo's last step."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from fkernel.study import FisherKernelPlan
 
 
 def demo_plan(directory: Path, out: Path, seed: int = 0) -> FisherKernelPlan:
-    """Fill in the plan that the package ships, `fkernel/demo/plan.yaml`.
+    """Fill in the package's plan, `fkernel/demo/plan.yaml`.
 
     Args:
         directory: what `prepare` returned.
-        out: where results go.
-        seed: of what is sampled.
+        out: directory of the results.
+        seed: for sampling.
     """
     template = yaml.safe_load((resources.files("fkernel.demo") / "plan.yaml").read_text(encoding="utf-8"))
     filled = _filled(template, {"policy": str(directory), "out": str(out)})
@@ -26,7 +26,7 @@ def demo_plan(directory: Path, out: Path, seed: int = 0) -> FisherKernelPlan:
 
 
 def _filled(value: Any, places: dict[str, str]) -> Any:
-    """Put paths into the texts of a plan; after it was read, for a path may hold what YAML would take for its own."""
+    """Substitute paths in a parsed plan; not in its YAML, whose syntax a path may contain."""
     match value:
         case dict():
             return {key: _filled(inner, places) for key, inner in value.items()}

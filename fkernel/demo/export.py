@@ -1,4 +1,4 @@
-"""What the demo writes for the study: checkpoints, problems as prompt files, the last step's batch."""
+"""Write the demo's checkpoints, prompt files and the last step's batch."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -15,12 +15,12 @@ from fkernel.rollout import GeneratedBatch, SampleGenerator, TablePrompts, save_
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file; NaN and infinity are errors, since JSON has no such numbers."""
+    """Write a JSON file; NaN and infinity are errors."""
     path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def write_prompts(directory: Path, prompts: Mapping[str, TablePrompts]) -> None:
-    """Write ``<split>.jsonl``, one problem a line, as `fkernel.rollout.jsonl` reads them."""
+    """Write ``<split>.jsonl``, one problem per line, as `fkernel.rollout.jsonl` reads them."""
     for split, source in prompts.items():
         lines = (json.dumps({"question": prompt.question, "answer": prompt.answer}) for prompt in source)
         (directory / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -36,13 +36,13 @@ def write_model(directory: Path, policy: SampleGenerator) -> None:
 def write_before_step(
     directory: Path, policy: SampleGenerator, optimizer: torch.optim.Optimizer, update: GeneratedBatch
 ) -> None:
-    """Write ``model/``, ``optimizer.pt`` and ``update/``: all that the coming step is made of.
+    """Write ``model/``, ``optimizer.pt`` and ``update/``: the inputs of the next step.
 
     Args:
-        directory: where; exists.
+        directory: an existing one.
         policy: the policy before the step.
         optimizer: its optimizer before the step.
-        update: the step's batch; it is saved as one of the checkpoint that stands beside it.
+        update: the step's batch; it is saved with the checkpoint's fingerprint.
     """
     write_model(directory / "model", policy)
     torch.save(optimizer.state_dict(), directory / "optimizer.pt")
@@ -52,7 +52,7 @@ def write_before_step(
 
 @contextmanager
 def _without_transformers_bars() -> Iterator[None]:
-    """Keep the library's own bars from drawing into ours; as it was before afterwards."""
+    """Disable transformers' progress bars in the block."""
     enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

@@ -1,7 +1,6 @@
-"""The policy: a small Qwen2, trained by supervision until it is right about as often as it is wrong.
+"""The policy: a small Qwen2, trained by supervision until about half of its answers are right.
 
-Training stops by ACCURACY, not by steps: REINFORCE learns from groups in which some completions are right and
-some wrong, and a policy that is always right (or never) has none.
+Training stops by accuracy, not by steps: REINFORCE learns from groups with both right and wrong completions.
 """
 
 import math
@@ -21,7 +20,7 @@ from fkernel.errors import DemoError
 from fkernel.func import pad
 from fkernel.rollout import SampleGenerator, TablePrompts
 
-IGNORED = -100  # cross_entropy's own mark for positions without a target
+IGNORED = -100  # cross_entropy's ignore_index
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class SupervisionConfig:
     """How the model is trained, and when that stops.
 
     Attributes:
-        batch: problems a step, drawn with replacement.
+        batch: problems per step, drawn with replacement.
         lr: peak learning rate, reached linearly over ``warmup`` steps and then kept.
         warmup: steps of warm-up.
         weight_decay: AdamW's decay.
@@ -80,11 +79,11 @@ class SupervisionConfig:
 
 @dataclass(frozen=True)
 class Supervised:
-    """What supervision ended with.
+    """The result of supervision.
 
     Attributes:
         steps: steps taken.
-        loss: cross-entropy of the last batch, nats a token.
+        loss: cross-entropy of the last batch, nats per token.
         accuracy: sampled exact match at the last check.
     """
 
@@ -96,7 +95,7 @@ class Supervised:
 def build_model(config: PolicyConfig, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
     """A fresh fp32 model: tied embeddings, eager attention, no dropout. Global random state is untouched.
 
-    It is in eval mode, and stays there: nothing is dropped in either, and the explained forward is then this one.
+    It stays in eval mode; it has no dropout, so that training and explanation use the same forward.
     """
     model_config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -112,11 +111,11 @@ def build_model(config: PolicyConfig, tokenizer: PreTrainedTokenizerFast) -> Qwe
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
-        attn_implementation="eager",  # type: ignore[call-arg]  # a keyword of every configuration, undeclared
+        attn_implementation="eager",  # type: ignore[call-arg]  # undeclared keyword
         dtype=torch.float32,
     )
     with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed: that one also seeds every accelerator, which the fork above does not restore.
+        # Not torch.manual_seed, which also seeds accelerators, and the fork above does not restore those.
         torch.default_generator.manual_seed(config.seed)
         return Qwen2ForCausalLM(model_config).eval()
 
@@ -134,9 +133,8 @@ def supervised_tensors(tokenizer: Any, problems: TablePrompts) -> tuple[Tensor, 
         problems: n problems with their answers.
 
     Returns:
-        ``(inputs, targets)``, both [n t] int64: ``targets[:, i]`` is what should follow ``inputs[:, i]``, on
-        answer and EOS only; everywhere else it is ignored. Inputs are right-padded, so a causal model needs
-        no mask to keep padding away from what is scored.
+        ``(inputs, targets)``, both [n t] int64: ``targets[:, i]`` is the token after ``inputs[:, i]``, for answer
+        and EOS; elsewhere it is `IGNORED`. Inputs are right-padded, so a causal model needs no attention mask.
     """
     pairs = [
         (tokenizer.encode(each.question), tokenizer.encode(f"{each.answer}{tokenizer.eos_token}")) for each in problems
@@ -158,8 +156,8 @@ def supervise(
         policy: the policy, which samples from the same problems.
         prompts: problems to learn from, "train", and to check on, "test", of which the first
             ``config.check_problems`` are used.
-        config: how.
-        progress: where to draw; nothing is drawn without it.
+        config: hyperparameters.
+        progress: progress bars; None for none.
 
     Returns:
         Steps taken, last loss and last accuracy.
@@ -200,7 +198,7 @@ def _supervised_step(
     targets: Tensor,
     max_norm: float,
 ) -> float:
-    """One clipped step on inputs and targets [n t]; the loss before it, in nats a token."""
+    """One clipped step on inputs and targets [n t]; the loss before it, in nats per token."""
     logits = model(input_ids=inputs, use_cache=False).logits  # [n t v]
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
     optimizer.zero_grad(set_to_none=True)
@@ -213,7 +211,7 @@ def _supervised_step(
 def _accuracy(policy: SampleGenerator, problems: Sequence[int], seed: int) -> float:
     """Sampled exact match on some held-out problems, one completion each."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a policy that has learned little samples padding, and does not end
+        warnings.simplefilter("ignore")  # an untrained policy samples padding, and does not stop
         return policy.generate_from_prompt_ids(problems, seed=seed, reward_cfg="exact").rewards.mean().item()
 
 

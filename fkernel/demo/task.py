@@ -25,7 +25,7 @@ class TaskConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse operands that would break the constant prompt length, and empty splits."""
+        """Check that prompts have a constant length, and that no split is empty."""
         if not 10 <= self.low <= self.high <= 99:
             raise ValueError(f"operands must be two-digit numbers with low <= high; got {self.low}..{self.high}")
         total = 2 * (self.high - self.low + 1) ** 2
@@ -34,7 +34,7 @@ class TaskConfig:
 
 
 def problem(a: int, sign: str, b: int) -> dict[str, str]:
-    """One question, always six characters, and its only right answer.
+    """One question, always six characters, and its answer.
 
     Example:
         >>> problem(37, "-", 85)

@@ -1,4 +1,4 @@
-"""A character tokenizer that Hugging Face saves and loads like any other, without a network."""
+"""A character tokenizer in Hugging Face's format."""
 
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
@@ -8,13 +8,13 @@ PAD, EOS = "<pad>", "<eos>"
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character of the task's alphabet, and two special ones.
+    """One token per character of the task's alphabet, and two special ones.
 
-    Padding and end of sequence are DISTINCT: where they are one token, code that masks padding also masks the
-    EOS that ended a response, and the EOS belongs to the response's score. There is no BOS.
+    Padding and EOS are distinct, so that code that masks padding does not mask the EOS of a response, which counts in
+    its score. There is no BOS.
 
-    It is Qwen2's own class with a vocabulary of characters and no merges, because `AutoTokenizer` loads that
-    class beside a Qwen2 model whatever class was saved: another one would come back as something else.
+    The class is Qwen2's, with a vocabulary of characters and no merges, because `AutoTokenizer` loads that class beside
+    a Qwen2 model whatever class was saved.
 
     Returns:
         A tokenizer whose ids are 0 for padding, 1 for EOS, and 2.. for the alphabet in order.
@@ -24,7 +24,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         merges=[],
         pad_token=PAD,
         eos_token=EOS,
-        unk_token=None,  # type: ignore[arg-type]  # the default would add a token that the model has no row for
+        unk_token=None,  # type: ignore[arg-type]  # the default would add a token
         padding_side="right",
         clean_up_tokenization_spaces=False,
     )

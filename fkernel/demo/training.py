@@ -1,11 +1,10 @@
-"""REINFORCE steps with group-mean advantages, executed by `torch.optim.AdamW`; the last one is kept on disk.
+"""REINFORCE steps with group-mean advantages and `torch.optim.AdamW`; the last one is saved.
 
     A_u = r_u − mean of r over u's group
     L   = −(1/N) Σ_u A_u S_u                     N sequences, so every loss weight w_u is 1/N
     g   = c ∇L,   c = min(1, max_norm / (‖∇L‖ + 1e-6))
 
-The checkpoint is taken after the last step's batch was sampled and before its gradient is applied: exactly
-the state in which that step can be explained.
+The checkpoint is saved after the last step's batch was sampled and before the step.
 """
 
 from dataclasses import dataclass
@@ -26,9 +25,9 @@ class ReinforceConfig:
     """The steps.
 
     Attributes:
-        steps: optimizer steps, at least 2; the last one is kept. A first step has no momentum to explain.
-        prompts: training problems a step (groups).
-        completions: responses a problem (the size of a group).
+        steps: optimizer steps, at least 2, since a first step has no momentum; the last one is saved.
+        prompts: training problems per step (groups).
+        completions: responses per problem (the size of a group).
         lr: AdamW's learning rate, constant.
         weight_decay: AdamW's decoupled decay, on all parameters.
         max_norm: gradient clipping.
@@ -51,7 +50,7 @@ class ReinforceConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse what would make the last step meaningless."""
+        """Check that the last step has momentum and advantages."""
         if self.steps < 2 or self.completions < 2:
             raise ValueError(
                 f"steps and completions must be at least 2; got {self.steps} and {self.completions}: "
@@ -61,7 +60,7 @@ class ReinforceConfig:
 
 @dataclass(frozen=True)
 class StepInfo:
-    """What one step measured.
+    """Statistics of one step.
 
     Attributes:
         step: number of this step; the first is 1.
@@ -69,7 +68,7 @@ class StepInfo:
         groups_with_signal: groups whose rewards differ.
         loss: L.
         gradient_norm: ‖∇L‖ before clipping.
-        clip_factor: c, what clipping multiplied the gradient with; at most 1.
+        clip_factor: c, the clipping factor; at most 1.
     """
 
     step: int
@@ -83,7 +82,7 @@ class StepInfo:
 def sequence_logprob(model: nn.Module, batch: GeneratedBatch, temperature: float) -> Tensor:
     """S(x) = Σ over the response of log softmax(logits / τ) at the token that was sampled.
 
-    It is written once more, in plain torch: what the demo trains on must not come from the engine that explains it.
+    Plain torch, independent of the engine that explains the step.
 
     Args:
         model: a Hugging Face causal language model in eval mode.
@@ -113,10 +112,10 @@ def clip(model: nn.Module, max_norm: float) -> tuple[float, float]:
 
     Args:
         model: a model with gradients.
-        max_norm: largest norm that is left alone.
+        max_norm: the threshold.
 
     Returns:
-        ``(norm, factor)``: the norm before, and what the gradients were multiplied with.
+        ``(norm, factor)``: the norm before clipping, and the clipping factor.
     """
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm, error_if_nonfinite=True).item()
     return norm, min(1.0, max_norm / (norm + 1e-6))
@@ -125,19 +124,18 @@ def clip(model: nn.Module, max_norm: float) -> tuple[float, float]:
 def reinforce(
     policy: SampleGenerator, config: ReinforceConfig, directory: Path, progress: Progress | None = None
 ) -> list[StepInfo]:
-    """Take ``config.steps`` real steps and keep the last one.
+    """Take ``config.steps`` steps and save the last one.
 
-    Writes ``model/``, ``optimizer.pt`` and ``update/`` before the last step is applied, ``after/model/``
-    afterwards.
+    Writes ``model/``, ``optimizer.pt`` and ``update/`` before the last step, ``after/model/`` after it.
 
     Args:
         policy: the supervised policy with its problems, those of "train" among them; its model is changed in place.
         config: the steps.
-        directory: where to write; exists.
-        progress: where to draw; nothing is drawn without it.
+        directory: where to write; an existing one.
+        progress: progress bars; None for none.
 
     Returns:
-        One `StepInfo` a step.
+        One `StepInfo` per step.
 
     Raises:
         RolloutError: there are fewer problems than a step asks for.
@@ -146,11 +144,11 @@ def reinforce(
     progress = progress or silent()
     bar = progress.add_task("REINFORCE", total=config.steps)
     model = policy.model
-    # Parameters by NAME, so that the state_dict says which moments belong to which.
+    # Named parameters, so that the state_dict records which moments are whose.
     optimizer = torch.optim.AdamW(model.named_parameters(), lr=config.lr, weight_decay=config.weight_decay)
     steps: list[StepInfo] = []
     for step in range(1, config.steps + 1):
-        seed = config.seed * config.steps + step  # every batch of every run has a stream of its own
+        seed = config.seed * config.steps + step  # unique to every batch of every run
         batch = policy.generate_update_batch(config.prompts, config.completions, seed=seed, reward_cfg="exact")
         signal = len(set(batch.groups[batch.advantages != 0].tolist()))
         if step == config.steps:

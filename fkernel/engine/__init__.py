@@ -1,8 +1,9 @@
-"""func and precond meet: kernels, influence without kernels, and one optimizer step explained."""
+"""Kernels, influence without kernels, and one optimizer step explained."""
 
 from fkernel.engine.batching import SortedBatch, check_side, cuts_of
 from fkernel.engine.calibration import Calibration, calibrate
 from fkernel.engine.correlation import mean_ranks, pearson, varies
+from fkernel.engine.executed import Microbatch, gradient_in
 from fkernel.engine.fisher import influence, kernel
 from fkernel.engine.from_store import complete
 from fkernel.engine.gradients import Gradients, Read, Summing, computed
@@ -24,6 +25,7 @@ __all__ = [
     "Estimate",
     "Gradients",
     "KernelBlock",
+    "Microbatch",
     "Nodes",
     "Option",
     "Problem",
@@ -45,6 +47,7 @@ __all__ = [
     "estimate",
     "evaluated",
     "explain_step",
+    "gradient_in",
     "gradient_sum",
     "influence",
     "kernel",

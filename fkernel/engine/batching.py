@@ -1,6 +1,6 @@
-"""One side of a kernel: a batch in the order that the engine likes, cut into microbatches, and the gradients of each.
+"""One batch of a kernel, E or U, sorted by length and cut into microbatches.
 
-Whatever goes wrong with a sequence is told with the side's name and the row that the caller knows it by.
+Errors about a sequence name the batch and the sequence's row in the caller's order.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from fkernel.func.inputs import (
     check_inputs,
     cut,
     is_half,
-    lengths,
     own_width,
     take,
+    token_counts,
     translate_errors,
     trim,
     widths,
@@ -30,25 +30,24 @@ from fkernel.shapes import Tensor, Tree
 
 
 class SortedBatch:
-    """A batch, longest sequences first, without the padding that all of it shares; and the function it is for.
+    """A batch, longest sequences first, without padding that all sequences share; and its function f.
 
     Attributes:
         name: "E" or "U".
         batch: the ordered batch.
-        order: [n], which row of the caller's batch each of its rows is.
-        tokens: of each sequence.
-        alike: what must be the same of sequences that share a microbatch; None where nothing need be.
-        f: whose gradients are taken; None where they are read.
+        order: [n], the row of the caller's batch that each row came from.
+        tokens: of each sequence, their number.
+        alike: widths that must be equal within a microbatch; None where any may share one.
+        f: the function to differentiate; None where gradients are only read.
     """
 
     def __init__(self, name: str, batch: Any, f: Function | None = None) -> None:
-        """Order a batch; f tells whether sequences of different lengths may share a microbatch."""
+        """Sort a batch; f decides whether sequences of different lengths may share a microbatch."""
         self.f = f
         self.name, self.order = name, by_length(batch)
         moved = bool((self.order[1:] < self.order[:-1]).any())
         self.batch = trim(take(batch, self.order) if moved else batch)
-        counts = lengths(self.batch)
-        self.tokens = [1] * len(self.order) if counts is None else counts.tolist()
+        self.tokens = token_counts(self.batch)
         self.alike = widths(self.batch) if f is not None and own_width(f) else None
 
     def __len__(self) -> int:
@@ -57,7 +56,7 @@ class SortedBatch:
 
 
 def blocks(side: SortedBatch, cuts: Sequence[slice], tokens: int | None) -> Iterator[list[int]]:
-    """Gather successive microbatches into blocks of at most so many tokens; one that is larger goes alone."""
+    """Group successive microbatches into blocks of at most `tokens`; a larger one is a block by itself."""
     block: list[int] = []
     held = 0
     for i, rows in enumerate(cuts):
@@ -71,31 +70,31 @@ def blocks(side: SortedBatch, cuts: Sequence[slice], tokens: int | None) -> Iter
 
 
 def cuts_of(side: SortedBatch, tokens: int | None) -> list[slice]:
-    """Cut a side into microbatches."""
+    """Cut a sorted batch into microbatches."""
     return cut(side.tokens, tokens, side.alike)
 
 
 def check_sides(
     f: Function, params: Tree, E: Any, U: Any, rows: Function | None = None, *, layers: bool = False
 ) -> None:
-    """Check both batches before anything is computed from either, and say which one is at fault.
+    """Validate both batches before any computation; errors name the batch.
 
-    `layers` says that the caller can go layer by layer, which takes weights in half precision.
+    `layers`: the caller can compute layer by layer, which accepts weights in half precision.
     """
     sides = [("E", f if rows is None else rows, E), ("U", f, U)]
     if E is U and rows is None:
-        sides = sides[1:]  # one batch is checked once, by the name that it was made for
+        sides = sides[1:]  # one batch is checked once, as U
     half = layers and is_half(params)
     for side, own, batch in sides:
         with error_context(side):
             check_inputs(own, params, batch, half and getattr(own, "tokens", None) is not None)
-    for side, own, batch in sides if not half else ():  # what is cast layer by layer is certified when it is cut
+    for side, own, batch in sides if not half else ():  # half precision is certified when the model is cut
         with error_context(side), translate_errors(params):
             certify_values(own, params, batch)
 
 
 def check_side(side: str, f: Function, params: Tree, batch: Any) -> None:
-    """Check one batch, and say whose it is."""
+    """Validate one batch; errors name it."""
     with error_context(side), translate_errors(params):
         check_inputs(f, params, batch)
         certify_values(f, params, batch)
@@ -103,7 +102,7 @@ def check_side(side: str, f: Function, params: Tree, batch: Any) -> None:
 
 @contextmanager
 def error_context(side: str, order: Tensor | None = None) -> Iterator[None]:
-    """Say which batch an error belongs to, and name its row as the caller counts: row i here is row order[i] there."""
+    """Add the batch's name to errors, and translate row i to the caller's row order[i]."""
     try:
         yield
     except NonFiniteError as error:
@@ -115,7 +114,7 @@ def error_context(side: str, order: Tensor | None = None) -> Iterator[None]:
 
 
 def transformed(precond: Preconditioner, x: Tree) -> Tree:
-    """P x, where P may be anything that a caller wrote."""
+    """Apply P to x, and check the names and values of the result."""
     image = precond(x)
     tree.check_names(image, x, "the preconditioner's result", "the gradients")
     tree.check_finite(image, "the preconditioner's result")

@@ -1,14 +1,14 @@
-"""Two sides' gradients, one layer's at a time: what K, the step and a run's columns are contracted from.
+"""Gradients of two batches, one layer at a time, for contractions that never hold a whole gradient.
 
     head ∘ after ∘ layer_L ∘ … ∘ layer_1 ∘ before:   G_E, G_U   of {after, head}, layer L, …, layer 1, {before}
 
-One side's gradients of a shard are held, all of them, in storage that the next layer's overwrite; the other's stream
-past them a block at a time. Whoever contracts has each pair of gradients once, and drops it. A table of tokens that is
-the head's too comes last, with both of its uses: it is never whole, and contracted by ranges of its rows.
+One batch's gradients of a shard are all held, in storage that the next layer reuses; the other batch's stream past
+them a block at a time. Each pair of gradients is yielded once. A token embedding that is tied to the head comes last,
+with the gradients of both uses: it is never written out whole, but contracted by ranges of its rows.
 
-Along a path, a side's gradients are Σ_j q_j ∇f(θ + s_j Δθ): every node is a walk of its own with its own `Source`, and
-what they find is added up, in the storage of what is held, or as a sum of handles. Memory, of n_h held sequences, with
-every k-th layer input of T d floats kept, P/L floats a layer:
+Along a path, gradients are Σ_j q_j ∇f(θ + s_j Δθ): every node is a `Walk` with its own `Source`, and their gradients
+are added up in the storage of the held batch, or as a sum of handles. Memory, of n_h held sequences, with every k-th
+layer input of T d floats kept, P/L floats a layer:
 
     (n_h nodes + n_s nodes) (L/k + k + 3) T d + (n_h + 1) P/L + what one layer needs
 """
@@ -40,12 +40,12 @@ from fkernel.shapes import Tensor
 
 
 class Side(NamedTuple):
-    """One side of a contraction.
+    """One batch of a contraction.
 
     Attributes:
         batch: n sequences as f takes them, longest first.
-        nodes: (q_j, source of the parameters there); its gradients are Σ_j q_j ∇f.
-        cut: the model of its f, where that is not the one that `shards` is given.
+        nodes: (q_j, source of θ_j); the gradients are Σ_j q_j ∇f(θ_j).
+        cut: the model of its f; None for the one that `shards` is given.
     """
 
     batch: Any
@@ -54,12 +54,12 @@ class Side(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """Both sides' gradients of some parameters, valid until the next shard is asked for.
+    """Gradients of both batches for some parameters, valid until the next shard is yielded.
 
     Attributes:
-        held: {name: handle} of all of one side's sequences.
-        streamed: (which rows of the other side, {name: handle} of them), in its order; to be read once, before the
-            next shard.
+        held: {name: handle} of all sequences of one batch.
+        streamed: (rows of the other batch, {name: handle} of them), in its order; to be read once, before the next
+            shard.
     """
 
     held: Handles
@@ -67,15 +67,15 @@ class Shard(NamedTuple):
 
 
 class Shards:
-    """Iterate over shards, once: behind the layers, layer L … 1, before the layers; those with trained parameters.
+    """Iterate once over shards with trained parameters: after the layers, layer L … 1, before the layers.
 
     Attributes:
-        values_held: f of the held side at each of its nodes, [nodes, n] float64.
-        values_streamed: f of the other side, the same.
+        values_held: f of the held batch at each of its nodes, [nodes, n] float64.
+        values_streamed: f of the other batch, likewise.
     """
 
     def __init__(self, held: list[Walk], streamed: list[Walk], dense: bool) -> None:
-        """Take walks that have gone forward, one a node."""
+        """Take walks whose forward passes have run, one a node."""
         self._held, self._streamed, self._dense = held, streamed, dense
         self.values_held, self.values_streamed = (
             torch.stack([walk.values for walk in walks]) for walks in (held, streamed)
@@ -100,7 +100,7 @@ class Shards:
             blocks = iter([(everything, gradients)]) if same else _together([walk.layer(i) for walk in streamed])
             if gradients:
                 yield Shard(gradients, blocks)
-            for _ in blocks:  # what nobody read has to be walked all the same
+            for _ in blocks:  # the walk must run even where the caller did not read it
                 pass
         if cut.lowest < 0:
             first = [walk.first() for walk in held]
@@ -110,22 +110,22 @@ class Shards:
 def shards(
     cut: Cut, held: Side, streamed: Side, *, every: int = 1, tokens: int | None = 0, dense: bool = True
 ) -> Shards:
-    """Walk both sides back together.
+    """Run the backward passes of both batches together, layer by layer.
 
     Args:
         cut: the model, from `fkernel.func.layers.cutting.cut_of`.
-        held: the side whose gradients are held.
-        streamed: the side whose gradients stream; where it is the held side itself, it is computed once.
-        every: of how many layer inputs one is kept; the others are computed again, which costs another forward pass.
-        tokens: of a block of sequences, at most; 0: every sequence by itself. None: all at once.
-        dense: whether held gradients are written out, all of them. Factors take less memory where sequences are short,
-            and are formed again for every block that streams; with False they are kept where they take less than half.
+        held: the batch whose gradients are held.
+        streamed: the batch whose gradients stream; computed once where it equals `held`.
+        every: one in so many layer inputs is kept; the others are recomputed, which costs another forward pass.
+        tokens: of a block of sequences, at most; 0: one sequence at a time. None: all at once.
+        dense: whether all held gradients are written out. Factors take less memory where sequences are short, but are
+            multiplied out for every streamed block; with False they are kept where they take less than half.
 
     Returns:
         An iterable of `Shard`s with the values of both sides. All forward passes have run by then.
 
     Raises:
-        NonFiniteError: a value is not finite; the row counts in the side's order.
+        NonFiniteError: a value is not finite; the row counts in the sorted order.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -151,13 +151,13 @@ def shards(
 
 
 def _together(walks: list[Iterator[tuple[slice, Handles]]]) -> Iterator[tuple[slice, Handles]]:
-    """Walk a side's nodes in step, block by block, and add each block's gradients up."""
+    """Iterate over the nodes' walks together, and sum each block's gradients."""
     if len(walks) == 1:
         yield from walks[0]
         return
     for blocks in zip(*walks, strict=True):
         yield blocks[0][0], _summed([handles for _, handles in blocks])
-        del blocks  # or they would be alive while the next are made
+        del blocks  # frees them before the next are computed
 
 
 def _summed(nodes: list[Handles]) -> Handles:
@@ -166,7 +166,7 @@ def _summed(nodes: list[Handles]) -> Handles:
 
 
 def _added(handles: list[Handle]) -> Handle:
-    """Add handles of the same sequences up: those of a path's nodes."""
+    """Add up handles of the same sequences."""
     if len(handles) == 1:
         return handles[0]
     each = [handle.parts if isinstance(handle, Concat) else (handle,) for handle in handles]
@@ -175,7 +175,7 @@ def _added(handles: list[Handle]) -> Handle:
 
 
 def _is_small(handle: Piece) -> bool:
-    """Tell whether a handle stores less than half of what its gradients would take."""
+    """Return whether a handle stores less than half as many numbers as its gradients have."""
     own = sum(leaf[0].numel() for leaf in tensors(handle))
     return not isinstance(handle, Tensor) and 2 * own < math.prod(shape_of(handle))
 
@@ -187,9 +187,9 @@ class _Room:
         self.n, self.dense, self.storage = n, dense, dict[tuple[Any, ...], list[Tensor]]()
 
     def filled(self, walks: Iterable[Iterator[tuple[slice, Mapping[str, Piece]]]]) -> dict[str, Handle]:
-        """Write out a layer's gradients, those of several walks added up; what is small in factors may stay so.
+        """Write out a layer's gradients, summed over walks; factors that are small may stay factors.
 
-        Blocks come longest first, so that what is small in the first block is small in all.
+        Blocks come longest first, so factors that are small in the first block are small in all.
         """
         written: dict[str, Tensor] = {}
         factors: dict[str, dict[int, list[Any]]] = {}
@@ -203,7 +203,7 @@ class _Room:
                     if name not in written:
                         written[name] = self._take(handle, taken)
                     (add if j else materialize_into)(handle, written[name][rows])
-                handles = handle = None  # or they would be alive while the next are made
+                handles = handle = None  # frees them before the next are computed
         sums = {name: [Sum(tuple(parts)) for parts in blocks.values()] for name, blocks in factors.items()}
         return {**written, **{name: stack([*blocks]) for name, blocks in sums.items()}}
 

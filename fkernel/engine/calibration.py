@@ -1,4 +1,4 @@
-"""How well a prediction met what happened. Correlation alone hides a wrong learning rate, so three numbers."""
+"""Agreement of predicted and realised changes, in three numbers: correlation alone hides a wrong learning rate."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from fkernel.shapes import Tensor
 
 
 class Calibration(NamedTuple):
-    """A prediction held against the realised change.
+    """Agreement of a prediction with the realised change.
 
     Attributes:
-        pearson: correlation r; blind to scale and offset.
+        pearson: correlation r; independent of scale and offset.
         slope: b of the least-squares line realised ≈ a + b·predicted; 1 where the scale is right.
-        relative_error: ‖predicted − realised‖ / ‖realised‖; sees everything.
+        relative_error: ‖predicted − realised‖ / ‖realised‖; sensitive to scale, offset and noise.
     """
 
     pearson: float
@@ -24,7 +24,7 @@ class Calibration(NamedTuple):
 
 
 def calibrate(predicted: Tensor, realised: Tensor) -> Calibration:
-    """Compare a prediction with what happened.
+    """Compare a prediction with the realised change.
 
     Args:
         predicted: [n] nats.

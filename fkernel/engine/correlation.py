@@ -1,4 +1,4 @@
-"""Correlations of numbers that vary by more than rounding; of what does not, there is none."""
+"""Correlations, undefined (NaN) where numbers vary by no more than rounding."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import torch
 from fkernel.shapes import Tensor
 
 ROUNDING = 8
-"""Roundoffs of its dtype, relative to ‖x‖, up to which the spread of x is rounding."""
+"""Spread of x, in roundoffs of its dtype relative to ‖x‖, that still counts as rounding."""
 
 
 def varies(x: Tensor) -> bool:
-    """Tell whether numbers differ by more than rounding.
+    """Return whether numbers differ by more than rounding.
 
     ‖x − x̄‖ > 8 u ‖x‖,  with u the roundoff of x's dtype; the mean of equal numbers is itself rounded
 
@@ -41,7 +41,7 @@ def pearson(x: Tensor, y: Tensor) -> float:
 
 
 def mean_ranks(x: Tensor) -> Tensor:
-    """Give ranks from 0, [n] float64; equal values share the mean of theirs, and all do where only rounding differs.
+    """Return ranks from 0, [n] float64; equal values share the mean of theirs, and all do where only rounding differs.
 
     Example:
         >>> mean_ranks(torch.tensor([3.0, 1.0, 3.0]))

@@ -3,11 +3,11 @@
     kernel      K[e, u] = ⟨∇f(e), P ∇f(u)⟩           per-sequence gradients of both sides, contracted
     influence   K A = J_E (P (J_Uᵀ A))              one vjp over U, one transform, ⟨∇f(e), ·⟩ over E
 
-P stands between the two gradients once. Rows are E, columns are U.
+P is applied once, between the two gradients. Rows are E, columns are U.
 
-One side's gradients are held, as handles (`fkernel.func.handles.forms`) or written out, and the other side's stream
-past them a block at a time; a diagonal P is multiplied into the shards of their contraction, any other P is applied to
-dense rows of U. `fkernel.engine.planning.strategy` has the ways to do this under a memory grant.
+One batch's gradients are held, as handles (`fkernel.func.handles.forms`) or written out, and the other batch's stream
+past them a block at a time; a diagonal P is multiplied in during the contraction, any other P is applied to dense rows
+of U. `fkernel.engine.planning.strategy` has the strategies within a memory budget.
 
 Source: the kernel is the Fisher kernel of T. Jaakkola & D. Haussler (1998), with the optimizer's diagonal in place of
 the inverse Fisher matrix; for f = log π and P = I it is the neural tangent kernel of A. Jacot et al. (2018).
@@ -62,23 +62,23 @@ def kernel(
         E: the evaluation batch, n_E sequences (the rows).
         U: the update batch, n_U sequences (the columns).
         precond: P, any linear map tree → tree; it is given rows {name: [n, *shape]} of U's gradients.
-        memory: a promise, in bytes or as "8GiB": gradients, activations, contraction and result stay below it, beside
-            the model, P and the batches; the fastest strategy that keeps it is chosen (`fkernel.estimate` tells which,
-            and what it will take). None holds the smaller side's handles whole.
-        microbatch: sequences of the greatest length under way at once, and so many tokens of shorter ones; None:
-            eight, or as many as have 1024 tokens. A grant may lower it.
+        memory: budget in bytes or as "8GiB" for gradients, activations, contraction and result, in addition to the
+            model, P and the batches; the fastest strategy within it is chosen (`fkernel.estimate` shows which, and its
+            cost). None: no limit, the smaller batch's handles are all held.
+        microbatch: sequences of the greatest length in one pass, and as many tokens of shorter ones; None: eight, or
+            as many as have 1024 tokens. A memory budget may lower it.
         strategy: how to compute it, instead of choosing; such as `fkernel.estimate(...).chosen.strategy`.
-        store: a directory for gradients on disk. With one, the strategy "store" is open to choice; gradients that it
-            holds from an earlier call (of the same f, θ, batch and microbatches) are read, not computed. Each batch
-            has a folder of its own there, to be deleted when it is wanted no more.
-        rows: f of E, where it is another than U's: an observable, or `func.through_detach(f)`.
+        store: a directory for gradients on disk. It makes the strategy "store" available; gradients that it holds
+            from an earlier call (of the same f, θ, batch and microbatches) are read, not computed. Each batch has its
+            own folder there, which may be deleted when no longer needed.
+        rows: f of E, where it differs from U's: an observable, or `func.through_detach(f)`.
 
     Returns:
         [n_E, n_U] in the parameters' dtype; positive where u's gradient raises f of e. Units: f², times P's.
 
     Raises:
-        BatchError, TreeError, ModelError, NonFiniteError: the inputs are at fault, or a gradient is not finite; a row
-            in the message counts within the batch that it names.
+        BatchError, TreeError, ModelError, NonFiniteError: invalid input, or a gradient is not finite; row numbers
+            in messages count within the batch that is named.
 
     Example:
         >>> import torch
@@ -120,7 +120,7 @@ def influence(
     memory: int | str | None = None,
     microbatch: int | None = None,
 ) -> Tensor:
-    """Compute what a weighted update batch does to every sequence of E, without any per-sequence gradient.
+    """Compute the effect of a weighted update batch on every sequence of E, without per-sequence gradients of U.
 
     K_EU w = J_E (P (J_Uᵀ w))
 
@@ -131,8 +131,8 @@ def influence(
         U: the update batch, n_U sequences.
         precond: P, any linear map tree → tree; it is given one tree {name: [*shape]}.
         weights: [n_U]; for a policy gradient, c·w_u·A_u.
-        memory: a promise, in bytes or as "8GiB": three vectors of the parameters' size and a microbatch's activations
-            stay below it, beside the model, P and the batches. It lowers the microbatch as far as it must.
+        memory: budget in bytes or as "8GiB" for three vectors of the parameters' size and a microbatch's activations,
+            in addition to the model, P and the batches. The microbatch is lowered to fit it.
         microbatch: as in `kernel`.
 
     Returns:
@@ -154,10 +154,10 @@ def influence(
         with reuse_memory():
             with error_context("U"):
                 towards = gradient_sum(SortedBatch("U", U, f), params, widened(weights), how)
-            found = along_of(
+            effect = along_of(
                 SortedBatch("E", E, f), ((1.0, plain(params)),), params, transformed(precond, towards), how
             )
-            return found.to(towards[next(iter(towards))].dtype)
+            return effect.to(towards[next(iter(towards))].dtype)
     with error_context("E"), translate_errors(params):
         plan = plan_of(f, params, E)
 
@@ -179,9 +179,9 @@ def influence(
 
 
 def _along(side: SortedBatch, params: Tree, direction: Tree, microbatch: int) -> Tensor:
-    """Compute ⟨∇f, v⟩ of every sequence, [n] in the caller's order, a microbatch's gradients in handles at a time."""
+    """Compute ⟨∇f, v⟩ of every sequence, [n] in the caller's order, holding one microbatch's handles at a time."""
     J = computed(side, ((1.0, params),), cuts_of(side, token_grant(side.batch, microbatch)))
-    found = torch.cat([along_direction(handles, direction) for _, handles in J])
+    products = torch.cat([along_direction(handles, direction) for _, handles in J])
     with error_context(side.name, side.order):
-        check_values(found, "the influence")
-    return torch.empty_like(found).index_copy_(0, side.order, found).to(next(iter(direction.values())).dtype)
+        check_values(products, "the influence")
+    return torch.empty_like(products).index_copy_(0, side.order, products).to(next(iter(direction.values())).dtype)

@@ -1,7 +1,7 @@
-"""A side's gradients on disk: read where they are there, computed and written where they are not.
+"""Per-sequence gradients on disk: read where present, computed and written where missing.
 
-An inner product is a sum over parameters, so no more of a gradient need be in memory than a share of them: they are
-read a few parameters at a time. What is written is written beside the next microbatch's pass, by a thread of its own.
+An inner product is a sum over parameters, so gradients are read a few parameters at a time. A thread writes each
+microbatch while the next one is computed.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from fkernel.io import fingerprint
 from fkernel.shapes import Tree
 
 TOLERANCE = 1e-3
-"""Relative change of ⟨g, g⟩ beyond which a stored gradient is another function's; rounding stays far below."""
+"""Relative difference of ⟨g, g⟩ above which a stored gradient must be of another function; rounding is far below."""
 
 
 @contextmanager
 def kernel_from_store(
     directory: Path | str, params: Tree, side: SortedBatch, cuts: Sequence[slice]
 ) -> Iterator[Gradients]:
-    """Give a side's gradients from its store: what it does not hold yet is computed and written first.
+    """Open a batch's gradients from its store; missing microbatches are computed and written first.
 
-    A store is known by the contents of θ and of the batch, by f's name and by its microbatches, and lives in a folder
-    that is named after them: stores of other checkpoints and of other batches lie beside it. What f computes cannot be
-    fingerprinted, so the first microbatch of a store that is not new is computed again and held against what is stored.
+    A store is identified by the contents of θ and of the batch, by f's name and by its microbatches, and its folder is
+    named by their fingerprint. What f computes cannot be fingerprinted, so the first microbatch of an existing store is
+    computed again and compared with what is stored.
 
     Raises:
-        StoreError: see `open_store`; or the stored gradients are not this f's.
+        StoreError: see `open_store`; or the stored gradients are of another f.
     """
     identity = {"parameters": fingerprint(params), "batch": fingerprint(side.batch), "f": name_of(side.f)}
     known_by = fingerprint({**identity, "cuts": [rows.stop for rows in cuts]})
@@ -52,15 +52,15 @@ def kernel_from_store(
 
 
 def complete(store: Store, pieces: Read, on_progress: Callable[[int], Any] = lambda n: None) -> int:
-    """Compute and write what is missing; a microbatch is written while the next one is computed.
+    """Compute and write the missing microbatches, each written while the next one is computed.
 
     Args:
-        store: an open one.
+        store: an open store.
         pieces: i ↦ the gradients of microbatch i.
-        on_progress: called with the number of sequences of every microbatch that is computed.
+        on_progress: called after every computed microbatch with its number of sequences.
 
     Returns:
-        How many sequences' gradients were computed.
+        The number of sequences whose gradients were computed.
     """
     writing: Future[None] | None = None
     missing = [i for i in range(len(store.groups)) if not store.has(i)]
@@ -70,7 +70,7 @@ def complete(store: Store, pieces: Read, on_progress: Callable[[int], Any] = lam
             if writing is not None:
                 writing.result()
             writing = writer.submit(store.write, i, handles)
-            del handles  # the writer's alone, or two would be alive beside the pass
+            del handles  # only the writer keeps them: one microbatch in memory beside the pass
             on_progress(store.groups[i][1] - store.groups[i][0])
         if writing is not None:
             writing.result()
@@ -90,7 +90,7 @@ def _compare(computed: Handles, read: Handles, directory: Path) -> None:
 
 
 def _shares(sizes: Mapping[str, int]) -> Iterator[list[str]]:
-    """Group successive parameters so that no group takes more than the largest one of them takes alone."""
+    """Group successive parameters so that no group is larger than the largest parameter."""
     most, share, held = max(sizes.values()), list[str](), 0
     for name, size in sizes.items():
         if share and held + size > most:

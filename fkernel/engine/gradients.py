@@ -1,4 +1,4 @@
-"""One side's per-sequence gradients, a microbatch at a time: computed when they are asked for, held, or on disk."""
+"""Per-sequence gradients of one batch, a microbatch at a time: computed on demand, held in memory, or on disk."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ from fkernel.func.trust import plan_of
 from fkernel.shapes import Tensor, Tree
 
 Read = Callable[..., Handles]
-"""(i) ↦ the gradients of microbatch i; what is on disk also takes names, and reads no others."""
+"""(i) ↦ the gradients of microbatch i; gradients on disk also take names, and read only those."""
 
 
 class Gradients:
-    """J of one side in microbatches, longest sequences first.
+    """J of one batch in microbatches, longest sequences first.
 
     Attributes:
-        side: the batch as it is ordered.
-        cuts: the rows of each microbatch, in that order.
+        side: the sorted batch.
+        cuts: the rows of each microbatch, in sorted order.
         read: i ↦ its handles.
-        computed: how many sequences' gradients this process computed; the others were read.
-        shares: groups of parameters that can be read by themselves; None where a microbatch comes whole.
-        walked: whether none is kept, and each is made again whenever it is asked for.
+        computed: number of sequences whose gradients this process computed; the others were read.
+        shares: groups of parameters that can be read separately; None where a microbatch is read whole.
+        walked: whether gradients are recomputed at every read instead of kept.
     """
 
     walked = False
@@ -57,7 +57,7 @@ class Gradients:
         device: torch.device | None = None,
         shares: Sequence[Sequence[str]] | None = None,
     ) -> None:
-        """Take where gradients come from; what is stored is served on a device, where one is given."""
+        """Take the function that reads gradients; with a device, they are moved there."""
         self.side, self.cuts, self.computed, self.shares = side, list(cuts), computed, shares
         self.read: Read = read if device is None else lambda i, *names: _on(device, read(i, *names))
 
@@ -76,19 +76,19 @@ class Gradients:
             yield self.side.order[rows], lambda i=i: self.read(i)
 
     def blocks(self, tokens: int | None) -> Iterator[list[int]]:
-        """Gather successive microbatches into blocks of at most so many tokens."""
+        """Group successive microbatches into blocks of at most `tokens`."""
         return blocks(self.side, self.cuts, tokens)
 
     def rows(self, block: Sequence[int]) -> slice:
-        """The rows of a block, in the side's own order."""
+        """Return the rows of a block, in sorted order."""
         return slice(self.cuts[block[0]].start, self.cuts[block[-1]].stop)
 
     def gathered(self, block: Sequence[int], names: Sequence[str] | None = None) -> Handles:
-        """Hold the gradients of some microbatches, of all parameters or of some."""
+        """Read and stack the gradients of some microbatches, of all parameters or of some."""
         return stack_handles(self.read(i) if names is None else self.read(i, names) for i in block)
 
     def in_memory(self, on_progress: Callable[[int], Any] = lambda n: None, *, together: bool = True) -> Gradients:
-        """Compute or read everything once, and hold it, moved together: what temporaries surround leaves holes."""
+        """Compute or read everything once and hold it, copied together to avoid fragmentation."""
         held = []
         for i, rows in enumerate(self.cuts):
             handles = self.read(i)
@@ -97,17 +97,17 @@ class Gradients:
         return Gradients(self.side, self.cuts, held.__getitem__, len(self))
 
     def remembering(self, held: dict[int, Handles], room: int) -> Gradients:
-        """Serve from memory what is held already, and go on holding what is read as long as there is room, bytes."""
+        """Cache microbatches in `held` as they are read, up to `room` bytes in all."""
         size = sum(map(nbytes, held.values()))
 
         def read(i: int, *names: Sequence[str]) -> Handles:
             nonlocal size
             if i in held:
                 return {name: held[i][name] for name in names[0]} if names else held[i]
-            found = self.read(i, *names)
-            if not names and (own := nbytes(found)) + size <= room:
-                held[i], size = found, size + own
-            return found
+            handles = self.read(i, *names)
+            if not names and (own := nbytes(handles)) + size <= room:
+                held[i], size = handles, size + own
+            return handles
 
         return Gradients(self.side, self.cuts, read, self.computed, shares=self.shares)
 
@@ -116,22 +116,22 @@ class Gradients:
         return self._summed(func.weighted_sum, weights)
 
     def squared_sum(self, weights: Tensor | None = None) -> Tree:
-        """Compute Σ_n w_n g_n², [n] -> {name: [*shape]}; all w are 1 where none are given."""
+        """Compute Σ_n w_n g_n², [n] -> {name: [*shape]}; w = 1 by default."""
         return self._summed(func.squared_sum, torch.ones(len(self)) if weights is None else weights)
 
     def along(self, vector: Tree) -> Tensor:
         """Compute ⟨g, v⟩ of every sequence, [n]."""
-        one, found = {name: leaf[None] for name, leaf in vector.items()}, torch.empty(len(self), dtype=torch.float64)
+        one, products = {name: leaf[None] for name, leaf in vector.items()}, torch.empty(len(self), dtype=torch.float64)
         for rows, handles in self:
-            found[rows] = func.contract(handles, one)[:, 0].to(found)
-        return found
+            products[rows] = func.contract(handles, one)[:, 0].to(products)
+        return products
 
     def squared_norms(self, D: Tree | None) -> func.SquaredNorms:
-        """Compute ‖g‖² and ⟨g, D g⟩ of every sequence, [n] float64; D is 1 where none is given."""
+        """Compute ‖g‖² and ⟨g, D g⟩ of every sequence, [n] float64; D = 1 where None."""
         plain, weighted = torch.empty(2, len(self), dtype=torch.float64)
         for rows, handles in self:
-            found = func.squared_norms(handles, diagonal=D)
-            plain[rows], weighted[rows] = found.plain.cpu(), found.weighted.cpu()
+            norms = func.squared_norms(handles, diagonal=D)
+            plain[rows], weighted[rows] = norms.plain.cpu(), norms.weighted.cpu()
         return func.SquaredNorms(plain, weighted)
 
     def _summed(self, of: Callable[[Handles, Tensor], Tree], weights: Tensor) -> Tree:
@@ -154,15 +154,15 @@ class Gradients:
         return {name: at(handle, here) for name, handle in self.read(i).items()}  # pyright: ignore[reportArgumentType]
 
     def chosen(self, rows: Tensor) -> Gradients:
-        """Take some sequences, by their rows in the caller's batch: the result's rows are counted as they are given."""
+        """Select sequences by their rows in the caller's batch; row i of the result is rows[i]."""
         cuts, places, order = list[slice](), list[tuple[int, Tensor]](), list[Tensor]()
         for i, here in enumerate(self.cuts):
-            found = (rows[:, None] == self.side.order[here]).nonzero()  # (place among the rows, in the microbatch)
-            if len(found):
+            matches = (rows[:, None] == self.side.order[here]).nonzero()  # (place among the rows, in the microbatch)
+            if len(matches):
                 start = cuts[-1].stop if cuts else 0
-                cuts.append(slice(start, start + len(found)))
-                places.append((i, found[:, 1]))
-                order.append(found[:, 0])
+                cuts.append(slice(start, start + len(matches)))
+                places.append((i, matches[:, 1]))
+                order.append(matches[:, 0])
         side = copy(self.side)
         side.order = torch.cat(order)
         side.tokens = [self.side.tokens[self.cuts[i].start + k] for i, place in places for k in place.tolist()]
@@ -186,20 +186,20 @@ class Gradients:
 
     @property
     def token_bytes(self) -> float:
-        """Bytes of gradients a token, as far as the first microbatch tells."""
+        """Bytes of gradients per token, estimated from the first microbatch."""
         rows = self.cuts[0]
         return self.largest / ((rows.stop - rows.start) * self.side.tokens[rows.start])
 
 
 def computed(side: SortedBatch, nodes: Nodes, cuts: Sequence[slice], promised: bool = False) -> Gradients:
-    """Compute a side's gradients when they are asked for: ḡ = Σ_j q_j ∇f(θ_j) over the nodes of a path.
+    """Compute gradients on demand: ḡ = Σ_j q_j ∇f(θ_j) over the nodes of a path.
 
     Args:
-        side: with its f.
-        nodes: (q_j, θ_j); for a side that does not move, θ with weight 1.
+        side: the sorted batch, with its f.
+        nodes: (q_j, θ_j); without a path, θ with weight 1.
         cuts: the microbatches.
-        promised: whether memory was promised: what is held lies among the temporaries of the passes, and holes between
-            them are memory too, so that it is moved together, which costs a copy.
+        promised: whether a memory budget was given: gradients are then copied together, so that the temporaries of
+            the passes leave no gaps between them.
     """
     f, θ = side.f, nodes[0][1]
     assert f is not None
@@ -214,18 +214,18 @@ def computed(side: SortedBatch, nodes: Nodes, cuts: Sequence[slice], promised: b
         return handles
 
     def read(i: int) -> Handles:
-        part, found = trim(take(side.batch, cuts[i])), list[tuple[float, Handles]]()
+        part, gradients = trim(take(side.batch, cuts[i])), list[tuple[float, Handles]]()
         for q, params in nodes:
             with error_context(side.name, side.order[cuts[i]]), translate_errors(params):
-                found.append((q, one(params, part)))
-        mean = mean_of(found)
+                gradients.append((q, one(params, part)))
+        mean = mean_of(gradients)
         return packed(mean) if promised else mean
 
     return Gradients(side, cuts, read, len(side))
 
 
 def _by_layers(cut: Any, params: Tree, part: Any) -> Handles:
-    """Make whole gradients of long sequences layer by layer, without logits; written out, for factors are larger."""
+    """Compute whole gradients of long sequences layer by layer, without logits; dense, since factors are larger."""
     walk = Walk(cut, plain(params), part)
     J = {name: leaf.new_empty(length(part), *leaf.shape) for name, leaf in params.items()}
     for rows, handles in walk.back():
@@ -235,15 +235,15 @@ def _by_layers(cut: Any, params: Tree, part: Any) -> Handles:
 
 
 class Summing:
-    """Gradients, and Jᵀw of those that were computed, added up on their way to wherever they are kept.
+    """Gradients that accumulate Jᵀw as they are computed.
 
     Attributes:
-        gradients: the same gradients; reading a microbatch for the first time adds it.
-        held: {i: microbatch i}, as many as there was room for.
+        gradients: the same gradients; the first read of a microbatch adds it to Jᵀw.
+        held: {i: microbatch i}, as many as fit in `room`.
     """
 
     def __init__(self, gradients: Gradients, weights: Tensor, room: int = 0) -> None:
-        """Take gradients that are computed when they are read, w [n] in the caller's order, and bytes to hold them."""
+        """Take gradients that are computed on read, w [n] in the caller's order, and bytes to hold them."""
         self.held, self._room = dict[int, Handles](), room
         self.gradients = Gradients(gradients.side, gradients.cuts, self._read)
         self._inner, self._weights, self._done = gradients, weights, set[int]()
@@ -266,7 +266,7 @@ class Summing:
         self._total = {name: total[name].add_(leaf) for name, leaf in part.items()} if total else part
 
     def whole(self, kept: Gradients) -> Tree:
-        """Give Jᵀw; where some were not computed here all are read from where they are kept: bits are the same then."""
+        """Return Jᵀw; where some were not computed here, all are read from `kept`, for bitwise equal results."""
         if len(self._done) < len(self._inner.cuts):
             return kept.weighted_sum(self._weights)
         return self._total

@@ -1,12 +1,12 @@
-"""The contraction with layers outside: for long sequences, whose whole gradients have no room, and logits neither.
+"""The contraction with layers as the outer loop, for long sequences whose whole gradients and logits do not fit.
 
     for tile in held:  for block in streamed:
         for shard in (head and after, layer L, …, layer 1, before):
             for u in block:  sums += products(J_held[tile, shard], J_streamed[u, shard])
 
-Both walk back one layer together (`fkernel.engine.by_layer`), and again for every part of the other side; there is one
-layer's gradients of a model at once, those of a tile and of a few sequences of a block. What is asked is the same as
-of whole sequences (`fkernel.engine.streaming`), and comes in the same blocks of rows.
+Both batches run their backward passes together, layer by layer (`fkernel.engine.by_layer`), and again for every tile
+or block of the other; memory holds one layer's gradients, of a tile and of a few sequences of a block. Products and
+blocks of rows are those of `fkernel.engine.streaming`.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ def must_cut(f: Function, params: Tree, batch: Any) -> Cut:
     """Cut a model at its layers.
 
     Raises:
-        ModelError: it cannot be cut; the message says what stands against it.
+        ModelError: it cannot be cut; the message says why.
     """
-    found = cut_of(f, params, batch)
-    if isinstance(found, str):
-        raise ModelError(f"f cannot be computed layer by layer: {found}. Leave strategy= and memory= to the planner.")
-    return found
+    cut = cut_of(f, params, batch)
+    if isinstance(cut, str):
+        raise ModelError(f"f cannot be computed layer by layer: {cut}. Leave strategy= and memory= to the planner.")
+    return cut
 
 
 def sources_of(path: str, params: Tree, step: Tree | None) -> tuple[tuple[float, Source], ...]:
-    """Place the nodes of a step's path, their parameters made a layer at a time: (q_j, θ + s_jΔθ)."""
+    """Return the nodes of a step's path, (q_j, θ + s_jΔθ), whose parameters are formed a layer at a time."""
     check_path(path)
     if step is None:
         return ((1.0, plain(params)),)
@@ -63,19 +63,19 @@ def layered(
     tile: int | None = None,
     block: int | None = None,
 ) -> Iterator[KernelBlock]:
-    """Contract everything that is asked of two sides, layer by layer.
+    """Compute all products of `spec` between two batches, layer by layer.
 
     Args:
         E: the rows.
-        U: the columns; E itself where the two are one; None where rows are asked about by themselves alone.
+        U: the columns; E itself for a kernel with itself; None for products of rows alone.
         nodes: where E's gradients are taken, (q_j, source).
         params: θ, where U's are.
-        spec: what is asked; x is E, y is U.
-        how: blocks, and how many layer inputs are kept.
-        held: the side whose gradients of a layer are held while the other's stream past, "E" or "U".
+        spec: the products to compute; x is E, y is U.
+        how: sizes of blocks, and which layer inputs are kept.
+        held: the batch whose gradients of a layer are held while the other's stream past, "E" or "U".
         tile: tokens of it that are held at a time; None for all.
-        block: tokens of the other side that are under way beside them; None for all. Each side walks again for every
-            part of the other.
+        block: tokens of the other batch that are processed beside them; None for all. Each batch is recomputed for
+            every part of the other.
 
     Yields:
         One `KernelBlock` a tile of E; one in all where U is held.
@@ -108,7 +108,7 @@ def _alone(
     how: Walking,
     tile: int | None,
 ) -> Iterator[tuple[slice, Products]]:
-    """Walk a tile of rows after the other, all nodes of each together: what is asked of them may not be linear."""
+    """Process one tile of rows after the other, with all nodes together, since the products may not be linear."""
     assert E.f is not None
     side = Side(E.batch, nodes, must_cut(E.f, params, E.batch))
     assert side.cut is not None
@@ -121,18 +121,18 @@ def _alone(
 
 
 def _part(side: Side, rows: slice, n: int) -> Side:
-    """Some sequences of a side; the side itself, where they are all of its n."""
+    """Return some sequences of a batch; the batch itself, where they are all of its n."""
     return side if rows == slice(0, n) else side._replace(batch=trim(take(side.batch, rows)))
 
 
 def _contract(x: Side, y: Side, products: Products, start: int, how: Walking) -> None:
-    """Hold x's gradients a layer at a time and let y's pass, which are the columns from `start` on."""
+    """Hold x's gradients of a layer and contract y's with them, which are the columns from `start` on."""
     assert y.cut is not None
     for shard in shards(y.cut, x, y, every=how.every, tokens=how.tokens, dense=not how.tokens):
         for k, (rows, handles) in enumerate(shard.streamed):
             columns = slice(start + rows.start, start + rows.stop)
             products.add(shard.held, handles, columns, own_x=k == 0 and start == 0)
-            del handles  # or they would be alive while the next are made
+            del handles  # frees them before the next are computed
 
 
 def along_of(
@@ -145,8 +145,8 @@ def along_of(
             for some, handles in walk.back():
                 rows = slice(start + some.start, start + some.stop)
                 products.add(handles, handles, rows=rows, own_y=False)
-    found = products.whole("x", "along")
-    return torch.empty_like(found).index_copy_(0, side.order, found)
+    values = products.whole("x", "along")
+    return torch.empty_like(values).index_copy_(0, side.order, values)
 
 
 def gradient_sum(
@@ -157,15 +157,15 @@ def gradient_sum(
     of: Callable[[Handles, Tensor], Tree] = weighted_sum,
     on_progress: Callable[[int], Any] = lambda n: None,
 ) -> Tree:
-    """Compute Jᵀw layer by layer, {name: [*shape]}; sequences of weight 0 do not walk.
+    """Compute Jᵀw layer by layer, {name: [*shape]}; sequences of weight 0 are skipped.
 
     Args:
-        side: with its f.
+        side: the sorted batch, with its f.
         params: θ.
         weights: [n] in the caller's order.
-        how: how sequences walk.
+        how: block size and checkpointing of layer inputs.
         of: another sum over sequences, of handles and weights: `func.squared_sum`.
-        on_progress: called with a number of sequences whenever so many have walked.
+        on_progress: called with the number of sequences after each group of them.
     """
     total: dict[str, Tensor] = {}
     w = weights[side.order.to(weights.device)].to(widened(next(iter(params.values()))[..., :0]))
@@ -178,16 +178,16 @@ def gradient_sum(
 
 
 def values_of(side: SortedBatch, source: Source, params: Tree, how: Walking) -> Tensor:
-    """Compute f of a side, [n] float64 in the caller's order; one layer's input of each sequence is held."""
+    """Compute f of a batch, [n] float64 in the caller's order, holding one layer's input of each sequence."""
     walks = _walks(side, source, params, how._replace(every=1 << 30))
     values = torch.cat([walk.values for _, walk in walks])
     return torch.empty_like(values).index_copy_(0, side.order, values)
 
 
 def evaluated(f: Function, params: Tree, batch: Any, microbatch: int | None = None) -> Tensor:
-    """Compute f of a batch, [n] float64: layer by layer where it is long and f can be cut, else whole microbatches.
+    """Compute f of a batch, [n] float64: layer by layer if it is long and f can be cut, else by whole microbatches.
 
-    Sums over tokens are not rounded to the dtype of the parameters: between two θ f differs by far less than f.
+    Sums over tokens are kept in float64: the difference of f between two θ is far smaller than f.
     """
     if how := walking_of(f, params, (batch,), None):
         return values_of(SortedBatch("E", batch, f), plain(params), params, how)
@@ -197,9 +197,9 @@ def evaluated(f: Function, params: Tree, batch: Any, microbatch: int | None = No
 def _walks(
     side: SortedBatch, source: Source, params: Tree, how: Walking, weights: Tensor | None = None, weight: float = 1.0
 ) -> Iterator[tuple[int, Walk]]:
-    """Walk a few sequences after the other, (row of the first one, their walk): no two of them meet.
+    """Iterate over groups of sequences: (row of the first one, their walk).
 
-    Those whose weights are all 0 are left out, but for the first, which gives zeros their shapes.
+    Groups whose weights are all 0 are skipped, except the first, which gives zeros their shapes.
     """
     assert side.f is not None
     with error_context(side.name):

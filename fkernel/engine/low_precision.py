@@ -1,7 +1,7 @@
-"""K_EU from gradients that are stored in half the bytes, and by how much each entry may be off, as measured.
+"""K_EU from gradients that are stored in half the bytes, with a measured error bound for each entry.
 
-One side's gradients x are stored rounded, as x̂ = x + δx; the other side's y stream past in full and are not stored.
-D = diag(d) of any sign stands between them, so that entry by entry
+One batch's gradients x are stored rounded, x̂ = x + δx; the other's y stream past unrounded and are not stored.
+With D = diag(d) of any sign, entry by entry
 
     K̂ − K = ⟨x̂, D y⟩ − ⟨x, D y⟩ = ⟨δx, D y⟩ = Σ_s ⟨√|D| δx, sign(D) √|D| y⟩_s
 
@@ -15,11 +15,11 @@ number format is assumed: what is stored may be factors (`fkernel.func.handles.f
 products of them. ε is measured when x is stored, by multiplying out both forms, a tile at a time, in float64 (they
 agree in their leading digits); η when y streams past. Then B = ε ηᵀ is one small product.
 
-B bounds what storing did. What forming and contracting in the parameters' dtype rounds is not in it: that is in the
-exact kernel as in this one, and for float32 parameters it was some thousandths of what bfloat16 did, and hundredths of
-what float16 did. B knows no cancellation within a shard, while the signs of rounding errors are as good as random, so
-it lies the further above what happens the more parameters there are: its largest entry was 2 to 19 times the largest
-error with two thousand of them, 20 times with 7·10⁴, 60 times with 10⁶.
+B bounds the error of storage only. Rounding while gradients are computed and contracted in the parameters' dtype is
+not included: the exact kernel has it too, and for float32 parameters it was some thousandths of the error of bfloat16
+storage, and hundredths of float16's. B ignores cancellation within a shard, while rounding errors have nearly random
+signs, so it is looser with more parameters: its largest entry was 2 to 19 times the largest error with 2·10³
+parameters, 20 times with 7·10⁴, 60 times with 10⁶.
 
 Source: the inequality of A.-L. Cauchy (1821) and H. A. Schwarz (1888); N. J. Higham, "Accuracy and Stability of
 Numerical Algorithms" (2002), §3, for bounds that are computed along with the result.
@@ -60,17 +60,17 @@ from fkernel.shapes import Tensor, Tree
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 SHARDS = 256
-"""Shards a parameter, at most: a float64 each and sequence, little beside the sequence's factors."""
+"""Largest number of shards of a parameter; each costs a float64 a sequence, little beside its factors."""
 SLACK = 1 + 2.0**-20
 """Covers the rounding of the norms themselves, and of B to the result's dtype."""
 
 
 class Rounded(NamedTuple):
-    """A kernel from rounded gradients, and what the rounding may have done to it.
+    """A kernel from rounded gradients, with a bound on the rounding error.
 
     Attributes:
         values: K̂, [n_E n_U].
-        bound: B, [n_E n_U]; |K̂ − K| ≤ B entry by entry, up to the rounding that the exact kernel has itself.
+        bound: B, [n_E n_U]; |K̂ − K| ≤ B entry by entry, up to the rounding of the exact kernel.
         dtype: what the held gradients were stored in.
     """
 
@@ -94,7 +94,7 @@ def low_precision_kernel(
     K̂[e, u] = ⟨∇f(e; θ) + δ, P ∇f(u; θ)⟩,    |K̂ − K|[e, u] ≤ B[e, u]
 
     The smaller side (E where they are equal) is stored rounded, so that K̂ of a batch with itself is symmetric only to
-    within B. For B every gradient is multiplied out once more, the stored ones twice.
+    within B. B costs multiplying out every gradient once more, the stored ones twice.
 
     Args:
         f: (params, batch) -> [n].
@@ -103,14 +103,14 @@ def low_precision_kernel(
         U: the update batch, n_U sequences (the columns).
         precond: P, a diagonal, of any sign: `precond.identity()`, `precond.diagonal(d)`, `precond.adam(state)`.
         dtype: what the held gradients are stored in, no wider than the parameters: torch.bfloat16 (8 significant bits,
-            float32's range), torch.float16 (11 bits, up to 65504), or the parameters' own (rounds nothing: B = 0).
+            float32's range), torch.float16 (11 bits, up to 65504), or the parameters' own (no rounding: B = 0).
         microbatch: as in `fkernel.kernel`.
 
     Returns:
         `Rounded`: values and bound, [n_E n_U] in the parameters' dtype, in units of f², times P's.
 
     Raises:
-        TreeError: P is no diagonal, or of other parameters; dtype is not of the above.
+        TreeError: P is not diagonal, or of other parameters; dtype is none of the above.
         NonFiniteError: a gradient overflows dtype (names the sequence and the parameter), or is not finite itself.
         BatchError, ModelError: as `fkernel.kernel`.
 
@@ -146,13 +146,13 @@ def _executed(
         B[:, columns] = SLACK * ε @ shard_norms(part, d).T
         K[:, columns] = func.contract(stored, part, diagonal=d)
         del part
-    # Both have the sides' own orders: put rows and columns back where the caller has them.
+    # Rows and columns from sorted order to the caller's.
     K, B = (each[held.side.order.argsort()][:, streamed.side.order.argsort()] for each in (K, B))
     return Rounded(K, B, dtype) if how.held == "E" else Rounded(K.T.contiguous(), B.T.contiguous(), dtype)
 
 
 def _stored(held: Gradients, d: Tree | None, dtype: torch.dtype) -> tuple[Handles, Tensor]:
-    """Store a side's gradients rounded, and measure what that did: (x̂, ε [n shards])."""
+    """Round a batch's gradients and measure the error: (x̂, ε [n shards])."""
     kept, errors = list[Handles](), list[Tensor]()
     for i, rows in enumerate(held.cuts):
         exact = held.read(i)
@@ -164,7 +164,7 @@ def _stored(held: Gradients, d: Tree | None, dtype: torch.dtype) -> tuple[Handle
 
 
 def narrowed(handles: Handles, dtype: torch.dtype) -> Handles:
-    """Round what handles store to a dtype; what they share they go on sharing, and ids and narrower leaves stay.
+    """Round the tensors of handles to a dtype; shared tensors stay shared, ids and narrower tensors unchanged.
 
     Args:
         handles: of one microbatch, {name: handle} of n sequences.
@@ -183,7 +183,7 @@ def narrowed(handles: Handles, dtype: torch.dtype) -> Handles:
         if not leaf.is_floating_point() or leaf.dtype.itemsize <= dtype.itemsize:
             return leaf
         if (key := key_of(leaf)) not in done:
-            # A repeated dimension takes no storage, and goes on taking none.
+            # An expanded dimension (stride 0) stays expanded.
             once = leaf[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in leaf.stride())]
             done[key] = once.to(dtype).expand(leaf.shape)
         return done[key]
@@ -239,7 +239,7 @@ def _norms(x: Handle, d: Tensor | None, less: Handle | None) -> Tensor:
     n, shape, leaf = count(x), shape_of(x) or (1,), tensors(x)[-1]
     per_shard = max(1, math.ceil(shape[0] / SHARDS))
     at = torch.arange(shape[0], device=leaf.device)
-    if isinstance(x, SparseRows):  # of a table's rows only those that were looked up
+    if isinstance(x, SparseRows):  # only the table rows that were looked up
         at, ids = torch.unique(x.ids, return_inverse=True)
         x = x._replace(ids=ids, size=len(at))
         less = less._replace(ids=ids, size=len(at)) if isinstance(less, SparseRows) else less
@@ -259,7 +259,7 @@ def _norms(x: Handle, d: Tensor | None, less: Handle | None) -> Tensor:
 
 
 def _formed(x: Handle, start: int, r: int, dtype: torch.dtype) -> Tensor:
-    """Rows start … start + r of the leading dimension, [n, r, width]."""
+    """Write out rows start … start + r of the leading dimension, [n, r, width]."""
     x = x[:, None] if isinstance(x, Tensor) and x.ndim == 1 else x
     out = tensors(x)[-1].new_empty(count(x), r, *shape_of(x)[1:], dtype=dtype)
     materialize_into(x, out, start)
@@ -271,7 +271,7 @@ def _widest(params: Tree) -> torch.dtype:
 
 
 def _diagonal_of(precond: Preconditioner, params: Tree) -> Tree | None:
-    """D of a diagonal P, once it is known to fit the parameters."""
+    """Return D of a diagonal P, checked against the parameters."""
     if not isinstance(precond, Diagonal):
         raise TreeError(
             f"The preconditioner is a {type(precond).__name__}; the error of rounded gradients is bounded under a "

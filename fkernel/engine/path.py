@@ -1,4 +1,4 @@
-"""The path of a step: where E's gradients are taken, so that contributions add up to what happened.
+"""The path of a step: where E's gradients are evaluated, so that contributions add up to the realised change.
 
     S_e(θ+Δθ) − S_e(θ) = ∫₀¹ ⟨∇S_e(θ + sΔθ), Δθ⟩ ds ≈ Σ_j q_j ⟨∇S_e(θ + s_jΔθ), Δθ⟩
 
@@ -6,8 +6,8 @@
     midpoint   s = ½                      one node as well;          error O(|Δθ|³), a 24th of the third derivative
     gauss2     s = ½ ∓ √3/6, q = ½        Gauss and Legendre's two;  error O(|Δθ|⁵)
 
-Δθ is a sum, of a part for every sequence of U, of momentum and of decay; so every node splits alike, and the parts add
-up to the left side, curvature included. Two nodes are one gradient to whatever contracts it: ḡ_e = Σ_j q_j ∇S_e(θ_j).
+Δθ is a sum of one part for every sequence of U, of momentum and of decay; so is each term, and the parts add up to the
+left side, curvature included. Several nodes are contracted as one mean gradient, ḡ_e = Σ_j q_j ∇S_e(θ_j).
 
 Source: path kernels, P. Domingos (2020) and B. Bell et al. (2023); M. Sundararajan et al., "Axiomatic attribution for
 deep networks" (2017), for integrated gradients; C. F. Gauss (1814) for the nodes.
@@ -43,12 +43,12 @@ def check_path(path: str) -> None:
 
 
 def nodes_of(path: str, params: Tree, step: Tree | None) -> Nodes:
-    """Place the nodes of a path.
+    """Compute the nodes of a path.
 
     Args:
         path: of `NODES`.
         params: θ.
-        step: Δθ; None where there is none, and then θ is the only node.
+        step: Δθ; None for no step, with θ as the only node.
 
     Returns:
         (q_j, θ + s_jΔθ); where s is 0, θ itself.
@@ -65,7 +65,7 @@ def nodes_of(path: str, params: Tree, step: Tree | None) -> Nodes:
 
 
 def mean_of(pieces: Sequence[tuple[float, Handles]]) -> Handles:
-    """Make ḡ = Σ_j q_j g_j of one microbatch's gradients at every node, in handles.
+    """Compute ḡ = Σ_j q_j g_j from one microbatch's handles at every node.
 
     Example:
         >>> import torch
@@ -82,7 +82,7 @@ def _mean(pieces: list[tuple[float, Handle]]) -> Piece:
     dense = [part for part in parts if not isinstance(part, Factored | SparseRows)]
     others = [part for part in parts if isinstance(part, Factored | SparseRows)]
     whole = [sum(dense[1:], dense[0])] if dense else []
-    # Lookups come last: they add to few rows of storage that the others have written whole.
+    # Lookups come last: they add to few rows of what the others have written whole.
     ordered = [*whole, *sorted(others, key=lambda part: isinstance(part, SparseRows))]
     return ordered[0] if len(ordered) == 1 else Sum(tuple(ordered))
 
@@ -90,5 +90,5 @@ def _mean(pieces: list[tuple[float, Handle]]) -> Piece:
 def _times(q: float, part: Piece) -> Piece:
     if isinstance(part, Factored | SparseRows):
         return part._replace(cotangents=q * part.cotangents)
-    assert isinstance(part, Tensor)  # heads and sums are of a walk by layers, which has its own nodes
+    assert isinstance(part, Tensor)  # heads and sums occur only layer by layer, where nodes are summed in `by_layer`
     return q * part

@@ -1,6 +1,6 @@
-"""What a contraction is about, made and checked once: two sides, the path of a step, and what is asked of both.
+"""The inputs of a contraction: two batches, the path of a step, and the products to compute.
 
-`blocks` runs it by whichever way was chosen; everything in the package that contracts gradients goes through it.
+`blocks` runs it by the chosen strategy; everything in the package that contracts gradients goes through it.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from fkernel.shapes import Tree
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """Two sides and what is asked of their gradients.
+    """Two batches and the products of their gradients to compute.
 
     Attributes:
         params: θ.
-        E: the rows, in the engine's order, with their f.
-        U: the columns; E itself where the two are one, None where only rows are asked about.
-        spec: what is asked; x is E, y is U.
-        path: where E's gradients are taken; of `fkernel.engine.path.NODES`.
-        step: Δθ; None where nothing moves.
-        kept: U's gradients, where they are held or on disk already.
-        P: a preconditioner that is no diagonal, which U's rows go through; None for one that stands in `spec`.
+        E: the rows, sorted, with their f.
+        U: the columns; E itself for a kernel with itself, None for products of rows alone.
+        spec: the products to compute; x is E, y is U.
+        path: where E's gradients are evaluated; of `fkernel.engine.path.NODES`.
+        step: Δθ; None for no step.
+        kept: U's gradients, where they are already in memory or on disk.
+        P: a non-diagonal preconditioner, applied to U's rows; None where `spec` holds a diagonal one.
         store: a directory for the gradients of both sides.
-        promised: whether memory was promised.
+        promised: whether a memory budget was given.
     """
 
     params: Tree
@@ -55,7 +55,7 @@ class Problem:
 
 
 def blocks(problem: Problem, strategy: Strategy) -> Iterator[KernelBlock]:
-    """Run a problem by one of the ways of `fkernel.engine.planning.strategy`; every one gives the same numbers.
+    """Run a problem by a strategy of `fkernel.engine.planning.strategy`; all give the same numbers.
 
     Yields:
         A `KernelBlock` a tile of E's rows.
@@ -70,20 +70,22 @@ def blocks(problem: Problem, strategy: Strategy) -> Iterator[KernelBlock]:
         yield from layered(problem.E, problem.U, sources, problem.params, problem.spec, how, **strategy.loops)
         return
     if is_half(problem.params):
-        check_params(problem.params)  # says that only layers take it
+        check_params(problem.params)  # raises: only "layers" accepts half precision
     with ExitStack() as opened:
         E, U = _sources(problem, strategy, opened)
         yield from contraction(E, U, problem.spec, held=strategy.held, tile=strategy.tile, block=strategy.block)
 
 
 def _sources(problem: Problem, strategy: Strategy, opened: ExitStack) -> tuple[Gradients, Gradients | None]:
-    """Where both sides' gradients come from: computed as they are asked for, kept, or by way of a store."""
+    """Return both batches' gradients: computed on demand, kept, or from a store."""
     nodes = nodes_of(problem.path, problem.params, problem.step)
 
     def source(side: SortedBatch, at: Any) -> Gradients:
         cuts = cuts_of(side, strategy.tokens)
         if strategy.name == "store":
-            return opened.enter_context(kernel_from_store(_given(problem.store), problem.params, side, cuts))
+            if problem.store is None:
+                raise BatchError('The strategy "store" keeps gradients on disk; say where: store="directory".')
+            return opened.enter_context(kernel_from_store(problem.store, problem.params, side, cuts))
         return computed(side, at, cuts, problem.promised)
 
     E = source(problem.E, nodes)
@@ -94,7 +96,7 @@ def _sources(problem: Problem, strategy: Strategy, opened: ExitStack) -> tuple[G
 
 
 def _under(P: Preconditioner, J: Gradients, params: Tree) -> Gradients:
-    """Write gradients out and apply P to their rows, where P may be anything that a caller wrote."""
+    """Write gradients out and apply P, an arbitrary callable, to their rows."""
 
     def read(i: int) -> Handles:
         rows = J.cuts[i]
@@ -103,9 +105,3 @@ def _under(P: Preconditioner, J: Gradients, params: Tree) -> Gradients:
             return {**transformed(P, dense)}
 
     return Gradients(J.side, J.cuts, read)
-
-
-def _given(store: Path | str | None) -> Path | str:
-    if store is None:
-        raise BatchError('The strategy "store" keeps gradients on disk; say where: store="directory".')
-    return store

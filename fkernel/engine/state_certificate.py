@@ -1,7 +1,7 @@
-"""The state certificate: what was read of an optimizer's state, held against the step that was taken.
+"""The state certificate: the step predicted from the optimizer's state, compared with the step that was taken.
 
-Without the weights after the step, a prediction can only be held against a step that is executed from the same reading
-of the state: they agree whether or not it was read rightly.
+Without the weights after the step, a prediction can only be compared with a step that is executed from the same state:
+the two agree whether or not the state was read correctly.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ from fkernel.func import Certificate
 from fkernel.shapes import Tree
 
 BOUND = 0.05
-"""How far Δθ may be from what happened, relative; the demo's float32 step is at 5e-4."""
+"""Largest relative error of Δθ; the demo's float32 step is at 5e-4."""
 
 
 def state_against_step(step: Tree, before: Tree, after: Tree | None) -> Certificate:
-    """Hold a predicted step against the weights after it.
+    """Compare a predicted step with the weights after it.
 
     error = ‖Δθ − (θ_after − θ_before)‖ / ‖θ_after − θ_before‖
 
     Args:
-        step: Δθ as the optimizer's state and the batch's gradient have it, {name: [*shape]}.
+        step: Δθ predicted from the optimizer's state and the batch's gradient, {name: [*shape]}.
         before: θ.
-        after: θ after the step that was really taken; None where it is not there.
+        after: θ after the step that was taken; None where not available.
 
     Returns:
-        The certificate; `passed` is None without `after`: then nothing is evidence, and `detail` says what would be.
+        The certificate; without `after`, `passed` is None and `detail` says what evidence would be needed.
 
     Example:
         >>> import torch

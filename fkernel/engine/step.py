@@ -1,4 +1,4 @@
-"""One AdamW step, explained: what it does to log π of every sequence of E, and which sequence of U did it.
+"""One AdamW step, explained: its effect on log π of every sequence of E, by sequence of U.
 
 With g = −c Σ_u w_u A_u ∇S_u, Δθ = batch + momentum + decay (`fkernel.precond.adaptive`) and the nodes θ_j = θ + s_jΔθ
 of a path (`fkernel.engine.path`; by default one, halfway), ḡ_e = Σ_j q_j ∇S_e(θ_j) and
@@ -8,7 +8,7 @@ of a path (`fkernel.engine.path`; by default one, halfway), ḡ_e = Σ_j q_j ∇
     momentum_e = ⟨ḡ_e, Δθ_momentum⟩,  decay_e = ⟨ḡ_e, Δθ_decay⟩
 
 All in nats; positive means that the log-probability of the row's sequence rises. Momentum and decay are further columns
-of the contraction that makes C: no pass is made for them.
+of the contraction for C, without passes of their own.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ from fkernel.shapes import Tensor, Tree
 
 
 class StepEffect(NamedTuple):
-    """What one step does to E, in nats.
+    """The effect of one step on E, in nats.
 
     Attributes:
         kernel: [n_E n_U] ⟨ḡ_e, P_step ∇S_u⟩, nats per unit of c·w_u·A_u; ḡ_e at the nodes of `path`.
-        contributions: [n_E n_U] C, nats: what sequence u did to sequence e.
+        contributions: [n_E n_U] C, nats: the effect of sequence u on sequence e.
         momentum: [n_E] nats, from gradients of earlier steps.
         decay: [n_E] nats, from weight decay.
         clip: c, the factor of gradient clipping.
         grad_norm: ‖∇L‖ before clipping.
-        path: where E's gradients were taken: "midpoint", "start" or "gauss2".
+        path: where E's gradients were evaluated: "midpoint", "start" or "gauss2".
     """
 
     kernel: Tensor
@@ -68,12 +68,12 @@ class StepEffect(NamedTuple):
 
     @property
     def batch(self) -> Tensor:
-        """[n_E] nats, Σ_u C_eu: what the update batch did."""
+        """[n_E] nats, Σ_u C_eu: the effect of the update batch."""
         return self.contributions.sum(1)
 
     @property
     def predicted(self) -> Tensor:
-        """[n_E] nats, batch + momentum + decay: the change of S, up to what the path leaves."""
+        """[n_E] nats, batch + momentum + decay: the change of S, up to the path's error."""
         return self.batch + self.momentum + self.decay
 
     @property
@@ -86,7 +86,7 @@ class StepEffect(NamedTuple):
         """[n_E] nats, the change up to O(|Δθ|³): at the midpoint, or at two nodes, the same sum.
 
         Raises:
-            BatchError: the path is "start", which knows the first order alone; add ½ `func.curvature`, or take a path.
+            BatchError: the path is "start", which has the first order only; add ½ `func.curvature`, or take a path.
         """
         if self.path == "start":
             raise BatchError('path="start" is the first order alone; path="midpoint" has the second order in it.')
@@ -102,7 +102,7 @@ def loss_gradient(
     max_norm: float | None = None,
     microbatch: int | None = None,
 ) -> tuple[Tree, float, float]:
-    """Compute the gradient that the optimizer is given.
+    """Compute the clipped gradient that the optimizer receives.
 
     g = c ∇L,  L = −Σ_u w_u A_u S_u,  c = min(1, max_norm / (‖∇L‖ + 1e−6))
 
@@ -116,7 +116,7 @@ def loss_gradient(
 
     Returns:
         (g {name: [*shape]}, c, ‖∇L‖ before clipping). A parameter that f never uses has zeros here and None in torch,
-        whose optimizer leaves it alone: `func.unused.unused_parameters` tells which ones these are.
+        whose optimizer skips it: `func.unused.unused_parameters` returns those.
 
     Raises:
         As `func.vjp`; OptimizerStateError where max_norm is not positive.
@@ -147,31 +147,31 @@ def explain_step(
     microbatch: int | None = None,
     rows: Function | None = None,
 ) -> tuple[StepEffect, AdamWStep]:
-    """Explain the step that AdamW takes on U, sequence by sequence, before it is taken.
+    """Predict the effect of AdamW's step on U, sequence by sequence, before it is taken.
 
     S_e(θ+Δθ) − S_e(θ) = Σ_u C_eu + momentum_e + decay_e + O(|Δθ|³), as derived in `fkernel.engine.step`.
 
     Args:
         f: S, (params, batch) -> [n], nats.
-        params: θ before the step; every parameter that the optimizer moves.
+        params: θ before the step; all parameters that the optimizer updates.
         E: the sequences whose change is to be explained.
         U: the update batch.
         weights: [n_U], w_u·A_u: loss weight times advantage (1/n_U times the advantage where the loss is a mean).
         state: AdamW's state before the step.
-        path: where E's gradients are taken: "midpoint", halfway along the step, so that contributions add up to the
-            change; "gauss2", at two nodes, closer still for a large step and half as dear again; "start", at θ: the
-            first order.
+        path: where E's gradients are evaluated: "midpoint", halfway along the step, so that contributions add up to the
+            change; "gauss2", at two nodes, more accurate for a large step at 1.5 times the cost; "start", at θ: first
+            order.
         max_norm: the gradient-clipping threshold, None for none.
-        memory: a promise as in `kernel`; vectors of the step, about seven of the parameters' size, count too.
+        memory: budget as in `kernel`, including the step's vectors, about seven of the parameters' size.
         microbatch: as in `fkernel.kernel`.
-        rows: f of E, where it is another than U's: an observable; the effect is in its unit then.
+        rows: f of E, where it differs from U's: an observable; the effect is then in its unit.
 
     Returns:
         (StepEffect, AdamWStep): the effect on E in nats, and Δθ in its three parts; 0 of a parameter that f never uses,
-        which torch's optimizer leaves alone, momentum and decay included.
+        which torch's optimizer skips, momentum and decay included.
 
     Raises:
-        BatchError, TreeError, ModelError, NonFiniteError, OptimizerStateError: the inputs are at fault.
+        BatchError, TreeError, ModelError, NonFiniteError, OptimizerStateError: invalid input.
 
     Example:
         >>> import torch
@@ -189,7 +189,7 @@ def explain_step(
     check_sides(f, params, E, U, rows, layers=True)
     check_covers(state, list(params), params, "params")
     check_weights(weights, length(U))
-    # Alive beside the kernel: P_step, the three parts of Δθ and the nodes; before it g, and the sum of the parts.
+    # In memory beside the kernel: P_step, the three parts of Δθ and the nodes; before it g, and the sum of the parts.
     vectors = 5 + len(NODES[path])
     microbatch = usual_microbatch(microbatch, E, U)
 
@@ -222,7 +222,7 @@ def _explained(
         ascent = gradient_sum(side_U, params, w, Walking(strategy.tokens or 0, strategy.every))
         g, clip, norm = clip_gradient(ascent, max_norm)
         del ascent
-    elif strategy.held == "U" and strategy.tile is None:  # they are held anyway, and give g
+    elif strategy.held == "U" and strategy.tile is None:  # U's gradients are held anyway, and give g
         kept = computed(side_U, ((1.0, params),), cuts_of(side_U, strategy.tokens), promised)
         kept = kept.in_memory(together=promised)
         g, clip, norm = clip_gradient(kept.weighted_sum(w), max_norm)
@@ -241,15 +241,14 @@ def _explained(
     spec = ProductSpec({"": P.d}, RowSpec({"momentum": step.momentum, "decay": step.decay}))
     side_E = SortedBatch("E", E, S)
     problem = Problem(params, side_E, side_U, spec, path, total, kept, promised=promised)
-    found = _found(problem, strategy)
     leaf = widened(next(iter(params.values()))[..., :0])
-    K, momentum, decay = (each.to(leaf.device, leaf.dtype) for each in found)
+    K, momentum, decay = (each.to(leaf.device, leaf.dtype) for each in _contracted(problem, strategy))
     C = K * rearrange(clip * weights.to(K), "u -> 1 u")
     return StepEffect(K, C, momentum, decay, clip, norm, path), step
 
 
-def _found(problem: Problem, strategy: Strategy) -> tuple[Tensor, Tensor, Tensor]:
-    """K, momentum and decay, of one walk."""
+def _contracted(problem: Problem, strategy: Strategy) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute K, momentum and decay in one pass over the blocks."""
     assert problem.U is not None
     K = torch.empty(len(problem.E), len(problem.U), dtype=torch.float64)
     along = torch.empty(2, len(problem.E), dtype=torch.float64)
@@ -260,7 +259,7 @@ def _found(problem: Problem, strategy: Strategy) -> tuple[Tensor, Tensor, Tensor
 
 
 def realised_change(f: Function, before: Tree, after: Tree, E: Any, *, microbatch: int | None = None) -> Tensor:
-    """Measure what a step really did: ΔS_e = S_e(θ + Δθ) − S_e(θ).
+    """Compute the realised change of a step: ΔS_e = S_e(θ + Δθ) − S_e(θ).
 
     Args:
         f: S, (params, batch) -> [n].

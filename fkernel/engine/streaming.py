@@ -1,9 +1,9 @@
-"""The one contraction: everything that is asked of E's and U's gradients, a block of E's rows at a time.
+"""The contraction of E's and U's gradients: all products of a `ProductSpec`, a block of E's rows at a time.
 
     for tile in E:  for block in U:  for share in shares:   sums += products(J_E[tile, share], J_U[block, share])
 
-Each side's gradients are computed, held or on disk (`fkernel.engine.gradients`); all that is asked of them is taken of
-one walk over the tiles of parameter space (`fkernel.func.handles.products`). Callers keep of a block what they want.
+Each batch's gradients are computed, held or on disk (`fkernel.engine.gradients`); all products share one pass over the
+tiles of parameter space (`fkernel.func.handles.products`).
 """
 
 from __future__ import annotations
@@ -18,38 +18,38 @@ from fkernel.func.handles import Products, ProductSpec, RowSpec, device_of
 from fkernel.shapes import Tensor, Tree
 
 Sums = dict[str, dict[str, Tensor]]
-"""{what: {group of parameters: sums}}."""
+"""{product: {group of parameters: sums}}."""
 
 
 class KernelBlock:
-    """Some rows of everything that was asked.
+    """Some rows of all products.
 
     Attributes:
-        at: [r] which rows of the caller's E they are.
+        at: [r] their rows in the caller's E.
     """
 
     def __init__(self, at: Tensor, kernels: Sums, rows: Sums, columns: Sums) -> None:
-        """Take sums by group: kernels [r n_U], of the rows by themselves [r], of U by itself [n_U]."""
+        """Take sums by group: kernels [r n_U], products of rows alone [r], of U alone [n_U]."""
         self.at, self._kernels, self._rows, self._columns = at, kernels, rows, columns
 
     def kernel(self, what: str = "") -> Tensor:
-        """One of the kernels, [r n_U] float64, rows as in `at`, columns as the caller has them."""
+        """Return one of the kernels, [r n_U] float64, rows as in `at`, columns in the caller's order."""
         return _whole(self._kernels[what])
 
     def parts(self, what: str = "") -> dict[str, Tensor]:
-        """The same by groups of parameters, {group: [r n_U]}."""
+        """Return the same by groups of parameters, {group: [r n_U]}."""
         return self._kernels[what]
 
     def rows(self, what: str) -> Tensor:
-        """What was asked of the rows by themselves, [r] float64."""
+        """Return a product of rows alone, [r] float64."""
         return _whole(self._rows[what])
 
     def row_parts(self, what: str) -> dict[str, Tensor]:
-        """The same by groups of parameters, {group: [r]}."""
+        """Return the same by groups of parameters, {group: [r]}."""
         return self._rows[what]
 
     def columns(self, what: str) -> Tensor:
-        """What was asked of U by itself, [n_U] float64; only the first block has it."""
+        """Return a product of U alone, [n_U] float64; only the first block has it."""
         return _whole(self._columns[what])
 
 
@@ -62,15 +62,15 @@ def contraction(
     tile: int | None = None,
     block: int | None = None,
 ) -> Iterator[KernelBlock]:
-    """Walk everything that is asked of two sides, a block of E's rows at a time.
+    """Compute all products of `spec` between two batches, a block of E's rows at a time.
 
     Args:
         E: the rows.
-        U: the columns; E itself where the two are one; None where rows are asked about by themselves alone.
-        spec: what is asked; x is E, y is U.
-        held: the side whose gradients are held while the other's stream past.
-        tile: tokens of the held side that are held at a time; None for all.
-        block: tokens of the other side that are held beside them; None for all.
+        U: the columns; E itself for a kernel with itself; None for products of rows alone.
+        spec: the products to compute; x is E, y is U.
+        held: the batch whose gradients are held while the other's stream past, "E" or "U".
+        tile: tokens of the held batch that are held at a time; None for all.
+        block: tokens of the other batch that are held beside them; None for all.
 
     Yields:
         One `KernelBlock` a tile of E; one in all where U is held.
@@ -86,47 +86,47 @@ def arranged(
     held: str,
     walk: Callable[[ProductSpec], Iterator[tuple[slice, Products]]],
 ) -> Iterator[KernelBlock]:
-    """Make blocks of a walk that holds a tile of one side while the other's gradients pass.
+    """Make blocks of E's rows from products that are computed a tile of the held batch at a time.
 
     Args:
         E: the rows.
         U: the columns; None where there are none.
-        spec: what is asked; x is E, y is U.
-        held: which side is held, "E" or "U".
-        walk: what is asked, x being the side that is held ↦ (rows of a tile of it, their sums), in its order.
+        spec: the products to compute; x is E, y is U.
+        held: which batch is held, "E" or "U".
+        walk: spec with the held batch as x ↦ (rows of a tile of it, their products), in sorted order.
 
     Yields:
         One `KernelBlock` a tile of E; one in all where U is held.
     """
     if U is None or held == "E":
-        for rows, found in walk(spec):
-            yield placed(E.order[rows], None if U is None else U.order, found)
+        for rows, products in walk(spec):
+            yield placed(E.order[rows], None if U is None else U.order, products)
         return
-    tiles = [found for _, found in walk(ProductSpec(spec.kernels, spec.y, spec.x, spec.key))]
+    tiles = [products for _, products in walk(ProductSpec(spec.kernels, spec.y, spec.x, spec.key))]
     columns = U.order.argsort()
-    kernels = _joined([found.kernels for found in tiles])
+    kernels = _joined([products.kernels for products in tiles])
     kernels = {what: {group: K[columns].T.contiguous() for group, K in of.items()} for what, of in kernels.items()}
-    own = _joined([found.x for found in tiles])
+    own = _joined([products.x for products in tiles])
     yield KernelBlock(E.order, _on_cpu(kernels), _on_cpu(tiles[0].y), _placed(own, columns))
 
 
-def placed(rows: Tensor, columns: Tensor | None, found: Products) -> KernelBlock:
-    """Make a block of sums whose rows and columns stand in two sides' own orders.
+def placed(rows: Tensor, columns: Tensor | None, products: Products) -> KernelBlock:
+    """Make a block from products whose rows and columns are in sorted order.
 
     Args:
-        rows: [r] which rows of the caller's E they are.
-        columns: [n_U] which rows of the caller's U the columns are; None where there are none.
-        found: the sums, x of E and y of U.
+        rows: [r] the rows' positions in the caller's E.
+        columns: [n_U] the columns' positions in the caller's U; None where there are none.
+        products: the sums, x of E and y of U.
     """
     at = torch.arange(0) if columns is None else columns.argsort()
-    kernels = {what: {group: K[:, at] for group, K in of.items()} for what, of in found.kernels.items()}
-    return KernelBlock(rows, _on_cpu(kernels), _on_cpu(found.x), _placed(found.y, at))
+    kernels = {what: {group: K[:, at] for group, K in of.items()} for what, of in products.kernels.items()}
+    return KernelBlock(rows, _on_cpu(kernels), _on_cpu(products.x), _placed(products.y, at))
 
 
 def _walk(
     x: Gradients, y: Gradients | None, spec: ProductSpec, tile: int | None, block: int | None
 ) -> Iterator[tuple[slice, Products]]:
-    """Hold a tile of x, let y pass; both in their own orders."""
+    """Hold a tile of x and contract it with the blocks of y, both in sorted order."""
     if y is None:
         for own in x.blocks(tile):
             rows, held = x.rows(own), x.gathered(own)
@@ -147,7 +147,7 @@ def _walk(
                 if products is None:
                     products = Products(spec, rows.stop - rows.start, len(y), device_of(left))
                 products.add(left, right, y.rows(others), own_x=j == 0, own_y=k == 0)
-                del left, right  # or they would be alive while the next are made
+                del left, right  # frees them before the next are computed
         assert products is not None
         del held
         yield rows, products
@@ -167,8 +167,7 @@ def _placed(sums: Sums, columns: Tensor) -> Sums:
 
 def _joined(tiles: list[Sums]) -> Sums:
     return {
-        what: {group: torch.cat([found[what][group] for found in tiles]) for group in of}
-        for what, of in tiles[0].items()
+        what: {group: torch.cat([sums[what][group] for sums in tiles]) for group in of} for what, of in tiles[0].items()
     }
 
 
@@ -196,4 +195,4 @@ def self_kernel(U: Gradients, D: Tree | None, tile: int | None = None) -> tuple[
                 norms[rows] = products.whole("x", "norm").cpu()
             del right
         del left
-    return (K + K.T) / 2, norms  # a tile against itself is a product of two matrices, symmetric up to rounding
+    return (K + K.T) / 2, norms  # a tile with itself is symmetric only up to rounding

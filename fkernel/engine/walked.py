@@ -1,7 +1,7 @@
-"""Gradients of long sequences, of which none is kept: every question walks the sequences again, layer by layer.
+"""Gradients of long sequences, recomputed layer by layer for every use instead of kept.
 
-The gradient of a long sequence is no smaller in factors than written out: 64 of them at half a billion parameters are
-126 GB. A walk takes 1.25 × a plain pass forward and back, and holds one layer's gradients at a time.
+Factors of a long sequence's gradient are no smaller than the dense gradient: 64 of them at half a billion parameters
+take 126 GB. A walk costs 1.25 plain forward and backward passes, and holds one layer's gradients at a time.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from fkernel.shapes import Tensor, Tree
 from fkernel.tree import size
 
 ALONE = Strategy("layers", "E", 1, None, 0)
-"""Rows by themselves: one sequence after the other, since no two of them meet."""
+"""Products of rows alone: one sequence at a time."""
 WHOLE = ALONE._replace(tile=None)
-"""Both sides at once, where nothing says how."""
+"""The default: both batches at once."""
 
 
 class WalkedGradients(Gradients):
-    """J of one side at θ, made again whenever it is asked for; a microbatch is one sequence, written out whole.
+    """J of one batch at θ, recomputed at every read; a microbatch is one sequence, written out whole.
 
     Attributes:
         params: θ.
-        how: how a sequence walks by itself.
+        how: block size and checkpointing of a walk over one sequence.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -52,7 +52,7 @@ class WalkedGradients(Gradients):
     walked = True
 
     def __init__(self, side: SortedBatch, params: Tree, how: Walking, count: int = 0) -> None:
-        """Take a side with its f, θ, how it walks, and how many sequences were walked to get here."""
+        """Take a batch with its f, θ, how to walk it, and the number of sequences computed so far."""
         each = [slice(i, i + 1) for i in range(len(side))]
         super().__init__(side, each, computed(side, ((1.0, params),), each).read, count)
         self.params, self.how = params, how
@@ -66,11 +66,11 @@ class WalkedGradients(Gradients):
 
     def squared_norms(self, D: Tree | None) -> func.SquaredNorms:
         """Compute ‖g‖² and ⟨g, D g⟩ of every sequence, [n] float64."""
-        found = torch.empty(2, len(self), dtype=torch.float64)
+        norms = torch.empty(2, len(self), dtype=torch.float64)
         spec = ProductSpec(x=RowSpec(squares={"plain": None, "weighted": D}))
         for block in blocks(Problem(self.params, self.side, None, spec), ALONE._replace(every=self.how.every)):
-            found[:, block.at] = torch.stack([block.rows("plain"), block.rows("weighted")])
-        return func.SquaredNorms(*found)
+            norms[:, block.at] = torch.stack([block.rows("plain"), block.rows("weighted")])
+        return func.SquaredNorms(*norms)
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -78,7 +78,7 @@ class WalkedGradients(Gradients):
         return _like(self.params).dtype
 
     def with_itself(self, D: Tree | None, how: Strategy | None = None) -> tuple[Tensor, Tensor]:
-        """Compute K of the side with itself and ‖g‖²: ([n n] symmetric to the last bit, [n]), float64."""
+        """Compute K of the batch with itself and ‖g‖²: ([n n] symmetric to the last bit, [n]), float64."""
         n = len(self)
         K, norms = torch.empty(n, n, dtype=torch.float64), torch.empty(n, dtype=torch.float64)
         spec = ProductSpec({"": D}, RowSpec(squares={"norm": None}))
@@ -90,10 +90,10 @@ class WalkedGradients(Gradients):
 def choose_walk(
     E: SortedBatch, U: SortedBatch, params: Tree, memory: int | None, microbatch: int, reserved: int = 0
 ) -> Strategy:
-    """Ask the planner how two sides walk together, layer by layer, within what a grant leaves beside reserved bytes.
+    """Plan a layer-by-layer contraction of two batches within a memory budget less `reserved` bytes.
 
     Raises:
-        BatchError: none fits; the message says what would be enough.
+        BatchError: none fits; the message says how much would suffice.
     """
     if memory is None:  # a layer's gradients of the smaller side are held, as `fkernel.kernel` does
         return Strategy("layers", "E" if len(E) <= len(U) else "U", None, None, 0)
@@ -102,7 +102,7 @@ def choose_walk(
 
 
 def walk_load(E: SortedBatch, U: SortedBatch, params: Tree) -> Workload:
-    """Count what two sides that walk together have to do; U with its f."""
+    """Count the work of a layer-by-layer contraction of two batches; U with its f."""
     assert U.f is not None
     tokens = {"E": E.tokens, "U": U.tokens}
     walk = walk_of(must_cut(U.f, params, U.batch), params, tokens)
@@ -110,14 +110,14 @@ def walk_load(E: SortedBatch, U: SortedBatch, params: Tree) -> Workload:
 
 
 def _like(params: Tree) -> Tensor:
-    """A tensor of what is computed in."""
+    """Return an empty tensor of the device and dtype of the computation."""
     return widened(next(iter(params.values()))[..., :0])
 
 
 def walking_alone(f: Function, params: Tree, side: SortedBatch, memory: int | str | None) -> Walking | None:
-    """Say how the longest sequence of a side walks by itself within a grant; None where no sequence is long.
+    """Plan a walk over a batch's longest sequence within a memory budget; None where no sequence is long.
 
     Raises:
-        BatchError: the grant is too small for one sequence; the message says what would be enough.
+        BatchError: the budget is too small for one sequence; the message says how much would suffice.
     """
     return walking_of(f, params, (trim(take(side.batch, slice(0, 1))),), memory)

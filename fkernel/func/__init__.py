@@ -15,22 +15,13 @@ from fkernel.func.handles.squares import squared_sum
 from fkernel.func.inputs.batch import Sequences, pad
 from fkernel.func.inputs.objective import Objective
 from fkernel.func.logprob import sequence_logprob, token_entropy, token_logprobs
-from fkernel.func.losses import (
-    Weighted,
-    clipped_ratio_weights,
-    clipped_sequence_ratio_weights,
-    corrected_kl_penalty_weights,
-    kl_penalty_weights,
-    policy_gradient_weights,
-    preference_weights,
-    weighted_logprob,
-)
 from fkernel.func.observables import Answers, Pair, expected_reward, kl_divergence, log_odds, mean_entropy
 from fkernel.func.padding import with_masked_padding_grad
 from fkernel.func.trust.along import true_derivative
 from fkernel.func.trust.comparisons import Certificate
 from fkernel.func.trust.memory import certificates, made_certificates, skip_certificates
 from fkernel.func.unused import unused_parameters
+from fkernel.func.weighted import Weighted, weighted_logprob
 
 __all__ = [
     "Answers",
@@ -51,11 +42,8 @@ __all__ = [
     "by_kind",
     "by_layer",
     "certificates",
-    "clipped_ratio_weights",
-    "clipped_sequence_ratio_weights",
     "contract",
     "contract_by",
-    "corrected_kl_penalty_weights",
     "curvature",
     "evaluate",
     "evaluate_in_float64",
@@ -63,7 +51,6 @@ __all__ = [
     "grouped",
     "jvp",
     "kl_divergence",
-    "kl_penalty_weights",
     "log_odds",
     "made_certificates",
     "make_functional",
@@ -72,8 +59,6 @@ __all__ = [
     "part_of",
     "per_sequence_grad",
     "per_sequence_handles",
-    "policy_gradient_weights",
-    "preference_weights",
     "sequence_logprob",
     "skip_certificates",
     "split",

@@ -1,4 +1,4 @@
-"""A mode in which nothing is detached: what `fkernel.func.detach` is made of."""
+"""A torch function mode in which nothing is detached, for `fkernel.func.detach`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _DETACHING = {torch.Tensor.detach, torch.detach, torch.Tensor.detach_, torch.Ten
 
 
 class seen_through(TorchFunctionMode):
-    """While active, nothing leaves the graph that f would take out of it."""
+    """While active, `detach`, `data` and `no_grad` do not cut the graph."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Let detaching be the identity, and switching the graph off nothing; pass everything else on."""
+        """Make detaching the identity and ignore switching gradients off; pass everything else on."""
         if func in _DETACHING:
             return args[0]
         if func is torch._C._set_grad_enabled:

@@ -1,15 +1,15 @@
-"""The derivative of what a model holds constant in its backward pass.
+"""Derivatives through what a model detaches in its forward pass.
 
 With c(θ) = h(θ).detach() in f(θ) = F(θ, c(θ)),
 
-    backward()     ∂F/∂θ                      what an optimizer is given, and forward mode too
-    derivative     ∂F/∂θ + ∂F/∂c ∂h/∂θ        what a step does to f
+    backward()     ∂F/∂θ                      what an optimizer receives, and forward mode too
+    derivative     ∂F/∂θ + ∂F/∂c ∂h/∂θ        the change of f under a step
 
-DoRA's weight norm and DeepSeek's routing bias are such constants. A sequence of U gave the optimizer the first; what a
-step does to a sequence of E is told by the second.
+DoRA's weight norm and DeepSeek's routing bias are such constants. The optimizer uses the first for U; the effect of a
+step on E is the second.
 
-Seen through: `Tensor.detach`, `Tensor.data`, `torch.no_grad` and `torch.set_grad_enabled(False)`. A backward rule that
-somebody wrote (`torch.autograd.Function`) is what it is.
+Differentiated through: `Tensor.detach`, `Tensor.data`, `torch.no_grad` and `torch.set_grad_enabled(False)`. A custom
+backward rule (`torch.autograd.Function`) is unchanged.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fkernel.func.inputs.objective import Objective
 
 
 def through_detach(f: Any) -> Any:
-    """Make the same function with its whole derivative: nothing that it detaches is held constant.
+    """Return the same function, differentiated through everything that it detaches.
 
     Args:
         f: (params, batch) -> [n] or [n, ...]; or an `Apply`.

@@ -1,4 +1,4 @@
-"""f itself, over microbatches and without a graph: order zero of what `fkernel.func.gradient` differentiates."""
+"""Evaluation of f over microbatches, without a graph."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from fkernel.shapes import Tensor, Tree
 
 
 def evaluate(f: Function, microbatch: int | None = None) -> Callable[[Tree, Any], Tensor]:
-    """Make the evaluation of f on a batch of any size.
+    """Return a function that evaluates f on a batch of any size.
 
     Args:
         f: (params, batch) -> [n], or [n, ...] for quantities per token.
-        microbatch: sequences under way at once; None takes the whole batch.
+        microbatch: sequences in one pass; None takes the whole batch.
 
     Returns:
         (params, batch) -> [n], or f's own shape; no graph is recorded.
@@ -38,7 +38,7 @@ def evaluate(f: Function, microbatch: int | None = None) -> Callable[[Tree, Any]
 
 
 def evaluate_in_float64(f: Function, microbatch: int | None = None) -> Callable[[Tree, Any], Tensor]:
-    """Make the same for differences of values: what adds up tokens adds them up in float64, and returns it.
+    """Return the same for differences of values, with sums over tokens in float64.
 
     Arguments and errors as in `evaluate`; see `fkernel.func.logprob.summed_in_float64`.
 
@@ -52,7 +52,7 @@ def evaluate_in_float64(f: Function, microbatch: int | None = None) -> Callable[
 
 
 def _over_microbatches(f: Function, value_of: Function, microbatch: int | None) -> Callable[[Tree, Any], Tensor]:
-    """Evaluate f by a function that computes it, checked and certified as f is."""
+    """Evaluate `value_of` over microbatches, checked and certified as f."""
 
     def one_microbatch(params: Tree, batch: Any) -> Tensor:
         value = value_of(params, batch)

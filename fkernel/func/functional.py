@@ -1,8 +1,8 @@
 """module → (apply, params): a language model as a pure function of its parameters.
 
-The caller's module is never changed. A copy of its structure (not of its tensors) is put right for differentiation
-(eager attention, eval mode, no activation checkpointing), and its parameters are handed in by
-`torch.func.functional_call`. Why eager attention: SDPA has no forward-mode derivative, and its masking breaks vmap.
+The caller's module is never changed. A copy of its structure (not of its tensors) is configured for differentiation
+(eager attention, eval mode, no activation checkpointing), and parameters are passed by `torch.func.functional_call`.
+Eager attention, because SDPA has no forward-mode derivative and its masking breaks vmap.
 """
 
 from __future__ import annotations
@@ -30,17 +30,16 @@ class Apply:
     """apply(params, input_ids [n t], attention_mask [n t]) -> logits [n t v], with what is known of the model.
 
     Attributes:
-        module: the structural copy that is run, put right for differentiation.
-        vocab_size: rows of the input embedding, or None where the module does not tell.
-        max_length: rows of a learned position table, or None (rotary positions have no end).
-        padding_idx: the id whose embedding row a training run withholds the gradient of, or None.
-        own_width: whether log π of a sequence depends on how wide its batch is, so that sequences of different lengths
+        module: the structural copy, configured for differentiation.
+        vocab_size: rows of the input embedding, or None if unknown.
+        max_length: rows of a learned position table, or None (rotary positions are unlimited).
+        padding_idx: the id whose embedding row gets no gradient in training, or None.
+        own_width: whether log π of a sequence depends on the width of its batch, so that sequences of different lengths
             may not share one (dynamic and long rotary scaling).
-        original: the module as the caller has it, in eval mode: what `fkernel.func.trust.comparisons` compares values
-            with.
-        withholds: whether padding rows get no gradient, as in training; None where no lookup has such a row. See
+        original: the caller's module in eval mode, with which `fkernel.func.trust.comparisons` compares values.
+        withholds: whether padding rows get no gradient, as in training; None without such rows. See
             `fkernel.func.padding`.
-        through_detach: whether what the module detaches is differentiated all the same; see `fkernel.func.detach`.
+        through_detach: whether detached values are differentiated as well; see `fkernel.func.detach`.
     """
 
     module: nn.Module = field(repr=False)
@@ -61,10 +60,10 @@ class Apply:
 
 
 def logits_of(module: nn.Module, params: Tree, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Run a module and find its logits, those of the tokens that were given: [n t v].
+    """Run a module and return its logits of the input tokens, [n t v].
 
-    Hugging Face's modules return them by name; some, with a value head, first in a tuple; prompt tuning adds virtual
-    tokens in front, whose logits are cut off.
+    Hugging Face modules return them as an attribute; some, with a value head, first in a tuple; prompt tuning prepends
+    virtual tokens, whose logits are dropped.
 
     Raises:
         ModelError: there are no logits, or fewer than tokens.
@@ -72,10 +71,10 @@ def logits_of(module: nn.Module, params: Tree, input_ids: Tensor, attention_mask
     """
     if hasattr(module, "config"):
         _refuse_left_padding(attention_mask)
-        # After right-padding a causal model cannot see the padding. A mask of ones says the same, and spares the rows
-        # of padding that lie outside of every sliding window, whose softmax over nothing is NaN in float64. It is made
-        # of a shape, not of the mask: under vmap that would be one that a model may not branch on; of int64, as a
-        # tokenizer's, since some compute with it.
+        # With right-padding a causal model does not attend to padding, so a mask of ones is equivalent. It avoids
+        # padding rows outside of every sliding window, whose softmax over nothing is NaN in float64. It is not derived
+        # from the mask, since models may not branch on a vmapped tensor; int64 as a tokenizer's, since some compute
+        # with it.
         ones = torch.ones(attention_mask.shape, dtype=torch.int64, device=attention_mask.device)
         inputs = {"input_ids": input_ids, "attention_mask": ones, "use_cache": False}
         out: Any = functional_call(module, params, (), inputs)
@@ -95,7 +94,7 @@ def logits_of(module: nn.Module, params: Tree, input_ids: Tensor, attention_mask
 
 @contextmanager
 def unchanged(module: nn.Module | None) -> Iterator[None]:
-    """Put back what a forward pass leaves in its modules, as dynamic rotary scaling leaves the longest width seen."""
+    """Restore module state after a forward pass: dynamic rotary scaling remembers the longest width."""
     parts = [] if module is None else [part for part in module.modules() if hasattr(part, "rope_type")]
     before = [(part, dict(part.__dict__), dict(part._buffers)) for part in parts]
     try:
@@ -119,8 +118,8 @@ def make_functional(
             `module(input_ids, attention_mask) -> logits [n t v]`.
         select: which parameters to differentiate: names, or a predicate on names. None takes those with
             `requires_grad`. The others are captured as constants.
-        own_width: whether a sequence's log π depends on how wide its batch is, so that only sequences of one length
-            may share a batch. None asks the configuration: dynamic and long rotary scaling do so.
+        own_width: whether a sequence's log π depends on the width of its batch, so that only sequences of one length
+            may share a batch. None: True for dynamic and long rotary scaling, as configured.
 
     Returns:
         apply: (params, input_ids [n t], attention_mask [n t]) -> logits [n t v].
@@ -149,7 +148,7 @@ def make_functional(
 
 
 def split(model: nn.Module, chosen: Collection[str]) -> tuple[Apply, Tree]:
-    """Split without `make_functional`'s checks; the parameters may lie on the meta device, where nothing has a value.
+    """Split without `make_functional`'s checks; the parameters may be on the meta device.
 
     Args:
         model: a module.
@@ -163,7 +162,7 @@ def split(model: nn.Module, chosen: Collection[str]) -> tuple[Apply, Tree]:
     """
     named = dict(model.named_parameters())
     module = structural_copy(model)
-    _put_right(module)
+    _configure(module)
     padded = any(getattr(part, "padding_idx", None) is not None for part in module.modules())
     apply = Apply(
         module,
@@ -177,17 +176,17 @@ def split(model: nn.Module, chosen: Collection[str]) -> tuple[Apply, Tree]:
 
 
 def _vocab_size(module: nn.Module) -> int | None:
-    """Rows of the input embedding, whatever is wrapped around it."""
+    """Return the rows of the input embedding, also if wrapped."""
     embedding = module.get_input_embeddings() if hasattr(module, "get_input_embeddings") else None  # pyright: ignore
     tables = [part for part in embedding.modules() if isinstance(part, nn.Embedding)] if embedding is not None else []
     return tables[0].num_embeddings if tables else getattr(embedding, "num_embeddings", None)
 
 
 def _own_width(module: nn.Module) -> bool:
-    """Tell whether rotary positions are scaled by the width of the batch."""
+    """Return whether rotary positions are scaled by the width of the batch."""
     types = [getattr(part, "rope_type", None) for part in module.modules()]
-    told = [kind for entry in types for kind in (entry.values() if isinstance(entry, dict) else [entry])]
-    return any(kind in ("dynamic", "longrope") for kind in told)
+    kinds = [kind for entry in types for kind in (entry.values() if isinstance(entry, dict) else [entry])]
+    return any(kind in ("dynamic", "longrope") for kind in kinds)
 
 
 def _refuse_left_padding(attention_mask: Tensor) -> None:
@@ -220,11 +219,11 @@ def _choose(named: dict[str, nn.Parameter], select: Iterable[str] | Callable[[st
 
 
 def _max_length(module: nn.Module) -> int | None:
-    """Rows of a learned position table; rotary positions have no end."""
+    """Return the rows of a learned position table; None for rotary positions."""
     config = getattr(module, "config", None)
     rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_theta", None)
     rows = None if rotary else getattr(config, "max_position_embeddings", None)
-    return rows if rows is not None and rows > 0 else None  # −1 says that there is no end
+    return rows if rows is not None and rows > 0 else None  # −1 means unlimited
 
 
 def structural_copy(model: nn.Module) -> nn.Module:
@@ -234,27 +233,27 @@ def structural_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _put_right(module: nn.Module) -> None:
+def _configure(module: nn.Module) -> None:
     module.eval()
     for part in module.modules():
         config = getattr(part, "config", None)
         if getattr(config, "output_router_logits", False):
-            config.output_router_logits = False  # pyright: ignore  # the balancing loss of experts is no part of log π
+            config.output_router_logits = False  # pyright: ignore  # log π excludes the load-balancing loss of experts
         if _keeps(part, "_experts_implementation", "batched_mm"):
             part.set_experts_implementation("batched_mm")  # pyright: ignore[reportCallIssue]
         for verb in ("activation", "gradient"):  # transformers ≥ 5.20 and before
             if hasattr(part, f"{verb}_checkpointing_disable"):
                 getattr(part, f"{verb}_checkpointing_disable")()
                 break
-        if hasattr(part, "disable_input_require_grads"):  # a hook that checkpointing leaves on the embedding
+        if hasattr(part, "disable_input_require_grads"):  # checkpointing leaves a hook on the embedding
             part.disable_input_require_grads()  # pyright: ignore[reportCallIssue]
         if _keeps(part, "_attn_implementation", "eager"):
             part.set_attn_implementation("eager")  # pyright: ignore[reportCallIssue]
         if getattr(config, "_attn_implementation", None) not in (None, "eager"):
-            config._attn_implementation = "eager"  # pyright: ignore  # some say they cannot be set, and read it each time
+            config._attn_implementation = "eager"  # pyright: ignore  # some cannot be set, but read it at every call
 
 
 def _keeps(part: nn.Module, setting: str, wanted: str) -> bool:
-    """Tell whether a Hugging Face module is set otherwise and can be reset (eager expert layers fail under vmap)."""
+    """Return whether a Hugging Face module has another setting and can be reset (eager experts fail under vmap)."""
     value = getattr(getattr(part, "config", None), setting, None)
     return value not in (None, wanted) and hasattr(part, f"set{setting}")

@@ -7,12 +7,11 @@ J stacks the gradients of f, one row a sequence: J[x, α] = ∂f(x; θ)/∂θ_α
     jvp                 Jv  = d/dε f(x; θ + εv)|₀        one forward-mode pass, about two evaluations
     curvature           vᵀH_x v = d²/dε² f(x; θ + εv)|₀  forward over forward
 
-Where torch.func cannot follow f, J is taken one sequence at a time, and Jv and vᵀHv by reverse passes alone
-(`fkernel.func.trust.directional`): as exact, slower, and said once.
+Where torch.func cannot transform f, J is computed one sequence at a time, and Jv and vᵀHv by reverse passes alone
+(`fkernel.func.trust.directional`): as exact but slower, with a warning.
 
-Every function here is made once from f, then called with (params, batch, …); `microbatch` bounds how many sequences
-are under way at once and changes no value. They are final: their results carry no graph. To differentiate once
-more, compose `torch.func` yourself, as `curvature` does.
+Every function here takes f and returns a function of (params, batch, …); `microbatch` limits the sequences in one pass
+and changes no value. Results carry no graph. For higher derivatives compose `torch.func` yourself, as `curvature` does.
 
 Source: J. Bradbury et al., JAX autodiff cookbook (vmap, jvp, vjp); B. Pearlmutter, "Fast exact multiplication by the
 Hessian" (1994), for forward-mode second derivatives.
@@ -38,14 +37,14 @@ from fkernel.shapes import Shaped, Tensor, Tree
 
 
 def per_sequence_grad(f: Function, microbatch: int | None = None) -> Callable[[Tree, Any], Tree]:
-    """Make J: the gradient of every sequence by itself.
+    """Return J: the gradient of every sequence.
 
     J[x] = ∇_θ f(x; θ)
 
     Args:
         f: (params, batch) -> [n].
-        microbatch: sequences of the greatest length under way at once, and so many tokens of shorter ones; None takes
-            the whole batch.
+        microbatch: sequences of the greatest length in one pass, and as many tokens of shorter ones; None takes the
+            whole batch.
 
     Returns:
         (params, batch) -> {name: [n, *shape]}, in the parameters' dtype; units of f per unit of parameter.
@@ -70,10 +69,9 @@ def per_sequence_grad(f: Function, microbatch: int | None = None) -> Callable[[T
 
 
 def per_sequence_handles(f: Function, microbatch: int | None = None) -> Callable[[Tree, Any], Handles]:
-    """Make J in its smallest exact form: factors of linear layers, rows of tables, dense where nothing is smaller.
+    """Return J in its smallest exact form: factors of linear layers, rows of tables, dense where that is smallest.
 
-    Arguments and errors as in `per_sequence_grad`, whose J this is: `fkernel.func.handles.forms.materialize_into`
-    writes it out.
+    Arguments and errors as in `per_sequence_grad`; `fkernel.func.handles.forms.materialize_into` writes J out.
 
     Returns:
         (params, batch) -> {name: handle}; see `fkernel.func.handles.forms`. `contract` takes any mix of them.
@@ -96,20 +94,20 @@ def per_sequence_handles(f: Function, microbatch: int | None = None) -> Callable
 
 
 def vjp(f: Function, microbatch: int | None = None) -> Callable[[Tree, Any, Tensor], Tree]:
-    """Make w ↦ Jᵀw: the weighted sum of all gradients, by one reverse pass and without J.
+    """Return w ↦ Jᵀw: the weighted sum of all gradients, by one reverse pass and without J.
 
     Jᵀw = Σ_x w_x ∇f(x; θ)
 
     Args:
         f: (params, batch) -> [n].
-        microbatch: sequences under way at once; None takes the whole batch.
+        microbatch: sequences in one pass; None takes the whole batch.
 
     Returns:
         (params, batch, weights [n]) -> {name: [*shape]}.
 
     Raises:
         BatchError, TreeError, ModelError, NonFiniteError: (when called) see `fkernel.func.inputs.validation`; where the
-            sum is not finite, the sequence and parameter that made it so are looked for and named.
+            sum is not finite, the error names the sequence and parameter that cause it.
 
     Example:
         >>> import torch
@@ -138,13 +136,13 @@ def vjp(f: Function, microbatch: int | None = None) -> Callable[[Tree, Any, Tens
 
 
 def jvp(f: Function, microbatch: int | None = None) -> Callable[[Tree, Any, Tree], Tensor]:
-    """Make v ↦ Jv: how f of every sequence changes along one direction, by forward mode and without J.
+    """Return v ↦ Jv: the derivative of f of every sequence along one direction, by forward mode and without J.
 
     (Jv)_x = ⟨∇f(x; θ), v⟩ = d/dε f(x; θ + εv)|₀
 
     Args:
         f: (params, batch) -> [n], or [n, ...] for quantities per token.
-        microbatch: sequences under way at once; None takes the whole batch.
+        microbatch: sequences in one pass; None takes the whole batch.
 
     Returns:
         (params, batch, direction) -> [n], or f's own shape; units of f.
@@ -163,7 +161,7 @@ def jvp(f: Function, microbatch: int | None = None) -> Callable[[Tree, Any, Tree
 
 
 def curvature(f: Function, microbatch: int | None = None) -> Callable[[Tree, Any, Tree], Tensor]:
-    """Make v ↦ vᵀH_x v: the second derivative of f of every sequence along one direction.
+    """Return v ↦ vᵀH_x v: the second derivative of f of every sequence along one direction.
 
     vᵀH_x v = d²/dε² f(x; θ + εv)|₀. Half of it is the second-order term of a step: f(θ+v) = f + Jv + ½vᵀHv + O(|v|³).
 
@@ -181,7 +179,7 @@ def curvature(f: Function, microbatch: int | None = None) -> Callable[[Tree, Any
 def _along(f: Function, microbatch: int | None, order: Order) -> Callable[..., Tensor]:
     def product(params: Tree, batch: Any, direction: Tree) -> Tensor:
         def one_microbatch(params: Tree, batch: Any, direction: Tree) -> tuple[Tensor, Tensor]:
-            # Not under no_grad: there some operations (silu) use a fused derivative that has no derivative of its own.
+            # Not under no_grad, where some operations (silu) use a fused derivative that is not differentiable.
             value, out = derivative(value_on(f, batch), params, direction)
             return value.detach(), out.detach()
 
@@ -197,7 +195,7 @@ def _along(f: Function, microbatch: int | None, order: Order) -> Callable[..., T
 
 
 def _blame(f: Function, params: Tree, batch: Any) -> None:
-    """Find the sequence whose gradient is not finite, one at a time; only ever run on the way to an error."""
+    """Raise NonFiniteError for the first sequence with a non-finite gradient; called only on errors."""
     gradient = gradient_rows(f, None, plan_of(f, params, batch))
     for row in range(length(batch)):
         try:

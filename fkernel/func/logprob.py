@@ -7,7 +7,7 @@ With logits z[i] at position i, which predict token i+1, and the temperature τ,
     H_t               = −Σ_v p_v log p_v,   p = softmax(z[t−1]/τ)
 
 The log-softmax is taken at the temperature at which the response was sampled, over the whole vocabulary. The EOS that
-ended a response is one of its tokens; padding never counts. Position 0 is predicted by nothing and holds 0.
+ended a response is one of its tokens; padding is excluded. Position 0 has no prediction and holds 0.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LogitsFn = Callable[[Tree, Tensor, Tensor], Tensor]
 
 
 def sequence_logprob(apply: LogitsFn, temperature: float = 1.0) -> Objective:
-    """Make S: the log-probability of each response, in nats.
+    """Return S: the log-probability of each response, in nats.
 
     S(x; θ) = Σ_{t in response} log π_θ(x_t | x_<t)
 
@@ -58,16 +58,16 @@ def sequence_logprob(apply: LogitsFn, temperature: float = 1.0) -> Objective:
     return replace(objective, tokens=TokenWeights(temperature, _ones))
 
 
-def _ones(batch: Sequences) -> tuple[Sequences, Tensor]:
-    """ω of S, [n t]: 1 on the response."""
-    return batch, batch.response_mask
+def _ones(batch: Sequences) -> tuple[Sequences, Tensor, None]:
+    """ω of S, [n t]: 1 on the response; and no entropies."""
+    return batch, batch.response_mask, None
 
 
 def summed_in_float64(f: Function) -> Function:
-    """Make the same function with its tokens added up in float64; f's own, without checks, where it is no such sum.
+    """Return f with its sum over tokens in float64; f itself, without checks, where it is no such sum.
 
-    A response of thousands of nats is known to its dtype's ε of that, far more than a step moves it; each of its
-    tokens is known to ε of a few nats. So differences between S of two θ are differences of sums in float64.
+    Rounding a response's sum of thousands of nats to float32 loses more than a step changes; rounding each token's few
+    nats does not. So differences between S of two θ are differences of sums in float64.
 
     Example:
         >>> from fkernel.func import pad
@@ -80,17 +80,20 @@ def summed_in_float64(f: Function) -> Function:
     weights, apply = f.tokens, f.apply
 
     def total(params: Tree, batch: Any) -> Float[Tensor, " n"]:
-        sequences, omega = weights.of(batch)
-        each = _tokens(apply, weights.temperature, params, sequences).double()
-        return torch.where(sequences.response_mask.bool(), omega.double() * each, 0.0).sum(1)
+        sequences, omega, eta = weights.of(batch)
+        log_p, H = token_statistics(apply, weights.temperature, params, sequences, eta is not None)
+        each = omega.double() * log_p.double()
+        if eta is not None and H is not None:
+            each = each + eta.double() * H.double()
+        return torch.where(sequences.response_mask.bool(), each, 0.0).sum(1)
 
     return total
 
 
 def token_logprobs(apply: LogitsFn, temperature: float = 1.0) -> Objective:
-    """Make log π(x_t | x_<t) for every token.
+    """Return log π(x_t | x_<t) for every token.
 
-    Arguments and errors as in `sequence_logprob`, whose value is this one's sum over t.
+    Arguments and errors as in `sequence_logprob`, which is its sum over t.
 
     Returns:
         (params, Sequences[n t]) -> [n t], nats, 0 outside of the response.
@@ -105,7 +108,7 @@ def token_logprobs(apply: LogitsFn, temperature: float = 1.0) -> Objective:
 
 
 def token_entropy(apply: LogitsFn, temperature: float = 1.0) -> Objective:
-    """Make H_t, the entropy of the distribution that token t was drawn from.
+    """Return H_t, the entropy of the distribution that token t was sampled from.
 
     H_t = −Σ_v p_v log p_v,  p = softmax(z[t−1]/τ)
 
@@ -135,21 +138,32 @@ def _objective(apply: LogitsFn, temperature: float, statistic: Callable[..., Ten
 
 
 def _logits(apply: LogitsFn, temperature: float, params: Tree, batch: Sequences) -> Float[Tensor, "n s v"]:
-    """Logits that predict positions 1 … t−1, tempered, in at least float32."""
+    """Return the logits for positions 1 … t−1, divided by τ, in at least float32."""
     z = apply(params, batch.input_ids, batch.attention_mask)[:, :-1]
     return z.to(torch.promote_types(z.dtype, torch.float32)) / temperature
 
 
 def _on_response(values: Float[Tensor, "n s"], batch: Sequences) -> Float[Tensor, "n t"]:
-    """Zero what is not response, and put position 0 back."""
+    """Zero everything outside of the response, and prepend position 0."""
     masked = torch.where(batch.response_mask[:, 1:].bool(), values, 0.0)
     return torch.nn.functional.pad(masked, (1, 0))
 
 
-def _tokens(apply: LogitsFn, temperature: float, params: Tree, batch: Sequences) -> Float[Tensor, "n t"]:
+def token_statistics(
+    apply: LogitsFn, temperature: float, params: Tree, batch: Sequences, entropies: bool = True
+) -> tuple[Float[Tensor, "n t"], Float[Tensor, "n t"] | None]:
+    """Compute (log π, H) of every token of one forward pass, unchecked; 0 outside of the response, H None if unwanted.
+
+    Arguments as in `token_logprobs`.
+    """
     z = _logits(apply, temperature, params, batch)
     target = rearrange(batch.input_ids[:, 1:], "n s -> n s 1")
-    return _on_response(z.gather(-1, target).squeeze(-1) - z.logsumexp(-1), batch)
+    log_p = _on_response(z.gather(-1, target).squeeze(-1) - z.logsumexp(-1), batch)
+    return log_p, _entropies(z, batch) if entropies else None
+
+
+def _tokens(apply: LogitsFn, temperature: float, params: Tree, batch: Sequences) -> Float[Tensor, "n t"]:
+    return token_statistics(apply, temperature, params, batch, entropies=False)[0]
 
 
 def _sequence(apply: LogitsFn, temperature: float, params: Tree, batch: Sequences) -> Float[Tensor, " n"]:
@@ -157,7 +171,11 @@ def _sequence(apply: LogitsFn, temperature: float, params: Tree, batch: Sequence
 
 
 def _entropy(apply: LogitsFn, temperature: float, params: Tree, batch: Sequences) -> Float[Tensor, "n t"]:
-    log_p = _logits(apply, temperature, params, batch).log_softmax(-1)
-    # A token that the model masks out (log p = −inf) adds 0 log 0 = 0, and so must its derivative.
+    return _entropies(_logits(apply, temperature, params, batch), batch)
+
+
+def _entropies(z: Float[Tensor, "n s v"], batch: Sequences) -> Float[Tensor, "n t"]:
+    log_p = z.log_softmax(-1)
+    # A masked token (log p = −inf) contributes 0 log 0 = 0, with derivative 0.
     finite = torch.where(log_p == -torch.inf, 0.0, log_p)
     return _on_response(-(log_p.exp() * finite).sum(-1), batch)

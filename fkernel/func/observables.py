@@ -1,11 +1,11 @@
-"""Quantities other than log π that a step changes, each an (params, batch) -> [n] for the same engine.
+"""Quantities other than log π, each a function (params, batch) -> [n] for the same engine.
 
     mean_entropy      (1/|response|) Σ_t H_t                            nats a token
     kl_divergence     Σ_t KL(π_θ(·|x_<t) ‖ π_ref(·|x_<t))               nats, over the response's positions
     log_odds          S(a) − S(b)                                       nats, of two responses
     expected_reward   Σ_k p_k r_k,  p = softmax_k S(a_k)                the rewards' unit, over different answers
 
-Each has contributions of U as S has: ⟨∇f(e), P ∇S(u)⟩ · c w_u A_u.
+Contributions of U to f are as for S: ⟨∇f(e), P ∇S(u)⟩ · c w_u A_u.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class Pair(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """A finite set of answers to each prompt; one that is given several times is one of the set.
+    """A finite set of answers to each prompt; duplicates count once.
 
     Attributes:
         answers: k batches of n sequences: the k-th answer to every prompt.
-        rewards: [n k]; of an answer that is given several times, the mean counts.
+        rewards: [n k]; the mean over duplicates counts.
     """
 
     answers: tuple[Sequences, ...]
@@ -47,7 +47,7 @@ class Answers(NamedTuple):
 
 
 def mean_entropy(apply: LogitsFn, temperature: float = 1.0) -> Objective:
-    """Make the mean entropy of the distributions that a response was drawn from, nats a token.
+    """Return the mean entropy of the distributions that a response was sampled from, nats a token.
 
     (1/|response|) Σ_{t in response} H_t
 
@@ -78,16 +78,16 @@ def mean_entropy(apply: LogitsFn, temperature: float = 1.0) -> Objective:
 def kl_divergence(
     apply: LogitsFn, reference: Tree, temperature: float = 1.0, reference_apply: LogitsFn | None = None
 ) -> Objective:
-    """Make the divergence from a reference policy, along the response.
+    """Return the divergence from a reference policy, along the response.
 
     Σ_{t in response} Σ_v π_θ(v) (log π_θ(v) − log π_ref(v))
 
     Args:
         apply: as in `mean_entropy`.
-        reference: the reference's parameters, {name: [*shape]}: all of them, whichever ones the policy's `params` are.
+        reference: the reference's parameters, {name: [*shape]}: all of them, whichever are in the policy's `params`.
         temperature: τ > 0, of both.
-        reference_apply: what the reference's parameters go into; None for `apply`, whose own constants then stand for
-            whatever `reference` leaves out.
+        reference_apply: the reference's apply; None for `apply`, whose own constants are then used for parameters that
+            are not in `reference`.
 
     Returns:
         (params, Sequences[n t]) -> [n], nats.
@@ -120,7 +120,7 @@ def _kl(
 
 
 def log_odds(apply: LogitsFn, temperature: float = 1.0) -> Objective:
-    """Make the log-odds of two responses.
+    """Return the log-odds of two responses.
 
     S(first) − S(second)
 
@@ -153,11 +153,11 @@ def log_odds(apply: LogitsFn, temperature: float = 1.0) -> Objective:
 
 
 def expected_reward(apply: LogitsFn, temperature: float = 1.0) -> Objective:
-    """Make the expected reward over a finite set of answers, in which the policy is certain to answer.
+    """Return the expected reward over a finite set of answers, conditional on the answer being in the set.
 
     Σ_k p_k r_k,  p_k = exp S(a_k) / Σ_l exp S(a_l),  k and l over the answers that differ in a token
 
-    An answer that is given n_k times is one of the set: each time has p_k / n_k.
+    An answer that occurs n_k times counts once: each occurrence has p_k / n_k.
 
     Args:
         apply: as in `mean_entropy`.
@@ -197,14 +197,14 @@ def expected_reward(apply: LogitsFn, temperature: float = 1.0) -> Objective:
 
 
 def _times_given(answers: tuple[Sequences, ...]) -> Tensor:
-    """Count how often each answer to a prompt is given, [n k]: 1 where it differs from all others in a token."""
+    """Count the occurrences of each answer to a prompt, [n k]: 1 where it differs from all others in a token."""
     width = max(answer.input_ids.shape[1] for answer in answers)
 
-    def told(answer: Sequences) -> Tensor:
-        """What makes two answers the same, [n 2 t]: the tokens, and which are the response; −1 in padding."""
+    def identity(answer: Sequences) -> Tensor:
+        """Return what identifies an answer, [n 2 t]: tokens and response mask; −1 in padding."""
         both = torch.stack([answer.input_ids, answer.response_mask.to(answer.input_ids)], 1)
         shown = both.masked_fill(~answer.attention_mask[:, None].bool(), -1)
         return torch.nn.functional.pad(shown, (0, width - shown.shape[-1]), value=-1)
 
-    given = torch.stack([told(answer) for answer in answers], 1)
+    given = torch.stack([identity(answer) for answer in answers], 1)
     return (given[:, :, None] == given[:, None]).flatten(3).all(3).sum(2)

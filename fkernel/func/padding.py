@@ -1,16 +1,15 @@
-"""The gradient that training takes where a padding token stands inside of a sequence.
+"""The gradient of training where a padding token is inside of a sequence.
 
-`torch.nn.Embedding(padding_idx=p)` withholds the gradient of row p. With h_t = W[x_t] the embedded tokens,
+`torch.nn.Embedding(padding_idx=p)` drops the gradient of row p. With h_t = W[x_t] the embedded tokens,
 
     derivative     dS/dW = ∂S/∂W + Σ_t ∂S/∂h_t ∂h_t/∂W                   (∂S/∂W: a head that is tied to W)
     backward()             ∂S/∂W + Σ_{t: x_t ≠ p} ∂S/∂h_t ∂h_t/∂W
 
-What a step does to a sequence of E is told by the derivative; what the optimizer was given by a sequence of U is the
-second. They differ only where p stands inside a sequence and is attended to, as in the prompts of a chat template whose
-padding token doubles as its end of turn.
+The effect of a step on E is the derivative; the optimizer's gradient of U is the second. They differ only where p is
+inside a sequence and attended to, as in the prompts of a chat template whose padding token is also its end of turn.
 
-Which of the two is taken is decided at every lookup that says `padding_idx`, whichever module makes it: an adapter's or
-a wrapper's lookup withholds as the bare embedding does.
+The choice is made at every lookup with `padding_idx`, whichever module calls it, so adapters and wrappers behave as the
+bare embedding.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ from fkernel.shapes import Tensor
 
 
 def with_masked_padding_grad(apply: Any) -> Any:
-    """Make the same function with the gradient that a training run takes of it, in reverse mode.
+    """Return the same function with the gradient of training, in reverse mode.
 
     Args:
         apply: as `make_functional` returns it.
 
     Returns:
-        apply itself where no row is withheld. Values are the same; use it for U and its loss, and `apply` for E.
+        apply itself where no gradient is dropped. Values are the same; use it for U and its loss, and `apply` for E.
 
     Example:
         >>> from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -49,7 +48,7 @@ def with_masked_padding_grad(apply: Any) -> Any:
 
 
 def trained_padding(module: nn.Module, trained: Collection[str]) -> int | None:
-    """Find the token id whose embedding row training withholds the gradient of; None where no such row is trained.
+    """Find the token id whose embedding row gets no gradient in training; None where no such row is trained.
 
     Args:
         module: with its embeddings, wrapped by adapters or bare.
@@ -67,10 +66,10 @@ def trained_padding(module: nn.Module, trained: Collection[str]) -> int | None:
 
 
 class padding_rows(TorchFunctionMode):
-    """While active, lookups that say `padding_idx` withhold that row's gradient as training does, or do not."""
+    """While active, lookups with `padding_idx` drop that row's gradient (as in training), or keep it."""
 
     def __init__(self, withheld: bool) -> None:
-        """Choose: the gradient of training, or the derivative."""
+        """Choose the gradient of training (True) or the derivative (False)."""
         super().__init__()
         self.withheld = withheld
 
@@ -86,7 +85,7 @@ class padding_rows(TorchFunctionMode):
 def _lookup(
     withheld: bool, input: Tensor, weight: Tensor, padding_idx: int | None = None, *rest: Any, **options: Any
 ) -> Tensor:
-    """W[i], in forward and reverse mode alike: torch's own lookup withholds in reverse mode only."""
+    """Look up W[i]; drops the gradient in forward and reverse mode, while torch does in reverse mode only."""
     embedded = F.embedding(input, weight, None, *rest, **options)
     if padding_idx is None or not withheld:
         return embedded

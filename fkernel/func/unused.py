@@ -1,9 +1,9 @@
-"""Which parameters a function never uses: training gives them no gradient, and its optimizer leaves them alone.
+"""Parameters that a function never uses: they have no gradient, and torch's optimizers skip them.
 
-    torch      p.grad is None: no momentum, no decay            where no path of the graph leads to p
-               p.grad is 0: momentum and decay move it          where one does, such as an expert that no token chose
+    torch      p.grad is None: no momentum, no decay            where p is not in the graph
+               p.grad is 0: momentum and decay move it          where it is, such as an expert that no token chose
 
-A vjp of `torch.func` has zeros in both cases, so that the difference must be asked of a plain reverse pass.
+A vjp of `torch.func` returns zeros in both cases, so a plain reverse pass is needed to distinguish them.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from fkernel.shapes import Tree
 def unused_parameters(f: Function, params: Tree, batch: Any) -> frozenset[str]:
     """Find the parameters that f never uses, by one plain reverse pass over the first sequence.
 
-    What f executes is the same for every sequence, so one tells for all.
+    f executes the same operations for every sequence, so one is enough.
 
     Args:
         f: (params, batch) -> [n].
         params: θ, {name: [*shape]}.
-        batch: what f takes.
+        batch: f's second argument.
 
     Returns:
-        The names whose gradient torch has None for. In a step they are `None` among the gradients that
+        The names whose gradient is None in torch. In a step they are `None` among the gradients that
         `fkernel.precond.adamw_step` is given.
 
     Raises:
@@ -47,5 +47,5 @@ def unused_parameters(f: Function, params: Tree, batch: Any) -> frozenset[str]:
             value = bare(f)(copies, trim(take(seen_of(f, batch), slice(0, 1)))).sum()
         if not value.requires_grad:
             return frozenset(params)
-        found = torch.autograd.grad(value, [*copies.values()], allow_unused=True)
-    return frozenset(name for name, g in zip(copies, found, strict=True) if g is None)
+        grads = torch.autograd.grad(value, [*copies.values()], allow_unused=True)
+    return frozenset(name for name, g in zip(copies, grads, strict=True) if g is None)

@@ -1,4 +1,4 @@
-"""All that touches files, whatever they hold: atomic writes, locks, hashes, checksummed JSON, direct access, sizes."""
+"""File operations independent of content: atomic writes, locks, hashes, checksummed JSON, direct access, sizes."""
 
 from fkernel.io.atomic import PARTIAL, atomic_directory, atomic_file, atomic_write, flush_to_disk
 from fkernel.io.checksummed import checksummed_json, read_checksummed

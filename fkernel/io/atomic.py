@@ -13,13 +13,13 @@ from pathlib import Path
 from fkernel.io.direct import NEW, open_direct, write_direct
 
 PARTIAL = ".tmp"
-"""What temporary names end in; they begin with the target's."""
+"""Suffix of temporary names, which start with the target's."""
 
 
 def atomic_write(path: Path, chunks: Iterable[bytes | memoryview]) -> str:
-    """Write or replace a file of a directory that one process writes to; return the SHA-256 of its content.
+    """Write or replace a file atomically; return the SHA-256 of its content. One writer per directory.
 
-    The temporary name is always the same, so that what a killed process left is written over.
+    The temporary name is fixed, so that the next write replaces a killed process's leftovers.
 
     Example:
         >>> with tempfile.TemporaryDirectory() as directory:
@@ -40,7 +40,7 @@ def atomic_write(path: Path, chunks: Iterable[bytes | memoryview]) -> str:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Give a temporary path to write to, of this process alone, which becomes the file when the block ends well.
+    """A temporary path, unique to this process, that is renamed to `path` when the block succeeds.
 
     Example:
         >>> with tempfile.TemporaryDirectory() as directory:
@@ -55,9 +55,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
-    """Give a temporary directory to fill, which becomes the one at `path` when the block ends well.
+    """A temporary directory that is renamed to `path` when the block succeeds.
 
-    With `replace` a directory that is there makes way, without it only an empty one does: another is an OSError.
+    With `replace` an existing directory is replaced; without it, one that is not empty is an OSError.
 
     Example:
         >>> with tempfile.TemporaryDirectory() as directory:
@@ -72,8 +72,8 @@ def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
         yield temporary
         for file in temporary.rglob("*"):
             flush_to_disk(file)
-        temporary.chmod(0o755)  # mkdtemp's own mode is private
-        if replace and path.exists():  # out of the way first: a directory is not renamed onto one that holds something
+        temporary.chmod(0o755)  # mkdtemp's mode is 0o700
+        if replace and path.exists():  # rename cannot replace a directory that is not empty
             os.rename(path, before)
         os.rename(temporary, path)
     except BaseException:
@@ -85,7 +85,7 @@ def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Wait until a file's content, or a directory's names, are on the disk."""
+    """fsync a file or a directory."""
     file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)
@@ -103,4 +103,4 @@ def _renamed(temporary: Path, path: Path) -> Iterator[Path]:
         with suppress(OSError):
             temporary.unlink()
         raise
-    flush_to_disk(path.parent)  # the new name outlives a loss of power only once the directory is flushed as well
+    flush_to_disk(path.parent)  # makes the new name durable, too

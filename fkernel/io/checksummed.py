@@ -1,4 +1,4 @@
-"""JSON that carries its own checksum: a flipped digit in a number is still JSON, and nothing else would tell."""
+"""JSON files that contain a checksum of their content, which detects changed numbers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def checksummed_json(content: Mapping[str, Any]) -> bytes:
     """Write content as JSON, with a SHA-256 of it under "seal".
 
     Raises:
-        TypeError, ValueError: it is no JSON.
+        TypeError, ValueError: the content is not JSON.
 
     Example:
         >>> json.loads(checksummed_json({"clip": 0.5}))
@@ -32,7 +32,7 @@ def read_checksummed(path: Path) -> dict[str, Any]:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no JSON, no object, or not what was written.
+        ValueError: it is not JSON, not an object, or its checksum differs.
 
     Example:
         >>> import tempfile
@@ -40,11 +40,11 @@ def read_checksummed(path: Path) -> dict[str, Any]:
         ...     written = Path(file.name).write_bytes(checksummed_json({"clip": 0.5}).replace(b"0.5", b"0.6"))
         ...     read_checksummed(Path(file.name))
         Traceback (most recent call last):
-        ValueError: its seal does not fit: it is not what was written
+        ValueError: its checksum differs: it is not what was written
     """
     content = json.loads(path.read_bytes())
     if not isinstance(content, dict):
         raise ValueError(f"expected an object, found a {type(content).__name__}")
     if content.pop(SEAL, None) != hash_json(content):
-        raise ValueError("its seal does not fit: it is not what was written")
+        raise ValueError("its checksum differs: it is not what was written")
     return content

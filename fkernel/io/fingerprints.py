@@ -1,4 +1,4 @@
-"""SHA-256 of files, of JSON, and of the tensors of a tree or a batch, which are read a chunk at a time."""
+"""SHA-256 of files, of JSON, and of the tensors of a tree or a batch, in chunks."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from fkernel.io.direct import file_chunks
 from fkernel.shapes import Tensor
 
 CHUNK_BYTES = 1 << 20
-"""Small enough to stay in the cache between whoever copies a chunk and whoever hashes it."""
+"""Small enough to stay in the CPU cache between copying and hashing."""
 
 
 def fingerprint(tree: Any) -> str:
-    """Name the content of parameters or of a batch, 64 hexadecimal digits: the same on every machine.
+    """Hash the content of parameters or of a batch, 64 hexadecimal digits, equal on every machine.
 
-    SHA-256 over every leaf's place in the tree, dtype, shape and bytes (row-major, little-endian). Places are sorted,
-    so the order in which a dictionary was filled does not matter; how a tensor lies in memory does not either.
+    SHA-256 over every leaf's path in the tree, dtype, shape and bytes (row-major, little-endian), sorted by path: the
+    order of dictionaries and the strides of tensors do not matter.
 
     Args:
         tree: any pytree of tensors, numbers, texts and None: {name: tensor}, `Sequences`, a tuple of them.
 
     Raises:
-        BatchError: a leaf is of another kind, or there is none.
+        BatchError: a leaf is of another type, or there is none.
 
     Example:
         >>> fingerprint({"w": torch.zeros(2)}) == fingerprint({"w": torch.zeros(4)[::2]})
@@ -43,8 +43,8 @@ def fingerprint(tree: Any) -> str:
     if not leaves:
         raise BatchError(f"Nothing to take a fingerprint of: {type(tree).__name__} holds no leaf.")
     digest = hashlib.sha256()
-    for place, leaf in sorted(leaves, key=lambda found: found[0]):
-        # A line of JSON says where each leaf ends, so that no two trees run together into the same bytes.
+    for place, leaf in sorted(leaves, key=lambda item: item[0]):
+        # A line of JSON before each leaf delimits it, so that different trees give different bytes.
         if isinstance(leaf, Tensor):
             facts, chunks = [place, str(leaf.dtype), list(leaf.shape)], tensor_chunks(leaf)
         elif leaf is None or isinstance(leaf, bool | int | float | str):
@@ -61,7 +61,7 @@ def fingerprint(tree: Any) -> str:
 
 
 def tensor_chunks(tensor: Tensor) -> Iterator[memoryview]:
-    r"""Walk the bytes of any tensor, row-major and little-endian, a chunk at a time; a contiguous one is not copied.
+    r"""Iterate over a tensor's bytes in chunks, row-major and little-endian; a contiguous tensor is not copied.
 
     Example:
         >>> [bytes(chunk) for chunk in tensor_chunks(torch.tensor([[1, 2], [3, 4]], dtype=torch.uint8).T)]
@@ -78,7 +78,7 @@ def tensor_chunks(tensor: Tensor) -> Iterator[memoryview]:
 
 
 def hash_json(value: Any) -> str:
-    """SHA-256 of a JSON value, whatever the order in which its objects were filled.
+    """SHA-256 of a JSON value; the order of keys does not matter.
 
     Example:
         >>> hash_json({"a": 1, "b": 2}) == hash_json({"b": 2, "a": 1})
@@ -88,7 +88,7 @@ def hash_json(value: Any) -> str:
 
 
 def checksum(path: Path) -> str:
-    """SHA-256 of a file, a chunk at a time.
+    """SHA-256 of a file.
 
     Example:
         >>> checksum(Path("/dev/null"))[:12]
@@ -101,7 +101,7 @@ def checksum(path: Path) -> str:
 
 
 def checksums(directory: Path, pattern: str = "*") -> dict[str, str]:
-    """SHA-256 of every file below a directory whose name fits a pattern, {relative path: digits}, sorted by path.
+    """SHA-256 of every file below a directory whose name matches a pattern, {relative path: digits}, sorted by path.
 
     Example:
         >>> [*checksums(Path(__file__).parent, "at*.py")]
@@ -112,7 +112,7 @@ def checksums(directory: Path, pattern: str = "*") -> dict[str, str]:
 
 
 def _bytes(piece: Tensor) -> memoryview:
-    # As bytes, because numpy has no bfloat16; strided anew, because a single number may keep a stride of 0.
+    # As uint8, since numpy has no bfloat16; with stride 1, since a single element may have stride 0.
     data: Any = piece.cpu().contiguous().as_strided((piece.numel(),), (1,)).view(torch.uint8).numpy()
     if sys.byteorder == "big":
         data = np.ascontiguousarray(data.reshape(-1, piece.element_size())[:, ::-1]).reshape(-1)

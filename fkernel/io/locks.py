@@ -1,4 +1,4 @@
-"""Directories that one process uses at a time, and what the system says of directories, in plain words."""
+"""Directory locks, and readable errors for directories."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PLAIN = {
 
 @contextmanager
 def plain_errors(doing: str, directory: Path) -> Iterator[None]:
-    """Turn an OSError about a directory into a StoreError: what could not be done, why, and what to do.
+    """Turn an OSError about a directory into a StoreError with the reason and advice.
 
     Example:
         >>> with plain_errors("open", Path("folder")):
@@ -44,11 +44,11 @@ def plain_errors(doing: str, directory: Path) -> Iterator[None]:
 
 @contextmanager
 def locked(directory: Path, name: str) -> Iterator[None]:
-    """Keep other processes out of a directory, or raise StoreError naming the one that has it.
+    """Lock a directory against other processes, or raise StoreError with the id of the one that holds the lock.
 
     Args:
-        directory: it exists.
-        name: the file in it that is locked, and that holds the number of the process that did so. It stays.
+        directory: an existing one.
+        name: the lock file in it, which has the holder's process id. It is not removed.
 
     Example:
         >>> import tempfile
@@ -56,7 +56,7 @@ def locked(directory: Path, name: str) -> Iterator[None]:
         ...     int((Path(directory) / "lock").read_text()) == os.getpid()
         True
     """
-    import fcntl  # not on every system, and nothing else needs it
+    import fcntl  # not on every system
 
     with plain_errors("lock", directory):
         lock = open(directory / name, "a+b", buffering=0)  # noqa: SIM115 - closed below
@@ -76,5 +76,5 @@ def locked(directory: Path, name: str) -> Iterator[None]:
         try:
             yield
         finally:
-            # Not left to the closing: a process forked meanwhile has the file open too, and would keep the lock.
+            # Explicit, since a forked process that has the file open would keep the lock after close.
             fcntl.flock(lock, fcntl.LOCK_UN)

@@ -1,4 +1,4 @@
-"""Where files are kept that can always be made again."""
+"""The cache directory."""
 
 from __future__ import annotations
 

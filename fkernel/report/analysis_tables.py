@@ -1,4 +1,4 @@
-"""Tables of a plan's analyses, for a terminal; and what shows each of them, table and figure."""
+"""Tables of analyses, for a terminal, and the registry of their tables and figures."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from fkernel.study import AnalysisResult, FisherKernelResults, RequestResult
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PARTS = ("unclipped", "clipping", "momentum", "decay", "remainder", "unselected", "realised", "floor")
-"""Lines of a ledger; what parameters did that the plan does not select has one where there are such parameters."""
 HEADS = {"unselected": "not selected", "floor": "± rounding"}
-PREDICTED = ("batch", "penalty", "momentum", "decay")
+PREDICTED = ("batch", "momentum", "decay", "arithmetic")
 """What a prediction is the sum of, where it is known."""
 MOST_GROUPS = 12
+UNEXPLAINED = 0.02
+"""Share of a change from which on what is unexplained is said loudly."""
 
 
 def ledger_table(result: RequestResult, rows: int = 10) -> Table:
-    """Account for the sequences that moved most: what each part of the step did; the parts add up to realised.
+    """Tabulate the ledger of the sequences with the largest changes; the terms add up to realised.
 
     Args:
         result: of one request whose plan asked for the ledger.
@@ -47,16 +47,17 @@ def ledger_table(result: RequestResult, rows: int = 10) -> Table:
         ResultsError: the ledger was not asked for.
     """
     analysis = result.analysis("ledger")
-    columns = {name: 1e3 * analysis[name] for name in PARTS if name in analysis.arrays}
+    columns = {name: 1e3 * values for name, values in analysis.arrays.items()}
     facts = analysis.facts
     table = Table(
         title=f"{result.name}: the ledger (10⁻³ nats; the parts add up to realised)",
         caption=f"c = {facts['clip']:.3g}; gradients of E at the {facts['path']} of the step; what remains is "
-        f"{_share(facts['error'])} of the change, rounding alone {_share(facts['floor'])}",
+        f"{_share(facts['error'])} of the change, rounding alone {_share(facts['floor'])}{_unexplained(facts)}",
     )
     table.add_column("sequence", no_wrap=True)
     for name in columns:
-        table.add_column(HEADS.get(name, name), justify="right", style="bold" * (name == "realised"))
+        heading = HEADS.get(name, name.removeprefix("part."))
+        table.add_column(heading, justify="right", style="bold" * (name == "realised"))
     for row in np.argsort(-np.abs(columns["realised"]), kind="stable")[:rows]:
         values = [f"{v[row]:.4f}" if name == "floor" else f"{v[row]:+.3f}" for name, v in columns.items()]
         table.add_row(escape(result.evaluation[row].id), *values)
@@ -65,8 +66,17 @@ def ledger_table(result: RequestResult, rows: int = 10) -> Table:
     return table
 
 
+def _unexplained(facts: dict[str, Any]) -> str:
+    """Say how much of the change the step really taken has beyond the step that was executed here."""
+    share = facts.get("unexplained")
+    if share is None:
+        return ""
+    warning = "; ANOTHER BATCH, OR OTHER WEIGHTS, WERE TRAINED ON: see the audit" if share > UNEXPLAINED else ""
+    return f"; unexplained {_share(share)}{warning}"
+
+
 def sweep_table(result: RequestResult, rows: int = 10) -> Table:
-    """Tabulate how far predictions carry: relative errors while the step grows."""
+    """Tabulate relative errors of predictions by step size."""
     analysis = result.analysis("sweep")
     facts = analysis.facts
     ends = {order: _range(facts[f"{order}_holds"]) for order in ("first", "second")}
@@ -81,7 +91,7 @@ def sweep_table(result: RequestResult, rows: int = 10) -> Table:
 
 
 def parts_table(result: RequestResult, rows: int = 10) -> Table:
-    """Tabulate what moved through which kind of parameter, beside the kind's share of ‖∇S‖²."""
+    """Tabulate the shares of Σ|K·A| and of ‖∇S‖² by kind of parameter and by layer."""
     facts = result.analysis("parts").facts
     missed = "–" if facts["missed"] is None else f"{facts['missed']:.0%}"
     caption = f"a method without embedding, positions and head would be off by {missed} of K·A"
@@ -97,7 +107,7 @@ def parts_table(result: RequestResult, rows: int = 10) -> Table:
 
 
 def observables_table(result: RequestResult, rows: int = 10) -> Table:
-    """Tabulate other quantities than log π: predicted change, what happened, and who did it."""
+    """Tabulate other quantities than log π: predicted and realised change, top contributor."""
     given = {part for _, analysis in _of(result, "observables") for part in analysis.arrays}
     measured = [part for part in ("unselected", "realised") if part in given]
     heads = {"unselected": "not selected Δ", "realised": "realised Δ"}
@@ -120,7 +130,7 @@ def observables_table(result: RequestResult, rows: int = 10) -> Table:
 
 
 def counterfactuals_table(result: RequestResult, rows: int = 10) -> Table:
-    """Tabulate steps that were not taken: what E would have gained, and how far a frozen D is off."""
+    """Tabulate counterfactual steps: E's change, and the error of a frozen D."""
     title = f"{result.name}: steps that were not taken (10⁻³ nats, first order)"
     columns = ("had been different", "clip", "mean change", "mean |change|", "frozen off by", "most changed")
     caption = "frozen: with the D of the step that was taken; linear in advantages"
@@ -135,7 +145,7 @@ def counterfactuals_table(result: RequestResult, rows: int = 10) -> Table:
 
 
 def preconditioners_table(result: RequestResult, rows: int = 10) -> Table:
-    """Tabulate how influences under other preconditioners correlate with what happened."""
+    """Tabulate correlations of influences under other preconditioners with the realised change."""
     caption = (
         "correlation of influences with the realised change; without momentum, decay and what is not selected in the "
         "last two"
@@ -148,7 +158,7 @@ def preconditioners_table(result: RequestResult, rows: int = 10) -> Table:
 
 
 def uncertainty_table(result: RequestResult, rows: int = 10) -> Table:
-    """Tabulate how sure influences are, by prompts of U, and which prompts are told apart from chance."""
+    """Tabulate intervals of influences over prompts of U, and permutation p-values."""
     analysis = result.analysis("uncertainty")
     facts, prompts = analysis.facts, analysis.facts["prompts"]
     informative = sum(facts["informative"])
@@ -174,14 +184,14 @@ def uncertainty_table(result: RequestResult, rows: int = 10) -> Table:
 
 
 def covariates_table(result: RequestResult, rows: int = 10) -> Table:
-    """Tabulate what changes go with, and what still does once length is taken out."""
+    """Tabulate correlations of changes with covariates, and partial ones given length."""
     facts = result.analysis("covariates").facts
     covariates = [*next(iter(facts["correlations"].values()))]
     title = f"{result.name}: what changes go with (r; with {facts['given']} taken out)"
     table = _table(title, ("change", *covariates), left=("change",))
-    for what, row in facts["correlations"].items():
+    for change, row in facts["correlations"].items():
         cells = (f"{_number(row[name]['pearson'])}  ({_number(row[name]['partial'])})" for name in covariates)
-        table.add_row(what, *cells)
+        table.add_row(change, *cells)
     return table
 
 
@@ -189,7 +199,7 @@ def structure_table(results: FisherKernelResults) -> Table:
     """Tabulate the clusters of U, each by its exemplar."""
     analysis = results.analysis("structure")
     facts = analysis.facts
-    alignment = facts.get("alignment")  # null where U has too few sequences, or nothing but norms
+    alignment = facts.get("alignment")  # null where it is not defined
     turned = "" if alignment is None else f"; alignment with K_UU after the step {alignment:.4f}"
     caption = (
         f"{facts['within']:.0%} of the scatter is left within clusters; the first {len(facts['shares'])} principal "
@@ -205,7 +215,7 @@ def structure_table(results: FisherKernelResults) -> Table:
 
 
 def health_line(results: FisherKernelResults) -> str:
-    """Say in a line what P rests on."""
+    """One line about coordinates with a small second moment."""
     facts = results.analysis("health").facts
     parts = {"unseen": "were never seen", "below_eps": "are below ε", "smallest": "have the smallest second moment"}
     shares = [
@@ -217,15 +227,14 @@ def health_line(results: FisherKernelResults) -> str:
 
 
 class AnalysisReport(NamedTuple):
-    """How results of an analysis are shown.
+    """The table and the figure of an analysis.
 
     Attributes:
         table: (result, rows) -> a table of one request; of an analysis of U, results -> a table, or a line.
-        figure: result -> a figure of it.
-        each: where a request has several results, each with a figure of its own, figure: (result, name), what its file
-            is called before the name.
-        in_units: whether the figure asks for the contributions' units.
-        skipped: what is printed where an analysis of U was skipped, with a place for why.
+        figure: result -> a figure.
+        each: for analyses with several named results, each with its figure(result, name): prefix of the file's name.
+        in_units: whether the figure takes the contributions' units.
+        skipped: format of the line for a skipped analysis of U, with a field for the reason.
     """
 
     table: Callable[..., RenderableType]
@@ -255,7 +264,7 @@ UPDATE_REPORTS: dict[str, AnalysisReport] = {
 
 
 def request_tables(result: RequestResult, rows: int = 10) -> Iterator[RenderableType]:
-    """Tabulate everything that was asked of a request beside its effects; what was left out says why, in a line.
+    """Tables of all analyses of a request; a line with the reason for each skipped one.
 
     Args:
         result: of one request.
@@ -270,16 +279,16 @@ def request_tables(result: RequestResult, rows: int = 10) -> Iterator[Renderable
 
 
 def update_tables(results: FisherKernelResults) -> Iterator[RenderableType]:
-    """Tabulate what was asked of U itself."""
+    """Tables of the analyses of U itself."""
     for name, report in UPDATE_REPORTS.items():
         if name in results.analyses:
-            why = results.analyses[name].skipped
-            shown = report.table(results) if why is None else report.skipped.format(why)
-            yield escape(shown) if isinstance(shown, str) else shown
+            reason = results.analyses[name].skipped
+            table = report.table(results) if reason is None else report.skipped.format(reason)
+            yield escape(table) if isinstance(table, str) else table
 
 
 def _of(result: RequestResult, kind: str) -> Iterator[tuple[str, AnalysisResult]]:
-    """Results of one kind by their own names, but for those that were skipped."""
+    """(own name, result) of one kind of analysis, without skipped ones."""
     for name, analysis in result.analyses.items():
         if name.partition(".")[0] == kind and analysis.skipped is None:
             yield name.partition(".")[2] or name, analysis
@@ -288,7 +297,7 @@ def _of(result: RequestResult, kind: str) -> Iterator[tuple[str, AnalysisResult]
 def _table(
     title: str, columns: Sequence[str], caption: str | None = None, left: Sequence[str] = (), no_wrap: bool = False
 ) -> Table:
-    """An empty table; columns are aligned right, but for those named in `left`."""
+    """An empty table; columns are right-aligned except those in `left`."""
     table = Table(title=title, caption=caption)
     for name in columns:
         table.add_column(name, justify="left" if name in left else "right", no_wrap=no_wrap)

@@ -1,4 +1,4 @@
-"""A sampled batch, for a terminal."""
+"""Tables of sampled batches, for a terminal."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def batch_table(batch: GeneratedBatch, rows: int = 8) -> Table:
 
 
 def batch_lines(diagnostics: dict[str, Any]) -> list[str]:
-    """Say what a look at the batch should begin with."""
+    """Summary lines of a batch's diagnostics."""
 
     def share(name: str) -> str:
         return "–" if diagnostics[name] is None else f"{diagnostics[name]:.0%}"

@@ -1,4 +1,4 @@
-"""Panels that hold one thing against another: predictions, steps that were not taken, preconditioners, chance."""
+"""Panels of comparisons: observables, counterfactual steps, preconditioners, uncertainty."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-EFFECTS = ("penalty", "momentum", "decay")
+EFFECTS = ("momentum", "decay", "arithmetic")
 """What a prediction has beside the batch's part, where it is known."""
 COUNTERFACTUAL = "counterfactuals."
 UNITS = {"expected_reward": "of reward", "function": "of its unit"}
-"""Of observables; what is not here is in nats."""
+"""Units of observables; nats by default."""
 
 
 def observable_panel(
     result: RequestResult, name: str, path: str | Path | None = None, *, units: str = "nats"
 ) -> Figure:
-    """Draw an observable's predicted change against the realised one, and who changed it most.
+    """Draw an observable's predicted change against the realised one, and its top contributors.
 
-    Without a realised change only the contributors are drawn. Where parameters moved that the plan does not select, the
-    prediction is also drawn with what they did, and the error is of that.
+    Without a realised change only the contributors are drawn. Where unselected parameters changed, the prediction is
+    also drawn with their effect, and the error is of that.
 
     Args:
         result: of one request whose plan asked for the observable.
@@ -52,7 +52,7 @@ def observable_panel(
 
     Raises:
         ModelError: matplotlib is not installed.
-        ResultsError: the observable was not asked for, or it was left out.
+        ResultsError: the observable was not asked for, or was skipped.
     """
     analysis = analysis_result(result, f"observables.{name}")
     predicted = analysis["batch"] + sum(analysis.arrays.get(part, 0.0) for part in EFFECTS)
@@ -60,10 +60,10 @@ def observable_panel(
     own = UNITS.get(kind, "nats")
     unit = f"10⁻³ {own if units == 'nats' else units}"
     (most,) = largest(predicted, 1)
-    held = "realised" in analysis.arrays
-    drawn = figure(9 if held else 5.2, 3.9)
-    panels = drawn.subplots(1, 2 if held else 1, squeeze=False)[0]
-    if held:
+    measured = "realised" in analysis.arrays
+    drawn = figure(9 if measured else 5.2, 3.9)
+    panels = drawn.subplots(1, 2 if measured else 1, squeeze=False)[0]
+    if measured:
         _predicted(panels[0], analysis, predicted, unit)
     axes, columns = panels[-1], analysis["top"][most]
     values = SMALL * analysis["top_contributions"][most]
@@ -101,9 +101,9 @@ def _predicted(axes: Axes, analysis: AnalysisResult, predicted: np.ndarray, unit
 
 
 def counterfactuals_panel(result: RequestResult, path: str | Path | None = None) -> Figure:
-    """Draw what steps that were not taken would have changed, a panel each: every sequence of E, sorted.
+    """Draw the changes under counterfactual steps, a panel each: every sequence of E, sorted.
 
-    Blue is the step with its own D less the step that was taken; grey what a frozen D adds to it by mistake.
+    Blue is the counterfactual step with its own D minus the real step; grey the error of a frozen D.
 
     Args:
         result: of one request whose plan asked for counterfactuals.
@@ -111,19 +111,19 @@ def counterfactuals_panel(result: RequestResult, path: str | Path | None = None)
 
     Raises:
         ModelError: matplotlib is not installed.
-        ResultsError: none was asked for, or all were left out.
+        ResultsError: none was asked for, or all were skipped.
     """
-    spec = {name: analysis for name, analysis in result.analyses.items() if name.startswith(COUNTERFACTUAL)}
-    made = {name: analysis for name, analysis in spec.items() if analysis.skipped is None}
-    if not made:
-        analysis_result(result, next(iter(spec), "counterfactuals"))
-    wide = 2 if len(made) == 4 else min(3, len(made))
-    high = -(-len(made) // wide)
+    every = {name: analysis for name, analysis in result.analyses.items() if name.startswith(COUNTERFACTUAL)}
+    computed = {name: analysis for name, analysis in every.items() if analysis.skipped is None}
+    if not computed:
+        analysis_result(result, next(iter(every), "counterfactuals"))  # raises
+    wide = 2 if len(computed) == 4 else min(3, len(computed))
+    high = -(-len(computed) // wide)
     drawn = figure(max(5.0, 3.3 * wide), 0.6 + 2.9 * high)
     panels = drawn.subplots(high, wide, squeeze=False).ravel()
-    for axes, (name, analysis) in zip(panels, made.items(), strict=False):
+    for axes, (name, analysis) in zip(panels, computed.items(), strict=False):
         _other_step(axes, name.removeprefix(COUNTERFACTUAL), analysis)
-    for axes in panels[len(made) :]:
+    for axes in panels[len(computed) :]:
         axes.set_axis_off()
     handles = panels[0].get_legend_handles_labels()
     drawn.legend(*handles, loc="outside lower center", ncols=2, frameon=False, fontsize=8.5)
@@ -133,11 +133,11 @@ def counterfactuals_panel(result: RequestResult, path: str | Path | None = None)
 
 def _other_step(axes: Axes, name: str, analysis: AnalysisResult) -> None:
     change = SMALL * (analysis["exact"].astype(float) - analysis["taken"])
-    wrong = SMALL * (analysis["frozen"].astype(float) - analysis["exact"])
+    error = SMALL * (analysis["frozen"].astype(float) - analysis["exact"])
     order = np.argsort(change, kind="stable")
     place = np.arange(1, len(order) + 1)
     axes.axhline(0, color=GREY, linewidth=0.8)
-    axes.scatter(place, wrong[order], s=7, color="#8c8c8c", linewidths=0, label="mistake of a frozen D")
+    axes.scatter(place, error[order], s=7, color="#8c8c8c", linewidths=0, label="mistake of a frozen D")
     axes.scatter(place, change[order], s=14, color=BLUE, linewidths=0, label="this step less the step that was taken")
     size = SMALL * float(np.abs(analysis["taken"]).max())
     if np.abs(change).max() <= 1e-5 * size:
@@ -170,10 +170,9 @@ def _changed(changed: dict[str, Any]) -> str:
 
 
 def preconditioners_panel(result: RequestResult, path: str | Path | None = None) -> Figure:
-    """Draw how influences under several preconditioners correlate with what the batch really did.
+    """Draw the correlation of influences under several preconditioners with the realised change.
 
-    Bars are against the realised change without momentum, decay and what is not selected, the diamond against the whole
-    change.
+    Bars are for the realised change without momentum, decay and unselected parameters, diamonds for all of it.
 
     Args and errors as in `counterfactuals_panel`, of the preconditioners.
     """
@@ -207,9 +206,9 @@ def _number(value: float | None) -> float:
 
 
 def uncertainty_panel(result: RequestResult, path: str | Path | None = None, *, units: str = "nats") -> Figure:
-    """Draw how sure influences are: intervals over prompts of U, and which prompts are told apart from chance.
+    """Draw intervals of influences over prompts of U, and permutation p-values of prompts.
 
-    p is how often advantages that are permuted within prompts do as much; hatched prompts have nothing to permute.
+    p is of permutations of advantages within prompts; hatched prompts have nothing to permute.
 
     Args:
         result: of one request whose plan asked for the uncertainty.
@@ -218,7 +217,7 @@ def uncertainty_panel(result: RequestResult, path: str | Path | None = None, *, 
 
     Raises:
         ModelError: matplotlib is not installed.
-        ResultsError: the uncertainty was not asked for, or it was left out.
+        ResultsError: the uncertainty was not asked for, or was skipped.
     """
     analysis = analysis_result(result, "uncertainty")
     order = largest(result.batch, 12)
@@ -266,6 +265,6 @@ def _by_prompt(axes: Axes, analysis: AnalysisResult, order: list[int], update: t
     axes.set_title("every prompt; dark is more than chance", loc="left", fontsize=9)
     bar = axes.figure.colorbar(image, ax=axes, pad=0.015)
     bar.set_label(f"p  (of {facts['draws']} permutations)", fontsize=8.5)
-    ticks = [on_progress for on_progress in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0) if on_progress >= low]
-    bar.set_ticks(ticks, labels=[f"{on_progress:g}" for on_progress in ticks])
+    ticks = [tick for tick in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0) if tick >= low]
+    bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
     bar.ax.minorticks_off()

@@ -1,4 +1,4 @@
-"""What a kernel would take, for a terminal and for a program."""
+"""Estimates as tables and as JSON."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def estimate_table(estimate: Estimate) -> Table:
 
 
 def estimate_line(estimate: Estimate) -> str:
-    """Say which strategy is chosen and why, or what would be needed."""
+    """The chosen strategy and why, or what would be needed."""
     if estimate.chosen is None:
         return estimate.reason
-    took = f"{size(estimate.chosen.memory)} beside the model, {duration(estimate.chosen.seconds)}"
-    return f"Chosen: {estimate.chosen.name} ({took}): {estimate.reason}."
+    cost = f"{size(estimate.chosen.memory)} beside the model, {duration(estimate.chosen.seconds)}"
+    return f"Chosen: {estimate.chosen.name} ({cost}): {estimate.reason}."
 
 
 def estimate_record(estimate: Estimate) -> dict[str, Any]:
-    """Return the same as numbers and strings that JSON holds; bytes and seconds."""
+    """The estimate as JSON; bytes and seconds."""
     return {
         "parameters": estimate.workload.size,
         "itemsize": estimate.workload.itemsize,
@@ -56,7 +56,7 @@ def estimate_record(estimate: Estimate) -> dict[str, Any]:
 
 
 def size(count: float) -> str:
-    """Write bytes as people read them.
+    """Format a number of bytes.
 
     Example:
         >>> size(8 * 2**30), size(1536), size(12)
@@ -69,7 +69,7 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Write seconds as people read them.
+    """Format seconds.
 
     Example:
         >>> duration(0.01234), duration(90), duration(600), duration(9000)

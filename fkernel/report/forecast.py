@@ -1,4 +1,4 @@
-"""What a run of a plan will take, for a terminal and for a program."""
+"""Forecasts as tables and as JSON."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def forecast_table(forecast: Forecast) -> Table:
 
 
 def forecast_lines(forecast: Forecast) -> list[str]:
-    """Say what the whole run takes, and what was assumed.
+    """Totals of the run, and assumptions.
 
     Args:
         forecast: what `fkernel.study.forecast` returned.
@@ -38,7 +38,7 @@ def forecast_lines(forecast: Forecast) -> list[str]:
 
 
 def forecast_record(forecast: Forecast) -> dict[str, Any]:
-    """Return the same as numbers and strings that JSON holds; bytes and seconds.
+    """The forecast as JSON; bytes and seconds.
 
     Args:
         forecast: what `fkernel.study.forecast` returned.

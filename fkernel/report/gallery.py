@@ -1,4 +1,4 @@
-"""All pictures of finished results, as files."""
+"""Draw all pictures of finished results to files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Draw = Callable[[], "Figure"]
 
 
 def draw_all(results: FisherKernelResults, directory: str | Path) -> list[Path]:
-    """Draw every picture that results have the numbers for.
+    """Draw every picture that the results have data for.
 
     Args:
         results: finished results.
@@ -37,7 +37,7 @@ def draw_all(results: FisherKernelResults, directory: str | Path) -> list[Path]:
 
 
 def _pictures(results: FisherKernelResults) -> Iterator[tuple[str, Draw]]:
-    """Names of files, and what draws them."""
+    """File names and the functions that draw them."""
     for name, result in results.requests.items():
         for picture, draw in (*_effects(result), *_analyses(result, results.units)):
             yield f"{name}_{picture}", draw
@@ -59,12 +59,12 @@ def _effects(result: RequestResult) -> Iterator[tuple[str, Draw]]:
 
 
 def _analyses(result: RequestResult, units: str) -> Iterator[tuple[str, Draw]]:
-    """What was skipped is not drawn."""
-    made = [name.partition(".") for name, found in result.analyses.items() if found.skipped is None]
+    """Pictures of the analyses that were not skipped."""
+    names_of = [name.partition(".") for name, analysis in result.analyses.items() if analysis.skipped is None]
     for kind, report in REPORTS.items():
-        names = [own for one, _, own in made if one == kind]
+        names = [name for key, _, name in names_of if key == kind]
         draw = partial(report.figure, units=units) if report.in_units else report.figure
         if report.each is not None:
-            yield from ((f"{report.each}_{own}", partial(draw, result, own)) for own in names)
+            yield from ((f"{report.each}_{name}", partial(draw, result, name)) for name in names)
         elif names:
             yield kind, partial(draw, result)

@@ -1,4 +1,4 @@
-"""Panels of cells that carry numbers: the tokens of responses, and correlations with plain properties."""
+"""Panels of cells with numbers: tokens of responses, and correlations with covariates."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.image import AxesImage
 
 ROWS, WIDTH, PAIRS = 6, 16, 3
-"""Responses that are drawn, tokens of each, and pairs."""
+"""Largest numbers of responses, of tokens per response, and of pairs."""
 
 
 class Window(NamedTuple):
@@ -48,9 +48,9 @@ class Window(NamedTuple):
 
 
 def tokens_panel(result: RequestResult, path: str | Path | None = None) -> Figure:
-    """Draw the tokens of the sequences that moved most, coloured by Δ log π; of a pair, token by token of both.
+    """Draw the tokens of the sequences with the largest changes, coloured by Δ log π; and token × token kernels.
 
-    Of a long response the part that moved most is drawn. Cells of a pair are what a token of U did to a token of E.
+    Of a long response the part with the largest changes is drawn.
 
     Args:
         result: of one request whose plan asked for tokens.
@@ -58,7 +58,7 @@ def tokens_panel(result: RequestResult, path: str | Path | None = None) -> Figur
 
     Raises:
         ModelError: matplotlib is not installed.
-        ResultsError: tokens were not asked for, or they were left out.
+        ResultsError: tokens were not asked for, or were skipped.
     """
     analysis = analysis_result(result, "tokens")
     sums = analysis["logprob"].astype(float).sum(1)
@@ -79,7 +79,7 @@ def tokens_panel(result: RequestResult, path: str | Path | None = None) -> Figur
 
 
 def _window(analysis: AnalysisResult, row: int) -> Window:
-    """The run of tokens that moved most, where there are more than fit."""
+    """The `WIDTH` successive tokens with the largest total |change|."""
     changes = SMALL * analysis["logprob"][row][analysis["response"][row].astype(bool)].astype(float)
     texts = analysis.facts["tokens"][row]
     sizes = np.abs(changes)
@@ -139,7 +139,7 @@ def _pair(axes: Axes, result: RequestResult, analysis: AnalysisResult, pair: dic
 
 
 def covariates_panel(result: RequestResult, path: str | Path | None = None) -> Figure:
-    """Draw what changes go with: Pearson's r with length, entropy, log-probability and reward, and given the length.
+    """Draw correlations of changes with length, entropy, log-probability and reward, and partial ones given length.
 
     Args and errors as in `tokens_panel`, of the covariates.
     """
@@ -169,7 +169,7 @@ def covariates_panel(result: RequestResult, path: str | Path | None = None) -> F
 
 
 def _image(axes: Axes, values: np.ndarray, limit: float | None = None) -> tuple[AxesImage, float]:
-    """Cells on a symmetric scale whose zero is white; what is not defined is left empty."""
+    """Draw cells on a symmetric colour scale; NaN is left empty."""
     from matplotlib.patches import Rectangle
 
     if limit is None:
@@ -186,7 +186,7 @@ def _numbers(axes: Axes, values: np.ndarray, limit: float, digits: int = 2) -> N
 
 
 def _clean(drawn: Figure, path: str | Path | None) -> Figure:
-    """Cells need no frame; scales keep theirs."""
+    """Remove the frames of images, and save to `path`, if given."""
     for axes in drawn.axes:
         if axes.images:
             axes.spines[:].set_visible(False)
@@ -197,6 +197,6 @@ def _clean(drawn: Figure, path: str | Path | None) -> Figure:
 
 
 def seen(text: str, most: int = 7) -> str:
-    """A token as a reader can see it: spaces and line ends have a sign."""
-    signed = text.replace(" ", "␣").replace("\n", "⏎") or "∅"
-    return plain(signed if len(signed) <= most else f"{signed[: most - 1]}…")
+    """A token as visible text: spaces and line ends have a sign."""
+    visible = text.replace(" ", "␣").replace("\n", "⏎") or "∅"
+    return plain(visible if len(visible) <= most else f"{visible[: most - 1]}…")

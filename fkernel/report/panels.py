@@ -1,4 +1,4 @@
-"""Panels of the change itself: what it is made of, how far its prediction carries, and where in the text it is."""
+"""Panels of the ledger, the sweep over step sizes, and the parts of the model."""
 
 from __future__ import annotations
 
@@ -29,21 +29,25 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LEDGER = {
-    "unclipped": (PALETTE[0], ""),
-    "clipping": (PALETTE[4], "/////"),
     "momentum": (PALETTE[1], ""),
     "decay": (PALETTE[2], ""),
+    "arithmetic": (PALETTE[5], "/////"),
+    "unexplained": (RED, "xxxxx"),
     "unselected": (PALETTE[6], "....."),
 }
-"""Parts whose sum is the realised change, but for the remainder: colour and hatching."""
+"""Terms whose sum is the realised change, but for the batch's and the remainder: colour and hatching."""
+BATCH = (PALETTE[0], PALETTE[4], PALETTE[3])
+"""Colours of the batch's parts, which are hatched from the fourth on."""
+LEFT = ("remainder", "realised", "floor")
+"""What is drawn of a ledger beside its terms."""
 TITLES = {"unselected": "parameters not selected"}
 
 
 def ledger_panel(result: RequestResult, path: str | Path | None = None) -> Figure:
-    """Draw the ledger of the dozen sequences that moved most: parts that add up to what was realised.
+    """Draw the ledger of the twelve sequences with the largest changes: terms that add up to the realised change.
 
-    Left, what raises is stacked to the right of zero and what lowers to its left, with a part for the parameters that
-    the plan does not select, where they moved; right, what is left over, beside the size of the rounding.
+    Left, positive terms are stacked to the right of zero and negative ones to its left, with one for unselected
+    parameters, where they changed; right, the remainder beside the rounding floor.
 
     Args:
         result: of one request whose plan asked for the ledger.
@@ -51,20 +55,20 @@ def ledger_panel(result: RequestResult, path: str | Path | None = None) -> Figur
 
     Raises:
         ModelError: matplotlib is not installed.
-        ResultsError: the ledger was not asked for, or it was left out.
+        ResultsError: the ledger was not asked for, or was skipped.
     """
     analysis = analysis_result(result, "ledger")
     order = largest(analysis["realised"], 12)
     drawn = figure(9, 1.9 + 0.3 * len(order))
     left, right = drawn.subplots(1, 2, sharey=True, width_ratios=(2.3, 1))
-    _stack(left, {name: SMALL * analysis[name][order] for name in LEDGER if name in analysis.arrays})
+    _stack(left, {name: SMALL * values[order] for name, values in analysis.arrays.items() if name not in LEFT})
     left.axvline(0, color="black", linewidth=0.8)
     realised = {"marker": "D", "s": 34, "color": "black", "edgecolor": "white", "linewidth": 0.8, "zorder": 4}
     left.scatter(SMALL * analysis["realised"][order], range(len(order)), label="realised", **realised)
     sequence_rows(left, [result.evaluation[row] for row in order])
     left.set_xlabel("change of log π  (10⁻³ nats)", fontsize=9)
-    who = f"the {len(order)} that moved most, part by part" if len(order) > 1 else "the change, part by part"
-    left.set_title(f"{result.name}: {who}", loc="left", fontsize=11)
+    title = f"the {len(order)} that moved most, part by part" if len(order) > 1 else "the change, part by part"
+    left.set_title(f"{result.name}: {title}", loc="left", fontsize=11)
     _left_over(right, analysis, order)
     style: dict[str, Any] = {"frameon": False, "fontsize": 9}
     drawn.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=3, **style)
@@ -75,18 +79,20 @@ def ledger_panel(result: RequestResult, path: str | Path | None = None) -> Figur
 
 
 def _stack(axes: Axes, parts: dict[str, np.ndarray]) -> None:
-    """Bars that begin where the last part of the same sign ended."""
+    """Stack bars by sign."""
     count = len(next(iter(parts.values())))
     up, down = np.zeros(count), np.zeros(count)
     whole = max(float(sum(np.abs(values) for values in parts.values()).max()), 1e-300)  # pyright: ignore
+    of_batch = [name for name in parts if name not in LEDGER]
+    batch = {name: (BATCH[i % len(BATCH)], "////" * (i // len(BATCH))) for i, name in enumerate(of_batch)}
     for name, values in parts.items():
-        colour, hatch = LEDGER[name]
+        colour, hatch = {**LEDGER, **batch}[name]
         most = float(np.abs(values).max())
-        title = TITLES.get(name, name)
-        seen = title if most > 0.004 * whole else f"{title} (at most {most:.1g}, hardly seen)"
+        title = TITLES.get(name, name.removeprefix("part."))
+        caption = title if most > 0.004 * whole else f"{title} (at most {most:.1g}, hardly seen)"
         start = np.where(values < 0, down, up)
         style = {"height": 0.74, "color": colour, "hatch": hatch, "edgecolor": "white", "linewidth": 0}
-        axes.barh(range(count), values, left=start, label=seen, **style)
+        axes.barh(range(count), values, left=start, label=caption, **style)
         up, down = up + np.clip(values, 0, None), down + np.clip(values, None, 0)
 
 
@@ -111,14 +117,14 @@ def _left_over(axes: Axes, analysis: AnalysisResult, order: list[int]) -> None:
 
 
 def _above(values: np.ndarray) -> np.ndarray:
-    """What a logarithmic axis can show: NaN instead of zero."""
+    """Replace values ≤ 0 by NaN, for a logarithmic axis."""
     return np.where(values > 0, values, np.nan)
 
 
 def sweep_panel(result: RequestResult, path: str | Path | None = None) -> Figure:
-    """Draw how far the prediction carries: its relative error while the step grows over decades.
+    """Draw the prediction's relative error against the step's size.
 
-    The error of the first order grows as s, with curvature as s²; below, rounding is all that is left.
+    The first-order error grows as s, with curvature as s²; for small s rounding dominates.
 
     Args and errors as in `ledger_panel`, of the sweep.
     """
@@ -142,8 +148,8 @@ def sweep_panel(result: RequestResult, path: str | Path | None = None) -> Figure
     ):
         axes.plot(scales, errors[order], f"{marker}-", color=colour, markersize=4, linewidth=1.3, label=name)
         _guide(axes, scales, errors[order], power, colour)
-    seen = np.concatenate([values[np.isfinite(values)] for values in errors.values()])
-    low, high = (float(seen.min()), float(seen.max())) if len(seen) else (1e-6, 1.0)
+    finite = np.concatenate([values[np.isfinite(values)] for values in errors.values()])
+    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (1e-6, 1.0)
     axes.set_ylim(low / 8, max(5.0, 6 * high))
     axes.set_xlim(scales.min() / 1.6, scales.max() * 1.6)
     _words(axes, scales, noise, errors["first"])
@@ -166,7 +172,7 @@ def sweep_panel(result: RequestResult, path: str | Path | None = None) -> Figure
 
 
 def _guide(axes: Axes, scales: np.ndarray, error: np.ndarray, power: int, colour: str) -> None:
-    """A line of the slope that theory has, through the largest scale at which the expansion still holds well."""
+    """Draw a line of the theoretical slope beside the curve, at the largest scale with an error below 3 %."""
     good = np.flatnonzero(np.nan_to_num(error, nan=np.inf) < 0.03)
     if not len(good):
         return
@@ -201,9 +207,9 @@ def _range(ends: list[float] | tuple[float, float] | None) -> str:
 
 
 def parts_panel(result: RequestResult, path: str | Path | None = None) -> Figure:
-    """Draw through which parts of the model the batch moved E, beside what a gradient's size would suggest.
+    """Draw the shares of Σ|K·A| by parts of the model, beside the shares of ‖∇S‖².
 
-    Kinds that common methods leave out, embedding, positions and head, are hatched; the title has the error of that.
+    Kinds that other methods often leave out (embedding, positions, head) are hatched; the title has the error of that.
 
     Args and errors as in `ledger_panel`, of the parts.
     """

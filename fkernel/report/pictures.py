@@ -1,4 +1,4 @@
-"""Pictures of finished results. matplotlib's figures are built directly: no global state, no display needed."""
+"""Pictures of finished results, without pyplot: no global state, no display."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ if TYPE_CHECKING:
 def heatmap(result: RequestResult, path: str | Path | None = None) -> Figure:
     """Draw the contributions C: rows are evaluation sequences, columns the update batch, both grouped by prompt.
 
-    The colour scale is symmetric and zero is white; its ends are the 99.5th percentile of |C|, so that one large
-    entry does not fade the others.
+    The colour scale is symmetric, up to the 99.5th percentile of |C|, so that one large entry does not fade the others.
 
     Args:
-        result: of one request that kept its kernel.
+        result: of one request that captured its kernel.
         path: where to write a PNG; None only returns the figure.
 
     Raises:
         ModelError: matplotlib is not installed.
-        ResultsError: the kernel was not kept.
+        ResultsError: the kernel was not captured.
     """
     C = 1e3 * result.kept("contributions")
     drawn = figure(11, 6.5)
@@ -51,9 +50,9 @@ def heatmap(result: RequestResult, path: str | Path | None = None) -> Figure:
 
 
 def predicted_vs_realised(result: RequestResult, path: str | Path | None = None) -> Figure:
-    """Draw predicted against realised ΔS: K·A alone beside the whole prediction, and what is left over.
+    """Draw predicted against realised ΔS, for K·A alone and the whole prediction, and the residual.
 
-    Where parameters moved that the plan does not select, what is left over is also drawn without what they did.
+    Where unselected parameters changed, the residual is also drawn without their effect.
 
     Args and errors as in `heatmap`; it needs a realised change instead of the kernel.
     """
@@ -92,7 +91,7 @@ def predicted_vs_realised(result: RequestResult, path: str | Path | None = None)
 
 
 def influence_histogram(result: RequestResult, path: str | Path | None = None) -> Figure:
-    """Draw how the influence is distributed: over sequences of E, and over all pairs where the kernel was kept.
+    """Draw histograms of the influence over sequences of E, and over all pairs where the kernel was captured.
 
     Args and errors as in `heatmap`; without the kernel only the first panel is drawn.
     """
@@ -116,7 +115,7 @@ def influence_histogram(result: RequestResult, path: str | Path | None = None) -
 
 
 def contributor_bars(result: RequestResult, rows: int = 6, path: str | Path | None = None) -> Figure:
-    """Draw the largest contributors of the sequences that moved most.
+    """Draw the largest contributors of the sequences with the largest changes.
 
     Args:
         result: of one request.
@@ -125,7 +124,7 @@ def contributor_bars(result: RequestResult, rows: int = 6, path: str | Path | No
 
     Raises:
         ModelError: matplotlib is not installed.
-        ResultsError: no contributors were kept.
+        ResultsError: no contributors were captured.
     """
     top, values = result.kept("top"), 1e3 * result.kept("top_contributions")
     order = moved_most(result, rows)
@@ -145,10 +144,10 @@ def contributor_bars(result: RequestResult, rows: int = 6, path: str | Path | No
 
 
 def spectrum(own: SelfKernel, path: str | Path | None = None) -> Figure:
-    """Draw the eigenvalues of K_UU, and how much of its trace the largest carry.
+    """Draw the eigenvalues of K_UU, and their cumulative share of its trace.
 
     Args:
-        own: U against itself.
+        own: K_UU.
         path: as in `heatmap`.
 
     Raises:
@@ -173,7 +172,7 @@ def spectrum(own: SelfKernel, path: str | Path | None = None) -> Figure:
 
 
 def _grouped(sequences: tuple[SequenceInfo, ...]) -> list[int]:
-    """Order sequences so that those of one prompt stand together, prompts as they first occur."""
+    """Indices of sequences grouped by prompt, prompts in order of first occurrence."""
     first: dict[str, int] = {}
     for row, info in enumerate(sequences):
         first.setdefault(_prompt(info), row)
@@ -181,7 +180,7 @@ def _grouped(sequences: tuple[SequenceInfo, ...]) -> list[int]:
 
 
 def _groups(sequences: list[SequenceInfo]) -> tuple[list[int], list[str]]:
-    """First place and label of every run of sequences that share a prompt."""
+    """Start and label of every run of sequences that share a prompt."""
     starts = [i for i, info in enumerate(sequences) if not i or _prompt(info) != _prompt(sequences[i - 1])]
     return starts, [plain(sequences[i].prompt[-18:]) for i in starts]
 
@@ -191,5 +190,5 @@ def _prompt(info: SequenceInfo) -> str:
 
 
 def _proven(result: RequestResult) -> str:
-    """Nothing where a change was measured on `step.after`; else what it is, for agreement with it is no evidence."""
+    """A note where the change was not measured on `step.after`."""
     return "" if result.facts.get("realised_on") == "step.after" else ", executed here: self-consistent"

@@ -1,6 +1,6 @@
-"""What all pictures share: figures without a display, colours that everybody tells apart, and texts as they are.
+"""Shared by all pictures: figures without a display, colours, labels.
 
-Colours: blue lowers and red raises, white is zero; parts of a whole are in Okabe and Ito's palette
+Colours: blue lowers, red raises, white is zero; parts of a whole use a colour-blind-safe palette
 (M. Okabe, K. Ito, "Color Universal Design", 2008).
 """
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
-BLUE, RED, GREY = "#2166ac", "#b2182b", "#555555"  # blue and red: told apart by colour-blind readers too
+BLUE, RED, GREY = "#2166ac", "#b2182b", "#555555"  # colour-blind-safe
 DARK_BLUE, DARK_RED, PALE = "#053061", "#67001f", "#d9d9d9"
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")
 SMALL = 1e3
-"""Changes are drawn in 10⁻³ nats."""
+"""Scale of drawn changes, 10⁻³ nats."""
 
 
 def figure(width: float, height: float) -> Figure:
-    """Make an empty figure, in inches.
+    """An empty figure; sizes in inches.
 
     Raises:
         ModelError: matplotlib is not installed.
@@ -40,7 +40,7 @@ def figure(width: float, height: float) -> Figure:
 
 
 def finish(figure: Figure, path: str | Path | None, size: float = 7) -> Figure:
-    """Take off what frames have too much, set the size of the numbers, and write the file that is asked for."""
+    """Hide the top and right spines, set the tick labels' size, and save to `path`, if given."""
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=size)
@@ -50,22 +50,22 @@ def finish(figure: Figure, path: str | Path | None, size: float = 7) -> Figure:
 
 
 def diverging() -> Colormap:
-    """Blue, white, red: lowered, nothing, raised."""
+    """A diverging colormap: blue, white, red."""
     from matplotlib.colors import LinearSegmentedColormap
 
     return LinearSegmentedColormap.from_list("blue-white-red", [DARK_BLUE, BLUE, "white", RED, DARK_RED])
 
 
 def ink(value: float, limit: float) -> str:
-    """Colour of a number that stands on its own colour of a symmetric scale."""
+    """Text colour on a cell of a symmetric colour scale."""
     return "white" if abs(value) > 0.35 * limit else "black"
 
 
 def analysis_result(result: RequestResult | FisherKernelResults, name: str) -> AnalysisResult:
-    """Give what an analysis analysis.
+    """The result of an analysis.
 
     Raises:
-        ResultsError: it was not asked for, or it was left out; then with the reason.
+        ResultsError: it was not asked for, or was skipped.
     """
     analysis = result.analysis(name)
     if analysis.skipped is not None:
@@ -74,39 +74,39 @@ def analysis_result(result: RequestResult | FisherKernelResults, name: str) -> A
 
 
 def moved_most(result: RequestResult, rows: int) -> list[int]:
-    """Rows of the sequences that moved most, largest first: realised, or predicted where nothing was realised."""
+    """Rows of the largest realised changes, or predicted ones without realised; largest first."""
     return largest(result.predicted if result.realised is None else result.realised, rows)
 
 
 def largest(values: np.ndarray, count: int) -> list[int]:
-    """Places of the largest |values|, largest first."""
+    """Indices of the largest |values|, largest first."""
     return np.argsort(-np.abs(values), kind="stable")[:count].tolist()
 
 
 def sequence_rows(axes: Axes, sequences: list[SequenceInfo], most: int = 18) -> None:
-    """Name the rows of a picture, the first on top."""
+    """Label the rows of a picture, the first on top."""
     axes.set_yticks(range(len(sequences)), [label(info, most) for info in sequences])
     axes.set_ylim(len(sequences) - 0.4, -0.6)
 
 
 def label(info: SequenceInfo, most: int = 22) -> str:
-    """Name a sequence by its id and the end of its text."""
+    """A sequence's label: its id and the end of its text."""
     return plain(f"{info.id}  {tail(info.prompt + info.response, most)}")
 
 
 def tail(text: str, most: int) -> str:
-    """The end of a text, of at most so many characters."""
+    """The last `most` characters of a text."""
     return text if len(text) <= most else f"…{text[1 - most :]}"
 
 
 def plain(text: str) -> str:
-    """One line, without what matplotlib would read as mathematics, and without control characters."""
+    """A text as one line, without control characters; `$` is escaped for matplotlib."""
     spaced = text.replace("\n", " ").replace("\t", " ")
     return "".join(c if c.isprintable() else "·" for c in spaced).replace("$", r"\$")
 
 
 def percent(share: float | None) -> str:
-    """A share as people read it; – where it is not defined."""
+    """Format a share; – where it is not finite."""
     if share is None or not np.isfinite(share):
         return "–"
     size = abs(100 * share)
@@ -116,6 +116,6 @@ def percent(share: float | None) -> str:
 
 
 def signed(value: float, digits: int = 2) -> str:
-    """A change as people read it: with its sign, and 0 where nothing of it is left."""
+    """Format a change with its sign; "0" where it rounds to 0."""
     text = f"{value:+.{digits}f}"
     return text.replace("-", "−") if float(text) else "0"

@@ -1,4 +1,4 @@
-"""What happened, for a terminal."""
+"""Tables of results, for a terminal."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from fkernel.rollout import GeneratedBatch
 from fkernel.study import AnalysisResult, FisherKernelResults, RequestResult, SequenceInfo
 
 CHANCE = 0.05
-"""A contributor's p from which on it is said to be told apart from chance."""
+"""Significance level of contributors."""
 EFFECTS = {
     "predicted": "predicted ΔS",
     "batch": "batch",
-    "penalty": "KL penalty",
     "momentum": "momentum",
     "decay": "decay",
+    "arithmetic": "arithmetic",
+    "unexplained": "unexplained",
     "curvature": "curvature",
     "unselected": "not selected",
     "realised": "realised ΔS",
@@ -26,7 +27,7 @@ EFFECTS = {
 
 
 def effects_table(result: RequestResult, rows: int = 10) -> Table:
-    """Tabulate the evaluation sequences that moved most: predicted change, its parts, realised, top contributors.
+    """Tabulate the sequences with the largest changes: predicted, its parts, realised, top contributors.
 
     Args:
         result: of one request.
@@ -35,22 +36,27 @@ def effects_table(result: RequestResult, rows: int = 10) -> Table:
     Returns:
         A rich table; all changes in thousandths of a nat.
     """
-    given = {title: v for name, title in EFFECTS.items() if (v := getattr(result, name)) is not None}
+    effects: dict[str, np.ndarray] = {}
+    for name, title in EFFECTS.items():
+        if (values := getattr(result, name)) is not None:
+            effects[title] = values
+        if name == "batch":
+            effects |= {f"of it: {part}": values for part, values in result.parts.items()}
     shown = min(rows, len(result.evaluation))
     table = Table(title=f"{result.name}: the {shown} sequences that moved most (10⁻³ nats)")
     table.add_column("sequence", no_wrap=True)
-    for title in given:
+    for title in effects:
         table.add_column(title, justify="right", style="bold" if "ΔS" in title else None)
-    sure = result.analyses.get("uncertainty")
+    uncertainty = result.analyses.get("uncertainty")
     table.add_column("top three contributors", no_wrap=True)
-    if sure is not None:
+    if uncertainty is not None:
         table.caption = f"* told apart from chance (p ≤ {CHANCE}); † its prompt is; others could be chance"
     moved = result.predicted if result.realised is None else result.realised
     for row in np.argsort(-np.abs(moved), kind="stable")[:rows]:
         info = result.evaluation[row]
-        changes = [f"{1e3 * values[row]:+.2f}" for values in given.values()]
+        changes = [f"{1e3 * values[row]:+.2f}" for values in effects.values()]
         contributors = [
-            f"{1e3 * nats:+.2f}{_mark(sure, int(row), k, u)}  {_text(u)}"
+            f"{1e3 * nats:+.2f}{_mark(uncertainty, int(row), k, u)}  {_text(u)}"
             for k, (u, nats) in enumerate(result.top_contributors(int(row)))
         ]
         table.add_row(
@@ -60,9 +66,9 @@ def effects_table(result: RequestResult, rows: int = 10) -> Table:
 
 
 def calibration_table(result: RequestResult) -> Table:
-    """Tabulate the prediction against what the step did: correlation, slope and relative error.
+    """Tabulate predictions against realised changes: correlation, slope and relative error.
 
-    Where the step was executed here, for want of `step.after`, the table says that this proves less.
+    Without `step.after` the caption says that agreement does not test the optimizer state.
     """
     proven = result.facts.get("realised_on") == "step.after"
     table = Table(title=f"{result.name}: predicted against the step {'really taken' if proven else 'executed here'}")
@@ -75,7 +81,7 @@ def calibration_table(result: RequestResult) -> Table:
         table.add_column(name, justify="left" if name == "prediction" else "right")
     labels = {
         "batch": "K·A alone",
-        "predicted": f"batch{'' if result.penalty is None else ' + penalty'} + momentum + decay, {result.path}",
+        "predicted": f"batch + momentum + decay{'' if result.arithmetic is None else ' + arithmetic'}, {result.path}",
     }
     for name, value in result.calibration.items():
         table.add_row(labels[name], f"{value.pearson:.6f}", f"{value.slope:.4f}", f"{value.relative_error:.3%}")
@@ -83,15 +89,15 @@ def calibration_table(result: RequestResult) -> Table:
 
 
 def pair_view(result: RequestResult, row: str, column: str) -> Table:
-    """Show two sequences side by side, with their texts and the kernel's entry between them.
+    """Show two sequences side by side, with their texts and the kernel's entry.
 
     Args:
-        result: of one request that kept its kernel.
+        result: of one request that captured its kernel.
         row: id of a sequence of E.
         column: id of a sequence of U.
 
     Raises:
-        ResultsError: the kernel was not kept, or there is no such sequence.
+        ResultsError: the kernel was not captured, or there is no such sequence.
     """
     e, u = result.row(row), result.column(column)
     K, C = result.kept("kernel")[e, u], result.kept("contributions")[e, u]
@@ -137,17 +143,16 @@ def influence_table(
 
 
 def study_lines(results: FisherKernelResults) -> list[str]:
-    """Say what is known of the step and of U, a line each."""
+    """Lines about the step, certificates, conditions and U."""
     step, own = results.step, results.self_kernel
     certificates, conditions = (results.environment.get(name, []) for name in ("certificates", "conditions"))
     lines = [f"Step: clip {step['clip']:.4g}, ‖∇L‖ {step['grad_norm']:.4g}"]
     if "lr" in step:
         lines[0] += f", lr {', '.join(f'{lr:g}' for lr in step['lr'])}"
-    lines += [f"Certificate {one['name']} failed: {one['detail']}" for one in certificates if one["passed"] is False]
-    if made := [one for one in certificates if one["passed"]]:
-        names = ", ".join(dict.fromkeys(one["name"] for one in made))
+    lines += [f"Certificate {c['name']} failed: {c['detail']}" for c in certificates if c["passed"] is False]
+    if names := ", ".join(dict.fromkeys(c["name"] for c in certificates if c["passed"])):
         lines.append(f"Certified on this model: {names} (environment.json has the numbers).")
-    lines += [f"The training did what is not modelled here: {one['found']}" for one in conditions]
+    lines += [f"The training did what is not modelled here: {condition['found']}" for condition in conditions]
     if own is not None:
         lines.append(
             f"U: {len(own.ids)} sequences move along {own.effective_rank:.1f} directions (effective rank of K_UU); "
@@ -156,14 +161,14 @@ def study_lines(results: FisherKernelResults) -> list[str]:
     return lines
 
 
-def _mark(sure: AnalysisResult | None, row: int, k: int, u: SequenceInfo) -> str:
-    """Whether the k-th contributor to a row is told apart from chance: "*" itself, "†" its prompt, or neither."""
-    if sure is None or "top_p" not in sure.arrays:
+def _mark(analysis: AnalysisResult | None, row: int, k: int, u: SequenceInfo) -> str:
+    """Significance of the k-th contributor to a row: "*" of itself, "†" of its prompt, or neither."""
+    if analysis is None or "top_p" not in analysis.arrays:
         return ""
-    if sure["top_p"][row, k] <= CHANCE:
+    if analysis["top_p"][row, k] <= CHANCE:
         return "*"
-    prompts = sure.facts["prompts"]
-    return "†" if u.prompt_id in prompts and sure["prompt_p"][row, prompts.index(u.prompt_id)] <= CHANCE else " "
+    prompts = analysis.facts["prompts"]
+    return "†" if u.prompt_id in prompts and analysis["prompt_p"][row, prompts.index(u.prompt_id)] <= CHANCE else " "
 
 
 def _number(value: float | None) -> str:
@@ -176,6 +181,6 @@ def _text(info: SequenceInfo) -> str:
 
 
 def _cut(text: str, most: int = 28) -> str:
-    """Keep the end of a long text, on one line: instructions come first, the question last."""
+    """The end of a text, on one line; a prompt's question comes last."""
     plain = text.replace("\n", "⏎")
     return plain if len(plain) <= most else "…" + plain[1 - most :]

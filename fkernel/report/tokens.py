@@ -1,7 +1,7 @@
-"""Responses coloured by what the step did to their tokens: for a terminal, and as HTML.
+"""Responses with tokens coloured by their change: for a terminal, and as HTML.
 
-Red raises, blue lowers, white does nothing; the scale is symmetric, and its ends are the largest |Δ log π| of a token
-in the request, so that rows compare.
+Red raises, blue lowers; the scale is symmetric up to the largest |Δ log π| of a token in the request, so that rows are
+comparable.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fkernel.study import AnalysisResult, RequestResult
 
 RAISED, LOWERED = (178, 24, 43), (33, 102, 172)
 STEPS = 1e3
-"""Numbers are shown in 10⁻³ nats."""
+"""Scale of numbers, 10⁻³ nats."""
 
 
 def token_table(result: RequestResult, rows: int = 5) -> Table:
@@ -26,7 +26,7 @@ def token_table(result: RequestResult, rows: int = 5) -> Table:
 
     Args:
         result: of one request whose plan asked for tokens.
-        rows: sequences to show, by the size of their change.
+        rows: sequences to show, largest changes first.
 
     Raises:
         ResultsError: tokens were not asked for.
@@ -61,7 +61,7 @@ def token_text(texts: Sequence[str], changes: Sequence[float], largest: float) -
 
 
 def token_html(result: RequestResult, rows: list[str] | None = None) -> str:
-    """Make an HTML fragment: prompts, and responses with every token coloured; the numbers are in its tooltips.
+    """An HTML fragment: prompts, and responses with coloured tokens; tooltips have the numbers.
 
     Args:
         result: of one request whose plan asked for tokens.
@@ -94,7 +94,7 @@ def _line(result: RequestResult, analysis: AnalysisResult, row: int) -> str:
 
 
 def _row(analysis: AnalysisResult, row: int) -> tuple[list[str], list[float]]:
-    """Texts of a response's tokens, and what the step did to each, nats."""
+    """A response's tokens as texts, and the change of each, nats."""
     if analysis.skipped is not None:
         raise ResultsError(f"Tokens were left out: {analysis.skipped}.")
     return analysis.facts["tokens"][row], analysis["logprob"][row][analysis["response"][row]].tolist()
@@ -109,7 +109,7 @@ def _numbers(changes: Sequence[float]) -> Text:
 
 
 def _colour(x: float) -> str:
-    """White at 0, red at 1, blue at −1."""
+    """Hex colour: white at 0, red at 1, blue at −1."""
     end, share = (RAISED if x > 0 else LOWERED), min(1.0, abs(x))
     return "#" + "".join(f"{round(255 + share * (part - 255)):02x}" for part in end)
 
@@ -119,5 +119,5 @@ def _ink(x: float) -> str:
 
 
 def _plain(text: str) -> str:
-    """Show what has no shape of its own."""
+    """Replace characters that are not printable."""
     return "".join(c if c.isprintable() else "⏎" if c == "\n" else "·" for c in text) or "∅"

@@ -1,4 +1,4 @@
-"""Panels of U itself: what the preconditioner rests on, and what the batch is made of."""
+"""Panels of U itself: health of the preconditioner, and structure of K_UU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COORDINATES = {"unseen": "never seen\nv = 0", "below_eps": "ε decides\n√v̂ <
 
 
 def health_panel(results: FisherKernelResults, path: str | Path | None = None) -> Figure:
-    """Draw what the kernel's trace rests on: parameters, and coordinates that the optimizer hardly knows.
+    """Draw shares of the kernel's trace by parameter, and of coordinates with a small second moment.
 
     Args:
         results: of a plan that asked for U's health.
@@ -28,7 +28,7 @@ def health_panel(results: FisherKernelResults, path: str | Path | None = None) -
 
     Raises:
         ModelError: matplotlib is not installed.
-        ResultsError: it was not asked for, or it was left out.
+        ResultsError: it was not asked for, or was skipped.
     """
     analysis = analysis_result(results, "health")
     facts = analysis.facts
@@ -64,9 +64,9 @@ def health_panel(results: FisherKernelResults, path: str | Path | None = None) -
 
 
 def structure_panel(results: FisherKernelResults, path: str | Path | None = None) -> Figure:
-    """Draw what U is made of: its first two principal components, coloured by cluster, and how large clusters are.
+    """Draw U's first two principal components, coloured by cluster, and the clusters' sizes.
 
-    An exemplar, the sequence nearest to the middle of its cluster, is circled and named.
+    Exemplars, the sequences nearest to the center of their cluster, are circled and named.
 
     Args and errors as in `health_panel`, of the structure.
     """
@@ -83,7 +83,7 @@ def structure_panel(results: FisherKernelResults, path: str | Path | None = None
     _compress(left, "x", scores[:, 0])
     _compress(left, "y", second)
     left.scatter(scores[exemplars, 0], second[exemplars], s=90, facecolor="none", edgecolor="black", linewidth=0.9)
-    named = exemplars[:MOST]  # clusters come largest first; more names would cover the points
+    named = exemplars[:MOST]  # of the largest clusters
     _named(left, scores[named, 0], second[named], [plain(name) for name in facts["exemplars"][:MOST]])
     shares = [percent(share) for share in facts["shares"]]
     left.set_xlabel(f"component 1  ({shares[0]} of what varies; in units of √K)", fontsize=9)
@@ -97,7 +97,7 @@ def structure_panel(results: FisherKernelResults, path: str | Path | None = None
 
 
 def _compress(axes: Axes, axis: Literal["x", "y"], values: np.ndarray) -> None:
-    """Where a few sequences are far from all others, decades outside of the middle take equal room."""
+    """Use an asinh scale where a few values are far from all others."""
     width, most = float(np.median(np.abs(values))), float(np.abs(values).max())
     if not 0 < 10 * width < most:
         return
@@ -110,13 +110,13 @@ def _compress(axes: Axes, axis: Literal["x", "y"], values: np.ndarray) -> None:
 
 
 def _look(cluster: int) -> dict[str, str]:
-    """Colour and mark of a cluster: no two are the same, for as many as anybody reads."""
+    """Colour and marker of a cluster, unique for the first |palette| · |markers|."""
     turn = cluster // len(PALETTE)
     return {"color": PALETTE[cluster % len(PALETTE)], "marker": MARKERS[(cluster + turn) % len(MARKERS)]}
 
 
 def _named(axes: Axes, x: np.ndarray, y: np.ndarray, names: list[str]) -> None:
-    """Names beside points, moved up or down until none covers another."""
+    """Write names beside points, moved up until none overlaps another."""
     to_frame = axes.transData + axes.transAxes.inverted()
     frame = to_frame.transform(np.stack([x, y], 1))
     taken: list[tuple[float, float]] = []

@@ -1,12 +1,14 @@
-"""From prompts to sequences that can be trusted: sources, templates, sampling, rewards, advantages, records, files."""
+"""Sample, score and reward responses: prompts, templates, sampling, rewards, advantages, records, batches, files."""
 
 from fkernel.rollout.advantages import Advantage, loss_weights
 from fkernel.rollout.batch import GeneratedBatch
 from fkernel.rollout.files import MANIFEST, content_of_batch, load_batch, save_batch
 from fkernel.rollout.generator import SampleGenerator
 from fkernel.rollout.guards import check_recorded, check_temperature
+from fkernel.rollout.judging import BatchReward, RewardConfig
 from fkernel.rollout.prompts import Gym, Prompt, PromptSource, TablePrompts, custom, dataset, jsonl
 from fkernel.rollout.record import CustomSample, Provenance, SequenceRecord
+from fkernel.rollout.reward_parts import split_advantages
 from fkernel.rollout.rewards import Reward, dotted
 from fkernel.rollout.sampling import Sampling
 from fkernel.rollout.scoring import TokenStatistics, score
@@ -15,6 +17,7 @@ from fkernel.rollout.template import Template, render
 __all__ = [
     "MANIFEST",
     "Advantage",
+    "BatchReward",
     "CustomSample",
     "GeneratedBatch",
     "Gym",
@@ -22,6 +25,7 @@ __all__ = [
     "PromptSource",
     "Provenance",
     "Reward",
+    "RewardConfig",
     "SampleGenerator",
     "Sampling",
     "SequenceRecord",
@@ -40,4 +44,5 @@ __all__ = [
     "render",
     "save_batch",
     "score",
+    "split_advantages",
 ]

@@ -60,10 +60,14 @@ def group_mean(rewards: Tensor, groups: Tensor) -> Tensor:
 
 def grpo(rewards: Tensor, groups: Tensor) -> Tensor:
     """A_u = (r_u − r̄) / (σ + 1e−4); a group of one has no σ, and no advantage."""
+    return group_mean(rewards, groups) / group_scale(rewards, groups)
+
+
+def group_scale(rewards: Tensor, groups: Tensor) -> Tensor:
+    """σ + 1e−4 of each one's group: what GRPO divides by."""
     mean, size = _mean(rewards, groups)
     variance, _ = _mean((rewards - mean).square(), groups)
-    sigma = (variance * size / (size - 1).clamp(min=1)).sqrt()
-    return (rewards - mean) / (sigma + 1e-4)
+    return (variance * size / (size - 1).clamp(min=1)).sqrt() + 1e-4
 
 
 def rloo(rewards: Tensor, groups: Tensor) -> Tensor:
@@ -121,7 +125,7 @@ def among_judged(rule: Advantage, rewards: Tensor, groups: Tensor) -> Tensor:
 
 
 RULES: dict[str, Advantage] = {"group_mean": group_mean, "grpo": grpo, "rloo": rloo, "raw": raw}
-"""By name."""
+"""Advantage rules by name."""
 WEIGHTS = ("sequence", "grpo", "group_token", "bnpo", "dapo", "dr_grpo")
 
 
@@ -199,7 +203,7 @@ def loss_weights(
 
 
 def _mean(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Each one's group mean, and the size of its group."""
+    """Return each entry's group mean, and the size of its group."""
     _, group = torch.unique(groups, return_inverse=True)
     size = torch.bincount(group).to(values.dtype)
     total = torch.zeros(len(size), dtype=values.dtype).index_add_(0, group, values)

@@ -1,8 +1,8 @@
-"""Records together: as the engine's tensors, by id, by prompt, in numbers; filtered and merged without renumbering."""
+"""A batch of records: look up by id or prompt, filter, merge, and convert to the tensors that the engine takes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from statistics import fmean
@@ -13,6 +13,7 @@ import torch
 from fkernel.errors import RolloutError, listing
 from fkernel.func import Sequences, pad
 from fkernel.rollout.advantages import Advantage, advantage_of, among_judged, loss_weights
+from fkernel.rollout.layout import by_record, check_part, check_same_parts, check_total, laid_out
 from fkernel.rollout.record import SequenceRecord
 from fkernel.rollout.sampling import Sampling
 from fkernel.shapes import Tensor
@@ -20,7 +21,7 @@ from fkernel.shapes import Tensor
 
 @dataclass(frozen=True)
 class GeneratedBatch:
-    """Sequences that were sampled or written, and what they were sampled from.
+    """Sequences that were sampled or written by hand, with the checkpoint and the sampling settings that made them.
 
     Attributes:
         records: the sequences, in order; their ids differ.
@@ -35,20 +36,21 @@ class GeneratedBatch:
     pad_id: int = 0
 
     def __post_init__(self) -> None:
-        """Check that there are sequences, and that ids name them."""
+        """Check that there are sequences, that ids name them, and that token weights have the same parts."""
         if not self.records:
             raise RolloutError("A batch needs at least one sequence.")
         names = [record.sequence_id for record in self.records]
         twice = sorted({name for name in names if names.count(name) > 1}) if len({*names}) < len(names) else []
         if twice:
             raise RolloutError(f"Ids name one sequence each; {listing(twice)} occur(s) more than once.")
+        check_same_parts(self.records)
 
     def __len__(self) -> int:
         """Count the sequences."""
         return len(self.records)
 
     def __iter__(self) -> Iterator[SequenceRecord]:
-        """Walk the sequences."""
+        """Iterate over the sequences."""
         return iter(self.records)
 
     @property
@@ -97,6 +99,60 @@ class GeneratedBatch:
             RolloutError: a sequence has no loss weight, or no advantage.
         """
         return self._numbers("weight") * self.advantages
+
+    @property
+    def token_weights(self) -> dict[str, Tensor]:
+        """{part: [n t] float64} ω = ∂L/∂log π of each token, laid out as `func.token_logprobs`; {} without any.
+
+        The loss's sign: a positive ω lowers its token. The parts add up to the loss's ω.
+        """
+        return laid_out(self.records, self.sequences.response_mask, "token_weights")
+
+    @property
+    def entropy_weights(self) -> dict[str, Tensor]:
+        """{part: [n t] float64} η = ∂L/∂H of each token; {} where no entropy was in the loss."""
+        return laid_out(self.records, self.sequences.response_mask, "entropy_weights")
+
+    def with_token_weights(
+        self,
+        parts: Mapping[str, Tensor],
+        entropy: Mapping[str, Tensor] | Tensor | None = None,
+        *,
+        total: Tensor | None = None,
+    ) -> GeneratedBatch:
+        """Describe the loss by its token weights, in place of those that the batch had.
+
+        ∇L = Σ_u Σ_t ω_ut ∇log π(u_t) + η_ut ∇H(u_t),   ω = Σ parts
+
+        Args:
+            parts: {part: [n t]} ω, laid out as `sequences`; 0 outside of the response.
+            entropy: {part: [n t]} η, or one tensor, whose part is named "entropy"; None where there is no such term.
+            total: [n t] ω of the whole loss, to which the parts must add up; None to take their sum for it.
+
+        Returns:
+            The batch, its advantages and loss weights as they were.
+
+        Raises:
+            RolloutError: a part has another shape, is not finite, is not 0 outside of the response, or the parts do not
+                add up to `total`; the message names the sequence and the part.
+
+        Example:
+            >>> from fkernel.rollout.record import Provenance
+            >>> given = Provenance("custom-0", "custom", "custom", 0, 0)
+            >>> one = SequenceRecord("U-000-00", (1,), (2,), "a", "b", (-1.0,), (-1.0,), (0.5,), "eos", given)
+            >>> batch = GeneratedBatch((one,)).with_token_weights({"advantage": torch.tensor([[0.0, -0.5]])})
+            >>> batch.records[0].token_weights
+            {'advantage': (-0.5,)}
+        """
+        mask = self.sequences.response_mask
+        η = {} if entropy is None else {"entropy": entropy} if isinstance(entropy, Tensor) else entropy
+        ω_of = by_record(parts, self.records, mask, "token_weights")
+        η_of = by_record(η, self.records, mask, "entropy_weights")
+        if total is not None:
+            check_part("total", total, self.records, mask)
+            check_total(parts, total, self.records)
+        triples = zip(self.records, ω_of, η_of, strict=True)
+        return replace(self, records=tuple(replace(r, token_weights=a, entropy_weights=b) for r, a, b in triples))
 
     def _numbers(self, field: str) -> Tensor:
         self._check(field, self.records)
@@ -148,7 +204,7 @@ class GeneratedBatch:
 
     @staticmethod
     def merge(batches: Sequence[GeneratedBatch]) -> GeneratedBatch:
-        """Put batches behind each other; every sequence keeps its id.
+        """Concatenate batches; every sequence keeps its id.
 
         Raises:
             RolloutError: an id occurs twice, or the batches are of different policies or distributions.
@@ -194,7 +250,7 @@ class GeneratedBatch:
 
     @property
     def diagnostics(self) -> dict[str, Any]:
-        """What a look at the batch should begin with; numbers and short lists, JSON.
+        """Summary statistics of the batch, as JSON.
 
         accuracy and without_signal (share of groups whose rewards are all equal, so that advantages relative to the
         group vanish) are of the sequences that were judged, and None without rewards; abstained is the share of others.
@@ -234,6 +290,7 @@ class GeneratedBatch:
             row |= {"prompt": record.prompt, "response": record.response, "tokens": len(record.response_ids)}
             row |= {"logprob": record.logprob, "entropy": fmean(record.entropies), "finish": record.finish}
             row |= {"reward": record.reward, "advantage": record.advantage, "weight": record.weight}
+            row |= {f"reward:{name}": value for name, value in record.rewards.items()}
             rows.append(row | {"content_hash": record.content_hash})
         return pd.DataFrame(rows).set_index("sequence_id")
 

@@ -1,19 +1,21 @@
-"""A batch as a directory: complete or absent, checked when it is read.
+"""Save a batch to a directory, and load it with its checksums verified.
 
 <directory>/
-  records.jsonl        one sequence a line: ids, texts, reward, provenance
-  tokens.safetensors   prompt_ids, response_ids, logprobs, logqs, entropies, each laid end to end; prompts and
-                       responses, tokens of each sequence
+  records.jsonl        one sequence a line: ids, texts, rewards, provenance
+  tokens.safetensors   prompt_ids, response_ids, logprobs, logqs, entropies, and token_weights/<part> and
+                       entropy_weights/<part> where the batch has them, each concatenated over sequences; prompts and
+                       responses, the number of tokens of each sequence
   manifest.json        schema version, fingerprint of the checkpoint, sampling, checksums of the other two and its own
 
-It is written beside its place and renamed when everything is on the disk.
+The directory is written under a temporary name beside its place, flushed to disk, and then renamed. Schema 2 added
+token weights and the values of several reward functions; batches of schema 1 are read as batches without them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,18 +27,22 @@ from safetensors.torch import save as save_tensors
 from fkernel.errors import RolloutError
 from fkernel.io import atomic_directory, checksummed_json, hash_json, read_checksummed
 from fkernel.rollout.batch import GeneratedBatch
-from fkernel.rollout.record import Provenance, SequenceRecord
+from fkernel.rollout.record import TOKEN_WEIGHTS, Provenance, SequenceRecord
 from fkernel.rollout.sampling import Sampling
 from fkernel.shapes import Tensor
 
-SCHEMA = 1
+SCHEMA = 2
+READS = (1, 2)
+"""Schemas that `load_batch` reads."""
 RECORDS, TOKENS, MANIFEST = "records.jsonl", "tokens.safetensors", "manifest.json"
 IDS = ("prompt_ids", "response_ids")
 STATISTICS = ("logprobs", "logqs", "entropies")
+OPTIONAL = (*TOKEN_WEIGHTS, "rewards", "reward_weights")
+"""Fields that schema 2 added; an empty one is left out, so that a batch without them keeps the name it always had."""
 
 
 def save_batch(batch: GeneratedBatch, directory: str | Path, *, replace: bool = False) -> Path:
-    """Write a batch.
+    """Write a batch to a directory.
 
     Args:
         batch: the batch.
@@ -62,6 +68,7 @@ def save_batch(batch: GeneratedBatch, directory: str | Path, *, replace: bool = 
         "checkpoint": batch.checkpoint,
         "sampling": None if batch.sampling is None else asdict(batch.sampling),
         "pad_id": batch.pad_id,
+        "parts": _parts(batch),
         "diagnostics": batch.diagnostics,
         "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()},
     }
@@ -74,7 +81,7 @@ def save_batch(batch: GeneratedBatch, directory: str | Path, *, replace: bool = 
 
 
 def load_batch(directory: str | Path, checkpoint: str | None = None) -> GeneratedBatch:
-    """Read a batch; it equals the one that was written, to the last bit.
+    """Load a batch; it equals the one that was saved, to the last bit.
 
     Args:
         directory: what `save_batch` wrote.
@@ -89,9 +96,9 @@ def load_batch(directory: str | Path, checkpoint: str | None = None) -> Generate
         schema = manifest["schema"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RolloutError(f"There is no batch at {place}: its {MANIFEST} cannot be read ({error}).") from error
-    if schema != SCHEMA:
+    if schema not in READS:
         raise RolloutError(
-            f"The batch at {place} has schema {schema}; this version of fkernel reads {SCHEMA}. Update it."
+            f"The batch at {place} has schema {schema}; this version of fkernel reads up to {SCHEMA}. Update it."
         )
     if checkpoint is not None and manifest.get("checkpoint") != checkpoint:
         raise RolloutError(
@@ -106,7 +113,7 @@ def load_batch(directory: str | Path, checkpoint: str | None = None) -> Generate
         rows = [
             json.loads(line) for line in contents[RECORDS].decode().split("\n") if line
         ]  # texts may hold other line ends
-        columns = _columns(load_tensors(contents[TOKENS]))
+        columns = _columns(load_tensors(contents[TOKENS]), manifest.get("parts", []))
         records = tuple(_record(row, {name: columns[name][i] for name in columns}) for i, row in enumerate(rows))
         sampling = manifest["sampling"] and _sampling(manifest["sampling"])
         return GeneratedBatch(records, manifest["checkpoint"], sampling, manifest["pad_id"])
@@ -117,7 +124,7 @@ def load_batch(directory: str | Path, checkpoint: str | None = None) -> Generate
 
 
 def content_of_batch(batch: GeneratedBatch, scores: bool = True) -> str:
-    """Name what a batch holds: ids, tokens, texts, rewards, advantages, weights, where each came from; not metadata.
+    """Hash what a batch holds: ids, tokens, texts, rewards, advantages, (token) weights, provenance; not metadata.
 
     Args:
         batch: the batch.
@@ -136,13 +143,13 @@ def content_of_batch(batch: GeneratedBatch, scores: bool = True) -> str:
         False
     """
     left_out = {"metadata", *(() if scores else STATISTICS)}
-    kept = [{key: value for key, value in asdict(record).items() if key not in left_out} for record in batch]
+    kept = [{key: value for key, value in _fields(record).items() if key not in left_out} for record in batch]
     whole = [kept, batch.checkpoint, None if batch.sampling is None else asdict(batch.sampling)]
     return hash_json(whole)
 
 
 def _holds(place: Path, batch: GeneratedBatch) -> bool:
-    """Tell whether a batch is what lies at a place, undamaged."""
+    """Return whether a directory holds this very batch, undamaged."""
     try:
         return (place / MANIFEST).is_file() and load_batch(place) == batch
     except RolloutError:
@@ -153,10 +160,14 @@ def _short(fingerprint: str | None) -> str:
     return "of no fingerprint" if fingerprint is None else fingerprint[:12]
 
 
+def _fields(record: SequenceRecord) -> dict[str, Any]:
+    return {key: value for key, value in asdict(record).items() if value or key not in OPTIONAL}
+
+
 def _line(record: SequenceRecord) -> str:
-    """Write one record; `abstained` stands there only where it is true, so that others stay as they always were."""
-    fields = asdict(record) | {"content_hash": record.content_hash}
-    skipped = {*IDS, *STATISTICS, *(() if record.abstained else ("abstained",))}
+    """Write one record; `abstained` only where it is true, and no numbers of tokens, which `_tensors` keeps."""
+    fields = _fields(record) | {"content_hash": record.content_hash}
+    skipped = {*IDS, *STATISTICS, *TOKEN_WEIGHTS, *(() if record.abstained else ("abstained",))}
     kept = {key: value for key, value in fields.items() if key not in skipped}
     try:
         return json.dumps(kept, ensure_ascii=False, allow_nan=False) + "\n"
@@ -173,21 +184,36 @@ def _tensors(batch: GeneratedBatch) -> dict[str, Tensor]:
 
     tensors = {name: flat((getattr(record, name) for record in batch), torch.int64) for name in IDS}
     tensors |= {name: flat((getattr(record, name) for record in batch), torch.float64) for name in STATISTICS}
+    for name in _parts(batch):
+        kind, _, part = name.partition("/")
+        tensors[name] = flat((getattr(record, kind)[part] for record in batch), torch.float64)
     tensors["prompts"] = torch.tensor([len(record.prompt_ids) for record in batch])
     tensors["responses"] = torch.tensor([len(record.response_ids) for record in batch])
     return tensors
 
 
-def _columns(tensors: dict[str, Tensor]) -> dict[str, list[tuple[Any, ...]]]:
-    """Cut each tensor into what belongs to each sequence."""
+def _parts(batch: GeneratedBatch) -> list[str]:
+    """Name the tensors of a batch's token weights, in the order of its parts."""
+    return [f"{kind}/{part}" for kind in TOKEN_WEIGHTS for part in getattr(batch.records[0], kind)]
+
+
+def _columns(tensors: dict[str, Tensor], parts: Sequence[str]) -> dict[str, list[tuple[Any, ...]]]:
+    """Split each tensor into the numbers of each sequence."""
     prompts, responses = tensors["prompts"].tolist(), tensors["responses"].tolist()
-    each = {"prompt_ids": prompts, **dict.fromkeys((IDS[1], *STATISTICS), responses)}
+    each = {"prompt_ids": prompts, **dict.fromkeys((IDS[1], *STATISTICS, *parts), responses)}
     return {name: [tuple(part.tolist()) for part in tensors[name].split(sizes)] for name, sizes in each.items()}
 
 
 def _record(row: dict[str, Any], tokens: dict[str, tuple[Any, ...]]) -> SequenceRecord:
     known = row.pop("content_hash")
-    record = SequenceRecord(**{**row, **tokens, "provenance": Provenance(**row["provenance"])})
+    fields: dict[str, Any] = {**row, "provenance": Provenance(**row["provenance"])}
+    for name, values in tokens.items():
+        kind, _, part = name.partition("/")
+        if part:
+            fields.setdefault(kind, {})[part] = values
+        else:
+            fields[name] = values
+    record = SequenceRecord(**fields)
     if record.content_hash != known:
         raise RolloutError(f"The tokens of {record.sequence_id} are not those that were written.")
     return record

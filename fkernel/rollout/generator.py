@@ -1,9 +1,10 @@
-"""Makes every batch of a study: one policy, its prompts and how it is sampled."""
+"""SampleGenerator: samples and scores the batches of a study from one policy, its prompts and its sampling settings."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fkernel.errors import RolloutError
@@ -18,13 +19,15 @@ from fkernel.rollout.guards import (
     check_truncated,
     encode,
 )
+from fkernel.rollout.judging import Answer, Panel, RewardConfig, panel_of
 from fkernel.rollout.prompts import Prompt, PromptSource, custom
 from fkernel.rollout.record import CustomSample, Provenance, SequenceRecord, sequence_id
-from fkernel.rollout.rewards import Judge, Reward, judge_of
 from fkernel.rollout.sampling import Drawn, Sampling, draw, end_of_sequence, padding, seed_of
 from fkernel.rollout.scoring import score
-from fkernel.rollout.template import Template, render, template_of, writes_special_tokens
+from fkernel.rollout.template import Template, messages_of, render, template_of, writes_special_tokens
 
+RewardWeights = Mapping[str, float] | Sequence[float] | None
+"""Weight of each of several reward functions, by name or in their order; 1 each by default."""
 Draw = tuple[int, int, Prompt]
 """(group, completion, prompt): one sequence that is to be drawn."""
 
@@ -52,7 +55,7 @@ class SampleGenerator:
         microbatch: int = 32,
         on_progress: Callable[[int], Any] = lambda n: None,
     ) -> None:
-        """Take a policy and where its prompts come from.
+        """Set up a policy, its prompts and how responses are drawn.
 
         Args:
             model: a causal language model, such as `checkpoint.load(path).model`.
@@ -84,9 +87,10 @@ class SampleGenerator:
         completions_per_prompt: int,
         dataset_split: str = "train",
         seed: int = 0,
-        reward_cfg: str | Reward | None = "math",
+        reward_cfg: RewardConfig = "math",
         advantage_cfg: str | Advantage | None = "group_mean",
         weight_cfg: str | None = "sequence",
+        reward_weights: RewardWeights = None,
         **weight_options: Any,
     ) -> GeneratedBatch:
         """Draw U: different prompts, several completions each, with rewards, advantages and loss weights.
@@ -96,20 +100,25 @@ class SampleGenerator:
             completions_per_prompt: completions of each.
             dataset_split: which source.
             seed: of prompts and completions.
-            reward_cfg: as in `fkernel.rollout.rewards.reward_of`; None for none. A response for which it returns None
-                has no reward: it is left out of its group's baseline, its advantage is 0, and a warning names it.
+            reward_cfg: a name, "math", "exact", "gym" or module.function; a function (prompt, response text) -> number,
+                or of TRL's signature; or several, {name: reward} or a list. None for none. A response for which it
+                returns None has no reward: it is left out of its group's baseline, its advantage is 0, and a warning
+                names it. Of several every value is recorded; a response that one of them judged has a reward.
             advantage_cfg: a rule of `fkernel.rollout.advantages`; None for none, as are advantages without rewards.
             weight_cfg: loss weights, by the rules of `fkernel.rollout.advantages.loss_weights`.
+            reward_weights: of several rewards: the reward is Σ weight · value; 1 each by default.
             **weight_options: as there.
 
         Returns:
             Ids are U-000-00, U-000-01, …: draw and completion.
 
         Raises:
-            RolloutError: fewer prompts than asked for, a prompt without room, or whatever a guard found.
+            RolloutError: fewer prompts than asked for, a prompt without room, a reward that fails, or log-probabilities
+                that teacher forcing does not reproduce.
         """
         prompts = self._drawn_prompts(batch_size_prompts, dataset_split, seed, "U", with_replacement=False)
-        batch = self._sampled(prompts, completions_per_prompt, seed, "U", self._reward(reward_cfg, dataset_split))
+        panel = self._panel(reward_cfg, dataset_split, reward_weights)
+        batch = self._sampled(prompts, completions_per_prompt, seed, "U", panel)
         if reward_cfg is not None and advantage_cfg is not None:
             batch = batch.with_advantages(advantage_cfg)
         return batch if weight_cfg is None else batch.with_loss_weights(weight_cfg, **weight_options)
@@ -121,11 +130,13 @@ class SampleGenerator:
         with_replacement: bool = True,
         dataset_split: str = "test",
         seed: int = 0,
-        reward_cfg: str | Reward | None = None,
+        reward_cfg: RewardConfig = None,
+        reward_weights: RewardWeights = None,
     ) -> GeneratedBatch:
         """Draw E; arguments and errors as in `generate_update_batch`. Ids are E-000-00, …."""
         prompts = self._drawn_prompts(batch_size_prompts, dataset_split, seed, "E", with_replacement)
-        return self._sampled(prompts, completions_per_prompt, seed, "E", self._reward(reward_cfg, dataset_split))
+        panel = self._panel(reward_cfg, dataset_split, reward_weights)
+        return self._sampled(prompts, completions_per_prompt, seed, "E", panel)
 
     def generate_from_prompt_ids(
         self,
@@ -133,7 +144,8 @@ class SampleGenerator:
         dataset_split: str = "test",
         completions_per_prompt: int = 1,
         seed: int = 0,
-        reward_cfg: str | Reward | None = None,
+        reward_cfg: RewardConfig = None,
+        reward_weights: RewardWeights = None,
     ) -> GeneratedBatch:
         """Draw completions of certain prompts, by global_prompt_id or by position in the split. Ids are P-000-00, ….
 
@@ -141,7 +153,8 @@ class SampleGenerator:
             RolloutError: an id is not one of the split's.
         """
         prompts = [self._prompt(given, dataset_split) for given in prompt_ids]
-        return self._sampled(prompts, completions_per_prompt, seed, "P", self._reward(reward_cfg, dataset_split))
+        panel = self._panel(reward_cfg, dataset_split, reward_weights)
+        return self._sampled(prompts, completions_per_prompt, seed, "P", panel)
 
     def generate_from_custom_prompts(
         self, prompts: Sequence[str], completions_per_prompt: int = 1, seed: int = 0
@@ -203,24 +216,29 @@ class SampleGenerator:
         named = SequenceRecord(**{**vars(record), "sequence_id": f"C-{record.content_hash}-00"})
         return GeneratedBatch((named,), self.fingerprint, None, padding(self.tokenizer))
 
-    def rewards_of(self, batch: GeneratedBatch, reward_cfg: str | Reward) -> list[float | None]:
+    def rewards_of(
+        self, batch: GeneratedBatch, reward_cfg: RewardConfig, reward_weights: RewardWeights = None
+    ) -> list[float | None]:
         """Reward responses that were drawn before, in the batch's order.
 
         Args:
             batch: drawn from the prompts that the generator has.
             reward_cfg: as in `generate_update_batch`.
+            reward_weights: of several rewards.
 
         Raises:
             RolloutError: a prompt is not one of the generator's, or the reward fails.
         """
-        rewards = list[float | None]()
+        by_split: dict[str, list[SequenceRecord]] = {}
         for record in batch:
-            split = record.provenance.split
-            judge = self._reward(reward_cfg, split)
-            assert judge is not None
-            prompt = self._prompt(record.provenance.global_prompt_id, split)
-            rewards.append(judge(prompt, record.response, record.sequence_id))
-        return rewards
+            by_split.setdefault(record.provenance.split, []).append(record)
+        totals: dict[str, float | None] = {}
+        for split, records in by_split.items():
+            prompts = [self._prompt(record.provenance.global_prompt_id, split) for record in records]
+            panel = self._panel(reward_cfg, split, reward_weights)
+            rewarded = records if panel is None else self._rewarded(records, prompts, panel)
+            totals |= {record.sequence_id: record.reward for record in rewarded}
+        return [totals[record.sequence_id] for record in batch]
 
     def _source(self, split: str) -> PromptSource:
         if not self._sources or split not in self._sources:
@@ -228,8 +246,8 @@ class SampleGenerator:
             raise RolloutError(f"There are no prompts of the split {split!r}; the generator has {known}.")
         return self._sources[split]
 
-    def _reward(self, given: str | Reward | None, split: str) -> Judge | None:
-        return judge_of(given, self._sources[split] if self._sources and split in self._sources else None)
+    def _panel(self, given: RewardConfig, split: str, weights: RewardWeights) -> Panel | None:
+        return panel_of(given, self._sources[split] if self._sources and split in self._sources else None, weights)
 
     def _drawn_prompts(self, n: int, split: str, seed: int, prefix: str, with_replacement: bool) -> list[Prompt]:
         source = self._source(split)
@@ -250,9 +268,9 @@ class SampleGenerator:
         return source[int(number)]
 
     def _sampled(
-        self, prompts: Sequence[Prompt], completions: int, seed: int, prefix: str, judge: Judge | None
+        self, prompts: Sequence[Prompt], completions: int, seed: int, prefix: str, panel: Panel | None
     ) -> GeneratedBatch:
-        """Draw, score, reward; what was recorded at sampling must be what teacher forcing says."""
+        """Draw, score and reward; log-probabilities recorded at sampling must equal those of teacher forcing."""
         if completions < 1:
             raise RolloutError(f"completions_per_prompt is {completions}; expected at least 1.")
         texts = [render(self.template, prompt) for prompt in prompts]
@@ -268,15 +286,13 @@ class SampleGenerator:
         for (g, k, prompt), one, known in zip(draws, drawn, score(self.model, batch, self.sampling), strict=True):
             name = sequence_id(prefix, g, k)
             check_recorded(one.logprobs, known.logprobs, name)
-            response = self._text(one)
-            reward = None if judge is None else judge(prompt, response, name)
             records.append(
                 SequenceRecord(
                     sequence_id=name,
                     prompt_ids=tuple(prompt_ids[g]),
                     response_ids=one.response_ids,
                     prompt=texts[g],
-                    response=response,
+                    response=self._text(one),
                     logprobs=known.logprobs,
                     logqs=one.logqs,
                     entropies=known.entropies,
@@ -284,15 +300,29 @@ class SampleGenerator:
                     provenance=Provenance(
                         prompt.global_prompt_id, prompt.split, prompt.source, g, k, prompt.split == "custom", seed
                     ),
-                    reward=reward,
-                    abstained=judge is not None and reward is None,
                 )
             )
         self.on_progress(len(records))
         check_truncated(records)
-        if judge is not None:
-            check_abstained(records, judge.name)
+        if panel is not None:
+            records = self._rewarded(records, [prompt for _, _, prompt in draws], panel)
+            check_abstained(records, panel.name)
         return GeneratedBatch(tuple(records), self.fingerprint, self.sampling, padding(self.tokenizer))
+
+    def _rewarded(
+        self, records: Sequence[SequenceRecord], prompts: Sequence[Prompt], panel: Panel
+    ) -> list[SequenceRecord]:
+        """Set each record's reward, or that it abstains, and the value of each of several reward functions."""
+        answers = []
+        for prompt, record in zip(prompts, records, strict=True):
+            asked = messages_of(self.template, prompt) or record.prompt
+            completion = self.tokenizer.decode(list(record.response_ids), skip_special_tokens=True)
+            one = Answer(record.sequence_id, prompt, record.response, asked, completion, record.response_ids)
+            answers.append(one)
+        return [
+            replace(record, reward=r.total, abstained=r.total is None, rewards=r.values, reward_weights=r.weights)
+            for record, r in zip(records, panel.rewarded(answers), strict=True)
+        ]
 
     def _text(self, one: Drawn) -> str:
         ids = one.response_ids[:-1] if one.finish == "eos" else one.response_ids

@@ -1,6 +1,6 @@
-"""What goes wrong between a prompt and a score, looked for where it would still be cheap to mend.
+"""Checks of prompts, tokens and recorded log-probabilities, before anything expensive is computed.
 
-What makes a number wrong is an error; what a reader should know, and may be meant, is a warning.
+What would make a number wrong raises an error; what may be meant, but a reader should know, gives a warning.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TOLERANCE = 1e-3
 def check_recorded(
     recorded: Sequence[float], recomputed: Sequence[float], name: str, tolerance: float = TOLERANCE
 ) -> None:
-    """Hold log-probabilities that were recorded at sampling against those of teacher forcing.
+    """Compare log-probabilities recorded at sampling with those of teacher forcing.
 
     Raises:
         RolloutError: one differs by more than the tolerance: the model, its temperature, the tokens or their positions
@@ -52,7 +52,7 @@ def check_temperature(sampled: float, scored: float) -> None:
 
 
 def check_truncated(records: Sequence[SequenceRecord]) -> None:
-    """Warn of responses that ended for want of room: their reward is of half a sentence."""
+    """Warn of responses that were cut off at max_new_tokens: their reward is of an unfinished text."""
     cut = [record.sequence_id for record in records if record.truncated]
     if cut:
         warnings.warn(
@@ -105,7 +105,7 @@ def encode(tokenizer: Any, text: str, name: str, add_special_tokens: bool = True
 
 
 def _check_read(tokenizer: Any, text: str, ids: Sequence[int], name: str) -> None:
-    """Warn where the tokens do not say what the text says: a vocabulary without a character drops it silently."""
+    """Warn where decoding the tokens does not give the text back: characters outside of the vocabulary are dropped."""
     read, meant = ("".join(part.split()) for part in (tokenizer.decode(list(ids)), text))
     if meant not in read:
         lost = sorted({*meant} - {*read})

@@ -1,4 +1,4 @@
-"""Where prompts come from: a file, a data set, a procedural task; each numbered in its source, before any filter.
+"""Sources of prompts: a file, a data set, a procedural task; prompts are numbered in their source, before any filter.
 
 A source is anything with a `name`, a `split`, a length and `source[i] -> Prompt`. A prompt's `global_prompt_id` is its
 split and its position there, so that it means the same in every batch, after every filter and on every machine.
@@ -38,7 +38,7 @@ class Prompt:
 
 @runtime_checkable
 class PromptSource(Protocol):
-    """What the sample generator takes prompts from."""
+    """A source of prompts, as `SampleGenerator` takes it."""
 
     name: str
     split: str
@@ -55,6 +55,12 @@ class PromptSource(Protocol):
 class TablePrompts:
     """A source of rows, each a mapping; what `jsonl` and `dataset` return.
 
+    Attributes:
+        name: where the rows come from.
+        split: of the source.
+        question: the column of the question.
+        answer: the column of the reference answer; reward functions with keyword columns get it under this name.
+
     Example:
         >>> TablePrompts("mine", "test", [{"question": "1+1?", "answer": "2"}])[0].global_prompt_id
         'test-000000'
@@ -68,9 +74,9 @@ class TablePrompts:
         question: str = "question",
         answer: str = "answer",
     ) -> None:
-        """Take rows, a list or a data set of mappings, and name the columns of question and answer."""
+        """Set the rows, a list or a data set of mappings, and the names of the columns of question and answer."""
         self.name, self.split = name, split
-        self._rows, self._question, self._answer = rows, question, answer
+        self._rows, self.question, self.answer = rows, question, answer
 
     def __len__(self) -> int:
         """Count the prompts."""
@@ -83,11 +89,11 @@ class TablePrompts:
             RolloutError: its row has no question.
         """
         row = dict(self._rows[index])
-        question = row.pop(self._question, None)
-        answer = row.pop(self._answer, None)
+        question = row.pop(self.question, None)
+        answer = row.pop(self.answer, None)
         if not isinstance(question, str) or not question:
             raise RolloutError(
-                f"Row {index} of {self.name!r} has no text under {self._question!r} (it has {sorted(map(str, row))}); "
+                f"Row {index} of {self.name!r} has no text under {self.question!r} (it has {sorted(map(str, row))}); "
                 f"say which column holds the question."
             )
         given = None if answer is None else str(answer)
@@ -121,7 +127,7 @@ def _objects(path: str | Path, lines: Iterable[str]) -> Iterator[dict[str, Any]]
         except ValueError as error:
             raise RolloutError(f"{path}, line {number}: no JSON ({error}).") from None
         if not isinstance(value, dict):
-            raise RolloutError(f"{path}, line {number}: expected an object, found a {type(value).__name__}.")
+            raise RolloutError(f"{path}, line {number}: expected an object; this is a {type(value).__name__}.")
         yield value
 
 
@@ -194,7 +200,7 @@ class Gym:
 
 
 def _seed_of(split: str, seed: int) -> int:
-    """Give every split questions of its own."""
+    """Derive the seed of a split, so that splits have different questions."""
     import zlib
 
     return seed if split == "train" else seed + 1 + zlib.crc32(split.encode())

@@ -1,4 +1,11 @@
-"""One sequence and everything that is known of it: tokens, texts, per-token statistics, reward, where it came from."""
+"""SequenceRecord: one sequence with its tokens, texts, per-token statistics, rewards, token weights and provenance.
+
+Token weights describe what a loss L did with the sequence, token by token, whatever the loss was:
+
+    ω_ut = ∂L/∂log π(u_t),   η_ut = ∂L/∂H(u_t),   ∇L = Σ_u Σ_t ω_ut ∇log π(u_t) + η_ut ∇H(u_t)
+
+in named parts (advantage, kl, entropy, ratio, reward:format, …) whose sum is the loss's ω.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +14,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fkernel.errors import RolloutError
+from fkernel.errors import RolloutError, listing
 from fkernel.io import hash_json
 
 Finish = Literal["eos", "stop_string", "length", "given"]
 """Why a response ended: its own end of sequence, a stop string, no more room; or it was written by hand."""
+TOKEN_WEIGHTS = ("token_weights", "entropy_weights")
+"""Fields of a record that hold one number a response token for each part of a loss."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,7 @@ class Provenance:
 
 @dataclass(frozen=True)
 class SequenceRecord:
-    """A prompt, a response, and what is known of them. Per-token fields have one number a response token.
+    """A prompt, a response, and their statistics. Per-token fields have one number a response token.
 
     Attributes:
         sequence_id: display id, such as U-000-01: batch, draw, completion. It is never renumbered.
@@ -58,9 +67,16 @@ class SequenceRecord:
         metadata: whatever the caller adds; JSON.
         abstained: whether the reward function returned None, as for a response that it cannot judge. Unless a reward
             is set later, advantages of the others are made without it, and its own is 0.
+        token_weights: {part: ω of each response token}, ∂L/∂log π by named part; their sum is the loss's. The loss's
+            sign: a positive ω lowers its token. Empty where the loss is described by advantage and weight alone.
+        entropy_weights: {part: η of each response token}, ∂L/∂H; empty where no entropy was in the loss.
+        rewards: {reward function: its value}; None where that function returned None. Empty where only the total is
+            known; else reward is Σ reward_weights · rewards.
+        reward_weights: {reward function: its weight in the total}; the same names as rewards.
 
     Raises:
-        RolloutError: reward, advantage or weight is NaN or infinite.
+        RolloutError: reward, advantage, weight, a token weight or a value of a reward function is NaN or infinite; a
+            part has not one number for each response token; or rewards and reward_weights name different functions.
     """
 
     sequence_id: str
@@ -78,15 +94,44 @@ class SequenceRecord:
     weight: float | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
     abstained: bool = False
+    token_weights: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    entropy_weights: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    rewards: Mapping[str, float | None] = field(default_factory=dict)
+    reward_weights: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check that what multiplies a gradient is finite."""
-        for name in ("reward", "advantage", "weight"):
-            value = getattr(self, name)
+        """Check that what multiplies a gradient is finite, and that token weights fit the response."""
+        named = {name: getattr(self, name) for name in ("reward", "advantage", "weight")}
+        named |= {f"reward {name!r}": value for name, value in self.rewards.items()}
+        named |= {f"weight of the reward {name!r}": value for name, value in self.reward_weights.items()}
+        for name, value in named.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise RolloutError(
                     f"{self.sequence_id}: its {name} is {value}; expected a finite number, or None where there is none."
                 )
+        if {*self.rewards} != {*self.reward_weights}:
+            raise RolloutError(
+                f"{self.sequence_id}: its rewards are of {listing([*self.rewards]) or 'no function'}, and its "
+                f"reward_weights of {listing([*self.reward_weights]) or 'none'}; expected one weight for each."
+            )
+        for kind in TOKEN_WEIGHTS:
+            for part, values in getattr(self, kind).items():
+                self._check_part(kind, part, values)
+
+    def _check_part(self, kind: str, part: Any, values: tuple[float, ...]) -> None:
+        if not isinstance(part, str) or not part:
+            raise RolloutError(f"{self.sequence_id}: {kind} has a part named {part!r}; expected a text.")
+        if len(values) != len(self.response_ids):
+            raise RolloutError(
+                f"{self.sequence_id}: {kind}[{part!r}] has {len(values)} numbers for a response of "
+                f"{len(self.response_ids)} tokens; expected one for each, the EOS included."
+            )
+        wrong = next((t for t, value in enumerate(values) if not math.isfinite(value)), None)
+        if wrong is not None:
+            raise RolloutError(
+                f"{self.sequence_id}: {kind}[{part!r}] of response token {wrong} is {values[wrong]}; expected a finite "
+                f"number, 0 for a token that this part of the loss leaves out."
+            )
 
     @property
     def logprob(self) -> float:
@@ -95,12 +140,12 @@ class SequenceRecord:
 
     @property
     def truncated(self) -> bool:
-        """Whether it ended for want of room."""
+        """Whether it was cut off at max_new_tokens."""
         return self.finish == "length"
 
     @property
     def content_hash(self) -> str:
-        """Name what was said, whatever batch it is in: a hash over the tokens of prompt and response.
+        """A hash over the tokens of prompt and response, the same in every batch.
 
         Example:
             >>> given = Provenance("custom-0", "custom", "custom", 0, 0)

@@ -1,4 +1,4 @@
-"""From a prompt and a response to a number."""
+"""Reward functions by name, and how a reward is found: (prompt, response text) -> number."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import importlib
 import re
 from collections.abc import Callable
 from decimal import Decimal
-from math import isfinite
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
 from fkernel.errors import RolloutError
 from fkernel.rollout.prompts import Gym, Prompt, PromptSource
@@ -84,41 +83,6 @@ def gym(source: PromptSource) -> Reward:
     return score
 
 
-class Judge(NamedTuple):
-    """A reward function, and the name that its user knows it by.
-
-    Attributes:
-        name: as it was given, or the function's own.
-        reward: the function.
-    """
-
-    name: str
-    reward: Reward
-
-    def __call__(self, prompt: Prompt, response: str, sequence_id: str) -> float | None:
-        """Reward one response; None where the function returns None.
-
-        Raises:
-            RolloutError: the function failed, or returned something else than a finite number; the message names the
-                sequence and the function.
-        """
-        try:
-            given = self.reward(prompt, response)
-        except Exception as error:  # a user's function may raise whatever it likes
-            what = str(error) if isinstance(error, RolloutError) else f"{type(error).__name__}: {error}"
-            raise RolloutError(f"{sequence_id}: the reward {self.name} failed: {what} ({CALLED}.)") from error
-        if given is None:
-            return None
-        value = number_of(given)
-        if value is None or not isfinite(value):
-            shown = repr(given) if len(repr(given)) < 80 else f"{repr(given)[:76]} ..."
-            raise RolloutError(
-                f"{sequence_id}: the reward {self.name} returned {shown}, a {type(given).__name__}; expected a finite "
-                f"number, or None where it cannot judge. ({CALLED}.)"
-            )
-        return value
-
-
 def number_of(given: Any) -> float | None:
     """Read a number, or a tensor or array of one; None for anything else.
 
@@ -131,20 +95,6 @@ def number_of(given: Any) -> float | None:
         return float(number) if isinstance(number, Real | Decimal) else None
     except (ValueError, RuntimeError, OverflowError):  # several numbers, or one that no float holds
         return None
-
-
-CALLED = "A reward is called as reward(prompt, response text), for one sequence at a time"
-
-
-def judge_of(given: str | Reward | None, source: PromptSource | None = None) -> Judge | None:
-    """Find a reward as `reward_of` does, with its name; None for none."""
-    reward = reward_of(given, source)
-    if reward is None:
-        return None
-    if isinstance(given, str):
-        return Judge(given, reward)
-    own = reward if hasattr(reward, "__qualname__") else type(reward)
-    return Judge(f"{own.__module__}.{own.__qualname__}", reward)
 
 
 def reward_of(name: str | Reward | None, source: PromptSource | None = None) -> Reward | None:

@@ -1,4 +1,4 @@
-"""Responses that the policy really wrote: `model.generate`, with random numbers that belong to a sequence.
+"""Sample responses with `model.generate`, each sequence with a random generator of its own.
 
 `model.generate` draws one random stream for a whole microbatch, so that a sequence depends on its neighbours. Here each
 sequence has a generator of its own, and a token is drawn by the Gumbel-max trick,
@@ -128,7 +128,7 @@ def draw(
 
 
 def seed_of(*parts: Any) -> int:
-    """Make the seed of one stream of random numbers out of what identifies it; the same on every machine.
+    """Derive the seed of one random generator from what identifies it; the same on every machine.
 
     Example:
         >>> seed_of(0, "U", 3, 1) == seed_of(0, "U", 3, 1), seed_of(0, "U", 3, 1) == seed_of(0, "U", 3, 2)
@@ -138,7 +138,7 @@ def seed_of(*parts: Any) -> int:
 
 
 def end_of_sequence(tokenizer: Any) -> int:
-    """Tell the token that ends a response.
+    """Return the token that ends a response.
 
     Raises:
         RolloutError: the tokenizer has none.
@@ -149,7 +149,7 @@ def end_of_sequence(tokenizer: Any) -> int:
 
 
 def padding(tokenizer: Any) -> int:
-    """Tell the token to pad with; it is masked, so which one does not matter."""
+    """Return the token to pad with; it is masked, so which one does not matter."""
     return int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else end_of_sequence(tokenizer)
 
 
@@ -188,7 +188,7 @@ def _together(
 
 
 class _Sampler(LogitsProcessor):
-    """Draws a token for every row from a stream of its own, and remembers what its probability was."""
+    """Draws a token for every row from a generator of its own, and records its log-probability."""
 
     def __init__(self, warpers: Sequence[LogitsProcessor], seeds: Sequence[int]) -> None:
         self.warpers = warpers
@@ -211,7 +211,7 @@ class _Sampler(LogitsProcessor):
 
 
 class _Ends(StoppingCriteria):
-    """Says which rows have ended, and remembers where and why."""
+    """Tells `generate` which rows have ended, and records where and why."""
 
     def __init__(self, tokenizer: Any, model: Any, n: int, stop_strings: Sequence[str]) -> None:
         own = getattr(model.generation_config, "eos_token_id", None)  # chat models end turns with more than one token

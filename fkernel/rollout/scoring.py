@@ -1,4 +1,4 @@
-"""Teacher forcing: what the policy says of responses that are given, token by token, in one pass each."""
+"""Teacher forcing: log-probabilities and entropies of given responses, token by token, in one forward pass each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fkernel.shapes import Tensor, Tree
 
 
 class TokenStatistics(NamedTuple):
-    """Of one response, one number a token.
+    """Statistics of one response, one number a token.
 
     Attributes:
         logprobs: log π, temperature 1, nats.

@@ -1,4 +1,4 @@
-"""From a question to the text that the policy reads."""
+"""Templates: make the text that the policy reads from a prompt."""
 
 from __future__ import annotations
 
@@ -58,14 +58,18 @@ class Chat:
     system: str | None = None
     writes_special_tokens: ClassVar[bool] = True
 
+    def turns(self, prompt: Prompt) -> list[dict[str, str]]:
+        """Make the messages of the chat, as a trainer's data set has them under "prompt"."""
+        turns = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return [*turns, {"role": "user", "content": prompt.question}]
+
     def __call__(self, prompt: Prompt) -> str:
         """Write the question as the user's turn, and begin the assistant's.
 
         Raises:
             RolloutError: the template fails, or refuses such turns; the message says what the template said.
         """
-        turns = [] if self.system is None else [{"role": "system", "content": self.system}]
-        turns.append({"role": "user", "content": prompt.question})
+        turns = self.turns(prompt)
         try:
             return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template may raise whatever it likes
@@ -112,6 +116,15 @@ def template_of(name: str | Template, tokenizer: Any) -> Template:
 def writes_special_tokens(template: Template) -> bool:
     """Tell whether a template writes every special token itself, so that the tokenizer adds none."""
     return bool(getattr(template, "writes_special_tokens", False))
+
+
+def messages_of(template: Template, prompt: Prompt) -> list[dict[str, str]] | None:
+    """Make a chat's messages for reward functions of TRL's signature; None where the template writes a text.
+
+    A function of yours that writes a chat may have them too: an attribute `turns`, (prompt) -> messages.
+    """
+    turns = getattr(template, "turns", None)
+    return None if turns is None else turns(prompt)
 
 
 def render(template: Template, prompt: Prompt) -> str:

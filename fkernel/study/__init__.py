@@ -1,6 +1,6 @@
-"""Studies: a plan names a checkpoint, an update batch and what is asked about its step; a runner answers; results last.
+"""Studies: a plan names a checkpoint, an update batch and requests about its step; a runner evaluates them.
 
-plan → workspace (U, its gradients, P) → one answer a request → results
+plan → workspace (U, its gradients, P) → one answer per request → results
 """
 
 from fkernel.engine import Gradients

@@ -1,4 +1,4 @@
-"""Certificates of a study: what the engine checked on its model, and what the training did that is not modelled."""
+"""Certificates of a run, and conditions of its training that are not modelled."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from fkernel import func
 from fkernel.checkpoint import Checkpoint
 from fkernel.engine import state_against_step
 from fkernel.precond import AdamWStep
+from fkernel.shapes import Tree
 from fkernel.study.config.plan import FisherKernelPlan
 from fkernel.study.log import say
 from fkernel.study.rows import Policy
 
 
 def skipping(plan: FisherKernelPlan) -> AbstractContextManager[None]:
-    """Leave out the certificates that a plan skips by name."""
+    """Skip the certificates that the plan names."""
     names = plan.numerics.skip_certificates
     return func.skip_certificates(*names) if names else nullcontext()
 
 
-def along(policy: Policy, E: func.Sequences, step: AdamWStep) -> Policy:
-    """Certify along the step that E's changes follow the derivative; else give the policy that looks through detach."""
-    f = func.true_derivative(policy.f, policy.params, E, step.total)
+def along(policy: Policy, E: func.Sequences, step: Tree) -> Policy:
+    """Certify E's derivative along the step; where it fails, return a policy that differentiates through detach."""
+    f = func.true_derivative(policy.f, policy.params, E, step)
     if f is policy.f:
         return policy
     return policy._replace(f=f, apply=func.through_detach(policy.apply), through_detach=True)
@@ -39,30 +40,30 @@ def findings(
     checkpoint: Checkpoint,
     logger: logging.Logger,
 ) -> dict[str, Any]:
-    """List certificates and conditions as JSON; the state's certificate is made here, and a failed one is told.
+    """Certificates and conditions as JSON, with the certificate of the optimizer state; failures are logged.
 
     Args:
         made: certificates of the run.
-        policy: the checkpoint as the engine takes it.
+        policy: the checkpoint.
         step: Δθ; None where nothing is predicted.
-        checkpoint: with what its training did that is not modelled.
-        logger: where failures are told.
+        checkpoint: for its conditions.
+        logger: for failures.
     """
-    every = [*made]
+    certificates = [*made]
     if step is not None:
-        every.append(state_against_step(step.total, policy.params, policy.after))
-    listed = worst_of(every)
-    for one in listed:
-        if one["passed"] is False:
-            say(logger, f"certificate {one['name']} failed: {one['detail']}", logging.WARNING)
-    return {"certificates": listed, "conditions": [asdict(condition) for condition in checkpoint.conditions]}
+        certificates.append(state_against_step(step.total, policy.params, policy.after))
+    worst = worst_of(certificates)
+    for record in worst:
+        if record["passed"] is False:
+            say(logger, f"certificate {record['name']} failed: {record['detail']}", logging.WARNING)
+    return {"certificates": worst, "conditions": [asdict(condition) for condition in checkpoint.conditions]}
 
 
 def worst_of(made: Iterable[func.Certificate]) -> list[dict[str, Any]]:
-    """List certificates as JSON, of each kind the one that was furthest off; a number that is none is null."""
+    """Certificates as JSON, of each kind the one with the largest error; a non-finite error is null."""
     worst: dict[tuple[str, float], func.Certificate] = {}
-    for one in made:
-        key = one.name, one.bound if one.name in ("company", "forward") else 0.0
-        if key not in worst or (worst[key].passed is not False and not one.error <= worst[key].error):
-            worst[key] = one
-    return [one._asdict() | {"error": one.error if isfinite(one.error) else None} for one in worst.values()]
+    for certificate in made:
+        key = certificate.name, certificate.bound if certificate.name in ("company", "forward") else 0.0
+        if key not in worst or (worst[key].passed is not False and not certificate.error <= worst[key].error):
+            worst[key] = certificate
+    return [c._asdict() | {"error": c.error if isfinite(c.error) else None} for c in worst.values()]

@@ -1,4 +1,4 @@
-"""What can be seen to be wrong before anything is computed: files that a plan names, and the place it writes to."""
+"""Checks before anything is computed: the files that a plan names, and its output directory."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from fkernel.study.outcome import RequestResult
 
 
 def check_inputs(plan: FisherKernelPlan) -> None:
-    """Look for the files that a plan names, before anything is computed.
+    """Check that the files and functions that a plan names exist.
 
     Raises:
-        PlanError: one is missing; a line each, with the place in the plan.
-        RolloutError: a function that is named cannot be imported.
+        PlanError: files are missing; one line each, with the key in the plan.
+        RolloutError: a function cannot be imported.
     """
     named = {"checkpoint.path": plan.checkpoint.path, "checkpoint.base": plan.checkpoint.base}
     named["checkpoint.model"] = plan.checkpoint.model
@@ -29,14 +29,13 @@ def check_inputs(plan: FisherKernelPlan) -> None:
         named |= {f"step.loss.{place}.path": one.path for place, one in plan.step.loss.checkpoints.items()}
     for i, prompts in enumerate(plan.prompts):
         named[f"prompts.{i}.jsonl"], named[f"prompts.{i}.dataset"] = prompts.jsonl, prompts.dataset
-    spec = {"analyses": plan.analyses}
-    spec |= {f"requests.{i}.analyses": own for i, one in enumerate(plan.requests) if (own := one.analyses) is not None}
-    for place, analyses in spec.items():
-        for one in analyses.observables:
-            if one.reference is not None:
-                named[f"{place}.observables.{one.name}.reference.path"] = one.reference.path
-            if one.function is not None:
-                dotted(one.function, OBSERVABLE)
+    every = {"analyses": plan.analyses, **{f"requests.{i}.analyses": r.analyses for i, r in enumerate(plan.requests)}}
+    for place, analyses in every.items():
+        for observable in () if analyses is None else analyses.observables:
+            if observable.reference is not None:
+                named[f"{place}.observables.{observable.name}.reference.path"] = observable.reference.path
+            if observable.function is not None:
+                dotted(observable.function, OBSERVABLE)
     named["update.path"] = getattr(plan.update, "path", None)
     named |= {f"requests.{i}.path": getattr(request, "path", None) for i, request in enumerate(plan.requests)}
     missing = [
@@ -49,14 +48,14 @@ def check_inputs(plan: FisherKernelPlan) -> None:
 
 
 def missed_pairs(plan: FisherKernelPlan, requests: Mapping[str, RequestResult]) -> list[str]:
-    """Say which of the plan's pairs no request kept anything for."""
+    """Warnings for the plan's pairs whose row is in no request."""
     rows = {entry.row for result in requests.values() for entry in result.selected}
     missed = sorted({row for row, _ in plan.capture.pairs} - rows)
     return [f"capture.pairs: no request has a sequence {row!r}; nothing was kept for it" for row in missed]
 
 
 def check_out(plan: FisherKernelPlan, overwrite: bool = False) -> None:
-    """Refuse to write over what another plan found.
+    """Check that `out` does not hold another plan's results.
 
     Raises:
         PlanError: the plan's `out` is a file, or holds results of another plan.

@@ -1,8 +1,8 @@
-"""What a kernel says beside its entries: pure functions of K, weights and norms.
+"""Statistics of a kernel: pure functions of K, weights and norms.
 
     cosine          K_eu / √(K_ee K_uu)                      the angle in the metric of P
-    effective rank  exp(−Σ_i p_i log p_i),  p_i = λ_i / Σ λ  how many directions the update batch really moves along
-    participation   (Σ λ)² / Σ λ²                            the same, less patient with small eigenvalues
+    effective rank  exp(−Σ_i p_i log p_i),  p_i = λ_i / Σ λ  how many directions the update batch spans
+    participation   (Σ λ)² / Σ λ²                            the same, with less weight on small eigenvalues
 
 Source: O. Roy & M. Vetterli, "The effective rank" (2007), for the first; the participation ratio is Bell & Dean's.
 """
@@ -17,7 +17,7 @@ from fkernel.shapes import Tensor
 
 
 class Spectrum(NamedTuple):
-    """Eigenvalues of K_UU, largest first, and how many of them matter.
+    """Eigenvalues of K_UU, largest first, and their effective number.
 
     Attributes:
         eigenvalues: [n] float64, units of K.
@@ -31,10 +31,9 @@ class Spectrum(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """The kernel within prompts and across them: mean K, mean |cosine|, and how many entries; None where there is none.
+    """The kernel within prompts and across them: mean K, mean |cosine|, and the number of entries; None for no entries.
 
-    Entries are of different sequences: that of a sequence with itself is its squared norm, and would make a prompt's
-    block larger than it is.
+    Entries are of different sequences: a sequence with itself gives its squared norm, which would bias the first mean.
 
     Attributes:
         same_prompt: [mean K, mean |cosine|, entries] of pairs that share a prompt.
@@ -84,7 +83,7 @@ def spectrum(K: Tensor) -> Spectrum:
 
 
 def top_contributors(C: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Find the k columns that move every row most, largest first.
+    """The k columns of largest |C| in each row, largest first.
 
     Args:
         C: [n m] contributions.
@@ -102,14 +101,14 @@ def top_contributors(C: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 class BlockTally:
-    """Adds up what `Blocks` are made of, some rows of the kernel at a time."""
+    """Accumulates `Blocks` over blocks of rows of the kernel."""
 
     def __init__(self) -> None:
-        """Begin with nothing."""
+        """Start at 0."""
         self._sums = torch.zeros(2, 3, dtype=torch.float64)
 
     def add(self, K: Tensor, cosine: Tensor, same: Tensor) -> None:
-        """Take some pairs of different sequences: K, their cosines, and whether each shares a prompt, one shape."""
+        """Add pairs of different sequences: K, their cosines, and whether each pair shares a prompt; of one shape."""
         for i, chosen in enumerate((same, ~same)):
             self._sums[i] += torch.stack([K.double()[chosen].sum(), cosine[chosen].abs().sum(), chosen.sum().double()])
 

@@ -1,19 +1,19 @@
-"""A workspace's files: complete, or such that the next run goes on with them; for one process at a time.
+"""A workspace's files: complete, or resumable by the next run; locked by one process at a time.
 
 <directory>/
-  asked.json             everything that decides what is in here; written first, and compared at every later opening
+  asked.json             everything that determines the contents; written first, compared whenever it is opened
   batch/                 U, as `save_batch` wrote it
-  gradients/             one folder of shards for U, as `fkernel.engine.store` keeps them; there is none of long
-                         sequences, which the model walks again for every question (`fkernel.engine.walked`)
+  gradients/             U's shards, written by `fkernel.engine.store`; not for long sequences, whose gradients are
+                         recomputed for every request (`fkernel.engine.walked`)
   response.safetensors   P, {name: [*shape]}
-  ascent.safetensors     J_Uᵀ(w A) and the KL term's share: what U ascends before clipping, {name: [*shape]}
-  loss.safetensors       what a loss that the plan names made of U: ρ [n t], the KL term's share of the ascent
-  complete.json          c, ‖∇L‖, what is known of the loss, checksums of U and of the three before; written last
-  kept/                  answers of earlier runs (`fkernel.study.kept`); may be deleted
-  lock                   names the one process that has it open
+  ascent.safetensors     J_Uᵀ(w A) plus the KL penalty, before clipping, {name: [*shape]}
+  loss.safetensors       the plan's loss evaluated on U: ρ, κ [n t], its parts {name: [*shape]}
+  complete.json          c, ‖∇L‖, the loss's facts, checksums of U and of the three files above; written last
+  kept/                  cached answers (`fkernel.study.kept`); may be deleted
+  lock                   names the process that has it open
 
-Every file is written beside its place and moved there, and shards are recorded one by one, so that a program that is
-stopped leaves the workspace complete, or one that the next run goes on with at the microbatch it was cut off in.
+Files are written to a temporary name and renamed, and shards are recorded one by one: the run after an interrupted one
+resumes at the microbatch that was interrupted.
 """
 
 from __future__ import annotations
@@ -39,34 +39,34 @@ from fkernel.rollout import GeneratedBatch, load_batch, save_batch
 from fkernel.shapes import Tree
 from fkernel.study.loss_terms import LossTerms
 
-SCHEMA = 2
+SCHEMA = 3
 ASKED, COMPLETE, LOCK = "asked.json", "complete.json", "lock"
 BATCH, GRADIENTS, RESPONSE, LOSS = "batch", "gradients", "response.safetensors", "loss.safetensors"
 ASCENT = "ascent.safetensors"
 
 
 class WorkspaceDirectory:
-    """A workspace's files, opened by one process at a time; see the top of this module."""
+    """A workspace's files, locked by this process; the module's docstring lists them."""
 
     def __init__(self, path: str | Path, spec: Mapping[str, Any] | None) -> None:
-        """Open a directory, make it where it is not there, and lock it.
+        """Open and lock a directory; create it where it does not exist.
 
         Args:
             path: where.
-            spec: what is to be in it; None takes whatever is there.
+            spec: what its contents must be of; None accepts any workspace.
 
         Raises:
-            StoreError: another process has it, it is of something else, it holds strangers, or there is none.
+            StoreError: another process holds its lock, its spec differs, it holds foreign files, or there is none.
         """
         self.path, self.opened = Path(path), ExitStack()
         if spec is None and not (self.path / ASKED).is_file():
             raise StoreError(f"There is no workspace at {self.path}: it has no {ASKED}. `fkernel run` makes one.")
         with plain_errors("open", self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            strangers = sorted({p.name for p in self.path.iterdir()} - {LOCK, ASKED + ".tmp"})
-            if strangers and not (self.path / ASKED).exists():
+            foreign = sorted({p.name for p in self.path.iterdir()} - {LOCK, ASKED + ".tmp"})
+            if foreign and not (self.path / ASKED).exists():
                 raise StoreError(
-                    f"{self.path} is no workspace, and it is not empty: it holds {listing(strangers)}. Nothing was "
+                    f"{self.path} is no workspace, and it is not empty: it holds {listing(foreign)}. Nothing was "
                     f"touched; choose another directory."
                 )
         self.opened.enter_context(locked(self.path, LOCK))
@@ -77,8 +77,7 @@ class WorkspaceDirectory:
             raise
 
     def _settle(self, spec: Mapping[str, Any] | None) -> dict[str, Any]:
-        place = self.path / ASKED
-        if not place.exists():
+        if not (self.path / ASKED).exists():
             assert spec is not None
             self._write(ASKED, {"schema": SCHEMA, **spec})
         stored = self._read(ASKED)
@@ -89,46 +88,46 @@ class WorkspaceDirectory:
             )
         if spec is not None:
             wanted = json.loads(json.dumps({"schema": SCHEMA, **spec}))
-            if found := differences(stored, wanted):
+            if changed := differences(stored, wanted):
                 raise StoreError(
-                    f"The workspace at {self.path} is of something else: {'; '.join(found)}. Choose another directory "
-                    f"(storage.workspace), or delete this one."
+                    f"The workspace at {self.path} is of something else: {'; '.join(changed)}. Choose another "
+                    f"directory (storage.workspace), or delete this one."
                 )
         return stored
 
     @property
     def complete(self) -> dict[str, Any] | None:
-        """What was written last; None where the workspace is not complete."""
+        """The contents of complete.json; None where the workspace is not complete."""
         return self._read(COMPLETE) if (self.path / COMPLETE).is_file() else None
 
     @property
     def sampler(self) -> str | None:
-        """Fingerprint of the policy that U is of: the checkpoint, or another one that the loss knows; None for any."""
+        """Fingerprint of the policy that sampled U: the checkpoint, or the loss's `old`; None for any."""
         return self.spec.get("sampled_by", self.spec["checkpoint"])
 
     def batch(
         self, make: Callable[[], GeneratedBatch], check: Callable[[GeneratedBatch], Any] = lambda batch: None
     ) -> GeneratedBatch:
-        """Read U, or make and save it.
+        """Read U, or create and save it.
 
         Args:
-            make: makes it.
-            check: called with one that an earlier run made.
+            make: returns it.
+            check: called with a U that an earlier run saved.
 
         Raises:
-            StoreError: it is another one than P was made of.
+            StoreError: it is not the batch that P was computed from.
         """
         place = self.path / BATCH
         if place.exists():
-            found = load_batch(place, checkpoint=self.sampler)
+            batch = load_batch(place, checkpoint=self.sampler)
             self._check_batch(self.complete or {})
-            check(found)
-            return found
+            check(batch)
+            return batch
         save_batch(make(), place)
         return load_batch(place, checkpoint=self.sampler)
 
     def _check_batch(self, facts: Mapping[str, Any]) -> None:
-        """Hold U, as it lies there, against the one that P was made of."""
+        """Compare U's checksum with that of the batch that P was computed from."""
         place = self.path / BATCH / MANIFEST_OF_BATCH
         if "batch" in facts and (not place.is_file() or checksum(place) != facts["batch"]):
             raise StoreError(
@@ -137,7 +136,7 @@ class WorkspaceDirectory:
             )
 
     def cuts(self) -> list[slice] | None:
-        """Read how the gradients that are there, if any, were cut into microbatches: a run that goes on keeps to it."""
+        """Microbatches of the stored gradients, which a resumed run must reuse; None where there are none."""
         place = self.path / GRADIENTS / MANIFEST
         if not place.is_file():
             return None
@@ -154,7 +153,7 @@ class WorkspaceDirectory:
         on_progress: Callable[[int], Any] = lambda n: None,
         device: torch.device | None = None,
     ) -> Gradients:
-        """Open U's gradients; compute and write those that are missing."""
+        """Open U's gradients; compute and write missing ones with `pieces`."""
         identity = {key: self.spec[key] for key in ("checkpoint", "parameters", "temperature", "dtype")}
         identity |= {key: self.spec[key] for key in ("loss", "padding") if key in self.spec}
         batch = side.batch
@@ -166,7 +165,7 @@ class WorkspaceDirectory:
         return Gradients(side, cuts, store.read, computed, device)
 
     def walked(self, side: SortedBatch) -> Gradients:
-        """Stand for gradients that are not kept, where there is no model to walk the sequences again."""
+        """Gradients that are not stored, without a model to recompute them: reading one raises."""
 
         def read(i: int, *names: Any) -> Any:
             raise StoreError(
@@ -175,12 +174,12 @@ class WorkspaceDirectory:
                 f"OUT/plan.json`; or ask a plan with `requests: [{{kind: update}}]`, by `fkernel run PLAN`."
             )
 
-        found = Gradients(side, [slice(i, i + 1) for i in range(len(side))], read)
-        found.walked = True
-        return found
+        gradients = Gradients(side, [slice(i, i + 1) for i in range(len(side))], read)
+        gradients.walked = True
+        return gradients
 
     def unfinished(self) -> StoreError:
-        """Say that a run was cut off."""
+        """The error for an interrupted run's workspace."""
         return StoreError(f"The workspace at {self.path} is not complete; run its plan again, and it is finished.")
 
     def seal(
@@ -192,29 +191,29 @@ class WorkspaceDirectory:
         loss: LossTerms | None = None,
         walked: bool = False,
     ) -> None:
-        """Write P and what is left, last of all; `walked` says that no gradients are kept."""
+        """Write P, the ascent and the loss terms, then complete.json; `walked`: no gradients are stored."""
         facts: dict[str, Any] = {"clip": clip, "grad_norm": grad_norm, "walked": walked}
         facts |= {"sha256": self._vector(RESPONSE, P.d or {}), "ascent": {"sha256": self._vector(ASCENT, ascent)}}
         facts["batch"] = checksum(self.path / BATCH / MANIFEST_OF_BATCH)
         if loss is not None:
             sha256 = atomic_write(self.path / LOSS, [save_tensors(loss.tensors())])
-            facts["loss"] = {"facts": loss.facts, "sha256": sha256}
+            facts["loss"] = {**loss.record(), "sha256": sha256}
         self._write(COMPLETE, facts)
 
     def loss(self) -> LossTerms | None:
-        """Read what the loss made of U; None where it is the policy gradient.
+        """Read the loss terms; None for the policy gradient.
 
         Raises:
-            StoreError: it is not what was written.
+            StoreError: the checksum differs.
         """
         facts = (self.complete or {}).get("loss")
-        return None if facts is None else LossTerms.of(self._tensors(LOSS, facts), facts["facts"])
+        return None if facts is None else LossTerms.of(self._tensors(LOSS, facts), facts)
 
     def ascent(self) -> Tree:
-        """Read what U ascends, of which Δθ is made again.
+        """Read −∇L before clipping, from which Δθ is computed.
 
         Raises:
-            StoreError: the workspace is not complete, or it is not what was written.
+            StoreError: the workspace is not complete, or the checksum differs.
         """
         facts = self.complete
         if facts is None:
@@ -225,7 +224,7 @@ class WorkspaceDirectory:
         """Read (P, c, ‖∇L‖).
 
         Raises:
-            StoreError: the workspace is not complete, or P or U is not what was written.
+            StoreError: the workspace is not complete, or the checksum of P or U differs.
         """
         facts = self.complete
         if facts is None:
@@ -234,7 +233,7 @@ class WorkspaceDirectory:
         return Diagonal(self._tensors(RESPONSE, facts) or None), facts["clip"], facts["grad_norm"]
 
     def _vector(self, name: str, vector: Tree) -> str:
-        """Write a vector of the parameters' shapes, and give its checksum."""
+        """Write {name: [*shape]}; returns its checksum."""
         return atomic_write(self.path / name, [save_tensors({k: v.cpu().contiguous() for k, v in vector.items()})])
 
     def _tensors(self, name: str, facts: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""The sample generator's five ways to make a batch, as plans ask for them."""
+"""Configuration of the sample generator's five kinds of batch."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from fkernel.study.config.base import Strict
 
 
 class BatchSource(Strict):
-    """One batch to be drawn or scored; `seed: null` takes the plan's."""
+    """One batch to be sampled or scored; `seed: null` uses the plan's."""
 
     @property
     def size(self) -> int:
-        """How many sequences are drawn; 0 where none is, or nobody knows before."""
+        """How many sequences are sampled; 0 for none or unknown."""
         return 0
 
     def generate(self, generator: SampleGenerator, seed: int = 0) -> GeneratedBatch:
-        """Make the batch."""
+        """Sample, score or read the batch."""
         raise TypeError(f"{type(self).__name__} does not say how it is drawn.")
 
     def of_any(self, generator: SampleGenerator, seed: int = 0) -> GeneratedBatch:
-        """Make the batch, and take it of whatever policy where it is given: the step's loss knows who sampled it."""
+        """As `generate`; a given batch may be of another policy, where the step's loss allows that."""
         return self.generate(generator, seed)
 
 
@@ -48,11 +48,11 @@ class UpdateDraw(UpdateRules):
 
     @property
     def size(self) -> int:
-        """Count them."""
+        """Prompts times completions."""
         return self.batch_size_prompts * self.completions_per_prompt
 
     def generate(self, generator: SampleGenerator, seed: int = 0) -> GeneratedBatch:
-        """Draw it."""
+        """Sample it."""
         return generator.generate_update_batch(
             self.batch_size_prompts,
             self.completions_per_prompt,
@@ -66,24 +66,24 @@ class UpdateDraw(UpdateRules):
 
 
 def check_rewards(draw: UpdateDraw, generator: SampleGenerator, batch: GeneratedBatch, weighed: bool = False) -> None:
-    """Hold the rewards and advantages that an earlier run gave U against what the same names give now.
+    """Compare the stored rewards and advantages of U with what the same functions return now.
 
     Args:
-        draw: the plan's, whose functions have no file that could tell whether they were edited.
-        generator: with the prompts that U was drawn from.
-        batch: U, as that run left it.
-        weighed: whether the step's loss has set its own advantages.
+        draw: the plan's, whose functions have no file to hash.
+        generator: with U's prompts.
+        batch: U, as stored.
+        weighed: whether the step's loss sets the advantages.
 
     Raises:
         PlanError: they differ.
     """
-    given: list[tuple[str, Any, list[Any], list[Any]]] = []
+    compared: list[tuple[str, Any, list[Any], list[Any]]] = []
     if draw.reward is not None:
-        given.append(("reward", draw.reward, [r.reward for r in batch], generator.rewards_of(batch, draw.reward)))
+        compared.append(("reward", draw.reward, [r.reward for r in batch], generator.rewards_of(batch, draw.reward)))
     if draw.reward is not None and draw.advantage is not None and not weighed:
         again = batch.with_advantages(draw.advantage)
-        given.append(("advantage", draw.advantage, [r.advantage for r in batch], [r.advantage for r in again]))
-    for what, name, before, now in given:
+        compared.append(("advantage", draw.advantage, [r.advantage for r in batch], [r.advantage for r in again]))
+    for what, name, before, now in compared:
         for record, was, is_now in zip(batch, before, now, strict=True):
             if was != is_now:
                 raise PlanError(
@@ -106,11 +106,11 @@ class EvaluationDraw(BatchSource):
 
     @property
     def size(self) -> int:
-        """Count them."""
+        """Prompts times completions."""
         return self.batch_size_prompts * self.completions_per_prompt
 
     def generate(self, generator: SampleGenerator, seed: int = 0) -> GeneratedBatch:
-        """Draw it."""
+        """Sample it."""
         return generator.generate_evaluation_batch(
             self.batch_size_prompts,
             self.completions_per_prompt,
@@ -133,11 +133,11 @@ class PromptIdsDraw(BatchSource):
 
     @property
     def size(self) -> int:
-        """Count them."""
+        """Prompts times completions."""
         return len(self.prompt_ids) * self.completions_per_prompt
 
     def generate(self, generator: SampleGenerator, seed: int = 0) -> GeneratedBatch:
-        """Draw it."""
+        """Sample it."""
         seed = seed if self.seed is None else self.seed
         return generator.generate_from_prompt_ids(
             self.prompt_ids, self.dataset_split, self.completions_per_prompt, seed, self.reward
@@ -154,11 +154,11 @@ class CustomPromptsDraw(BatchSource):
 
     @property
     def size(self) -> int:
-        """Count them."""
+        """Prompts times completions."""
         return len(self.prompts) * self.completions_per_prompt
 
     def generate(self, generator: SampleGenerator, seed: int = 0) -> GeneratedBatch:
-        """Draw it."""
+        """Sample it."""
         seed = seed if self.seed is None else self.seed
         return generator.generate_from_custom_prompts(self.prompts, self.completions_per_prompt, seed)
 

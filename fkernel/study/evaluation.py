@@ -1,11 +1,11 @@
-"""One batch E against a workspace: rows of K stream by, and what is asked of them is kept.
+"""Evaluate one batch E against a workspace, in blocks of rows of K.
 
     C_eu = c w_u A_u ⟨ḡ_e, P ∇S_u⟩,   batch_e = Σ_u C_eu,   ḡ_e at the nodes of the step's path (`fkernel.engine.path`)
     momentum_e = ⟨ḡ_e, Δθ_momentum⟩,  decay_e = ⟨ḡ_e, Δθ_decay⟩
-    penalty_e = ⟨ḡ_e, P c · the KL term's share of the ascent⟩, where the step's loss has one
+    part_e = ⟨ḡ_e, P c · that part's share of −∇L⟩, where the step's loss has several (`fkernel.study.loss_terms`)
 
-All of it is taken of one walk over E's and U's gradients. Where nothing is asked that needs K, U's are not read:
-batch_e = ⟨ḡ_e, P J_Uᵀ(c w A)⟩ is one more such column.
+All are computed in one pass over E's and U's gradients. Where nothing needs K, U's gradients are read only for their
+weighted sum: batch_e = ⟨ḡ_e, P J_Uᵀ(c w A)⟩.
 """
 
 from __future__ import annotations
@@ -27,24 +27,25 @@ from fkernel.study.analyses.registry import RequestAnalyses
 from fkernel.study.analyses.runner import AnalysisRunner
 from fkernel.study.config.capture import CapturePlan
 from fkernel.study.diagnostics import BlockTally, cosines, top_contributors
+from fkernel.study.loss_terms import PART, parts_of, with_parts
 from fkernel.study.outcome import Entry, RequestResult, info_of
 from fkernel.study.rows import MemoryBudget, Policy, walked
 from fkernel.study.workspace import KernelWorkspace, selected, tokens_of
 
 EXECUTED = "the step executed here"
-"""What a change was measured on that proves nothing about how the optimizer's state was read."""
+"""`facts["realised_on"]` where θ' is computed rather than loaded, which does not test the optimizer state."""
 
 
 class Question(NamedTuple):
-    """What is asked of a batch, beside what it is.
+    """A request without its batch.
 
     Attributes:
         name: the request's.
         kind: the request's.
-        capture: what is computed and kept.
+        capture: what is computed and stored.
         advantages: other advantages than the step's, as `KernelWorkspace.weights_with` takes them.
-        strict: whether an entry whose row this batch lacks is an error; what is captured of all requests is not.
-        analyses: what else is asked.
+        strict: whether a pair with an unknown row is an error; not where the capture is shared by all requests.
+        analyses: the analyses.
     """
 
     name: str
@@ -67,47 +68,48 @@ def evaluate(
     """Answer one request.
 
     Args:
-        question: what is asked.
+        question: the request.
         batch: E.
         workspace: U.
         policy: the checkpoint.
         step: Δθ; None where there is no optimizer state, or P is not calibrated: then nothing is predicted.
-        grant: what may be under way at once.
-        on_progress: called with a number of sequences of E whenever so many have met U.
+        grant: the microbatch and the memory limit.
+        on_progress: called with the number of sequences of E done since the last call.
 
     Raises:
-        FKernelError: a sequence cannot be scored, a gradient is not finite (the message has its id), or an id that is
-            asked for is unknown.
+        FKernelError: a sequence cannot be scored, a gradient is not finite (the message has its id), or a requested id
+            is unknown.
     """
     capture = question.capture
     weights = workspace.weights_with(question.advantages)
     E = tokens_of(batch, policy.params)
-    at = RequestContext(
+    context = RequestContext(
         batch, E, workspace, policy, step, grant, capture, weights, question.advantages, question.strict
     )
-    found, analyses = at.effects, AnalysisRunner(question.analyses, at)
+    effects, analyses = context.effects, AnalysisRunner(question.analyses, context)
     needs_K = not capture.influence_only or question.analyses.of_rows
     with reuse_memory():
-        spec = analyses.ask(_asked(at, needs_K))
-    with (
-        reuse_memory()
-    ):  # once more: what making those vectors freed goes back to the system, and is not beside the walk
+        spec = analyses.ask(_products(context, needs_K))
+    with reuse_memory():  # a second block: memory freed while computing those vectors is returned first
         own = None if policy.through_detach or policy.path != "start" else workspace.rows_of(batch)
         blocks = walked(E, workspace, policy, grant, spec, own)
         if needs_K:
-            found |= _reduced(blocks, question, batch, workspace, weights, on_progress, analyses, at.dtype)
+            effects |= _reduced(blocks, question, batch, workspace, weights, on_progress, analyses, context.dtype)
         else:
-            found |= _alone(blocks, at, ("batch", *at.vectors))
+            effects |= _without_kernel(blocks, context, ("batch", *context.vectors))
             on_progress(len(batch))
-        found |= at.measured(policy.f, E)
+        effects |= with_parts(effects, workspace.loss)
+        effects |= context.measured(policy.f, E)
         answers = analyses.results()
-    facts = found.pop("facts", {}) | {"sampling": batch.diagnostics, "advantages": question.advantages}
+    facts = effects.pop("facts", {}) | {"sampling": batch.diagnostics, "advantages": question.advantages}
     facts["path"] = policy.path
-    if "realised" in found:
+    if "realised" in effects:
         facts["realised_on"] = EXECUTED if policy.after is None else "step.after"
     arrays: dict[str, Any] = {
-        name: value.cpu().numpy() if isinstance(value, Tensor) else value for name, value in found.items()
+        name: value.cpu().numpy() if isinstance(value, Tensor) else value for name, value in effects.items()
     }
+    parts = parts_of(arrays)
+    arrays = {name: value for name, value in arrays.items() if not name.startswith(PART)}
     return RequestResult(
         name=question.name,
         kind=question.kind,
@@ -115,29 +117,29 @@ def evaluate(
         update=tuple(map(info_of, workspace.batch)),
         facts=facts,
         analyses=answers,
+        parts=parts,
         **arrays,
     )
 
 
-def _asked(at: RequestContext, needs_K: bool) -> ProductSpec:
-    """What every request asks of the walk; analyses add to it."""
-    P, vectors = at.workspace.P.d, dict(at.vectors)
+def _products(context: RequestContext, needs_K: bool) -> ProductSpec:
+    """The products that every request needs; analyses add theirs."""
+    workspace, vectors = context.workspace, dict(context.vectors)
     if not needs_K:
-        vectors["batch"] = at.workspace.P(at.workspace.gradients.weighted_sum(at.weights.to(at.like)))
+        vectors["batch"] = workspace.P(workspace.gradients.weighted_sum(context.weights.to(context.like)))
         return ProductSpec(x=RowSpec(vectors))
-    norms: dict[str, Tree | None] = {"squared_norms": None, "diagonal": P}
-    return ProductSpec(
-        {"": P}, RowSpec(vectors, norms), RowSpec() if at.workspace.has_norms else RowSpec(squares=norms)
-    )
+    norms: dict[str, Tree | None] = {"squared_norms": None, "diagonal": workspace.P.d}
+    of_U = RowSpec() if workspace.has_norms else RowSpec(squares=norms)
+    return ProductSpec({"": workspace.P.d}, RowSpec(vectors, norms), of_U)
 
 
-def _alone(blocks: Iterator[KernelBlock], at: RequestContext, names: Iterable[str]) -> dict[str, Tensor]:
-    """Take what was asked of E's rows by themselves, [n_E] each."""
-    found = {name: torch.empty(len(at.batch), dtype=at.dtype) for name in names}
+def _without_kernel(blocks: Iterator[KernelBlock], context: RequestContext, names: Iterable[str]) -> dict[str, Tensor]:
+    """Collect products of E's gradients with single vectors, [n_E] each."""
+    effects = {name: torch.empty(len(context.batch), dtype=context.dtype) for name in names}
     for block in blocks:
-        for name, values in found.items():
-            values[block.at] = block.rows(name).to(at.dtype)
-    return found
+        for name, values in effects.items():
+            values[block.at] = block.rows(name).to(context.dtype)
+    return effects
 
 
 def _reduced(
@@ -150,17 +152,17 @@ def _reduced(
     analyses: AnalysisRunner,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """Take rows of K as they come; keep what was asked for."""
+    """Reduce blocks of rows of K to what is captured."""
     capture, n, m = question.capture, len(batch), len(workspace.batch)
     k = min(capture.top_k, m)
     kept: dict[str, Any] = {name: torch.empty(n, dtype=torch.float64) for name in ("squared_norms", "diagonal")}
     kept |= {"top": torch.empty(n, k, dtype=torch.int64)}
     wanted, tally, entries = _wanted(question, batch, workspace), BlockTally(), list[Entry]()
     prompts = [record.provenance.global_prompt_id for record in workspace.batch]
-    names = [*map(_identity, workspace.batch)]
+    identities = [*map(_identity, workspace.batch)]
     vectors = analyses.context.vectors
     for block in blocks:
-        at, K = block.at, block.kernel().to(dtype)
+        rows, K = block.at, block.kernel().to(dtype)
         if not workspace.has_norms:
             workspace.learn(func.SquaredNorms(block.columns("squared_norms"), block.columns("diagonal")))
         C = K * weights.to(K)
@@ -169,49 +171,51 @@ def _reduced(
             kept |= {name: K.new_empty(n) for name in ("batch", *vectors)}
             kept |= {"top_contributions": K.new_empty(n, k)}
             kept |= {name: K.new_empty(n, m) for name in ("kernel", "contributions") if capture.kernel}
-        kept["batch"][at] = C.sum(1)
+        kept["batch"][rows] = C.sum(1)
         for name in ("squared_norms", "diagonal", *vectors):
-            kept[name][at] = block.rows(name).to(kept[name])
-        kept["top"][at], kept["top_contributions"][at] = top_contributors(C, k)
+            kept[name][rows] = block.rows(name).to(kept[name])
+        kept["top"][rows], kept["top_contributions"][rows] = top_contributors(C, k)
         if capture.kernel:
-            kept["kernel"][at], kept["contributions"][at] = K, C
-        own = [batch.records[e] for e in at.tolist()]
-        same = torch.tensor([[a == b for b in prompts] for a in (one.provenance.global_prompt_id for one in own)])
-        others = torch.tensor([[a != b for b in names] for a in map(_identity, own)])
+            kept["kernel"][rows], kept["contributions"][rows] = K, C
+        records = [batch.records[e] for e in rows.tolist()]
+        same = torch.tensor(
+            [[record.provenance.global_prompt_id == prompt for prompt in prompts] for record in records]
+        )
+        others = torch.tensor([[a != b for b in identities] for a in map(_identity, records)])
         tally.add(K[others], cosine[others], same[others])
-        for r, e in enumerate(at.tolist()):
+        for r, e in enumerate(rows.tolist()):
             for u in wanted.get(e, ()):
                 ids = batch.ids[e], workspace.batch.ids[u]
                 entries.append(Entry(*ids, float(K[r, u]), float(cosine[r, u]), float(C[r, u])))
         analyses.add(block)
-        on_progress(len(at))
-    place = {name: i for i, name in enumerate(batch.ids)}
-    entries.sort(key=lambda entry: (place[entry.row], workspace.index[entry.column]))
+        on_progress(len(rows))
+    row_of = {name: i for i, name in enumerate(batch.ids)}
+    entries.sort(key=lambda entry: (row_of[entry.row], workspace.index[entry.column]))
     facts = {"blocks": tally.blocks._asdict()}
     return {**kept, "update_diagonal": workspace.norms.weighted, "selected": tuple(entries), "facts": facts}
 
 
 def _identity(record: SequenceRecord) -> tuple[str, str]:
-    """What only the same sequence has: its id, with the hash of its tokens."""
+    """Equal only for the same sequence: its id and the hash of its tokens."""
     return record.sequence_id, record.content_hash
 
 
 def _wanted(question: Question, batch: GeneratedBatch, workspace: KernelWorkspace) -> dict[int, list[int]]:
-    """Which entries are kept by id: {row: columns}."""
+    """Entries of K that the capture names: {row: columns}."""
     capture = question.capture
-    place = {name: i for i, name in enumerate(batch.ids)}
+    row_of = {name: i for i, name in enumerate(batch.ids)}
     pairs = set[tuple[int, int]]()
     for row, column in capture.pairs:
-        if row not in place and not question.strict:
+        if row not in row_of and not question.strict:
             continue
-        if row not in place:
+        if row not in row_of:
             raise RolloutError(f"The pair [{row}, {column}] names a row that is no sequence of this request.")
-        pairs.add((place[row], workspace.row(column)))
+        pairs.add((row_of[row], workspace.row(column)))
     for block in capture.submatrices:
         rows = selected(batch.ids, block.rows, "this request", question.strict)
         columns = selected(workspace.batch.ids, block.columns, "the update batch")
-        pairs |= {(place[e], workspace.index[u]) for e in rows for u in columns}
-    found: dict[int, list[int]] = {}
+        pairs |= {(row_of[e], workspace.index[u]) for e in rows for u in columns}
+    wanted: dict[int, list[int]] = {}
     for e, u in sorted(pairs):
-        found.setdefault(e, []).append(u)
-    return found
+        wanted.setdefault(e, []).append(u)
+    return wanted

@@ -1,4 +1,4 @@
-"""What is known of an explained step as a whole: its numbers, for the results."""
+"""Numbers of the explained step, for the results."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from fkernel.study.workspace import KernelWorkspace
 
 
 def facts_of_step(workspace: KernelWorkspace, policy: Policy, step: int | None) -> dict[str, Any]:
-    """List clipping, temperature, sizes, rates, how U was sampled and what its loss made of it, JSON.
+    """Clipping, temperature, parameter count, rates, sampling diagnostics of U and its loss, JSON.
 
     Args:
         workspace: U.
-        policy: the checkpoint as the engine takes it.
-        step: optimizer steps taken before; None where nothing tells.
+        policy: the checkpoint.
+        step: optimizer steps taken before; None where unknown.
     """
     state = policy.state
     facts: dict[str, Any] = {"clip": workspace.clip, "grad_norm": workspace.grad_norm}

@@ -11,30 +11,30 @@ from fkernel.shapes import Tree
 
 
 class GradientCache:
-    """One sequence's gradient; every view of it is made when it is first asked for.
+    """One sequence's gradient, read on first use.
 
     Attributes:
-        sequence_id: whose it is.
+        sequence_id: the sequence's id.
     """
 
     def __init__(self, sequence_id: str, read: Callable[[], Handles], P: precond.Diagonal) -> None:
-        """Take where it is read from, and P."""
+        """Nothing is read yet."""
         self.sequence_id, self._read, self._P = sequence_id, read, P
 
     @cached_property
     def handles(self) -> Handles:
-        """The gradient in whatever form is smallest, n = 1."""
+        """The gradient in its factored form, n = 1."""
         return self._read()
 
     @cached_property
     def raw(self) -> Tree:
         """∇S, {name: [*shape]}."""
-        found: Tree = {}
+        gradient: Tree = {}
         for name, handle in self.handles.items():
             leaf = tensors(handle)[-1].new_empty(1, *shape_of(handle))
             materialize_into(handle, leaf)
-            found[name] = leaf[0]
-        return found
+            gradient[name] = leaf[0]
+        return gradient
 
     @cached_property
     def preconditioned(self) -> Tree:
@@ -48,10 +48,10 @@ class GradientCache:
 
     @cached_property
     def preconditioned_norm(self) -> float:
-        """√⟨∇S, P ∇S⟩, the norm that P measures with."""
+        """√⟨∇S, P ∇S⟩, the norm in the metric P."""
         return float(func.squared_norms(self.handles, diagonal=self._P.d).weighted) ** 0.5
 
     def release(self) -> None:
-        """Forget what was made; it is made again when it is asked for."""
+        """Free the tensors; the next use reads them again."""
         for name in ("handles", "raw", "preconditioned"):
             self.__dict__.pop(name, None)

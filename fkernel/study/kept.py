@@ -1,20 +1,19 @@
-"""Answers that earlier runs computed: kept in the workspace as they end, and read where the same is asked again.
+"""A cache of answers in the workspace: written as each is computed, read by later runs that ask the same.
 
 <workspace>/kept/<hash of the key>/
   results.json, kernel.npz, …   one answer, as `FisherKernelResults.save_results` writes it
   batch/                        E of a request, as `save_batch` writes it
-  kept.json                     the key, when it was written, certificates, and a checksum of every other file
+  kept.json                     the key, the time, certificates, and a checksum of every other file
 
-An answer is a request's, U's with itself, or an analysis of U. Its key is everything that decides it: what the
-workspace is of, P's checksum, the request with every default filled in, prompts, sampling and seed or the batch that is
-given, the code of functions that it names, checkpoints that it names, the device, the certificates that are left out,
-and fkernel, torch and transformers. So a plan with one request more computes that one alone, and a run that was killed
-goes on behind the last request that had ended. Microbatch, memory and threads are not in the key: they change the last
-digits only.
+An answer is of a request, of K_UU, or of an analysis of U. Its key is everything that determines it: the workspace's
+spec, P's checksum, the request with every default filled in, prompts, sampling and seed or the given batch, hashes of
+the functions and checkpoints that it names, the device, skipped certificates, and the versions of fkernel, torch and
+transformers. So a plan with one more request computes only that one, and a rerun after a crash continues after the last
+finished request. Microbatch, memory and threads are not in the key: they change rounding only.
 
-What names a function without a file is not kept, and neither is an answer with an analysis that failed. A payload's
-callback is called every time: its batch is in the key. A folder is written beside its place and moved there; one that
-is damaged is computed again. It may be deleted.
+Not cached: requests that name a function without a file, and answers with a failed analysis. A payload's callback is
+called every time, since its batch is in the key. A folder is written to a temporary name and renamed; a damaged one is
+computed again. It may be deleted.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from math import inf
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,7 +43,7 @@ from fkernel.study.workspace import KernelWorkspace
 SCHEMA = 1
 KEPT, RECORD, BATCH = "kept", "kept.json", "batch"
 PACKAGES = ("torch", "transformers", "numpy", "peft")
-"""Whose versions may change numbers; with reasoning-gym's and math-verify's, whose scorers give rewards."""
+"""Packages whose versions are in the key, beside those of reasoning-gym and math-verify, which score rewards."""
 FROM_SPLITS = ("update", "evaluation", "prompt_ids")
 
 
@@ -52,11 +51,11 @@ class Answer(NamedTuple):
     """One answer.
 
     Attributes:
-        request: a request's; or None.
+        request: of a request; or None.
         batch: its E.
-        self_kernel: U with itself; or None.
+        self_kernel: K_UU; or None.
         analyses: of U.
-        written: when an earlier run kept it; None where this one computed it.
+        written: when an earlier run wrote it; None where this run computed it.
     """
 
     request: RequestResult | None = None
@@ -67,14 +66,14 @@ class Answer(NamedTuple):
 
 
 class AnswerCache(NamedTuple):
-    """Where answers about a workspace are kept.
+    """The cache of a workspace's answers.
 
     Attributes:
-        place: the directory; None where nothing is kept.
+        place: the directory; None for no cache.
         common: the part of the key that all answers share.
         plan: as JSON.
         workspace: U.
-        certificates: those of this run, to which the certificates of what is read are added.
+        certificates: of this run; those of cached answers are appended when they are read.
     """
 
     place: Path | None
@@ -87,7 +86,7 @@ class AnswerCache(NamedTuple):
 def answer_cache(
     plan: FisherKernelPlan, workspace: KernelWorkspace, certificates: list[func.Certificate]
 ) -> AnswerCache:
-    """Find where answers about a workspace are kept: in its directory; nowhere, where it is held in memory."""
+    """The cache in a workspace's directory; a workspace in memory has none."""
     if workspace.directory is None:
         return AnswerCache(None, {}, {}, workspace, certificates)
     after, numerics = plan.step.after, plan.numerics
@@ -109,23 +108,23 @@ def own_answer(
     self_kernel: Callable[..., SelfKernel],
     analyses: Callable[[], dict[str, AnalysisResult]],
 ) -> Answer:
-    """Read what a plan asks of U itself, or compute and keep it.
+    """K_UU and the analyses of U that a plan asks for, cached or computed.
 
     Args:
-        cache: where it is kept.
-        plan: which asks.
-        self_kernel: computes U with itself.
-        analyses: makes the analyses of U.
+        cache: the cache.
+        plan: the plan.
+        self_kernel: computes K_UU.
+        analyses: runs the analyses of U.
     """
-    found = Answer()
+    answer = Answer()
     if plan.self_kernel:
-        spec = {"capture_full": plan.capture.kernel}
-        found = kept_or_computed(cache, {"self_kernel": spec}, lambda: Answer(self_kernel=self_kernel(**spec)))
-    spec = plan.analyses.model_dump(mode="json", include={*UPDATE_ANALYSES})
-    if any(spec.values()):
-        more = kept_or_computed(cache, {"analyses": spec}, lambda: Answer(analyses=analyses()))
-        found = found._replace(analyses=more.analyses, written=found.written or more.written)
-    return found
+        options = {"capture_full": plan.capture.kernel}
+        answer = kept_or_computed(cache, {"self_kernel": options}, lambda: Answer(self_kernel=self_kernel(**options)))
+    configs = plan.analyses.model_dump(mode="json", include={*UPDATE_ANALYSES})
+    if any(configs.values()):
+        analysed = kept_or_computed(cache, {"analyses": configs}, lambda: Answer(analyses=analyses()))
+        answer = answer._replace(analyses=analysed.analyses, written=answer.written or analysed.written)
+    return answer
 
 
 def answers(
@@ -135,19 +134,19 @@ def answers(
     evaluate: Callable[..., RequestResult],
     batches: dict[str, GeneratedBatch],
 ) -> dict[str, Answer]:
-    """Read the answers of a plan's requests, or compute and keep them, one after the other; nothing is drawn twice.
+    """The answers of a plan's requests, cached or computed in order.
 
     Args:
-        cache: where they are kept.
-        plan: with the requests.
-        generate: makes the batch of a request that is given one: from a file, from Python, by a callback.
-        evaluate: computes the answer of a request, of `batch`, or of one that it draws; it notes it in `batches`.
-        batches: {name: E}, where batches of answers that are read are noted as well.
+        cache: the cache.
+        plan: the plan.
+        generate: returns the batch of a request that does not sample: from a file, from Python, by a callback.
+        evaluate: evaluates a request on `batch`, or on one that it samples; it stores the batch in `batches`.
+        batches: {name: E}; batches of cached answers are added.
     """
-    found = dict[str, Answer]()
+    by_request = dict[str, Answer]()
     for request in plan.requests:
-        from_elsewhere = (getattr(request, name, None) for name in ("path", "batch", "callback"))
-        given = None if all(one is None for one in from_elsewhere) else generate(request, cache.workspace)
+        sampled = all(getattr(request, name, None) is None for name in ("path", "batch", "callback"))
+        given = None if sampled else generate(request, cache.workspace)
         key = None if cache.place is None else request_key(plan, request, given)
 
         def compute(request: Any = request, given: GeneratedBatch | None = given) -> Answer:
@@ -156,13 +155,13 @@ def answers(
 
         name, answer = str(request.name), kept_or_computed(cache, key, compute)
         assert answer.batch is not None
-        found[name], batches[name] = answer, answer.batch
-    return found
+        by_request[name], batches[name] = answer, answer.batch
+    return by_request
 
 
 def earlier(own: Answer, requests: Mapping[str, Answer]) -> dict[str, str]:
-    """Tell which answers earlier runs had computed: {name: when}."""
-    return {name: one.written for name, one in {OWN: own, **requests}.items() if one.written is not None}
+    """Which answers came from the cache: {name: when they were written}."""
+    return {name: answer.written for name, answer in {OWN: own, **requests}.items() if answer.written is not None}
 
 
 def results_of(
@@ -173,25 +172,25 @@ def results_of(
     requests: Mapping[str, Answer],
     environment: dict[str, Any],
 ) -> FisherKernelResults:
-    """Put answers together; `facts` are of the step."""
+    """Assemble the results; `facts` are of the step."""
     return FisherKernelResults(
         plan=plan.record(),
         environment=environment,
         update=tuple(map(info_of, workspace.batch)),
         step=facts,
         self_kernel=own.self_kernel,
-        requests={name: one.request for name, one in requests.items() if one.request is not None},
+        requests={name: answer.request for name, answer in requests.items() if answer.request is not None},
         analyses=dict(own.analyses),
     )
 
 
 def request_key(plan: FisherKernelPlan, request: Any, given: GeneratedBatch | None) -> dict[str, Any] | None:
-    """List what decides a request's answer, beside what all answers share; None where a function has no file.
+    """The request's part of the key; None where a function that it names has no file.
 
     Args:
-        plan: whose defaults, prompts and sampling the request has.
+        plan: for defaults, prompts and sampling.
         request: one of the plan's.
-        given: E, where it is not drawn.
+        given: E, where it is not sampled.
     """
     spec = request.model_dump(mode="json", exclude={"batch", "path", "callback"})
     strict = bool(request.capture or request.analyses)
@@ -211,11 +210,11 @@ def request_key(plan: FisherKernelPlan, request: Any, given: GeneratedBatch | No
 
 
 def kept_or_computed(cache: AnswerCache, key: Mapping[str, Any] | None, compute: Callable[[], Answer]) -> Answer:
-    """Read an answer that an earlier run computed; or compute it, and keep it.
+    """Read an answer from the cache; else compute and write it.
 
     Args:
-        cache: where answers are kept.
-        key: what decides this one, beside what all share; None where that cannot be told, and nothing is kept.
+        cache: the cache.
+        key: the answer's own part of the key; None for an answer that cannot be cached.
         compute: computes it.
 
     Raises:
@@ -225,28 +224,28 @@ def kept_or_computed(cache: AnswerCache, key: Mapping[str, Any] | None, compute:
         return compute()
     whole = json.loads(json.dumps({**cache.common, **key}))
     place = cache.place / hash_json(whole)[:32]
-    found = _read(cache, place, whole)
-    if found is None:
-        found = compute()
-        if _failed(found):
-            return found  # and is tried, and warned of, again
-        with plain_errors("write to", cache.place), suppress(RolloutError):  # metadata that is no JSON is not kept
-            _write(cache, place, whole, found)
-    return found
+    answer = _read(cache, place, whole)
+    if answer is None:
+        answer = compute()
+        if _failed(answer):
+            return answer  # not cached: the next run tries again
+        with plain_errors("write to", cache.place), suppress(RolloutError):  # raised for metadata that is not JSON
+            _write(cache, place, whole, answer)
+    return answer
 
 
 def _failed(answer: Answer) -> bool:
-    """Whether an analysis was left out since something went wrong in it, and not for want of what it needs."""
+    """Whether an analysis raised an error, rather than lacking an input."""
     results = [*answer.analyses.values(), *({} if answer.request is None else answer.request.analyses).values()]
-    return any((one.skipped or "").startswith("it failed") for one in results)
+    return any((result.skipped or "").startswith("it failed") for result in results)
 
 
 def _write(cache: AnswerCache, place: Path, key: Mapping[str, Any], answer: Answer) -> None:
     assert cache.place is not None
     cache.place.mkdir(exist_ok=True)
-    for left in cache.place.glob(f"*{PARTIAL}"):  # by a run that was killed: the workspace is this process's alone
-        shutil.rmtree(left)
-    with atomic_directory(place, replace=True) as work:  # one that is there is damaged
+    for partial in cache.place.glob(f"*{PARTIAL}"):  # of a killed run; this process holds the workspace's lock
+        shutil.rmtree(partial)
+    with atomic_directory(place, replace=True) as work:  # an existing folder is damaged
         request, U = answer.request, tuple(map(info_of, cache.workspace.batch))
         requests = {} if request is None else {request.name: request}
         own, analyses = answer.self_kernel, dict(answer.analyses)
@@ -256,21 +255,25 @@ def _write(cache: AnswerCache, place: Path, key: Mapping[str, Any], answer: Answ
         record = {
             "key": key,
             "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "certificates": [one._asdict() | {"error": _or_none(one.error)} for one in cache.certificates],
+            "certificates": [
+                c._asdict() | {"error": c.error if isfinite(c.error) else None} for c in cache.certificates
+            ],
             "sha256": _checksums(work),
         }
         (work / RECORD).write_bytes(checksummed_json(record))
 
 
 def _read(cache: AnswerCache, place: Path, key: Mapping[str, Any]) -> Answer | None:
-    """Read an answer; None where there is none, or it is not what was written."""
+    """Read an answer; None where there is none, or a checksum differs."""
     try:
         record = read_checksummed(place / RECORD)
         if record["key"] != key or record["sha256"] != _checksums(place):
             return None
         results = FisherKernelResults.load(place)
         batch = load_batch(place / BATCH) if (place / BATCH).exists() else None
-        certificates = [func.Certificate(**one | {"error": _or_inf(one["error"])}) for one in record["certificates"]]
+        certificates = [
+            func.Certificate(**c | {"error": inf if c["error"] is None else c["error"]}) for c in record["certificates"]
+        ]
     except (OSError, ValueError, KeyError, TypeError, FKernelError):
         return None
     cache.certificates.extend(certificates)
@@ -280,11 +283,3 @@ def _read(cache: AnswerCache, place: Path, key: Mapping[str, Any]) -> Answer | N
 
 def _checksums(place: Path) -> dict[str, str]:
     return {name: digest for name, digest in checksums(place).items() if name != RECORD}
-
-
-def _or_none(error: float) -> float | None:
-    return error if -inf < error < inf else None
-
-
-def _or_inf(error: float | None) -> float:
-    return inf if error is None else error

@@ -1,8 +1,9 @@
-"""How long a plan's sequences are: those that are given are counted, those that would be drawn are assumed."""
+"""Lengths of a plan's sequences: counted where the batch exists, assumed where it would be sampled."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from fkernel.checkpoint import Checkpoint
@@ -13,47 +14,43 @@ from fkernel.study.config.requests import FromFile, Payload, UpdateBatch
 from fkernel.study.workspace import selected
 
 FIRST = 64
-"""Prompts of a split that are looked at."""
+"""Prompts of a split that are tokenized."""
 
 
 def lengths_of(plan: FisherKernelPlan, loaded: Checkpoint) -> tuple[dict[str, list[int]], list[str]]:
-    """Find the tokens of every sequence of U and of each request, prompt and response together.
+    """Count the tokens of every sequence of U and of each request, prompt and response together.
 
     Args:
-        plan: which batches there are.
-        loaded: its checkpoint, whose tokenizer reads prompts.
+        plan: the plan.
+        loaded: its checkpoint, for the tokenizer.
 
     Returns:
         ({"U": …, name of a request: …}, what was assumed, a sentence each).
 
     Raises:
-        PlanError: a batch is made by a function, and nobody knows it before.
+        PlanError: a batch is returned by a callback, so that its lengths are unknown.
     """
-    found, assumed, hubs = dict[str, list[int]](), list[str](), list[SampleGenerator]()
-
-    def generator() -> SampleGenerator:
-        if not hubs:
-            hubs.append(plan.generator(loaded, plan.sources()))
-        return hubs[0]
+    lengths, assumed = dict[str, list[int]](), list[str]()
+    generator = cache(lambda: plan.generator(loaded, plan.sources()))
 
     for name, one in [("U", plan.update), *((str(request.name), request) for request in plan.requests)]:
         if isinstance(one, UpdateBatch) and one.is_own:
-            found[name] = found["U"]
+            lengths[name] = lengths["U"]
         elif (batch := _given(one, name, generator)) is not None:
             kept = batch.ids if (ids := getattr(one, "sequence_ids", None)) is None else selected(batch.ids, ids, name)
-            found[name] = [len(batch.by_id(i).prompt_ids) + len(batch.by_id(i).response_ids) for i in kept]
+            lengths[name] = [len(batch.by_id(i).prompt_ids) + len(batch.by_id(i).response_ids) for i in kept]
         else:
             longest, size = max(_prompts(plan, one, generator())), one.size
-            found[name] = [longest + plan.sampling.max_new_tokens] * size
+            lengths[name] = [longest + plan.sampling.max_new_tokens] * size
             assumed.append(
                 f"{name}: {size} sequences as long as any, {longest} tokens and {plan.sampling.max_new_tokens} drawn; "
                 f"the time to draw them is not counted"
             )
-    return found, assumed
+    return lengths, assumed
 
 
 def _given(one: Any, name: str, generator: Callable[[], SampleGenerator]) -> GeneratedBatch | None:
-    """Read a batch that need not be drawn; None where it must."""
+    """The batch, where it need not be sampled; else None."""
     if isinstance(one, FromFile):
         return load_batch(one.path)
     if isinstance(one, Payload) and one.callback is not None:
@@ -64,7 +61,7 @@ def _given(one: Any, name: str, generator: Callable[[], SampleGenerator]) -> Gen
 
 
 def _prompts(plan: FisherKernelPlan, one: Any, generator: SampleGenerator) -> list[int]:
-    """Tokens of prompts that may be drawn: of all that are named, or of a split's first ones."""
+    """Token counts of the prompts: of all custom ones, or of the first `FIRST` of a split."""
     if one.kind == "custom_prompts":
         prompts = custom(one.prompts)
     else:

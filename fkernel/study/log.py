@@ -1,4 +1,4 @@
-"""What a run says while it goes on: Python's `logging` under the name `fkernel`, and a JSON line for every record."""
+"""Logging: the logger `fkernel`, phases with their duration, and a JSON-lines handler."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from typing import Any
 LOGGER = logging.getLogger("fkernel")
 LOGGER.addHandler(logging.NullHandler())
 LEVELS = {"minimal": logging.WARNING, "normal": logging.INFO, "detailed": 15, "debug": logging.DEBUG}
-"""How much is said; "detailed" has every phase's begin, "debug" every microbatch."""
+"""Log levels; "detailed" includes the start of each phase, "debug" every microbatch."""
 
 
 class JsonLines(logging.Handler):
-    """Writes every record as one JSON object a line: time, level, message, and the facts that came with it."""
+    """Writes each record as a line of JSON: time, level, message, and its facts."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(logging.DEBUG)
@@ -55,24 +55,24 @@ def recorded(path: Path, logger: logging.Logger = LOGGER) -> Iterator[None]:
 
 
 def say(logger: logging.Logger, message: str, level: int = logging.INFO, **facts: Any) -> None:
-    """Log a message with facts that a program can read."""
+    """Log a message with machine-readable facts."""
     logger.log(level, message, extra={"facts": facts})
 
 
 @contextmanager
 def phase(logger: logging.Logger, name: str, **facts: Any) -> Iterator[dict[str, Any]]:
-    """Log how long a phase took and the process's peak memory after it; what is put in the dictionary is logged too."""
+    """Log a phase's duration and the process's peak memory after it, and what the block adds to the dictionary."""
     say(logger, f"{name} …", LEVELS["detailed"], phase=name, event="begin")
-    began, found = time.perf_counter(), dict(facts)
+    started, logged = time.perf_counter(), dict(facts)
     try:
-        yield found
+        yield logged
     except BaseException as error:
-        seconds = round(time.perf_counter() - began, 3)
-        say(logger, f"{name} stopped: {type(error).__name__}", phase=name, event="stopped", seconds=seconds, **found)
+        seconds = round(time.perf_counter() - started, 3)
+        say(logger, f"{name} stopped: {type(error).__name__}", phase=name, event="stopped", seconds=seconds, **logged)
         raise
-    seconds, peak = round(time.perf_counter() - began, 3), peak_mb()
-    said = "".join(f", {value} {key.replace('_', ' ')}" for key, value in found.items())
-    say(logger, f"{name}: {seconds:.1f} s{said}", phase=name, event="end", seconds=seconds, peak_mb=peak, **found)
+    seconds, peak = round(time.perf_counter() - started, 3), peak_mb()
+    details = "".join(f", {value} {key.replace('_', ' ')}" for key, value in logged.items())
+    say(logger, f"{name}: {seconds:.1f} s{details}", phase=name, event="end", seconds=seconds, peak_mb=peak, **logged)
 
 
 def peak_mb() -> float:

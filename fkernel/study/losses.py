@@ -1,96 +1,80 @@
-"""From a plan's loss to what it makes of U: tokens' ratios, a penalty, pairs' weights; by scoring U with its policies.
+"""Evaluate a plan's loss on U: token ratios, a KL penalty, pair weights; scores U with the loss's other policies.
 
     clipped ratios   U's columns are f_u = Σ_t ρ_ut ℓ_ut, ρ as the surrogate of sign(A_u) has it:
                      ρ_ut = r_ut, and 0 where clipped; then ω = w A ρ, and contributions are c w A ⟨∇S_e, P ∇f_u⟩
-    KL penalty       Σ_u Σ_t ω_ut ∇ℓ_ut of the penalty alone, one vector that is added to the ascent
-    preference       A = +1 of the chosen and −1 of the rejected, w = (β/n) σ(−m); columns stay ∇S
+    KL penalty       Σ_u Σ_t ω_ut ∇ℓ_ut of the penalty alone, a vector added to the ascent direction
+    preference       A = +1 for chosen and −1 for rejected, w = (β/n) σ(−m); columns stay ∇S
 
-ℓ_old is of the policy that sampled U: scored with `old`; ℓ itself where that is the plan's checkpoint; else what U's
-records have. Where ρ depends on sign(A), so do the columns: other advantages must keep their signs, or be 0.
+ℓ_old, under the policy that sampled U, is scored with `old`; it is ℓ itself where the plan's checkpoint sampled U; else
+the recorded log-probabilities. Where ρ depends on sign(A), so do the columns: other advantages must keep their signs,
+or be 0.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from fkernel import func
 from fkernel.errors import PlanError, RolloutError, listing
-from fkernel.func import Weighted, losses, weighted_logprob
-from fkernel.rollout import GeneratedBatch, check_recorded
+from fkernel.func import Weighted, objectives, weighted_logprob
+from fkernel.func.objectives import LossInputs, LossTerm, clipped_ratio
+from fkernel.rollout import GeneratedBatch
 from fkernel.shapes import Tensor, Tree
-from fkernel.study.config.base import CheckpointPlan
-from fkernel.study.config.loss import ClippedRatioLoss, KLPlan, LossPlan, PolicyGradientLoss, PreferenceLoss
+from fkernel.study.config.loss import (
+    ClippedLoss,
+    CrossEntropyLoss,
+    LossPlan,
+    PolicyLoss,
+    PreferenceLoss,
+    TokenWeightsLoss,
+)
 from fkernel.study.loss_terms import LossTerms
+from fkernel.study.preferences import facts_of_pairs
 from fkernel.study.rows import Policy
-
-MARGINS = "preference"
-"""Key of a record's metadata: the pairs that it is in, with their margins."""
+from fkernel.study.scores import logprobs_of, old_logprobs, own_logprobs, sampler_logprobs
 
 
 def spec_of_loss(loss: LossPlan | None, dtype: torch.dtype, made: GeneratedBatch | None) -> dict[str, Any]:
-    """List what a loss decides of a workspace, JSON; nothing, where there is none.
+    """The loss's part of a workspace's spec, JSON; {} for no loss.
 
     Args:
         loss: the plan's.
-        dtype: that checkpoints are loaded in.
+        dtype: in which checkpoints are loaded.
         made: U, where it is given rather than drawn.
 
     Raises:
-        PlanError: U is of another policy than `old`.
+        PlanError: U was sampled by another policy than `old`.
     """
     if loss is None:
         return {}
-    prints = {place: one.load_weights(dtype).provenance.fingerprint for place, one in loss.checkpoints.items()}
+    fingerprints = {
+        place: checkpoint.load_weights(dtype).provenance.fingerprint for place, checkpoint in loss.checkpoints.items()
+    }
     sampler = None if made is None else made.checkpoint
-    if "old" in prints and sampler is not None and sampler != prints["old"]:
+    if "old" in fingerprints and sampler is not None and sampler != fingerprints["old"]:
         raise PlanError(
-            f"step.loss.old is the checkpoint {prints['old'][:12]}, and U was written by {sampler[:12]}; name the "
-            f"checkpoint that sampled U."
+            f"step.loss.old is the checkpoint {fingerprints['old'][:12]}, and U was written by {sampler[:12]}; name "
+            f"the checkpoint that sampled U."
         )
-    found = loss.model_dump(mode="json", exclude={"old": True, "reference": True, "kl": {"reference"}})
-    spec: dict[str, Any] = {"loss": {**found, "policies": prints}}
+    settings = loss.model_dump(mode="json", exclude={"old": True, "reference": True, "kl": {"reference"}})
+    spec: dict[str, Any] = {"loss": {**settings, "policies": fingerprints}}
     return spec if made is None or not loss.foreign else {**spec, "sampled_by": sampler}
 
 
 def as_it_came(loss: LossPlan | None, batch: GeneratedBatch) -> GeneratedBatch:
-    """Leave out what the loss sets: U is told by what decides it."""
-    if not isinstance(loss, PreferenceLoss):
+    """Reset the advantages and weights that a preference loss sets, so that they do not count in U's fingerprint."""
+    if not isinstance(loss, PreferenceLoss | CrossEntropyLoss):
         return batch
+    if isinstance(loss, CrossEntropyLoss):
+        return replace(batch, records=tuple(replace(record, advantage=None) for record in batch))
     records = (replace(record, advantage=record.reward, weight=None) for record in batch)
     return replace(batch, records=tuple(records))
-
-
-def weighed(
-    loss: LossPlan | None, batch: GeneratedBatch, policy: Policy, tokens: func.Sequences, microbatch: int
-) -> GeneratedBatch:
-    """Set the advantages and loss weights that a preference loss has; other losses take U's own.
-
-    A sequence's advantage is the sign of what its pairs say together, and its weight the size.
-
-    Raises:
-        RolloutError: pairs cannot be told, or name a sequence that is not there.
-    """
-    if not isinstance(loss, PreferenceLoss):
-        return batch
-    pairs = _by_reward(batch) if loss.pairs is None else _by_id(batch, loss.pairs)
-    chosen, rejected = torch.tensor(pairs).T
-    scores = _own(policy, tokens, microbatch).sum(1) - _scored(loss.reference, policy, tokens, microbatch).sum(1)
-    margins = (loss.beta * (scores[chosen] - scores[rejected])).cpu()
-    up, down = losses.preference_weights(margins, loss.beta)
-    total = torch.zeros(len(batch), dtype=up.dtype).index_add_(0, chosen, up).index_add_(0, rejected, down)
-    met: list[list[dict[str, Any]]] = [[] for _ in batch]
-    for (c, r), m in zip(pairs, margins.tolist(), strict=True):
-        for own, other in ((c, r), (r, c)):
-            met[own].append({"with": batch.ids[other], "chosen": own == c, "margin": m})
-    records = (
-        replace(record, metadata={**record.metadata, MARGINS: pairs_of})
-        for record, pairs_of in zip(batch, met, strict=True)
-    )
-    told = replace(batch, records=tuple(records))
-    return told.with_values("advantage", total.sign()).with_values("weight", total.abs())
 
 
 def terms_of(
@@ -101,162 +85,185 @@ def terms_of(
     microbatch: int,
     fingerprint: str | None,
 ) -> LossTerms | None:
-    """Compute what a loss makes of U; None where there is none.
+    """Evaluate the loss on U; None for no loss.
 
     Args:
         loss: the plan's.
-        batch: U, weighed.
+        batch: U, as `weighed` returns it.
         policy: θ, and the temperature at which all policies score.
-        tokens: U's, where the parameters are.
-        microbatch: sequences of the greatest length under way at once.
-        fingerprint: of the plan's checkpoint.
+        tokens: U's, on the parameters' device.
+        microbatch: sequences of the greatest length in one pass.
+        fingerprint: the plan's checkpoint's.
 
     Raises:
-        PlanError: ℓ_old cannot be had.
+        PlanError: ℓ_old is not available at this temperature.
         RolloutError: a loss weight is negative.
         NonFiniteError: a ratio overflows.
     """
-    if loss is None:
+    if loss is None or isinstance(loss, CrossEntropyLoss):
         return None
     if isinstance(loss, PreferenceLoss):
-        return LossTerms(None, None, {"kind": loss.kind, "pairs": _facts_of_pairs(batch)})
-    now, w = _own(policy, tokens, microbatch), _weights(batch)
-    if isinstance(loss, PolicyGradientLoss):
-        penalty, kl = _penalty(loss.kl, w, policy, tokens, now, now, microbatch)
-        return LossTerms(None, penalty, {"kind": loss.kind, "kl": kl})
-    old = _old(loss.old, batch, policy, tokens, now, microbatch, fingerprint)
-    signs, mask = batch.advantages.to(now).sign(), tokens.response_mask.bool()
-    of = losses.clipped_ratio_weights if isinstance(loss, ClippedRatioLoss) else losses.clipped_sequence_ratio_weights
-    ratio = of(now, old, signs, mask, loss.low, loss.high) * signs[:, None]
-    counted = mask & (signs != 0)[:, None]
-    facts: dict[str, Any] = {"kind": loss.kind, **_apart((now - old)[counted]), **_clipped(ratio[counted])}
-    if loss.kl is None:
-        return LossTerms(ratio, None, facts)
-    penalty, kl = _penalty(loss.kl, w, policy, tokens, now, old, microbatch)
-    return LossTerms(ratio, penalty, {**facts, "kl": kl})
+        return LossTerms(None, {"kind": loss.kind, "pairs": facts_of_pairs(batch)})
+    if isinstance(loss, TokenWeightsLoss):
+        return _of_token_weights(batch, policy, tokens, microbatch)
+    inputs = _inputs(loss, batch, policy, tokens, microbatch, fingerprint)
+    facts: dict[str, Any] = {"kind": loss.kind}
+    ratio = log_ratio = None
+    if not _is_logprob(loss):
+        ratio, mask = ratio_of(loss, inputs), inputs.response_mask.bool()
+        counted = mask & (_signs(inputs) != 0)[:, None]
+        assert inputs.old is not None
+        log_ratio = torch.where(mask, inputs.logprobs - inputs.old, 0.0)
+        facts |= _apart(log_ratio[counted]) | _clipped(ratio[counted])
+    parts, more = _beside(loss, inputs, policy, tokens, microbatch)
+    plain = not (loss.correction or loss.off_policy_mask or loss.top_entropy or getattr(loss, "delta", None))
+    reclips = isinstance(loss, ClippedLoss) and plain  # what `clipped_ratio_of` knows
+    return LossTerms(ratio, facts | more, parts, log_ratio=log_ratio if reclips else None)
 
 
-def _penalty(
-    kl: KLPlan,
-    w: Tensor,
-    policy: Policy,
-    tokens: func.Sequences,
-    now: Tensor,
-    old: Tensor,
-    microbatch: int,
-) -> tuple[Tree, float]:
-    """The penalty's share of the ascent, and the mean of k3 over response tokens, nats."""
-    reference = _scored(kl.reference, policy, tokens, microbatch)
-    w, mask = w.to(now), tokens.response_mask.bool()
-    omega = (
-        losses.corrected_kl_penalty_weights(now, old, reference, w, mask, kl.beta)
-        if kl.corrected
-        else losses.kl_penalty_weights(now, reference, w, mask, kl.beta)
-    )
-    pull = func.vjp(weighted_logprob(policy.trained, policy.temperature), microbatch)
-    d = (reference - now)[mask]
-    return pull(policy.params, Weighted(tokens, omega), torch.ones_like(w)), float((d.expm1() - d).mean())
+def ratio_of(loss: PolicyLoss, inputs: LossInputs) -> Tensor:
+    """ρ of U's tokens, [n_U t], for the signs of the advantages: ω = −w A ρ, whatever the loss of advantages."""
+    signs = _signs(inputs)
+    given = inputs._replace(advantages=signs, weights=torch.ones_like(signs))
+    factors = _factors(loss, given)
+    if factors:
+        given = objectives.scale_advantages(given, *factors)
+    return -ADVANTAGE[loss.kind](loss, given)["advantage"].omega * signs[:, None]
 
 
-def _own(policy: Policy, tokens: func.Sequences, microbatch: int) -> Tensor:
-    """ℓ of the plan's checkpoint, [n t]."""
-    return func.evaluate(func.token_logprobs(policy.apply, policy.temperature), microbatch)(policy.params, tokens)
+def clipped_ratio_of(loss: LossTerms, advantages: Tensor, mask: Tensor, low: float, high: float) -> Tensor:
+    """ρ of a clipped ratio under another clipping range, from its log-ratios."""
+    assert loss.log_ratio is not None
+    kind = loss.facts["kind"]
+    zeros, signs = torch.zeros_like(loss.log_ratio), advantages.to(loss.log_ratio).sign()
+    given = LossInputs(loss.log_ratio, mask, signs, torch.ones_like(signs), zeros)
+    level = "token" if kind == "clipped_ratio" else "sequence"
+    terms = objectives.luspo(given, low, high) if kind == "luspo" else clipped_ratio(given, low, high, level=level)
+    return -terms["advantage"].omega * signs[:, None]
 
 
-def _scored(one: CheckpointPlan, policy: Policy, tokens: func.Sequences, microbatch: int) -> Tensor:
-    """Score U with another policy, [n t]; its model is let go of."""
-    apply, params = one.load_policy(policy.params)
-    return func.evaluate(func.token_logprobs(apply, policy.temperature), microbatch)(params, tokens)
+ADVANTAGE: Mapping[str, Callable[[Any, LossInputs], dict[str, LossTerm]]] = MappingProxyType({
+    "policy_gradient": lambda loss, x: objectives.policy_gradient(x),
+    "clipped_ratio": lambda loss, x: clipped_ratio(x, loss.low, loss.high, loss.delta),
+    "sequence_ratio": lambda loss, x: clipped_ratio(x, loss.low, loss.high, loss.delta, "sequence"),
+    "luspo": lambda loss, x: objectives.luspo(x, loss.low, loss.high, loss.delta, loss.level),
+    "cispo": lambda loss, x: objectives.cispo(x, loss.cap, loss.level),
+    "sapo": lambda loss, x: objectives.sapo(x, loss.positive, loss.negative, loss.level),
+    "vespo": lambda loss, x: objectives.vespo(x, loss.positive, loss.negative),
+})  # fmt: skip
+"""{kind: (the plan's, inputs) -> terms}: losses of advantages, each linear in |A|."""
 
 
-def _old(
-    old: CheckpointPlan | None,
+def _signs(inputs: LossInputs) -> Tensor:
+    assert inputs.advantages is not None
+    return inputs.advantages.sign()
+
+
+def _is_logprob(loss: PolicyLoss) -> bool:
+    """Whether U's columns are ∇S: the policy gradient, all of whose tokens count alike."""
+    return loss.kind == "policy_gradient" and loss.correction is None and loss.top_entropy is None
+
+
+def _inputs(
+    loss: PolicyLoss,
     batch: GeneratedBatch,
     policy: Policy,
     tokens: func.Sequences,
-    now: Tensor,
     microbatch: int,
     fingerprint: str | None,
-) -> Tensor:
-    """ℓ of the policy that sampled U, [n t]."""
-    mask = tokens.response_mask.bool()
-    if old is not None:
-        found = _scored(old, policy, tokens, microbatch)
-        if batch.checkpoint is None and policy.temperature == 1:  # nothing but the records tells whose it is
-            for row, record in enumerate(batch):
-                check_recorded(record.logprobs, found[row][mask[row]].tolist(), record.sequence_id)
-        return found
-    if batch.checkpoint is not None and batch.checkpoint == fingerprint:
-        return now
-    if policy.temperature != 1:
-        raise PlanError(
-            f"step.loss needs log-probabilities of the policy that sampled U at temperature {policy.temperature:g}, "
-            f"and U's records have them at 1; give step.loss.old: {{path: …}}, the checkpoint that sampled U."
-        )
-    found = torch.zeros(mask.shape, dtype=torch.float64)
-    found[mask.cpu()] = torch.tensor([value for record in batch for value in record.logprobs], dtype=torch.float64)
-    return found.to(now)
+) -> LossInputs:
+    """Score U with every policy that the loss looks at."""
+    now = own_logprobs(policy, tokens, microbatch)
+    foreign = loss.kind != "policy_gradient"
+    old = old_logprobs(loss.old, batch, policy, tokens, now, microbatch, fingerprint) if foreign else now
+    reference = None if loss.kl is None else logprobs_of(loss.kl.reference, policy, tokens, microbatch)
+    needs_entropy = loss.top_entropy is not None
+    H = func.token_entropy(policy.apply, policy.temperature)
+    entropies = func.evaluate(H, microbatch)(policy.params, tokens) if needs_entropy else None
+    mask = tokens.response_mask
+    sampler = sampler_logprobs(batch, mask).to(now)
+    return LossInputs(now, mask, batch.advantages.to(now), _weights(batch).to(now), old, reference, sampler, entropies)
 
 
-def _by_reward(batch: GeneratedBatch) -> list[tuple[int, int]]:
-    """Pair the two responses of every prompt, the one with the higher reward first."""
-    prompts: dict[tuple[int, ...], list[int]] = {}
-    for row, record in enumerate(batch):
-        prompts.setdefault(record.prompt_ids, []).append(row)
-    rewards, pairs = batch.rewards.tolist(), []
-    for rows in prompts.values():
-        names = [batch.ids[row] for row in rows]
-        if len(rows) != 2:
-            raise RolloutError(
-                f"step.loss pairs the two responses of a prompt, and one has {len(rows)}: {listing(names)}; give "
-                f"step.loss.pairs: [[chosen id, rejected id], …]."
-            )
-        a, b = rows
-        if rewards[a] == rewards[b]:
-            raise RolloutError(
-                f"{names[0]} and {names[1]} have the same reward, {rewards[a]:g}: neither is preferred; leave the "
-                f"two out of U, or give step.loss.pairs."
-            )
-        pairs.append((a, b) if rewards[a] > rewards[b] else (b, a))
-    return pairs
+def _factors(loss: PolicyLoss, inputs: LossInputs) -> list[Tensor]:
+    """Constants [n t] that the loss multiplies into advantages."""
+    factors = []
+    if (importance := loss.correction) is not None:
+        make = objectives.truncated_importance if importance.mode == "truncate" else objectives.masked_importance
+        factors.append(make(inputs, importance.level, importance.low, importance.high))
+    if loss.off_policy_mask is not None:
+        factors.append(objectives.off_policy_mask(inputs, loss.off_policy_mask))
+    if loss.top_entropy is not None:
+        factors.append(objectives.high_entropy_mask(inputs, loss.top_entropy))
+    return factors
 
 
-def _by_id(batch: GeneratedBatch, named: tuple[tuple[str, str], ...]) -> list[tuple[int, int]]:
-    """Find the rows of pairs that are named; every sequence is in one."""
-    place = {name: row for row, name in enumerate(batch.ids)}
-    for pair in named:
-        records = [batch.by_id(name) for name in pair]
-        if records[0].prompt_ids != records[1].prompt_ids:
-            raise RolloutError(f"step.loss.pairs: {pair[0]} and {pair[1]} answer different prompts.")
-    if missing := sorted({*batch.ids} - {name for pair in named for name in pair}):
-        raise RolloutError(f"step.loss.pairs: {listing(missing)} is in no pair; leave it out of U, or pair it.")
-    return [(place[chosen], place[rejected]) for chosen, rejected in named]
+def _beside(
+    loss: PolicyLoss, inputs: LossInputs, policy: Policy, tokens: func.Sequences, microbatch: int
+) -> tuple[dict[str, Tree], dict[str, Any]]:
+    """Parts that stand beside the advantage's, as vectors of the ascent direction; and their facts."""
+    terms, facts = dict[str, LossTerm](), dict[str, Any]()
+    if loss.kl is not None:
+        level = getattr(loss, "level", "sequence" if loss.kind == "sequence_ratio" else "token")
+        corrected = partial(objectives.corrected_kl_penalty, level=level)
+        terms |= (corrected if loss.kl.corrected else objectives.kl_penalty)(inputs, loss.kl.beta)
+        assert inputs.reference is not None
+        d = (inputs.reference - inputs.logprobs)[inputs.response_mask.bool()]
+        facts["kl"] = float((d.expm1() - d).mean())
+    if loss.entropy is not None:
+        weight = loss.entropy.weight
+        given = inputs if weight is None else inputs._replace(weights=torch.full_like(_signs(inputs), weight))
+        kept = None if loss.top_entropy is None else objectives.high_entropy_mask(inputs, loss.top_entropy)
+        terms |= objectives.entropy_bonus(given, loss.entropy.coefficient, kept)
+    return _vectors(terms, policy, tokens, microbatch), facts
+
+
+def _vectors(terms: Mapping[str, LossTerm], policy: Policy, tokens: func.Sequences, microbatch: int) -> dict[str, Tree]:
+    """What each part adds to the ascent direction: −(Σ ω ∇ℓ + η ∇H)."""
+    vjp = func.vjp(weighted_logprob(policy.trained, policy.temperature), microbatch)
+    ones = next(iter(policy.params.values())).new_ones(len(tokens.input_ids))
+    return {
+        name: vjp(policy.params, Weighted(tokens, -term.omega, None if term.eta is None else -term.eta), ones)
+        for name, term in terms.items()
+    }
+
+
+def _of_token_weights(batch: GeneratedBatch, policy: Policy, tokens: func.Sequences, microbatch: int) -> LossTerms:
+    """Columns of the whole loss, and its parts as vectors; ω and η are the loss's, and columns ascend."""
+    like = next(iter(policy.params.values()))
+    empty = torch.zeros(tokens.input_ids.shape, dtype=torch.float64)
+    omega, eta = batch.token_weights, batch.entropy_weights
+    terms = {
+        name: LossTerm(omega.get(name, empty).to(like), eta[name].to(like) if name in eta else None)
+        for name in dict.fromkeys([*omega, *eta])
+    }
+    terms = {
+        name: term if term.omega is not None else term._replace(omega=empty.to(like)) for name, term in terms.items()
+    }
+    whole = objectives.total(terms)
+    counted = tokens.response_mask.bool()
+    sizes = {name: float(term.omega[counted].abs().sum()) for name, term in terms.items()}
+    parts = _vectors(terms, policy, tokens, microbatch) if len(terms) > 1 else {}
+    return LossTerms(
+        -whole.omega, {"kind": "token_weights", "parts": sizes}, parts, None if whole.eta is None else -whole.eta,
+        whole=True,
+    )  # fmt: skip
 
 
 def _weights(batch: GeneratedBatch) -> Tensor:
-    """[n] w, none of them negative: the sign of w A is the advantage's."""
+    """[n] w ≥ 0, so that w A has the sign of A."""
     w = batch.with_values("advantage", torch.ones(len(batch))).weighted_advantages
     if wrong := [name for name, value in zip(batch.ids, w.tolist(), strict=True) if value < 0]:
         raise RolloutError(f"step.loss needs loss weights w ≥ 0, and these have w < 0: {listing(wrong)}.")
     return w
 
 
-def _facts_of_pairs(batch: GeneratedBatch) -> list[dict[str, Any]]:
-    """List the pairs, with their margins."""
-    return [
-        {"chosen": record.sequence_id, "rejected": pair["with"], "margin": pair["margin"]}
-        for record in batch
-        for pair in record.metadata[MARGINS]
-        if pair["chosen"]
-    ]
-
-
 def _apart(log_ratios: Tensor) -> dict[str, Any]:
-    """How far U's tokens are from the policy that sampled them."""
+    """Range and mean of the ratios to the policy that sampled U."""
     r = log_ratios.double().exp()
     return {"ratio": {"min": float(r.min()), "mean": float(r.mean()), "max": float(r.max())}} if len(r) else {}
 
 
 def _clipped(ratios: Tensor) -> dict[str, Any]:
-    """The share of U's tokens that the surrogate leaves out."""
+    """The fraction of tokens that are clipped."""
     return {"clipped": float((ratios == 0).double().mean())} if len(ratios) else {}

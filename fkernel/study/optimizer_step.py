@@ -1,14 +1,13 @@
-"""From U's loss gradient to P and the step: what the plan's preconditioner means for this checkpoint.
+"""Compute P and the step from U's loss gradient.
 
 With g = −c J_Uᵀ(w A) and D = 1/(√v̂+ε), v̂ after the step or frozen (`fkernel.precond.adaptive`),
 
     post-step, frozen    P = lr (1−β1)/bc1 · D      calibrated: nats per unit of c w A
                          P = D                      bare
-    identity             P = lr (1−β1)/bc1          calibrated: what plain gradient descent would do at that rate
+    identity             P = lr (1−β1)/bc1          calibrated: gradient descent at that rate
                          P = 1                      bare
 
-The step itself, Δθ = batch + momentum + decay, is AdamW's whatever P is asked for: K·A under another P is held against
-what really happens.
+The step itself, Δθ = batch + momentum + decay, is AdamW's for every P.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from fkernel.study.config.step import PreconditionerPlan, StepPlan
 
 
 class Response(NamedTuple):
-    """What a batch does to the parameters.
+    """P and the step of a batch.
 
     Attributes:
         P: the preconditioner.
@@ -50,18 +49,18 @@ def response(
     ascent: Tree,
     unused: Collection[str] = (),
 ) -> Response:
-    """Make P and the step.
+    """Compute P and the step.
 
     Args:
         plan: which preconditioner.
         step: how the gradient is clipped.
         params: θ.
-        state: AdamW's before the step, or None where the checkpoint has none.
+        state: AdamW's before the step; None without one.
         ascent: J_Uᵀ(w A) = −∇L, {name: [*shape]}.
-        unused: parameters that the loss never uses: the optimizer leaves them alone, momentum and decay included.
+        unused: parameters that the loss never uses: the optimizer skips them, momentum and decay included.
 
     Raises:
-        OptimizerStateError: what is asked for needs a state, or the state does not allow it.
+        OptimizerStateError: P needs a state and there is none, or its learning rate is 0.
     """
     g, clip, norm = clipped(step, ascent, unused)
     P = preconditioner_of(plan, params, state, g)
@@ -69,13 +68,13 @@ def response(
 
 
 def clipped(step: StepPlan, ascent: Tree, unused: Collection[str] = ()) -> tuple[Grads, float, float]:
-    """Make (g = −c · ascent, c, ‖∇L‖); g is None of what the loss never uses."""
+    """(g = −c · ascent, c, ‖∇L‖); g is None for unused parameters."""
     g, clip, norm = precond.clip_gradient(ascent, step.max_norm, clip=step.clip)
     return {**g, **dict.fromkeys(unused)}, clip, norm
 
 
 def preconditioner_of(plan: PreconditionerPlan, params: Tree, state: AdamWState | None, g: Grads) -> Diagonal:
-    """Make P of a clipped gradient.
+    """Compute P from a clipped gradient.
 
     Raises:
         OptimizerStateError: as `response`.
@@ -109,7 +108,7 @@ def preconditioner_of(plan: PreconditionerPlan, params: Tree, state: AdamWState 
 
 
 def restricted(state: AdamWState, params: Tree) -> AdamWState:
-    """Keep the state of some parameters, where they are.
+    """Select the state of some parameters, on their devices.
 
     Example:
         >>> params = {"w": torch.zeros(1), "b": torch.zeros(1)}

@@ -1,4 +1,4 @@
-"""What was found about one request: arrays by sequence id, in nats."""
+"""Results of one request and of K_UU: arrays by sequence id, in nats."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from fkernel.errors import ResultsError, listing
 from fkernel.rollout import SequenceRecord
 from fkernel.study.diagnostics import cosines
 
-EFFECTS = ("penalty", "momentum", "decay", "curvature", "realised", "unselected")
+EFFECTS = ("momentum", "decay", "arithmetic", "unexplained", "curvature", "realised", "unselected")
 
 SKIPPED = "left_out"
-"""Where the facts of an analysis that was skipped say why; files have this word."""
+"""Key of the reason in the facts of a skipped analysis, in files too."""
 
 
 @dataclass(frozen=True)
 class SequenceInfo:
-    """A sequence as people know it.
+    """A sequence as results show it.
 
     Attributes:
         id: display id, such as U-004-03.
         prompt: the prompt's text.
         response: the response's text.
-        logprob: S at temperature 1, nats, of the policy that wrote the record: the one before the step, or an older one
-            where the step's loss has U of an older one.
+        logprob: S at temperature 1, nats, under the policy that sampled it: the one before the step, or an older one
+            where the step's loss allows that.
         reward: None where none was given.
         advantage: A_u; None where there is none.
         weight: w_u, the loss weight; None where there is none.
@@ -48,7 +48,7 @@ class SequenceInfo:
 
 
 def info_of(record: SequenceRecord) -> SequenceInfo:
-    """Keep what results show of a record."""
+    """The part of a record that results show."""
     return SequenceInfo(
         record.sequence_id,
         record.prompt,
@@ -71,7 +71,7 @@ class Entry:
         column: an id of U.
         kernel: ⟨∇S_row, P ∇S_column⟩.
         cosine: the same over both norms.
-        contribution: what column did to row, nats; None where column has no weight.
+        contribution: C of the two, nats; None where column has no weight.
     """
 
     row: str
@@ -83,11 +83,11 @@ class Entry:
 
 @dataclass(frozen=True, eq=False)
 class AnalysisResult:
-    """What an analysis found.
+    """The result of an analysis.
 
     Attributes:
         arrays: by name; `docs/results.md` has their shapes.
-        facts: JSON. Of an analysis that was skipped they have nothing but why, as `left_out`, and there are no arrays.
+        facts: JSON. A skipped analysis has no arrays, and only the reason as `left_out`.
     """
 
     arrays: dict[str, np.ndarray]
@@ -95,11 +95,11 @@ class AnalysisResult:
 
     @property
     def skipped(self) -> str | None:
-        """Why it could not be made: what it lacked, or how it failed; None where it was made."""
+        """Why it was skipped: what it lacked, or its error; None where it was computed."""
         return self.facts.get(SKIPPED)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """Give an array.
+        """An array by name.
 
         Raises:
             ResultsError: there is none of that name.
@@ -112,36 +112,38 @@ class AnalysisResult:
 
 @dataclass(frozen=True, eq=False)
 class RequestResult:
-    """What one optimizer step did to every sequence of a batch, and which sequence of U did it.
+    """What one optimizer step did to every sequence of a batch, by sequence of U.
 
-    In nats where P is calibrated; a bare P gives `batch` and `contributions` in units of its own, and then no
-    prediction is made.
+    In nats where P is calibrated; under a bare P `batch` and `contributions` are not, and nothing is predicted.
 
     Attributes:
         name: the request's.
         kind: the request's.
         evaluation: the rows, n_E sequences.
         update: the columns, n_U sequences.
-        batch: [n_E] Σ_u C_eu, what the update batch did.
-        penalty: [n_E] what the loss's KL term did; None where there is none.
+        batch: [n_E] the update batch's effect: Σ_u C_eu, and the parts of the loss that no column has.
+        parts: {part: [n_E]} of the loss, such as advantage, kl, entropy: they add up to `batch`; {} where it has one.
         momentum: [n_E] nats; None where there is no optimizer state or P is bare, as the next three.
         decay: [n_E] nats.
-        curvature: [n_E] nats, ½ ΔθᵀH_eΔθ at the checkpoint; no part of the prediction along a path, which has it; None
-            unless it was asked for.
-        realised: [n_E] nats, S of the whole model after the step minus S before; None also where it was not asked for,
-            or where other advantages than the step's were.
-        unselected: [n_E] nats, the part of `realised` that parameters did which the plan does not select, after the
-            selected ones had moved; None where there are none, or `step.after` is not given. No prediction is about it.
-        squared_norms: [n_E] ‖∇S_e‖²; None where only the influence was asked for, as all that follows.
+        arithmetic: [n_E] nats, what the training's own precision did that real numbers would not; None where the step
+            was not executed in it.
+        unexplained: [n_E] nats, what the step really taken has beyond the one executed here; None without `step.after`.
+        curvature: [n_E] nats, ½ ΔθᵀH_eΔθ at the checkpoint; not added to the prediction, whose path includes it; None
+            unless captured.
+        realised: [n_E] nats, S of the whole model after the step minus S before; None also where it is not captured, or
+            the request has other advantages than the step's.
+        unselected: [n_E] nats, the part of `realised` due to unselected parameters, after the selected ones moved; None
+            where there are none, or without `step.after`. Not predicted.
+        squared_norms: [n_E] ‖∇S_e‖²; None where only the influence was captured, as all that follows.
         diagonal: [n_E] K_ee.
         update_diagonal: [n_U] K_uu.
         top: [n_E k] columns of the largest |C_eu|, largest first.
         top_contributions: [n_E k] their C_eu.
-        kernel: [n_E n_U] K, of E's gradients at the nodes of `path`; None unless it was kept, as the next.
+        kernel: [n_E n_U] K, of E's gradients at the nodes of `path`; None unless captured, as the next.
         contributions: [n_E n_U] C.
-        selected: entries that were asked for by id.
-        facts: JSON: same-prompt and cross-prompt blocks, sampling diagnostics, advantages that were overridden.
-        analyses: {name: AnalysisResult} of what the plan's `analyses` asked for.
+        selected: entries captured by id.
+        facts: JSON: same-prompt and cross-prompt blocks, sampling diagnostics, overridden advantages.
+        analyses: {name: AnalysisResult}, as the plan's `analyses` asks.
     """
 
     name: str
@@ -149,9 +151,10 @@ class RequestResult:
     evaluation: tuple[SequenceInfo, ...]
     update: tuple[SequenceInfo, ...]
     batch: np.ndarray
-    penalty: np.ndarray | None = None
     momentum: np.ndarray | None = None
     decay: np.ndarray | None = None
+    arithmetic: np.ndarray | None = None
+    unexplained: np.ndarray | None = None
     curvature: np.ndarray | None = None
     realised: np.ndarray | None = None
     unselected: np.ndarray | None = None
@@ -165,28 +168,30 @@ class RequestResult:
     selected: tuple[Entry, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
     analyses: dict[str, AnalysisResult] = field(default_factory=dict)
+    parts: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def path(self) -> str:
-        """Where E's gradients were taken: "midpoint", "gauss2", or "start", the checkpoint."""
+        """Where E's gradients were evaluated: "midpoint", "gauss2", or "start", the checkpoint."""
         return str(self.facts.get("path", "start"))
 
     @property
     def predicted(self) -> np.ndarray:
-        """[n_E] nats: batch + penalty, where there is one, + momentum + decay; or the batch's part alone.
+        """[n_E] nats: batch + momentum + decay + arithmetic, as far as they exist.
 
-        Along a path this is the change of S up to O(|Δθ|³); with the path "start", the first order.
+        The change of S up to O(|Δθ|³) along a path; first order with the path "start".
         """
         if self.momentum is None or self.decay is None:
             return self.batch
-        return (self.batch if self.penalty is None else self.batch + self.penalty) + self.momentum + self.decay
+        exact = self.batch + self.momentum + self.decay
+        return exact if self.arithmetic is None else exact + self.arithmetic
 
     @property
     def calibration(self) -> dict[str, Calibration]:
-        """The predictions held against what the step did: {"batch": K·A alone, "predicted": with momentum and decay}.
+        """Predictions against realised changes: {"batch": K·A alone, "predicted": with momentum and decay}.
 
-        Where `facts["realised_on"]` is not "step.after", the step was executed here from the same reading of the
-        optimizer's state: the two then agree whether or not it was read rightly.
+        Where `facts["realised_on"]` is not "step.after", θ' was computed from the same optimizer state: agreement does
+        then not show that the state was read correctly.
 
         Empty without a realised change, or where fewer than two sequences moved differently.
         """
@@ -194,37 +199,37 @@ class RequestResult:
             return {}
         predictions = {"batch": self.batch, "predicted": self.predicted if self.momentum is not None else None}
         realised = torch.from_numpy(self.realised)
-        found = {}
+        calibrations = {}
         for name, prediction in predictions.items():
             if prediction is not None and len(prediction) > 1 and prediction.std() * self.realised.std() > 0:
-                found[name] = calibrate(torch.from_numpy(prediction), realised)
-        return found
+                calibrations[name] = calibrate(torch.from_numpy(prediction), realised)
+        return calibrations
 
     @property
     def cosines(self) -> np.ndarray:
         """[n_E n_U] K_eu / √(K_ee K_uu).
 
         Raises:
-            ResultsError: the kernel was not kept.
+            ResultsError: the kernel was not captured.
         """
         K, rows, columns = (torch.from_numpy(self.kept(name)) for name in ("kernel", "diagonal", "update_diagonal"))
         return cosines(K, rows, columns).numpy()
 
     def kept(self, name: str) -> np.ndarray:
-        """Give an array that a plan may leave out.
+        """An array that is only there if captured.
 
         Raises:
-            ResultsError: this one did.
+            ResultsError: it was not.
         """
-        found = getattr(self, name)
-        if found is None:
+        array = getattr(self, name)
+        if array is None:
             raise ResultsError(
                 f"The request {self.name!r} kept no {name}; ask for capture: {{kernel: true}} in its plan."
             )
-        return found
+        return array
 
     def analysis(self, name: str) -> AnalysisResult:
-        """Give what an analysis found, such as "ledger" or "counterfactuals.rloo".
+        """The result of an analysis, such as "ledger" or "counterfactuals.rloo".
 
         Raises:
             ResultsError: it was not asked for.
@@ -248,7 +253,7 @@ class RequestResult:
         return _place(self.update, sequence_id, "The update batch")
 
     def top_contributors(self, row: int, k: int = 3) -> list[tuple[SequenceInfo, float]]:
-        """Return the k update sequences that moved one evaluation sequence most, with their nats, largest first."""
+        """The k update sequences of largest |C| for one evaluation sequence, with their nats."""
         if self.top is None or self.top_contributions is None:
             return []
         pairs = zip(self.top[row, :k], self.top_contributions[row, :k], strict=True)
@@ -256,7 +261,7 @@ class RequestResult:
 
 
 def asked_for(analyses: dict[str, AnalysisResult], name: str, whose: str) -> AnalysisResult:
-    """Give one of some findings.
+    """Look up an analysis by name.
 
     Raises:
         ResultsError: it was not asked for.
@@ -276,7 +281,7 @@ def _place(sequences: tuple[SequenceInfo, ...], sequence_id: str, where: str) ->
 
 @dataclass(frozen=True, eq=False)
 class SelfKernel:
-    """U against itself.
+    """K_UU, its spectrum and norms.
 
     Attributes:
         ids: [n_U] of the rows and columns.
@@ -287,7 +292,7 @@ class SelfKernel:
         diagonal: [n_U] K_uu.
         same_prompt: (mean K, mean |cosine|, entries) of different sequences of one prompt.
         cross_prompt: the same of different prompts.
-        kernel: [n_U n_U]; None unless it was asked for.
+        kernel: [n_U n_U]; None unless captured.
     """
 
     ids: tuple[str, ...]

@@ -1,15 +1,15 @@
-"""What `fkernel run PLAN` will take, before it is started: memory, disk and time of its phases, asked of the planner.
+"""Forecast of `fkernel run PLAN`: memory, disk and time of its phases, from the planner.
 
-    U's gradients     made once, written to the workspace or held
-    U with itself     read a tile against a tile
-    each request      E's gradients meet U's, which are there; then two evaluations of E, before the step and after it
+    U's gradients     computed once, written to the workspace or kept in memory
+    U with itself     K_UU, tile by tile
+    each request      E's gradients against U's stored ones; then two evaluations of E, before and after the step
 
-Of a U with long sequences nothing is kept: it walks for its sum, and again beside itself and beside every E.
+Gradients of long sequences of U are recomputed: for their weighted sum, for K_UU, and for every E.
 
     memory = θ + the optimizer's moments + vectors of the step + the largest of  phases beside them
 
-It chooses as the run does (`fkernel.engine.planning.kept`), from the checkpoint's weights and the sequences' lengths;
-what is not known before is assumed, and said.
+Strategies are chosen as in the run (`fkernel.engine.planning.kept`), from the checkpoint's weights and the sequences'
+lengths; `Forecast.assumed` lists assumptions.
 """
 
 from __future__ import annotations
@@ -50,22 +50,22 @@ from fkernel.study.rows import Policy
 BESIDE = tuple(name for name, analysis in ANALYSES.items() if analysis.accumulator is None)
 """Analyses whose own passes are not in a forecast."""
 PARTS = 4
-"""Vectors of a step: P, and Δθ in three parts. A request has their sum, and the nodes of the path, beside them."""
+"""Vectors of a step: P, and Δθ in three parts. A request also has their sum and the nodes of the path."""
 FORWARD = 1 / 3
-"""Work of an evaluation, over that of a gradient."""
+"""Work of an evaluation, relative to a gradient."""
 
 
 class Phase(NamedTuple):
     """A part of a run.
 
     Attributes:
-        name: what is done.
-        sequences: whose gradients are made or read.
+        name: the phase.
+        sequences: whose gradients are computed or read.
         tokens: of the longest.
         memory: bytes beside the model and the optimizer's moments: vectors of the step, gradients, activations.
-        disk: bytes that are written.
+        disk: bytes written.
         seconds: predicted time.
-        strategy: how.
+        strategy: the planner's.
     """
 
     name: str
@@ -78,14 +78,14 @@ class Phase(NamedTuple):
 
 
 class Forecast(NamedTuple):
-    """What a run will take.
+    """Predicted memory, disk and time of a run.
 
     Attributes:
         phases: in order.
         parameters: how many are differentiated.
         model: bytes of θ and the optimizer's moments.
         grant: `numerics.memory` in bytes; None where there is none.
-        assumed: what was not known, a sentence each.
+        assumed: assumptions, a sentence each.
     """
 
     phases: tuple[Phase, ...]
@@ -96,7 +96,7 @@ class Forecast(NamedTuple):
 
     @property
     def memory(self) -> int:
-        """Bytes at most, beside the interpreter and its libraries."""
+        """Peak bytes, without the interpreter and its libraries."""
         return self.model + max(phase.memory for phase in self.phases)
 
     @property
@@ -106,7 +106,7 @@ class Forecast(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """Of all phases, one after the other."""
+        """Sum over all phases."""
         return sum(phase.seconds for phase in self.phases)
 
 
@@ -116,14 +116,14 @@ def forecast(plan: FisherKernelPlan) -> Forecast:
     memory = θ + moments + step's vectors + max over phases,  seconds = Σ over phases
 
     Args:
-        plan: what would be run; nothing is drawn, differentiated or written for it.
+        plan: the plan; nothing is sampled, differentiated or written.
 
     Returns:
-        The forecast. Its weights are loaded, and this machine's rates are measured where they never were.
+        The forecast. The weights are loaded, and this machine's rates are measured if they are not cached.
 
     Raises:
         BatchError: `numerics.memory` is too small for a phase; the message says what would be enough.
-        PlanError: a batch is made by a function, and nobody knows it before.
+        PlanError: a batch is returned by a callback, so that its lengths are unknown.
     """
     loaded = plan.checkpoint.load_weights(getattr(torch, plan.numerics.dtype))
     lengths, assumed = lengths_of(plan, loaded)
@@ -131,7 +131,7 @@ def forecast(plan: FisherKernelPlan) -> Forecast:
 
 
 class _Machine(NamedTuple):
-    """What all phases share."""
+    """The inputs of all phases."""
 
     plan: FisherKernelPlan
     load: Workload
@@ -141,7 +141,7 @@ class _Machine(NamedTuple):
     where: Where
 
     def microbatch(self, tokens: list[int]) -> int:
-        """Sequences under way at once, where a grant does not lower it."""
+        """Sequences per pass, without a memory limit."""
         return usual_microbatch(self.plan.numerics.microbatch, _sequences([max(tokens)]))
 
 
@@ -155,26 +155,26 @@ def _forecast(
     every = sorted((t for counts in lengths.values() for t in counts), reverse=True)
     start = process_time()
     load = load_of(policy.params, SortedBatch("E", _sequences(every), policy.f))
-    counting = process_time() - start  # a run counts as well, once a batch, where a grant is to be kept
+    counting = process_time() - start  # with a memory limit, the run does this once per batch, too
     grant = None if plan.numerics.memory is None else parse_bytes(plan.numerics.memory)
     speed = rates(next(iter(policy.params.values())).dtype)
     machine = _Machine(
         plan, load, speed, grant, 0.0 if grant is None else counting, "disk" if plan.storage.persist else "memory"
     )
     counts = lengths.pop("U")
-    made, ready = _made(machine, counts)
-    phases = [made]
+    gradients, ready = _made(machine, counts)
+    phases = [gradients]
     if plan.self_kernel or plan.analyses.structure is not None:
         phases.append(_with_itself(machine, counts, ready))
-    spec = {str(request.name): request for request in plan.requests}
-    phases += [_request(machine, spec[name], E, counts, ready) for name, E in lengths.items()]
+    requests = {str(request.name): request for request in plan.requests}
+    phases += [_request(machine, requests[name], E, counts, ready) for name, E in lengths.items()]
     return Forecast(tuple(phases), load.size, 3 * load.row, grant, (*assumed, *_uncounted(plan)))
 
 
 def _uncounted(plan: FisherKernelPlan) -> list[str]:
-    """Say which analyses' own passes are not counted."""
-    spec = [request.analyses or plan.analyses for request in plan.requests]
-    passes = sorted({name for analyses in spec for name in BESIDE if getattr(analyses, name)})
+    """Which analyses' own passes are not counted."""
+    every = [request.analyses or plan.analyses for request in plan.requests]
+    passes = sorted({name for analyses in every for name in BESIDE if getattr(analyses, name)})
     return [f"the passes of {', '.join(passes)} are not counted"] if passes else []
 
 
@@ -186,7 +186,7 @@ def _of_walks(
     assumed: list[str],
     every: int,
 ) -> Forecast:
-    """Forecast a study whose U is walked again for every question."""
+    """Forecast a study whose U is recomputed for every request."""
     params, grant = policy.params, None if plan.numerics.memory is None else parse_bytes(plan.numerics.memory)
     speed, own = rates(next(iter(params.values())).dtype), walk_load(U, U, params)
     machine = _Machine(plan, own, speed, grant, 0.0, "disk" if plan.storage.persist else "memory")
@@ -195,7 +195,7 @@ def _of_walks(
         return cost(walk_load(E, U, params), speed, choose_walk(E, U, params, grant, 1, reserved))
 
     def alone(side: SortedBatch) -> Option:
-        """One side, a sequence at a time: half of what it takes beside itself."""
+        """One side, a sequence at a time: half the time of the side with itself."""
         first, walk = SortedBatch(side.name, _sequences(side.tokens[:1]), policy.f), ALONE._replace(every=every)
         one = cost(walk_load(first, first, params), speed, walk)
         whole = cost(walk_load(side, side, params), speed, walk._replace(tile=None))
@@ -212,43 +212,43 @@ def _of_walks(
         permuted = analyses.uncertainty is not None and plan.preconditioner.form == "post-step"
         reserved, single = own.row * (bool(analyses.ledger) + permuted), alone(E)
         if not capture.influence_only or analyses.of_rows:
-            found = meeting(E, reserved)
+            option = meeting(E, reserved)
         else:
-            found = single._replace(seconds=single.seconds + alone(U).seconds)
-        seconds = found.seconds + (nodes - 1 + 2 * FORWARD * capture.realised) * single.seconds
-        found = found._replace(memory=found.memory + reserved, seconds=seconds)
-        phases.append(_phase(machine, f"request {request.name}", E.tokens, found, PARTS + 1 + nodes))
+            option = single._replace(seconds=single.seconds + alone(U).seconds)
+        seconds = option.seconds + (nodes - 1 + 2 * FORWARD * capture.realised) * single.seconds
+        option = option._replace(memory=option.memory + reserved, seconds=seconds)
+        phases.append(_phase(machine, f"request {request.name}", E.tokens, option, PARTS + 1 + nodes))
     return Forecast(tuple(phases), own.size, 3 * own.row, grant, (*assumed, *_uncounted(plan)))
 
 
 def _made(machine: _Machine, U: list[int]) -> tuple[Phase, Ready]:
-    """U's gradients, once; and where they are from then on."""
+    """The phase of U's gradients, and where they are stored."""
     load, m, where = machine.load.of(U, U, {}), machine.microbatch(U), machine.where
     whole = sum(map(load.kept, load.tokens["E"]))
     if machine.grant is not None:
-        found = choose_making(load, machine.grant, machine.speed, m, where)
-        found = found._replace(seconds=found.seconds + machine.counting)
-    else:  # what is computed is held as well as written, as long as there is room
+        option = choose_making(load, machine.grant, machine.speed, m, where)
+        option = option._replace(seconds=option.seconds + machine.counting)
+    else:  # gradients stay in memory as well as on disk, up to HELD / 2 bytes
         remembered = min(HELD // 2, whole) if where == "disk" else 0
-        found = making(load, machine.speed, m, where, promised=False)
-        found = found._replace(memory=found.memory + remembered)
+        option = making(load, machine.speed, m, where, promised=False)
+        option = option._replace(memory=option.memory + remembered)
         where = "memory" if remembered == whole else where
-    at_once = max(1, (found.strategy.tokens or 1) // max(U))
-    # A sum of the gradients, and one microbatch's share of it.
-    return _phase(machine, "gradients of U", U, found, 2), Ready(where, whole / sum(U), min(at_once, len(U)))
+    at_once = max(1, (option.strategy.tokens or 1) // max(U))
+    # Two vectors: the weighted sum, and one microbatch's part of it.
+    return _phase(machine, "gradients of U", U, option, 2), Ready(where, whole / sum(U), min(at_once, len(U)))
 
 
 def _with_itself(machine: _Machine, U: list[int], ready: Ready) -> Phase:
     load, how = machine.load.of(U, U, dict.fromkeys("EU", ready)), ungranted(U, ready, machine.microbatch(U))
     if machine.grant is None:
-        found = cost(load, machine.speed, how._replace(block=how.tile))
+        option = cost(load, machine.speed, how._replace(block=how.tile))
     else:
-        found = choose_tile(load, machine.grant, machine.speed)
-    return _phase(machine, "U with itself", U, found, PARTS)
+        option = choose_tile(load, machine.grant, machine.speed)
+    return _phase(machine, "U with itself", U, option, PARTS)
 
 
 def _request(machine: _Machine, request: Any, E: list[int], U: list[int], ready: Ready) -> Phase:
-    """A request's walk, and the evaluations of E beside it."""
+    """A request's pass over E and U, and the evaluations of E."""
     plan, speed = machine.plan, machine.speed
     capture, analyses = request.capture or plan.capture, request.analyses or plan.analyses
     load, m = machine.load.of(E, U, {"U": ready}), machine.microbatch(E)
@@ -256,24 +256,24 @@ def _request(machine: _Machine, request: Any, E: list[int], U: list[int], ready:
     permuted = analyses.uncertainty is not None and plan.preconditioner.form == "post-step"
     reserved = load.row * (bool(analyses.ledger) + permuted)
     if machine.grant is None:
-        found = cost(load, speed, ungranted(load.tokens["E"], ready, m))
+        option = cost(load, speed, ungranted(load.tokens["E"], ready, m))
     else:
-        found = choose_meeting(load, machine.grant, speed, m, reserved)
-    gradients = load.producing("E", found.strategy.tokens, speed)
-    seconds = found.seconds + machine.counting + (len(NODES[plan.step.path]) - 1) * gradients
+        option = choose_meeting(load, machine.grant, speed, m, reserved)
+    gradients = load.producing("E", option.strategy.tokens, speed)
+    seconds = option.seconds + machine.counting + (len(NODES[plan.step.path]) - 1) * gradients
     if capture.realised:
         seconds += 2 * FORWARD * gradients
-    if permuted:  # another kernel; and, of the first request, three sums over U's gradients
+    if permuted:  # a second kernel
         seconds += 2.0 * len(E) * len(U) * load.size / speed.flops
     if not needs_K:
         seconds = gradients + load.multiplying("E", speed) + load.producing("U", None, speed)
-    found = found._replace(memory=found.memory + reserved, seconds=seconds)
-    return _phase(machine, f"request {request.name}", E, found, PARTS + 1 + len(NODES[plan.step.path]))
+    option = option._replace(memory=option.memory + reserved, seconds=seconds)
+    return _phase(machine, f"request {request.name}", E, option, PARTS + 1 + len(NODES[plan.step.path]))
 
 
-def _phase(machine: _Machine, name: str, counts: list[int], found: Option, vectors: int) -> Phase:
-    memory = found.memory + vectors * machine.load.row
-    return Phase(name, len(counts), max(counts), memory, found.disk, found.seconds, found.strategy)
+def _phase(machine: _Machine, name: str, counts: list[int], option: Option, vectors: int) -> Phase:
+    memory = option.memory + vectors * machine.load.row
+    return Phase(name, len(counts), max(counts), memory, option.disk, option.seconds, option.strategy)
 
 
 def _sequences(counts: list[int]) -> func.Sequences:

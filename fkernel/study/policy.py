@@ -1,4 +1,4 @@
-"""A plan's checkpoint as the engine takes it, and what of both decides what a workspace holds."""
+"""A plan's checkpoint as the engine's inputs, and the spec of its workspace."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from fkernel.study.sources import code_of, describing_files, dotted_names, promp
 
 
 def policy_of(plan: FisherKernelPlan, loaded: Checkpoint, temperature: float) -> Policy:
-    """Make S, θ and the optimizer's state, of the selected parameters.
+    """S, θ and the optimizer's state of the selected parameters.
 
     Raises:
-        PlanError: a pattern names no parameter, or one that the optimizer did not train.
+        PlanError: a pattern matches no parameter, or one that the optimizer did not train.
     """
     apply, params = func.make_functional(loaded.model, chosen_parameters(plan, loaded.model))
     state = loaded.optimizer
@@ -38,7 +38,7 @@ def policy_of(plan: FisherKernelPlan, loaded: Checkpoint, temperature: float) ->
             raise PlanError(f"parameters: the optimizer did not train {listing(missing)}; leave them out.")
     if state is not None:
         state = restricted(state, params)
-    # What a step does to E is told by the derivative; what U gave the optimizer is what training took for one.
+    # E's change follows the true derivative; U's gradients are those that training computed.
     true, trained = replace(apply, padding_idx=None), func.with_masked_padding_grad(apply)
     S, columns = (func.sequence_logprob(each, temperature) for each in (true, trained))
     rest, row = cache(partial(unselected_of, plan, loaded.model, params)), apply.padding_idx
@@ -46,24 +46,24 @@ def policy_of(plan: FisherKernelPlan, loaded: Checkpoint, temperature: float) ->
 
 
 def after_of(plan: FisherKernelPlan, params: Tree) -> Tree | None:
-    """Load the selected parameters after the step, where it was really taken.
+    """Load the selected parameters of `step.after`; None without one.
 
     Raises:
-        PlanError: it is another model's.
+        PlanError: it is of another model.
     """
     return None if plan.step.after is None else _later(plan, params)
 
 
 def unselected_of(plan: FisherKernelPlan, model: Any, params: Tree) -> Unselected:
-    """Find the parameters that the plan does not select and that the step moved, where it was really taken.
+    """The unselected parameters that differ between the checkpoint and `step.after`.
 
     Args:
         plan: the plan.
         model: its checkpoint's.
-        params: those that are selected.
+        params: the selected parameters.
 
     Raises:
-        PlanError: step.after is another model's.
+        PlanError: step.after is of another model.
     """
     rest = {name: leaf.detach() for name, leaf in model.named_parameters() if name not in params}
     if plan.step.after is None or plan.parameters is None or not rest:
@@ -74,17 +74,17 @@ def unselected_of(plan: FisherKernelPlan, model: Any, params: Tree) -> Unselecte
 
 
 def _later(plan: FisherKernelPlan, params: Tree) -> Tree:
-    """Load some parameters after the step."""
+    """Load some parameters of `step.after`."""
     assert plan.step.after is not None
     _, later = plan.step.after.load_policy(params, "step.after")
     return {name: later[name] for name in params}
 
 
 def chosen_parameters(plan: FisherKernelPlan, model: Any) -> list[str] | None:
-    """Find the parameters that a plan's patterns name; None for all that were trained.
+    """The trained parameters that match a plan's patterns; None for all.
 
     Raises:
-        PlanError: a pattern names none.
+        PlanError: a pattern matches none.
     """
     if plan.parameters is None:
         return None
@@ -98,7 +98,7 @@ def chosen_parameters(plan: FisherKernelPlan, model: Any) -> list[str] | None:
 
 
 def spec_of(plan: FisherKernelPlan, loaded: Checkpoint, made: GeneratedBatch | None) -> dict[str, Any]:
-    """List everything that decides what a workspace holds, JSON.
+    """Everything that determines the contents of a workspace, JSON.
 
     Args:
         plan: the plan.
@@ -106,10 +106,10 @@ def spec_of(plan: FisherKernelPlan, loaded: Checkpoint, made: GeneratedBatch | N
         made: U, where it is given rather than drawn.
 
     Raises:
-        PlanError: U is of another policy than the loss says.
+        PlanError: U was sampled by another policy than `step.loss.old`.
     """
     loss = plan.step.loss
-    scores = loss is not None and loss.foreign  # a ratio's denominator may be what U's records say
+    scores = loss is not None and loss.foreign  # a ratio's denominator may be of U's records
     names = chosen_parameters(plan, loaded.model)
     names = names or [name for name, leaf in loaded.model.named_parameters() if leaf.requires_grad]
     return {
@@ -127,26 +127,26 @@ def spec_of(plan: FisherKernelPlan, loaded: Checkpoint, made: GeneratedBatch | N
 
 
 def temperature_of(plan: FisherKernelPlan, made: GeneratedBatch | None) -> float:
-    """Return the temperature of S: the plan's, or the one that U is sampled at."""
+    """The temperature of S: the plan's, by default the one that U is sampled at."""
     sampling = plan.sampling.temperature if made is None or made.sampling is None else made.sampling.temperature
     return plan.numerics.temperature or sampling
 
 
 def files_of(plan: FisherKernelPlan) -> dict[str, dict[str, str]]:
-    """Hash what describes the models that U is computed with, beside their parameters: {place in the plan: files}."""
+    """Hashes of the describing files of the plan's checkpoint and of its loss's: {key in the plan: files}."""
     loss = plan.step.loss
     others = {} if loss is None else {f"step.loss.{place}": one for place, one in loss.checkpoints.items()}
     return {place: describing_files(one) for place, one in {"checkpoint": plan.checkpoint, **others}.items()}
 
 
 def identity_of_checkpoint(one: CheckpointPlan, dtype: str) -> dict[str, Any]:
-    """Name the content of a checkpoint: its parameters, in some dtype, and the files that describe its model."""
+    """A checkpoint's content: the fingerprint of its parameters in some dtype, and its describing files."""
     loaded = one.load_weights(getattr(torch, dtype))
     return {"fingerprint": loaded.provenance.fingerprint, "files": describing_files(one)}
 
 
 def _drawn(plan: FisherKernelPlan) -> dict[str, Any]:
-    """What decides which U is drawn: the draw, the sampling, the template, the prompts, what files hold, what runs."""
+    """What determines a sampled U: its configuration, the contents of files, the code of functions, the seed."""
     record = plan.model_dump(mode="json", include={"update", "sampling", "template", "prompts"})
     record["files"] = prompts_files(plan.prompts)
     record["code"] = code_of(dotted_names(record["update"]))
@@ -157,6 +157,6 @@ def _drawn(plan: FisherKernelPlan) -> dict[str, Any]:
 
 
 def _fingerprint(state: AdamWState) -> str:
-    """Name an optimizer's state, numbers and moments."""
+    """Hash an optimizer's state: hyperparameters, step and moments."""
     numbers = {field: getattr(state, field) for field in ("step", "lr", "beta1", "beta2", "eps", "weight_decay")}
     return hash_json([numbers, fingerprint(state.exp_avg), fingerprint(state.exp_avg_sq)])

@@ -1,4 +1,4 @@
-"""From a plan to a workspace: U, its gradients, P; made, gone on with, or opened."""
+"""Create, resume or open the workspace of a plan: U, its gradients, P."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from fkernel.engine import (
     walking_alone,
 )
 from fkernel.engine.planning import HELD, usual_microbatch
+from fkernel.errors import RolloutError
 from fkernel.func import Sequences, unused_parameters
 from fkernel.precond import AdamWStep
 from fkernel.rollout import GeneratedBatch, SampleGenerator, check_temperature
@@ -30,15 +31,16 @@ from fkernel.study.config.plan import FisherKernelPlan
 from fkernel.study.directory import WorkspaceDirectory
 from fkernel.study.draws import UpdateDraw, check_rewards
 from fkernel.study.loss_terms import LossTerms
-from fkernel.study.losses import terms_of, weighed
+from fkernel.study.losses import terms_of
 from fkernel.study.optimizer_step import response
 from fkernel.study.policy import policy_of, spec_of, temperature_of
+from fkernel.study.preferences import weighed
 from fkernel.study.rows import MemoryBudget, Policy, grant_of
 from fkernel.study.workspace import KernelWorkspace, beside, named_errors, tokens_of
 
 
 class WorkspaceAndStep(NamedTuple):
-    """What a plan's requests are asked of.
+    """The inputs of every request.
 
     Attributes:
         workspace: U.
@@ -58,18 +60,18 @@ def prepared(
     on_progress: Callable[[int, int], Any] = lambda n, total: None,
     generator: Callable[[], SampleGenerator] | None = None,
 ) -> WorkspaceAndStep:
-    """Make U's workspace, go on with one that was cut off, or open one that is complete.
+    """Create U's workspace, resume an interrupted one, or open a complete one.
 
     Args:
-        plan: what is to be in it.
+        plan: the plan.
         checkpoint: the plan's, loaded.
-        make: makes U: draws it, reads it, or takes what was handed in.
-        on_progress: called with (sequences whose gradients are done now, all of them).
-        generator: makes the sample generator, with which a U that an earlier run drew is rewarded again where the
-            function has no file that could tell whether it was edited.
+        make: returns U: drawn, read from a file, or passed in.
+        on_progress: called with (sequences done since the last call, total).
+        generator: makes the sample generator; a stored U is rewarded again, and compared, where the reward function's
+            source has no file to hash.
 
     Raises:
-        FKernelError: the batch, its rewards or the place where gradients are kept is at fault.
+        FKernelError: the batch, its rewards or the workspace's directory is invalid.
     """
     given = None if plan.update.kind == "update" else make()
     if given is not None:
@@ -84,31 +86,40 @@ def prepared(
 
     def check(batch: GeneratedBatch) -> None:
         if isinstance(plan.update, UpdateDraw) and generator is not None and None in spec["update"]["code"].values():
-            weighed = plan.step.loss is not None and plan.step.loss.kind == "preference"
-            check_rewards(plan.update, generator(), batch, weighed)
+            preference = plan.step.loss is not None and plan.step.loss.kind == "preference"
+            check_rewards(plan.update, generator(), batch, preference)
 
     if not plan.storage.persist:
         return _made(plan, checkpoint, policy, ready(), spec, None, on_progress)
     directory = WorkspaceDirectory(plan.workspace_path, spec)
     with ExitStack() as stack:
         stack.callback(directory.opened.close)
-        found = _made(plan, checkpoint, policy, directory.batch(ready, check), spec, directory, on_progress)
+        opened = _made(plan, checkpoint, policy, directory.batch(ready, check), spec, directory, on_progress)
         stack.pop_all()
-    return found
+    return opened
 
 
-def _weights(batch: GeneratedBatch, policy: Policy) -> Tensor:
-    return batch.weighted_advantages.to(next(iter(policy.params.values())))
+def _weights(batch: GeneratedBatch, policy: Policy, loss: LossTerms | None) -> Tensor:
+    """[n_U] a, what columns are weighed with in the ascent direction, before clipping."""
+    like = next(iter(policy.params.values()))
+    return like.new_ones(len(batch)) if loss is not None and loss.whole else batch.weighted_advantages.to(like)
 
 
 def _check_weights(plan: FisherKernelPlan, batch: GeneratedBatch) -> None:
-    """Say now what lacks a weight or an advantage, and not after an hour."""
-    if plan.step.loss is None or plan.step.loss.kind != "preference":
+    """Raise early where a record lacks what the loss is made of."""
+    kind = None if plan.step.loss is None else plan.step.loss.kind
+    if kind == "token_weights":
+        if not {*batch.token_weights, *batch.entropy_weights}:
+            raise RolloutError(
+                "step.loss is {kind: token_weights}, and U's records have none; give the batch its ω with "
+                "batch.with_token_weights({part: [n t]}), or name the loss."
+            )
+    elif kind != "preference":
         batch.weighted_advantages  # noqa: B018 - raises
 
 
 def _ready(plan: FisherKernelPlan, policy: Policy, batch: GeneratedBatch) -> GeneratedBatch:
-    """Set the weights that the loss sets."""
+    """Check U and set a preference loss's advantages and weights."""
     _check_weights(plan, batch)
     tokens = tokens_of(batch, policy.params)
     with named_errors(batch):
@@ -124,12 +135,12 @@ def _made(
     directory: WorkspaceDirectory | None,
     on_progress: Callable[[int, int], Any],
 ) -> WorkspaceAndStep:
-    """Compute what is missing of U's gradients and their sum, then P from it."""
+    """Compute the missing gradients of U and their weighted sum, then P and the step."""
     if batch.sampling is not None:
         check_temperature(batch.sampling.temperature, spec["temperature"])
     tokens = tokens_of(batch, policy.params)
 
-    def told(n: int) -> None:
+    def report_progress(n: int) -> None:
         on_progress(n, len(batch))
 
     with named_errors(batch), reuse_memory():
@@ -139,30 +150,30 @@ def _made(
         loss = _terms(plan, checkpoint, policy, batch, tokens, grant.microbatch, directory)
         f, U = policy.columns_for(tokens, loss)
         side = SortedBatch("U", U, f)
-        how, w = walking_alone(f, policy.params, side, plan.numerics.memory), _weights(batch, policy)
+        how, w = walking_alone(f, policy.params, side, plan.numerics.memory), _weights(batch, policy, loss)
         done = directory is not None and directory.complete is not None
         if how is None:
-            gradients, total = _kept(side, policy, w, grant, directory, told)
+            gradients, total = _kept(side, policy, w, grant, directory, report_progress)
         else:
             gradients = WalkedGradients(side, policy.params, how, 0 if done else len(side))
-            total = partial(gradient_sum, side, policy.params, w, how, on_progress=told)
+            total = partial(gradient_sum, side, policy.params, w, how, on_progress=report_progress)
 
         if directory is not None and done:
             ascent = beside(directory.ascent(), policy.params)
         else:
             ascent = total()
-            if loss is not None and loss.penalty is not None:
-                ascent = tree.add(ascent, loss.penalty)
+            for part in () if loss is None else loss.beside_columns.values():
+                ascent = tree.add(ascent, part)
         unused = unused_parameters(f, policy.params, U)
-    found = response(plan.preconditioner, plan.step, policy.params, policy.state, ascent, unused)
+    effect = response(plan.preconditioner, plan.step, policy.params, policy.state, ascent, unused)
     if directory is not None and not done:
-        directory.seal(found.P, found.clip, found.grad_norm, ascent, loss, gradients.walked)
-    kept = (lambda: ascent, spec, None, None)
+        directory.seal(effect.P, effect.clip, effect.grad_norm, ascent, loss, gradients.walked)
+    stored = (lambda: ascent, spec, None, None)
     if directory is not None:
-        kept = (directory.ascent, spec, directory.path, directory.opened)
-    workspace = KernelWorkspace(batch, gradients, found.P, found.clip, found.grad_norm, *kept, loss)
-    policy = policy._replace(unused=unused)
-    return WorkspaceAndStep(workspace, found.step if plan.preconditioner.calibrated else None, policy)
+        stored = (directory.ascent, spec, directory.path, directory.opened)
+    workspace = KernelWorkspace(batch, gradients, effect.P, effect.clip, effect.grad_norm, *stored, loss)
+    step = effect.step if plan.preconditioner.calibrated else None
+    return WorkspaceAndStep(workspace, step, policy._replace(unused=unused))
 
 
 def _kept(
@@ -171,25 +182,26 @@ def _kept(
     w: Tensor,
     grant: MemoryBudget,
     directory: WorkspaceDirectory | None,
-    told: Callable[[int], Any],
+    report_progress: Callable[[int], Any],
 ) -> tuple[Gradients, Callable[[], Tree]]:
-    """Compute what is missing of U's gradients, to be held or read from now on; and say how they are added up."""
+    """Compute the missing gradients of U; returns them, and a function that returns their sum weighted by w."""
     cuts = (directory and directory.cuts()) or cuts_of(side, grant.microbatch * max(side.tokens))
-    # What was computed is held as well as written, where no grant forbids it: it is read again for every request.
+    # Without a memory limit, up to HELD / 2 bytes stay in memory as well: every request reads them again.
     held = 0 if directory is None or grant.memory is not None else HELD // 2
-    made = Summing(computed(side, ((1.0, policy.params),), cuts), w, held)
+    summing = Summing(computed(side, ((1.0, policy.params),), cuts), w, held)
     if directory is None:
-        gradients = made.gradients.in_memory(told)
+        gradients = summing.gradients.in_memory(report_progress)
     else:
         device = next(iter(policy.params.values())).device
-        gradients = directory.gradients(side, cuts, made.gradients.read, told, device).remembering(made.held, held)
-    return gradients, lambda: made.whole(gradients)
+        stored = directory.gradients(side, cuts, summing.gradients.read, report_progress, device)
+        gradients = stored.remembering(summing.held, held)
+    return gradients, lambda: summing.whole(gradients)
 
 
 def adopted(plan: FisherKernelPlan, workspace: KernelWorkspace, policy: Policy) -> AdamWStep | None:
-    """Make Δθ of a workspace that was opened by itself; None where there is none. Long sequences get a model to walk.
+    """Compute Δθ for a workspace opened without its plan; None without optimizer state, or where P is not calibrated.
 
-    Δθ is made of the ascent that the workspace keeps, and no gradient is read.
+    Δθ comes from the stored ascent direction; no gradient is read. Unstored gradients of long sequences get the model.
     """
     f, U = policy.columns_for(tokens_of(workspace.batch, policy.params), workspace.loss)
     side = SortedBatch("U", U, f)
@@ -211,9 +223,8 @@ def _terms(
     microbatch: int,
     directory: WorkspaceDirectory | None,
 ) -> LossTerms | None:
-    """Read what the loss made of U, where the workspace is complete; else compute it."""
+    """Read the loss terms of a complete workspace; else compute them."""
     if directory is not None and directory.complete is not None:
         kept = directory.loss()
         return None if kept is None else kept.beside(policy.params)
-    fingerprint = checkpoint.provenance.fingerprint
-    return terms_of(plan.step.loss, batch, policy, tokens, microbatch, fingerprint)
+    return terms_of(plan.step.loss, batch, policy, tokens, microbatch, checkpoint.provenance.fingerprint)

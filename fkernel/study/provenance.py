@@ -15,7 +15,7 @@ PACKAGES = ("fkernel", "torch", "transformers", "tokenizers", "numpy", "safetens
 
 
 def environment() -> dict[str, Any]:
-    """Tell what a reader would need to compute a result again."""
+    """What is needed to reproduce a result."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -36,7 +36,7 @@ def _version(name: str) -> str | None:
 
 
 def revision(directory: Path | None = None) -> str | None:
-    """Tell the git revision of a directory, with "+" where files differ from it; None where there is none."""
+    """The git revision of a directory, with "+" for uncommitted changes; None outside a repository."""
     where = Path(__file__).parent if directory is None else directory
     try:
         head = _git(where, "rev-parse", "HEAD")

@@ -1,4 +1,4 @@
-"""What a workspace answers by itself, without the model: no gradient is computed here."""
+"""Questions that a workspace's stored gradients answer without the model."""
 
 from __future__ import annotations
 
@@ -20,42 +20,42 @@ from fkernel.study.workspace import KernelWorkspace, selected
 def self_kernel_of(
     workspace: KernelWorkspace, ids: Sequence[str] | None = None, full: bool = False, how: Strategy | None = None
 ) -> SelfKernel:
-    """Compute K_UU, or the part of some sequences, with its spectrum.
+    """Compute K_UU, or a principal submatrix, and its spectrum.
 
     Args:
         workspace: U.
         ids: patterns on ids; None for all.
-        full: whether the matrix is kept.
-        how: U meets itself; None for all of it at once.
+        full: whether the result has the matrix.
+        how: the tiles of K_UU; None for one.
 
     Raises:
         RolloutError: a pattern names no sequence.
     """
     ids = workspace.batch.ids if ids is None else selected(workspace.batch.ids, ids, "U")
-    at = torch.tensor([workspace.index[name] for name in ids])
+    rows = torch.tensor([workspace.index[name] for name in ids])
     with reuse_memory():
-        K = workspace.self_kernel(how)[at][:, at]
+        K = workspace.self_kernel(how)[rows][:, rows]
         norms = workspace.norms
-    prompts = [workspace.batch.records[i].provenance.global_prompt_id for i in at.tolist()]
+    prompts = [workspace.batch.records[i].provenance.global_prompt_id for i in rows.tolist()]
     same = torch.tensor([[a == b for b in prompts] for a in prompts])
     others = ~torch.eye(len(ids), dtype=torch.bool)
-    cosine, tally = cosines(K, norms.weighted[at], norms.weighted[at]), BlockTally()
+    cosine, tally = cosines(K, norms.weighted[rows], norms.weighted[rows]), BlockTally()
     tally.add(K[others], cosine[others], same[others])
-    found = spectrum(K)
+    eigenvalues, effective_rank, participation = spectrum(K)
     return SelfKernel(
         tuple(ids),
-        found.eigenvalues.numpy(),
-        found.effective_rank,
-        found.participation,
-        norms.plain[at].numpy(),
-        norms.weighted[at].numpy(),
+        eigenvalues.numpy(),
+        effective_rank,
+        participation,
+        norms.plain[rows].numpy(),
+        norms.weighted[rows].numpy(),
         *tally.blocks,
         kernel=K.numpy() if full else None,
     )
 
 
 def entry_of(workspace: KernelWorkspace, one: GradientCache, other: GradientCache) -> Entry:
-    """Make the kernel's entry of two gradients; a contribution too, where the second one is U's."""
+    """The kernel's entry of two gradients; with a contribution where the second is of U."""
     K = workspace.kernel_between(one, other)
     scale = one.preconditioned_norm * other.preconditioned_norm
     weight = workspace.weights[workspace.index[other.sequence_id]] if other.sequence_id in workspace.index else None
@@ -66,11 +66,11 @@ def entry_of(workspace: KernelWorkspace, one: GradientCache, other: GradientCach
 def influence_of(
     workspace: KernelWorkspace, ids: tuple[str, ...] | None = None, advantages: Any = None
 ) -> dict[str, float]:
-    """Compute Σ_j C(t, j) for sequences t of U, as {id: nats}, from gradients that the workspace holds.
+    """Compute Σ_j C(t, j) for sequences t of U, as {id: nats}, from stored gradients.
 
     Raises:
-        RolloutError: an id or a rule is not known.
-        PlanError: the gradients that it holds are not ∇S, or advantages change their signs; see `KernelWorkspace`.
+        RolloutError: an unknown id or rule.
+        PlanError: the stored gradients are not ∇S, or advantages change their signs; see `KernelWorkspace`.
     """
     if workspace.loss is not None and workspace.loss.ratio is not None:
         raise PlanError(

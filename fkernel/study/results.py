@@ -1,4 +1,4 @@
-"""A study's results as a directory: complete or absent, readable without this library.
+"""A study's results and their directory, which is readable without this library.
 
 <directory>/
   results.json       every request: sequences, effects, top contributors, diagnostics; schema-versioned, written last
@@ -21,6 +21,7 @@ import numpy as np
 from fkernel.errors import ResultsError
 from fkernel.io import atomic_file, checksum
 from fkernel.rollout import GeneratedBatch
+from fkernel.study.loss_terms import PART
 from fkernel.study.outcome import (
     EFFECTS,
     AnalysisResult,
@@ -33,11 +34,11 @@ from fkernel.study.outcome import (
 )
 from fkernel.study.tables import to_frame, to_xarray
 
-SCHEMA = 3
+SCHEMA = 4
 BATCHES = "batches"
-"""Folder beside the results, of every request's batch."""
+"""Folder beside the results with every request's batch."""
 OWN = "update_batch"
-"""Whose arrays of U against itself are; no request has this name."""
+"""Prefix of K_UU's arrays; no request may have this name."""
 FILES = ("kernel.npz", "plan.json", "environment.json", "results.json")
 _ARRAYS = ("batch", *EFFECTS, "squared_norms", "diagonal", "top", "top_contributions", "kernel", "contributions")
 _OWN = ("eigenvalues", "squared_norms", "diagonal", "kernel")
@@ -45,14 +46,14 @@ _OWN = ("eigenvalues", "squared_norms", "diagonal", "kernel")
 
 @dataclass(frozen=True, eq=False)
 class FisherKernelResults:
-    """What a plan found.
+    """The results of a plan.
 
     Attributes:
-        plan: what ran, every default filled in.
-        environment: where.
+        plan: as run, every default filled in.
+        environment: versions, machine, certificates.
         update: U, n_U sequences.
-        step: what is known of the step: c, ‖∇L‖, and so on.
-        self_kernel: U against itself; None unless it was asked for.
+        step: facts of the step: c, ‖∇L‖, and so on.
+        self_kernel: K_UU; None unless the plan asks for it.
         requests: {name: result}, in the plan's order.
         analyses: {name: AnalysisResult} of U itself: "health", "structure".
     """
@@ -66,7 +67,7 @@ class FisherKernelResults:
     analyses: dict[str, AnalysisResult] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> RequestResult:
-        """Give the result of one request.
+        """The result of one request.
 
         Raises:
             ResultsError: there is none of that name.
@@ -76,7 +77,7 @@ class FisherKernelResults:
         return self.requests[name]
 
     def analysis(self, name: str) -> AnalysisResult:
-        """Give what an analysis of U found, "health" or "structure".
+        """The result of an analysis of U, "health" or "structure".
 
         Raises:
             ResultsError: it was not asked for.
@@ -85,28 +86,28 @@ class FisherKernelResults:
 
     @property
     def units(self) -> str:
-        """What contributions are in: "nats", or "bare" where P was not calibrated."""
+        """Unit of contributions: "nats", or "bare" where P is not calibrated."""
         return "nats" if self.plan["preconditioner"]["calibrated"] else "bare"
 
     @property
     def contributions(self) -> Any:
-        """The contributions of all requests that kept them, an `xarray.DataArray` over (eval, update).
+        """The contributions of all requests that captured them, an `xarray.DataArray` over (eval, update).
 
         `results.contributions.sel(eval="E-003-00")` is what U did to one sequence.
 
         Raises:
-            ResultsError: none was kept, or xarray is not installed.
+            ResultsError: none was captured, or xarray is not installed.
         """
-        found = self.to_xarray()
-        if "contributions" not in found:
+        dataset = self.to_xarray()
+        if "contributions" not in dataset:
             raise ResultsError("No request kept its contributions; ask for capture: {kernel: true} in the plan.")
-        return found["contributions"]
+        return dataset["contributions"]
 
     def to_xarray(self, request: str | None = None) -> Any:
-        """Make an `xarray.Dataset` with dimensions eval and update, ids as coordinates.
+        """An `xarray.Dataset` with dimensions eval and update, ids as coordinates.
 
         Args:
-            request: one request's name; None for all, one behind the other, told apart by the coordinate `request`.
+            request: one request's name; None concatenates all, with the coordinate `request`.
 
         Raises:
             ResultsError: xarray is not installed, or there is no such request.
@@ -124,7 +125,7 @@ class FisherKernelResults:
         return Path(path)
 
     def to_frame(self, request: str | None = None) -> Any:
-        """Make a pandas table, one row a sequence of E: texts, effects, the largest contributor.
+        """A pandas table, one row per sequence of E: texts, effects, the largest contributor.
 
         Raises:
             ResultsError: pandas is not installed, or there is no such request.
@@ -135,14 +136,14 @@ class FisherKernelResults:
         return [*self.requests.values()] if request is None else [self[request]]
 
     def save_results(self, directory: str | Path) -> Path:
-        """Write the four files; each appears whole or not at all, results.json last.
+        """Write the four files atomically, results.json last.
 
         Returns:
             The directory.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "results.json").unlink(missing_ok=True)  # its absence says that the others are being changed
+        (directory / "results.json").unlink(missing_ok=True)  # missing while the others are being replaced
         with atomic_file(directory / "kernel.npz") as temporary, temporary.open("wb") as file:
             np.savez(file, allow_pickle=False, **self._arrays())
         for name, content in (("plan.json", self.plan), ("environment.json", self.environment)):
@@ -155,7 +156,7 @@ class FisherKernelResults:
         """Read what `save_results` wrote.
 
         Raises:
-            ResultsError: a file is missing or unreadable, or the schema is another than this version's.
+            ResultsError: a file is missing, unreadable, or of another schema than this version's.
         """
         place = Path(directory)
         try:
@@ -171,8 +172,8 @@ class FisherKernelResults:
             ) from error
         if data.get("schema") != SCHEMA:
             raise ResultsError(f"{place} was written with schema {data.get('schema')}; this fkernel reads {SCHEMA}.")
-        found = _checksums(place)
-        if wrong := [name for name, known in data.get("sha256", {}).items() if found[name] != known]:
+        actual = _checksums(place)
+        if wrong := [name for name, sha256 in data.get("sha256", {}).items() if actual[name] != sha256]:
             raise ResultsError(
                 f"{place / wrong[0]} is not the file that was written with {place / 'results.json'}; put that one "
                 f"back, or run the plan again."
@@ -183,40 +184,41 @@ class FisherKernelResults:
             raise ResultsError(f"{place} is damaged: {type(error).__name__} {error}.") from error
 
     def _arrays(self) -> dict[str, np.ndarray]:
-        found = {"update_ids": _ids(self.update)}
+        arrays = {"update_ids": _ids(self.update)}
         own = self.self_kernel
         if own is not None:
-            found[f"{OWN}/ids"] = np.array(own.ids, dtype=np.str_)
-            found |= {f"{OWN}/{name}": v for name in _OWN if (v := getattr(own, name)) is not None}
-        found |= _analysed(OWN, self.analyses)
+            arrays[f"{OWN}/ids"] = np.array(own.ids, dtype=np.str_)
+            arrays |= {f"{OWN}/{name}": v for name in _OWN if (v := getattr(own, name)) is not None}
+        arrays |= _analysed(OWN, self.analyses)
         for name, result in self.requests.items():
-            found[f"{name}/evaluation_ids"] = _ids(result.evaluation)
-            found |= {f"{name}/{key}": v for key in _ARRAYS if (v := getattr(result, key)) is not None}
-            found |= _analysed(name, result.analyses)
+            arrays[f"{name}/evaluation_ids"] = _ids(result.evaluation)
+            arrays |= {f"{name}/{key}": v for key in _ARRAYS if (v := getattr(result, key)) is not None}
+            arrays |= {f"{name}/{PART}{part}": v for part, v in result.parts.items()}
+            arrays |= _analysed(name, result.analyses)
             if result.update_diagonal is not None:
-                found["update_diagonal"] = result.update_diagonal
-        return found
+                arrays["update_diagonal"] = result.update_diagonal
+        return arrays
 
     def _record(self) -> dict[str, Any]:
         own = self.self_kernel
-        kept = ("effective_rank", "participation", "same_prompt", "cross_prompt", "norm_ratio")
+        scalars = ("effective_rank", "participation", "same_prompt", "cross_prompt", "norm_ratio")
         return {
             "schema": SCHEMA,
             "units": f"{self.units}; positive raises the log-probability of the row's sequence",
             "step": self.step,
             "update": [asdict(info) for info in self.update],
-            "self_kernel": None if own is None else {name: getattr(own, name) for name in kept},
+            "self_kernel": None if own is None else {name: getattr(own, name) for name in scalars},
             "analyses": {name: result.facts for name, result in self.analyses.items()},
             "requests": {name: _request(result) for name, result in self.requests.items()},
         }
 
 
 def check_saved_batch(place: str | Path, batch: GeneratedBatch) -> None:
-    """Refuse a batch that lies beside results, and is not the one that they are about; ids alone would not tell.
+    """Check that a saved batch is the one that the results beside it are about, by content and not only by ids.
 
     Args:
-        place: where the batch was read from; one that is not of a study's directory has no results beside it.
-        batch: what was read.
+        place: where the batch was read from; outside a study's directory nothing is checked.
+        batch: the batch.
 
     Raises:
         ResultsError: the results cannot be read, have no such request, or are about other sequences.
@@ -242,7 +244,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _checksums(directory: Path) -> dict[str, str]:
-    """Hash what results.json is about: equal ids do not make two files' arrays those of one run."""
+    """Hashes that bind results.json to the other files of its run."""
     return {name: checksum(directory / name) for name in ("kernel.npz", "plan.json")}
 
 
@@ -253,6 +255,7 @@ def _ids(sequences: tuple[SequenceInfo, ...]) -> np.ndarray:
 def _request(result: RequestResult) -> dict[str, Any]:
     effects = ("batch", *EFFECTS, "predicted", "squared_norms", "diagonal")
     given = {name: values for name in effects if (values := getattr(result, name)) is not None}
+    given |= {PART + part: values for part, values in result.parts.items()}
     rows = [
         asdict(info)
         | {name: float(values[row]) for name, values in given.items()}
@@ -264,7 +267,7 @@ def _request(result: RequestResult) -> dict[str, Any]:
         "calibration": {name: value._asdict() for name, value in result.calibration.items()},
         "selected": [asdict(entry) for entry in result.selected],
         "facts": result.facts,
-        "analyses": {name: one.facts for name, one in result.analyses.items()},
+        "analyses": {name: analysis.facts for name, analysis in result.analyses.items()},
         "evaluation": rows,
     }
 
@@ -278,12 +281,12 @@ def _analysed(whose: str, analyses: Mapping[str, AnalysisResult]) -> dict[str, n
 
 
 def _analyses(whose: str, facts: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> dict[str, AnalysisResult]:
-    found = {}
-    for analysis, known in facts.items():
+    analyses = {}
+    for analysis, its_facts in facts.items():
         start = f"{whose}/{analysis}/"
         own = {name.removeprefix(start): values for name, values in arrays.items() if name.startswith(start)}
-        found[analysis] = AnalysisResult(own, known)
-    return found
+        analyses[analysis] = AnalysisResult(own, its_facts)
+    return analyses
 
 
 def _width(result: RequestResult) -> int:
@@ -300,15 +303,17 @@ def _read(
     names = [field.name for field in fields(SequenceInfo)]
 
     def infos(rows: Any, ids: np.ndarray) -> tuple[SequenceInfo, ...]:
-        found = tuple(SequenceInfo(**{name: row[name] for name in names}) for row in rows)
-        if [info.id for info in found] != ids.tolist():
+        sequences = tuple(SequenceInfo(**{name: row[name] for name in names}) for row in rows)
+        if [info.id for info in sequences] != ids.tolist():
             raise ResultsError("results.json and kernel.npz are about different sequences.")
-        return found
+        return sequences
 
     update = infos(data["update"], arrays["update_ids"])
     requests = {}
     for name, row in data["requests"].items():
         given = {key: arrays[f"{name}/{key}"] for key in _ARRAYS if f"{name}/{key}" in arrays}
+        start = f"{name}/{PART}"
+        parts = {key.removeprefix(start): values for key, values in arrays.items() if key.startswith(start)}
         if "diagonal" in given:
             given["update_diagonal"] = arrays["update_diagonal"]
         evaluation = infos(row["evaluation"], arrays[f"{name}/evaluation_ids"])
@@ -321,17 +326,18 @@ def _read(
             selected=selected,
             facts=row["facts"],
             analyses=_analyses(name, row["analyses"], arrays),
+            parts=parts,
             **given,
         )
     own = None
     if data["self_kernel"] is not None:
-        found, given = data["self_kernel"], {key: arrays[f"{OWN}/{key}"] for key in _OWN if f"{OWN}/{key}" in arrays}
+        record, given = data["self_kernel"], {key: arrays[f"{OWN}/{key}"] for key in _OWN if f"{OWN}/{key}" in arrays}
         own = SelfKernel(
             ids=tuple(arrays[f"{OWN}/ids"].tolist()),
-            effective_rank=found["effective_rank"],
-            participation=found["participation"],
-            same_prompt=tuple(found["same_prompt"]),
-            cross_prompt=tuple(found["cross_prompt"]),
+            effective_rank=record["effective_rank"],
+            participation=record["participation"],
+            same_prompt=tuple(record["same_prompt"]),
+            cross_prompt=tuple(record["cross_prompt"]),
             **given,
         )
     return kind(plan, environment, update, data["step"], own, requests, _analyses(OWN, data["analyses"], arrays))

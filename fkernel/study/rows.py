@@ -1,8 +1,8 @@
-"""The checkpoint as the engine takes it, what a grant allows, and the walk over a request's rows."""
+"""The policy as the engine's inputs, memory budgets, and the pass over a request's rows of K."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -46,15 +46,15 @@ from fkernel.study.loss_terms import Columns, LossTerms, columns_of
 from fkernel.study.workspace import KernelWorkspace
 
 STEP = ("momentum", "decay")
-"""Vectors of the step that every request asks about."""
+"""Parts of the step whose effects every request has."""
 
 
 class Unselected(NamedTuple):
-    """Parameters that a plan did not select and that moved, {name: [*shape]} each, of the same names.
+    """Parameters that the plan does not select and the step changed, {name: [*shape]} each, of the same names.
 
     Attributes:
-        before: as the checkpoint has them.
-        after: as they are after the step.
+        before: before the step.
+        after: after the step.
     """
 
     before: Tree
@@ -62,26 +62,27 @@ class Unselected(NamedTuple):
 
 
 class Policy(NamedTuple):
-    """A checkpoint as the engine takes it.
+    """A checkpoint as the engine's inputs.
 
     Attributes:
         f: S, (params, batch) -> [n].
         params: θ.
         state: AdamW's state before the step, of these parameters; or None.
-        after: θ after the step, where it was really taken; or None.
+        after: θ after the step, of the checkpoint after it; or None.
         apply: (params, input_ids, attention_mask) -> logits.
         temperature: of S.
         tokenizer: Hugging Face's.
         trained: apply, differentiated as training does: `func.with_masked_padding_grad`.
         columns: f of `trained`, whose gradients are U's.
-        through_detach: whether E's derivative goes through what the model detaches, which U's gradients do not.
-        unused: parameters that the loss of the step never uses, so that its optimizer leaves them alone; known once U's
-            workspace is prepared.
-        padding_idx: the token whose embedding row training withholds the gradient of; None where it is not trained.
-        path: where E's gradients are taken: of `fkernel.engine.path.NODES`.
-        step: Δθ; None where nothing is predicted, and then E's gradients are taken at θ.
-        unselected: gives the parameters that were not selected and that the step moved all the same, before and after
-            it; empty where there are none, or where the step was not really taken. Loaded once, when first called.
+        through_detach: whether E's derivative goes through the model's detached tensors; U's does not.
+        unused: parameters that the step's loss never uses, so that the optimizer skips them; set by `prepared`.
+        padding_idx: the token whose embedding row gets no gradient in training; None where there is none.
+        path: where E's gradients are evaluated, a key of `fkernel.engine.path.NODES`.
+        step: Δθ; None where nothing is predicted, and E's gradients are evaluated at θ.
+        departures: {"arithmetic": v, "unexplained": v} of the step, those that are known: what the training's own
+            precision did that real numbers would not, and what the step really taken has beyond that.
+        unselected: returns the unselected parameters that the step changed, before and after it; empty where there are
+            none, or without a checkpoint after the step. Loaded on the first call.
     """
 
     f: func.Objective
@@ -99,27 +100,28 @@ class Policy(NamedTuple):
     unused: frozenset[str] = frozenset()
     path: str = "start"
     step: Tree | None = None
+    departures: Mapping[str, Tree] = {}
 
     def columns_for(self, U: func.Sequences, terms: LossTerms | None) -> Columns:
-        """Find the function whose gradients are U's: E's, which is certified once then, where the two are the same."""
+        """The function whose gradients are U's; E's own f where the two are equal, so that it is certified once."""
         withheld = self.padding_idx is not None and bool(holding_inside(U, self.padding_idx).any())
         S = self.columns if withheld or self.through_detach else self.f
         return columns_of(S, self.trained, self.temperature, U, terms)
 
     @property
     def nodes(self) -> Nodes:
-        """(weight, parameters) of the path's nodes."""
+        """(weight, parameters) of each node of the path."""
         return nodes_of(self.path, self.params, self.step)
 
 
 class MemoryBudget(NamedTuple):
-    """What may be under way at once.
+    """How much is computed at once.
 
     Attributes:
         microbatch: sequences of the greatest length in a pass.
-        memory: bytes for gradients and activations; None where none were granted.
-        f: whose gradients were counted for it.
-        load: what they take; None where nothing was counted.
+        memory: bytes for gradients and activations; None for no limit.
+        f: the function that `load` was estimated for.
+        load: its estimated memory and work; None without a limit.
     """
 
     microbatch: int
@@ -131,32 +133,32 @@ class MemoryBudget(NamedTuple):
 def grant_of(
     memory: int | str | None, microbatch: int | None, policy: Policy, batch: Any, where: Where = "disk"
 ) -> MemoryBudget:
-    """Ask the planner for the largest microbatch in which a batch's gradients can be made within a grant.
+    """Choose the largest microbatch with which a batch's gradients fit a memory limit.
 
     Args:
-        memory: the grant.
-        microbatch: the largest that is wanted.
+        memory: the limit.
+        microbatch: an upper bound.
         policy: the checkpoint.
         batch: U or E.
-        where: what is made goes; "memory" where all of it is held within the grant.
+        where: the gradients go; "memory" counts all of them within the limit.
 
     Raises:
-        BatchError: one sequence at a time does not fit; it says what would be needed.
+        BatchError: one sequence at a time does not fit; the message says how much would.
     """
     wanted, budget = usual_microbatch(microbatch, batch), None if memory is None else parse_bytes(memory)
-    if walking_alone(policy.f, policy.params, SortedBatch("", batch), memory):  # long sequences go one by one
+    if walking_alone(policy.f, policy.params, SortedBatch("", batch), memory):  # long sequences: one at a time
         return MemoryBudget(1, budget)
     if budget is None:
         return MemoryBudget(wanted, None)
     load = load_of(policy.params, SortedBatch("", batch, policy.f))
-    found = choose_making(load, budget, rates(_dtype(policy.params)), wanted, where)
-    return MemoryBudget((found.strategy.tokens or 1) // load.longest, budget, policy.f, load)
+    plan = choose_making(load, budget, rates(_dtype(policy.params)), wanted, where)
+    return MemoryBudget((plan.strategy.tokens or 1) // load.longest, budget, policy.f, load)
 
 
 def _strategy(
     grant: MemoryBudget, policy: Policy, E: SortedBatch, workspace: KernelWorkspace, reserved: int
 ) -> Strategy:
-    """Ask the planner how E meets U's gradients, which are there; E's are too, where E has no f."""
+    """Choose the tiles for E against U's stored gradients; where E has no f, its gradients are stored too."""
     U, ready, params = workspace.gradients.side.tokens, ready_of(workspace), policy.params
     if grant.memory is None:
         return ungranted(E.tokens, ready, grant.microbatch)
@@ -171,23 +173,23 @@ def _strategy(
 def walked(
     batch: Any, workspace: KernelWorkspace, policy: Policy, grant: MemoryBudget, spec: ProductSpec, own: Any = None
 ) -> Iterator[KernelBlock]:
-    """Walk everything that is asked of a batch's gradients and U's, some rows at a time.
+    """Compute the products of a batch's gradients with U's, in blocks of rows.
 
     Args:
         batch: E.
         workspace: U.
-        policy: the checkpoint, whose nodes say where E's gradients are taken.
-        grant: what may be under way at once.
-        spec: what is asked; without kernels U is not read.
-        own: [n_E] which rows of U they are, where E is U's own and taken where U's are; no gradient is computed then.
+        policy: the checkpoint; E's gradients are evaluated at its nodes.
+        grant: the microbatch and the memory limit.
+        spec: the products; without kernels U is not read.
+        own: [n_E] rows of U that hold E's gradients; nothing is recomputed then. None where E is not of U.
     """
     U = workspace.gradients
-    # P and the step's parts lie beside a grant; what else is asked about was made for this walk, and is within it.
-    given = {**spec.kernels, **spec.x.along, **spec.x.squares}
-    more = {id(v) for what, v in given.items() if v is not None and what not in STEP} - {id(workspace.P.d)}
-    reserved = len(more) * bytes_of(policy.params)
+    # P and the step's parts are not counted in the limit; vectors made for this pass are.
+    vectors = {**spec.kernels, **spec.x.along, **spec.x.squares}
+    counted = {id(v) for name, v in vectors.items() if v is not None and name not in STEP} - {id(workspace.P.d)}
+    reserved = len(counted) * bytes_of(policy.params)
     if isinstance(U, WalkedGradients):
-        return _walked_again(batch, U, policy, grant, spec, reserved, own)
+        return _recomputed(batch, U, policy, grant, spec, reserved, own)
     E = SortedBatch("E", batch, None if own is not None else policy.f)
     how = _strategy(grant, policy, E, workspace, reserved)
     if own is not None:
@@ -198,14 +200,14 @@ def walked(
     return blocks(Problem(policy.params, E, side, spec, policy.path, policy.step, U, promised=promised), how)
 
 
-def _walked_again(
+def _recomputed(
     batch: Any, U: WalkedGradients, policy: Policy, grant: MemoryBudget, spec: ProductSpec, reserved: int, own: Any
 ) -> Iterator[KernelBlock]:
-    """Walk U, whose gradients are not kept, beside E; where E is U itself it walks once."""
+    """Recompute U's gradients, which are not stored, together with E's; once where E is U itself."""
     E, side, kept, params = SortedBatch("E", batch, policy.f), U.side if spec.kernels else None, None, policy.params
     if side is not None and own is not None and own.tolist() == list(range(len(U))):
         E = side
-    if isinstance(cut_of(policy.f, params, batch), str):  # E's derivative may be another: a whole gradient at a time
+    if isinstance(cut_of(policy.f, params, batch), str):  # no layer-wise pass over this model: whole gradients
         kept, how = U, Strategy("sequences", "E", None, U.side.tokens[0], E.tokens[0])
     elif side is None:
         how = ALONE._replace(every=U.how.every)
@@ -215,7 +217,7 @@ def _walked_again(
 
 
 def self_strategy(memory: int | str | None, workspace: KernelWorkspace, policy: Policy) -> Strategy:
-    """Ask the planner how U meets itself."""
+    """Choose the tiles of K_UU."""
     J, budget = workspace.gradients, None if memory is None else parse_bytes(memory)
     if isinstance(J, WalkedGradients):
         return choose_walk(J.side, J.side, policy.params, budget, 1)
@@ -226,7 +228,7 @@ def self_strategy(memory: int | str | None, workspace: KernelWorkspace, policy: 
 
 
 def ready_of(workspace: KernelWorkspace) -> Ready:
-    """Describe gradients of U that are there."""
+    """Describe U's stored gradients for the planner."""
     U = workspace.gradients
     return Ready("memory" if workspace.directory is None else "disk", U.token_bytes, U.cuts[0].stop)
 

@@ -1,4 +1,4 @@
-"""From a plan to results: a workspace is made once, and every request is asked of it."""
+"""Run a plan: prepare the workspace once, then evaluate every request against it."""
 
 from __future__ import annotations
 
@@ -35,19 +35,20 @@ from fkernel.study.provenance import environment
 from fkernel.study.questions import entry_of, influence_of, self_kernel_of
 from fkernel.study.results import FisherKernelResults
 from fkernel.study.rows import MemoryBudget, Policy, grant_of, self_strategy
+from fkernel.study.step_taken import departures
 from fkernel.study.workspace import KernelWorkspace, named_errors, selected, tokens_of
 
 Tick = Callable[[str, int, int], Any]
-"""(what is done, how many sequences of it are done now, how many there are)."""
+"""(name of the phase, sequences done since the last call, total)."""
 
 
 class FisherKernelRunner:
-    """Executes a plan; or answers questions about its workspace one at a time.
+    """Executes a plan, or single requests against its workspace.
 
     Attributes:
-        plan: what it was given.
-        logger: where it says what it does.
-        workspace: the one that was prepared last; None before.
+        plan: the plan.
+        logger: for progress messages.
+        workspace: the one prepared last; None before.
     """
 
     def __init__(
@@ -56,18 +57,18 @@ class FisherKernelRunner:
         logger: logging.Logger | None = None,
         on_progress: Tick = lambda what, n, total: None,
     ) -> None:
-        """Take a plan; nothing is loaded yet.
+        """Nothing is loaded yet.
 
         Args:
             config: a plan, or its keys and values.
-            logger: Python's; `fkernel`'s own by default.
-            on_progress: called while sequences are done, for a progress bar.
+            logger: from `logging`; by default the one named `fkernel`.
+            on_progress: called as sequences are done, for a progress bar.
         """
         self.logger, self.on_progress = logger or LOGGER, on_progress
         self._take(config if isinstance(config, FisherKernelPlan) else FisherKernelPlan.model_validate(config))
 
     def _take(self, plan: FisherKernelPlan) -> None:
-        """Begin anew with a plan."""
+        """Reset to a new plan."""
         self.plan = plan
         self.workspace: KernelWorkspace | None = None
         self._step: AdamWStep | None = None
@@ -80,16 +81,16 @@ class FisherKernelRunner:
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        """The checkpoint, loaded when it is first needed."""
-        with phase(self.logger, "loading the checkpoint", path=self.plan.checkpoint.path) as found:
+        """The checkpoint, loaded on first use."""
+        with phase(self.logger, "loading the checkpoint", path=self.plan.checkpoint.path) as facts:
             loaded = self.plan.checkpoint.load(getattr(torch, self.plan.numerics.dtype))
             loaded.model.to(self.plan.numerics.device)
-            found["fingerprint"] = loaded.provenance.fingerprint[:12]
+            facts["fingerprint"] = loaded.provenance.fingerprint[:12]
         return loaded
 
     @cached_property
     def generator(self) -> SampleGenerator:
-        """The hub for U and E, made when a request first needs it."""
+        """The sample generator of U and E, created on first use."""
         sources = self.plan.sources()
         return self.plan.generator(
             self.checkpoint, sources, on_progress=lambda n: self.on_progress(self._drawn[0], n, self._drawn[1])
@@ -97,48 +98,49 @@ class FisherKernelRunner:
 
     @cached_property
     def policy(self) -> Policy:
-        """The checkpoint as the engine takes it; S at the temperature that U was sampled at, unless the plan says."""
+        """The checkpoint as the engine's inputs; S at the plan's temperature, by default the one U was sampled at."""
         spec = self._given(None).spec
-        found = self._prepared or policy_of(self.plan, self.checkpoint, spec["temperature"])
-        return found._replace(after=after_of(self.plan, found.params))
+        policy = self._prepared or policy_of(self.plan, self.checkpoint, spec["temperature"])
+        return policy._replace(after=after_of(self.plan, policy.params))
 
     def _along(self, E: func.Sequences) -> Policy:
-        """The policy whose derivative E's changes follow, certified on the first request; with the step's path."""
+        """The policy for E, with the step's path; its derivative is certified along the step on the first request."""
         if self._of_E is None:
             step, path = self._step, self.plan.step.path
             if step is None:
                 self._of_E = self.policy
             else:
-                found = along(self.policy, E, step)
-                self._of_E = found._replace(path=path, step=step.total)
+                vectors, end = departures(self.policy.params, step.total, None, self.policy.after)
+                self._of_E = along(self.policy, E, end)._replace(path=path, step=end, departures=vectors)
         return self._of_E
 
     def prepare_update_workspace(self, plan: FisherKernelPlan | None = None) -> KernelWorkspace:
-        """Make U's workspace, go on with one that was cut off, or open one that is complete.
+        """Create U's workspace, resume an interrupted one, or open a complete one.
 
         Args:
             plan: instead of the runner's own.
 
         Returns:
-            The workspace; it stays open, for this process alone, until it is closed.
+            The workspace; its directory stays locked until it is closed.
 
         Raises:
-            FKernelError: whatever is wrong with the checkpoint, the batch, or the place where gradients are kept.
+            FKernelError: the checkpoint, the batch or the workspace's directory is invalid.
         """
         if plan is not None:
             self._take(plan)
         plan = self.plan
-        with skipping(self.plan), phase(self.logger, "preparing the workspace") as found:
+        with skipping(self.plan), phase(self.logger, "preparing the workspace") as facts:
             on_progress = partial(self.on_progress, "gradients of U")
-            made = prepared(plan, self.checkpoint, self._update, on_progress, lambda: self.generator)
-            self.workspace, self._step, self._prepared = made
-            workspace = made.workspace
-            found |= {"sequences": len(workspace.batch), "gradients_computed": workspace.gradients.computed}
-            found["gradients_read"] = len(workspace.batch) - workspace.gradients.computed
+            workspace, self._step, self._prepared = prepared(
+                plan, self.checkpoint, self._update, on_progress, lambda: self.generator
+            )
+            self.workspace, computed = workspace, workspace.gradients.computed
+            facts |= {"sequences": len(workspace.batch), "gradients_computed": computed}
+            facts["gradients_read"] = len(workspace.batch) - computed
         return workspace
 
     def adopt(self, workspace: KernelWorkspace) -> None:
-        """Take a workspace that was opened elsewhere.
+        """Use a workspace that `load_workspace` opened.
 
         Raises:
             PlanError: it is of another checkpoint than the plan's.
@@ -148,7 +150,7 @@ class FisherKernelRunner:
                 f"The workspace is of the checkpoint {workspace.spec['checkpoint'][:12]}, the plan's is "
                 f"{self.checkpoint.provenance.fingerprint[:12]}."
             )
-        self.workspace, self._of_E = workspace, None  # the policy asks the workspace for its temperature
+        self.workspace, self._of_E = workspace, None  # self.policy reads the workspace's temperature
         self._step = adopted(self.plan, workspace, self.policy)
 
     def compute_self_kernel(
@@ -157,12 +159,12 @@ class FisherKernelRunner:
         sequence_ids: tuple[str, ...] | None = None,
         capture_full: bool = False,
     ) -> SelfKernel:
-        """Compute K_UU, or the part of some sequences, with its spectrum.
+        """Compute K_UU, or a principal submatrix, and its spectrum.
 
         Args:
             workspace: the one prepared last by default.
             sequence_ids: patterns on ids; None for all.
-            capture_full: whether the matrix is kept.
+            capture_full: whether the result has the matrix.
 
         Raises:
             RolloutError: a pattern names no sequence.
@@ -179,23 +181,23 @@ class FisherKernelRunner:
         capture_full: bool | None = None,
         batch: GeneratedBatch | None = None,
     ) -> RequestResult:
-        """Ask what U's step does to every sequence of a batch, and which sequence of U does it.
+        """Evaluate a batch: what U's step does to every sequence of it, and each sequence of U's contribution.
 
         Args:
             request: one of the plan's kinds, such as `plan.requests[0]`.
             workspace: the one prepared last by default.
-            capture_full: whether K and C are kept whole; None as the request says.
-            batch: E itself, instead of what the request would draw.
+            capture_full: whether the result has all of K and C; None as the request says.
+            batch: E, instead of what the request would draw.
 
         Raises:
-            FKernelError: E cannot be made or scored, or something is asked that is not there.
+            FKernelError: E cannot be drawn or scored, or the request names something unknown.
         """
         workspace, plan = self._given(workspace), self.plan
         name = request.name or request.kind
         capture = request.capture or plan.capture
         if capture_full is not None:
             capture = capture.model_copy(update={"kernel": capture_full})
-        with skipping(self.plan), phase(self.logger, f"request {name}") as found:
+        with skipping(self.plan), phase(self.logger, f"request {name}") as facts:
             E = self._batch(request, workspace) if batch is None else batch
             if request.sequence_ids is not None:
                 E = E.clone_with_subset(selected(E.ids, request.sequence_ids, f"the request {name!r}"))
@@ -203,55 +205,55 @@ class FisherKernelRunner:
             with named_errors(E):
                 tokens = tokens_of(E, self.policy.params)
                 check_side("E", self.policy.f, self.policy.params, tokens)
-                spec, strict = request.analyses or plan.analyses, bool(request.capture or request.analyses)
-                question = Question(name, request.kind, capture, request.advantages, strict, spec)
+                analyses, strict = request.analyses or plan.analyses, bool(request.capture or request.analyses)
+                question = Question(name, request.kind, capture, request.advantages, strict, analyses)
                 grant, size = self._grant(E), len(E)
                 policy = self._along(tokens)
                 result = evaluate(
                     question, E, workspace, policy, self._step, grant, lambda n: self.on_progress(name, n, size)
                 )
-            found |= {"sequences": len(E)}
-            found |= {f"{key}_relative_error": v.relative_error for key, v in result.calibration.items()}
+            facts |= {"sequences": len(E)}
+            facts |= {f"{key}_relative_error": v.relative_error for key, v in result.calibration.items()}
         return result
 
     def analyse_update(self, workspace: KernelWorkspace | None = None) -> dict[str, AnalysisResult]:
-        """Make the analyses of U that the plan asks for: "health" and "structure".
+        """Run the plan's analyses of U itself: "health" and "structure".
 
         Raises:
-            PlanError: something is asked for that there is not.
+            PlanError: there is no workspace.
         """
         workspace = self._given(workspace)
         grant, seed = self._grant(workspace.batch), self.plan.numerics.seed
         return update_results(self.plan.analyses, UpdateContext(workspace, self.policy, grant, self._step, seed))
 
     def query(self, one: str, other: str, workspace: KernelWorkspace | None = None) -> Entry:
-        """Compute K of any two sequences: of U, or of a batch that was evaluated (`name/E-000-00` where ids repeat).
+        """Compute K of two sequences, of U or of evaluated batches (`NAME/E-000-00` where ids repeat).
 
         Raises:
-            RolloutError, PlanError: there is no such sequence, or more than one of that id.
+            RolloutError, PlanError: no sequence has that id, or more than one has.
         """
         workspace = self._given(workspace)
         return entry_of(workspace, self.cache(one, workspace), self.cache(other, workspace))
 
     def cache(self, sequence_id: str, workspace: KernelWorkspace | None = None) -> GradientCache:
-        """Give the gradient of a sequence of U, which is read, or of a batch that was evaluated, which is computed."""
+        """The gradient of a sequence of U, which is read, or of an evaluated batch, which is computed."""
         workspace = self._given(workspace)
         if sequence_id in workspace.index:
             return workspace.cache(sequence_id)
-        name, _, own = sequence_id.rpartition("/")
-        places = [batch for key, batch in self._batches.items() if own in batch.ids and (not name or key == name)]
-        if not places:
-            workspace.batch.by_id(sequence_id)  # its error names near ids
-        if len(places) > 1:
+        name, _, id_ = sequence_id.rpartition("/")
+        batches = [batch for key, batch in self._batches.items() if id_ in batch.ids and (not name or key == name)]
+        if not batches:
+            workspace.batch.by_id(sequence_id)  # raises, and lists similar ids
+        if len(batches) > 1:
             raise PlanError(f"{sequence_id!r} is a sequence of several requests; say which: NAME/{sequence_id}.")
-        return self.external(places[0].clone_with_subset([own]), workspace, sequence_id)
+        return self.external(batches[0].clone_with_subset([id_]), workspace, sequence_id)
 
     def external(
         self, batch: GeneratedBatch, workspace: KernelWorkspace | None = None, name: str | None = None
     ) -> GradientCache:
-        """Compute the gradient of a batch of one where requests take it, at the nodes of the step's path.
+        """Compute the gradient of a batch of one as requests do, averaged over the nodes of the step's path.
 
-        `name` tells it from a sequence of U that has its id.
+        `name` replaces its id, which a sequence of U may also have.
         """
         workspace = self._given(workspace)
         E = tokens_of(batch, self.policy.params)
@@ -260,7 +262,7 @@ class FisherKernelRunner:
         def read() -> Any:
             gradient = func.per_sequence_handles(policy.f)
             with named_errors(batch):
-                return mean_of([(q, gradient(at, E)) for q, at in policy.nodes])
+                return mean_of([(q, gradient(node, E)) for q, node in policy.nodes])
 
         return GradientCache(name or batch.ids[0], read, workspace.P)
 
@@ -270,7 +272,7 @@ class FisherKernelRunner:
         advantages: Any = None,
         workspace: KernelWorkspace | None = None,
     ) -> dict[str, float]:
-        """Compute Σ_j C(t, j) for sequences t of U; no gradient is computed.
+        """Compute Σ_j C(t, j) for sequences t of U, from stored gradients.
 
         Args:
             ids: patterns on ids; None for all of U.
@@ -289,7 +291,7 @@ class FisherKernelRunner:
             plan: instead of the runner's own.
 
         Raises:
-            FKernelError: the first thing that is wrong; what was computed until then stays in the workspace.
+            FKernelError: the first failure; what was computed before stays in the workspace.
         """
         if plan is not None:
             self._take(plan)
@@ -297,33 +299,33 @@ class FisherKernelRunner:
         check_inputs(plan)
         about = environment() | {"plan_hash": plan.hash, "seed": plan.numerics.seed}
         say(self.logger, f"plan {plan.hash[:12]}, out {plan.out}", **about)
-        with func.made_certificates() as made, self.prepare_update_workspace() as workspace:
-            cache = answer_cache(plan, workspace, made)
+        with func.made_certificates() as certificates, self.prepare_update_workspace() as workspace:
+            cache = answer_cache(plan, workspace, certificates)
             own = own_answer(cache, plan, self.compute_self_kernel, self.analyse_update)
-            given = answers(cache, plan, self._batch, self.evaluate_batch, self._batches)
+            requests = answers(cache, plan, self._batch, self.evaluate_batch, self._batches)
             facts, computed = facts_of_step(workspace, self.policy, self.checkpoint.step), workspace.gradients.computed
-            about |= {"fingerprint": workspace.spec["checkpoint"], "kept": earlier(own, given)}
+            about |= {"fingerprint": workspace.spec["checkpoint"], "kept": earlier(own, requests)}
             say(self.logger, "gradients of U", computed=computed, read=len(workspace.batch) - computed)
-            about |= findings(made, self.policy, self._step, self.checkpoint, self.logger)
-            results = results_of(plan, workspace, facts, own, given, about)
-            for missed in missed_pairs(plan, results.requests):
-                say(self.logger, missed, logging.WARNING)
+            about |= findings(certificates, self.policy, self._step, self.checkpoint, self.logger)
+            results = results_of(plan, workspace, facts, own, requests, about)
+            for message in missed_pairs(plan, results.requests):
+                say(self.logger, message, logging.WARNING)
             return results
 
     def save_batches(self, out: str | Path) -> None:
-        """Save every batch that was evaluated to `<out>/batches/<name>`, in place of another one of an earlier run.
+        """Save every evaluated batch to `<out>/batches/<name>`, replacing an earlier run's.
 
-        So is U, as `batches/update_batch`, where no workspace keeps it.
+        U is saved as `batches/update_batch` where it has no workspace directory.
         """
         own = self.workspace if self.workspace and self.workspace.directory is None else None
         for name, batch in {**self._batches, **({"update_batch": own.batch} if own else {})}.items():
             save_batch(batch, Path(out) / "batches" / name, replace=True)
 
     def _given(self, workspace: KernelWorkspace | None) -> KernelWorkspace:
-        found = workspace or self.workspace
-        if found is None:
+        workspace = workspace or self.workspace
+        if workspace is None:
             raise PlanError("There is no workspace yet; call prepare_update_workspace() first.")
-        return found
+        return workspace
 
     def _batch(self, request: Any, workspace: KernelWorkspace) -> GeneratedBatch:
         if isinstance(request, UpdateBatch) and request.is_own:
@@ -331,14 +333,14 @@ class FisherKernelRunner:
         return self._generated(request, str(request.name))
 
     def _update(self) -> GeneratedBatch:
-        """Make U, of the checkpoint; or of any policy, where the step's loss takes it."""
+        """Draw or read U; sampled by another policy, where the step's loss allows that."""
         draw, loss = self.plan.update, self.plan.step.loss
         return self._generated(draw, "U", draw.of_any if loss is not None and loss.foreign else draw.generate)
 
     def _generated(
         self, draw: BatchSource, what: str, make: Callable[..., GeneratedBatch] | None = None
     ) -> GeneratedBatch:
-        """Make a batch; every sequence that is drawn is told of twice, drawn and scored."""
+        """Draw or read a batch; progress counts every drawn sequence twice, sampled and scored."""
         self._drawn = (f"sampling {what}", 2 * draw.size)
         return (make or draw.generate)(self.generator, self.plan.numerics.seed)
 

@@ -1,4 +1,4 @@
-"""`fkernel sample PLAN`: one batch, from a checkpoint and prompts that a file names."""
+"""`fkernel sample PLAN`: sample one batch from a checkpoint and prompts."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class SamplePlan(SourcePlan):
 
 
 def sampled(plan: SamplePlan, on_progress: Callable[[int], Any] = lambda n: None) -> GeneratedBatch:
-    """Load, draw and save what a plan asks for.
+    """Sample and save a plan's batch.
 
     Raises:
-        FKernelError: whatever is wrong with the checkpoint, the prompts or the place to save to.
+        FKernelError: the checkpoint, the prompts or `out` is invalid.
     """
-    if Path(plan.out).exists():  # before an hour of sampling, not after it
+    if Path(plan.out).exists():  # checked before sampling
         raise RolloutError(f"There is something at {plan.out} already; choose another directory (out:), or delete it.")
-    sources = plan.sources()  # and before a checkpoint is loaded
+    sources = plan.sources()  # read before the checkpoint is loaded
     generator = plan.generator(plan.checkpoint.load(), sources, plan.microbatch, on_progress)
     batch = plan.request.generate(generator)
     save_batch(batch, plan.out)

@@ -1,16 +1,16 @@
-"""What a plan names and executes, by content: Python functions, a model's own files, prompts.
+"""Hashes of the code and files that a plan names: Python functions, a model's files, prompts.
 
-A reward function is a name in a plan, and the name stays when the function is edited. So what decides results is
-recorded by the SHA-256 of the files that are executed or read:
+A plan names a reward function, which can be edited under the same name. So results are keyed by the SHA-256 of the
+files that are executed or read:
 
-    a function by dotted name   the file of its module, and of every module that it imports, directly or not, of your
-                                own: not the standard library, not installed packages (but for the function's own
-                                package), not fkernel, which is told by `own_code`
-    a checkpoint                its parameters are told by their fingerprint; beside them config.json, the tokenizer
-                                with its chat template, and, under trust_remote_code, its Python files
+    a function by dotted name   the file of its module, and of every module of yours that it imports, directly or not:
+                                not the standard library, not installed packages (except the function's own), not
+                                fkernel (`own_code`)
+    a checkpoint                config.json, the tokenizer with its chat template, and, under trust_remote_code, its
+                                Python files; its parameters have a fingerprint of their own
     prompts                     the file, or every file of the data set; the version of reasoning-gym for a task
 
-A function without a file (built in, typed into a notebook, a script's own `__main__`) has no hash: None stands for it.
+A function without a file (built in, of a notebook, of a script's `__main__`) has the hash None.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ DESCRIBING = (
     "config.json", "generation_config.json", "adapter_config.json", "tokenizer*", "special_tokens_map.json",
     "added_tokens.json", "chat_template*", "vocab*", "merges.txt", "*.model",
 )  # fmt: skip
-"""Files of a checkpoint, beside its parameters, that decide what its model computes and how texts become tokens."""
+"""Files of a checkpoint, beside its parameters, that determine the model and the tokenizer."""
 PACKAGE = Path(__file__).parents[1]
 _SEEN: dict[str, tuple[Any, str]] = {}
-"""{module: (its import, hash of its file)} as first seen in this process, which goes on executing what it imported."""
+"""{module: (its spec, hash of its file)} when first hashed; this process keeps executing what it imported then."""
 
 
 def dotted_names(record: Any) -> set[str]:
@@ -59,37 +59,37 @@ def dotted_names(record: Any) -> set[str]:
 
 
 def code_of(names: Iterable[str]) -> dict[str, str | None]:
-    """Hash the code that functions execute.
+    """Hash the source files of functions.
 
     Args:
         names: dotted names, such as "my_package.rewards.brevity".
 
     Returns:
-        {module: SHA-256 of its file, or None where it has no file}, of the functions' modules and of those of your own
-        that they import.
+        {module: SHA-256 of its file, or None without one}, of the functions' modules and of your modules that they
+        import.
 
     Raises:
         RolloutError: a name cannot be imported.
-        PlanError: a file was edited since this process imported it, so that something else is executed than it says.
+        PlanError: a file was edited since this process imported it.
     """
-    found: dict[str, str | None] = {}
+    hashes: dict[str, str | None] = {}
     for name in sorted(names):
         for module in _modules_of(name):
-            _add(module, module.partition(".")[0], found, first=True)
-    return dict(sorted(found.items()))
+            _add(module, module.partition(".")[0], hashes, first=True)
+    return dict(sorted(hashes.items()))
 
 
 @cache
 def own_code() -> str:
-    """Hash fkernel's own files: a checkout is edited without a new version."""
+    """Hash fkernel's source files, which a checkout may edit without a new version."""
     return hash_json([*checksums(PACKAGE, "*.py").items()])
 
 
 def describing_files(one: CheckpointPlan) -> dict[str, str]:
-    """Hash the files of a checkpoint that decide what its model computes, beside its parameters; none of "hub:" ones.
+    """Hash a checkpoint's `DESCRIBING` files; {} for "hub:" ones.
 
     Returns:
-        {name of the file: SHA-256}; those of `base` and `model` are under base/ and model/.
+        {file name: SHA-256}; those of `base` and `model` are under base/ and model/.
     """
     patterns = (*DESCRIBING, "*.py") if one.trust_remote_code else DESCRIBING
     places = [("", f"{one.path}/model"), ("", one.path), ("base/", one.base), ("model/", one.model)]
@@ -104,14 +104,14 @@ def describing_files(one: CheckpointPlan) -> dict[str, str]:
 
 
 def prompts_files(prompts: Iterable[PromptsPlan]) -> dict[str, Any]:
-    """Tell what prompts are read from: {path: SHA-256}, of a data set one of all its files, and versions of tasks."""
-    found: dict[str, Any] = {}
+    """{path: SHA-256} of prompt files and data sets, and reasoning-gym's version for tasks."""
+    sources: dict[str, Any] = {}
     for one in prompts:
         if one.task is not None:
-            found["reasoning-gym"] = version("reasoning-gym")
+            sources["reasoning-gym"] = version("reasoning-gym")
         elif place := one.jsonl or one.dataset:
-            found[place] = content_of(place)
-    return dict(sorted(found.items()))
+            sources[place] = content_of(place)
+    return dict(sorted(sources.items()))
 
 
 def content_of(path: str | Path) -> str:
@@ -121,7 +121,7 @@ def content_of(path: str | Path) -> str:
 
 
 def version(package: str) -> str | None:
-    """Tell an installed package's version; None where it is not installed."""
+    """An installed package's version; None where it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -129,37 +129,37 @@ def version(package: str) -> str | None:
 
 
 def _modules_of(name: str) -> list[str]:
-    """The module that a name says, and the one in which the function stands; "" for one that stands in no file."""
+    """The module that a name says, and the one that defines the function; "" for a function without a file."""
     function = dotted(name, "a function that can be imported")
     while isinstance(function, partial):
         function = function.func
     function = inspect.unwrap(function)
     code = getattr(function, "__code__", None)
-    typed = code is not None and not Path(code.co_filename).is_file()
-    stands = "" if typed else getattr(function, "__module__", None) or type(function).__module__
-    return [*dict.fromkeys((name.rpartition(".")[0], stands))]
+    without_file = code is not None and not Path(code.co_filename).is_file()
+    defined_in = "" if without_file else getattr(function, "__module__", None) or type(function).__module__
+    return [*dict.fromkeys((name.rpartition(".")[0], defined_in))]
 
 
-def _add(module: str, root: str, found: dict[str, str | None], first: bool = False) -> None:
-    """Hash a module, and what it imports; `root` is the package of the function that is executed."""
-    if module in found:
+def _add(module: str, root: str, hashes: dict[str, str | None], first: bool = False) -> None:
+    """Hash a module and what it imports; `root` is the package of the function that is executed."""
+    if module in hashes:
         return
     file = None if module in ("", "__main__") else _file_of(module)
     if file is None or not file.is_file():
         if first:
-            found[module or "(typed in)"] = None
+            hashes[module or "(typed in)"] = None
         return
     if not first and (_inside(file, PACKAGE) or not (_is_own(file) or module.partition(".")[0] == root)):
         return
     content = file.read_bytes()
-    found[module] = _unchanged(module, hashlib.sha256(content).hexdigest())
+    hashes[module] = _unchanged(module, hashlib.sha256(content).hexdigest())
     if file.suffix == ".py":
         for name in _imported(content, module, file.name == "__init__.py"):
-            _add(name, root, found)
+            _add(name, root, hashes)
 
 
 def _unchanged(module: str, digest: str) -> str:
-    """Refuse a file that was edited after this process had imported it."""
+    """Check that a file was not edited since this process imported it."""
     imported = getattr(sys.modules.get(module), "__spec__", None)
     before, known = _SEEN.get(module, (imported, digest))
     if before is imported and known != digest:
@@ -172,7 +172,7 @@ def _unchanged(module: str, digest: str) -> str:
 
 
 def _imported(content: bytes, module: str, is_package: bool) -> Iterator[str]:
-    """Name the modules that a file imports, anywhere in it, with the packages around them."""
+    """The modules that a file imports, anywhere in it, with their parent packages."""
     package = module if is_package else module.rpartition(".")[0]
     for node in ast.walk(ast.parse(content)):
         names = list[str]()
@@ -208,7 +208,7 @@ def _spec_of(module: str) -> importlib.machinery.ModuleSpec | None:
 
 
 def _is_own(file: Path) -> bool:
-    """Tell the user's own files from the standard library's and those of installed packages."""
+    """Whether a file is neither of the standard library nor of an installed package."""
     library = [Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")]
     installed = {"site-packages", "dist-packages"} & {*file.resolve().parts}
     return not installed and not any(_inside(file, around) for around in library)

@@ -1,4 +1,4 @@
-"""Results as labelled arrays and tables, for the libraries that people analyse with."""
+"""Results as xarray datasets and pandas tables."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fkernel.errors import ResultsError
+from fkernel.study.loss_terms import PART
 from fkernel.study.outcome import EFFECTS, RequestResult, SequenceInfo
 
 VECTORS = ("batch", *EFFECTS, "predicted", "squared_norms", "diagonal")
@@ -16,7 +17,7 @@ MATRICES = ("kernel", "contributions")
 
 
 def to_xarray(update: Sequence[SequenceInfo], units: str, requests: Sequence[RequestResult]) -> Any:
-    """Make an `xarray.Dataset` of some requests against one U; rows that lack a quantity have NaN."""
+    """An `xarray.Dataset` of requests with one U; NaN where a request lacks a quantity."""
     xr = _package("xarray")
     rows = [info for result in requests for info in result.evaluation]
     ids = [info.id for info in rows]
@@ -28,10 +29,11 @@ def to_xarray(update: Sequence[SequenceInfo], units: str, requests: Sequence[Req
         "response": ("eval", [info.response for info in rows]),
         "advantage": ("update", [np.nan if u.advantage is None else u.advantage for u in update]),
     }
-    found = {}
-    for names, dimensions in ((VECTORS, ("eval",)), (MATRICES, ("eval", "update"))):
+    variables = {}
+    vectors = (*VECTORS, *dict.fromkeys(PART + part for result in requests for part in result.parts))
+    for names, dimensions in ((vectors, ("eval",)), (MATRICES, ("eval", "update"))):
         for name in names:
-            parts = [getattr(result, name) for result in requests]
+            parts = [_array(result, name) for result in requests]
             if any(part is not None for part in parts):
                 shape = (len(update),) * (len(dimensions) - 1)
                 filled = [
@@ -39,12 +41,17 @@ def to_xarray(update: Sequence[SequenceInfo], units: str, requests: Sequence[Req
                     for result, part in zip(requests, parts, strict=True)
                 ]
                 unit = {"units": units} if name not in ("kernel", "squared_norms", "diagonal") else {}
-                found[name] = (dimensions, np.concatenate(filled), unit)
-    return xr.Dataset(found, coordinates, {"units": units})
+                variables[name] = (dimensions, np.concatenate(filled), unit)
+    return xr.Dataset(variables, coordinates, {"units": units})
+
+
+def _array(result: RequestResult, name: str) -> np.ndarray | None:
+    """An array of a result, a part of its loss included."""
+    return result.parts.get(name.removeprefix(PART)) if name.startswith(PART) else getattr(result, name)
 
 
 def to_frame(requests: Sequence[RequestResult]) -> Any:
-    """Make a pandas table of some requests, one row a sequence."""
+    """A pandas table of requests, one row per sequence."""
     pd = _package("pandas")
     rows = []
     for result in requests:
@@ -52,6 +59,7 @@ def to_frame(requests: Sequence[RequestResult]) -> Any:
             entry: dict[str, Any] = {"request": result.name, "id": info.id, "prompt": info.prompt}
             entry |= {"response": info.response, "logprob": info.logprob, "reward": info.reward}
             entry |= {name: float(v[row]) for name in VECTORS if (v := getattr(result, name)) is not None}
+            entry |= {PART + part: float(v[row]) for part, v in result.parts.items()}
             for u, value in result.top_contributors(row, 1):
                 entry |= {"top_contributor": u.id, "top_contribution": value}
             rows.append(entry)

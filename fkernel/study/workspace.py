@@ -1,4 +1,4 @@
-"""U as a workspace: its sequences, their gradients, P; made once, kept, and asked as often as one likes."""
+"""U as a workspace: its sequences, their gradients, P; computed once and shared by all requests."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from fkernel.study.loss_terms import LossTerms
 
 
 class KernelWorkspace:
-    """U, its gradients and P, ready to be asked; a context manager that keeps its directory to itself until closed.
+    """U, its gradients and P; a context manager that holds the lock of its directory until closed.
 
     Attributes:
         batch: U.
-        gradients: J_U; its rows are ∇S, or, where the step's loss has ratios, Σ_t ρ_ut ∇log π(u_t): the kernel of U
-            with itself, norms and `cache` of its sequences are then of these. Of long sequences none is kept.
+        gradients: J_U; its rows are ∇S, or, where the step's loss has ratios, Σ_t ρ_ut ∇log π(u_t); K_UU, norms and
+            `cache` use the same rows. Gradients of long sequences are recomputed, not stored.
         P: the preconditioner.
         clip: c.
         grad_norm: ‖∇L‖ before clipping.
-        spec: everything that decides what it holds: fingerprints, preconditioner, step, temperature.
-        directory: where it is kept; None in memory.
-        loss: what the step's loss made of U; None where it is the policy gradient.
+        spec: everything that determines its contents: fingerprints, preconditioner, step, temperature.
+        directory: its directory; None in memory.
+        loss: the step's loss evaluated on U; None for the policy gradient.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class KernelWorkspace:
         opened: ExitStack | None = None,
         loss: LossTerms | None = None,
     ) -> None:
-        """Take what was made or read."""
+        """Hold what `prepared` computed or `load_workspace` read."""
         self.batch, self.gradients, self.P, self.clip, self.grad_norm = batch, gradients, P, clip, grad_norm
         self.spec, self.directory, self._opened = dict(spec), directory, opened or ExitStack()
         self.loss, self._ascent = loss, ascent
@@ -67,13 +67,29 @@ class KernelWorkspace:
         self.close()
 
     def close(self) -> None:
-        """Let other processes have the directory; nothing more is read from it."""
+        """Release the directory's lock; nothing is read from it afterwards."""
         self._opened.close()
 
     @property
     def weights(self) -> Tensor:
-        """[n_U] c·w·A, what contributions weigh the kernel's columns with."""
-        return self.clip * self.batch.weighted_advantages
+        """[n_U] c·w·A, the weights of the kernel's columns in contributions; c where the columns are the whole loss."""
+        return self.clip * self.loss_weights
+
+    @property
+    def loss_weights(self) -> Tensor:
+        """[n_U] w·A, before clipping; ones where the columns are the whole loss."""
+        return self.unit_weights if self.whole else self.batch.weighted_advantages
+
+    @property
+    def unit_weights(self) -> Tensor:
+        """[n_U] w, what an advantage of 1 would weigh a column with."""
+        ones = torch.ones(len(self.batch), dtype=torch.float64)
+        return ones if self.whole else self.batch.with_values("advantage", ones).weighted_advantages
+
+    @property
+    def whole(self) -> bool:
+        """Whether the columns are the whole loss: its tokens' weights, which no advantage enters."""
+        return self.loss is not None and self.loss.whole
 
     def weights_with(self, advantages: str | Mapping[str, float] | None) -> Tensor:
         """[n_U] c·w·A under other advantages: a rule's name, or {id: advantage} for some of U.
@@ -90,14 +106,18 @@ class KernelWorkspace:
             RolloutError: there is no such rule, or no such sequence.
             PlanError: the step's loss depends on the advantages' signs, and one changes.
         """
+        if self.whole and advantages is None:
+            return self.loss_weights
         return self.signed(self.batch.with_values("advantage", self.advantages_with(advantages)).weighted_advantages)
 
     def signed(self, weights: Tensor) -> Tensor:
-        """Check [n_U] other w·A against a loss that was evaluated for the signs of the step's own; 0 goes with both.
+        """Check that [n_U] other w·A keep the signs that the loss was evaluated for; 0 is allowed.
 
         Raises:
             PlanError: a sign changes.
         """
+        if self.whole:  # token weights hold for any factor of a sequence
+            return weights
         own = self.batch.advantages
         if self.keeps_signs and bool((moved := (weights != 0) & (weights.sign() != own.sign())).any()):
             row = int(moved.nonzero()[0])
@@ -114,14 +134,15 @@ class KernelWorkspace:
         return "loss" in self.spec and self.spec["loss"]["kind"] != "policy_gradient"
 
     def ascent(self, params: Tree | None = None) -> Tree:
-        """Give J_Uᵀ(w A) with the KL term's share, before clipping: as it was kept, or beside parameters."""
-        found = self._ascent()
-        return found if params is None else beside(found, params)
+        """−∇L before clipping; on the devices of `params`, where given."""
+        ascent = self._ascent()
+        return ascent if params is None else beside(ascent, params)
 
-    def with_penalty(self, ascent: Tree, scale: float = 1.0) -> Tree:
-        """Add the KL term's share, times a factor, to what U ascends; it has no advantages."""
-        penalty = None if self.loss is None else self.loss.penalty
-        return ascent if penalty is None else tree.axpy(scale, penalty, ascent)
+    def with_parts(self, ascent: Tree) -> Tree:
+        """Add the loss's parts that no column has, such as a KL penalty, to an ascent direction of U's columns."""
+        for part in () if self.loss is None else self.loss.beside_columns.values():
+            ascent = tree.add(ascent, part)
+        return ascent
 
     def advantages_with(self, advantages: str | Mapping[str, float] | None) -> Tensor:
         """[n_U] A by another rule, or with other values for some of U.
@@ -129,6 +150,13 @@ class KernelWorkspace:
         Raises:
             RolloutError: there is no such rule, or no such sequence.
         """
+        if self.whole:
+            if advantages is not None:
+                raise PlanError(
+                    "step.loss is given by token weights, and how they depend on the advantages is not known. Weigh "
+                    "whole sequences or parts instead (counterfactuals: scale, drop, flip, parts), or name the loss."
+                )
+            return self.unit_weights
         if isinstance(advantages, str):
             return self.batch.with_advantages(advantages).advantages
         A = self.batch.advantages.clone()
@@ -137,7 +165,7 @@ class KernelWorkspace:
         return A
 
     def advantages_of(self, rule: str | None, changes: Mapping[str, float]) -> dict[str, float] | None:
-        """Make other advantages of a rule and of single changes; None where there is neither.
+        """{id: A} by a rule, with single values changed; None where neither is given.
 
         Raises:
             RolloutError: there is no such rule, or no such sequence.
@@ -145,45 +173,45 @@ class KernelWorkspace:
         if rule is None and not changes:
             return None
         batch = self.batch if rule is None else self.batch.with_advantages(rule)
-        found = dict(zip(batch.ids, batch.advantages.tolist(), strict=True))
+        advantages = dict(zip(batch.ids, batch.advantages.tolist(), strict=True))
         for name in changes:
             self.row(name)
-        return found | dict(changes)
+        return advantages | dict(changes)
 
     def row(self, sequence_id: str) -> int:
         """Find the row of a sequence of U.
 
         Raises:
-            RolloutError: there is none of that id; it names near ones.
+            RolloutError: no such id; the message lists similar ones.
         """
         self.batch.by_id(sequence_id)
         return self.index[sequence_id]
 
     def rows_of(self, batch: GeneratedBatch) -> Tensor | None:
-        """Find the rows of a batch whose sequences are U's own, [n]; None where one is not, or U's rows are not ∇S."""
+        """[n] rows of U that hold a batch's gradients; None where a sequence is not of U, or U's rows are not ∇S."""
         if self.loss is not None and self.loss.ratio is not None:
             return None
         padding = self.spec.get("padding")
         if any(padding in (*record.prompt_ids, *record.response_ids)[:-1] for record in batch):
-            return None  # training withheld a part of their gradients
-        at = [self.index.get(name, -1) for name in batch.ids]
-        if any(row < 0 or self.batch.records[row] is not record for row, record in zip(at, batch, strict=True)):
+            return None  # U's gradients leave out the padding token's embedding row
+        rows = [self.index.get(name, -1) for name in batch.ids]
+        if any(row < 0 or self.batch.records[row] is not record for row, record in zip(rows, batch, strict=True)):
             return None
-        return torch.tensor(at)
+        return torch.tensor(rows)
 
     def cache(self, sequence_id: str) -> GradientCache:
-        """Give one sequence's gradient: raw, preconditioned, and its norms, each made when it is asked for."""
+        """One sequence's gradient, raw and preconditioned, and its norms; each is computed on first use."""
         row = self.row(sequence_id)
         if sequence_id not in self._caches:
             self._caches[sequence_id] = GradientCache(sequence_id, lambda: self.gradients.one(row), self.P)
         return self._caches[sequence_id]
 
     def kernel_between(self, one: GradientCache, other: GradientCache) -> float:
-        """⟨∇S(one), P ∇S(other)⟩, of any two sequences."""
+        """⟨∇S(one), P ∇S(other)⟩."""
         return float(func.contract(one.handles, other.handles, diagonal=self.P.d))
 
     def self_kernel(self, how: Strategy | None = None) -> Tensor:
-        """K_UU [n_U n_U], of U's columns, computed when it is first asked for, all at once where nothing says how."""
+        """K_UU [n_U n_U], computed on first use; `how` tiles it, by default it is computed in one tile."""
         if self._self_kernel is None:
             J, D = self.gradients, self.P.d
             walks = isinstance(J, WalkedGradients)
@@ -193,35 +221,35 @@ class KernelWorkspace:
 
     @property
     def norms(self) -> func.SquaredNorms:
-        """‖g‖² and ⟨g, P g⟩ of U, computed when they are first asked for, or by the walk that came first."""
+        """‖g‖² and ⟨g, P g⟩ of U, computed on first use unless a walk already has (`learn`)."""
         if self._norms is None:
             self._norms = self.gradients.squared_norms(self.P.d)
         return self._norms
 
     @property
     def has_norms(self) -> bool:
-        """Whether U's norms are known."""
+        """Whether U's norms are computed."""
         return self._norms is not None
 
     def learn(self, norms: func.SquaredNorms) -> None:
-        """Take U's norms from a walk that formed its gradients anyway."""
+        """Store U's norms, computed by a walk over its gradients."""
         self._norms = norms
 
 
-def beside(found: Tree, params: Tree) -> Tree:
-    """Put a vector where the parameters are, in their order: a file has another."""
-    return {name: found[name].to(leaf.device) for name, leaf in params.items()}
+def beside(vector: Tree, params: Tree) -> Tree:
+    """Move a vector to the parameters' devices, in the parameters' order."""
+    return {name: vector[name].to(leaf.device) for name, leaf in params.items()}
 
 
 def tokens_of(batch: GeneratedBatch, params: Tree) -> Any:
-    """Give a batch's `Sequences` where the parameters are."""
+    """A batch's `Sequences` on the parameters' device."""
     device = next(iter(params.values())).device
     return Sequences(*(leaf.to(device) for leaf in batch.sequences))
 
 
 @contextmanager
 def named_errors(batch: GeneratedBatch) -> Iterator[None]:
-    """Name the sequence by its id where the engine names a row."""
+    """Replace the row number in the engine's errors by the sequence's id."""
     try:
         yield
     except NonFiniteError as error:
@@ -240,7 +268,7 @@ def load_workspace(path: str | Path) -> KernelWorkspace:
         The workspace; close it, or use it in a `with`.
 
     Raises:
-        StoreError: there is none, it is not complete, damaged, or another process has it.
+        StoreError: there is none, it is incomplete or damaged, or another process holds its lock.
     """
     directory = WorkspaceDirectory(path, None)
     try:
@@ -254,41 +282,41 @@ def load_workspace(path: str | Path) -> KernelWorkspace:
             raise directory.unfinished()
         else:
             gradients = directory.gradients(side, cuts, None)
-        at = directory.ascent, directory.spec, directory.path, directory.opened
-        return KernelWorkspace(batch, gradients, P, clip, norm, *at, directory.loss())
+        stored = directory.ascent, directory.spec, directory.path, directory.opened
+        return KernelWorkspace(batch, gradients, P, clip, norm, *stored, directory.loss())
     except BaseException:
         directory.opened.close()
         raise
 
 
 def serialize_workspace(workspace: KernelWorkspace, path: str | Path) -> Path:
-    """Write a workspace that is held in memory to a directory; one that is kept already is left where it is.
+    """Write a workspace that is in memory to a directory; one that has a directory stays there.
 
     Raises:
-        StoreError: the directory holds something, or cannot be written.
+        StoreError: the directory is not empty, or cannot be written.
     """
     if workspace.directory is not None:
         return workspace.directory
     directory = WorkspaceDirectory(path, workspace.spec)
     with directory.opened:
         directory.batch(lambda: workspace.batch)
-        own, numbers = workspace.gradients, (workspace.P, workspace.clip, workspace.grad_norm)
-        if not own.walked:
-            directory.gradients(own.side, own.cuts, own.read)
-        directory.seal(*numbers, workspace.ascent(), workspace.loss, own.walked)
+        J, numbers = workspace.gradients, (workspace.P, workspace.clip, workspace.grad_norm)
+        if not J.walked:
+            directory.gradients(J.side, J.cuts, J.read)
+        directory.seal(*numbers, workspace.ascent(), workspace.loss, J.walked)
     return Path(path)
 
 
 def selected(ids: Iterable[str], patterns: Iterable[str], what: str, strict: bool = True) -> list[str]:
-    """Find the ids that patterns name, in the ids' order; `*` stands for any characters.
+    """Find the ids that match any pattern, in the ids' order; `*` matches any characters.
 
     Raises:
-        RolloutError: a pattern names none, where strict.
+        RolloutError: a pattern matches none, where strict.
     """
     ids, kept = list(ids), set[str]()
     for pattern in patterns:
-        found = {name for name in ids if fnmatchcase(name, pattern)}
-        if not found and strict:
+        matches = {name for name in ids if fnmatchcase(name, pattern)}
+        if not matches and strict:
             raise RolloutError(f"{pattern!r} names no sequence of {what}; it has {listing(ids)}.")
-        kept |= found
+        kept |= matches
     return [name for name in ids if name in kept]

@@ -7,7 +7,7 @@ import torch
 
 import fkernel as fk
 from fkernel import func, precond, tree
-from fkernel.analysis import ledger, rounding_floor, step_sweep
+from fkernel.analysis import floor_scale, ledger, rounding_floor, step_sweep
 from fkernel.engine.path import Path
 from tests.cases import EXAMPLES
 
@@ -25,7 +25,7 @@ def explained(case, max_norm=0.05, lr=1e-4, path: Path = "midpoint"):
 
 
 def accounted(effect, realised, floor):
-    parts = {name: getattr(effect, name) for name in ("batch", "momentum", "decay", "clip")}
+    parts = {name: getattr(effect, name) for name in ("batch", "momentum", "decay")}
     return ledger(**parts, realised=realised, floor=floor)
 
 
@@ -35,8 +35,8 @@ def test_a_ledger_closes_and_its_parts_are_what_they_say(case):
     found = accounted(effect, realised, rounding_floor(S, params, E))
     torch.testing.assert_close(found.closed, realised, rtol=1e-12, atol=1e-15)
     assert effect.clip < 1
-    torch.testing.assert_close(found.unclipped + found.clipping, effect.batch, rtol=1e-12, atol=0.0)
-    torch.testing.assert_close(found.unclipped, (effect.kernel * case.weights).sum(1), rtol=1e-10, atol=1e-15)
+    torch.testing.assert_close(found.batch["batch"], effect.batch)
+    torch.testing.assert_close(effect.batch, effect.clip * (effect.kernel * case.weights).sum(1), rtol=1e-10, atol=1e-15)
     curvature = 0.5 * func.curvature(S)(params, E, step.total)  # at θ; the path has it in its parts
     assert (found.remainder.abs() < 1e-2 * curvature.abs().max()).all()
     mid = tree.axpy(0.5, step.total, params)
@@ -70,11 +70,22 @@ def test_remainders_of_the_paths_fall_as_the_square_the_cube_and_the_fifth_power
     assert left["midpoint"][1] > 30 * max(floors)
 
 
-def test_nothing_is_clipped_where_the_norm_is_small(case):
-    _, _, _, effect, _ = explained(case, max_norm=1e6)
-    assert effect.clip == 1.0
-    zero = torch.zeros(len(case.E), dtype=torch.float64)
-    assert accounted(effect, zero, zero).clipping.abs().max() == 0
+def test_a_ledger_of_parts_and_departures_closes():
+    g = torch.Generator().manual_seed(0)
+    values = {name: torch.randn(3, generator=g) for name in ("advantage", "kl", "momentum", "decay", "realised")}
+    parts, departures = {name: values.pop(name) for name in ("advantage", "kl")}, {"unexplained": torch.ones(3)}
+    found = ledger(batch=parts, **values, floor=torch.zeros(3), departures=departures)
+    assert [*found.terms] == ["advantage", "kl", "momentum", "decay", "unexplained", "remainder"]
+    torch.testing.assert_close(found.closed, values["realised"])
+    known = sum(parts.values()) + values["momentum"] + values["decay"] + 1
+    torch.testing.assert_close(found.remainder, values["realised"] - known)
+
+
+def test_a_floor_s_scale_is_what_is_measured_over_what_is_estimated():
+    exact, floor = torch.randn(1000).double(), torch.full((1000,), 1e-3).double()
+    changes = exact + 4e-3 * torch.randn(1000).double()
+    assert floor_scale(changes, exact, floor) == pytest.approx(4, rel=0.1)
+    assert floor_scale(exact, exact, floor) == 1
 
 
 def test_remainders_fall_as_the_square_and_the_cube_of_the_rate(case):

@@ -13,8 +13,8 @@ MUTATIONS = [
     Mutation(
         "an optimizer's Jacobian with its own sign",
         "tests/test_linearized.py::test_linearized_is_the_derivative_of_torchs_own_step",
-        "precond/linearization.py", "return tree.scale(-1.0, found[1])",
-        "return tree.scale(1.0, found[1])",
+        "precond/linearization.py", "return tree.scale(-1.0, both[1])",
+        "return tree.scale(1.0, both[1])",
     ),
     Mutation(
         "KL the other way around",
@@ -85,8 +85,8 @@ MUTATIONS = [
     Mutation(
         'a part that is put over another',
         f"{ANALYSIS}/test_parts.py::test_parts_add_up_to_groups_and_groups_to_the_whole",
-        'analysis/parts.py', 'found[group] = found[group] + parts[part] if group in found else parts[part]',
-        'found[group] = parts[part]',
+        'analysis/parts.py', 'sums[group] = sums[group] + parts[part] if group in sums else parts[part]',
+        'sums[group] = parts[part]',
     ),
     Mutation(
         "a part that is split put into one of its groups",
@@ -133,8 +133,8 @@ MUTATIONS = [
     Mutation(
         'momentum left in what the batch did',
         f"{ANALYSIS}/test_comparison.py::test_the_optimizers_own_meets_what_happened_and_others_less",
-        'analysis/comparison.py', 'batch, found = realised - others',
-        'batch, found = realised + others',
+        'analysis/comparison.py', 'batch, agreements = realised - others',
+        'batch, agreements = realised + others',
     ),
     Mutation(
         "a constant that varies by rounding",
@@ -175,14 +175,14 @@ MUTATIONS = [
     Mutation(
         'squares without their weights',
         f"{ANALYSIS}/test_health.py::test_squares_are_those_of_dense_gradients",
-        'func/handles/squares.py', 'found[start : start + r] = (w @ tile',
-        'found[start : start + r] = (torch.ones_like(w) @ tile',
+        'func/handles/squares.py', 'total[start : start + r] = (w @ tile',
+        'total[start : start + r] = (torch.ones_like(w) @ tile',
     ),
     Mutation(
         'rows of a table put back in the wrong place',
         f"{ANALYSIS}/test_health.py::test_squares_of_every_form_of_handle",
-        'func/handles/squares.py', 'found[touched] = ',
-        'found[: len(touched)] = ',
+        'func/handles/squares.py', 'total[touched] = ',
+        'total[: len(touched)] = ',
     ),
     Mutation(
         'the second tile overwrites the first',
@@ -241,7 +241,7 @@ MUTATIONS = [
     Mutation(
         'no warning',
         f"{ANALYSIS}/test_health.py::test_a_dominated_kernel_is_said_in_numbers",
-        'analysis/trace_shares.py', '    if found.dominated:\n',
+        'analysis/trace_shares.py', '    if shares.dominated:\n',
         '    if False:\n',
     ),
     Mutation(

@@ -23,18 +23,18 @@ MUTATIONS = [
     Mutation(
         "RAdam's groups are AdamW's",
         f"{WHOSE}::test_radam_is_told_by_the_name_that_it_lacks",
-        "checkpoint/foreign.py", 'if "amsgrad" in group or', "if True or",
+        "checkpoint/foreign.py", 'if kind != "adam" or "amsgrad" in group', "if True",
     ),
     Mutation(
         "names of groups that AdamW does not have are passed over",
         f"{WHOSE}::test_groups_of_other_optimizers_are_refused_by_name",
-        "checkpoint/foreign.py", "*FLAGS, *INERT, *EMPTY_UNLESS)", "*FLAGS, *INERT, *EMPTY_UNLESS, key)",
+        "checkpoint/foreign.py", '*STOCHASTIC, "eps")', '*STOCHASTIC, "eps", key)',
     ),
     Mutation(
         "bitsandbytes' first moment is its second",
         f"{WHOSE}::test_bitsandbytes_moments_in_full_precision_are_read",
-        "checkpoint/foreign.py", '"exp_avg": flat["state1"], "exp_avg_sq": flat["state2"]',
-        '"exp_avg": flat["state2"], "exp_avg_sq": flat["state1"]',
+        "precond/stored.py", '{"state1": "exp_avg", "state2": "exp_avg_sq"}',
+        '{"state2": "exp_avg", "state1": "exp_avg_sq"}',
     ),
     Mutation(
         "parameters are left out in the first way that fits",

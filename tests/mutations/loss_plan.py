@@ -13,14 +13,14 @@ MUTATIONS = [
     Mutation(
         'clipped as if every advantage were positive',
         f"{PLAN}/test_steps.py::test_a_step_on_the_loss_is_predicted[ratio]",
-        'study/losses.py', 'ratio = of(now, old, signs, mask, loss.low, loss.high) * signs[:, None]',
-        'ratio = of(now, old, signs.abs(), mask, loss.low, loss.high) * signs.abs()[:, None]',
+        'study/losses.py', 'ratio = weights_of(now, old, signs, mask, loss.low, loss.high) * signs[:, None]',
+        'ratio = weights_of(now, old, signs.abs(), mask, loss.low, loss.high) * signs.abs()[:, None]',
     ),
     Mutation(
         "a token's ratio where a sequence's was asked for",
         f"{PLAN}/test_steps.py::test_a_step_on_the_loss_is_predicted[sequences]",
-        'study/losses.py', 'if isinstance(loss, ClippedRatioLoss) else',
-        'if True else',
+        'study/losses.py', '    per_token = isinstance(loss, ClippedRatioLoss)\n',
+        '    per_token = True\n',
     ),
     Mutation(
         'the penalty left out of the gradient',
@@ -127,7 +127,7 @@ MUTATIONS = [
     Mutation(
         'any checkpoint passes for the old policy',
         f"{PLAN}/test_errors.py::test_old_is_the_policy_that_sampled",
-        'study/losses.py', 'sampler != prints["old"]:',
+        'study/losses.py', 'sampler != fingerprints["old"]:',
         'False:',
     ),
     Mutation(
@@ -139,7 +139,7 @@ MUTATIONS = [
     Mutation(
         'the loss left out of what a workspace is asked',
         f"{PLAN}/test_workspace.py::test_a_workspace_of_another_loss_is_not_served",
-        'study/losses.py', '    spec: dict[str, Any] = {"loss": {**found, "policies": prints}}\n',
+        'study/losses.py', '    spec: dict[str, Any] = {"loss": {**settings, "policies": fingerprints}}\n',
         '    spec: dict[str, Any] = {"loss": {"kind": loss.kind}}\n',
     ),
     Mutation(

@@ -79,12 +79,12 @@ MUTATIONS = [
     Mutation(
         "a plain pass asks nobody whether every path is known",
         f"{TAPS}::test_any_other_use_is_left_to_vmap[in_place-3]",
-        "func/taps/batched.py", "known = explained(found) == frozenset(params)", "known = True",
+        "func/taps/batched.py", "known = explained(tape) == frozenset(params)", "known = True",
     ),
     Mutation(
         "sequences are taken to be apart",
         f"{TAPS}::test_any_other_use_is_left_to_vmap[times_first-3]",
-        "func/taps/batched.py", "and not _apart(found, traced)", "and False",
+        "func/taps/batched.py", "and not _apart(tape, traced)", "and False",
     ),
     Mutation(
         "sequences are told apart between equal ones",
@@ -120,7 +120,7 @@ MUTATIONS = [
     Mutation(
         "rows of several sequences may be combined",
         f"{EXPERTS}::test_rows_of_different_sequences_are_not_combined",
-        "func/taps/whose.py", "found is not own and not torch.equal(found, own)", "False",
+        "func/taps/whose.py", "owners is not own and not torch.equal(owners, own)", "False",
     ),
     Mutation(
         "padding touches an expert",

@@ -34,14 +34,14 @@ MUTATIONS = [
     Mutation(
         "the root of a second moment that is 0, differentiated",
         f"{MOVES}::test_a_coordinate_that_was_never_seen_has_what_the_optimizer_would_do",
-        "precond/updates.py", "dark = v == 0",
+        "precond/base.py", "dark = v == 0",
         "dark = v < 0",
     ),
     Mutation(
         "Muon as torch's documentation has it",
         f"{MOVES}::test_muon_is_torchs_to_the_last_digits_where_torch_is_let_compute_in_float64",
-        "precond/updates.py", "torch.lerp(g, b, state.momentum) if",
-        "g + state.momentum * b if",
+        "precond/updates/orthogonal.py", "torch.lerp(h, b, past.momentum) if",
+        "h + past.momentum * b if",
     ),
     Mutation(
         "the first parameter's epsilon for all",

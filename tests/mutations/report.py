@@ -36,7 +36,7 @@ MUTATIONS = [
     Mutation(
         'marks for everybody',
         'tests/study/test_tables.py::test_contributors_that_could_be_chance_are_told_from_those_that_could_not',
-        'report/table.py', 'if sure["top_p"][row, k] <= CHANCE:',
+        'report/table.py', 'if analysis["top_p"][row, k] <= CHANCE:',
         'if sure["top_p"][row, k] >= CHANCE:',
     ),
     Mutation(
@@ -72,7 +72,7 @@ MUTATIONS = [
     Mutation(
         'what was left out is drawn',
         "tests/study/test_panels.py::test_what_was_left_out_is_not_drawn",
-        'report/gallery.py', 'in result.analyses.items() if found.skipped is None]',
+        'report/gallery.py', 'in result.analyses.items() if analysis.skipped is None]',
         'in result.analyses.items()]',
     ),
     Mutation(

@@ -85,7 +85,7 @@ MUTATIONS = [
     Mutation(
         "abstentions are silent",
         f"{ABSTAINING}::test_a_reward_that_judges_nothing",
-        "rollout/generator.py", "check_abstained(records, judge.name)",
+        "rollout/generator.py", "check_abstained(records, panel.name)",
         "pass",
     ),
     Mutation(
@@ -97,14 +97,14 @@ MUTATIONS = [
     Mutation(
         "an infinite reward",
         f"{ABSTAINING}::test_what_is_no_reward_names_sequence_function_and_value",
-        "rollout/rewards.py", "if value is None or not isfinite(value):",
+        "rollout/judging.py", "if value is None or not isfinite(value):",
         "if value is None:",
     ),
     Mutation(
         "NaN for a weight",
         f"{ABSTAINING}::test_no_number_of_a_record_is_nan",
-        "rollout/record.py", 'for name in ("reward", "advantage", "weight"):',
-        'for name in ("reward", "advantage"):',
+        "rollout/record.py", 'for name in ("reward", "advantage", "weight")}',
+        'for name in ("reward", "advantage")}',
     ),
     Mutation(
         "a saved batch is told by its ids",

@@ -65,8 +65,8 @@ MUTATIONS = [
     Mutation(
         "a request's kernel at the midpoint, though its path is the start",
         f"{STUDY}/test_runner.py::test_it_is_what_explain_step_says[start]",
-        "study/runner.py", "found._replace(path=path, step=step.total)",
-        'found._replace(path="midpoint", step=step.total)',
+        "study/runner.py", "E, end)._replace(path=path, step=end,",
+        'E, end)._replace(path="midpoint", step=end,',
     ),
     Mutation(
         "U's own gradients for a request of U halfway along the step",
@@ -77,7 +77,7 @@ MUTATIONS = [
     Mutation(
         "one sequence's gradient at the checkpoint, beside requests at the midpoint",
         f"{STUDY}/test_runner.py::test_questions_about_pairs_of_any_batches",
-        "study/runner.py", "for q, at in policy.nodes", "for q, at in ((1.0, policy.params),)",
+        "study/runner.py", "for q, node in policy.nodes", "for q, node in ((1.0, policy.params),)",
     ),
     Mutation(
         "a prediction without momentum",
@@ -92,18 +92,18 @@ MUTATIONS = [
     Mutation(
         "an influence without kernel that takes U's sum unpreconditioned",
         f"{STUDY}/test_runner.py::test_influence_alone_needs_no_kernel",
-        "study/evaluation.py", "at.workspace.P(at.workspace.gradients.weighted_sum(at.weights.to(at.like)))",
-        "at.workspace.gradients.weighted_sum(at.weights.to(at.like))",
+        "study/evaluation.py", "workspace.P(workspace.gradients.weighted_sum(context.weights.to(context.like)))",
+        "workspace.gradients.weighted_sum(context.weights.to(context.like))",
     ),
     Mutation(
         "sequences of U read by the place that they were asked at",
         f"{STUDY}/test_runner.py::test_at_the_start_u_is_read_and_not_computed_again",
-        "engine/gradients.py", "places.append((i, found[:, 1]))", "places.append((i, found[:, 0]))",
+        "engine/gradients.py", "places.append((i, matches[:, 1]))", "places.append((i, matches[:, 0]))",
     ),
     Mutation(
         "a workspace of something else is served",
         f"{STUDY}/test_workspace.py::test_what_differs_is_named",
-        "study/directory.py", "if found := differences(stored, wanted):", "if found := []:",
+        "study/directory.py", "if changed := differences(stored, wanted):", "if changed := []:",
     ),
     Mutation(
         "a damaged response is served",
@@ -123,7 +123,7 @@ MUTATIONS = [
     Mutation(
         "an edited helper is not looked at",
         f"{STUDY}/test_sources.py::test_an_edited_helper_counts_and_a_module_that_is_not_imported_does_not",
-        "study/sources.py", "            _add(name, root, found)\n", "            pass\n",
+        "study/sources.py", "            _add(name, root, hashes)\n", "            pass\n",
     ),
     Mutation(
         "a function that cannot be hashed is believed",
@@ -158,7 +158,7 @@ MUTATIONS = [
     Mutation(
         "arrays of another run are served",
         f"{STUDY}/test_kept.py::test_results_refuse_arrays_of_another_run",
-        "study/results.py", "if found[name] != known]", "if False]",
+        "study/results.py", "if actual[name] != sha256]", "if False]",
     ),
     Mutation(
         "a batch of other sequences is asked, since its ids are the same",

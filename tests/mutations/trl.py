@@ -7,8 +7,8 @@ MUTATIONS = [
     Mutation(
         "the peak's rate for the schedule's",
         f"{TRL}::test_the_step_is_the_one_that_the_trainer_logged",
-        'checkpoint/optimizer.py', 'lr={name: float(group_of[name]["lr"]) for name in each},',
-        'lr={name: float(group_of[name]["initial_lr"]) for name in each},',
+        'checkpoint/optimizer.py', '"param_names")} | by.settings',
+        '"param_names")} | by.settings | {"lr": group["initial_lr"]}',
     ),
     Mutation(
         'what happened, on the weights before',

@@ -14,7 +14,7 @@ import torch
 
 import fkernel as fk
 from fkernel.rollout import GeneratedBatch, SampleGenerator, Sampling, TablePrompts, advantages, load_batch, save_batch
-from fkernel.rollout.rewards import judge_of
+from fkernel.rollout.judging import judge_of
 from tests.rollout.test_files import record
 
 ROWS = [{"question": f"{a}+{a}?", "answer": str(2 * a)} for a in range(6)]
@@ -226,18 +226,17 @@ def test_a_reward_that_fails(model, tokenizer):
     def failing(prompt, response):
         return {"score": 1.0}["reward"]
 
-    def of_trl(completions: Any, **columns: Any) -> Any:
-        return [1.0 for _ in completions]
-
-    trls_own: Any = of_trl
-
     with pytest.raises(fk.RolloutError, match=r"U-000-00: the reward .*failing failed: KeyError: 'reward'") as caught:
         generator.generate_update_batch(1, 2, reward_cfg=failing)
     assert isinstance(caught.value.__cause__, KeyError)
-    with pytest.raises(
-        fk.RolloutError, match=r"E-000-00: .*of_trl failed: TypeError: .*reward\(prompt, response text\)"
-    ):
-        generator.generate_evaluation_batch(1, dataset_split="train", reward_cfg=trls_own)
+
+    def of_text(text: Any) -> Any:
+        return 1.0
+
+    one: Any = of_text
+    message = r"E-000-00: .*of_text failed: TypeError: .*reward\(prompt, response text\)"
+    with pytest.raises(fk.RolloutError, match=message):
+        generator.generate_evaluation_batch(1, dataset_split="train", reward_cfg=one)
     with pytest.raises(fk.RolloutError, match=f"P-000-00: the reward {__name__}.lost failed: ValueError: no answer"):
         generator.generate_from_prompt_ids([1], dataset_split="train", reward_cfg=f"{__name__}.lost")
 

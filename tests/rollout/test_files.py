@@ -54,7 +54,7 @@ def test_a_saved_batch_is_the_same_batch(batch, tmp_path):
     assert load_batch(tmp_path / "U", checkpoint="f" * 64) == batch
     assert sorted(os.listdir(tmp_path)) == ["U"]
     manifest = json.loads((tmp_path / "U" / "manifest.json").read_text())
-    assert manifest["schema"] == 1
+    assert manifest["schema"] == 2
     assert manifest["diagnostics"]["without_signal"] == 0.5
 
 
@@ -83,8 +83,8 @@ def test_damaged_batches_are_refused(batch, tmp_path, name, damage):
 def test_newer_schema_and_foreign_records_are_refused(batch, tmp_path):
     place = save_batch(batch, tmp_path / "U")
     manifest = read_checksummed(place / "manifest.json")
-    (place / "manifest.json").write_bytes(checksummed_json({**manifest, "schema": 2}))
-    with pytest.raises(fk.RolloutError, match=r"has schema 2; this version of fkernel reads 1. Update it"):
+    (place / "manifest.json").write_bytes(checksummed_json({**manifest, "schema": 3}))
+    with pytest.raises(fk.RolloutError, match=r"has schema 3; this version of fkernel reads up to 2. Update it"):
         load_batch(place)
     other = save_batch(GeneratedBatch(tuple(record(f"E-00{i}-00") for i in range(4))), tmp_path / "E")
     lines = (other / "records.jsonl").read_bytes()

@@ -43,10 +43,10 @@ def first(firsts: Any, result: RequestResult) -> RequestResult:
 
 def test_the_ledger_closes(result, first):
     ledger = result.analysis("ledger")
-    parts = ("unclipped", "clipping", "momentum", "decay", "remainder")
+    parts = ("batch", "momentum", "decay", "remainder")
     assert {*ledger.arrays} == {*parts, "realised", "floor"}
     np.testing.assert_allclose(sum(ledger[name] for name in parts), result.realised, rtol=0, atol=1e-9)
-    np.testing.assert_allclose(ledger["unclipped"] + ledger["clipping"], result.batch, rtol=1e-6)
+    np.testing.assert_allclose(ledger["batch"], result.batch, rtol=1e-6)
     assert ledger.facts["clip"] < 1
     assert (ledger["floor"] > 0).all()
     np.testing.assert_allclose(ledger["momentum"], result.momentum, rtol=1e-6)
@@ -60,7 +60,7 @@ def test_the_ledger_closes(result, first):
 
 def test_what_the_ledger_at_the_start_leaves_is_the_curvature(first):
     ledger = first.analysis("ledger")
-    parts = ("unclipped", "clipping", "momentum", "decay", "remainder")
+    parts = ("batch", "momentum", "decay", "remainder")
     np.testing.assert_allclose(sum(ledger[name] for name in parts), first.realised, rtol=0, atol=1e-9)
     left = np.linalg.norm(ledger["remainder"] - first.curvature) / np.linalg.norm(first.realised)
     assert left < 0.02

@@ -123,13 +123,13 @@ def test_observables_are_in_their_own_units(result, name, unit):
 def test_the_prediction_of_an_observable_has_all_its_parts(result):
     name = "observables.entropy"
     found = result.analysis(name)
-    parts = {"penalty": np.linspace(0.0, 1e-3, len(found["batch"]))} | found.arrays
+    parts = {"arithmetic": np.linspace(0.0, 1e-3, len(found["batch"]))} | found.arrays
     known = dataclasses.replace(result, analyses={name: AnalysisResult(parts, found.facts)})
     alone, whole = (
         np.asarray(dots.get_offsets()) for dots in report.observable_panel(known, "entropy").axes[0].collections
     )
     np.testing.assert_allclose(alone, 1e3 * np.stack([found["batch"], found["realised"]], 1), rtol=1e-6)
-    wanted = sum(parts[part] for part in ("batch", "penalty", "momentum", "decay"))
+    wanted = sum(parts[part] for part in ("batch", "momentum", "decay", "arithmetic"))
     np.testing.assert_allclose(whole[:, 0], 1e3 * wanted, rtol=1e-6)
 
 
@@ -148,7 +148,7 @@ def test_bars_of_the_ledger_add_up_to_what_was_realised(result):
     order = np.argsort(-np.abs(found["realised"]), kind="stable")[:12]
     figure = report.ledger_panel(result)
     left, right = figure.axes
-    parts = {name: lengths(left, name) for name in ("unclipped", "clipping", "momentum", "decay")}
+    parts = {name: lengths(left, name) for name in ("batch", "momentum", "decay")}
     for name, widths in parts.items():
         np.testing.assert_allclose(widths, 1e3 * found[name][order], rtol=1e-12)
     np.testing.assert_allclose(sum(parts.values()), 1e3 * (found["realised"] - found["remainder"])[order], atol=1e-9)

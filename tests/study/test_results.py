@@ -160,9 +160,9 @@ def test_calibration_sees_a_wrong_scale_that_correlation_misses(result):
 
 def test_a_prediction_is_all_that_moved_the_sequence_and_nothing_beside(result):
     np.testing.assert_allclose(result.predicted, result.batch + result.momentum + result.decay, rtol=1e-6)
-    penalised = dataclasses.replace(result, penalty=np.ones(3, dtype=np.float32))
-    np.testing.assert_allclose(penalised.predicted, result.predicted + 1, rtol=1e-6)
-    assert (penalised.predicted != result.predicted).all()
+    rounded = dataclasses.replace(result, arithmetic=np.ones(3, dtype=np.float32), unexplained=np.ones(3))
+    np.testing.assert_allclose(rounded.predicted, result.predicted + 1, rtol=1e-6)
+    assert (rounded.predicted != result.predicted).all()
     bare = dataclasses.replace(result, momentum=None, decay=None)
     np.testing.assert_array_equal(bare.predicted, result.batch)
     assert set(bare.calibration) == {"batch"}

@@ -49,6 +49,7 @@ class Asked(NamedTuple):
         max_norm: of gradient clipping.
         accumulation: micro-batches a step.
         padding: whether the padding token may be sampled, in the middle of a response too.
+        options: of TRL's configuration, beside or instead of what is given below: ((name, value), …).
     """
 
     rule: str
@@ -58,6 +59,7 @@ class Asked(NamedTuple):
     max_norm: float
     accumulation: int = 1
     padding: bool = False
+    options: tuple[tuple[str, Any], ...] = ()
 
 
 class Trained(NamedTuple):
@@ -69,6 +71,8 @@ class Trained(NamedTuple):
         base: the base model's directory; None where no adapter was trained.
         given: {steps taken: micro-batches of the next step, as `compute_loss` received them}.
         log: {steps taken after it: what the trainer logged of a step}.
+        weights: {steps taken: (ω, η or None) of each micro-batch, [b t] of its completions, as autograd handed them
+            back at the trainer's log-probabilities and entropies}.
     """
 
     spec: Asked
@@ -76,6 +80,7 @@ class Trained(NamedTuple):
     base: Path | None
     given: dict[int, list[dict[str, torch.Tensor]]]
     log: dict[int, dict[str, float]]
+    weights: dict[int, list[list[torch.Tensor | None]]]
 
     def checkpoint(self, at: int) -> dict[str, Any]:
         """A checkpoint, as plans name it."""
@@ -123,8 +128,20 @@ def trained(place: Path, spec: Asked) -> Trained:
     from trl.trainer.grpo_trainer import GRPOTrainer
 
     given: dict[int, list[dict[str, torch.Tensor]]] = {}
+    weights: dict[int, list[list[torch.Tensor | None]]] = {}
 
     class Watched(GRPOTrainer):
+        def _get_per_token_logps_and_entropies(self, *rest: Any, **others: Any) -> Any:
+            found = super()._get_per_token_logps_and_entropies(*rest, **others)
+            if not found[0].requires_grad:
+                return found
+            kept: list[torch.Tensor | None] = [None, None]
+            weights.setdefault(self.state.global_step, []).append(kept)
+            for i, leaf in enumerate(found[:2]):
+                if leaf is not None and leaf.requires_grad:
+                    leaf.register_hook(lambda g, i=i: kept.__setitem__(i, g.clone()))
+            return found
+
         def compute_loss(self, model: Any, inputs: Any, *rest: Any, **others: Any) -> Any:
             kept = {name: leaf.clone() for name, leaf in inputs.items() if isinstance(leaf, torch.Tensor)}
             given.setdefault(self.state.global_step, []).append(kept)
@@ -142,33 +159,37 @@ def trained(place: Path, spec: Asked) -> Trained:
         options["peft_config"] = LoraConfig(
             r=4, target_modules=["q_proj", "v_proj", "up_proj"], task_type="CAUSAL_LM", init_lora_weights=False
         )
-    args = GRPOConfig(
-        output_dir=str(place / "run"),
-        loss_type=spec.rule,
-        per_device_train_batch_size=16,
-        gradient_accumulation_steps=spec.accumulation,
-        num_generations=4,
-        max_completion_length=LONGEST,
-        temperature=1.0,
-        generation_kwargs=None if spec.padding else {"suppress_tokens": [TOKENIZER.pad_token_id]},
-        beta=0.0,
-        num_iterations=1,
-        max_steps=STEPS,
-        save_steps=1,
-        learning_rate=spec.peak,
-        lr_scheduler_type=spec.schedule,
-        warmup_steps=WARMUP,
-        weight_decay=DECAY,
-        max_grad_norm=spec.max_norm,
-        bf16=False,
-        gradient_checkpointing=False,
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        report_to=[],
-        disable_tqdm=True,
-        logging_steps=1,
-        seed=0,
-    )
+    if dict(spec.options).get("beta"):  # TRL reads the reference from where the model came from
+        model.save_pretrained(place / "start")
+        model = Qwen2ForCausalLM.from_pretrained(place / "start")
+    settings: dict[str, Any] = {
+        "output_dir": str(place / "run"),
+        "loss_type": spec.rule,
+        "per_device_train_batch_size": 16,
+        "gradient_accumulation_steps": spec.accumulation,
+        "num_generations": 4,
+        "max_completion_length": LONGEST,
+        "temperature": 1.0,
+        "generation_kwargs": None if spec.padding else {"suppress_tokens": [TOKENIZER.pad_token_id]},
+        "beta": 0.0,
+        "num_iterations": 1,
+        "max_steps": STEPS,
+        "save_steps": 1,
+        "learning_rate": spec.peak,
+        "lr_scheduler_type": spec.schedule,
+        "warmup_steps": WARMUP,
+        "weight_decay": DECAY,
+        "max_grad_norm": spec.max_norm,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "report_to": [],
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "seed": 0,
+    }
+    args = GRPOConfig(**{**settings, **dict(spec.options)})
     run = Watched(
         model=model,
         reward_funcs=lambda completions, **_: [float(sum(map(text.count, "13579"))) for text in completions],
@@ -180,7 +201,7 @@ def trained(place: Path, spec: Asked) -> Trained:
     run.remove_callback(PrinterCallback)
     run.train()
     log = {int(row["step"]): row for row in run.state.log_history if "grad_norm" in row}
-    return Trained(spec, place / "run", base, given, log)
+    return Trained(spec, place / "run", base, given, log, weights)
 
 
 def update_batch(run: Trained, step: int, policy_at: int | None = None) -> GeneratedBatch:
@@ -206,6 +227,25 @@ def update_batch(run: Trained, step: int, policy_at: int | None = None) -> Gener
     told = score(loaded.model, pad([r.prompt_ids for r in records], [r.response_ids for r in records]), SAMPLING)
     known = [replace(record, **each._asdict()) for record, each in zip(records, told, strict=True)]
     return GeneratedBatch(_named(known), loaded.provenance.fingerprint, SAMPLING)
+
+
+def token_weights(run: Trained, step: int, U: GeneratedBatch) -> GeneratedBatch:
+    """The same batch, with what autograd handed back at the trainer's log-probabilities and entropies as the loss."""
+    mask, laid = U.sequences.response_mask, []
+    for i in (0, 1):
+        whole = torch.zeros(mask.shape)
+        rows = [
+            row[m.bool()]
+            for each, inputs in zip(run.weights[step], run.given[step], strict=True)
+            for row, m in zip(_or_zeros(each[i], inputs), inputs["completion_mask"], strict=True)
+        ]
+        whole[mask] = torch.cat(rows)
+        laid.append(whole)
+    return U.with_token_weights({"loss": laid[0]}, {"loss": laid[1]} if laid[1].any() else None)
+
+
+def _or_zeros(weights: torch.Tensor | None, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.zeros(inputs["completion_mask"].shape) if weights is None else weights
 
 
 def held_out(run: Trained, at: int) -> GeneratedBatch:

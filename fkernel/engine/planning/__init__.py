@@ -1,4 +1,4 @@
-"""What a kernel will take, and how to compute it within a memory grant: workload / rates → options → choice."""
+"""Memory and time of a kernel, and the choice of a strategy within a memory budget: workload / rates → options."""
 
 from fkernel.engine.planning.curve import Curve
 from fkernel.engine.planning.estimates import Estimate, choose, estimate, weighed

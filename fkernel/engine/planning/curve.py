@@ -8,7 +8,7 @@ from fkernel.engine.planning.work import Work
 
 
 class Curve(NamedTuple):
-    """Work of one sequence as a polynomial of its tokens: the Lagrange polynomial through what was counted."""
+    """Work of one sequence as a polynomial of its tokens: the Lagrange polynomial through counted points."""
 
     points: tuple[tuple[int, Work], ...]
 

@@ -1,4 +1,4 @@
-"""What a kernel will take, before it is started: memory, disk and time of every strategy, and which will be chosen."""
+"""Predicted memory, disk and time of every strategy for a kernel, and the choice among them."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from fkernel.shapes import Tree
 
 
 class Estimate(NamedTuple):
-    """What a kernel will take.
+    """Predicted cost of a kernel.
 
     Attributes:
-        options: one a way to compute it: "sequences", "layers", "store".
+        options: one for each strategy: "sequences", "layers", "store".
         chosen: the one that `fkernel.kernel` takes with the same arguments; None where none is feasible.
-        budget: the granted bytes, or None.
-        workload: what was counted.
-        rates: what this machine does in a second.
+        budget: the memory budget in bytes, or None.
+        workload: the counted work.
+        rates: this machine's speed.
     """
 
     options: tuple[Option, ...]
@@ -72,21 +72,21 @@ def estimate(
         params: θ.
         E: the evaluation batch.
         U: the update batch.
-        precond: P; a `precond.Diagonal` stands in the contraction, any other callable needs dense rows of U.
+        precond: P; a `precond.Diagonal` is applied in the contraction, any other callable needs dense rows of U.
         memory: as in `fkernel.kernel`.
         microbatch: as in `fkernel.kernel`.
         store: as in `fkernel.kernel`.
 
     Raises:
-        BatchError, TreeError, ModelError: as `fkernel.kernel`. A grant that nothing fits is not an error here.
+        BatchError, TreeError, ModelError: as `fkernel.kernel`. A budget that is too small is not an error here.
 
     Example:
         >>> import torch
         >>> from fkernel import precond
         >>> f = lambda params, x: torch.nn.functional.linear(x, params["w"]).square().sum((1, 2))
         >>> params, x = {"w": torch.ones(8, 8)}, torch.ones(4, 2, 8)
-        >>> found = estimate(f, params, x, x, precond.identity(), memory="1MB")
-        >>> [option.name for option in found.options]
+        >>> costs = estimate(f, params, x, x, precond.identity(), memory="1MB")
+        >>> [option.name for option in costs.options]
         ['sequences', 'layers', 'store']
     """
     check_sides(f, params, E, U, layers=True)
@@ -113,15 +113,15 @@ def estimated(
 
 def weighed(load: Workload, speed: Rates, budget: int | None, microbatch: int, store: bool) -> Estimate:
     """Estimate from a workload."""
-    found = options(load, speed, budget, microbatch, store)
+    tried = options(load, speed, budget, microbatch, store)
     if budget is None:
         n_E, n_U = (len(load.tokens[side]) for side in ("E", "U"))
         whole = load.curve is not None
         usual = default(n_E, n_U, load.longest, microbatch, load.dense_U) if whole else _by_layers(n_E, n_U)
-        return Estimate(found, cost(load, speed, usual), budget, load, speed)
-    feasible = [option for option in found if not option.infeasible_reason]
+        return Estimate(tried, cost(load, speed, usual), budget, load, speed)
+    feasible = [option for option in tried if not option.infeasible_reason]
     chosen = min(feasible, key=lambda option: option.seconds) if feasible else None
-    return Estimate(found, chosen, budget, load, speed)
+    return Estimate(tried, chosen, budget, load, speed)
 
 
 def choose(
@@ -136,11 +136,11 @@ def choose(
     reserved: int = 0,
     needed: Callable[[], int] = lambda: 0,
 ) -> Strategy:
-    """Choose how to compute a kernel within what a grant leaves beside some reserved bytes.
+    """Choose how to compute a kernel within a memory budget less `reserved` bytes.
 
     Raises:
-        BatchError: the grant is too small for every strategy, or below what is needed before or after; the message
-            says what would be enough for all of it.
+        BatchError: the budget is too small for every strategy, or below `needed()`, the bytes needed before or after;
+            the message says how much would suffice.
     """
     if memory is None:
         T = max(1 if counts is None else int(counts.max()) for counts in (lengths(E), lengths(U)))
@@ -152,27 +152,27 @@ def choose(
                 raise ModelError(f"{HALVES}, and f cannot be: {cut}. Convert them: fkernel.tree.cast.")
         return default(length(E), length(U), T, microbatch, dense_U)
     budget = parse_bytes(memory)
-    found = estimated(f, params, E, U, max(0, budget - reserved), microbatch, dense_U, store)
-    chosen = found.chosen
+    predicted = estimated(f, params, E, U, max(0, budget - reserved), microbatch, dense_U, store)
+    chosen = predicted.chosen
     if chosen is not None and chosen.name != "layers" and budget < needed():
-        layers = [option for option in found.options if option.name == "layers" and not option.infeasible_reason]
+        layers = [option for option in predicted.options if option.name == "layers" and not option.infeasible_reason]
         chosen = layers[0] if layers else None
     if chosen is None:
         raise _too_small(
-            found.options, budget, found.workload, reserved, 0 if found.workload.curve is None else needed()
+            predicted.options, budget, predicted.workload, reserved, 0 if predicted.workload.curve is None else needed()
         )
     return chosen.strategy
 
 
 def _by_layers(n_E: int, n_U: int) -> Strategy:
-    """What long sequences take where no memory is promised: a layer's gradients of the smaller side are held."""
+    """Return the default for long sequences: a layer's gradients of the smaller batch are held."""
     return Strategy("layers", "E" if n_E <= n_U else "U", None, None, 0)
 
 
 def _too_small(
-    found: tuple[Option, ...], budget: int | None, load: Workload, reserved: int = 0, needed: int = 0
+    tried: tuple[Option, ...], budget: int | None, load: Workload, reserved: int = 0, needed: int = 0
 ) -> BatchError:
-    least = max(needed, min(option.needs for option in found if option.memory) + reserved)
+    least = max(needed, min(option.needs for option in tried if option.memory) + reserved)
     beside = f"{reserved} bytes of vectors, " if reserved else ""
     return BatchError(
         f"memory={budget} bytes is too small for every strategy: for {load.size} parameters and sequences of "
@@ -182,11 +182,11 @@ def _too_small(
 
 
 class Walking(NamedTuple):
-    """How sides walk.
+    """How a batch walks layer by layer.
 
     Attributes:
-        tokens: of a block of sequences that travel together; 0: every sequence by itself.
-        every: of how many layer inputs one is kept.
+        tokens: of a block of sequences that are processed together; 0: one sequence at a time.
+        every: one in so many layer inputs is kept.
     """
 
     tokens: int = 0
@@ -194,10 +194,10 @@ class Walking(NamedTuple):
 
 
 def walking_of(f: Function, params: Tree, batches: tuple[Any, ...], memory: int | str | None) -> Walking | None:
-    """Say how sides of long sequences walk by layers, one after the other, within a grant; None where they need not.
+    """Plan layer-by-layer walks over batches, one at a time, within a memory budget; None where no sequence is long.
 
     Raises:
-        BatchError: the grant is too small; the message says what would be enough.
+        BatchError: the budget is too small; the message says how much would suffice.
     """
     for batch in batches:
         check_batch(batch)

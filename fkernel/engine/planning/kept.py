@@ -1,11 +1,12 @@
-"""How E meets gradients of U that were made before, and how U's are made: what a study asks of the planner.
+"""Planning for a study: how U's gradients are computed once and kept, and how E is contracted with them.
 
-made once       for microbatch in U:  gradients(microbatch), added up and held, or written while the next are made
-met by E        for tile in E:  J = gradients(tile);  for block in U:  K[tile, block] = contract(J, read(block))
+compute U       for microbatch in U:  gradients(microbatch), summed and held, or written while the next are computed
+contract        for tile in E:  J = gradients(tile);  for block in U:  K[tile, block] = contract(J, read(block))
 
-bytes     made: m · (activations + handles, twice where they are written), and all handles where they are held
-          met:  h handles of E + s of U, all of them where they are held, + the larger of a pass over E and tiles
-seconds   made: gradients of U, and their writing;  met: gradients of E, U's reading once a tile, multiplying out
+bytes     compute:  m · (activations + handles, twice where they are written), and all handles where they are held
+          contract: h handles of E + s of U, all of them where they are held, + the larger of a pass over E and tiles
+seconds   compute:  gradients of U, and their writing
+          contract: gradients of E, reading U once a tile, multiplying out
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ from fkernel.shapes import Tree
 from fkernel.tree import size
 
 HELD = 4 << 30
-"""Bytes of gradients that are held at a time where no memory was granted; half of it is U's."""
+"""Bytes of gradients that are held at a time without a memory budget; half of it is U's."""
 
 Where = Literal["memory", "disk"]
 
 
 def load_of(params: Tree, side: SortedBatch) -> Workload:
-    """Count a side's gradients on its longest sequence, or on three lengths where they differ.
+    """Count the work of a batch's gradients on its longest sequence, or on three lengths where lengths differ.
 
     Args:
         params: θ.
-        side: with its f; both sides of what is returned, whose `of` gives the same work for other lengths.
+        side: the sorted batch with its f; it is both E and U of the result, whose `of` rescales to other lengths.
     """
     assert side.f is not None
     tokens = {"E": [*side.tokens], "U": [*side.tokens]}
@@ -48,25 +49,25 @@ def load_of(params: Tree, side: SortedBatch) -> Workload:
 
 
 def read_load(params: Tree, tokens: Sequence[int], ready: Ready) -> Workload:
-    """What a side that meets itself has to do, where nothing of it is computed: its gradients are ready."""
+    """Return the workload of a kernel of a batch with itself whose gradients are already kept."""
     nothing = Curve(((1, Work(0.0, 0.0, 0.0, 0, 0, 0)),))
     itemsize = widened(next(iter(params.values()))[..., :0]).element_size()
     return Workload({}, size(params), itemsize, 0.0, nothing).of(tokens, tokens, {"E": ready, "U": ready})
 
 
 def making(load: Workload, speed: Rates, microbatch: int, where: Where, promised: bool = True) -> Option:
-    """Predict what making a side's gradients once takes.
+    """Predict the cost of computing a batch's gradients once.
 
     Args:
-        load: with the side as E.
+        load: with the batch as E.
         speed: how fast the machine is.
-        microbatch: sequences of the greatest length under way at once.
-        where: the gradients are kept.
-        promised: whether memory was: they are moved together then, which is a copy.
+        microbatch: sequences of the greatest length in one pass.
+        where: where the gradients are kept.
+        promised: whether a memory budget was given: gradients are then copied together.
     """
     T, counts = load.longest, load.tokens["E"]
     m, whole = min(microbatch, len(counts)), sum(map(load.kept, counts))
-    # Those that are written lie beside the pass that makes the next ones.
+    # Gradients being written are in memory beside the pass that computes the next.
     memory = m * int(HOLES * load.peak(T) + ((where == "disk") + promised) * HANDLES * load.kept(T))
     memory += min(LIBRARIES, memory // 2) + (0 if where == "disk" else whole)
     seconds = STARTING + load.producing("E", m * T, speed) + sum(counts) * load.forming / speed.forming
@@ -75,10 +76,10 @@ def making(load: Workload, speed: Rates, microbatch: int, where: Where, promised
 
 
 def choose_making(load: Workload, memory: int, speed: Rates, microbatch: int, where: Where) -> Option:
-    """Find the largest microbatch in which a side's gradients are made within a grant.
+    """Find the largest microbatch in which a batch's gradients are computed within a memory budget.
 
     Raises:
-        BatchError: one sequence at a time does not fit; the message says what would be enough.
+        BatchError: one sequence at a time does not fit; the message says how much would suffice.
     """
     kept = "" if where == "disk" else ", and all gradients (storage: {persist: true} keeps them on disk)"
     tried = [making(load, speed, m, where) for m in range(microbatch, 0, -1)]
@@ -86,30 +87,30 @@ def choose_making(load: Workload, memory: int, speed: Rates, microbatch: int, wh
 
 
 def choose_meeting(load: Workload, memory: int, speed: Rates, microbatch: int, reserved: int = 0) -> Option:
-    """Find the fastest way in which E meets gradients that are there, within what a grant leaves.
+    """Find the fastest way to contract E with gradients that are kept, within a memory budget less `reserved`.
 
     Args:
-        load: with the sides that are `ready`.
-        memory: the grant, bytes.
+        load: with the batches that are `ready`.
+        memory: the budget, bytes.
         speed: how fast the machine is.
-        microbatch: sequences of E's greatest length under way at once, at most.
-        reserved: bytes of vectors that are held meanwhile, and that the grant covers.
+        microbatch: sequences of E's greatest length in one pass, at most.
+        reserved: bytes of vectors that are held meanwhile, part of the budget.
 
     Raises:
-        BatchError: none fits; the message says what would be enough.
+        BatchError: none fits; the message says how much would suffice.
     """
-    found = weighed(load, speed, max(0, memory - reserved), microbatch, False)
-    tried = [found.chosen or min(found.options, key=lambda option: option.memory or inf)]
+    predicted = weighed(load, speed, max(0, memory - reserved), microbatch, False)
+    tried = [predicted.chosen or min(predicted.options, key=lambda option: option.memory or inf)]
     beside = f", and {reserved} bytes of vectors that are asked about" if reserved else ""
     what = f"one sequence's activations and gradient, a microbatch of U's{beside}"
     return _first(tried, memory, what, reserved)
 
 
 def choose_tile(load: Workload, memory: int, speed: Rates) -> Option:
-    """Find the largest tile in which a side whose gradients are there meets itself within a grant.
+    """Find the largest tile for a kernel of a batch with itself, whose gradients are kept, within a memory budget.
 
     Raises:
-        BatchError: none fits; the message says what would be enough.
+        BatchError: none fits; the message says how much would suffice.
     """
     sizes = parts(sum(load.tokens["E"]), load.longest)
     tried = [cost(load, speed, Strategy("sequences", "E", tile, tile, None)) for tile in sizes]
@@ -126,12 +127,12 @@ def _first(tried: list[Option], memory: int, what: str, reserved: int = 0) -> Op
 
 
 def ungranted(E: Sequence[int], U: Ready, microbatch: int) -> Strategy:
-    """What is done where no memory is granted: `HELD` bytes of gradients are held at a time, and nothing is counted.
+    """Return the default without a memory budget: `HELD` bytes of gradients at a time, without counting work.
 
     Args:
         E: tokens of the rows.
-        U: gradients that are there.
-        microbatch: sequences of E's greatest length under way at once.
+        U: the kept gradients.
+        microbatch: sequences of E's greatest length in one pass.
     """
     room = max(1, int(HELD / U.token_bytes / (1 if U.where == "memory" else 2)))
     return Strategy("sequences", "E", room, None if U.where == "memory" else room, microbatch * max(E))

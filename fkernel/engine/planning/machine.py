@@ -1,7 +1,7 @@
-"""How fast this machine is: six rates, measured once in a few seconds and kept.
+"""The speed of this machine: six rates, measured once in a few seconds and cached.
 
-A prediction of time is a count of work (`fkernel.engine.planning.work`) divided by these. They are measured with the
-operations that the engine spends its time in, at sizes of its own.
+Predicted time is counted work (`fkernel.engine.planning.work`) divided by these rates. They are measured with the
+operations that dominate the engine's time, at typical sizes.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ MB = 1 << 20
 
 
 class Rates(NamedTuple):
-    """What one machine does in a second, for one dtype.
+    """Speed of one machine, per second, for one dtype.
 
     Attributes:
         flops: floating-point operations of matrix products.
         moved: bytes read and written by all other operations of a pass over a small transformer.
-        call: seconds that an operation takes before it computes anything.
+        call: seconds of overhead of an operation.
         forming: floating-point operations of multiplying factors out and contracting them.
-        write: bytes of gradients put into a store.
-        read: bytes of gradients read from one.
+        write: bytes of gradients written to a store.
+        read: bytes of gradients read from a store.
     """
 
     flops: float
@@ -50,7 +50,7 @@ class Rates(NamedTuple):
     read: float
 
     def seconds(self, work: Work) -> float:
-        """Predict the time of some work: its parts do not overlap."""
+        """Predict the time of some work, without overlap of its parts."""
         return work.flops / self.flops + (work.weights + work.moved) / self.moved + work.calls * self.call
 
 
@@ -59,7 +59,7 @@ def rates(dtype: torch.dtype = torch.float32, directory: Path | None = None) -> 
 
     Args:
         dtype: of the parameters.
-        directory: where the file lives; ``$FKERNEL_CACHE`` or ``~/.cache/fkernel`` by default.
+        directory: of the file; ``$FKERNEL_CACHE`` or ``~/.cache/fkernel`` by default.
     """
     path = (directory or default_cache_root()) / "rates.json"
     key = (
@@ -79,7 +79,7 @@ def rates(dtype: torch.dtype = torch.float32, directory: Path | None = None) -> 
 
 
 def measure_rates(dtype: torch.dtype = torch.float32) -> Rates:
-    """Measure the rates now."""
+    """Measure the rates."""
     with reuse_memory():
         flops, call, forming = _products(dtype), _calls(dtype), _forms(dtype)
         moved = _moves(dtype, flops, call)
@@ -94,7 +94,7 @@ def _products(dtype: torch.dtype) -> float:
 
 
 def _moves(dtype: torch.dtype, flops: float, call: float) -> float:
-    """Time a pass over a transformer's layer and head, and see what its matrix products and calls leave."""
+    """Time a pass over a transformer's layer and head, less the time of its matrix products and calls."""
     d, v, n, t = 256, 4096, 8, 128
     shapes = {"q": (d, d), "k": (d, d), "v": (d, d), "o": (d, d), "up": (4 * d, d), "down": (d, 4 * d), "head": (v, d)}
     params: Tree = {name: torch.randn(shape, dtype=dtype) / d**0.5 for name, shape in shapes.items()}
@@ -116,7 +116,7 @@ def _moves(dtype: torch.dtype, flops: float, call: float) -> float:
 
 
 def _forms(dtype: torch.dtype) -> float:
-    """Time the contraction of two sides' factors of one layer."""
+    """Time the contraction of two batches' factors of one layer."""
     n, t, d = 16, 128, 768
     x, y = ({"w": Factored(torch.randn(n, t, d, dtype=dtype), torch.randn(n, t, d, dtype=dtype))} for _ in range(2))
     D = {"w": torch.ones(d, d, dtype=dtype)}
@@ -139,7 +139,7 @@ def _calls(dtype: torch.dtype) -> float:
 
 
 def _disk() -> tuple[float, float]:
-    """Time a store: gradients written, hashed and brought to the disk, and read back; the first of three warms up."""
+    """Time a store: gradients written, hashed, flushed to disk and read back; the first of three warms up."""
     size, writes, reads = 64 * MB, list[float](), list[float]()
     handles = {"w": torch.ones(1, size // 4)}
     with (
@@ -157,7 +157,7 @@ def _disk() -> tuple[float, float]:
 
 
 def _median(fn: Callable[[], Any], seconds: float = 0.4) -> float:
-    """Time a call: the median of as many repetitions as fit, after two to warm up."""
+    """Time a call: the median of repetitions for `seconds`, after two warm-up calls."""
     times: list[float] = []
     for _ in range(2):
         fn()

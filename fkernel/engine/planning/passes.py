@@ -1,4 +1,4 @@
-"""How many sequences may be under way in passes that hold vectors of the parameters' size and no gradient a sequence.
+"""The largest microbatch for passes that hold vectors of the parameters' size and no per-sequence gradients.
 
     vjp          total + one microbatch's Jᵀw + m · activations
     jvp          direction + m · activations, values and tangents
@@ -24,7 +24,7 @@ from fkernel.io import parse_bytes
 from fkernel.shapes import Tree
 
 HOLES = 1.8
-"""Memory that a pass takes beside vectors of the parameters' size, over what is alive in it at once."""
+"""Memory of a pass, without vectors of the parameters' size, relative to its peak of live tensors."""
 
 Pass = Callable[[Function, Tree, Any], Any]
 
@@ -51,11 +51,11 @@ def bytes_of(params: Tree) -> int:
 
 
 class Fit(NamedTuple):
-    """What a grant allows.
+    """What a memory budget allows.
 
     Attributes:
         microbatch: the largest whose passes stay within it, at least one.
-        needed: bytes that one sequence at a time needs; a smaller grant cannot be kept.
+        needed: bytes for one sequence at a time, the smallest budget that works.
     """
 
     microbatch: int
@@ -72,17 +72,17 @@ def max_microbatch(
     vectors: int,
     least: int = 0,
 ) -> Fit:
-    """Find the largest microbatch whose passes stay within a grant, and what one sequence at a time needs.
+    """Find the largest microbatch whose passes stay within a memory budget, and the bytes for one sequence at a time.
 
     Args:
-        memory: the grant; None leaves the microbatch as it is.
-        microbatch: the largest that is wanted.
+        memory: the budget; None leaves the microbatch as it is.
+        microbatch: upper limit.
         f: (params, batch) -> [n].
         params: θ.
         batches: those that the passes run over.
         passes: of `reverse`, `forward`, `twice_forward`.
         vectors: vectors of the parameters' size that are held beside a pass.
-        least: vectors that are held at some other moment, without a pass.
+        least: vectors that are held at another time, without a pass.
     """
     if memory is None:
         return Fit(microbatch, 0)
@@ -91,7 +91,7 @@ def max_microbatch(
     fitting, needed = microbatch, ceil(least * P / USABLE)
     with translate_errors(params):
         for one in passes:
-            # A reverse pass makes a vector of its own, which more sequences do not make larger.
+            # A reverse pass makes one gradient vector, whatever the number of sequences.
             held = (vectors + (one is reverse)) * P
             peaks = [count_cost(lambda p, x, one=one: one(f, p, x), params, x).peak for x in longest]
             each = max(1, ceil(HOLES * (max(peaks) - (one is reverse) * P)))

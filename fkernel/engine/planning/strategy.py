@@ -1,23 +1,23 @@
-"""The ways to a kernel, and what each takes.
+"""The strategies to compute a kernel, and the cost of each.
 
-One side's gradients are held, the other's stream past them a block at a time, and every pair of a held and a streamed
-gradient meets once:
+One batch's gradients are held, the other's stream past them a block at a time, and every pair of a held and a streamed
+gradient is contracted once:
 
     for tile in held:  J = gradients(tile)
         for block in streamed:  K[tile, block] = contract(J, gradients(block))
 
-    sequences   gradients of whole sequences, in handles; with several tiles what streams is computed again for each
-    layers      both sides walk back one layer together, and no more of a gradient is there (`planning.walking`); each
-                side walks again for every part of the other
-    store       both sides' handles are written to disk, and read back a few parameters at a time (`engine.from_store`)
+    sequences   gradients of whole sequences, in handles; with several tiles, what streams is recomputed for each
+    layers      both batches run backward together, holding one layer's gradients (`planning.walking`); each batch is
+                recomputed for every part of the other
+    store       both batches' handles are written to disk, and read a few parameters at a time (`engine.from_store`)
 
-Below, a side has n sequences of t₁ ≥ t₂ ≥ … tokens, P parameters; h of the held ones are a tile, in `tiles` of them.
+Below, a batch has n sequences of t₁ ≥ t₂ ≥ … tokens, P parameters; the held one is cut into `tiles` of h sequences.
 
     bytes     h handles + one block's handles + the larger of activations and contraction tiles + K
               store: K + the larger of (activations + a microbatch's handles) and (one parameter's handles + tiles)
-    seconds   gradients of both sides (once; the streamed side `tiles` times where it is computed again)
+    seconds   gradients of both batches (once; the streamed one `tiles` times where it is recomputed)
               + multiplying out (held: once a block; streamed: once a tile) + 2 n_E n_U P
-              store: and what is written and read
+              store: plus writing and reading
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ from fkernel.func.inputs import check_size, lengths
 
 MICROBATCH = 8
 TOKENS = LONG
-"""Under way at once: eight sequences, or as many as have so many tokens; more are no faster on a CPU (benchmarks/)."""
+"""A microbatch: eight sequences, or as many as have so many tokens; more are no faster on a CPU (benchmarks/)."""
 BLOCK = 64
-"""Streamed sequences of the greatest length a block, at most, where more gain nothing that their memory would not."""
+"""Largest number of streamed sequences of the greatest length in a block; larger blocks are hardly faster."""
 HOLES = 1.4
-"""Memory that a pass takes, over what is alive in it at once. This and the next three were fitted to one run of the
-planner's grid (benchmarks/planner.py), where 98 % of all strategies' predictions then were within 15 %."""
+"""Memory of a pass relative to its peak of live tensors. This and the next three were fitted to one run of the
+planner's grid (benchmarks/planner.py), with 98 % of all strategies' predictions within 15 %."""
 HANDLES = 1.2
-"""The same for handles, which are many pieces, or are copied into one."""
+"""The same for handles, which are many tensors, or are copied into one."""
 LIBRARIES = 20_000_000
-"""Bytes that libraries take for themselves at first use; a tiny problem is charged less, or nothing would fit it."""
+"""Bytes that libraries allocate at first use; for a tiny problem at most half of its own memory is added."""
 STARTING = 0.2
-"""Seconds that any kernel takes before and after its work: arguments are checked, f's layers are looked for."""
+"""Seconds of overhead of any kernel: arguments are checked, f's layers are located."""
 EVERY = (1, 2, 4, 8)
-"""Of how many layer inputs one is kept."""
+"""One in so many layer inputs is kept."""
 USABLE = 0.95
-"""Share of a grant that is planned with."""
+"""Share of a memory budget that plans may use."""
 
 Name = Literal["sequences", "layers", "store"]
 NAMES: tuple[Name, ...] = ("sequences", "layers", "store")
@@ -57,15 +57,15 @@ Side = Literal["E", "U"]
 
 
 class Strategy(NamedTuple):
-    """How a kernel is computed; every one gives the same numbers.
+    """How a kernel is computed; all strategies give the same numbers.
 
     Attributes:
-        name: which of the ways.
-        held: the side whose gradients are kept while the other's stream past.
-        tile: tokens of the held side that are kept at a time (None: all).
-        block: tokens of the streamed side that are kept at a time (None: all).
-        tokens: tokens under way in one microbatch (None: all; of "layers" 0 is one sequence at a time).
-        every: of how many layer inputs one is kept, by "layers".
+        name: "sequences", "layers" or "store".
+        held: the batch whose gradients are held while the other's stream past.
+        tile: tokens of the held batch in memory at a time (None: all).
+        block: tokens of the streamed batch in memory at a time (None: all).
+        tokens: tokens of one microbatch (None: all; 0 with "layers": one sequence at a time).
+        every: with "layers", one in so many layer inputs is kept.
     """
 
     name: Name
@@ -77,16 +77,16 @@ class Strategy(NamedTuple):
 
     @property
     def loops(self) -> dict[str, Any]:
-        """What `fkernel.engine.streaming` is told."""
+        """The loop arguments of `fkernel.engine.streaming`."""
         return {"held": self.held, "tile": self.tile, "block": self.block}
 
 
 class Option(NamedTuple):
-    """A strategy, and what it takes.
+    """A strategy and its cost.
 
     Attributes:
-        strategy: how, in the form that is fastest under the budget, or smallest where none fits.
-        memory: bytes beside the model, the optimizer's state, the preconditioner and the batches.
+        strategy: the fastest form within the budget, or the smallest where none fits.
+        memory: bytes in addition to the model, the optimizer's state, the preconditioner and the batches.
         disk: bytes.
         seconds: predicted time.
         infeasible_reason: why it cannot be chosen; empty where it can.
@@ -100,20 +100,20 @@ class Option(NamedTuple):
 
     @property
     def name(self) -> Name:
-        """Which of the ways."""
+        """The strategy's name."""
         return self.strategy.name
 
     @property
     def needs(self) -> int:
-        """Bytes that a grant must have for it."""
+        """The smallest sufficient memory budget, bytes."""
         return ceil(self.memory / USABLE)
 
 
 def usual_microbatch(microbatch: int | None, *batches: Any) -> int:
-    """Sequences of the greatest length under way at once, where the caller does not say: see `TOKENS`.
+    """Return the microbatch, in sequences of the greatest length; None for the default (see `TOKENS`).
 
     Raises:
-        BatchError: the caller says something else than a positive whole number, or None.
+        BatchError: it is neither a positive integer nor None.
     """
     check_size(microbatch)
     if microbatch is not None:
@@ -124,10 +124,10 @@ def usual_microbatch(microbatch: int | None, *batches: Any) -> int:
 
 
 def default(n_E: int, n_U: int, T: int, microbatch: int, dense_U: bool) -> Strategy:
-    """What is done where no memory is granted: the smaller side's handles are held whole."""
+    """Return the default without a memory budget: all handles of the smaller batch are held."""
     held: Side = "E" if n_E <= n_U else "U"
-    # The held side's factors are multiplied out once a block, so a block is no smaller than they are many; rows of U
-    # that a preconditioner made are too large to be held by the block.
+    # Held factors are multiplied out once a block, so a block has at least as many sequences as are held; dense rows
+    # of U are too large for that.
     block = microbatch if dense_U and held == "E" else max(BLOCK, min(n_E, n_U))
     return Strategy("sequences", held, None, block * T, microbatch * T)
 
@@ -138,35 +138,35 @@ def options(
     """Find the fastest form of each strategy under a budget.
 
     Args:
-        load: what is to be done.
+        load: the work.
         rates: how fast the machine is.
         budget: bytes; None for no bound.
-        microbatch: sequences of the greatest length under way at once, at most.
-        store: whether there is a directory to store gradients in.
+        microbatch: sequences of the greatest length in one pass, at most.
+        store: whether a directory for gradients was given.
 
     Returns:
         One `Option` a strategy, in the order of the module's table.
     """
-    found = []
+    forms = []
     for name in NAMES:
         if why := load.impossible(name):
-            found.append(Option(Strategy(name, "E", None, None, 0), 0, 0, 0.0, why))
+            forms.append(Option(Strategy(name, "E", None, None, 0), 0, 0, 0.0, why))
             continue
         tried = [cost(load, rates, strategy) for strategy in _forms(load, microbatch, name)]
         fitting = [option for option in tried if budget is None or option.needs <= budget]
         if not fitting:
             least = min(tried, key=lambda option: option.memory)
-            found.append(least._replace(infeasible_reason=f"needs {least.needs} bytes"))
+            forms.append(least._replace(infeasible_reason=f"needs {least.needs} bytes"))
         elif name == "store" and not store:
             best = min(fitting, key=lambda option: option.seconds)
-            found.append(best._replace(infeasible_reason="no directory was given (store=)"))
+            forms.append(best._replace(infeasible_reason="no directory was given (store=)"))
         else:
-            found.append(min(fitting, key=lambda option: option.seconds))
-    return tuple(found)
+            forms.append(min(fitting, key=lambda option: option.seconds))
+    return tuple(forms)
 
 
 def _forms(load: Workload, microbatch: int, name: Name) -> Iterator[Strategy]:
-    """Walk the forms of a strategy: which side is held, how much of it, written out or not, how wide a microbatch."""
+    """Iterate over the forms of a strategy: held batch, tile, block, microbatch, kept layer inputs."""
     T, total = load.longest, {side: sum(counts) for side, counts in load.tokens.items()}
     pairs: tuple[tuple[Side, Side], ...] = (("E", "U"), ("U", "E"))
     for m in sorted({microbatch, max(1, microbatch // 2), max(1, microbatch // 4), 1}):
@@ -178,22 +178,22 @@ def _forms(load: Workload, microbatch: int, name: Name) -> Iterator[Strategy]:
                     for every, tile, block in product(EVERY, tiles, blocks):
                         yield Strategy(name, held, tile, block, tokens, every)
             continue
-        if name == "store":  # neither side is held; how much of each is contracted at a time is all there is to say
+        if name == "store":  # neither batch is held: only tile and block vary
             for tile in parts(total["E"], m * T):
                 for block in parts(total["U"], m * T):
                     yield Strategy(name, "E", tile, block, m * T)
             continue
-        # E's rows are met by gradients of U that are there, and come a tile at a time.
+        # Where gradients of U are kept, E is the one that is held, a tile at a time.
         for held, streamed in pairs[:1] if load.ready else pairs:
             most = min(BLOCK * T, total[streamed]) if load.dense_U else total[streamed]
             for block in parts(most, m * T):
-                # A tile holds a microbatch at least, and one that holds all of them recomputes nothing.
+                # A tile has at least one microbatch; a single tile recomputes nothing.
                 for tile in (None, *(parts(total[held], m * T)[1:] or [T] * (m == 1))):
                     yield Strategy(name, held, tile, block, m * T)
 
 
 def parts(n: int, least: int) -> list[int]:
-    """A number and its parts, whole multiples of the least that makes sense, by ratios of about 1.4."""
+    """Return n and smaller sizes, multiples of `least`, by ratios of about 1.4."""
     sizes, size = [n], float(n)
     while size > least:
         size /= 1.4
@@ -204,9 +204,9 @@ def parts(n: int, least: int) -> list[int]:
 
 
 def cost(load: Workload, rates: Rates, strategy: Strategy) -> Option:
-    """Predict what a strategy takes, by the formulas above."""
-    ways = {"sequences": _streamed, "layers": _walked, "store": _spilled}
-    memory, disk, seconds = ways[strategy.name](load, rates, strategy)
+    """Predict the cost of a strategy, by the formulas above."""
+    predictions = {"sequences": _streamed, "layers": _walked, "store": _spilled}
+    memory, disk, seconds = predictions[strategy.name](load, rates, strategy)
     return Option(strategy, memory + min(LIBRARIES, memory // 2), disk, STARTING + seconds)
 
 
@@ -215,7 +215,7 @@ def _streamed(load: Workload, rates: Rates, strategy: Strategy) -> tuple[int, in
     streamed = "U" if held == "E" else "E"
     T, row = load.longest, load.row
     n_h, n_s = len(load.tokens[held]), len(load.tokens[streamed])
-    # Sequences of the greatest length stand first, so the first tile, block and microbatch are the largest.
+    # The longest sequences come first, so the first tile, block and microbatch are the largest.
     m = min(max(1, (tokens or T) // T), max(n_h, n_s))
     least = {side: load.ready[side].rows if side in load.ready else 1 for side in load.tokens}
     h, s = (
@@ -224,16 +224,16 @@ def _streamed(load: Workload, rates: Rates, strategy: Strategy) -> tuple[int, in
     )
     tiles, blocks = ceil(n_h / h), ceil(n_s / s)
 
-    # Rows of U that a preconditioner made are written out, and joined.
+    # Preconditioned rows of U are dense, and concatenated.
     each_h = 3 * row if load.dense_U and held == "U" else HANDLES * load.kept_by(held, h)
     each_s = 3 * row if load.dense_U and streamed == "U" else HANDLES * load.kept_by(streamed, s)
     held_bytes, streamed_bytes = h * each_h, s * each_s
     there = {side for side, ready in load.ready.items() if ready.where == "memory"}
-    if streamed in there:  # all of them, and they stay; the held side's are among them, where it is there too
+    if streamed in there:  # all of them stay in memory, the held ones among them where those are kept too
         held_bytes, streamed_bytes = 0 if held in there else held_bytes, n_s * load.kept_by(streamed, n_s)
     elif len(load.ready) == 2 and load.tokens["E"] == load.tokens["U"] and (h, s) == (n_h, n_s):
-        streamed_bytes = 0  # U meets itself, whole: it is read once
-    # What is kept is copied out of the pass that made it, and what a pass frees leaves holes.
+        streamed_bytes = 0  # U with itself, whole: it is read once
+    # Kept handles are copied out of their pass, and freed memory fragments.
     passing = min(m, max(h, s)) * (HOLES * load.peak(T) + (2 * row if load.dense_U else 0))
     contracting = min(tile_bytes(h + s, load.itemsize), (h + s) * row)
     memory = n_h * n_s * 2 * load.itemsize + h * s * 12 + int(held_bytes + streamed_bytes + max(contracting, passing))
@@ -265,12 +265,12 @@ def _spilled(load: Workload, rates: Rates, strategy: Strategy) -> tuple[int, int
     passing = m * (HOLES * load.peak(load.longest) + HANDLES * load.kept(load.longest))
     contracting = load.widest * sum(rows[side] * kept[side] for side in n)
     contracting += tile_bytes(sum(rows.values()), load.itemsize)
-    if load.dense_U:  # rows of U are read, put under P and joined
+    if load.dense_U:  # rows of U are read, preconditioned and concatenated
         contracting += rows["U"] * 3 * load.row
     memory = n["E"] * n["U"] * 16 + rows["E"] * rows["U"] * 12 + int(max(passing, contracting))
 
     disk = {side: n[side] * load.kept_by(side, n[side]) for side in n}
-    # Writing goes on beside the passes, which need every core: it costs what it costs by itself.
+    # Writing runs beside the passes, but these need every core: no time is saved.
     seconds = sum(load.producing(side, tokens, rates) + disk[side] / rates.write for side in n)
     seconds += sum(times[side] * (load.multiplying(side, rates) + disk[side] / rates.read) for side in n)
     seconds += 2.0 * n["E"] * n["U"] * load.size / rates.flops
@@ -278,7 +278,7 @@ def _spilled(load: Workload, rates: Rates, strategy: Strategy) -> tuple[int, int
 
 
 def _rows(counts: list[int], tokens: int | None, microbatch: int) -> int:
-    """How many sequences, the longest first, so many tokens hold, in whole microbatches of so many."""
+    """Return how many sequences, longest first, fit in so many tokens, in whole microbatches."""
     if tokens is None or tokens >= sum(counts):
         return len(counts)
     whole = max(microbatch, tokens // microbatch * microbatch)

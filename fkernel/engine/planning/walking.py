@@ -1,7 +1,7 @@
-"""What a walk by layers takes, counted before it is made: one layer's pass at a few lengths, without storage.
+"""Cost of a layer-by-layer walk, counted without running it: one layer's pass at a few lengths.
 
 With n sequences of T tokens, hidden states of d floats, L layers of which every k-th input is kept, P parameters, p of
-them in the largest layer, V tokens in the vocabulary, h sequences of one side held at a time and s of the other:
+them in the largest layer, V tokens in the vocabulary, h sequences of one batch held at a time and s of the other:
 
     bytes     Σ_{h and s} (L/k + k + 3) T d + (h + 1) p + the largest layer's pass + tiles of the head
     flops     per sequence L · (forward + forward and backward), once more forward where k > 1, and 8 T V d in the head
@@ -25,11 +25,11 @@ from fkernel.func.layers import Cut, before, constants_of, layer
 from fkernel.shapes import Tensor, Tree
 
 HOLES = 1.3
-"""Memory that a layer's pass takes, over what is alive in it at once."""
+"""Memory of a layer's pass relative to its peak of live tensors."""
 
 
 class Walk(NamedTuple):
-    """One sequence's walk, by its tokens.
+    """Cost of one sequence's walk, by its tokens.
 
     Attributes:
         width: d.
@@ -37,9 +37,9 @@ class Walk(NamedTuple):
         largest: parameters of the largest layer that are differentiated.
         head: V d.
         forward: a pass through all layers, without a graph.
-        backward: a pass through all layers and back, each by itself.
-        peak: bytes alive in the largest layer's pass, at most.
-        blocks: whether sequences of a block can be told apart.
+        backward: a forward and backward pass of every layer, one at a time.
+        peak: peak bytes of the largest layer's pass.
+        blocks: whether several sequences can be processed together with separate gradients.
     """
 
     width: int
@@ -61,16 +61,16 @@ class Walk(NamedTuple):
         tile: int | None = None,
         streamed: int | None = None,
     ) -> int:
-        """Predict the bytes that a walk of two sides takes.
+        """Predict the bytes of a walk over two batches.
 
         Args:
             tokens: {"E": tokens of each sequence, "U": …}, longest first.
             itemsize: bytes of a float.
-            every: of how many layer inputs one is kept.
-            block: tokens of sequences that travel together; 0: every one by itself.
-            held: the side whose gradients of a layer are held.
+            every: one in so many layer inputs is kept.
+            block: tokens of sequences that are processed together; 0: one at a time.
+            held: the batch whose gradients of a layer are held.
             tile: tokens of it that are held at a time; None for all.
-            streamed: tokens of the other side that are under way at a time; None for all.
+            streamed: tokens of the other batch that are processed at a time; None for all.
         """
         kept = self.depth / every + (every if every > 1 else 0) + 4
         state, layer = kept * self.width * itemsize, self.largest * itemsize
@@ -94,21 +94,21 @@ class Walk(NamedTuple):
         tile: int | None = None,
         streamed: int | None = None,
     ) -> float:
-        """Predict the seconds; arguments as in `memory`, and the model's size and the machine's rates."""
+        """Predict the seconds; arguments as in `memory`, plus the model's size and the machine's rates."""
         own, others = tokens[held], tokens["U" if held == "E" else "E"]
-        # Each side walks again for every part of the other.
+        # Each batch is recomputed for every part of the other.
         tiles, parts = len(tiles_of(own, tile)), len(tiles_of(others, streamed))
         total = parts * _walking(self, tuple(own), rates, every) + tiles * _walking(self, tuple(others), rates, every)
         m = max(1, block // max(own[0], others[0]))
         if block:  # a block's gradients are formed of factors
             total += 2.0 * (sum(own) * ceil(len(others) / m) + tiles * sum(others)) * size / rates.forming
-        # What is held passes through the processor once for every block that streams.
+        # Held gradients are read once for every streamed block.
         return total + len(own) * size * itemsize * ceil(len(others) / m) / rates.moved
 
 
 @lru_cache(64)
 def _walking(walk: Walk, counts: tuple[int, ...], rates: Rates, every: int) -> float:
-    """Predict the seconds of one side's walk, once: many forms of a strategy share it."""
+    """Predict the seconds of one batch's walk; cached, since many forms of a strategy share it."""
     each = {
         t: rates.seconds(walk.backward(t)) + (2 if every > 1 else 1) * rates.seconds(walk.forward(t)) for t in {*counts}
     }
@@ -116,7 +116,7 @@ def _walking(walk: Walk, counts: tuple[int, ...], rates: Rates, every: int) -> f
 
 
 def tiles_of(tokens: Sequence[int], tile: int | None) -> list[slice]:
-    """Cut a side, longest first, into tiles of at most so many tokens; a sequence that is longer is one by itself.
+    """Cut a batch, longest first, into tiles of at most `tile` tokens; a longer sequence is a tile by itself.
 
     Example:
         >>> tiles_of([4, 3, 2, 2], 6)
@@ -134,7 +134,7 @@ def tiles_of(tokens: Sequence[int], tile: int | None) -> list[slice]:
 
 
 def walk_of(cut: Cut, params: Tree, tokens: dict[str, list[int]]) -> Walk:
-    """Count one layer of each kind, on a sequence of the greatest length and, of ragged sides, on two shorter ones."""
+    """Count one layer of each kind, on the greatest length and, for ragged batches, on two shorter ones."""
     T = max(tokens["E"][0], tokens["U"][0])
     lengths = [T] if len({*tokens["E"], *tokens["U"]}) == 1 else [T, max(2, T // 2), max(2, T // 4)]
     counted = {t: _counted(cut, params, t) for t in sorted({*lengths}, reverse=True)}
@@ -147,7 +147,7 @@ def walk_of(cut: Cut, params: Tree, tokens: dict[str, list[int]]) -> Walk:
 
 
 def _counted(cut: Cut, params: Tree, t: int) -> tuple[Work, Work, Work]:
-    """Work of all layers forward, of all forward and backward, and of the one whose pass is largest."""
+    """Count the work of all layers forward, of all forward and backward, and of the one with the largest peak."""
     source = plain(params)
     ids = torch.zeros(1, t, dtype=torch.int64, device=next(iter(params.values())).device)
     outer = {**constants_of(cut, None), **source(name for name in cut.before if name not in cut.tables)}
@@ -169,7 +169,7 @@ def _counted(cut: Cut, params: Tree, t: int) -> tuple[Work, Work, Work]:
                 x = h.detach().requires_grad_()
                 with torch.enable_grad():
                     given = {**constants_of(cut, i), **dict(zip(own, leaves, strict=True))}
-                    # torch's counter watches what modules are given, and takes no leaf of the graph.
+                    # torch's FlopCounterMode wraps module inputs, and accepts no leaf of the graph.
                     out = layer(cut, i, given, x.view_as(x), call)
                 return torch.autograd.grad(out, [x, *leaves], torch.ones_like(out), allow_unused=True)
 

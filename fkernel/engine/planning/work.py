@@ -1,8 +1,7 @@
-"""What a function would cost, without running it: operations, bytes and memory, counted on tensors without storage.
+"""The cost of a function without running it: operations, bytes and memory, counted on fake tensors.
 
-Fake tensors (`torch._subclasses`) know shapes, dtypes and storage, and hold no data. A function that runs on them runs
-the very operations that it runs on real ones, so what is counted here is what happens: no formula for a transformer,
-and no model needs to fit into memory to be looked at.
+Fake tensors (`torch._subclasses`) have shapes, dtypes and storage, but no data. A function runs the same operations on
+them as on real ones, so no formula for a transformer is assumed, and the model need not fit into memory.
 """
 
 from __future__ import annotations
@@ -21,15 +20,15 @@ from fkernel.shapes import Tensor, Tree
 
 
 class Work(NamedTuple):
-    """What one call costs.
+    """The cost of one call.
 
     Attributes:
         flops: floating-point operations in matrix products.
         weights: bytes of parameters that operations read; a larger batch reads no more of them.
         moved: all other bytes that operations read and write.
         calls: operations.
-        peak: most bytes alive at once, parameters and batch apart.
-        kept: bytes alive at the end, through the result.
+        peak: largest number of live bytes, without parameters and batch.
+        kept: live bytes at the end, held by the result.
     """
 
     flops: float
@@ -40,12 +39,12 @@ class Work(NamedTuple):
     kept: int
 
     def times(self, k: float) -> Work:
-        """Scale what grows with the number of sequences: all but the calls and the parameters that they read."""
+        """Scale to k times the sequences: everything but calls and the reading of parameters."""
         return Work(self.flops * k, self.weights, self.moved * k, self.calls, int(self.peak * k), int(self.kept * k))
 
 
 def count_cost(fn: Callable[..., Any], params: Tree, *rest: Any) -> Work:
-    """Count what fn(params, *rest) would do.
+    """Count the cost of fn(params, *rest).
 
     Example:
         >>> work = count_cost(lambda p, x: x @ p["w"], {"w": torch.ones(8, 4)}, torch.ones(2, 8))
@@ -54,8 +53,7 @@ def count_cost(fn: Callable[..., Any], params: Tree, *rest: Any) -> Work:
     """
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         leaves, spec = pytree.tree_flatten((params, *rest))
-        pretended = [_faked(fake, leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        args = pytree.tree_unflatten(pretended, spec)
+        args = pytree.tree_unflatten([_faked(fake, leaf) for leaf in leaves], spec)
         inside = {leaf.untyped_storage()._cdata for leaf in args[0].values()}
         given = {leaf.untyped_storage()._cdata for leaf in _tensors(args[1:])}
         counting, flops = _Count(inside, given), FlopCounterMode(display=False)
@@ -66,19 +64,19 @@ def count_cost(fn: Callable[..., Any], params: Tree, *rest: Any) -> Work:
     return Work(flops.get_total_flops(), counting.weights, counting.moved, counting.calls, counting.peak, kept)
 
 
-def _faked(fake: FakeTensorMode, leaf: Tensor) -> Tensor:
-    return leaf if fake.is_our_fake(leaf) else fake.from_tensor(leaf)
+def _faked(fake: FakeTensorMode, leaf: Any) -> Any:
+    return fake.from_tensor(leaf) if isinstance(leaf, Tensor) and not fake.is_our_fake(leaf) else leaf
 
 
 class _Count(TorchDispatchMode):
-    """Sees every operation below autograd and vmap; storage is alive from the operation that made it to its finalizer.
+    """Counts every operation below autograd and vmap; storage is alive from its operation until its finalizer runs.
 
-    A view moves nothing. Sizes are those of what is really read: a tensor that is expanded is as large as its storage.
+    A view moves nothing. An expanded tensor counts as large as its storage.
     """
 
     def __init__(self, parameters: set[int], given: set[int]) -> None:
         super().__init__()
-        self.parameters, self.alive = parameters, set(given)  # a view of what was given makes nothing new
+        self.parameters, self.alive = parameters, set(given)  # views of inputs allocate nothing
         self.weights = self.moved = 0.0
         self.calls = self.live = self.peak = 0
 

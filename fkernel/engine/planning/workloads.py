@@ -1,8 +1,8 @@
-"""What a kernel between two batches has to do, counted before it is done.
+"""The work of a kernel between two batches, counted in advance.
 
 Work is counted on one sequence of the greatest length, and for ragged batches on two shorter ones, by running the
-engine on tensors without storage (`fkernel.engine.planning.work`). Everything in a transformer's pass is a polynomial
-of second degree in the number of tokens, so three lengths give all.
+engine on fake tensors (`fkernel.engine.planning.work`). The cost of a transformer's pass is a polynomial of second
+degree in the number of tokens, so three lengths determine it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fkernel.engine.planning.machine import Rates
 from fkernel.engine.planning.walking import Walk, walk_of
 from fkernel.engine.planning.work import Work, count_cost
 from fkernel.errors import ModelError
-from fkernel.func.handles import Concat, Factored, Handles, SparseRows, Sum, compress, tensors
+from fkernel.func.handles import Concat, Factored, Handles, Sum, compress, tensors
 from fkernel.func.inputs import (
     Function,
     Sequences,
@@ -25,9 +25,8 @@ from fkernel.func.inputs import (
     cut,
     find_sequences,
     is_half,
-    length,
-    lengths,
     take,
+    token_counts,
     trim,
     widened,
 )
@@ -37,19 +36,19 @@ from fkernel.func.trust import plan_of
 from fkernel.shapes import Tree
 
 LONG = 1024
-"""Tokens of a sequence beyond which it is computed layer by layer, where it can be: whole it would take gigabytes."""
+"""Sequences of more tokens are computed layer by layer where possible: whole gradients would take gigabytes."""
 
 
 HALVES = "Weights in half precision are cast layer by layer"
 
 
 class Ready(NamedTuple):
-    """Gradients of a side that were made before, in microbatches.
+    """A batch's gradients that are already kept, in microbatches.
 
     Attributes:
-        where: they are: held in memory, or on disk.
-        token_bytes: of their handles, a token.
-        rows: sequences of its largest microbatch; no fewer are read at a time.
+        where: "memory" or "disk".
+        token_bytes: bytes of handles per token.
+        rows: sequences of the largest microbatch, the fewest that are read at a time.
     """
 
     where: Literal["memory", "disk"]
@@ -58,18 +57,18 @@ class Ready(NamedTuple):
 
 
 class Workload:
-    """What is to be done, in numbers.
+    """Counted work.
 
     Attributes:
         tokens: {"E": tokens of each sequence, "U": …}, longest first.
         size: parameters.
         itemsize: bytes of one.
-        forming: floating-point operations that multiplying out one token's factors takes.
+        forming: floating-point operations to multiply out one token's factors.
         curve: work of one sequence's gradient in handles, by its tokens; None where it was not counted.
-        dense_U: whether U's gradients must be rows, because the preconditioner is an arbitrary function.
-        widest: share of the handles' bytes that one parameter takes, at most.
-        walk: the same layer by layer; or why it cannot be done so.
-        ready: sides whose gradients were made before, and are not computed.
+        dense_U: whether U's gradients must be dense rows, because the preconditioner is an arbitrary function.
+        widest: largest share of the handles' bytes of one parameter.
+        walk: the same layer by layer, or the reason why that is impossible.
+        ready: batches whose gradients are kept, and not computed.
     """
 
     def __init__(
@@ -89,21 +88,21 @@ class Workload:
         self.forming, self.curve, self.dense_U, self.widest = forming, gradients, dense_U, widest
 
     def of(self, E: Sequence[int], U: Sequence[int], ready: Mapping[str, Ready]) -> Workload:
-        """Take the same work for sequences of other lengths, where some gradients may be ready."""
+        """Return the same work for sequences of other lengths, where some gradients may be ready."""
         tokens = {side: sorted(counts, reverse=True) for side, counts in (("E", E), ("U", U))}
-        found = Workload(
+        load = Workload(
             tokens, self.size, self.itemsize, self.forming, self.curve, self.dense_U, self.widest, self.walk
         )
-        found.ready = dict(ready)
-        return found
+        load.ready = dict(ready)
+        return load
 
     def gradients(self, t: float) -> Work:
-        """Work of one whole sequence's gradient of t tokens."""
+        """Return the work of the gradient of one sequence of t tokens."""
         assert self.curve is not None
         return self.curve(t)
 
     def impossible(self, name: str) -> str:
-        """Say why a kernel cannot be computed in one of the ways; nothing where it can."""
+        """Say why a strategy is impossible; empty where it is possible."""
         if self.ready:
             return "" if name == "sequences" else "the gradients of one side are there"
         if name == "layers":
@@ -118,12 +117,12 @@ class Workload:
 
     @cached_property
     def longest(self) -> int:
-        """Tokens of the longest sequence; of those whose gradients are computed, where some are."""
+        """Tokens of the longest sequence, among those whose gradients are computed where there are any."""
         own = {side: counts for side, counts in self.tokens.items() if side not in self.ready}
         return max(max(counts) for counts in (own or self.tokens).values())
 
     def producing(self, side: str, tokens: int | None, rates: Rates) -> float:
-        """Predict the seconds that one side's handles take, in microbatches of at most so many tokens, or read."""
+        """Predict the seconds to compute one batch's handles, in microbatches of at most `tokens`, or to read them."""
         counts = self.tokens[side]
         if side in self.ready:
             from_disk = self.ready[side].where == "disk"
@@ -134,42 +133,42 @@ class Workload:
         return sum(map(rates.seconds, work))
 
     def multiplying(self, side: str, rates: Rates) -> float:
-        """Predict the seconds that multiplying out one side's handles takes: rows are written, dense leaves copied."""
+        """Predict the seconds to multiply out one batch's handles: rows are written, dense leaves copied."""
         n, tokens = len(self.tokens[side]), sum(self.tokens[side])
         return tokens * self.forming / rates.forming + 2.0 * n * self.row / rates.moved
 
     def kept_by(self, side: str, n: int) -> int:
-        """Bytes that the handles of one sequence take, on average over a side's n longest."""
+        """Return the bytes of one sequence's handles, averaged over a batch's n longest."""
         if side in self.ready:
             return int(self.ready[side].token_bytes * sum(self.tokens[side][:n])) // n
         return sum(self.kept(t) for t in self.tokens[side][:n]) // n
 
     def kept(self, t: int) -> int:
-        """Bytes that the handles of one sequence of t tokens take."""
+        """Return the bytes of the handles of one sequence of t tokens."""
         return max(0, self.gradients(t).kept)
 
     def peak(self, t: int) -> int:
-        """Bytes that are alive at once, at most, while they are made."""
+        """Return the peak bytes while they are computed."""
         return max(self.gradients(t).peak, self.kept(t))
 
 
 @lru_cache(64)
 def _cuts(counts: tuple[int, ...], tokens: int | None) -> list[slice]:
-    """Cut a side once: many forms of a strategy share a cut."""
+    """Cut a batch; cached, since many forms of a strategy share a cut."""
     return cut(counts, tokens)
 
 
 def workload(f: Function, params: Tree, E: Any, U: Any, dense_U: bool = False) -> Workload:
-    """Count what a kernel between two batches has to do.
+    """Count the work of a kernel between two batches.
 
     Args:
         f: (params, batch) -> [n].
         params: θ.
         E: the evaluation batch.
         U: the update batch.
-        dense_U: whether U's gradients must be rows.
+        dense_U: whether U's gradients must be dense rows.
     """
-    counts = {side: _each(batch) for side, batch in (("E", E), ("U", U))}
+    counts = {side: token_counts(batch) for side, batch in (("E", E), ("U", U))}
     tokens = {side: sorted(each, reverse=True) for side, each in counts.items()}
     side, batch = ("E", E) if tokens["E"][0] >= tokens["U"][0] else ("U", U)
     longest = counts[side].index(tokens[side][0])
@@ -180,13 +179,13 @@ def workload(f: Function, params: Tree, E: Any, U: Any, dense_U: bool = False) -
     if not isinstance(walk, str) and (is_half(params) or max(tokens["E"][0], tokens["U"][0]) > LONG):
         leaf = next(iter(params.values()))
         return Workload(tokens, tree.size(params), widened(leaf[..., :0]).element_size(), 0.0, None, walk=walk)
-    found = counted(f, params, one, tokens, plan_of(f, params, U), dense_U)
-    found.walk = walk
-    return found
+    load = counted(f, params, one, tokens, plan_of(f, params, U), dense_U)
+    load.walk = walk
+    return load
 
 
 def _walk(f: Function, params: Tree, U: Any, tokens: dict[str, list[int]], dense_U: bool) -> Walk | str:
-    """Count the same layer by layer, or say why it cannot be done so."""
+    """Count the same layer by layer, or say why that is impossible."""
     if dense_U:
         return "the preconditioner is no diagonal, and needs whole gradients"
     cut = cut_of(f, params, U)
@@ -196,9 +195,9 @@ def _walk(f: Function, params: Tree, U: Any, tokens: dict[str, list[int]], dense
 def counted(
     f: Function, params: Tree, one: Any, tokens: dict[str, list[int]], plan: GradientPlan, dense_U: bool = False
 ) -> Workload:
-    """Count on a batch of one, the longest sequence, for sides of known lengths, longest first.
+    """Count on a batch of one, the longest sequence, for batches of known lengths, longest first.
 
-    Parameters and batch may lie on the meta device: no value is looked at.
+    Parameters and batch may be on the meta device: no value is read.
     """
     made: list[Handles] = []
 
@@ -219,15 +218,9 @@ def counted(
     return Workload(tokens, tree.size(params), leaf.element_size(), forming, Curve(tuple(points)), dense_U, widest)
 
 
-def _each(batch: Any) -> list[int]:
-    counts = lengths(batch)
-    return [1] * length(batch) if counts is None else counts.tolist()
-
-
 def _shortened(one: Any, shares: tuple[float, ...]) -> list[tuple[int, Any]]:
-    """Cut the only `Sequences` of a batch of one; a batch that holds several, or is too short, is not cut."""
-    found = find_sequences(one)
-    if len(found) != 1 or not isinstance(one, Sequences):
+    """Shorten a batch of one that is a `Sequences`; empty for any other batch."""
+    if len(find_sequences(one)) != 1 or not isinstance(one, Sequences):
         return []
     T = one.input_ids.shape[1]
     cuts = sorted({max(2, round(T * share)) for share in shares} - {T}, reverse=True)
@@ -241,7 +234,5 @@ def _forming(handle: Any) -> float:
             return sum(_forming(part) for part in parts)
         case Factored(inputs, cotangents):
             return 2.0 * inputs.shape[1] * inputs.shape[2] * cotangents.shape[2]
-        case SparseRows():
-            return 0.0
         case _:
             return 0.0

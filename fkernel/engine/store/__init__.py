@@ -1,4 +1,4 @@
-"""Gradient handles on disk: a directory of checksummed shards, complete or absent, for one process at a time."""
+"""Gradient handles on disk: a directory of checksummed shards, written atomically, for one process at a time."""
 
 from fkernel.engine.store.directory import MANIFEST, Store, open_store
 from fkernel.engine.store.manifest import differences

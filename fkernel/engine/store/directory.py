@@ -1,14 +1,13 @@
-"""Gradient handles on disk: computed once, a group of sequences at a time, and served while they are what is asked.
+"""Gradient handles on disk, computed once, in shards of a group of sequences each.
 
-    manifest.json              what the store is of (`fkernel.engine.store.manifest`); written once
+    manifest.json              identity of the gradients (`fkernel.engine.store.manifest`); written once
     shards.jsonl               which shards are complete, with their checksums (`fkernel.engine.store.journal`)
     shard-00000.safetensors …  the handles of one group each (`fkernel.engine.store.shards`)
-    lock                       names the one process that has the store open
+    lock                       held by the one process that has the store open
 
-A shard is written beside its place, flushed to the disk, moved into place and only then recorded, so that whatever
-stops the program leaves it complete or absent. It is held against its checksum before the first of it is served:
-SHA-256 costs about as much as reading the file from a disk, finds a flipped bit, and tells a shard that lies in another
-one's place.
+A shard is written to a temporary file, flushed to disk, renamed and only then recorded, so an interrupted program
+leaves it complete or absent. Its checksum is verified before its first read: SHA-256 costs about as much as reading
+the file from disk, and detects flipped bits and shards whose files were swapped.
 """
 
 from __future__ import annotations
@@ -34,22 +33,22 @@ _BEGIN_ANEW = "choose another directory, or delete this one to begin anew"
 
 
 class Store:
-    """Shards of gradient handles in one directory; made by `open_store`, and of use only while that is entered.
+    """Shards of gradient handles in one directory; made by `open_store`, and usable only within its context.
 
     Attributes:
-        directory: where it is.
+        directory: its path.
         groups: [first row, row after the last] of each shard.
     """
 
     def __init__(self, directory: Path, groups: list[list[int]]) -> None:
-        """Read what is there; `open_store` has made sure that it is what was asked for."""
+        """Read the journal; `open_store` has checked the manifest."""
         self.directory, self.groups = directory, groups
         self._journal = Journal(directory, groups)
         self._verified: dict[int, tuple[tuple[int, ...], Layout]] = {}
         self._open = True
 
     def close(self) -> None:
-        """Serve and take no more; handles that were read stay valid."""
+        """Refuse further reads and writes; handles that were read stay valid."""
         self._open = False
 
     @property
@@ -63,7 +62,7 @@ class Store:
         return sum(record.bytes for record in self._journal)
 
     def has(self, i: int) -> bool:
-        """Tell whether shard i is complete.
+        """Return whether shard i is complete.
 
         Args:
             i: its position among the groups.
@@ -71,15 +70,15 @@ class Store:
         return self._journal.get(self._checked(i)) is not None
 
     def write(self, i: int, handles: Handles) -> None:
-        """Add shard i; whatever stops this leaves it complete or absent.
+        """Write shard i atomically.
 
         Args:
             i: its position among the groups.
             handles: {name: handle} of that group's rows.
 
         Raises:
-            StoreError: the shard is complete already, the handles are of another number of rows or of a dtype that
-                cannot be stored, or the disk is full or takes no files.
+            StoreError: the shard exists already, the handles have another number of rows or a dtype that cannot be
+                stored, or the disk is full or not writable.
         """
         if self.has(i):
             raise StoreError(f"Shard {i} of {str(self.directory)!r} is complete already, and is never written twice.")
@@ -98,15 +97,15 @@ class Store:
             self._verified[i] = _state(path), layout(path)
 
     def read(self, i: int, names: Collection[str] | None = None) -> dict[str, Handle]:
-        """Read shard i, after holding it against its checksum unless that was done and no one touched it.
+        """Read shard i, after verifying its checksum unless that was done and the file is unchanged.
 
         Args:
             i: its position among the groups.
-            names: of the parameters whose handles are wanted; None for all.
+            names: of the parameters to read; None for all.
 
         Returns:
-            {name: handle} as written: kinds, dtypes, layouts and what is shared, on the CPU. Changing a tensor in place
-            changes no file.
+            {name: handle} as written, with the same kinds, dtypes, layouts and sharing, on the CPU. Changing a tensor
+            in place changes no file.
 
         Raises:
             StoreError: the shard was never written, or its file is missing or not what was written.
@@ -131,11 +130,11 @@ class Store:
         size = path.stat().st_size
         if size != record.bytes:
             raise self._damaged(record.index, f"has {size} bytes, {record.bytes} were written")
-        found = checksum(path)
-        if found != record.sha256:
-            holds = next((f"shard {other.index}" for other in self._journal if other.sha256 == found), "other bytes")
+        sha256 = checksum(path)
+        if sha256 != record.sha256:
+            holds = next((f"shard {other.index}" for other in self._journal if other.sha256 == sha256), "other bytes")
             raise self._damaged(
-                record.index, f"holds {holds} (SHA-256 {found[:12]}…, {record.sha256[:12]}… was written)"
+                record.index, f"holds {holds} (SHA-256 {sha256[:12]}…, {record.sha256[:12]}… was written)"
             )
 
     def _damaged(self, i: int, what: str) -> StoreError:
@@ -157,7 +156,7 @@ class Store:
 
     @contextmanager
     def _room(self, i: int, needed: int) -> Iterator[None]:
-        """Look for room before a disk is filled up; say how much was needed where it ran out all the same."""
+        """Check for free space before writing; raise StoreError with the bytes needed if it runs out."""
         with plain_errors("write to", self.directory):
             try:
                 if shutil.disk_usage(self.directory).free < needed:
@@ -177,17 +176,17 @@ class Store:
 
 @contextmanager
 def open_store(directory: Path | str, identity: Mapping[str, Any], groups: Sequence[slice]) -> Iterator[Store]:
-    """Create a store of gradient handles or go on with one, and keep other processes out of it.
+    """Create or reopen a store of gradient handles, locked against other processes.
 
     Args:
-        directory: where; made where it is not there.
-        identity: {field: JSON value}, everything that decides what the gradients are: fingerprints of parameters and
-            batch (`fkernel.io.fingerprint`), which parameters, which dtype. A store of another is refused.
+        directory: its path; created if missing.
+        identity: {field: JSON value}, everything that the gradients depend on: fingerprints of parameters and batch
+            (`fkernel.io.fingerprint`), which parameters, which dtype. A store with another identity is refused.
         groups: the rows of each shard, contiguous from 0.
 
     Raises:
-        StoreError: another process has it open; it is of another identity, of other groups or of another layout; it is
-            damaged; the directory holds something else or cannot be written.
+        StoreError: another process has it open; it has another identity, other groups or another layout; it is
+            damaged; the directory holds other files or cannot be written.
 
     Example:
         >>> import tempfile, torch
@@ -216,9 +215,9 @@ def open_store(directory: Path | str, identity: Mapping[str, Any], groups: Seque
 
 
 def _refuse_strangers(directory: Path) -> None:
-    """Raise StoreError where a directory is no store and holds anything but the beginnings of one."""
+    """Raise StoreError where a directory without a manifest holds other files."""
     strangers = sorted({path.name for path in directory.iterdir()} - {LOCK, MANIFEST + PARTIAL})
-    # Asked after the listing: another process may be making the store, and what it adds it adds after the manifest.
+    # Checked after the listing: another process that creates the store writes the manifest before all other files.
     if strangers and not (directory / MANIFEST).exists():
         raise StoreError(
             f"{str(directory)!r} is no store, for it has no {MANIFEST}, and it is not empty: it holds "
@@ -227,7 +226,7 @@ def _refuse_strangers(directory: Path) -> None:
 
 
 def _settle(path: Path, wanted: dict[str, Any]) -> None:
-    """Write the manifest, or refuse a store of something else."""
+    """Write the manifest, or refuse a store with another one."""
     if not path.exists():
         atomic_write(path, [json.dumps(wanted, indent=1).encode() + b"\n"])
         return
@@ -250,6 +249,6 @@ def _settle(path: Path, wanted: dict[str, Any]) -> None:
 
 
 def _state(path: Path) -> tuple[int, ...]:
-    """What changes where a file does."""
-    found = path.stat()
-    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    """Return what identifies a file's version."""
+    stat = path.stat()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns

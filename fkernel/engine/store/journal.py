@@ -1,4 +1,4 @@
-"""Which shards of a store are complete: one line each, added once the shard is safe on the disk."""
+"""The complete shards of a store: one line each, appended once the shard is flushed to disk."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NAME = "shards.jsonl"
 
 @dataclass(frozen=True)
 class Record:
-    """A shard that is complete.
+    """A complete shard.
 
     Attributes:
         index: its position among the groups.
@@ -35,12 +35,12 @@ class Record:
 class Journal:
     """The records of a store, in the order in which they were written.
 
-    A line counts once it is whole. What a crash or a full disk left behind the last whole line is cut off, at the
-    latest before another line is added, so that no line runs into it.
+    Only whole lines count. A partial line after a crash or a full disk is truncated, at the latest before another line
+    is appended.
     """
 
     def __init__(self, directory: Path, groups: list[list[int]]) -> None:
-        """Read the records of a store of certain groups, and cut a torn last line off."""
+        """Read the records of a store with these groups, and truncate a partial last line."""
         self._path = directory / NAME
         self._records: dict[int, Record] = {}
         self._end = 0
@@ -69,11 +69,11 @@ class Journal:
         return self._records.get(i)
 
     def line_of(self, i: int) -> int:
-        """Number the line of a complete shard, from 1."""
+        """Return the line number of a complete shard, from 1."""
         return list(self._records).index(i) + 1
 
     def add(self, record: Record) -> None:
-        """Record a shard that is safe on the disk."""
+        """Record a shard that is flushed to disk."""
         self.cut()
         line = json.dumps(asdict(record)).encode() + b"\n"
         with open(self._path, "ab") as file:
@@ -83,7 +83,7 @@ class Journal:
         self._end += len(line)
 
     def cut(self) -> None:
-        """Drop what was written behind the last record: a torn line, or a whole one whose writing was interrupted."""
+        """Truncate after the last record: a partial line, or a whole one whose writing was interrupted."""
         if self._path.exists() and self._path.stat().st_size != self._end:
             with open(self._path, "r+b") as file:
                 file.truncate(self._end)
@@ -91,7 +91,7 @@ class Journal:
 
 
 def file_name(i: int) -> str:
-    """Name the file of shard i.
+    """Return the file name of shard i.
 
     Example:
         >>> file_name(3)

@@ -1,4 +1,4 @@
-"""What a store is of: written once, compared with what is asked at every later opening, never mixed up."""
+"""The identity of a store: written once, and compared with the requested one at every later opening."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _ABSENT = object()
 
 
 def describe(identity: Mapping[str, Any], groups: Sequence[slice]) -> dict[str, Any]:
-    """Make the manifest of a store.
+    """Build the manifest of a store.
 
     Args:
-        identity: {field: JSON value}, everything that decides what its gradients are.
+        identity: {field: JSON value}, everything that its gradients depend on.
         groups: the rows of each shard, contiguous from 0.
 
     Raises:
@@ -47,7 +47,7 @@ def describe(identity: Mapping[str, Any], groups: Sequence[slice]) -> dict[str, 
 
 
 def differences(stored: Mapping[str, Any], spec: Mapping[str, Any]) -> list[str]:
-    """List where two manifests differ, each with what is stored and what is asked.
+    """List the differences of two manifests, each with the stored and the requested value.
 
     Args:
         stored: one manifest.
@@ -57,8 +57,8 @@ def differences(stored: Mapping[str, Any], spec: Mapping[str, Any]) -> list[str]
         >>> differences({"identity": {"seed": 0, "dtype": "bf16"}}, {"identity": {"seed": 1, "dtype": "bf16"}})
         ['identity.seed: stored 0, asked for 1']
     """
-    found = list(_differences(stored, spec, ""))
-    return found if len(found) <= _MOST else [*found[: _MOST - 1], f"and {len(found) - _MOST + 1} more"]
+    lines = list(_differences(stored, spec, ""))
+    return lines if len(lines) <= _MOST else [*lines[: _MOST - 1], f"and {len(lines) - _MOST + 1} more"]
 
 
 def _differences(stored: Any, spec: Any, place: str) -> Iterator[str]:
@@ -66,7 +66,7 @@ def _differences(stored: Any, spec: Any, place: str) -> Iterator[str]:
         for key in [*stored, *(key for key in spec if key not in stored)]:
             where = f"{place}.{key}" if place else str(key)
             yield from _differences(stored.get(key, _ABSENT), spec.get(key, _ABSENT), where)
-    # As texts, because to Python 1, 1.0 and True are one.
+    # As texts, since in Python 1 == 1.0 == True.
     elif (ours := _shown(stored)) != (theirs := _shown(spec)):
         yield f"{place}: stored {_short(ours)}, asked for {_short(theirs)}"
 

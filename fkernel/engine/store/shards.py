@@ -1,13 +1,12 @@
 """One shard: gradient handles of some sequences in one safetensors file.
 
     8 bytes                length of the header, little-endian
-    header                 JSON: each tensor's dtype, shape and place, and in its metadata which handles they make up
+    header                 JSON: each tensor's dtype, shape and offsets, and in its metadata how handles are composed
     tensors                one after the other, widest dtype first, so that each begins at a multiple of its own width
 
-The format is simple enough to be streamed from the tensors themselves, through the checksum and past the page cache
-(`fkernel.io.direct`), and any safetensors reader opens the result. What layers share is stored once and
-shared again; what was expanded is stored unexpanded; a transposed tensor is stored as it lies in memory and transposed
-again, so that its products are computed by the same steps as before.
+Tensors are streamed to the file through the checksum, bypassing the page cache (`fkernel.io.direct`), and any
+safetensors reader opens the result. Shared tensors are stored once and shared again; expanded ones are stored
+unexpanded; transposed ones are stored as they lie in memory and transposed again, so that products are bitwise equal.
 """
 
 from __future__ import annotations
@@ -45,8 +44,8 @@ class Packed(NamedTuple):
     """A shard before it is written.
 
     Attributes:
-        header: everything that precedes the tensors.
-        tensors: what follows it, in order.
+        header: the bytes before the tensors.
+        tensors: in file order.
     """
 
     header: bytes
@@ -58,14 +57,14 @@ class Packed(NamedTuple):
         return len(self.header) + sum(_nbytes(tensor) for tensor in self.tensors)
 
     def chunks(self) -> Iterator[bytes | memoryview]:
-        """Walk the file's content; a tensor that is contiguous in memory is not copied."""
+        """Iterate over the file's content; contiguous tensors are not copied."""
         yield self.header
         for tensor in self.tensors:
             yield from tensor_chunks(tensor)
 
 
 def pack(handles: Handles) -> Packed:
-    """Lay handles out as a safetensors file.
+    """Lay out handles as a safetensors file.
 
     Args:
         handles: {name: handle}, of any kinds, dtypes, layouts and devices.
@@ -92,10 +91,10 @@ def pack(handles: Handles) -> Packed:
 
 
 class Layout(NamedTuple):
-    """Where in a shard its handles are.
+    """Positions of handles in a shard.
 
     Attributes:
-        structure: {parameter: what its handle is made of}.
+        structure: {parameter: description of its handle}.
         places: {tensor: (dtype, shape, first byte, byte after the last)}.
     """
 
@@ -110,7 +109,7 @@ def layout(path: Path) -> Layout:
         path: a file that `pack` laid out.
 
     Raises:
-        OSError, KeyError, ValueError, TypeError: the file is no such file.
+        OSError, KeyError, ValueError, TypeError: the file is not such a file.
     """
     with open_direct(path) as file:
         size = int.from_bytes(bytes(read_direct(file, 0, 8).numpy()), "little")
@@ -124,20 +123,20 @@ def layout(path: Path) -> Layout:
     return Layout(structure, places)
 
 
-def unpack(path: Path, found: Layout, names: Collection[str] | None = None) -> dict[str, Handle]:
-    """Read handles of a shard, past the system's page cache.
+def unpack(path: Path, header: Layout, names: Collection[str] | None = None) -> dict[str, Handle]:
+    """Read handles of a shard, bypassing the page cache.
 
     Args:
         path: a file that `pack` laid out.
-        found: its layout.
-        names: of the parameters whose handles are wanted; None for all.
+        header: its layout.
+        names: of the parameters to read; None for all.
 
     Raises:
-        OSError, KeyError, ValueError: the file is no such file.
+        OSError, KeyError, ValueError: the file is not such a file.
     """
-    wanted = {name: found.structure[name] for name in (found.structure if names is None else names)}
+    wanted = {name: header.structure[name] for name in (header.structure if names is None else names)}
     with open_direct(path) as file:
-        tensors = {name: _read(file, *found.places[name]) for node in wanted.values() for name in _names(node)}
+        tensors = {name: _read(file, *header.places[name]) for node in wanted.values() for name in _names(node)}
     return {name: _handle(node, tensors) for name, node in wanted.items()}
 
 
@@ -145,12 +144,12 @@ def _read(file: int, dtype: torch.dtype, shape: list[int], start: int, stop: int
     stored = read_direct(file, start, stop)
     if sys.byteorder == "big":
         stored = stored.view(-1, dtype.itemsize).flip(1).reshape(-1)
-    # Tensors lie at multiples of their own widths, but what surrounds them was read as pages.
+    # Tensors begin at multiples of their own element size.
     return stored.view(dtype).view(shape)
 
 
 class _Stored:
-    """The tensors of a shard, each once, and the descriptions that lead from handles to them."""
+    """The tensors of a shard, each once, and the descriptions of handles that refer to them."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
@@ -176,13 +175,13 @@ class _Stored:
                 return {"dense": self.tensor(handle, place)}
 
     def tensor(self, tensor: Tensor, place: str) -> dict[str, Any]:
-        """Keep a tensor unless it is kept already; say which it is and how it is expanded and transposed."""
+        """Add a tensor unless it is present; return its name, dimension order and shape."""
         if tensor.dtype not in _DTYPES:
             raise StoreError(
                 f"{place!r} is {tensor.dtype}, which cannot be stored; store one of "
                 f"{', '.join(str(dtype).removeprefix('torch.') for dtype in _DTYPES)}."
             )
-        # One step along a stride of 0 is all there is; it takes no storage to go on.
+        # An expanded dimension (stride 0) is stored with size 1.
         base = tensor.detach()[tuple(slice(0, 1) if step == 0 else slice(None) for step in tensor.stride())]
         order = list(range(base.ndim))
         if not base.is_contiguous():
@@ -212,7 +211,7 @@ def _handle(node: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
 
 
 def _names(node: dict[str, Any]) -> Iterator[str]:
-    """Walk the names of the tensors that a handle is made of."""
+    """Iterate over the names of a handle's tensors."""
     ((kind, parts),) = node.items()
     if kind in ("stack", "sum"):
         for part in parts:

@@ -1,4 +1,4 @@
-"""Per-sequence gradients in compact form, and everything that is computed from two sets of them."""
+"""Per-sequence gradients in compact form, and their products."""
 
 from fkernel.func.handles.forms import (
     Concat,

@@ -1,21 +1,22 @@
-"""Gradient handles: per-sequence gradients as what they are made of, instead of P floats a sequence.
+"""Gradient handles: per-sequence gradients as factors, instead of P floats a sequence.
 
     dense      g [n, *shape]                              itself
     Factored   inputs a [n t i], cotangents δ [n t o]     g_n = Σ_t δ_nt a_ntᵀ             shape [o, i]
-    Rows       ids i [n t], cotangents δ [n t d]          g_n[v] = Σ_{t: i_nt = v} δ_nt    shape [v, d]
+    SparseRows ids i [n t], cotangents δ [n t d]          g_n[v] = Σ_{t: i_nt = v} δ_nt    shape [v, d]
     Head       inputs x [n s d] and their softmax         g_n[v] = Σ_s δ_nsv x_ns; see `fkernel.func.handles.head`
     Sum        some of the above                          their sum (a tied table)
-    Stack      any of the above                           those of successive sequences
+    Concat     any of the above                           those of successive sequences
 
-Storage a sequence falls from P floats to t·Σ(i+o). A handle is formed for a range of its leading dimension at a time,
-in storage that the caller owns. Nothing is approximated: with a diagonal between two factored gradients no closed form
-exists, so the tiles are what must be computed.
+Storage a sequence falls from P floats to t·Σ(i+o). A handle is multiplied out for a range of its leading dimension at a
+time, in storage that the caller owns. Nothing is approximated: products of factored gradients with a diagonal between
+them have no closed form, so tiles of the dense gradients are computed.
 
 Source: I. Goodfellow, "Efficient per-example gradient computations" (2015), for the factors.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
@@ -54,15 +55,15 @@ class SparseRows(NamedTuple):
 
 
 class Sum(NamedTuple):
-    """Gradients that are a sum of handles of one shape, as those of a tied table are."""
+    """A sum of handles of one shape, such as a tied table's."""
 
     parts: tuple[Summand, ...]
 
 
 class Concat(NamedTuple):
-    """Handles of successive sequences, kept where their microbatches left them: copying them would touch them twice.
+    """Handles of successive sequences, as computed by their microbatches, without a copy.
 
-    Layers that share an input (queries, keys and values) go on sharing it.
+    Layers that share an input (queries, keys and values) keep sharing it.
     """
 
     parts: tuple[Piece, ...]
@@ -70,14 +71,14 @@ class Concat(NamedTuple):
 
 Summand = Tensor | Factored | SparseRows | Head
 Piece = Summand | Sum
-"""What one microbatch leaves behind."""
+"""The gradient of one parameter, of one microbatch."""
 Handle = Piece | Concat
 Handles = Mapping[str, Handle]
-"""Per-sequence gradients by parameter, each leaf in whatever form is smallest."""
+"""Per-sequence gradients by parameter, each in its smallest form."""
 
 
 def shape_of(handle: Handle) -> tuple[int, ...]:
-    """Tell the parameter's shape.
+    """Return the parameter's shape.
 
     Example:
         >>> shape_of(Factored(torch.ones(2, 5, 3), torch.ones(2, 5, 4)))
@@ -103,27 +104,11 @@ def count(handle: Handle) -> int:
 
 def at(handle: Piece, rows: slice | Tensor) -> Piece:
     """Take some sequences of one microbatch's handle."""
-    match handle:
-        case Sum(parts):
-            return Sum(tuple(_rows_of(part, rows) for part in parts))
-        case _:
-            return _rows_of(handle, rows)
-
-
-def _rows_of(handle: Summand, rows: slice | Tensor) -> Summand:
-    match handle:
-        case Factored(inputs, cotangents):
-            return Factored(inputs[rows], cotangents[rows])
-        case SparseRows(ids, cotangents, size):
-            return SparseRows(ids[rows], cotangents[rows], size)
-        case Head():
-            return handle.changed(lambda leaf: leaf[rows])
-        case _:
-            return handle[rows]
+    return each_tensor(lambda leaf: leaf[rows], handle)  # pyright: ignore[reportReturnType]
 
 
 def tensors(handle: Handle) -> list[Tensor]:
-    """List what a handle stores."""
+    """List the tensors that a handle stores."""
     match handle:
         case Sum(parts) | Concat(parts):
             return [leaf for part in parts for leaf in tensors(part)]
@@ -132,20 +117,23 @@ def tensors(handle: Handle) -> list[Tensor]:
         case SparseRows(ids, cotangents, _):
             return [ids, cotangents]
         case Head():
-            return [*handle[:4]]
+            return [*handle.stored.values()]
         case _:
             return [handle]
 
 
 def is_bounded(handle: Summand) -> bool:
-    """Tell from factors alone that their products are finite: |Σ_t δ_t a_tᵀ| ≤ Σ_t 1 · max|δ| · max|a|.
+    """Show from factors alone that their products are finite: |Σ_t δ_t a_tᵀ| ≤ Σ_t 1 · max|δ| · max|a|.
 
-    A NaN or an infinity in a factor makes the bound non-finite, so a True needs no look at the (much larger) products.
+    A NaN or infinity in a factor makes the bound non-finite, so for True the (much larger) products need no check.
     """
     if isinstance(handle, Tensor):
         return False
-    if isinstance(handle, Head):  # |δ| ≤ |ω|/τ
-        largest = _largest(handle.omega) / handle.temperature * _largest(handle.x) * handle.x[0, :, 0].numel()
+    if isinstance(handle, Head):  # |δ| ≤ (|ω| + |η| (1 + log v))/τ, since |p log p| ≤ 1 and H ≤ log v
+        weight = _largest(handle.omega)
+        if handle.eta is not None:
+            weight += _largest(handle.eta) * (1 + math.log(handle.size))
+        largest = weight / handle.temperature * _largest(handle.x) * handle.x[0, :, 0].numel()
         return largest + _largest(handle.lse) < torch.finfo(handle.x.dtype).max
     largest = _largest(handle.cotangents) * handle.cotangents[..., 0].numel()
     if isinstance(handle, Factored):
@@ -165,10 +153,10 @@ def summands(handle: Piece) -> tuple[Summand, ...]:
 
 
 def summed_up(parts: list[Factored | SparseRows], like: Tensor, n: int) -> Piece:
-    """Make one handle of the uses of a parameter; of none, zero rows that take no storage."""
+    """Combine the uses of a parameter into one handle; without uses, zeros that take no storage."""
     if not parts:
         return like.new_zeros(()).expand(n, *like.shape)
-    # Lookups come last: they add to few rows of storage that a tied head, where there is one, has written whole.
+    # Lookups come last: they add to few rows of what a tied head has written whole.
     ordered = sorted(parts, key=lambda part: isinstance(part, SparseRows))
     return ordered[0] if len(ordered) == 1 else Sum(tuple(ordered))
 
@@ -178,13 +166,13 @@ def compress(handle: Piece, like: Tensor) -> Piece:
     if isinstance(handle, Tensor) or sum(leaf[0].numel() for leaf in tensors(handle)) < like.numel():
         return handle
     out = like.new_empty(count(handle), *like.shape)
-    if not isinstance(out, FakeTensor):  # a tensor without storage holds nothing to write
+    if not isinstance(out, FakeTensor):  # fake tensors hold no data
         materialize_into(handle, out)
     return out
 
 
 def stack(parts: list[Handle]) -> Handle:
-    """Make one handle of those of successive sequences.
+    """Concatenate handles of successive sequences.
 
     Example:
         >>> stack([torch.zeros(2, 3), torch.zeros(1, 3)]).shape
@@ -194,10 +182,10 @@ def stack(parts: list[Handle]) -> Handle:
     if len(flat) == 1:
         return flat[0]
     vectors = [part for part in flat if isinstance(part, Tensor) and part.ndim < 3]
-    if len(vectors) == len(flat):  # of biases and norms, which are small
+    if len(vectors) == len(flat):  # biases and norms, which are small
         return torch.cat(vectors)
     rows = [part for part in flat if isinstance(part, SparseRows)]
-    if len(rows) == len(flat):  # together, so that `compressed` sees all of a batch's ids
+    if len(rows) == len(flat):  # one handle, so that `compressed` has all ids of a batch
         t = max(part.ids.shape[1] for part in rows)
         return SparseRows(
             torch.cat([F.pad(part.ids, (0, t - part.ids.shape[1])) for part in rows]),
@@ -210,10 +198,10 @@ def stack(parts: list[Handle]) -> Handle:
 
 
 def packed(handles: Handles) -> Handles:
-    """Copy what handles store into one piece of memory, what they share once.
+    """Copy the tensors of handles into one block of memory, shared tensors once.
 
-    Many pieces among the temporaries of a pass leave holes between them, which nothing fits into: 1.3 GB took 1.9 GB.
-    Handles on an accelerator, whose allocator keeps its own house, and tensors that take no storage stay as they are.
+    Many allocations among the temporaries of a pass fragment memory: 1.3 GB took 1.9 GB. Handles on an accelerator,
+    which has its own allocator, and tensors without storage are not copied.
     """
     stored = {
         key_of(leaf): leaf
@@ -236,12 +224,12 @@ def packed(handles: Handles) -> Handles:
 
 
 def key_of(leaf: Tensor) -> tuple[object, ...]:
-    """Tell tensors apart by what they look at: two views of one storage are two tensors."""
+    """Identify a tensor by its memory and layout: two different views of one storage have two keys."""
     return leaf.data_ptr(), leaf.dtype, leaf.shape, leaf.stride()
 
 
 def each_tensor(change: Callable[[Tensor], Tensor], handle: Handle) -> Handle:
-    """Make the same handle of changed tensors."""
+    """Apply a function to each tensor of a handle."""
     match handle:
         case Sum(parts):
             return Sum(tuple(each_tensor(change, part) for part in parts))  # pyright: ignore[reportArgumentType]
@@ -258,7 +246,7 @@ def each_tensor(change: Callable[[Tensor], Tensor], handle: Handle) -> Handle:
 
 
 def nbytes(handles: Handles) -> int:
-    """Count the bytes that handles store, what they share once."""
+    """Count the bytes of handles, shared tensors once."""
     leaves = {key_of(leaf): leaf for handle in handles.values() for leaf in tensors(handle)}
     return sum(leaf.numel() * leaf.element_size() for leaf in leaves.values() if 0 not in leaf.stride())
 
@@ -321,9 +309,9 @@ def add(handle: Piece, out: Tensor, start: int = 0) -> None:
 
 
 def compressed(x: SparseRows, y: SparseRows) -> tuple[SparseRows, SparseRows, Tensor]:
-    """Renumber two sides' table rows so that only those that either side touched remain; and say which they are.
+    """Renumber the rows of two handles to those that either of them uses; return both handles and the used rows.
 
-    An inner product is a sum over rows that both touched; a vocabulary of 150,000 has few of them in a batch.
+    Other rows are zero: a batch uses few rows of a vocabulary of 150,000.
     """
     touched, new = torch.unique(torch.cat([x.ids.reshape(-1), y.ids.reshape(-1)]), return_inverse=True)
     x_ids, y_ids = new[: x.ids.numel()].view_as(x.ids), new[x.ids.numel() :].view_as(y.ids)
@@ -332,16 +320,16 @@ def compressed(x: SparseRows, y: SparseRows) -> tuple[SparseRows, SparseRows, Te
 
 
 def stack_handles(pieces: Iterable[Handles]) -> Handles:
-    """Make one J of those of successive microbatches."""
+    """Concatenate handles of successive microbatches."""
     parts: dict[str, list[Handle]] = {}
     for piece in pieces:
         for name, handle in piece.items():
             parts.setdefault(name, []).append(handle)
-    return {name: stack(found) for name, found in parts.items()}
+    return {name: stack(own) for name, own in parts.items()}
 
 
 def write_out(pieces: Iterable[tuple[slice, Handles]], params: Tree, n: int) -> Tree:
-    """Make J, {name: [n, *shape]}, of its microbatches, in storage that is allocated once."""
+    """Write J, {name: [n, *shape]}, from the handles of its microbatches, in storage that is allocated once."""
     J = {name: leaf.new_empty(n, *leaf.shape) for name, leaf in params.items()}
     for rows, piece in pieces:
         for name, handle in piece.items():

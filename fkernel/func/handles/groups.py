@@ -1,8 +1,8 @@
-"""Which part of a language model a parameter belongs to, and a kernel split by parts.
+"""Groups of a language model's parameters, by layer or kind, and kernels by group.
 
     K[n, m] = Σ_groups Σ_{names in group} ⟨x[name]_n, D y[name]_m⟩
 
-An inner product is a sum over parameters, so the parts add up to the whole, exactly.
+An inner product is a sum over parameters, so the parts add up to the whole.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ KINDS = (
     (r"attn.*\b(o_proj|out_proj|c_proj|dense)\b|attention.*\bdense\b", "attention o"),
     (r"mlp|fc\d|gate_proj|up_proj|down_proj|experts|feed_forward", "MLP"),
 )
-"""Patterns on names, the first that fits; Hugging Face's families."""
+"""(pattern, kind), the first match counts; for names of Hugging Face models."""
 
 
 class Part(NamedTuple):
-    """Where a parameter is.
+    """Layer and kind of a parameter.
 
     Attributes:
         layer: number of the block, or None outside of blocks.
@@ -45,7 +45,7 @@ class Part(NamedTuple):
 
 
 def part_of(name: str) -> Part:
-    """Tell which part of a model a parameter is, by its name.
+    """Find the layer and kind of a parameter by its name.
 
     Args:
         name: as `named_parameters` has it.
@@ -62,7 +62,7 @@ def part_of(name: str) -> Part:
 
 
 def by_kind(name: str) -> str:
-    """Group parameters by what they are: "embedding", "attention q", "MLP", ….
+    """Group parameters by kind: "embedding", "attention q", "MLP", ….
 
     Args:
         name: as `named_parameters` has it.
@@ -75,7 +75,7 @@ def by_kind(name: str) -> str:
 
 
 def by_layer(name: str) -> str:
-    """Group parameters by their block; what is outside of blocks by what it is.
+    """Group parameters by block; those outside of blocks by kind.
 
     Args:
         name: as `named_parameters` has it.
@@ -99,10 +99,10 @@ def grouped(names: Iterable[str], key: Callable[[str], str] = by_kind) -> dict[s
         >>> grouped(["wte.weight", "h.0.ln_1.weight", "h.0.ln_2.weight"])
         {'embedding': ['wte.weight'], 'norm': ['h.0.ln_1.weight', 'h.0.ln_2.weight']}
     """
-    found: dict[str, list[str]] = {}
+    members: dict[str, list[str]] = {}
     for name in names:
-        found.setdefault(key(name), []).append(name)
-    return found
+        members.setdefault(key(name), []).append(name)
+    return members
 
 
 def contract_by(

@@ -2,13 +2,15 @@
 
 With x_s the head's input where it predicts token y_s, W the table [v, d], z_sv = ⟨x_s, W_v⟩/τ and p = softmax(z):
 
-    S = Σ_s ω_s (z_{s,y_s} − lse_s),                        lse_s = log Σ_v exp(z_sv)
-    ∂S/∂x_s = ω_s (W_{y_s} − Σ_v p_sv W_v)/τ
-    ∂S/∂W_v = Σ_s δ_sv x_s,                                 δ_sv = ω_s (1[y_s = v] − p_sv)/τ,  p_sv = exp(z_sv − lse_s)
+    f = Σ_s ω_s log π_s + η_s H_s,      log π_s = z_{s,y_s} − lse_s,    lse_s = log Σ_v exp(z_sv)
+                                        H_s = lse_s − z̄_s,              z̄_s = Σ_v p_sv z_sv,   p_sv = exp(z_sv − lse_s)
+    ∂log π_s/∂x_s = (W_{y_s} − Σ_v p_sv W_v)/τ
+    ∂H_s/∂x_s     = −Σ_v p_sv (z_sv − z̄_s) W_v/τ
+    ∂f/∂W_v       = Σ_s δ_sv x_s,       δ_sv = (ω_s (1[y_s = v] − p_sv) − η_s p_sv (z_sv − z̄_s))/τ
 
-`scored` walks the rows once, with the largest z so far (m), the sum l = Σ exp(z − m) and Σ exp(z − m) W; both sums are
-rescaled by exp(m_before − m) whenever m grows. ∂S/∂W of a sequence is as large as the table: a `Head` keeps x and lse,
-and forms it for the rows that are asked for.
+`scored` walks the rows once, with the largest z so far (m), the sum l = Σ exp(z − m) and Σ exp(z − m) W, and where
+there are entropies the same two sums times z; all are rescaled by exp(m_before − m) whenever m grows. ∂f/∂W of a
+sequence is as large as the table: a `Head` keeps x, lse and z̄, and forms it for the rows that are wanted.
 
 Source: M. Milakov & N. Gimelshein, "Online normalizer calculation for softmax" (2018).
 """
@@ -37,9 +39,11 @@ class Head(NamedTuple):
         omega: ω, [n s]; 0 on padding.
         lse: log Σ_v exp(z), [n s].
         x: the head's inputs, [n s d].
-        rows: W by rows; it belongs to the model, and counts as nobody's storage.
+        rows: W by rows; it belongs to the model, and is not part of the handle's storage.
         size: v.
         temperature: τ.
+        eta: η, [n s]; None where no entropy has a weight.
+        mean: z̄, [n s]; None with it.
     """
 
     targets: Tensor
@@ -49,17 +53,26 @@ class Head(NamedTuple):
     rows: TableRows
     size: int
     temperature: float
+    eta: Tensor | None = None
+    mean: Tensor | None = None
+
+    @property
+    def stored(self) -> dict[str, Tensor]:
+        """The tensors with a row a sequence, by name."""
+        leaves = {"targets": self.targets, "omega": self.omega, "lse": self.lse, "x": self.x}
+        if self.eta is None or self.mean is None:
+            return leaves
+        return leaves | {"eta": self.eta, "mean": self.mean}
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> Head:
         """Make the same of changed tensors."""
-        stored = {name: change(leaf) for name, leaf in zip(self._fields, self[:4], strict=False)}
-        return self._replace(**stored)
+        return self._replace(**{name: change(leaf) for name, leaf in self.stored.items()})
 
 
 def deltas(head: Head, start: int, stop: int) -> Float[Tensor, "n s r"]:
     """Compute δ for a range of the table's rows.
 
-    δ[n, s, v] = ω (1[y = v] − exp(⟨x, W_v⟩/τ − lse))/τ
+    δ[n, s, v] = (ω (1[y = v] − p) − η p (z − z̄))/τ,  z = ⟨x, W_v⟩/τ,  p = exp(z − lse)
 
     Args:
         head: of n sequences.
@@ -73,8 +86,12 @@ def deltas(head: Head, start: int, stop: int) -> Float[Tensor, "n s r"]:
         torch.Size([1, 1, 2])
     """
     W, slope = head.rows(slice(start, stop)), head.omega / head.temperature
-    p = (head.x @ W.mT).div_(head.temperature).sub_(head.lse[..., None]).exp_()
-    delta = p.mul_(-slope[..., None])
+    z = (head.x @ W.mT).div_(head.temperature)
+    if head.eta is None or head.mean is None:
+        delta = z.sub_(head.lse[..., None]).exp_().mul_(-slope[..., None])
+    else:
+        factor = (z - head.mean[..., None]).mul_(head.eta[..., None]).add_(head.omega[..., None])
+        delta = z.sub_(head.lse[..., None]).exp_().mul_(factor).div_(-head.temperature)
     n, s = ((head.targets >= start) & (head.targets < stop)).nonzero(as_tuple=True)
     delta[n, s, head.targets[n, s] - start] += slope[n, s]
     return delta
@@ -100,19 +117,26 @@ class Scored(NamedTuple):
         logprobs: log π of each, [N].
         lse: log Σ_v exp(z), [N].
         slopes: ∂ log π/∂x, [N d].
+        entropy: (H [N], ∂H/∂x [N d]); None where it was not wanted.
     """
 
     logprobs: Tensor
     lse: Tensor
     slopes: Tensor
+    entropy: tuple[Tensor, Tensor] | None = None
 
 
 def scored(
-    x: Float[Tensor, "N d"], targets: Int[Tensor, " N"], rows: TableRows, size: int, temperature: float = 1.0
+    x: Float[Tensor, "N d"],
+    targets: Int[Tensor, " N"],
+    rows: TableRows,
+    size: int,
+    temperature: float = 1.0,
+    entropies: bool = False,
 ) -> Scored:
-    """Compute log π of tokens and its derivative in the head's inputs, by tiles of the table: two products a tile.
+    """Compute log π of tokens, H if wanted, and their derivatives in the head's inputs, by tiles of the table.
 
-    log π = z_y − lse,   ∂ log π/∂x = (W_y − Σ_v p_v W_v)/τ
+    log π = z_y − lse,  ∂log π/∂x = (W_y − Σ_v p_v W_v)/τ;   H = lse − z̄,  ∂H/∂x = −Σ_v p_v (z_v − z̄) W_v/τ
 
     Args:
         x: the head's inputs where they predict a token.
@@ -120,61 +144,83 @@ def scored(
         rows: W by rows.
         size: v, how many there are.
         temperature: τ.
+        entropies: whether H is wanted: one more product a tile.
 
     Example:
         >>> W = torch.tensor([[1.0], [1.0]])
-        >>> scored(torch.ones(1, 1), torch.tensor([0]), W.__getitem__, 2)
-        Scored(logprobs=tensor([-0.6931]), lse=tensor([1.6931]), slopes=tensor([[0.]]))
+        >>> scored(torch.ones(1, 1), torch.tensor([0]), W.__getitem__, 2)[:3]
+        (tensor([-0.6931]), tensor([1.6931]), tensor([[0.]]))
     """
     step = max(1, LOGITS_BYTES // (x.element_size() * max(1, len(x))))
     m, l, mean = x.new_full((len(x),), -torch.inf), x.new_zeros(len(x)), torch.zeros_like(x)
+    zl, z_mean = torch.zeros_like(l), torch.zeros_like(x)  # the sums times z
     for start in range(0, size, step):
         W = rows(slice(start, min(start + step, size)))
         z = (x @ W.mT).div_(temperature)
         larger = torch.maximum(m, z.amax(1))
         shrunk, m = (m - larger).exp_(), larger
+        if entropies:
+            pz = (z - m[:, None]).exp_().mul_(z)
+            zl = zl * shrunk + pz.sum(1)
+            z_mean = torch.addmm(z_mean.mul_(shrunk[:, None]), pz, W, out=z_mean)
         p = z.sub_(m[:, None]).exp_()
         l = l * shrunk + p.sum(1)
         mean = torch.addmm(mean.mul_(shrunk[:, None]), p, W, out=mean)
     own, lse = rows(targets), m + l.log()
     logprobs = (x * own).sum(1) / temperature - lse
-    return Scored(logprobs, lse, (own - mean.div_(l[:, None])) / temperature)
+    mean.div_(l[:, None])
+    entropy = None
+    if entropies:
+        z_bar = zl / l
+        entropy = lse - z_bar, (z_bar[:, None] * mean - z_mean.div_(l[:, None])) / temperature
+    return Scored(logprobs, lse, (own - mean) / temperature, entropy)
 
 
 def head_scores(
     x: list[Tensor],
     ids: Int[Tensor, "n t"],
     omega: Tensor,
+    eta: Tensor | None,
     rows: TableRows,
     size: int,
     temperature: float,
     weight: float,
 ) -> tuple[Head, Tensor, list[Tensor]]:
-    """Score a few sequences: Σ ω log π, its derivative in x, and what its derivative in the table is made of.
+    """Score a few sequences: f = Σ ω log π + η H, its derivative in x, and what its derivative in the table is made of.
 
     Args:
         x: the head's inputs of each sequence, [t d], at its own length.
         ids: [n t].
-        omega: ω, [n t−1], of the positions that predict; those of 0 are left out.
+        omega: ω, [n t−1], of the positions that predict; those where ω and η are 0 are left out.
+        eta: η, [n t−1]; None where no entropy has a weight.
         rows: W by rows.
         size: v.
         temperature: τ.
         weight: what derivatives are multiplied by, and values not.
 
     Returns:
-        The handle of n sequences; Σ ω log π, [n] float64; and `weight` times ∂/∂x of each, [t d].
+        The handle of n sequences; f, [n] float64; and `weight` times ∂f/∂x of each, [t d].
     """
-    places = [ω[: max(0, len(own) - 1)].nonzero()[:, 0] for own, ω in zip(x, omega, strict=True)]
+    counting = omega != 0 if eta is None else (omega != 0) | (eta != 0)
+    places = [counts[: max(0, len(own) - 1)].nonzero()[:, 0] for own, counts in zip(x, counting, strict=True)]
     counts = [len(place) for place in places]
     chosen = torch.cat([own[place] for own, place in zip(x, places, strict=True)])
     targets = torch.cat([own[place + 1] for own, place in zip(ids, places, strict=True)])
-    ω = torch.cat([own[place] for own, place in zip(omega, places, strict=True)]).to(chosen)
-    logprobs, lse, slopes = scored(chosen, targets, rows, size, temperature)
-    values = torch.stack([each.sum() for each in (ω.double() * logprobs.double()).split(counts)])
-    ω = weight * ω
+
+    def at_places(weights: Tensor) -> Tensor:
+        return torch.cat([own[place] for own, place in zip(weights, places, strict=True)]).to(chosen)
+
+    ω = at_places(omega)
+    logprobs, lse, slopes, entropy = scored(chosen, targets, rows, size, temperature, eta is not None)
+    each, moves = ω.double() * logprobs.double(), ω[:, None] * slopes
+    flat = Head(targets, weight * ω, lse, chosen, rows, size, temperature)
+    if eta is not None and entropy is not None:
+        η, (H, slopes) = at_places(eta), entropy
+        each, moves = each + η.double() * H.double(), moves + η[:, None] * slopes
+        flat = flat._replace(eta=weight * η, mean=lse - H)
+    values = torch.stack([own.sum() for own in each.split(counts)])
     moves = [
         torch.zeros_like(own).index_copy_(0, place, slope)
-        for own, place, slope in zip(x, places, (ω[:, None] * slopes).split(counts), strict=True)
+        for own, place, slope in zip(x, places, (weight * moves).split(counts), strict=True)
     ]
-    flat = Head(targets, ω, lse, chosen, rows, size, temperature)
     return flat.changed(lambda leaf: pad_sequence([*leaf.split(counts)], batch_first=True)), values, moves

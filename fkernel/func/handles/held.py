@@ -1,7 +1,7 @@
-"""What gradients that are held give without another pass over the model: Jᵀw, and norms.
+"""Jᵀw and norms of held gradients, without another pass over the model.
 
-weighted_sum     Jᵀw = Σ_n w_n g_n             no gradient is formed: of factors it is one product over n and t
-squared_norms    ‖g_n‖², ⟨g_n, D g_n⟩          every gradient is formed once, a tile at a time
+weighted_sum     Jᵀw = Σ_n w_n g_n             no gradient is written out: for factors, one product over n and t
+squared_norms    ‖g_n‖², ⟨g_n, D g_n⟩          every gradient is written out once, a tile at a time
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from fkernel.shapes import Tensor, Tree
 
 
 def weighted_sum(handles: Handles, weights: Tensor) -> Tree:
-    """Compute Jᵀw of gradients that are held, without another backward pass and without forming any of them.
+    """Compute Jᵀw of held gradients, without another backward pass and without writing them out.
 
-    Σ_n w_n g_n;  of factors, Σ_n w_n Σ_t δ_nt a_ntᵀ is one product over all n and t
+    Σ_n w_n g_n;  for factors, Σ_n w_n Σ_t δ_nt a_ntᵀ is one product over all n and t
 
     Args:
         handles: {name: handle} of n sequences.
         weights: w, [n].
 
     Returns:
-        {name: [*shape]} in the weights' dtype; equals `vjp(f)(params, batch, weights)` where the handles are f's.
+        {name: [*shape]} in the weights' dtype; equals `vjp(f)(params, batch, weights)` for handles of f.
 
     Example:
         >>> J = {"w": Factored(torch.tensor([[[1.0, 2.0]], [[0.0, 1.0]]]), torch.tensor([[[10.0]], [[1.0]]]))}
@@ -61,9 +61,10 @@ def _weighted(handle: Handle, w: Tensor) -> Tensor:
             moves = (cotangents.to(w) * w.view(-1, *[1] * (cotangents.ndim - 1))).flatten(0, 1)
             return moves.new_zeros(size, *moves.shape[1:]).index_add_(0, ids.flatten(), moves)
         case Head():
-            # All sequences are one, whose positions are weighed; it is formed a range of rows at a time.
+            # The weighted positions of all sequences form one sequence, written out a range of rows at a time.
             x, ω = handle.x.to(w), handle.omega * w[:, None]
-            one = handle._replace(x=x, omega=ω).changed(lambda leaf: leaf.flatten(0, 1)[None])
+            η = None if handle.eta is None else handle.eta * w[:, None]
+            one = handle._replace(x=x, omega=ω, eta=η).changed(lambda leaf: leaf.flatten(0, 1)[None])
             out, step = x.new_empty(1, *shape_of(handle)), max(1, tile_columns(1, x.element_size()) // x.shape[-1])
             for start in range(0, handle.size, step):
                 materialize_into(one, out[:, start : start + step], start)
@@ -73,7 +74,7 @@ def _weighted(handle: Handle, w: Tensor) -> Tensor:
 
 
 def _added(vectors: Iterator[Tensor]) -> Tensor:
-    """Add up in the first one's storage, one beside it at a time."""
+    """Sum in the first one's storage, with one other in memory at a time."""
     total = next(vectors)
     for vector in vectors:
         total += vector
@@ -93,7 +94,7 @@ class SquaredNorms(NamedTuple):
 
 
 def squared_norms(x: Handles, *, diagonal: Tree | None = None) -> SquaredNorms:
-    """Compute ‖g‖² and ⟨g, D g⟩ of every sequence, forming every gradient once.
+    """Compute ‖g‖² and ⟨g, D g⟩ of every sequence, writing every gradient out once.
 
     Args:
         x: {name: [n, *shape]}, or handles.
@@ -107,8 +108,8 @@ def squared_norms(x: Handles, *, diagonal: Tree | None = None) -> SquaredNorms:
         SquaredNorms(plain=tensor([25.], dtype=torch.float64), weighted=tensor([17.], dtype=torch.float64))
     """
     check_fit(x, x, diagonal)
-    found = Products(
+    products = Products(
         ProductSpec(x=RowSpec(squares={"plain": None, "weighted": diagonal})), rows_of(x, "x"), 0, device_of(x)
     )
-    found.add(x, x, own_y=False)
-    return SquaredNorms(found.whole("x", "plain"), found.whole("x", "weighted"))
+    products.add(x, x, own_y=False)
+    return SquaredNorms(products.whole("x", "plain"), products.whole("x", "weighted"))

@@ -1,14 +1,14 @@
-"""⟨x_n, D y_m⟩ over parameter space, and what else is asked of two sets of gradients, in one walk over its tiles.
+"""⟨x_n, D y_m⟩ and other products of two sets of gradients, in one pass over tiles of parameter space.
 
     kernels    K[n, m] = Σ_names Σ_α x[name][n, α] · D[name][α] · y[name][m, α]    the einsum of a kernel; of any D
-    along      ⟨x_n, v⟩ = Σ_α x_nα v_α                                             a further column of the product
+    along      ⟨x_n, v⟩ = Σ_α x_nα v_α                                             one more column of the product
     squares    Σ_α d_α x_nα²                                                       ‖x‖² for ones, K_nn for D
 
 Parameters are cut into shards of columns; each shard is one GEMM in at least float32, and shards are added up in
 float64, so that the error does not grow with the number of parameters. Half-precision storage is widened a shard at a
-time and never as a whole. A handle (`fkernel.func.handles.forms`) is formed a shard at a time, in storage that is
-allocated once, and everything that is asked is taken of the shard while it is there: forming costs what a third of a
-backward pass costs, so it is done once. D is multiplied into the smaller side's shard.
+time. A handle (`fkernel.func.handles.forms`) is multiplied out a shard at a time, in storage that is allocated once,
+and all products are computed from the shard: multiplying out costs about a third of a backward pass, so it is done
+once. D is multiplied into the smaller shard.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fkernel.func.inputs.validation import check_rows
 from fkernel.shapes import Tensor, Tree
 
 RUN = 8192
-"""Columns that are added up in a tile's own dtype, where only a few sums are wanted: as exact as a kernel then."""
+"""Columns that are summed in a tile's own dtype before float64, for the same accuracy as a kernel's."""
 
 
 def contract(x: Handles, y: Handles, *, diagonal: Tree | None = None, jit: bool | None = None) -> Tensor:
@@ -48,7 +48,7 @@ def contract(x: Handles, y: Handles, *, diagonal: Tree | None = None, jit: bool 
 
     Raises:
         TreeError: names or shapes disagree.
-        BatchError: one side has no rows.
+        BatchError: x or y has no rows.
         NonFiniteError: a row holds NaN or infinity; it names the row and the parameter.
 
     Example:
@@ -65,11 +65,11 @@ def contract(x: Handles, y: Handles, *, diagonal: Tree | None = None, jit: bool 
 
 
 class RowSpec(NamedTuple):
-    """What is asked of every row of one side by itself.
+    """Products of every row of one batch alone.
 
     Attributes:
-        along: {what: v}, for ⟨x_n, v⟩.
-        squares: {what: d}, for Σ_α d_α x_nα²; None for ones.
+        along: {name: v}, for ⟨x_n, v⟩.
+        squares: {name: d}, for Σ_α d_α x_nα²; None for ones.
     """
 
     along: Mapping[str, Tree] = {}
@@ -77,13 +77,13 @@ class RowSpec(NamedTuple):
 
 
 class ProductSpec(NamedTuple):
-    """What is asked of two sides' gradients.
+    """The products of two batches' gradients to compute.
 
     Attributes:
-        kernels: {what: D}, for ⟨x_n, D y_m⟩; None for ones.
-        x: of one side by itself.
+        kernels: {name: D}, for ⟨x_n, D y_m⟩; None for ones.
+        x: products of one batch alone.
         y: of the other.
-        key: name of a parameter ↦ group; sums are then kept by group, and add up to the whole.
+        key: name of a parameter ↦ group; sums are kept by group, and add up to the whole.
     """
 
     kernels: Mapping[str, Tree | None] = {}
@@ -93,23 +93,23 @@ class ProductSpec(NamedTuple):
 
 
 class Products:
-    """The sums that are asked for, added up as gradients come: blocks of columns, and shares of the parameters.
+    """Accumulates the products of a `ProductSpec` over blocks of gradients and groups of parameters.
 
     Attributes:
-        kernels: {what: {group: [n m]}} float64.
-        x: {what: {group: [n]}} float64, of one side by itself.
-        y: {what: {group: [m]}} float64.
+        kernels: {name: {group: [n m]}} float64.
+        x: {name: {group: [n]}} float64, of one batch alone.
+        y: {name: {group: [m]}} float64.
 
     Example:
         >>> J, D = {"w": torch.tensor([[3.0, 4.0]])}, {"w": torch.tensor([1.0, 0.5])}
-        >>> found = Products(ProductSpec({"K": D}, x=RowSpec({"step": D}, {"norm": None})), 1, 1)
-        >>> found.add(J, J)
-        >>> found.kernel("K").item(), found.whole("x", "step").item(), found.whole("x", "norm").item()
+        >>> products = Products(ProductSpec({"K": D}, x=RowSpec({"step": D}, {"norm": None})), 1, 1)
+        >>> products.add(J, J)
+        >>> products.kernel("K").item(), products.whole("x", "step").item(), products.whole("x", "norm").item()
         (17.0, 5.0, 25.0)
     """
 
     def __init__(self, spec: ProductSpec, n: int, m: int, device: torch.device | None = None, jit: bool | None = None):
-        """Begin with zeros, for n rows and m columns."""
+        """Start from zeros, for n rows and m columns."""
         self.spec, self.n, self.m, self.device = spec, n, m, device
         compiled = (device is not None and device.type != "cpu") if jit is None else jit
         self._shard = _compiled() if compiled else _einsum
@@ -117,11 +117,11 @@ class Products:
         self.x, self.y = ({what: {} for what in (*own.along, *own.squares)} for own in (spec.x, spec.y))
 
     def kernel(self, what: str = "") -> Tensor:
-        """One of the kernels over all parameters, [n m] float64."""
+        """Return one of the kernels over all parameters, [n m] float64."""
         return torch.stack([*self.kernels[what].values()]).sum(0)
 
     def whole(self, side: str, what: str) -> Tensor:
-        """One of a side's sums over all parameters, [n] float64; `side` is "x" or "y"."""
+        """Return a product of one batch alone over all parameters, [n] float64; `side` is "x" or "y"."""
         return torch.stack([*getattr(self, side)[what].values()]).sum(0)
 
     def add(
@@ -134,15 +134,15 @@ class Products:
         own_x: bool = True,
         own_y: bool = True,
     ) -> None:
-        """Take some gradients: of the n rows or some, of the m columns or some, of all parameters or some.
+        """Add the products of some gradients: of all or some rows, columns and parameters.
 
         Args:
             x: {name: [n, *shape]}, or handles.
-            y: of the columns; x itself where the two sides are one, which is then formed once.
-            columns: which of the m they are; None for all.
-            rows: which of the n x's are; None for all.
-            own_x: whether x is to be counted by itself: once, where it comes once a block of columns.
-            own_y: whether y is.
+            y: of the columns; x itself for products with itself, which is then written out once.
+            columns: range of the m columns; None for all.
+            rows: range of the n rows; None for all.
+            own_x: whether to add products of x alone; True only once where x comes with several blocks of columns.
+            own_y: the same for y.
 
         Raises:
             As `contract`.
@@ -170,7 +170,7 @@ class Products:
         others: RowSpec,
         dtype: torch.dtype,
     ) -> None:
-        """Walk one parameter in shards [n c], [m c], and take of each what is asked."""
+        """Add the products of one parameter, in shards [n c], [m c]."""
         group, same = self.spec.key(name), x is y
         x, y, of = _aligned(x, y)
         n, m, shape = count(x), count(y), shape_of(x)
@@ -195,13 +195,13 @@ class Products:
             right_alone.take(right, here, room)
 
     def _sums(self, groups: dict[str, Tensor], group: str, *shape: int) -> Tensor:
-        """The sums of one group, zeros where it is new."""
+        """Return the sums of one group, zeros at first."""
         if group not in groups:
             groups[group] = torch.zeros(shape, dtype=torch.float64, device=self.device)
         return groups[group]
 
     def _check(self, x: Handles, y: Handles, at: tuple[slice, slice]) -> None:
-        """Raise NonFiniteError where a sum is not finite; it names the row where a gradient is to blame."""
+        """Raise NonFiniteError where a sum is not finite, naming the row whose gradient is the cause."""
         sums = [K[at] for groups in self.kernels.values() for K in groups.values()]
         sums += [each for side in (self.x, self.y) for groups in side.values() for each in groups.values()]
         if not all(map(tree.all_finite, sums)):
@@ -216,7 +216,7 @@ class Products:
 
 
 def _aligned(x: Handle, y: Handle) -> tuple[Handle, Handle, Callable[[Tensor], Tensor]]:
-    """Bring two handles of one parameter to forms that are walked alike, and say what a vector's part of it is."""
+    """Convert two handles of one parameter to the same tiling; also return how to index a vector of its shape."""
     same = x is y
     if isinstance(x, SparseRows) and isinstance(y, SparseRows):
         x, y, touched = compressed(x, y)
@@ -228,7 +228,7 @@ def _aligned(x: Handle, y: Handle) -> tuple[Handle, Handle, Callable[[Tensor], T
 
 
 class _Sums:
-    """What is asked of one side by itself, of one parameter: ⟨x_n, v⟩ and Σ_α d_α x_nα²."""
+    """Products of one batch alone, for one parameter: ⟨x_n, v⟩ and Σ_α d_α x_nα²."""
 
     def __init__(self, own: RowSpec, name: str, of: Callable[[Tensor], Tensor], into: Callable[[str], Tensor]) -> None:
         self.along = [(into(what), of(vector[name])) for what, vector in own.along.items()]
@@ -247,12 +247,12 @@ def _add_sums(spec: Sequence[tuple[Tensor, Tensor | None]], here: slice, tile: T
     ones = tile.new_ones(tile.shape[1])
     vectors = torch.stack([ones if leaf is None else leaf[here].reshape(-1).to(ones) for _, leaf in spec])
     for columns, run in zip(vectors.split(RUN, 1), tile.split(RUN, 1), strict=True):
-        for (total, _), found in zip(spec, (run @ columns.mT).unbind(1), strict=True):
-            total += found
+        for (total, _), sums in zip(spec, (run @ columns.mT).unbind(1), strict=True):
+            total += sums
 
 
 def _scaled(left: Tensor, right: Tensor, d: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
-    """Multiply D into the smaller of two shards, in storage of its own: a shard may be a caller's."""
+    """Multiply D into the smaller of two shards, in `room`: a shard may be a view of the caller's tensor."""
     small, other = (left, right) if len(left) <= len(right) else (right, left)
     scaled = torch.mul(small, d, out=room[: small.numel()].view(small.shape))
     return (scaled, other) if small is left else (other, scaled)
@@ -268,12 +268,12 @@ def _compiled() -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def device_of(x: Handles) -> torch.device:
-    """Tell where gradients are."""
+    """Return the device of gradients."""
     return tensors(next(iter(x.values())))[-1].device
 
 
 def widest(x: Handles, y: Handles) -> torch.dtype:
-    """Tell the dtype that products of two sides are computed in: the widest, at least float32."""
+    """Return the dtype of products of x and y: the widest, at least float32."""
     dtype = torch.float32
     for leaf in (leaf for side in (x, y) for handle in side.values() for leaf in tensors(handle)):
         if leaf.is_floating_point():
@@ -282,7 +282,7 @@ def widest(x: Handles, y: Handles) -> torch.dtype:
 
 
 def rows_of(x: Handles, side: str) -> int:
-    """Count the sequences of a side, or raise TreeError or BatchError where there is no one number, or none."""
+    """Count the sequences; raise TreeError where parameters differ in their number, BatchError where there are none."""
     scalars = [name for name, handle in x.items() if isinstance(handle, Tensor) and handle.ndim == 0]
     counts = {-1} if scalars else {count(handle) for handle in x.values()}
     if len(counts) != 1 or -1 in counts:
@@ -294,7 +294,7 @@ def rows_of(x: Handles, side: str) -> int:
 
 
 def check_fit(x: Handles, y: Handles, diagonal: Tree | None) -> None:
-    """Raise TreeError unless both sides and the diagonal are about the same parameters, shapes included."""
+    """Raise TreeError unless x, y and the diagonal have the same parameters and shapes."""
     tree.check_names(y, x, "y", "x")
     if diagonal is not None:
         tree.check_names(x, diagonal, "the tree to precondition", "the preconditioner")

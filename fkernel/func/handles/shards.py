@@ -1,4 +1,4 @@
-"""Per-sequence gradients a range of a parameter at a time, in storage allocated once: what contractions walk."""
+"""Tiles of per-sequence gradients for contractions: a range of a parameter at a time, in reused storage."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from fkernel.func.handles.forms import Handle, count, materialize_into, shape_of
 from fkernel.shapes import Tensor
 
 TILE_COLUMNS = 1 << 17
-"""Columns of a formed shard, at most; with smaller ones forming is slower, with larger ones memory."""
+"""Largest number of columns of a tile; smaller tiles are slower to multiply out, larger ones to read."""
 LEAST_COLUMNS = 1 << 13
 TILE_BYTES = 64 << 20
-"""Storage for formed shards: many sequences get fewer columns."""
+"""Storage of a tile: more sequences, fewer columns."""
 
 
 def tile_columns(rows: int, itemsize: int) -> int:
-    """Columns of a shard that is formed for so many sequences."""
+    """Return the columns of a tile for so many sequences."""
     return min(TILE_COLUMNS, max(LEAST_COLUMNS, TILE_BYTES // (itemsize * max(1, rows))))
 
 
 def tile_bytes(rows: int, itemsize: int) -> int:
-    """Bytes of the shards that are formed for so many sequences, both sides together."""
+    """Return the bytes of the tiles for so many sequences, x and y together."""
     return rows * itemsize * tile_columns(rows, itemsize)
 
 
 def tiles(x: Handle, step: int, dtype: torch.dtype) -> Callable[[int, int], Tensor]:
-    """Make (start, r) -> [n, r·width], rows start … start + r of the leading dimension; dense ones are not copied."""
+    """Return (start, r) -> [n, r·width], rows start … start + r of the leading dimension; dense ones are not copied."""
     shape, n = shape_of(x), count(x)
     width = math.prod(shape[1:])
     if isinstance(x, Tensor) and x.dtype == dtype:

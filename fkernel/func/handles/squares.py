@@ -1,9 +1,9 @@
-"""Σ_n w_n g_n² of gradients that are held: how much each coordinate of parameter space carries of a kernel's diagonal.
+"""Σ_n w_n g_n² of held gradients: each coordinate's share of a kernel's trace.
 
     trace(K) = Σ_n ⟨g_n, P g_n⟩ = Σ_α P_α Σ_n g_nα²        for a diagonal P
 
-`fkernel.func.handles.held.squared_norms` adds the same squares up over coordinates, this over sequences. A square is
-not linear, so factors must be multiplied out: a tile of columns at a time, and no more of the dense gradients exists.
+`fkernel.func.handles.held.squared_norms` sums the same squares over coordinates, this over sequences. A square is not
+linear, so factors must be multiplied out, a tile of columns at a time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fkernel.shapes import Tensor, Tree
 
 
 def squared_sum(handles: Handles, weights: Tensor | None = None) -> Tree:
-    """Add up the squares of per-sequence gradients, coordinate by coordinate.
+    """Sum the squares of per-sequence gradients, coordinate by coordinate.
 
     Σ_n w_n g_nα²
 
@@ -49,20 +49,20 @@ def squared_sum(handles: Handles, weights: Tensor | None = None) -> Tree:
     w = torch.ones(n) if weights is None else weights
     check_weights(w, n)
     w = w.to(leaf.device, dtype)
-    found = {name: _squared(handle, w) for name, handle in handles.items()}
-    for name, sums in found.items():
+    squares = {name: _squared(handle, w) for name, handle in handles.items()}
+    for name, sums in squares.items():
         if not tree.all_finite(sums):
             check_rows({name: handle for name, handle in handles.items() if isinstance(handle, Tensor)})
             raise NonFiniteError(f"A gradient of {name!r} is not finite, or its square overflows.", parameter=name)
-    return found
+    return squares
 
 
 def _squared(handle: Handle, w: Tensor) -> Tensor:
-    if isinstance(handle, SparseRows):  # of a vocabulary of 150,000 a batch touches few rows; the others are zero
+    if isinstance(handle, SparseRows):  # a batch uses few rows of a vocabulary of 150,000; the others are zero
         touched, ids = torch.unique(handle.ids, return_inverse=True)
-        found = w.new_zeros(shape_of(handle))
-        found[touched] = _by_tiles(SparseRows(ids.view_as(handle.ids), handle.cotangents, len(touched)), w)
-        return found
+        total = w.new_zeros(shape_of(handle))
+        total[touched] = _by_tiles(SparseRows(ids.view_as(handle.ids), handle.cotangents, len(touched)), w)
+        return total
     rows = handle[:, None] if isinstance(handle, Tensor) and handle.ndim == 1 else handle  # of a scalar parameter
     return _by_tiles(rows, w).view(shape_of(handle))
 
@@ -72,8 +72,8 @@ def _by_tiles(handle: Handle, w: Tensor) -> Tensor:
     width = math.prod(shape[1:])
     step = max(1, tile_columns(count(handle), w.dtype.itemsize) // width)
     tile = tiles(handle, step, w.dtype)
-    found = w.new_empty(shape[0], width)
+    total = w.new_empty(shape[0], width)
     for start in range(0, shape[0], step):
         r = min(step, shape[0] - start)
-        found[start : start + r] = (w @ tile(start, r).square()).view(r, width)
-    return found.view(shape)
+        total[start : start + r] = (w @ tile(start, r).square()).view(r, width)
+    return total.view(shape)

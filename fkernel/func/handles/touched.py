@@ -1,8 +1,8 @@
-"""Gradients of many matrices in one parameter [s, …], of which a sequence uses few: those that it touched.
+"""Gradients of many matrices in one parameter [s, …], of which each sequence uses few.
 
-    g_n[e] = Σ_{r: e_r = e} δ_nr a_nrᵀ  (a matrix)      g_n[e] = Σ_{r: e_r = e} δ_nr  (anything that is added)
+    g_n[e] = Σ_{r: e_r = e} δ_nr a_nrᵀ  (a matrix)      g_n[e] = Σ_{r: e_r = e} δ_nr  (an addend)
 
-Storage a sequence falls from s matrices to those of the experts that its router chose; see
+Stored are only the matrices of the experts that a sequence's router chose; see
 `fkernel.func.handles.forms.SparseRows`.
 """
 
@@ -19,7 +19,7 @@ from fkernel.shapes import Tensor
 
 
 class Touch(NamedTuple):
-    """What went into some of a parameter's matrices, and what came back.
+    """Inputs and cotangents of some of a parameter's matrices.
 
     Attributes:
         ids: e, [n r]; −1 where there is no row.
@@ -33,7 +33,7 @@ class Touch(NamedTuple):
 
 
 def touched_rows(touches: Sequence[Touch], size: int) -> SparseRows | None:
-    """Make the gradients of a parameter [s, …] from its uses; None where no sequence touched anything.
+    """Combine the uses of a parameter [s, …] into its gradients; None where no sequence used any matrix.
 
     Args:
         touches: its uses, by the same n sequences.
@@ -50,7 +50,7 @@ def touched_rows(touches: Sequence[Touch], size: int) -> SparseRows | None:
     if all(touch.right is None for touch in touches) and first.ndim == 3 and r <= size:  # few and small
         ids = torch.cat([touch.ids.clamp(min=0) for touch in touches], 1)
         return SparseRows(ids, torch.cat([touch.left for touch in touches], 1), size)
-    if not is_readable(first):  # as many as there can be
+    if not is_readable(first):  # the largest possible size
         right = touches[0].right
         shape = first.shape[2:] if right is None else (first.shape[-1], right.shape[-1])
         ids = touches[0].ids.new_zeros(n, min(r, size))
@@ -69,18 +69,18 @@ def touched_rows(touches: Sequence[Touch], size: int) -> SparseRows | None:
     out = first.new_zeros(*ids.shape, *blocks[keys[0]].shape)
     for key, k in zip(keys, place, strict=True):
         ids[key // size, k] = key % size
-        out[key // size, k] = blocks.pop(key)  # so that a gradient is not there twice
+        out[key // size, k] = blocks.pop(key)  # frees each block as it is copied
     return SparseRows(ids.to(out.device), out, size)
 
 
 def _blocks(touch: Touch, size: int) -> list[tuple[int, Tensor]]:
-    """Sum what belongs to one sequence and one matrix, as (n·s + e, sum)."""
+    """Sum the gradients of each sequence and matrix, as (n·s + e, sum)."""
     n = len(touch.ids)
-    moved = (touch.left != 0).flatten(2).any(2) & (touch.ids >= 0)  # padding is routed too, and nothing comes back
+    moved = (touch.left != 0).flatten(2).any(2) & (touch.ids >= 0)  # padding is routed too, with zero cotangents
     moved &= True if touch.right is None else (touch.right != 0).any(2)
     keys = (touch.ids + size * torch.arange(n, device=touch.ids.device)[:, None])[moved]
     order = torch.argsort(keys, stable=True)
-    found, counts = torch.unique_consecutive(keys[order], return_counts=True)
+    distinct, counts = torch.unique_consecutive(keys[order], return_counts=True)
     each = counts.tolist()
     lefts = touch.left[moved][order].split(each)
     if touch.right is None:
@@ -88,4 +88,4 @@ def _blocks(touch: Touch, size: int) -> list[tuple[int, Tensor]]:
     else:
         rights = touch.right[moved][order].split(each)
         sums = (left.mT @ right for left, right in zip(lefts, rights, strict=True))
-    return [*zip(found.tolist(), sums, strict=True)] if each else []
+    return [*zip(distinct.tolist(), sums, strict=True)] if each else []

@@ -1,4 +1,4 @@
-"""What a function is given: sequences, objectives and parameters; how they are checked and cut into microbatches."""
+"""Inputs of functions: sequences, objectives and parameters; their validation and microbatching."""
 
 from fkernel.func.inputs.batch import (
     Sequences,

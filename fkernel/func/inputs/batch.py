@@ -1,7 +1,7 @@
-"""The token batch that every function over language models takes, and what a batch must satisfy.
+"""The token batch of functions over language models, and its validation.
 
 `Sequences` is a pytree, so that `torch.func.vmap` can map over its rows. The engine itself accepts any pytree of
-tensors that share their first dimension; a `Sequences` found inside is held to the rules below.
+tensors that share their first dimension; every `Sequences` inside must satisfy the rules below.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class Sequences(NamedTuple):
 def pad(
     prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_id: int = 0, device: Any = None
 ) -> Sequences:
-    """Lay prompts and their responses into one right-padded batch.
+    """Build one right-padded batch from prompts and their responses.
 
     Args:
         prompts: n lists of token ids.
         responses: n lists of token ids, each with the EOS that ended it (where one did).
-        pad_id: the id that fills the padding; it is never attended to and never scored.
-        device: where the batch is to live.
+        pad_id: the id of padding, which is never attended to and never scored.
+        device: of the batch.
 
     Raises:
         BatchError: the lists differ in number, or a prompt or response is empty.
@@ -107,20 +107,20 @@ def take(batch: Any, rows: slice | Tensor | list[int]) -> Any:
 
 
 def find_sequences(batch: Any) -> list[Sequences]:
-    """Return every `Sequences` inside a batch, whatever it is nested in."""
+    """Return every `Sequences` inside a batch, at any depth."""
     leaves = pytree.tree_leaves(batch, is_leaf=lambda node: isinstance(node, Sequences))
     return [leaf for leaf in leaves if isinstance(leaf, Sequences)]
 
 
 def lengths(batch: Any) -> Shaped[Tensor, " n"] | None:
-    """Count every sequence's tokens, padding apart, over all `Sequences` of a batch; None where it holds none.
+    """Count every sequence's tokens without padding, over all `Sequences` of a batch; None where it has none.
 
     Example:
         >>> lengths(pad([[5, 6], [7]], [[1], [2, 3, 1]]))
         tensor([3, 4])
     """
-    found = [sequences.attention_mask.long().sum(1) for sequences in find_sequences(batch)]
-    return torch.stack(found).sum(0) if found else None
+    counts = [sequences.attention_mask.long().sum(1) for sequences in find_sequences(batch)]
+    return torch.stack(counts).sum(0) if counts else None
 
 
 def token_counts(batch: Any) -> list[int]:
@@ -141,10 +141,10 @@ def widths(batch: Any) -> list[tuple[int, ...]]:
 
 
 def by_length(batch: Any) -> Shaped[Tensor, " n"]:
-    """Order sequences from the longest to the shortest, equal ones as they came.
+    """Return the order from the longest sequence to the shortest, stable for equal lengths.
 
-    Neighbours in this order share a microbatch with little padding: `take(batch, order)` sorts, and a result's rows go
-    back by `result[order] = sorted_result`.
+    Neighbours in this order share a microbatch with little padding: `take(batch, order)` sorts, and
+    `result[order] = sorted_result` restores the original order.
 
     Example:
         >>> by_length(pad([[5, 6], [7]], [[1], [2, 3, 1]]))
@@ -157,9 +157,7 @@ def by_length(batch: Any) -> Shaped[Tensor, " n"]:
 
 
 def trim(batch: Any) -> Any:
-    """Cut the columns that are padding in every sequence off the `Sequences` of a batch.
-
-    Right-padding changes no value that a padded batch may be asked for, so this does not either.
+    """Drop the columns that are padding in every sequence of a `Sequences`; values are unchanged.
 
     Example:
         >>> trim(pad([[5, 6], [7]], [[1], [2, 3, 1]])._replace()).input_ids.shape
@@ -176,7 +174,7 @@ def trim(batch: Any) -> Any:
 
 
 def check_batch(batch: Any) -> int:
-    """Check a batch before any transform runs over it, and count its sequences.
+    """Validate a batch before any transform, and count its sequences.
 
     Raises:
         BatchError: see `length` and `check_sequences`.
@@ -191,7 +189,7 @@ def check_sequences(batch: Sequences) -> None:
     """Raise BatchError unless a batch can be scored, naming the first sequence that cannot.
 
     Checked: int64 ids; equal shapes [n t]; masks of zeros and ones; right-padding; a response in every row; the
-    response inside the attention mask; no scored token at position 0, which nothing predicts.
+    response inside the attention mask; no scored token at position 0, which has no prediction.
     """
     ids, attention, response = batch
     if ids.ndim != 2 or attention.shape != ids.shape or response.shape != ids.shape:
@@ -231,8 +229,8 @@ def check_tokens(
 ) -> None:
     """Check a batch's ids against a model.
 
-    `torch.nn.Embedding(padding_idx=…)` withholds its row's gradient in training, in reverse mode only. `fkernel` takes
-    the true derivative, which differs wherever that id stands inside a sequence, and says so.
+    `torch.nn.Embedding(padding_idx=…)` drops its row's gradient in training, in reverse mode only. `fkernel` takes the
+    true derivative, which differs where that id is inside a sequence, and warns.
 
     Raises:
         BatchError: a token id is not in the vocabulary, or the batch is wider than the model's context.
@@ -262,9 +260,9 @@ def check_tokens(
 
 
 def holding_inside(batch: Sequences, token: int) -> Shaped[Tensor, " n"]:
-    """Tell which sequences hold a token before their last position.
+    """Return which sequences hold a token before their last position.
 
-    The last attended token predicts nothing that is scored, so an EOS that doubles as padding is harmless there.
+    The last attended token predicts no scored token, so an EOS that is also the padding id is harmless there.
 
     Example:
         >>> holding_inside(pad([[0, 1], [2]], [[1], [0]]), 0)
@@ -281,15 +279,15 @@ def _each_row(bad: Shaped[Tensor, " n"], what: str, todo: str) -> None:
 
 
 WINDOW = 512
-"""Tokens of a sequence that certificates look at: whole, a long one would take more memory than what it certifies."""
+"""Largest number of tokens of a sequence that certificates use, to limit their memory."""
 
 
 def windowed(batch: Any, most: int = WINDOW) -> Any:
     """Cut long sequences down to the end of their prompts and the beginning of their responses.
 
     Args:
-        batch: that holds one `Sequences`, and perhaps more numbers [n t].
-        most: tokens of a window; a quarter of them are the prompt's, where it has as many.
+        batch: with one `Sequences`, and possibly other tensors [n t].
+        most: tokens of a window; at most a quarter of them are the prompt's.
 
     Returns:
         The batch itself where no sequence is longer.
@@ -298,10 +296,10 @@ def windowed(batch: Any, most: int = WINDOW) -> Any:
         >>> windowed(pad([[1] * 9], [[2] * 9]), most=8).input_ids
         tensor([[1, 1, 2, 2, 2, 2, 2, 2]])
     """
-    found = find_sequences(batch)
-    if len(found) != 1 or found[0].input_ids.shape[1] <= most:
+    sequences = find_sequences(batch)
+    if len(sequences) != 1 or sequences[0].input_ids.shape[1] <= most:
         return batch
-    t, mask = found[0].input_ids.shape[1], found[0].response_mask
+    t, mask = sequences[0].input_ids.shape[1], sequences[0].response_mask
     starts = (mask.long().argmax(1) - most // 4).clamp(min=0)
     columns = starts[:, None] + torch.arange(most, device=starts.device)
     inside = columns < t

@@ -1,11 +1,11 @@
-"""Memory as a wrapper around a function, never an argument of the mathematics.
+"""Microbatching as wrappers around functions.
 
 A function of (params, batch, …) whose result has one row a sequence is stacked over microbatches; one whose result is
 a sum over sequences is summed. Either way the value is the same for every microbatch size.
 
-Sequences differ in length, and padding costs what tokens cost. So a microbatch of size m is a grant of m times the
-longest sequence's tokens: shorter sequences travel in larger company, longest first, and padding that a whole
-microbatch shares is cut off.
+Sequences differ in length, and padding costs as much as tokens. So a microbatch of size m has at most m times the
+longest sequence's tokens: sequences are sorted by length, shorter ones share larger microbatches, and each microbatch
+is trimmed to its longest sequence.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from fkernel.errors import BatchError
-from fkernel.func.inputs.batch import by_length, find_sequences, length, lengths, take, trim, widths
+from fkernel.func.inputs.batch import by_length, find_sequences, length, lengths, take, token_counts, trim, widths
 from fkernel.shapes import Tensor, Tree
 
 STARTING = 256
-"""What a microbatch costs before its first token, in tokens (128 to 256 for models of 1M to 14M parameters)."""
+"""Fixed cost of a microbatch, in tokens (128 to 256 for models of 1M to 14M parameters)."""
 
 
 def slices(n: int, size: int | None) -> Iterator[slice]:
-    """Cut n rows into pieces of at most `size` (None: all at once).
+    """Cut n rows into slices of at most `size` (None: all at once).
 
     Raises:
         BatchError: size is not a positive whole number.
@@ -48,7 +48,7 @@ def check_size(size: int | None) -> None:
 
 
 def token_grant(batch: Any, size: int | None) -> int | None:
-    """Read a microbatch of `size` sequences as a number of tokens: `size` times the longest sequence's.
+    """Convert a microbatch of `size` sequences to tokens: `size` times the longest sequence's.
 
     In a batch without `Sequences` every row counts as one token.
     """
@@ -58,28 +58,26 @@ def token_grant(batch: Any, size: int | None) -> int | None:
 
 
 def groups(batch: Any, tokens: int | None, own_width: bool = False) -> list[slice]:
-    """Cut a batch, as it is ordered, into microbatches of at most `tokens` tokens, padding included; see `cut`.
+    """Cut a batch, in its order, into microbatches of at most `tokens` tokens, padding included; see `cut`.
 
     Args:
         batch: the batch.
-        tokens: in a microbatch at most; None for no bound.
+        tokens: of a microbatch, at most; None for no limit.
         own_width: whether only sequences of one length may share a microbatch, which then has no padding.
     """
-    counts = lengths(batch)
-    each = [1] * length(batch) if counts is None else counts.tolist()
-    return cut(each, tokens, widths(batch) if own_width else None)
+    return cut(token_counts(batch), tokens, widths(batch) if own_width else None)
 
 
 def cut(counts: Sequence[int], tokens: int | None, alike: Sequence[Hashable] | None = None) -> list[slice]:
-    """Cut sequences of so many tokens, as they are ordered, where it costs least.
+    """Cut sequences with the given token counts, in their order, at least cost.
 
-    A microbatch costs as many tokens as its widest sequence has, for each of its sequences, and `STARTING` more. The
+    A microbatch costs the tokens of its longest sequence, for each of its sequences, plus `STARTING`. The
     cheapest cut of the sequences from i on is the cheapest first microbatch i … j and the cheapest cut from j on:
 
         cost(i) = min over j of  STARTING + (j − i) · max(counts[i:j]) + cost(j)
 
-    Of equally cheap ones the one whose first microbatches are largest is taken. A sequence that is longer than the
-    grant goes alone. Where `alike` is given, only sequences of which it says the same share a microbatch.
+    Ties prefer larger first microbatches. A sequence longer than `tokens` is a microbatch by itself. Where `alike` is
+    given, only sequences with equal entries share a microbatch.
 
     Example:
         >>> cut([8, 4, 3], 8)
@@ -103,15 +101,15 @@ def cut(counts: Sequence[int], tokens: int | None, alike: Sequence[Hashable] | N
             if least < 0 or STARTING + padded + cost[j] <= least:
                 least, stop[i] = STARTING + padded + cost[j], j
         cost[i] = least
-    found, start = [], 0
+    rows, start = [], 0
     while start < n:
-        found.append(slice(start, stop[start]))
+        rows.append(slice(start, stop[start]))
         start = stop[start]
-    return found
+    return rows
 
 
 def microbatches(batch: Any, size: int | None, own_width: bool = False) -> Iterator[tuple[slice | Tensor, Any]]:
-    """Walk a batch in microbatches, longest sequences first: (their rows in the batch, the trimmed microbatch)."""
+    """Iterate over trimmed microbatches, longest sequences first: (their rows in the batch, the microbatch)."""
     order = by_length(batch)
     as_it_came = bool((order[1:] > order[:-1]).all())
     ordered = batch if as_it_came else take(batch, order)
@@ -120,10 +118,10 @@ def microbatches(batch: Any, size: int | None, own_width: bool = False) -> Itera
 
 
 def stacked(fn: Callable[..., Any], size: int | None, own_width: bool = False) -> Callable[..., Any]:
-    """Wrap fn(params, batch, *rest) -> tensors with one row a sequence so that it sees `size` sequences at a time.
+    """Wrap fn(params, batch, *rest) -> tensors with one row a sequence, to run on `size` sequences at a time.
 
-    What comes as several values a sequence may belong to tokens, so every column stays where it is: microbatches are
-    not cut to their longest sequence then. That is known from the first one's values, which are kept.
+    Several values a sequence may belong to tokens, so microbatches are then not trimmed to their longest sequence. This
+    is decided by the first microbatch, whose values are kept.
     """
 
     def over_microbatches(params: Tree, batch: Any, *rest: Any) -> Any:
@@ -134,7 +132,7 @@ def stacked(fn: Callable[..., Any], size: int | None, own_width: bool = False) -
             leaves, spec = pytree.tree_flatten(fn(params, part, *rest))
             places = torch.arange(length(batch))[rows]
             if not own_width and any(leaf.ndim > 1 for leaf in leaves):
-                # Where columns of padding that the whole batch shares were cut off, these values lack them.
+                # These values are complete unless columns of padding were trimmed.
                 known = (places, leaves) if _columns(part) == columns else None
                 order, done = _uncut(fn, params, batch, size, rest, known)
                 break
@@ -155,7 +153,7 @@ def _uncut(
     rest: tuple[Any, ...],
     known: tuple[Tensor, list[Tensor]] | None,
 ) -> tuple[list[Tensor], list[list[Tensor]]]:
-    """Compute whole rows, a few at a time: (their places, their values); those that are known already are taken."""
+    """Compute untrimmed rows, `size` at a time: (their positions, their values), starting from known ones."""
     order, done = ([], []) if known is None else ([known[0]], [known[1]])
     left = torch.ones(length(batch), dtype=torch.bool)
     for places in order:
@@ -168,19 +166,19 @@ def _uncut(
 
 
 def _columns(batch: Any) -> list[int]:
-    """The width of every `Sequences` in a batch."""
+    """Return the width of every `Sequences` in a batch."""
     return [one.input_ids.shape[1] for one in find_sequences(batch)]
 
 
 def _widened(leaf: Tensor, columns: int) -> Tensor:
-    """Fill up one value a token with 0, for columns of padding that a microbatch of one length does not have."""
+    """Pad values of tokens with 0, for columns of padding that a microbatch of one length does not have."""
     return F.pad(leaf, (0, columns - leaf.shape[1])) if leaf.ndim == 2 else leaf
 
 
 def summed(
     fn: Callable[[Tree, Any, Tensor], tuple[Tree, Tensor]], size: int | None, own_width: bool = False
 ) -> Callable[[Tree, Any, Tensor], tuple[Tree, Tensor]]:
-    """Wrap fn(params, batch, weights) -> (a sum over sequences, rows) so that it sees `size` sequences at a time."""
+    """Wrap fn(params, batch, weights) -> (a sum over sequences, rows) to run on `size` at a time."""
 
     def over_microbatches(params: Tree, batch: Any, weights: Tensor) -> tuple[Tree, Tensor]:
         total: Tree = {}

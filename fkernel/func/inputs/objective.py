@@ -26,15 +26,16 @@ Function = Callable[[Tree, Any], Tensor]
 
 @dataclass(frozen=True)
 class TokenWeights:
-    """What f is, where f(u; θ) = Σ_{t in response} ω_ut log π_θ(u_t | u_<t), π at a temperature.
+    """What f is, where f(u; θ) = Σ_{t in response} ω_ut log π_θ(u_t | u_<t) + η_ut H_ut, π at a temperature.
 
     Attributes:
         temperature: τ.
-        of: batch of n ↦ its `Sequences` and ω, [n t]; what ω is outside of the response counts nothing.
+        of: batch of n ↦ its `Sequences`, ω and η, [n t] each; η is None where no entropy counts. Outside of the
+            response both count nothing.
     """
 
     temperature: float
-    of: Callable[[Any], tuple[Sequences, Tensor]]
+    of: Callable[[Any], tuple[Sequences, Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ class Objective:
         name: what a message calls it.
         apply: the model behind it, (params, input_ids, attention_mask) -> logits; None where there is none.
         certify: certifies its values on batches like one; see `fkernel.func.trust.checks`.
-        tokens: that it is a weighted sum of token log-probabilities, so that it may be computed layer by layer; see
-            `fkernel.func.layers.cut`. None where it is something else.
+        tokens: that it is a weighted sum of token log-probabilities and entropies, so that it may be computed layer by
+            layer; see `fkernel.func.layers.cut`. None where it is something else.
     """
 
     fn: Function

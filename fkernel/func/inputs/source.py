@@ -1,9 +1,9 @@
-"""Where parameters come from when a model runs a piece at a time: as they are, along a path, or from elsewhere.
+"""Sources of parameters for models that run a layer at a time: as they are, along a path, or from elsewhere.
 
     plain    θ                 half precision widened to float32
-    moved    θ + s δ           made when it is asked for, of a table only the rows that are looked up
+    moved    θ + s δ           computed on demand, for a table only the rows that are looked up
 
-Any other is a `Source` too: a function of a name and, for tables, of the rows that are wanted.
+Any other function of a name and, for tables, of rows can be a `Source` too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Where parameters come from, a piece at a time, in the dtype that is computed in (float32, or float64).
+    """Gives parameters by name, in the dtype of the computation (float32 or float64).
 
     Attributes:
         leaf: (name, rows) -> the parameter, or some rows of it; None for all of them.
@@ -29,12 +29,12 @@ class Source:
     leaf: Callable[[str, slice | Tensor | None], Tensor]
 
     def __call__(self, names: Iterable[str]) -> Tree:
-        """Make the parameters of these names."""
+        """Return the parameters of these names."""
         return {name: self.leaf(name, None) for name in names}
 
 
 def is_half(params: Tree) -> bool:
-    """Tell whether a parameter is in half precision, so that it is cast when it is needed.
+    """Return whether any parameter is in half precision.
 
     Example:
         >>> is_half({"w": torch.ones(1, dtype=torch.bfloat16)})
@@ -44,7 +44,7 @@ def is_half(params: Tree) -> bool:
 
 
 def widened(x: Tensor) -> Tensor:
-    """Write half precision as float32; everything else stays itself.
+    """Cast half precision to float32; return everything else unchanged.
 
     Example:
         >>> widened(torch.ones(1, dtype=torch.bfloat16)).dtype
@@ -54,7 +54,7 @@ def widened(x: Tensor) -> Tensor:
 
 
 def plain(params: Tree) -> Source:
-    """Take parameters as they are, half precision widened.
+    """Return a source of parameters as they are, half precision widened.
 
     Args:
         params: θ, {name: tensor}.
@@ -67,12 +67,12 @@ def plain(params: Tree) -> Source:
 
 
 def moved(params: Tree, direction: Tree, s: float) -> Source:
-    """Take parameters along a path, θ + s δ, made when they are asked for.
+    """Return a source of θ + s δ, computed on demand.
 
     Args:
         params: θ.
-        direction: δ; what it does not name stays where it is.
-        s: how far.
+        direction: δ; parameters without an entry are unchanged.
+        s: the scale.
 
     Example:
         >>> moved({"w": torch.ones(2)}, {"w": torch.ones(2)}, 0.5)(["w"])

@@ -1,7 +1,7 @@
-"""The boundary of the engine: what is checked before a transform starts, and how its failures are explained.
+"""Input validation before transforms, and translation of their errors.
 
-Inside `torch.func` transforms values cannot be read and errors speak of internals. So everything that a user can get
-wrong is looked at here, once a call, in the user's own names.
+Inside `torch.func` transforms values cannot be read and errors mention internals. So inputs are checked here, once a
+call, with errors in the user's own names.
 """
 
 from __future__ import annotations
@@ -62,27 +62,27 @@ _ADVICE = (
         "f keeps tensors of one call for the next (a cache?); switch its cache off, or let it be a pure function",
     ),
 )
-"""(what torch says, what to do): only where the slower exact ways, which are tried first, do not help either."""
+"""(torch's message, advice), used only where the slower exact methods, which are tried first, fail as well."""
 
 
 def advice_on(error: BaseException) -> str:
-    """Say what f does that torch cannot follow, and what to do; nothing where it is not known."""
+    """Return advice on an error of torch; empty where there is none."""
     return next((advice for sign, advice in _ADVICE if sign in str(error)), "")
 
 
 def first_line(error: BaseException) -> str:
-    """Give the first line of a library's message, which may have dozens."""
+    """Return the first line of an error message."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 @contextmanager
 def validated(f: Function, params: Tree, batch: Any) -> Iterator[None]:
-    """Check the inputs, run the body, and explain what torch.func says if it fails.
+    """Check the inputs, run the body, and translate errors of torch.func.
 
     Raises:
-        BatchError, TreeError, NonFiniteError: the inputs are at fault; see `check_batch` and `check_params`.
-        ModelError: f draws random numbers, or does what its transforms cannot follow.
+        BatchError, TreeError, NonFiniteError: invalid input; see `check_batch` and `check_params`.
+        ModelError: f draws random numbers, or cannot be transformed.
     """
     check_inputs(f, params, batch)
     with translate_errors(params):
@@ -91,7 +91,7 @@ def validated(f: Function, params: Tree, batch: Any) -> Iterator[None]:
 
 @contextmanager
 def translate_errors(params: Tree) -> Iterator[None]:
-    """Run transforms of f; where torch.func fails, say what in f it cannot follow, and refuse random numbers."""
+    """Run transforms of f; translate errors of torch.func, and refuse random numbers."""
     before = _random_state(params)
     try:
         yield
@@ -114,7 +114,7 @@ def translate_errors(params: Tree) -> Iterator[None]:
 
 
 def check_inputs(f: Function, params: Tree, batch: Any, half: bool = False) -> None:
-    """Check params and batch, and let f check what it knows of its batch; `half` lets half precision through."""
+    """Check params and batch, also by f's own check; `half` allows half precision."""
     check_params(params, half)
     check_batch(batch)
     if isinstance(f, Objective):
@@ -122,7 +122,7 @@ def check_inputs(f: Function, params: Tree, batch: Any, half: bool = False) -> N
 
 
 def check_params(params: Tree, half: bool = False) -> None:
-    """Raise unless params is a non-empty tree of finite float32 or float64 tensors; of `HALF`, where that is let."""
+    """Raise unless params is a non-empty tree of finite float32 or float64 tensors (or of `HALF`, if allowed)."""
     if not isinstance(params, dict) or not params:
         given = "an empty dict" if isinstance(params, dict) else type(params).__name__
         raise TreeError(f"params is {given}; expected {{name: tensor}}, as make_functional returns it.")

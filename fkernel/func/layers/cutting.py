@@ -87,14 +87,12 @@ def _cut(f: Any, params: Tree, batch: Any, fused: bool) -> Cut:
         raise Refusal("its model is not one that `make_functional` made")
     if own_width(f):
         raise Refusal("the model scales its positions by the width of the batch")
-    sequences, omega = tokens.of(batch)
-    counting = (omega * sequences.response_mask != 0).any(1)
+    counting = _counting(*tokens.of(batch)).any(1)
     if not bool(counting.any()):
         raise Refusal("no token of the batch has a weight")
     batch = take(batch, counting.nonzero()[:, 0])
     pair = shortest_pair(batch, token_counts(batch))
-    sequences, omega = tokens.of(pair)
-    pair = _windows(pair, omega * sequences.response_mask != 0)
+    pair = _windows(pair, _counting(*tokens.of(pair)))
     (sequences,) = find_sequences(pair)
     module = structural_copy(apply.original)
     _put_right(module, next(iter(params.values())).dtype, fused)
@@ -108,6 +106,12 @@ def _cut(f: Any, params: Tree, batch: Any, fused: bool) -> Cut:
     except Exception as error:  # a model may fail in any way where it is run in pieces, and then it is not
         raise Refusal(f"the model fails in pieces: {type(error).__name__}: {first_line(error)}") from error
     return cut
+
+
+def _counting(sequences: Sequences, omega: Tensor, eta: Tensor | None) -> Tensor:
+    """Tell which tokens have a weight, [n t]."""
+    weighed = omega != 0 if eta is None else (omega != 0) | (eta != 0)
+    return weighed & sequences.response_mask.bool()
 
 
 def _windows(batch: Any, counting: Tensor) -> Any:

@@ -39,6 +39,7 @@ class Block:
         mask: [n t].
         lengths: of each.
         omega: ω of position s, which predicts token s + 1, [n t−1]; 0 outside of the response.
+        eta: η of the same; None where no entropy has a weight.
         calls: how each layer is called.
         kept: {i: input of layer i, [n t d]}, those that are there.
         dh: ∂S/∂h, [n t d], where the walk is.
@@ -49,6 +50,7 @@ class Block:
     mask: Tensor
     lengths: list[int]
     omega: Tensor
+    eta: Tensor | None
     calls: list[Call] = field(default_factory=list)
     kept: dict[int, Tensor] = field(default_factory=dict)
     dh: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -59,7 +61,7 @@ class Walk:
 
     Attributes:
         cut: the model.
-        values: S, [n] float64, of log π in the dtype that is computed in.
+        values: S, [n] float64, of log π and H in the dtype that is computed in.
     """
 
     def __init__(
@@ -85,8 +87,7 @@ class Walk:
             calls: how layers were called elsewhere, to share what is the same.
         """
         self.cut, self.source, self.weight, self.every = cut, source, weight, every
-        sequences, omega = cut.tokens.of(batch)
-        self.blocks = _blocks(sequences, omega, tokens if all(cut.plans) else 0)
+        self.blocks = _blocks(*cut.tokens.of(batch), tokens if all(cut.plans) else 0)
         self.values = torch.empty(0)
         self._heads: list[Head] = []
         self._forward({} if calls is None else calls)
@@ -133,7 +134,7 @@ class Walk:
                     traced.append((h, after(cut, self.source, everything, h, block.ids[n : n + 1, :t], mask)))
             x = [each.detach()[0] for _, each in traced]
             head, values, slopes = head_scores(
-                x, block.ids, block.omega, rows, size, cut.tokens.temperature, self.weight
+                x, block.ids, block.omega, block.eta, rows, size, cut.tokens.temperature, self.weight
             )
             self.values = torch.cat([self.values, values]) if block.rows.start else values
             for n, ((h, each), dx) in enumerate(zip(traced, slopes, strict=True)):
@@ -247,15 +248,20 @@ def _gradients(h: Tensor, dh: Tensor, leaves: Tree, made: list[Lookup], tables: 
     return parts
 
 
-def _blocks(sequences: Sequences, omega: Tensor, tokens: int | None) -> list[Block]:
-    """Cut a side into blocks, and ω down to the positions that predict a token of the response."""
+def _blocks(sequences: Sequences, omega: Tensor, eta: Tensor | None, tokens: int | None) -> list[Block]:
+    """Cut a side into blocks, and its weights down to the positions that predict a token of the response."""
     counts = sequences.attention_mask.long().sum(1).tolist()
-    ω = torch.where(sequences.response_mask.bool(), omega, torch.zeros((), dtype=omega.dtype))[:, 1:]
+
+    def predicting(weights: Tensor) -> Tensor:
+        return torch.where(sequences.response_mask.bool(), weights, weights.new_zeros(()))[:, 1:]
+
+    ω, η = predicting(omega), None if eta is None else predicting(eta)
     blocks = []
     for rows in cut_lengths(counts, tokens):
         t = max(counts[rows])
         ids, mask = sequences.input_ids[rows, :t], sequences.attention_mask[rows, :t]
-        blocks.append(Block(rows, ids, mask, counts[rows], ω[rows, : t - 1]))
+        own = ω[rows, : t - 1], None if η is None else η[rows, : t - 1]
+        blocks.append(Block(rows, ids, mask, counts[rows], *own))
     return blocks
 
 

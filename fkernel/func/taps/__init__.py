@@ -1,4 +1,4 @@
-"""Per-sequence gradients of a microbatch: by one plain pass that is listened to, by vmap, or one at a time."""
+"""Per-sequence gradients of a microbatch: by one plain pass with taps, by vmap, or one at a time."""
 
 from fkernel.func.taps.plan import GradientPlan
 from fkernel.func.taps.rows import ONE_AT_A_TIME, handle_pieces, handles_of, make_plan, plan_of, pull_back

@@ -1,17 +1,17 @@
-"""Per-sequence gradients from one plain pass over the whole batch: every layer tells its sequences apart by itself.
+"""Per-sequence gradients from one plain pass over the whole batch, from each layer's inputs and cotangents.
 
-    g_n = Σ over the uses of a parameter of (what went in, what came back to sequence n)
+    g_n = Σ over the uses of a parameter of (input, cotangent of sequence n)
 
-No sequence of a batch sees another, so what comes back to its rows is a derivative of f_n alone and one reverse pass of
-Σ_m f_m has all of them: no copy of a parameter, no vmap over the model. The price is that every use of every parameter
-must be one that `fkernel.func.taps.listening` lists. Where one is not, there is no plan, and gradients are taken by
-vmap.
+Sequences of a batch are independent, so the cotangents of a sequence's rows are derivatives of f_n alone, and one
+reverse pass of Σ_m f_m has all of them, without copies of parameters and without vmap over the model. This requires
+that every use of every parameter is one of those in `fkernel.func.taps.listening`; otherwise there is no plan, and
+gradients are computed by vmap.
 
-Three things are found out, not assumed, on copies of one sequence. That no path from the values to a parameter is
-left beside the uses that are heard: autograd is asked. How an operation's rows belong to sequences: of 2 and of 3
-copies the leading dimension is n or n·t, or it is 1, an operation done once for the whole batch (GPT-2's positions),
-which is expanded; or the rows were gathered, and it is known from where. And that sequences are apart: what comes back
-to one of two copies moves no gradient of the other.
+Three conditions are checked on copies of one sequence. No path in the autograd graph leads from the values to a
+parameter other than through the taps. Rows of an operation can be assigned to sequences: with 2 and 3 copies the
+leading dimension is n or n·t; or it is 1, an operation done once for the whole batch (GPT-2's positions), which is
+expanded; or the rows were gathered from known sequences. And sequences are independent: a cotangent of one of two
+copies changes no gradient of the other.
 
 Source: I. Goodfellow, "Efficient per-example gradient computations" (2015), for linear layers.
 """
@@ -41,14 +41,14 @@ Piecewise = Callable[..., Tensor]
 
 
 def tapped(fn: Piecewise, params: Tree, inputs: tuple[Any, ...], n: int, plan: GradientPlan | None = None) -> Pass:
-    """Run fn(params, *inputs) over n sequences, every known use listened to; without a plan parameters are traced.
+    """Run fn(params, *inputs) over n sequences, with a tap at every known use; without a plan, trace parameters.
 
     Args:
         fn: (params, *inputs) -> [n, ...].
         params: {name: tensor}.
-        inputs: what else fn takes.
+        inputs: fn's other arguments.
         n: sequences.
-        plan: how the parameters are used; None to find out.
+        plan: how the parameters are used; None to determine it.
     """
     leaves = {name: leaf.detach().requires_grad_() for name, leaf in params.items()}
     like = next(leaf for leaf in pytree.tree_leaves((leaves, inputs)) if isinstance(leaf, Tensor))
@@ -60,11 +60,11 @@ def tapped(fn: Piecewise, params: Tree, inputs: tuple[Any, ...], n: int, plan: G
     return Pass(out, {} if plan is not None else leaves, zeros, watching.uses, watching.loose)
 
 
-def gradients(found: Pass, params: Tree, n: int) -> dict[str, Piece]:
-    """Collect the handles of n sequences' gradients after a reverse pass; zero rows for what nothing came back to."""
+def gradients(tape: Pass, params: Tree, n: int) -> dict[str, Piece]:
+    """Collect the handles of n sequences' gradients after a reverse pass; zeros for parameters without cotangents."""
     parts: dict[str, list[Any]] = {name: [] for name in params}
     computed: dict[int, tuple[Made, list[Any]]] = {}
-    for use in found.uses:
+    for use in tape.uses:
         assert isinstance(use, Tap)
         if (gradient := use.gradient()) is None:
             continue
@@ -79,7 +79,7 @@ def gradients(found: Pass, params: Tree, n: int) -> dict[str, Piece]:
 
 
 def _sum(parts: list[Any], like: Tensor, n: int) -> Piece:
-    """Add up what several uses of one parameter leave behind."""
+    """Sum the gradients of several uses of one parameter."""
     touches = [part for part in parts if isinstance(part, Touch)]
     touched = touched_rows(touches, len(like)) if touches else None
     rows = [part for part in parts if isinstance(part, Tensor)]
@@ -88,7 +88,7 @@ def _sum(parts: list[Any], like: Tensor, n: int) -> Piece:
     if not rows:
         return summed_up(others, like, n)
     total = sum(rows[1:], rows[0]).to(like.dtype)
-    if others:  # what is dense in part is dense
+    if others:  # a sum with a dense part is dense
         total = total.clone(memory_format=torch.contiguous_format)
     for other in others:
         add(other, total)
@@ -106,22 +106,22 @@ def _written(handle: Piece, like: Tensor) -> Tensor:
 def pull_rows(
     fn: Piecewise, params: Tree, inputs: tuple[Any, ...], cotangent: Tensor, plan: GradientPlan
 ) -> tuple[dict[str, Piece], tuple[Tensor | None, ...]]:
-    """Pull a cotangent back through a piece of a model, each sequence's by itself.
+    """Compute a vjp through a part of a model, with per-sequence gradients of its parameters.
 
     g_n = ∂⟨fn(θ, x)_n, c_n⟩/∂θ,  dx = ∂⟨fn(θ, x), c⟩/∂x
 
     Args:
         fn: (params, *inputs) -> [n, ...], a decoder layer.
-        params: {name: tensor}, those of the piece.
-        inputs: what else it takes; floating-point tensors [n, ...] are differentiated.
+        params: {name: tensor}, those of fn.
+        inputs: its other arguments; floating-point tensors [n, ...] are differentiated.
         cotangent: c, of fn's shape.
-        plan: as `piece_plan` makes it.
+        plan: from `piece_plan`.
 
     Returns:
-        {name: handle of n sequences}, and a cotangent for each input; None where it is no floating-point tensor.
+        {name: handle of n sequences}, and a cotangent for each input; None where it is not a floating-point tensor.
 
     Raises:
-        ModelError: fn uses a parameter in a way that the plan did not foresee, or returns another shape.
+        ModelError: fn uses a parameter in a way that is not in the plan, or returns another shape.
 
     Example:
         >>> fn = lambda p, x: torch.nn.functional.linear(x, p["w"], p["b"])
@@ -132,17 +132,17 @@ def pull_rows(
         ([1.0, 1.0, 1.0], torch.Size([3, 1, 3]))
     """
     n = len(cotangent)
-    found, traced = _forward(fn, params, inputs, n, plan)
-    if found.values.shape != cotangent.shape:
-        raise ModelError(f"fn returned {list(found.values.shape)}, its cotangent is {list(cotangent.shape)}.")
-    back = _backward(found, traced, cotangent)
-    return gradients(found, params, n), tuple(back.get(str(i)) for i in range(len(inputs)))
+    tape, traced = _forward(fn, params, inputs, n, plan)
+    if tape.values.shape != cotangent.shape:
+        raise ModelError(f"fn returned {list(tape.values.shape)}, its cotangent is {list(cotangent.shape)}.")
+    back = _backward(tape, traced, cotangent)
+    return gradients(tape, params, n), tuple(back.get(str(i)) for i in range(len(inputs)))
 
 
 def _forward(
     fn: Piecewise, params: Tree, inputs: tuple[Any, ...], n: int, plan: GradientPlan | None
 ) -> tuple[Pass, dict[str, Tensor]]:
-    """Run fn with traced inputs, {place: tensor}."""
+    """Run fn with traced inputs, {position: tensor}."""
     traced = {
         str(i): leaf.detach().requires_grad_()
         for i, leaf in enumerate(inputs)
@@ -151,17 +151,17 @@ def _forward(
     return tapped(fn, params, tuple(traced.get(str(i), leaf) for i, leaf in enumerate(inputs)), n, plan), traced
 
 
-def _backward(found: Pass, traced: dict[str, Tensor], cotangent: Tensor) -> Tree:
-    """Pull a cotangent back: every tap hears its own, and those of the inputs return."""
+def _backward(tape: Pass, traced: dict[str, Tensor], cotangent: Tensor) -> Tree:
+    """Run the reverse pass from a cotangent: taps record theirs, and those of the inputs are returned."""
     with torch.enable_grad():
-        values = (found.values * cotangent).reshape(len(cotangent), -1).sum(1)
-    return backward(found._replace(values=values, traced=traced))
+        values = (tape.values * cotangent).reshape(len(cotangent), -1).sum(1)
+    return backward(tape._replace(values=values, traced=traced))
 
 
 def piece_plan(fn: Piecewise, params: Tree, inputs: tuple[Any, ...]) -> GradientPlan | None:
-    """Find out whether one plain pass tells the gradients of sequences apart in a piece of a model.
+    """Plan per-sequence gradients of a part of a model by one plain pass; None where that is impossible.
 
-    Arguments as in `pull_rows`; the first sequence of the inputs is looked at. None where it does not.
+    Arguments as in `pull_rows`; the plan is determined on the first sequence of the inputs.
 
     Example:
         >>> x = torch.ones(4, 3, 2)
@@ -180,12 +180,12 @@ def piece_plan(fn: Piecewise, params: Tree, inputs: tuple[Any, ...]) -> Gradient
 
     try:
         return _probe(fn, params, copies)
-    except Exception:  # whatever goes wrong here goes wrong in the simpler way too, where it is said
+    except Exception:  # the simpler method raises the same error, with its explanation
         return None
 
 
 def batch_plan(f: Piecewise, params: Tree, one: Any) -> GradientPlan | None:
-    """Find out the same of f(params, batch) -> [n], on a batch of one sequence.
+    """Plan the same for f(params, batch) -> [n], on a batch of one sequence.
 
     Example:
         >>> f = lambda p, x: torch.nn.functional.linear(x, p["w"]).sum((1, 2))
@@ -195,7 +195,7 @@ def batch_plan(f: Piecewise, params: Tree, one: Any) -> GradientPlan | None:
 
     def copies(k: int) -> tuple[Any, ...]:
         def each(node: Any) -> Any:
-            if isinstance(node, Sequences):  # masks say where padding is, which stays on the right
+            if isinstance(node, Sequences):  # masks are not reversed: padding stays on the right
                 return Sequences(_copied(node.input_ids, k), *(torch.cat([leaf[:1]] * k) for leaf in node[1:]))
             return _copied(node, k) if isinstance(node, Tensor) else node
 
@@ -208,7 +208,7 @@ def batch_plan(f: Piecewise, params: Tree, one: Any) -> GradientPlan | None:
 
 
 def _copied(leaf: Tensor, k: int) -> Tensor:
-    """Make k sequences of one, the second back to front: between equal ones some couplings (a variance) are flat."""
+    """Make k copies of a sequence, the second reversed: between equal ones some couplings (a variance) vanish."""
     first = leaf[:1]
     copies = [first] * k
     copies[1:2] = [first.flip(1) if leaf.ndim > 1 else first] * len(copies[1:2])
@@ -217,26 +217,26 @@ def _copied(leaf: Tensor, k: int) -> Tensor:
 
 def _probe(fn: Piecewise, params: Tree, copies: Callable[[int], tuple[Any, ...]]) -> GradientPlan | None:
     two, three = copies(2), copies(3)
-    found, traced = _forward(fn, params, two, 2, None)
-    known = explained(found) == frozenset(params)
-    if not known or not _same_layout(found.uses, tapped(fn, params, three, 3).uses):
+    tape, traced = _forward(fn, params, two, 2, None)
+    known = explained(tape) == frozenset(params)
+    if not known or not _same_layout(tape.uses, tapped(fn, params, three, 3).uses):
         return None
-    if is_readable((two, found.values)) and not _apart(found, traced):
+    if is_readable((two, tape.values)) and not _apart(tape, traced):
         return None
-    return GradientPlan(frozenset(found.loose), batched=True)
+    return GradientPlan(frozenset(tape.loose), batched=True)
 
 
-def _apart(found: Pass, traced: dict[str, Tensor]) -> bool:
-    """Tell whether what comes back to the first of two sequences moves nothing of the second."""
-    cotangent = torch.randn(found.values.shape, generator=torch.Generator().manual_seed(0))
+def _apart(tape: Pass, traced: dict[str, Tensor]) -> bool:
+    """Return whether a cotangent of the first of two sequences leaves all gradients of the second 0."""
+    cotangent = torch.randn(tape.values.shape, generator=torch.Generator().manual_seed(0))
     cotangent[1] = 0.0
-    back = [g for g in _backward(found, traced, cotangent.to(found.values)).values() if len(g) == 2]
-    back += [use.cotangent for use in found.uses if use.cotangent is not None]
+    back = [g for g in _backward(tape, traced, cotangent.to(tape.values)).values() if len(g) == 2]
+    back += [use.cotangent for use in tape.uses if use.cotangent is not None]
     return not any(bool((leaf[1] != 0).any()) for leaf in back)
 
 
 def _same_layout(two: Sequence[LayerCall], three: Sequence[LayerCall]) -> bool:
-    """Tell whether leading dimensions grow as sequences do, or are 1, and all others stay."""
+    """Return whether leading dimensions are proportional to the number of sequences, or 1, and all others equal."""
     if len(two) != len(three):
         return False
     for a, b in zip(two, three, strict=True):

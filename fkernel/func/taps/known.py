@@ -1,9 +1,8 @@
-"""The operations whose per-sequence gradients are written down: what a parameter does in each of them.
+"""The operations with known per-sequence gradients, and the role of parameters in each.
 
-A matrix stands beside what it multiplies (linear; conv1d, GPT-2's layout or a plain product; grouped, a matrix for each
-run of rows; stacked, each beside rows of its own), a table beside the ids that it is asked for (embedding), anything
-beside a larger tensor that it multiplies elementwise, repeated over its leading dimensions (scale), or is added to
-(shift).
+A matrix multiplies an input (linear; conv1d, GPT-2's layout or a plain product; grouped, a matrix for each run of rows;
+stacked, a batch of matrices), a table is indexed by ids (embedding), and any parameter multiplies a larger tensor
+elementwise, broadcast over its leading dimensions (scale), or is added to it (shift).
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ from fkernel.shapes import Tensor
 
 
 class Part(NamedTuple):
-    """What one parameter does in a known operation.
+    """The role of one parameter in a known operation.
 
     Attributes:
-        layer: how its gradient is made.
+        layer: the kind of its gradient.
         weight: the parameter.
-        input: a, i or x; None where none is needed, or where `normalised` makes it.
-        normalised: makes x when it is needed, so that it need not be kept.
-        ends: where the rows of each matrix end, for `grouped`.
+        input: a, i or x; None where not needed, or where `normalised` computes it.
+        normalised: computes x on demand, so that it need not be stored.
+        ends: end of each matrix's rows, for `grouped`.
     """
 
     layer: Layer
@@ -37,7 +36,7 @@ class Part(NamedTuple):
 
 
 def parts_of(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Sequence[Part]:
-    """Tell what an operation's tensors do in it, if they are parameters; nothing where it is not known.
+    """Return the roles of an operation's tensors, if they are parameters; empty for unknown operations.
 
     Example:
         >>> x, w = torch.ones(2, 3), torch.ones(4, 3)
@@ -101,7 +100,7 @@ def _elementwise(kind: Literal["scale", "shift"]) -> Callable[..., Sequence[Part
     def parts(x: Any, y: Any, **options: Any) -> Sequence[Part]:
         if options or not (isinstance(x, Tensor) and isinstance(y, Tensor)):
             return ()
-        # Either may be the parameter; which one is, is not known here.
+        # Either may be the parameter.
         return [
             Part(kind, small, large if kind == "scale" else None)
             for small, large in ((x, y), (y, x))
@@ -112,7 +111,7 @@ def _elementwise(kind: Literal["scale", "shift"]) -> Callable[..., Sequence[Part
 
 
 def _is_repeated(small: Tensor, large: Tensor) -> bool:
-    """Tell whether a tensor is the same for all of what the leading dimension of another one counts."""
+    """Return whether a tensor is broadcast over the leading dimension of another one."""
     if large.ndim < 2:
         return False
     return small.ndim < large.ndim or (small.ndim == large.ndim and small.shape[0] == 1)
@@ -142,7 +141,7 @@ _KNOWN: dict[Callable[..., Any], Callable[..., Sequence[Part]]] = {
     torch.Tensor.matmul: _matmul,
     torch.bmm: _matmul,
     torch.Tensor.bmm: _matmul,
-    getattr(torch, "_grouped_mm", _grouped): _grouped,  # it is what F.grouped_mm calls, where there is one
+    getattr(torch, "_grouped_mm", _grouped): _grouped,  # called by F.grouped_mm, where available
     F.embedding: _embedding,
     torch.Tensor.__getitem__: _getitem,
     F.layer_norm: _layer_norm,

@@ -1,4 +1,4 @@
-"""The mode that listens to every use of every parameter in one plain pass over the whole batch.
+"""The mode that taps every use of every parameter in one plain pass over the whole batch.
 
     linear      y_nt = W a_nt + b         ∂f_n/∂W = Σ_t δ_nt a_ntᵀ      ∂f_n/∂b = Σ_t δ_nt      δ_nt = ∂Σ_m f_m/∂y_nt
     conv1d      y_nt = Wᵀ a_nt + b        ∂f_n/∂W = Σ_t a_nt δ_ntᵀ      ∂f_n/∂b = Σ_t δ_nt
@@ -6,11 +6,11 @@
     grouped     y_nt = W[e_nt]ᵀ a_nt      ∂f_n/∂W[e] = Σ_{t: e_nt = e} a_nt δ_ntᵀ
     stacked     y_ent = W[e]ᵀ a_ent       ∂f_n/∂W[e] = Σ_t a_ent δ_entᵀ
     scale       y_nt = w ⊙ x_nt + b       ∂f_n/∂w = Σ_t δ_nt ⊙ x_nt     ∂f_n/∂b = Σ_t δ_nt      (x: a norm's input)
-    rows        v = W[i] in anything      as an embedding's, δ_v = ∂Σ_m f_m/∂v
-    own         anything else             v_n = v for every n, the operation under vmap:  ∂f_n/∂v = ∂Σ_m f_m/∂v_n
+    rows        v = W[i] in any operation as an embedding's, δ_v = ∂Σ_m f_m/∂v
+    own         any other                 v_n = v for every n, the operation under vmap:  ∂f_n/∂v = ∂Σ_m f_m/∂v_n
 
-W may be what was made of parameters (`fkernel.func.taps.made`), rows may be gathered from all sequences
-(`fkernel.func.taps.whose`), and where a sequence meets few of many matrices, only those are stored
+W may be computed from parameters (`fkernel.func.taps.made`), rows may be gathered from all sequences
+(`fkernel.func.taps.whose`), and where a sequence uses few of many matrices, only those are stored
 (`fkernel.func.handles.touched`).
 """
 
@@ -36,28 +36,28 @@ from fkernel.shapes import Tensor, Tree
 
 
 class Tap(LayerCall):
-    """What a parameter, or what was made of some, does in one operation over n sequences.
+    """One use, over n sequences, of a parameter or of a tensor computed from parameters.
 
     Attributes:
         made: W, or v.
         shape: of the operation's result, as f computes it.
-        owners: whose its rows are; None where sequences are outermost.
-        row: [n, *shape of W], for what is summed as soon as δ is there.
+        owners: the sequence of each row; None where sequences are outermost.
+        row: [n, *shape of W], for gradients that are summed as soon as δ arrives.
     """
 
     def __init__(self, made: Made, part: Part, n: int, shape: torch.Size, owners: Tensor | None = None) -> None:
-        """Keep what went in."""
+        """Store the input."""
         self.turned = made.turned and part.layer in _OF_TURNED
         super().__init__(made.name, _OF_TURNED[part.layer] if self.turned else part.layer)
         if (made.turned and not self.turned) or (made.ids is not None and part.layer not in _BY_ROW):
-            made = made._replace(whole=None)  # it is pulled back as it is
+            made = made._replace(whole=None)  # pulled back through its own graph
         self.made, self.n, self.shape, self.owners = made, n, shape, owners
         self.normalised, self.ends, self.size = part.normalised, part.ends, made.value.shape
         self.input = None if part.input is None else part.input.detach()
         self.row: Tensor | None = None
 
     def hear(self, cotangent: Tensor) -> None:
-        """Take δ apart by sequences."""
+        """Split δ by sequence."""
         cotangent = cotangent.transpose(0, 1) if self.layer == "stacked" else cotangent
         self.cotangent = δ = by_sequence(cotangent, self.n, self.owners)
         if self.layer == "own":
@@ -73,7 +73,7 @@ class Tap(LayerCall):
         self.input, self.normalised = None, None
 
     def gradient(self) -> Summand | Touch | None:
-        """Give the gradients of its n sequences, or what they touched of them; None where nothing came back."""
+        """Return the gradients of its n sequences, or those of used matrices; None without a cotangent."""
         δ, e = self.cotangent, self.made.chosen
         if δ is None:
             return None
@@ -99,7 +99,7 @@ class Tap(LayerCall):
         return Factored(right, left) if e is None else Touch(δ.new_full(δ.shape[:2], e).long(), left, right)
 
     def _groups(self, r: int) -> Tensor:
-        """Tell which matrix each row of a sequence meets, [n r]; −1 for none."""
+        """Return the matrix of each row of a sequence, [n r]; −1 for none."""
         assert self.input is not None
         if self.ends is None:  # all of them, one after another
             e = torch.arange(self.size[0], device=self.input.device)
@@ -110,17 +110,17 @@ class Tap(LayerCall):
 
 
 _OF_TURNED: dict[Layer, Layer] = {"linear": "conv1d", "conv1d": "linear", "grouped": "grouped", "stacked": "stacked"}
-"""What a layer of Wᵀ is a layer of W."""
+"""The kind of layer in terms of W, where the operation uses Wᵀ."""
 _BY_ROW: tuple[Layer, ...] = ("rows", "scale", "shift", "own")
-"""What leaves the gradients of W[i] row by row."""
+"""Kinds of layers whose gradients of W[i] are by row."""
 
 
 class tap(TorchFunctionMode):
-    """While active, uses of watched parameters leave the graph, and are listened to.
+    """While active, uses of watched parameters are taken out of the graph, and tapped.
 
     Attributes:
         n: sequences of the batch.
-        uses: those that are listened to, in order.
+        uses: the tapped ones, in order.
         loose: (parameter, function) of all other uses.
     """
 
@@ -145,13 +145,13 @@ class tap(TorchFunctionMode):
             return out
         data = [leaf for leaf in tensors if id(leaf) not in self.made]
         parts = [part for part in parts_of(func, args, kwargs) if self._stands_for_all(part)]
-        # What is done once for all sequences (positions) is made of parameters alone, though a layer is known for it;
-        # and a parameter that stands where data stand is no layer's weight.
+        # An operation on parameters alone (positions) is computed once for all sequences, even if its layer is known;
+        # and a parameter in the place of data is not a layer's weight.
         alone = not any(leaf.is_floating_point() for leaf in data) and all(leaf.ndim < 2 for leaf in data)
         if not alone and len(parts) == len(given) and all(id(part.input) not in self.made for part in parts):
             return self._known(func, args, kwargs, parts)
         if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in data):
-            return self._met(func, args, kwargs, given, data)
+            return self._combined(func, args, kwargs, given, data)
         out = func(*args, **kwargs)
         made = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor) and leaf.requires_grad]
         if not made or _is_in_place(func):
@@ -162,9 +162,9 @@ class tap(TorchFunctionMode):
         return out
 
     def _note(self, func: Any, given: Sequence[Made], out: Any) -> None:
-        """Remember another use of watched parameters; one that the plan did not foresee is an error."""
+        """Record another use of watched parameters; a use that is not in the plan is an error."""
         if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(out)):
-            return  # a shape, a dtype: no gradient passes
+            return  # a shape or dtype has no gradient
         for use in ((name, getattr(func, "__qualname__", repr(func))) for one in given for name in one.leaves):
             if self.plan is not None and use not in self.plan.loose:
                 raise ModelError(
@@ -174,12 +174,12 @@ class tap(TorchFunctionMode):
             self.loose.add(use)
 
     def _stands_for_all(self, part: Part) -> bool:
-        """Tell whether what stands as a weight is a parameter, and not one for each row of data (W[i] in a bmm)."""
+        """Return whether the weight is a parameter, and not one for each row of data (W[i] in a bmm)."""
         made = self.made.get(id(part.weight))
         return made is not None and not (part.layer == "stacked" and made.ids is not None)
 
     def _known(self, func: Any, args: Any, kwargs: Any, parts: Sequence[Part]) -> Any:
-        """Compute with constants, and listen to the result."""
+        """Compute with constants, and tap the result."""
         made = [self.made[id(part.weight)] for part in parts]
 
         def constant(leaf: Any) -> Any:
@@ -187,7 +187,7 @@ class tap(TorchFunctionMode):
 
         out = func(*map(constant, args), **{key: constant(arg) for key, arg in kwargs.items()})
         if not torch.is_grad_enabled():
-            return out  # f takes no gradient of this layer: none comes back, and none is missing
+            return out  # under no_grad this layer has no gradient
         stacked = parts[0].layer == "stacked"
         owners = None if stacked or not out.ndim else self.whose.of((args, kwargs), len(out))
         shape = out.transpose(0, 1).shape if stacked else out.shape
@@ -198,7 +198,7 @@ class tap(TorchFunctionMode):
         return out
 
     def _expanded(self, out: Tensor, taps: Sequence[Tap]) -> Tensor:
-        """Check that an operation's rows belong to sequences; expand what was done once for all of them."""
+        """Check that an operation's rows belong to sequences; expand a result that was computed once for all."""
         shape, stacked = taps[0].shape, taps[0].layer == "stacked"
         if len(shape) > 1 and shape[0] % self.n == 0:
             return out
@@ -209,16 +209,16 @@ class tap(TorchFunctionMode):
             f"{self.n}; its gradients can be told apart only where the first dimension counts sequences."
         )
 
-    def _met(self, func: Any, args: Any, kwargs: Any, given: Sequence[Made], data: Sequence[Tensor]) -> Any:
-        """Listen to parameters themselves where they meet the batch in an operation that is not known."""
+    def _combined(self, func: Any, args: Any, kwargs: Any, given: Sequence[Made], data: Sequence[Tensor]) -> Any:
+        """Tap parameters themselves where an unknown operation combines them with the batch."""
         first = args[0] if args else None
         if all(self._is_by_row(one) for one in given) and not (_is_in_place(func) and id(first) in self.made):
             rows = {id(one.value): one for one in given}
 
-            def listened(leaf: Any) -> Any:
+            def tapped(leaf: Any) -> Any:
                 return self._row(rows[id(leaf)], data) if id(leaf) in rows else leaf
 
-            args, kwargs = pytree.tree_map(listened, (args, kwargs))
+            args, kwargs = pytree.tree_map(tapped, (args, kwargs))
             out = func(*args, **kwargs)
             self.whose.follow(func, args, kwargs, out)
             return out
@@ -233,7 +233,7 @@ class tap(TorchFunctionMode):
         return one.ids is not None or (one.of is not None and len(one.value) == self.n)
 
     def _row(self, one: Made, data: Sequence[Tensor]) -> Tensor:
-        """Listen to what stands beside rows of the batch, one for each."""
+        """Tap a tensor that has one row for each row of the batch."""
         owners = self.whose.of(list(data), len(one.value))
         if owners is None and len(one.value) % self.n:
             raise ModelError(f"Rows of {one.name!r} are used beside data whose rows are no sequence's.")
@@ -243,7 +243,7 @@ class tap(TorchFunctionMode):
         return listen_to(one.value.detach(), use, self.zero)
 
     def _mapped(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Give every sequence its own copy of the parameters in one operation, done for each of them."""
+        """Run one operation under vmap, with an own copy of the parameters for every sequence."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
         dims: list[int | None] = []
         for i, leaf in enumerate(leaves):
@@ -275,7 +275,7 @@ class tap(TorchFunctionMode):
 
 
 def _leaves(args: Any, kwargs: dict[str, Any]) -> list[Any]:
-    """List what an operation takes; every operation passes here, so what is nested is looked into only if need be."""
+    """List an operation's arguments; only nested ones are flattened, since every operation calls this."""
     given = [*args, *kwargs.values()]
     return pytree.tree_leaves(given) if any(isinstance(arg, (list, tuple, dict)) for arg in given) else given
 

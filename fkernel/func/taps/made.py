@@ -1,14 +1,14 @@
-"""What a function makes of its parameters alone, before they meet a sequence; and how gradients go back through that.
+"""Tensors computed from parameters alone, and how gradients are pulled back to the parameters.
 
     v = φ(w), the same for all sequences        ∂f_n/∂w = (∂φ/∂w)ᵀ ∂f_n/∂v
 
-(1 + w, exp w, a transposed or cast matrix, the matrix of one expert.) So v is listened to as a parameter is, and each
-row of its gradients is pulled back by itself. Where φ only chooses or turns, nothing is pulled back:
+Examples are 1 + w, exp w, a transposed or cast matrix, the matrix of one expert. v is tapped like a parameter, and each
+row of its gradients is pulled back. Where φ only indexes or transposes, this is not needed:
 
     v = W[e]         the gradient of v is row e of W's        v = Wᵀ     a linear layer of v is a conv1d layer of W
     v = W[i_1 … ]    its rows are those of W at i             v = expanded   its rows are summed, sequence by sequence
 
-What else goes into φ may come from the batch (which expert: e) as long as no gradient goes through it.
+Other inputs of φ may depend on the batch (the expert e) as long as they need no gradient.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from fkernel.shapes import Tensor
 
 
 class Made(NamedTuple):
-    """A parameter, or what was made of some.
+    """A parameter, or a tensor computed from parameters.
 
     Attributes:
         value: v, with its graph down to the parameters.
-        leaves: {name: parameter} that it is made of.
-        whole: the parameter that v shows, whole or in part; None where φ computes.
-        turned: whether the last two dimensions of `whole` stand in the other order.
+        leaves: {name: parameter} that it is computed from.
+        whole: the parameter that v is a view or cast of; None where φ computes.
+        turned: whether the last two dimensions of `whole` are transposed.
         chosen: e, where v = whole[e].
         ids: i, where v = whole[i].
-        of: what v repeats along its leading dimension.
+        of: what v is expanded from, along its leading dimension.
     """
 
     value: Tensor
@@ -46,21 +46,21 @@ class Made(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of a parameter in it, to be named in errors."""
+        """The first parameter's name, for errors."""
         return next(iter(self.leaves))
 
 
 def made_by(
     func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], out: Tensor, sources: Sequence[Made]
 ) -> Made:
-    """Describe the result of an operation on parameters, and on what has no gradient.
+    """Describe the result of an operation on parameters and tensors without gradient.
 
     Args:
         func: the operation.
-        args: what it took.
-        kwargs: the same, by name.
+        args: its arguments.
+        kwargs: its keyword arguments.
         out: a tensor that it returned.
-        sources: the parameters among what it took, and what was made of some.
+        sources: the parameters, and tensors computed from them, among its arguments.
 
     Example:
         >>> W = torch.ones(3, 2, 2, requires_grad=True)
@@ -110,13 +110,13 @@ def _is_turn(func: Callable[..., Any], args: Sequence[Any], out: Tensor, value: 
 
 
 def pulled_back(rows: Sequence[tuple[Made, Tensor]]) -> dict[str, Tensor]:
-    """Pull rows of gradients back to the parameters, each by itself.
+    """Pull each row of gradients back to the parameters.
 
     Args:
         rows: v, and [n, *shape of v].
 
     Returns:
-        {name: [n, *shape]} of the parameters that they are made of.
+        {name: [n, *shape]} of the parameters that v is computed from.
 
     Example:
         >>> w = torch.tensor([0.0, 2.0], requires_grad=True)

@@ -1,7 +1,7 @@
-"""One pass over a batch whose parameters' uses are listened to: what it leaves behind, and how it goes back.
+"""A forward pass over a batch with tapped parameters, and its reverse pass.
 
-Which parameters are explained by the uses that were heard is not assumed: autograd is asked whether a path from the
-value to them remains. And a use that the value depends on has to hear something.
+The autograd graph is searched for paths from the values to a parameter other than through taps; and every tap that the
+values depend on must receive a cotangent.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from fkernel.shapes import Tensor, Tree
 
 
 class GradientPlan(NamedTuple):
-    """How the gradients of a function are taken; by vmap over a reverse pass, unless it says otherwise.
+    """How the gradients of a function are computed; by default by vmap over a reverse pass.
 
     Attributes:
         loose: (parameter, function) of uses that carry no gradient, such as `weight.detach()`.
-        looped: whether vmap cannot follow f, so that sequences are differentiated one at a time.
+        looped: whether sequences are differentiated one at a time, since vmap cannot transform f.
         batched: whether one plain pass over all sequences gives every gradient; see `fkernel.func.taps.batched`.
     """
 
@@ -30,12 +30,12 @@ class GradientPlan(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """One forward pass over a microbatch, ready for the reverse one.
+    """A forward pass over a microbatch, with its graph and taps.
 
     Attributes:
         values: of n sequences.
-        traced: {name: leaf} whose gradients are asked for by themselves.
-        zeros: [n], traced; what is listened to before it has a graph stands in theirs.
+        traced: {name: leaf} whose gradients the reverse pass returns.
+        zeros: [n], traced; the graph of taps on tensors without one.
         uses: of parameters, in order.
         loose: (parameter, function) of their other uses.
     """
@@ -47,36 +47,36 @@ class Pass(NamedTuple):
     loose: set[tuple[str, str]]
 
 
-def backward(found: Pass) -> Tree:
-    """Run the reverse pass: every use hears its cotangent, and gradients of what was traced return."""
+def backward(tape: Pass) -> Tree:
+    """Run the reverse pass: every tap records its cotangent; return the gradients of `traced`."""
     with torch.enable_grad():
-        # The zeros give the sum a graph even where f has none.
-        total = found.values.sum() + found.zeros.sum()
-    leaves = [*found.traced.values()]
-    *grads, _ = torch.autograd.grad(total, [*leaves, found.zeros], allow_unused=True)
-    _check_heard(found)
+        # The zeros give the sum a graph where f has none.
+        total = tape.values.sum() + tape.zeros.sum()
+    leaves = [*tape.traced.values()]
+    *grads, _ = torch.autograd.grad(total, [*leaves, tape.zeros], allow_unused=True)
+    _check_cotangents(tape)
     return {
         name: leaf.detach().new_zeros(()).expand(leaf.shape) if g is None else g
-        for (name, leaf), g in zip(found.traced.items(), grads, strict=True)
+        for (name, leaf), g in zip(tape.traced.items(), grads, strict=True)
     }
 
 
-def _check_heard(found: Pass) -> None:
-    """Raise ModelError where a layer that the value depends on heard no cotangent: its gradient is not zero then."""
-    if all(use.cotangent is not None for use in found.uses):
+def _check_cotangents(tape: Pass) -> None:
+    """Raise ModelError where a tap that the values depend on received no cotangent."""
+    if all(use.cotangent is not None for use in tape.uses):
         return
-    heard = (use for node in _nodes(found.values) for use in getattr(node, "uses", ()))
-    if lost := [use.parameter for use in heard if isinstance(use, LayerCall) and use.cotangent is None]:
+    tapped = (use for node in _nodes(tape.values) for use in getattr(node, "uses", ()))
+    if lost := [use.parameter for use in tapped if isinstance(use, LayerCall) and use.cotangent is None]:
         raise ModelError(
             f"No cotangent came back to the layer of {listing(lost)}, though f depends on it: its gradient cannot be "
             f"captured. Please report the model that does so."
         )
 
 
-def explained(found: Pass) -> frozenset[str]:
-    """Find the traced parameters that no path from the values leads to: their known uses are all that there is."""
-    reached = {id(leaf) for node in _nodes(found.values) if (leaf := getattr(node, "variable", None)) is not None}
-    return frozenset(name for name, leaf in found.traced.items() if id(leaf) not in reached)
+def explained(tape: Pass) -> frozenset[str]:
+    """Find the traced parameters without a path from the values: taps have all of their gradient."""
+    reached = {id(leaf) for node in _nodes(tape.values) if (leaf := getattr(node, "variable", None)) is not None}
+    return frozenset(name for name, leaf in tape.traced.items() if id(leaf) not in reached)
 
 
 def _nodes(value: Tensor) -> set[Any]:

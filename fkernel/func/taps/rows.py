@@ -1,6 +1,6 @@
-"""J of one microbatch after another: by one plain pass, by vmap over a reverse pass, or one sequence at a time.
+"""J by microbatches: by one plain pass, by vmap over a reverse pass, or one sequence at a time.
 
-The engine below `fkernel.func.gradient`: no checks of the inputs, values and gradients are still checked.
+The implementation of `fkernel.func.gradient`, without input checks; values and gradients are checked.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from fkernel.func.taps.plan import GradientPlan, backward
 from fkernel.shapes import Tensor, Tree
 
 ONE_AT_A_TIME = GradientPlan(looped=True)
-"""How f is differentiated where vmap cannot follow it."""
+"""The plan where vmap cannot transform f."""
 
 
 def make_plan(f: Function, params: Tree, one: Any) -> GradientPlan:
-    """Find the fastest way of f's gradients, on a batch of one sequence that may lie on the meta device.
+    """Plan f's gradients, on a batch of one sequence that may be on the meta device.
 
-    vmap goes first even where it will not be needed: it refuses an f that branches on values or draws random numbers,
-    which a batch may not be told apart by.
+    vmap is tried first even where it will not be used: it raises where f branches on values or draws random numbers, so
+    that a batched pass would be wrong.
     """
     _mapped(f, {name: leaf.detach()[None] for name, leaf in params.items()}, one)
     return batch_plan(f, params, one) or GradientPlan()
 
 
 def plan_of(f: Function, params: Tree, batch: Any) -> GradientPlan:
-    """Find how f's gradients are taken, on the first sequence of a batch.
+    """Plan f's gradients, on the first sequence of a batch.
 
-    Where vmap cannot follow f, though plain autograd can, gradients are taken one sequence at a time, and a warning
-    says so: the numbers are the same, the time is not.
+    Where vmap cannot transform f, though plain autograd can, gradients are computed one sequence at a time, with a
+    warning: results are the same, but slower.
     """
     one = trim(take(batch, slice(0, 1)))
     try:
@@ -51,7 +51,7 @@ def plan_of(f: Function, params: Tree, batch: Any) -> GradientPlan:
     except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
         if "called random operation" in str(error):
             raise
-        looped_rows(bare(f), params, one)  # what is wrong with f itself is said as autograd says it
+        looped_rows(bare(f), params, one)  # an error in f itself is raised by autograd
         warnings.warn(
             f"torch.func.vmap cannot follow {name_of(f)}, so gradients are taken one sequence at a time, which is as "
             f"exact and slower: {advice_on(error) or first_line(error)}.",
@@ -62,10 +62,9 @@ def plan_of(f: Function, params: Tree, batch: Any) -> GradientPlan:
 
 
 def gradient_rows(f: Function, microbatch: int | None, plan: GradientPlan) -> Callable[[Tree, Any], Tree]:
-    """J without the checks of its inputs, for callers that have made them; values and gradients are still checked.
+    """Return J without input checks, for callers that have made them; values and gradients are checked.
 
-    Factors are multiplied into J's storage, which is allocated once: that is faster than vmap's own rows, each of which
-    is fresh memory.
+    Factors are multiplied out into J's storage, which is allocated once and so faster than vmap's own rows.
     """
 
     def dense(params: Tree, batch: Any) -> Tree:
@@ -100,7 +99,7 @@ def _write(handle: Piece, J: Tensor, rows: slice | Tensor) -> None:
 def handle_pieces(
     f: Function, params: Tree, batch: Any, pieces: Iterable[slice], plan: GradientPlan
 ) -> Iterator[Handles]:
-    """J in handles, a microbatch at a time, without the checks of its inputs; values and factors are checked."""
+    """Iterate over J in handles, by microbatch, without input checks; values and factors are checked."""
     for rows in pieces:
         handles, values = handles_of(bare(f), params, trim(take(batch, rows)), plan)
         try:
@@ -112,19 +111,19 @@ def handle_pieces(
 
 
 def _check_factors(handles: Mapping[str, Piece]) -> None:
-    """Raise NonFiniteError naming sequence and parameter where what a gradient is made of is not finite."""
+    """Raise NonFiniteError naming sequence and parameter where a handle's tensors are not finite."""
     for name in _doubtful(handles):
         for leaf in (leaf for leaf in tensors(handles[name]) if leaf.is_floating_point()):
             check_rows({name: leaf})
 
 
 def _doubtful(handles: Mapping[str, Piece]) -> list[str]:
-    """Find the parameters whose rows may not be finite, as far as the factors tell."""
+    """Find the parameters whose rows may not be finite, judging by factors."""
     return [name for name, handle in handles.items() if not all(is_bounded(part) for part in summands(handle))]
 
 
 def handles_of(f: Function, params: Tree, batch: Any, plan: GradientPlan) -> tuple[dict[str, Piece], Tensor]:
-    """J of one microbatch in handles, and f's values [n]."""
+    """Return J of one microbatch in handles, and f's values [n]."""
     if plan.looped:
         return looped_rows(f, params, batch)
     if plan.batched:
@@ -133,9 +132,9 @@ def handles_of(f: Function, params: Tree, batch: Any, plan: GradientPlan) -> tup
 
 
 def mapped_rows(f: Function, params: Tree, batch: Any) -> tuple[dict[str, Piece], Tensor]:
-    """J of one microbatch by vmap, dense, and f's values [n].
+    """Return J of one microbatch by vmap, dense, and f's values [n].
 
-    Autograd works outside of vmap, on n copies of each parameter that share their storage: the gradient of Σ_n f_n with
+    Autograd runs outside of vmap, on n copies of each parameter that share their storage: the gradient of Σ_n f_n with
     respect to copy n is ∇f_n, and one plain reverse pass gives all of them.
     """
     n = length(batch)
@@ -153,7 +152,7 @@ def mapped_rows(f: Function, params: Tree, batch: Any) -> tuple[dict[str, Piece]
 
 
 def _mapped(f: Function, copies: Tree, batch: Any) -> Tensor:
-    """f under vmap, each sequence as a batch of one: models want their leading dimension."""
+    """Evaluate f under vmap, each sequence as a batch of one."""
 
     def one(p: Tree, x: Any) -> Tensor:
         value = f(p, pytree.tree_map(lambda leaf: leaf[None] if isinstance(leaf, Tensor) else leaf, x))
@@ -166,14 +165,14 @@ def _mapped(f: Function, copies: Tree, batch: Any) -> Tensor:
 
 def _batched_rows(f: Function, params: Tree, batch: Any, plan: GradientPlan) -> tuple[dict[str, Piece], Tensor]:
     n = length(batch)
-    found = tapped(f, params, (batch,), n, plan)
-    check_output(found.values, n, per_sequence=True)
-    backward(found)
-    return gradients(found, params, n), found.values.detach()
+    tape = tapped(f, params, (batch,), n, plan)
+    check_output(tape.values, n, per_sequence=True)
+    backward(tape)
+    return gradients(tape, params, n), tape.values.detach()
 
 
 def looped_rows(f: Function, params: Tree, batch: Any) -> tuple[dict[str, Piece], Tensor]:
-    """J of one microbatch by one plain reverse pass a sequence, dense, and f's values [n]."""
+    """Return J of one microbatch by one plain reverse pass a sequence, dense, and f's values [n]."""
     n = length(batch)
     J: dict[str, Piece] = {name: leaf.new_empty(n, *leaf.shape) for name, leaf in params.items()}
     values = next(iter(params.values())).new_empty(n)
@@ -186,7 +185,7 @@ def looped_rows(f: Function, params: Tree, batch: Any) -> tuple[dict[str, Piece]
 
 
 def pull_back(f: Function, params: Tree, batch: Any, n: int) -> tuple[Tensor, Callable[[Tensor], Tree]]:
-    """f of n sequences, [n], and w ↦ Jᵀw, by one plain reverse pass."""
+    """Return f of n sequences, [n], and w ↦ Jᵀw, by one plain reverse pass."""
     leaves = {name: leaf.detach().requires_grad_() for name, leaf in params.items()}
     with torch.enable_grad():
         value = f(leaves, batch)

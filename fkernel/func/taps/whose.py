@@ -1,14 +1,13 @@
-"""Whose row it is: how the rows of an operation belong to the sequences of a batch.
+"""Assignment of an operation's rows to the sequences of a batch.
 
     sequences outermost       row r of n·k belongs to sequence ⌊r/k⌋
-    gathered, x[i_1 … i_R]    row r belongs to whoever row i_r of x belongs to
-    split, joined             each part keeps its own
-    anything else on these    of as many rows: to the same; of another number: sequences are outermost again
+    gathered, x[i_1 … i_R]    row r belongs to the sequence of row i_r of x
+    split, concatenated       rows keep their sequences
+    other operations          with as many rows: the same; with another number: sequences are outermost again
 
-A router sends the tokens of all sequences to the experts, so that an expert's rows are gathered from everywhere and
-their number is anyone's guess. Only what carries a gradient is followed, in the order in which f runs. Like the layout
-of any other operation this is not taken on trust: what comes back to one of two sequences must not reach a row of the
-other, see `fkernel.func.taps.batched`.
+A router sends the tokens of all sequences to the experts, so an expert's rows are gathered from all sequences, in any
+number. Only tensors with a gradient are followed, in the order in which f runs. The assignment is verified: a cotangent
+of one of two sequences must not reach a row of the other, see `fkernel.func.taps.batched`.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from fkernel.shapes import Tensor
 
 
 class Whose:
-    """The sequences that gathered rows belong to, followed from operation to operation.
+    """The sequences of gathered rows, propagated from operation to operation.
 
     Attributes:
         n: sequences.
@@ -34,13 +33,13 @@ class Whose:
     def __init__(self, n: int) -> None:
         """Start with sequences outermost everywhere."""
         self.n = n
-        self._known = WeakTensorKeyDictionary()  # an activation is not kept alive
+        self._known = WeakTensorKeyDictionary()  # does not keep activations alive
 
     def of(self, args: Any, rows: int) -> Tensor | None:
-        """Tell whose the rows of an operation are, [rows]; None where sequences are outermost.
+        """Return the sequence of each row of an operation, [rows]; None where sequences are outermost.
 
         Args:
-            args: what the operation takes, nested or not.
+            args: the operation's arguments, nested or not.
             rows: the leading dimension of its result.
 
         Raises:
@@ -48,35 +47,35 @@ class Whose:
         """
         if not len(self._known):
             return None
-        found: Tensor | None = None
+        owners: Tensor | None = None
         for leaf in pytree.tree_leaves(args):
             own = self._known.get(leaf) if isinstance(leaf, Tensor) else None
             if own is None or len(own) != rows:
                 continue
-            if found is not None and found is not own and not torch.equal(found, own):
+            if owners is not None and owners is not own and not torch.equal(owners, own):
                 raise ModelError("Rows that were gathered from different sequences are combined.")
-            found = own
-        return found
+            owners = own
+        return owners
 
     def follow(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
-        """Take note of an operation that has run."""
+        """Propagate ownership through an operation that has run."""
         if not len(self._known) and func not in _CHOICES:
-            return  # every operation passes here
+            return  # fast path: every operation calls this
         if any(out is arg for arg in args[:1]) or getattr(func, "__name__", "").startswith(_SCATTERED):
-            return  # rows go to places that are another's
-        parts = [leaf for leaf in _each(out) if isinstance(leaf, Tensor)]
+            return  # rows are written to other sequences' positions
+        parts = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
         owners = self._moved(func, args, kwargs, parts)
         for k, leaf in enumerate(parts):
             if leaf.requires_grad and leaf.ndim:
                 self.note(leaf, self.of((args, kwargs), len(leaf)) if owners is None else owners[k])
 
     def note(self, out: Tensor, owners: Tensor | None) -> None:
-        """Say whose a tensor's rows are."""
+        """Record the sequence of each row of a tensor."""
         if owners is not None:
             self._known[out] = owners
 
     def _moved(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: list[Tensor]) -> list[Tensor] | None:
-        """Tell whose rows are, where an operation has chosen, split or joined them."""
+        """Return the owners of rows that an operation has indexed, split or concatenated."""
         x = args[0] if args else None
         if func is torch.Tensor.__getitem__:
             return self._chosen(args[0], args[1])
@@ -104,22 +103,18 @@ class Whose:
         return None if len(x) % self.n else [ids % len(x) // (len(x) // self.n)]
 
 
-def _each(out: Any) -> list[Any]:
-    return [out] if isinstance(out, Tensor) else pytree.tree_leaves(out)
-
-
 _CHOICES = (torch.Tensor.__getitem__, torch.index_select, torch.Tensor.index_select)
 _SCATTERED = ("index_add", "index_put", "index_copy", "scatter")
 
 
 def by_sequence(x: Tensor, n: int, owners: Tensor | None = None, fill: float = 0.0) -> Tensor:
-    """Bring rows [n·k, …] into [n, k, …]; gathered ones in their order, as many as the most any sequence has.
+    """Reshape rows [n·k, …] to [n, k, …]; gathered ones in order, padded to the largest number of any sequence.
 
     Args:
         x: rows.
         n: sequences.
-        owners: whose they are; None where sequences are outermost.
-        fill: what stands where a sequence has fewer.
+        owners: the sequence of each row; None where sequences are outermost.
+        fill: the padding value.
 
     Example:
         >>> by_sequence(torch.tensor([1.0, 2.0, 3.0]), 2, torch.tensor([1, 0, 1])).tolist()

@@ -1,4 +1,4 @@
-"""Certificates: what is checked on the model that was given before its numbers are believed."""
+"""Certificates: checks of computed values and derivatives on the caller's own model."""
 
 from fkernel.func.trust.along import true_derivative
 from fkernel.func.trust.checks import certify_values, plan_of

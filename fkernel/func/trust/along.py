@@ -1,4 +1,4 @@
-"""Derivatives along a direction, certified: by which passes they are taken, and whether a step follows them."""
+"""Certified derivatives along a direction: by forward or reverse mode, and compared with a step's effect."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from fkernel.shapes import Tensor, Tree
 
 
 def derivative_for(f: Function, params: Tree, batch: Any, direction: Tree, order: Order) -> Any:
-    """Choose how a derivative along a direction is taken: forward, or by reverse passes where that fails or differs."""
-    # What torch's rules are right about belongs to the model's operations: functions of one model share the answer.
+    """Choose forward mode for a derivative along a direction, or reverse passes where that fails or differs."""
+    # Correctness of forward rules depends on the model's operations: functions of one model share the result.
     model = f.apply if isinstance(f, Objective) and isinstance(f.apply, Apply) else f
-    ways = known_of(model, params).derivatives
-    if order.name not in ways:
+    methods = known_of(model, params).derivatives
+    if order.name not in methods:
         batch = seen_of(f, batch)
-        ways[order.name] = _chosen(f, params, batch, direction, order, known_of(f, params, batch))
-    return ways[order.name]
+        methods[order.name] = _chosen(f, params, batch, direction, order, known_of(f, params, batch))
+    return methods[order.name]
 
 
 def _chosen(f: Function, params: Tree, batch: Any, direction: Tree, order: Order, known: Known) -> Any:
@@ -61,7 +61,7 @@ def _chosen(f: Function, params: Tree, batch: Any, direction: Tree, order: Order
     try:
         _, reverse, size = order.reverse(value_at, params, direction)
     except (RuntimeError, NotImplementedError):
-        return order.forward  # an operation without a second backward rule: there is nothing to compare with
+        return order.forward  # without a second backward rule there is nothing to compare with
     certificate = forward_against_reverse(forward, reverse, size, order)
     if certificate.passed is False:
         why = "an operation's forward rule is wrong, or f holds in backward alone what torch.no_grad surrounds"
@@ -77,10 +77,10 @@ def _said_slower(f: Function, order: Order, why: str) -> None:
 
 
 def true_derivative(f: Function, params: Tree, batch: Any, step: Tree) -> Function:
-    """Certify that f's derivative is what a step does to it; else look through what f holds constant in backward.
+    """Certify that f's derivative matches a step's effect; else differentiate through what f detaches.
 
-    What U gave the optimizer is f's own backward pass, whatever it holds constant; what a step does to E is the whole
-    derivative. Where that cannot be had, a warning says so.
+    The optimizer uses f's own backward pass on U, whatever it holds constant; a step's effect on E is the whole
+    derivative. Where neither matches, there is a warning.
 
     Args:
         f: (params, batch) -> [n].
@@ -89,7 +89,7 @@ def true_derivative(f: Function, params: Tree, batch: Any, step: Tree) -> Functi
         step: Δθ.
 
     Returns:
-        f, or `through_detach(f)`: the one whose derivative meets central differences along the step.
+        f, or `through_detach(f)`: the one whose derivative matches central differences along the step.
 
     Example:
         >>> import torch

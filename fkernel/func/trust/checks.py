@@ -1,9 +1,8 @@
-"""When certificates run, and what a failure means.
+"""When certificates run, and what happens on failure.
 
-Every new (f, names and shapes of the parameters, kind of batch) is certified on two of the batch's sequences, the first
-time that it is evaluated or differentiated; again where a batch is wider than any that was. What was found is
-remembered with f, and forgotten with it. A gradient that fails goes to a slower and simpler way, which is certified in
-its turn, and said once; anything else that fails is a `ModelError`, and nothing is computed from it.
+Every new (f, names and shapes of the parameters, kind of batch) is certified on two of the batch's sequences when it is
+first evaluated or differentiated, and again for wider batches. Results are cached for the lifetime of f. If gradients
+fail, a slower and simpler method is used and certified in turn, with a warning; any other failure is a `ModelError`.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import torch
 
 from fkernel.errors import FKernelError, ModelError, ModelWarning, listing
 from fkernel.func.functional import Apply
-from fkernel.func.inputs.batch import Sequences, find_sequences, take, token_counts, trim, windowed
+from fkernel.func.inputs.batch import find_sequences, take, token_counts, trim, windowed
 from fkernel.func.inputs.objective import Function, Objective, bare, name_of, own_width
 from fkernel.func.inputs.validation import first_line, translate_errors, validated
 from fkernel.func.taps.plan import GradientPlan
@@ -37,12 +36,12 @@ from fkernel.shapes import Tensor, Tree
 
 @contextmanager
 def certified(f: Function, params: Tree, batch: Any) -> Iterator[None]:
-    """Check the inputs, certify f's values, run the body, and explain what torch.func says if it fails.
+    """Check the inputs, certify f's values, run the body, and translate errors of torch.func.
 
     Raises:
-        BatchError, TreeError, NonFiniteError: the inputs are at fault.
-        ModelError: see `fkernel.func.inputs.validation`; or f's values are not the module's, or depend on what else is
-            computed.
+        BatchError, TreeError, NonFiniteError: invalid input.
+        ModelError: see `fkernel.func.inputs.validation`; or f's values are not the module's, or depend on the rest of
+            the batch.
     """
     with validated(f, params, batch):
         certify_values(f, params, batch)
@@ -53,23 +52,23 @@ def certify_values(f: Function, params: Tree, batch: Any) -> None:
     """Certify f's values on batches like this one, unless that was done.
 
     Raises:
-        ModelError: they are not the module's, or depend on what else is computed.
+        ModelError: they are not the module's, or depend on the rest of the batch.
     """
     known, batch = known_of(f, params, batch), seen_of(f, batch)
     width = _width(batch)
     if known.width >= width:
         return
     if _certify_values(f, params, batch, known):
-        known.width = width  # last: what failed has to fail again
+        known.width = width  # set last, so that a failure is repeated
 
 
 def seen_of(f: Function, batch: Any) -> Any:
-    """Give what certificates look at: of long sequences whose tokens f adds up, a window (`batch.WINDOW`)."""
+    """Return the batch for certificates: if f is a sum over tokens, a window (`batch.WINDOW`) of long sequences."""
     return windowed(batch) if isinstance(f, Objective) and f.tokens is not None else batch
 
 
 def _certify_values(f: Function, params: Tree, batch: Any, known: Known) -> bool:
-    """Certify f's values; False where they are not finite, so that there is nothing to compare."""
+    """Certify f's values; False where they are not finite, so that no comparison is possible."""
     if not runs("values") and not runs("company"):
         return False
     counts = token_counts(batch)
@@ -78,11 +77,11 @@ def _certify_values(f: Function, params: Tree, batch: Any, known: Known) -> bool
     with translate_errors(params), _first_time(params), torch.no_grad():
         alone = bare(f)(params, one)
     if not _finite(alone):
-        return False  # whose value it is will be said where all are looked at
+        return False  # the check of all values will name the sequence
     apply, sequences = getattr(f, "apply", None), find_sequences(one)
     if runs("values") and isinstance(apply, Apply) and sequences and apply.original is not None:
         with _first_time(params):
-            certificate = values_against_module(apply, params, _first(sequences))
+            certificate = values_against_module(apply, params, trim(sequences[0]))
         _accept(known, certificate, _OTHER_VALUES)
     if runs("company") and not own_width(f):
         longest = max(range(len(counts)), key=counts.__getitem__)
@@ -90,9 +89,9 @@ def _certify_values(f: Function, params: Tree, batch: Any, known: Known) -> bool
         with translate_errors(params), torch.no_grad():
             values = _together(f, params, beside)
             again = bare(f)(params, one)
-        # Values of tokens are as many as the batch is wide.
+        # Values of tokens have the width of the batch.
         t = alone.shape[1] if alone.ndim > 1 else None
-        # One number for the batch is no function of sequences, which is said where f is computed.
+        # A value without rows is reported by `check_output`.
         per_row = values.ndim > 0 and values.shape[0] == 2
         together = values if not per_row else values[:1] if t is None else values[:1, :t]
         if per_row and together.shape == alone.shape and _finite(values):
@@ -101,7 +100,7 @@ def _certify_values(f: Function, params: Tree, batch: Any, known: Known) -> bool
 
 
 def _first_time(params: Tree) -> Any:
-    """Put random states back: some build layers in their first forward pass, and draw weights that they overwrite."""
+    """Restore random states: some modules initialise layers in their first forward pass, and overwrite them."""
     return torch.random.fork_rng(devices={leaf.device for leaf in params.values() if leaf.is_cuda})
 
 
@@ -109,7 +108,7 @@ def _together(f: Function, params: Tree, beside: Any) -> Tensor:
     try:
         return bare(f)(params, beside)
     except FKernelError:
-        raise  # it says what is wrong by itself
+        raise
     except (RuntimeError, ValueError) as error:
         raise ModelError(
             f"{name_of(f)} of one sequence is computed, of two together it fails: {first_line(error)}. Give batches of "
@@ -130,10 +129,10 @@ _OTHER_WIDTH = (
 
 
 def plan_of(f: Function, params: Tree, batch: Any) -> GradientPlan:
-    """Find how f's gradients are taken, and certify them on batches like this one, unless that was done.
+    """Plan f's gradients, and certify them on batches like this one, unless that was done.
 
     Raises:
-        ModelError: in no way do per-sequence gradients add up to what a plain reverse pass gives.
+        ModelError: by no method do per-sequence gradients add up to a plain reverse pass.
     """
     known, batch = known_of(f, params, batch), seen_of(f, batch)
     width = _width(batch)
@@ -150,7 +149,7 @@ def plan_of(f: Function, params: Tree, batch: Any) -> GradientPlan:
 
 
 def _certified_plan(f: Function, params: Tree, pair: Any, plan: GradientPlan, known: Known) -> GradientPlan:
-    """Certify gradients, in a slower and simpler way where one fails."""
+    """Certify a plan's gradients; on failure, certify a slower and simpler plan."""
     J, values = handles_of(bare(f), params, pair, plan)
     if not _finite(values):
         return plan
@@ -186,7 +185,7 @@ def _certified_plan(f: Function, params: Tree, pair: Any, plan: GradientPlan, kn
 
 
 def _simpler(plan: GradientPlan) -> GradientPlan | None:
-    """Give the next way to take gradients: by one plain pass, by vmap, one at a time."""
+    """Return the next simpler plan: by one plain pass, by vmap, one at a time."""
     if plan.looped:
         return None
     return GradientPlan() if plan.batched else ONE_AT_A_TIME
@@ -201,11 +200,6 @@ def _accept(known: Known, certificate: Certificate, otherwise: str) -> None:
 
 def _width(batch: Any) -> int:
     return max((one.input_ids.shape[1] for one in find_sequences(batch)), default=0)
-
-
-def _first(sequences: list[Sequences]) -> Sequences:
-    """The first of several sequences of a row, by itself and without padding."""
-    return trim(sequences[0])
 
 
 def _finite(values: Tensor) -> bool:

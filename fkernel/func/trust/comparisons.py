@@ -1,14 +1,14 @@
-"""Certificates: what the engine holds against something else on the user's own model, before it is believed.
+"""Certificates: comparisons of the engine's results with independent computations, on the user's own model.
 
-    rows         Σ_n w_n J_n           against  Jᵀw by one plain reverse pass, w random: ones would miss what cancels
-    values       S of `apply`          against  S of the module as the caller has it, one sequence, unpadded
+    rows         Σ_n w_n J_n           against  Jᵀw by one plain reverse pass, w random: with ones, errors may cancel
+    values       S of `apply`          against  S of the caller's module, one sequence, unpadded
     company      f of a sequence       against  f of the same one beside a longer one, and J of both; and once more,
-                                                since a model may remember what it saw
+                                                since a model may keep state
     forward      Jv, vᵀHv by forward   against  the same by reverse passes alone
     derivative   Jv along the step     against  central differences of f along it
 
-Each is a pure function that returns what it found and what it lets through; `fkernel.func.trust.checks` decides when
-they run, and what a failure means. Errors are relative to what is compared, with a floor where that is nearly nothing.
+Each is a pure function that returns an error and its bound; `fkernel.func.trust.checks` decides when they run, and what
+happens on failure. Errors are relative, with a floor where the compared quantity is nearly zero.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ from fkernel.func.trust.directional import Order, row_by_row, value_on
 from fkernel.shapes import Tensor, Tree
 
 GRADIENTS = 1e-3
-"""How far gradients may be apart, relative to their norm."""
+"""Largest difference of gradients, relative to their norm."""
 FLOOR = 1e-2
-"""What a parameter's gradient counts for at least, over the norm of all: below it, rounding would be compared."""
+"""Smallest scale of a parameter's gradient, relative to the norm of all: below it, rounding would be compared."""
 VALUES = 1e-4
-"""How far values may be apart, nats, relative to 1 + |S|."""
+"""Largest difference of values, nats, relative to 1 + |S|."""
 DIFFERENCES = 0.02
-"""How far a derivative along a step may be from differences along it, relative; plus what they are apart themselves."""
+"""Largest relative difference of a derivative from central differences, plus the differences' own uncertainty."""
 MOVES = (0.2, 0.05, 0.0125, 0.003)
-"""How far the differences move f, nats: farther it bends, less far it rounds."""
+"""Changes of f for central differences, nats: larger ones have curvature, smaller ones rounding."""
 NAMES = ("rows", "values", "company", "forward", "derivative")
-"""In the order in which they usually run."""
+"""Names of certificates, in the order in which they usually run."""
 
 
 class Certificate(NamedTuple):
-    """What one comparison found.
+    """The result of one comparison.
 
     Attributes:
         name: of `NAMES`; "state" is `fkernel.state_against_step`'s.
-        passed: whether what was found is let through; None where the two could not be compared.
-        error: what was found; NaN where nothing was.
-        bound: what is let through.
+        passed: whether error ≤ bound; None where no comparison was possible.
+        error: the relative error; NaN where there is none.
+        bound: the largest error that passes.
         detail: the same in words.
     """
 
@@ -62,11 +62,11 @@ class Certificate(NamedTuple):
 
 
 class RowsFound(NamedTuple):
-    """What rows against their sum found.
+    """The result of `rows_against_sum`.
 
     Attributes:
-        certificate: of the parameter that is furthest apart.
-        failing: names of the parameters that are too far apart.
+        certificate: of the parameter with the largest error.
+        failing: names of the parameters above the bound.
         size: ‖Jᵀw‖ over all parameters; 0 where f depends on none of them.
     """
 
@@ -76,7 +76,7 @@ class RowsFound(NamedTuple):
 
 
 def rows_against_sum(f: Function, params: Tree, batch: Any, J: Handles) -> RowsFound:
-    """Hold per-sequence gradients against one plain reverse pass over all of their sequences.
+    """Compare per-sequence gradients with one plain reverse pass over all of their sequences.
 
     error = max over parameters of ‖Σ_n w_n J_n − Jᵀw‖ / (‖Jᵀw‖ + 0.01 ‖Jᵀw of all parameters‖), w standard normal
 
@@ -87,7 +87,7 @@ def rows_against_sum(f: Function, params: Tree, batch: Any, J: Handles) -> RowsF
         J: their gradients, dense or in handles.
 
     Returns:
-        What was found. One parameter's gradient is held at once.
+        The certificate and failing names. One parameter's gradient is in memory at a time.
 
     Example:
         >>> f = lambda params, x: x @ params["w"]
@@ -120,7 +120,7 @@ def rows_against_sum(f: Function, params: Tree, batch: Any, J: Handles) -> RowsF
 def _streamed_gradients(
     f: Function, params: Tree, batch: Any, w: Tensor, take_one: Any
 ) -> Iterable[tuple[str, Tensor]]:
-    """Hand over Jᵀw one parameter at a time, as the reverse pass makes them; zeros of what it does not reach return."""
+    """Call `take_one` with Jᵀw of one parameter at a time during the reverse pass; return zeros of unused ones."""
     leaves = {name: leaf.detach().requires_grad_() for name, leaf in params.items()}
     with torch.enable_grad():
         value = bare(f)(leaves, batch)
@@ -143,7 +143,7 @@ def _streamed_gradients(
 
 
 def values_against_module(apply: Apply, params: Tree, one: Sequences) -> Certificate:
-    """Hold log π of one sequence against the module as its owner has it: own attention, own configuration.
+    """Compare log π of one sequence with the caller's module, with its own attention and configuration.
 
     error = |S of apply − S of the module| / (1 + |S|), over all tokens of the sequence but the first
 
@@ -166,7 +166,7 @@ def values_against_module(apply: Apply, params: Tree, one: Sequences) -> Certifi
     try:
         with torch.no_grad():
             theirs = _whole_logprob(logits_of(apply.original, params, one.input_ids, one.attention_mask), one)
-    except Exception as error:  # kernels and caches of the caller's own module may fail in any way here
+    except Exception as error:  # the caller's own module may raise anything
         return Certificate("values", None, float("nan"), VALUES, f"{detail}: the module fails by itself ({error})")
     with torch.no_grad():
         ours = _whole_logprob(apply(params, one.input_ids, one.attention_mask), one)
@@ -182,12 +182,12 @@ def _whole_logprob(logits: Tensor, one: Sequences) -> float:
 
 
 def company(f: Function, alone: Tensor, beside: Tensor, again: Tensor) -> Certificate:
-    """Hold f of a sequence by itself against f of it beside a longer one, and by itself once more.
+    """Compare f of a sequence alone with f of it beside a longer one, and alone once more.
 
     error = max(|beside − alone|, |again − alone|) / (1 + |alone|)
 
     Args:
-        f: whose values they are.
+        f: the function, for its name.
         alone: a scalar.
         beside: a scalar, of the same sequence padded to the width of a longer one.
         again: a scalar, of the same sequence alone after that.
@@ -203,7 +203,7 @@ def company(f: Function, alone: Tensor, beside: Tensor, again: Tensor) -> Certif
 
 
 def gradients_in_company(J_alone: Handles, J_beside: Handles) -> Certificate:
-    """Hold the gradient of a sequence by itself against its gradient padded to a longer one's width.
+    """Compare the gradient of a sequence alone with its gradient padded to a longer one's width.
 
     error = ‖J_beside − J_alone‖ / ‖J_alone‖
 
@@ -228,13 +228,13 @@ def gradients_in_company(J_alone: Handles, J_beside: Handles) -> Certificate:
 
 
 def forward_against_reverse(forward: Tensor, reverse: Tensor, size: float, order: Order) -> Certificate:
-    """Hold a derivative along a direction by forward mode against reverse passes: nested forward rules may be wrong.
+    """Compare a derivative by forward mode with reverse passes: nested forward rules may be wrong.
 
     error = |forward − reverse| / Σ_α |g_α v_α|, g the gradient (or, of the second derivative, Hv)
 
     Args:
-        forward: what forward mode has for one sequence.
-        reverse: what reverse passes have.
+        forward: the derivative of one sequence by forward mode.
+        reverse: the same by reverse passes.
         size: Σ_α |g_α v_α|.
         order: the first or the second derivative.
 
@@ -249,15 +249,15 @@ def forward_against_reverse(forward: Tensor, reverse: Tensor, size: float, order
 
 
 def derivative_against_difference(f: Function, params: Tree, batch: Any, direction: Tree) -> Certificate:
-    """Hold the derivative along a step against central differences along it: what f holds constant in its derivative.
+    """Compare the derivative along a step with central differences, to detect what f holds constant.
 
-    The derivative is of reverse passes, as E's gradients are: forward mode would see more (through `torch.no_grad`).
+    The derivative is by reverse passes, as E's gradients are: forward mode differentiates through `torch.no_grad`.
 
-    D(s) = (f(θ + s v) − f(θ − s v)) / 2s for several s, with which f moves by `MOVES`; the two neighbours that agree
-    best are believed, as far as they agree. error = ‖Jv − D‖ / ‖D‖. The first two that leave no doubt are enough.
+    D(s) = (f(θ + s v) − f(θ − s v)) / 2s for several s, for which f changes by `MOVES`; the two neighbours that agree
+    best are used, with their difference as uncertainty. error = ‖Jv − D‖ / ‖D‖. It stops at the first sufficient pair.
 
-    It finds `detach()`, `torch.no_grad`, straight-through estimators and custom backward rules: there a step does
-    something else to f than its derivative says.
+    It detects `detach()`, `torch.no_grad`, straight-through estimators and custom backward rules that differ from the
+    derivative.
 
     Args:
         f: (params, batch) -> [n].
@@ -278,7 +278,7 @@ def derivative_against_difference(f: Function, params: Tree, batch: Any, directi
             return value_at(tree.axpy(s, direction, params)).double()
 
     value, slope = (each.double() for each in row_by_row(value_at, params, direction))
-    size = min(1.0, float(value.abs().max())) or 1.0  # of what moves less than a nat, a part of itself
+    size = min(1.0, float(value.abs().max())) or 1.0  # below one nat, relative to f
     steepest = float(slope.abs().max()) or 1.0
     scales = [move * size / steepest for move in MOVES]
     doubt, D = math.inf, slope
@@ -302,14 +302,14 @@ def derivative_against_difference(f: Function, params: Tree, batch: Any, directi
 
 
 def shortest_pair(batch: Any, lengths: list[int]) -> Any:
-    """Take the shortest sequence and the next that is longer, or any other; one where there is one."""
+    """Take the shortest sequence and the next longer one, or any other; one where there is only one."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     longer = [row for row in order[1:] if lengths[row] > lengths[order[0]]] or order[1:]
     return take(batch, torch.tensor([order[0], *longer[:1]]))
 
 
 def shortest_few(batch: Any, lengths: list[int], one_width: bool = False, most: int = 2) -> Any:
-    """Take the shortest sequences; of one length, where they must be."""
+    """Take the shortest sequences; of equal length if `one_width`."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     chosen = [row for row in order[:most] if not one_width or lengths[row] == lengths[order[0]]]
     return take(batch, torch.tensor(chosen))

@@ -1,12 +1,12 @@
-"""How f of every sequence changes along one direction: by forward mode, by reverse passes, or of gradients in handles.
+"""Derivatives of f of every sequence along one direction: by forward mode, reverse passes, or from handles.
 
     forward    Jv = d/dε f(θ + εv)|₀                          vᵀHv = d²/dε² f(θ + εv)|₀, forward over forward
     reverse    h(w) = ⟨Jᵀw, v⟩,  Jv = ∂h/∂w                    k(w) = ⟨∇_θ h(w), v⟩,  vᵀH_n v = ∂k/∂w_n
-    handles    (Jv)_n = ⟨g_n, v⟩;  of factors g_n = Σ_t δ_nt a_ntᵀ it is Σ_t ⟨δ_nt, V a_nt⟩, and no g_n is formed
+    handles    (Jv)_n = ⟨g_n, v⟩;  for factors g_n = Σ_t δ_nt a_ntᵀ it is Σ_t ⟨δ_nt, V a_nt⟩, without forming g_n
 
-h and k are linear in w, so their derivatives hold at any w. The reverse form keeps the graphs of two and of three
-passes; it needs nothing but backward rules, and it is what the forward form is held against. Handles come from one
-reverse pass, and V a takes what another forward pass takes: three in all, as many as forward mode.
+h and k are linear in w, so their derivatives are the same at any w. The reverse form keeps the graphs of two and of
+three passes; it needs backward rules only, and certifies the forward form. Handles take one reverse pass, and V a costs
+another forward pass: three in all, as many as forward mode.
 
 Source: the "double backward" trick, J. Townsend, "A new trick for calculating Jacobian vector products" (2017).
 """
@@ -32,10 +32,10 @@ class Order(NamedTuple):
     """A derivative in both forms.
 
     Attributes:
-        name: what a message calls it.
+        name: in messages.
         forward: by forward mode.
         reverse: by reverse passes.
-        bound: how far the two may be apart, over the sum of what is added up.
+        bound: largest difference of the two, relative to Σ_α |g_α v_α|.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Order(NamedTuple):
 
 
 def value_on(f: Function, batch: Any) -> Callable[[Tree], Tensor]:
-    """Make θ ↦ f(θ, batch), [n] or [n, ...]."""
+    """Return θ ↦ f(θ, batch), [n] or [n, ...]."""
 
     def value_at(params: Tree) -> Tensor:
         value = bare(f)(params, batch)
@@ -56,13 +56,13 @@ def value_on(f: Function, batch: Any) -> Callable[[Tree], Tensor]:
 
 
 def first_derivative(f: Callable[[Tree], Tensor], params: Tree, direction: Tree) -> tuple[Tensor, Tensor]:
-    """f and its derivative along a direction."""
+    """Return f and its derivative along a direction."""
     value, tangent, *_ = func.jvp(f, (params,), (direction,))
     return value, tangent
 
 
 def second_derivative(f: Callable[[Tree], Tensor], params: Tree, direction: Tree) -> tuple[Tensor, Tensor]:
-    """f and its second derivative along a direction."""
+    """Return f and its second derivative along a direction."""
     with elementary():
         (value, _), (_, second), *_ = func.jvp(lambda p: first_derivative(f, p, direction), (params,), (direction,))
     return value, second
@@ -74,7 +74,7 @@ class ByReverse(NamedTuple):
     Attributes:
         value: f(θ).
         derivative: Jv, or vᵀHv, of f's shape.
-        size: Σ_α |g_α v_α| of what it is a sum of: rounding is relative to this.
+        size: Σ_α |g_α v_α|, the scale of its rounding.
     """
 
     value: Tensor
@@ -83,13 +83,13 @@ class ByReverse(NamedTuple):
 
 
 def first_by_reverse(f: Callable[[Tree], Tensor], params: Tree, direction: Tree) -> ByReverse:
-    """f and its derivative along a direction, without forward mode."""
+    """Return f and its derivative along a direction, without forward mode."""
     value, weights, along, _ = _weighted_derivative(f, params, direction)
     return ByReverse(value, _slope(along.total, weights), along.size)
 
 
 def second_by_reverse(f: Callable[[Tree], Tensor], params: Tree, direction: Tree) -> ByReverse:
-    """f and its second derivative along a direction, without forward mode."""
+    """Return f and its second derivative along a direction, without forward mode."""
     value, weights, along, leaves = _weighted_derivative(f, params, direction)
     if not along.total.requires_grad:
         return ByReverse(value, torch.zeros_like(value), 0.0)
@@ -101,7 +101,7 @@ def second_by_reverse(f: Callable[[Tree], Tensor], params: Tree, direction: Tree
 def _weighted_derivative(
     f: Callable[[Tree], Tensor], params: Tree, direction: Tree
 ) -> tuple[Tensor, Tensor, Inner, Tree]:
-    """f(θ), w = 1, h(w) = ⟨Jᵀw, v⟩ with its graph, and θ in it."""
+    """Return f(θ), w = 1, h(w) = ⟨Jᵀw, v⟩ with its graph, and its leaves θ."""
     leaves = {name: leaf.detach().requires_grad_() for name, leaf in params.items()}
     with torch.enable_grad():
         value = f(leaves)
@@ -129,12 +129,12 @@ def _inner(grads: tuple[Tensor | None, ...], direction: Tree) -> Inner:
 def _slope(along: Tensor, weights: Tensor) -> Tensor:
     if not along.requires_grad:
         return torch.zeros_like(weights)
-    (found,) = torch.autograd.grad(along, weights, allow_unused=True)
-    return torch.zeros_like(weights) if found is None else found
+    (slope,) = torch.autograd.grad(along, weights, allow_unused=True)
+    return torch.zeros_like(weights) if slope is None else slope
 
 
 def row_by_row(f: Callable[[Tree], Tensor], params: Tree, direction: Tree) -> tuple[Tensor, Tensor]:
-    """f [n] and ⟨∇f_n, v⟩, by a reverse pass for each of a few sequences.
+    """Return f [n] and ⟨∇f_n, v⟩, by a reverse pass for each sequence.
 
     Args:
         f: params -> [n].
@@ -160,7 +160,7 @@ def row_by_row(f: Callable[[Tree], Tensor], params: Tree, direction: Tree) -> tu
 
 
 def along_direction(handles: Handles, direction: Tree) -> Tensor:
-    """Compute ⟨g_n, v⟩ of gradients in handles, [n] float64; factors and lookups are not multiplied out.
+    """Compute ⟨g_n, v⟩ from handles, [n] float64; factors and lookups are not multiplied out.
 
     Args:
         handles: {name: handle} of n sequences.

@@ -1,7 +1,7 @@
-"""What is remembered of the functions that were certified, and which certificates are left out.
+"""Cache of certificates by function, and the contexts that skip or collect them.
 
-A function is remembered by itself, weakly, with the kinds of batches that it was certified on: nothing of its
-parameters, batches or results stays.
+Functions are weak keys, with the kinds of batches that they were certified on; no parameters, batches or results are
+kept.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from fkernel.shapes import Tensor, Tree
 
 @dataclass
 class Known:
-    """What is known of f on batches of one kind.
+    """Cached results for f on batches of one kind.
 
     Attributes:
         width: of the widest batch that values were certified for; −1 for none.
         planned: of the widest batch that gradients were certified for.
-        plan: how its gradients are taken.
-        derivatives: {name of the order: how it is taken}.
-        cuts: {with fused attention: its model in pieces, or why it cannot be cut}. See `fkernel.func.layers.cutting`.
-        certificates: all that were made.
+        plan: how its gradients are computed.
+        derivatives: {name of the order: the function that computes it}.
+        cuts: {with fused attention: its model cut at layers, or why it cannot be}. See `fkernel.func.layers.cutting`.
+        certificates: all certificates.
     """
 
     width: int = -1
@@ -51,7 +51,7 @@ _skipped: ContextVar[frozenset[str]] = ContextVar("skipped", default=frozenset()
 
 @contextmanager
 def skip_certificates(*names: str) -> Iterator[None]:
-    """Leave certificates out, by name, where their price is not worth it.
+    """Skip certificates by name, to save their cost.
 
     Args:
         names: of "rows", "values", "company", "forward", "derivative".
@@ -75,7 +75,7 @@ def skip_certificates(*names: str) -> Iterator[None]:
 
 @contextmanager
 def made_certificates() -> Iterator[list[Certificate]]:
-    """Collect the certificates that are made meanwhile, of whatever function.
+    """Collect all certificates that are made within the context, of any function.
 
     Example:
         >>> import torch
@@ -94,18 +94,18 @@ def made_certificates() -> Iterator[list[Certificate]]:
 
 
 def runs(name: str) -> bool:
-    """Tell whether a certificate is to be made."""
+    """Return whether a certificate is not skipped."""
     return name not in _skipped.get()
 
 
 def certificates(f: Function) -> tuple[Certificate, ...]:
-    """List what was certified of f: of each name and wording, what was furthest off.
+    """List f's certificates: for each name and bound, the one with the largest error.
 
     Args:
-        f: (params, batch) -> [n], after it was computed with.
+        f: (params, batch) -> [n], after use.
 
     Returns:
-        Certificates, in the order in which they were first made; none where nothing was computed.
+        Certificates, in the order in which they were first made; empty before any use.
 
     Example:
         >>> import torch
@@ -125,19 +125,19 @@ def certificates(f: Function) -> tuple[Certificate, ...]:
 
 
 def note(f: Function, params: Tree, batch: Any, certificate: Certificate) -> None:
-    """Remember a certificate that was made elsewhere."""
+    """Cache a certificate that was made elsewhere."""
     keep(known_of(f, params, batch), certificate)
 
 
 def keep(known: Known, certificate: Certificate) -> None:
-    """Remember a certificate, and hand it to whoever collects them."""
+    """Cache a certificate, and append it to the lists of `made_certificates`."""
     known.certificates.append(certificate)
     for made in _collecting.get():
         made.append(certificate)
 
 
 def known_of(f: Any, params: Tree, batch: Any = None) -> Known:
-    """What is known of f on parameters and batches like these."""
+    """Return the cached results of f for parameters and batches like these."""
     leaves = tuple((name, leaf.shape, leaf.dtype, leaf.device) for name, leaf in params.items())
     return _remembered(f).setdefault((leaves, _kind(batch)), Known())
 
@@ -145,12 +145,12 @@ def known_of(f: Any, params: Tree, batch: Any = None) -> Known:
 def _remembered(f: Any) -> dict[Hashable, Known]:
     try:
         return _known.setdefault(f, {})
-    except TypeError:  # f cannot be remembered: it has no hash, or takes no weak reference
+    except TypeError:  # f has no hash, or takes no weak reference
         return {}
 
 
 def _kind(batch: Any) -> Hashable:
-    """What batches of one kind share: their structure, and the shape of a row where it is not tokens."""
+    """Return the key of a kind of batch: its structure, and the shape of a row except for tokens."""
     leaves, spec = pytree.tree_flatten(batch, is_leaf=lambda node: isinstance(node, Sequences))
     rows = [leaf.shape[1:] if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves]
     return str(spec), *rows

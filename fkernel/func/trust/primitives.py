@@ -1,9 +1,9 @@
 """Normalizations written out in elementary operations, for second derivatives.
 
-torch's fused layer_norm and batch_norm keep their mean and 1/σ as constants in their forward-mode rule. One jvp is
-right; a jvp of a jvp then lacks the terms through mean and σ, silently (pytorch issues 196700 and 196699: on a small
-GPT-2 the curvature was 51 % off). Under `elementary()` layer_norm is composed of mean, square and root, whose rules are
-right at any order, and what cannot be composed here is refused.
+torch's fused layer_norm and batch_norm treat mean and 1/σ as constants in their forward-mode rule. A jvp is correct; a
+jvp of a jvp silently lacks the terms through mean and σ (pytorch issues 196700 and 196699: on a small GPT-2 the
+curvature was 51 % off). Under `elementary()` layer_norm is composed of mean, square and root, whose rules are correct
+at any order, and other normalizations over batch statistics are refused.
 """
 
 from __future__ import annotations

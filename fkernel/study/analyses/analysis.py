@@ -1,7 +1,7 @@
-"""What an analysis is, as a plan asks for it. Each has a file of its own in this folder; `registry` lists them.
+"""The interface of analyses. Each has a file in this folder; `registry` lists them.
 
-The mathematics is in `fkernel.analysis`, as pure functions; a file here has the configuration that a plan may give, and
-what is read of a context, computed and kept. `fkernel.report` shows it.
+The mathematics is in `fkernel.analysis`, as pure functions; a file here has the plan's configuration, and computes the
+result from a context. `fkernel.report` shows it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fkernel.study.outcome import AnalysisResult
 
 
 def _switched(value: Any) -> Any:
-    """`true` asks for an analysis with its defaults, `false` for none."""
+    """`true` is an analysis with its defaults, `false` is none."""
     return {} if value is True else None if value is False else value
 
 
@@ -27,32 +27,32 @@ NAME = r"^[\w.-]+$"
 
 
 class Accumulator:
-    """An analysis that takes rows of K, or the gradients of E, as they come; it is made of (context, config)."""
+    """An analysis of blocks of rows of K, or of E's gradients; constructed as (context, config)."""
 
     def ask(self, walk: ProductSpec) -> ProductSpec:
-        """Add what it asks of the walk over E's and U's gradients."""
+        """Add its products to those of the pass over E's and U's gradients."""
         return walk
 
     def add(self, block: KernelBlock) -> None:
-        """Take some rows."""
+        """Add a block of rows."""
         raise NotImplementedError
 
     def result(self) -> AnalysisResult:
-        """End the analysis, once all rows were taken."""
+        """The result, after the last block."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """One question that a plan may ask. Either `compute` or `accumulator` is given.
+    """One analysis. Either `compute` or `accumulator` is given.
 
     Attributes:
-        columns: names of the arrays that it leaves in `kernel.npz`; `*` stands for any characters.
-        compute: (context, config) -> AnalysisResult, once all effects are known.
-        accumulator: (context, config) -> Accumulator, for what is made of rows of K while they are there.
-        check: (context, config) raises where the plan names what is not there, before any row is computed.
-        several: whether a plan gives a tuple of configurations, each with a name and a result of its own.
-        own_rows: whether its rows are of something else than the sequences of E.
+        columns: names of its arrays in `kernel.npz`; `*` matches any characters.
+        compute: (context, config) -> AnalysisResult, called after all effects are computed.
+        accumulator: (context, config) -> Accumulator, which reads blocks of rows of K.
+        check: (context, config) raises for unknown names in the plan, before any row is computed.
+        several: whether a plan gives a tuple of named configurations, with a result each.
+        own_rows: whether its rows are not the sequences of E.
     """
 
     columns: tuple[str, ...]
@@ -64,7 +64,7 @@ class Analysis:
 
 
 def without_nan(facts: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN: what is not defined is None.
+    """Replace NaN, which JSON lacks, by None.
 
     Example:
         >>> without_nan({"r": float("nan"), "slope": 1.0})

@@ -1,4 +1,4 @@
-"""What an analysis is given: a request that is being answered, or U itself."""
+"""The inputs of an analysis: of a request, or of U itself."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ from fkernel.rollout import GeneratedBatch
 from fkernel.shapes import Tensor, Tree
 from fkernel.study.analyses.failures import AnalysisUnavailable
 from fkernel.study.config.capture import CapturePlan
+from fkernel.study.loss_terms import PART
 from fkernel.study.rows import MemoryBudget, Policy
 from fkernel.study.workspace import KernelWorkspace
 
 
 @dataclass(eq=False)
 class RequestContext:
-    """A request in the middle of being answered.
+    """The inputs of a request's analyses, and the effects computed so far.
 
     Attributes:
         batch: E.
-        E: its tokens, where the parameters are.
+        E: its tokens, on the parameters' device.
         workspace: U.
         policy: the checkpoint.
         taken: Δθ; None where there is no optimizer state, or P is not calibrated.
-        grant: what may be under way at once.
-        capture: what is kept.
+        grant: the microbatch and the memory limit.
+        capture: what is stored.
         weights: [n_U] c·w·A of this request.
         advantages: others than the step's own, as `KernelWorkspace.weights_with` takes them; or None.
         strict: whether an id that this request lacks is an error.
-        effects: those that are known so far, by name.
+        effects: those computed so far, by name.
     """
 
     batch: GeneratedBatch
@@ -51,7 +52,7 @@ class RequestContext:
 
     @property
     def overridden(self) -> bool:
-        """Whether the request has other advantages than the step that was taken."""
+        """Whether the request's advantages differ from the step's."""
         return self.advantages is not None
 
     @property
@@ -83,27 +84,34 @@ class RequestContext:
 
     @cached_property
     def after(self) -> Tree:
-        """The selected parameters after the step: where it was really taken, or as it is executed here."""
-        return self.policy.after or tree.add(self.policy.params, self.step.total)
+        """The selected parameters after the step: loaded, or else θ + Δθ as it was executed."""
+        return self.policy.after or tree.add(self.policy.params, self.policy.step or self.step.total)
 
     @property
     def like(self) -> Tensor:
-        """A parameter: where numbers are, and in what dtype."""
+        """A parameter, for its device and dtype."""
         return next(iter(self.policy.params.values()))
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what is computed."""
+        """The parameters' dtype."""
         return self.like.dtype
 
     @cached_property
     def vectors(self) -> dict[str, Tree]:
-        """{what: v}: ⟨ḡ_e, v⟩ is what it did to E; momentum and decay, and the KL term where the loss has one."""
+        """{name: v}: the effect of v is ⟨ḡ_e, v⟩. Momentum and decay; parts of the loss; what arithmetic and more did.
+
+        Of a request with other advantages than the step's, the parts that no column has.
+        """
         vectors = {} if self.taken is None else {"momentum": self.taken.momentum, "decay": self.taken.decay}
-        return vectors if self.added is None else vectors | {"penalty": self.added}
+        loss = self.workspace.loss
+        parts = {} if loss is None else loss.beside_columns if self.overridden else loss.parts
+        P, c = self.workspace.P, self.workspace.clip
+        vectors |= {PART + part: P(tree.scale(c, v)) for part, v in parts.items()}
+        return vectors if self.overridden else vectors | self.policy.departures
 
     def measured(self, f: Any, E: Any, before: Tensor | None = None) -> dict[str, Tensor]:
-        """Measure what the step did to any f, as far as it is to be captured; nothing where there is no step.
+        """Measure the step's effect on any f, as the capture asks; {} where there is no step.
 
         realised = f(θ', φ') − f(θ, φ),  unselected = f(θ', φ') − f(θ', φ);  θ: selected parameters, φ: the others
         curvature = ½ Δθᵀ∇²f(θ)Δθ
@@ -114,23 +122,22 @@ class RequestContext:
             before: [n] f(θ, φ) float64; None for S of the request itself.
 
         Returns:
-            {"curvature": [n], "realised": [n]}, and {"unselected": [n]} where parameters moved that the plan does not
-            select.
+            {"curvature": [n], "realised": [n]}, and {"unselected": [n]} where unselected parameters changed.
         """
-        found: dict[str, Tensor] = {}
+        effects: dict[str, Tensor] = {}
         if self.taken is None or self.overridden:
-            return found
+            return effects
         if self.capture.curvature:
             curvature = func.curvature(f, self.grant.microbatch)
-            found["curvature"] = 0.5 * curvature(self.policy.params, E, self.taken.total)
+            effects["curvature"] = 0.5 * curvature(self.policy.params, E, self.taken.total)
         if not self.capture.realised:
-            return found
+            return effects
         m, rest = self.grant.microbatch, self.policy.unselected()
         own = (evaluated(f, self.after, E, m) - (self.before if before is None else before)).to(self.dtype)
         if not rest.after:
-            return found | {"realised": own}
+            return effects | {"realised": own}
         others = realised_change(f, {**self.after, **rest.before}, {**self.after, **rest.after}, E, microbatch=m)
-        return found | {"realised": own + others, "unselected": others}
+        return effects | {"realised": own + others, "unselected": others}
 
     @cached_property
     def before(self) -> Tensor:
@@ -138,29 +145,21 @@ class RequestContext:
         return evaluated(self.policy.f, self.policy.params, self.E, self.grant.microbatch)
 
     @cached_property
-    def added(self) -> Tree | None:
-        """P c · the KL term's share of the ascent: what it moves the parameters by; None where the loss has none."""
-        loss = self.workspace.loss
-        if loss is None or loss.penalty is None:
-            return None
-        return self.workspace.P(tree.scale(self.workspace.clip, loss.penalty))
-
-    @cached_property
     def gradient(self) -> Tree:
-        """g = c ∇L of the step that was taken."""
+        """g = c ∇L of the step."""
         return tree.scale(-self.workspace.clip, self.workspace.ascent(self.policy.params))
 
 
 @dataclass(frozen=True, eq=False)
 class UpdateContext:
-    """U, where it is asked about itself.
+    """The inputs of analyses of U itself.
 
     Attributes:
         workspace: U.
         policy: the checkpoint.
-        grant: what may be under way at once.
+        grant: the microbatch and the memory limit.
         step: Δθ; None where there is no optimizer state.
-        seed: of what is drawn.
+        seed: of random draws.
     """
 
     workspace: KernelWorkspace
@@ -171,5 +170,5 @@ class UpdateContext:
 
     @property
     def after(self) -> Tree | None:
-        """The selected parameters after the step; None where there is none."""
+        """The selected parameters after the step; None without a step."""
         return self.policy.after or (self.step and tree.add(self.policy.params, self.step.total))

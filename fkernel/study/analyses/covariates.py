@@ -1,4 +1,4 @@
-"""What changes go with: length, entropy, reward, log-probability; and what still does once length is taken out."""
+"""Correlation of changes with length, entropy, reward and log-probability; partial ones given length."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from fkernel.study.outcome import AnalysisResult
 
 
 def compute(context: RequestContext, config: bool = True) -> AnalysisResult:
-    """Correlate what U did to E, and its size, with plain numbers of E's sequences."""
+    """Correlate U's effect on E, and its size, with covariates of E's sequences."""
     if len(context.batch) < 3:
         raise AnalysisUnavailable("it needs three sequences or more")
     numbers, batch = numbers_of(context.batch), context.effects["batch"].double().cpu()
-    about = {"influence": batch, "size": batch.abs()}
+    changes = {"influence": batch, "size": batch.abs()}
     if "realised" in context.effects:
-        about["realised"] = context.effects["realised"].double().cpu()
+        changes["realised"] = context.effects["realised"].double().cpu()
     table = {
-        what: {name: one._asdict() for name, one in correlations(values, numbers).items()}
-        for what, values in about.items()
+        change: {name: correlation._asdict() for name, correlation in correlations(values, numbers).items()}
+        for change, values in changes.items()
     }
     return AnalysisResult({}, {"correlations": table, "given": "length"})
 

@@ -1,6 +1,6 @@
-"""What may go wrong in one analysis of a plan: it is skipped, with its reason and a warning, and the others are made.
+"""Error handling of analyses: one that fails is skipped with its reason and a warning, and the others go on.
 
-What a plan names and is not there is an error all the same.
+An unknown name in the plan is still an error.
 """
 
 from __future__ import annotations
@@ -16,36 +16,36 @@ from fkernel.errors import FKernelError, NonFiniteError, PlanError, RolloutError
 from fkernel.study.outcome import SKIPPED, AnalysisResult
 
 FAILURES = (FKernelError, ArithmeticError, torch.linalg.LinAlgError, np.linalg.LinAlgError)  # pyright: ignore
-"""What may go wrong in one analysis and is no reason to lose the others."""
+"""Exceptions that skip one analysis."""
 MISTAKES = (PlanError, RolloutError)
-"""What is wrong with the plan: an id, a rule or a function that is not there."""
+"""Exceptions about the plan (an unknown id, rule or function), which are raised."""
 
 
 class AnalysisUnavailable(Exception):
-    """An analysis lacks what it needs; the message says what."""
+    """An analysis lacks an input; the message says which."""
 
 
 def skipped(why: Exception | str) -> AnalysisResult:
-    """Record that an analysis was asked for and could not be made."""
+    """The result of an analysis that was skipped."""
     return AnalysisResult({}, {SKIPPED: str(why)})
 
 
 def tried(
     name: str, whose: str, do: Callable[[], Any], ids: Sequence[str] | None = None
 ) -> tuple[Any, AnalysisResult | None]:
-    """Do a part of one analysis.
+    """Run a part of one analysis.
 
     Args:
         name: the analysis's, for the warning.
         whose: "the request's" or "the update batch's".
-        do: what is done.
-        ids: of the sequences whose rows an error may name; None where its rows are of something else.
+        do: the part.
+        ids: of the sequences whose rows an error may name; None where rows are not sequences.
 
     Returns:
-        (what `do` gives, None), or (None, why the analysis is skipped).
+        (the result of `do`, None), or (None, the skipped analysis's result).
 
     Raises:
-        PlanError, RolloutError: the plan names what is not there.
+        PlanError, RolloutError: the plan has an unknown name.
     """
     try:
         return do(), None
@@ -60,7 +60,7 @@ def tried(
 
 
 def _described(error: Exception, ids: Sequence[str] | None) -> str:
-    """What an error says, with the id of the sequence that it names by its row."""
+    """An error's message, with the id of the sequence of its row."""
     if ids is not None and isinstance(error, NonFiniteError) and error.row is not None and error.row < len(ids):
         return f"{ids[error.row]}: {error}"
     return str(error) or type(error).__name__

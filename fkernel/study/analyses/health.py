@@ -1,4 +1,4 @@
-"""What P rests on: coordinates that the optimizer hardly knows, and how much of the kernel's trace they carry."""
+"""Coordinates with a tiny second moment, and their share of the kernel's trace."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fkernel.study.outcome import AnalysisResult
 
 
 def compute(context: UpdateContext, config: bool = True) -> AnalysisResult:
-    """Tell what P rests on."""
+    """Shares of coordinates with a small or zero second moment."""
     workspace, policy = context.workspace, context.policy
     if policy.state is None or workspace.P.d is None:
         raise AnalysisUnavailable("it needs an optimizer's second moment, and a preconditioner made of it")

@@ -1,4 +1,4 @@
-"""Other quantities than log π of a request, each with contributions of U, momentum, decay and its change."""
+"""Other quantities than log π of a request: contributions of U, momentum, decay, and the realised change."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from fkernel.study.analyses.context import RequestContext
 from fkernel.study.analyses.failures import AnalysisUnavailable
 from fkernel.study.config.base import CheckpointPlan, Strict
 from fkernel.study.diagnostics import top_contributors
+from fkernel.study.loss_terms import with_parts
 from fkernel.study.outcome import AnalysisResult
 from fkernel.study.rows import walked
 
@@ -28,10 +29,10 @@ OBSERVABLE = "a function that makes an observable: (apply, temperature) -> f"
 
 
 class ObservablePlan(Strict):
-    """Something else than log π that the step changed.
+    """Another quantity than log π that the step changes.
 
     Attributes:
-        name: what results call it.
+        name: its name in results.
         kind: "entropy", the mean over the response; "kl" to a reference, summed over it; "log_odds" of two sequences of
             the request; "expected_reward" over the sequences of a prompt, as a finite set of answers; or "function".
         reference: the reference's checkpoint, of kind kl.
@@ -55,7 +56,7 @@ class ObservablePlan(Strict):
 
 
 class Observable(NamedTuple):
-    """A function, what it takes, and what its rows are called."""
+    """A function, its inputs, and the names of its rows."""
 
     f: Any
     batch: Any
@@ -66,14 +67,14 @@ def compute(context: RequestContext, config: ObservablePlan) -> AnalysisResult:
     """Explain an observable as log π is explained.
 
     Raises:
-        RolloutError: a pair names a sequence that is not there, where strict.
-        FKernelError: the observable cannot be made, or is none.
+        RolloutError: a pair names an unknown sequence, where strict.
+        FKernelError: the observable cannot be created, or is not one.
     """
-    f, E, rows = _made(context, config)
+    f, E, rows = observable_of(context, config)
     p, m, n = context.policy._replace(f=f), context.grant.microbatch, len(rows)
     check_side("E", f, p.params, E)
     k, like = min(context.capture.top_k, len(context.weights)), partial(torch.zeros, dtype=torch.float64)
-    vectors = {name: v for name, v in context.vectors.items() if name == "penalty" or not context.overridden}
+    vectors = context.vectors
     arrays: dict[str, Tensor] = {"batch": like(n), "top": torch.zeros(n, k, dtype=torch.int64)}
     arrays |= {"top_contributions": like(n, k), **{name: like(n) for name in vectors}}
     if context.capture.kernel:
@@ -88,6 +89,7 @@ def compute(context: RequestContext, config: ObservablePlan) -> AnalysisResult:
             arrays[name][block.at] = block.rows(name)
         if context.capture.kernel:
             arrays["contributions"][block.at] = C
+    arrays |= with_parts(arrays, context.workspace.loss)
     arrays["value"] = func.evaluate(f, m)(p.params, E)
     arrays |= context.measured(f, E, arrays["value"])
     return AnalysisResult(
@@ -95,7 +97,8 @@ def compute(context: RequestContext, config: ObservablePlan) -> AnalysisResult:
     )
 
 
-def _made(context: RequestContext, config: ObservablePlan) -> Observable:
+def observable_of(context: RequestContext, config: ObservablePlan) -> Observable:
+    """Make the function, its inputs and the names of its rows."""
     apply, temperature, ids = context.policy.apply, context.policy.temperature, context.batch.ids
     match config.kind:
         case "entropy":
@@ -115,22 +118,22 @@ def _made(context: RequestContext, config: ObservablePlan) -> Observable:
 
 
 def _odds(context: RequestContext, config: ObservablePlan) -> Observable:
-    place = {name: i for i, name in enumerate(context.batch.ids)}
-    pairs = [pair for pair in config.pairs or () if {*pair} <= {*place}]
-    if context.strict and (unknown := [name for pair in config.pairs or () for name in pair if name not in place]):
-        raise RolloutError(f"observables.{config.name}: {unknown[0]!r} is none of this request's {listing([*place])}.")
+    row_of = {name: i for i, name in enumerate(context.batch.ids)}
+    pairs = [pair for pair in config.pairs or () if {*pair} <= {*row_of}]
+    if context.strict and (unknown := [name for pair in config.pairs or () for name in pair if name not in row_of]):
+        raise RolloutError(f"observables.{config.name}: {unknown[0]!r} is none of this request's {listing([*row_of])}.")
     if not pairs:
         raise AnalysisUnavailable(f"none of the pairs of {config.name!r} is of this request")
-    first, second = (take(context.E, torch.tensor([place[pair[i]] for pair in pairs])) for i in (0, 1))
+    first, second = (take(context.E, torch.tensor([row_of[pair[i]] for pair in pairs])) for i in (0, 1))
     return Observable(func.log_odds(context.policy.apply, context.policy.temperature), func.Pair(first, second), [
         f"{a} | {b}" for a, b in pairs
     ])  # fmt: skip
 
 
 def _rewards(context: RequestContext) -> Observable:
-    """The different completions of a prompt are its answers; every prompt has as many completions.
+    """Expected reward over the distinct completions of a prompt; every prompt must have as many completions.
 
-    Completions of one text are one answer, as it was first written: it is the text that is read and rewarded.
+    Completions with equal texts are one answer, the first of them, since rewards are of texts.
     """
     prompts: dict[str, list[int]] = {}
     for i, record in enumerate(context.batch):
@@ -148,14 +151,16 @@ def _rewards(context: RequestContext) -> Observable:
         [*{context.batch.records[i].response: i for i in reversed(rows)}.values()] for rows in prompts.values()
     ]
     most = max(map(len, different))
-    table = torch.tensor([rows + rows[:1] * (most - len(rows)) for rows in different])  # a repetition counts once
+    table = torch.tensor(
+        [rows + rows[:1] * (most - len(rows)) for rows in different]
+    )  # padded with repetitions, which count once
     answers = tuple(take(context.E, table[:, k]) for k in range(table.shape[1]))
     f = func.expected_reward(context.policy.apply, context.policy.temperature)
     return Observable(f, func.Answers(answers, rewards[table].to(context.like)), [*prompts])
 
 
 OBSERVABLES = Analysis(
-    ("value", "batch", "penalty", "momentum", "decay", "curvature", "realised", "unselected", "top",
-     "top_contributions", "contributions"),
+    ("value", "batch", "part.*", "momentum", "decay", "arithmetic", "unexplained", "curvature", "realised",
+     "unselected", "top", "top_contributions", "contributions"),
     compute=compute, several=True, own_rows=True,
 )  # fmt: skip

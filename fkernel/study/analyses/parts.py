@@ -11,7 +11,7 @@ from fkernel.engine import KernelBlock
 from fkernel.func import by_kind, by_layer
 from fkernel.func.handles import ProductSpec
 from fkernel.shapes import Tensor
-from fkernel.study.analyses.analysis import Accumulator, Analysis
+from fkernel.study.analyses.analysis import Accumulator, Analysis, without_nan
 from fkernel.study.analyses.context import RequestContext
 from fkernel.study.outcome import AnalysisResult
 
@@ -20,18 +20,18 @@ class PartsAccumulator(Accumulator):
     """K·A, contributions and norms by layer and by kind of parameter."""
 
     def __init__(self, context: RequestContext, config: bool = True) -> None:
-        """Begin with nothing."""
+        """Start with no groups."""
         self.context, self.names = context, [*context.policy.params]
         self.sums: dict[str, dict[str, Tensor]] = {"kind": {}, "layer": {}}
         self.norms: dict[str, dict[str, Tensor]] = {"kind": {}, "layer": {}}
         self.contributions: dict[str, dict[str, Tensor]] = {"kind": {}, "layer": {}}
 
     def ask(self, walk: ProductSpec) -> ProductSpec:
-        """Ask for every sum part by part."""
+        """Split every sum by part."""
         return walk._replace(key=by_part)
 
     def add(self, block: KernelBlock) -> None:
-        """Take some rows."""
+        """Add a block of rows."""
         context, n = self.context, len(self.context.batch)
         for view, key in (("kind", by_kind), ("layer", by_layer)):
             for group, K in summed(block.parts(), self.names, key).items():
@@ -43,7 +43,7 @@ class PartsAccumulator(Accumulator):
                 _into(self.norms[view], group, n)[block.at] = plain
 
     def result(self) -> AnalysisResult:
-        """Stack the groups; arrays have them first."""
+        """Stack the groups along axis 0."""
         arrays: dict[str, Any] = {}
         facts: dict[str, Any] = {}
         for view in ("kind", "layer"):
@@ -54,8 +54,7 @@ class PartsAccumulator(Accumulator):
             for name, table in stored:
                 if table[view]:
                     arrays[f"{view}_{name}"] = torch.stack([*table[view].values()]).numpy()
-        gone = missed(self.sums["kind"])
-        facts["missed"] = None if gone != gone else gone
+        facts |= without_nan({"missed": missed(self.sums["kind"])})
         return AnalysisResult(arrays, facts)
 
 

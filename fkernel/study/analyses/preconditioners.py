@@ -1,4 +1,4 @@
-"""Influences under other preconditioners, held against the change that really happened."""
+"""Influences under other preconditioners, compared with the realised change."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from fkernel.study.analyses.failures import AnalysisUnavailable
 from fkernel.study.outcome import AnalysisResult
 
 PreconditionerName = Literal["identity", "frozen", "post-step", "adamw", "rmsprop", "adafactor", "lion", "muon"]
-"""What `fkernel.precond.alternatives` knows."""
+"""Names that `fkernel.precond.alternatives` accepts."""
 
 
 def compute(context: RequestContext, config: Collection[str]) -> AnalysisResult:
-    """Hold influences under several preconditioners against the realised change."""
+    """Compare influences under several preconditioners with the realised change."""
     p = context.policy
     step, realised = context.step, context.effect("realised")
     if len(realised) < 2:
@@ -33,10 +33,10 @@ def compute(context: RequestContext, config: Collection[str]) -> AnalysisResult:
     others = others + context.effects.get("unselected", 0.0)
     agreements = compare(p.f, p.params, context.E, ascent, P, realised, others, microbatch=context.grant.microbatch)
     table = {
-        name: without_nan({"realised": one.realised, "of_batch": one.of_batch, "rank": one.rank})
-        for name, one in agreements.items()
+        name: without_nan({"realised": a.realised, "of_batch": a.of_batch, "rank": a.rank})
+        for name, a in agreements.items()
     }
-    influences = torch.stack([one.influence for one in agreements.values()])
+    influences = torch.stack([agreement.influence for agreement in agreements.values()])
     return AnalysisResult({"influence": influences.cpu().numpy()}, {"names": [*config], "agreement": table})
 
 

@@ -1,7 +1,6 @@
-"""All analyses: what a plan may ask of a request and of U itself, a key each, and what answers it.
+"""The registry of analyses, of requests and of U itself.
 
-A key is the same in a plan, in results and in the report; the order here is that of results. CONTRIBUTING says how to
-add one.
+Keys are the same in plans, results and reports; the order is that of results. CONTRIBUTING says how to add one.
 """
 
 from __future__ import annotations
@@ -37,23 +36,23 @@ ANALYSES: Mapping[str, Analysis] = MappingProxyType({
     "uncertainty": UNCERTAINTY,
     "covariates": COVARIATES,
 })  # fmt: skip
-"""Of a request."""
+"""Analyses of a request."""
 UPDATE_ANALYSES: Mapping[str, Analysis] = MappingProxyType({"health": HEALTH, "structure": STRUCTURE})
-"""Of U itself."""
+"""Analyses of U itself."""
 
 
 class RequestAnalyses(Strict):
-    """What is asked of a request beside its effects.
+    """The analyses of a request.
 
     Attributes:
-        ledger: the change as a sum that closes, with its rounding floor.
-        sweep: the step at several sizes, predicted and taken.
-        tokens: the change of every token, and of the entropy where it was drawn.
+        ledger: the realised change as a sum of terms, with its rounding floor.
+        sweep: the step at several sizes, predicted and measured.
+        tokens: the change of every token, and of the entropy at its position.
         parts: K·A and norms by layer and by kind of parameter.
         observables: other quantities than log π.
-        counterfactuals: steps that were not taken.
-        preconditioners: names of `fkernel.precond.alternatives`, whose influences are held against the realised change.
-        uncertainty: intervals by prompt, and which contributors could be chance.
+        counterfactuals: steps under other advantages, clipping or learning rate.
+        preconditioners: names of `fkernel.precond.alternatives`, compared with the realised change.
+        uncertainty: intervals by prompt, and significance of contributors.
         covariates: correlation of the change with length, entropy, reward and log-probability.
     """
 
@@ -70,22 +69,22 @@ class RequestAnalyses(Strict):
     @model_validator(mode="after")
     def _named(self) -> RequestAnalyses:
         for what in (name for name, analysis in ANALYSES.items() if analysis.several):
-            names = [one.name for one in getattr(self, what)]
+            names = [config.name for config in getattr(self, what)]
             if twice := [name for name in names if names.count(name) > 1]:
                 raise ValueError(f"two {what} have the name {twice[0]!r}; give each one of its own (name:)")
         return self
 
     @property
     def of_rows(self) -> bool:
-        """Whether something is asked that needs rows of K, or the gradients of E."""
+        """Whether an analysis needs rows of K, or the gradients of E."""
         return any(analysis.accumulator is not None for _, analysis, _ in spec_of(self, ANALYSES))
 
 
 class AnalysesPlan(RequestAnalyses):
-    """The same for all requests that do not say; and what is asked of U itself.
+    """The default analyses of requests, and the analyses of U itself.
 
     Attributes:
-        health: what P rests on: coordinates that were never seen, and how much of the kernel's trace they carry.
+        health: coordinates with a small or zero second moment, and their share of the kernel's trace.
         structure: principal components, clusters and exemplars of U.
     """
 
@@ -94,10 +93,10 @@ class AnalysesPlan(RequestAnalyses):
 
 
 def spec_of(plan: RequestAnalyses, analyses: Mapping[str, Analysis]) -> Iterator[tuple[str, Analysis, Any]]:
-    """Yield (what results call it, the analysis, its configuration) of all that a plan asks for."""
+    """Yield (name in results, analysis, configuration) for all analyses of a plan."""
     for name, analysis in analyses.items():
         config = getattr(plan, name)
         if analysis.several:
-            yield from ((f"{name}.{one.name}", analysis, one) for one in config)
+            yield from ((f"{name}.{each.name}", analysis, each) for each in config)
         elif config:
             yield name, analysis, config

@@ -1,6 +1,6 @@
-"""All analyses that a plan asks for: those of a request, some of which take rows as they come, and those of U.
+"""Run the analyses of a plan: those of a request, some of them on blocks of rows, and those of U.
 
-One that fails is skipped, and the others are answered; see `fkernel.study.analyses.failures`.
+One that fails is skipped; see `fkernel.study.analyses.failures`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from fkernel.study.outcome import AnalysisResult
 
 
 class AnalysisRunner:
-    """What is asked of a request beside its effects, while it is being answered."""
+    """Runs the analyses of one request."""
 
     def __init__(self, plan: RequestAnalyses, context: RequestContext) -> None:
-        """Begin all that is asked; what the plan names and is not there is an error now, and not after all rows."""
+        """Create all accumulators; unknown names in the plan raise here, before any row is computed."""
         self.context = context
         self.spec = {name: (analysis, config) for name, analysis, config in spec_of(plan, ANALYSES)}
         for analysis, config in self.spec.values():
@@ -36,52 +36,52 @@ class AnalysisRunner:
         self.skipped: dict[str, AnalysisResult] = {}
 
     def ask(self, walk: ProductSpec) -> ProductSpec:
-        """Add what the analyses of rows ask of the walk; one that cannot say it is skipped."""
+        """Add the accumulators' products; one that fails is skipped."""
         for name, accumulator in self._accumulating():
-            more = self._tried(name, partial(accumulator.ask, walk))
-            walk = walk if name in self.skipped else more
+            extended = self._tried(name, partial(accumulator.ask, walk))
+            walk = walk if name in self.skipped else extended
         return walk
 
     def add(self, block: KernelBlock) -> None:
-        """Take some rows; what fails takes no more of them."""
+        """Pass a block to the accumulators; one that fails is skipped from then on."""
         for name, accumulator in self._accumulating():
             self._tried(name, partial(accumulator.add, block))
 
     def results(self) -> dict[str, AnalysisResult]:
-        """Make everything that was asked; what lacks something says what."""
+        """The results of all analyses, skipped ones included."""
         return {name: self.skipped.get(name) or self._result(name) for name in self.spec}
 
     def _accumulating(self) -> Iterator[tuple[str, Accumulator]]:
-        return ((name, one) for name, one in self.accumulators.items() if name not in self.skipped)
+        return ((name, a) for name, a in self.accumulators.items() if name not in self.skipped)
 
     def _result(self, name: str) -> AnalysisResult:
         analysis, config = self.spec[name]
         if name in self.accumulators:
-            made: AnalysisResult = self._tried(name, self.accumulators[name].result)
+            result: AnalysisResult = self._tried(name, self.accumulators[name].result)
         else:
             assert analysis.compute is not None
-            made = self._tried(name, partial(analysis.compute, self.context, config))
-        return self.skipped.get(name, made)
+            result = self._tried(name, partial(analysis.compute, self.context, config))
+        return self.skipped.get(name, result)
 
     def _tried(self, name: str, do: Callable[[], Any]) -> Any:
-        """Do a part of one analysis; where it fails, record why the analysis is skipped."""
+        """Run a part of one analysis; where it fails, record the reason."""
         ids = None if self.spec[name][0].own_rows else self.context.batch.ids
-        made, skipped = tried(name, "the request's", do, ids)
+        result, skipped = tried(name, "the request's", do, ids)
         if skipped is not None:
             self.skipped[name] = skipped
-        return made
+        return result
 
 
 def update_results(plan: AnalysesPlan, context: UpdateContext) -> dict[str, AnalysisResult]:
-    """Make the analyses of U that a plan asks for.
+    """Run the analyses of U that a plan asks for.
 
     Raises:
-        PlanError: something is asked for that there is not.
+        PlanError: as an analysis raises it.
     """
     results = dict[str, AnalysisResult]()
     for name, analysis, config in spec_of(plan, UPDATE_ANALYSES):
         assert analysis.compute is not None
         make = partial(analysis.compute, context, config)
-        made, skipped = tried(name, "the update batch's", make, context.workspace.batch.ids)
-        results[name] = skipped or made
+        result, skipped = tried(name, "the update batch's", make, context.workspace.batch.ids)
+        results[name] = skipped or result
     return results

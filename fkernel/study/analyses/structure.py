@@ -1,4 +1,4 @@
-"""What U is made of: principal components and clusters of K_UU, and how far it turns in the step."""
+"""Principal components and clusters of K_UU, and its alignment with K_UU after the step."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from fkernel.study.workspace import tokens_of
 
 
 class StructurePlan(Strict):
-    """What U is made of: principal components and clusters of K_UU, and how far it turns in a step."""
+    """Principal components and clusters of K_UU, and its alignment with K_UU after the step."""
 
     components: int | None = Field(None, ge=1, description="three, or as many as there are sequences")
     clusters: int | None = Field(None, ge=1, description="eight, or as many as there are sequences")
-    alignment: bool = Field(False, description="with K_UU after the step; one more gradient a sequence of U")
+    alignment: bool = Field(False, description="with K_UU after the step; one more gradient per sequence of U")
 
 
 def compute(context: UpdateContext, config: StructurePlan) -> AnalysisResult:
-    """Find principal components, clusters and exemplars of U; and how far its kernel turns in the step.
+    """Compute principal components, clusters and exemplars of U, and the kernel alignment across the step.
 
     Raises:
-        PlanError: there are fewer sequences than components or clusters, or there is no step to align with.
+        PlanError: fewer sequences than components or clusters, or no step for the alignment.
     """
     workspace, policy, grant = context.workspace, context.policy, context.grant
     K, n = workspace.self_kernel(self_strategy(grant.memory, workspace, policy)), len(workspace.batch)

@@ -1,4 +1,4 @@
-"""The step at several sizes, predicted and taken: how far a prediction carries."""
+"""The step at several sizes, predicted and measured: where predictions stop holding."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class SweepPlan(Strict):
     scales: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         DECADES, min_length=1, description="multiples of the step"
     )
-    within: float = Field(0.01, gt=0, description="relative error up to which a prediction is said to hold")
+    within: float = Field(0.01, gt=0, description="relative error up to which a prediction holds")
 
 
 def compute(context: RequestContext, config: SweepPlan) -> AnalysisResult:
-    """Predict and take the step at several sizes."""
+    """Predict and measure the step at several sizes."""
     p, m = context.policy, context.grant.microbatch
     sweep = step_sweep(p.f, p.params, context.E, context.step.total, config.scales, microbatch=m)
     arrays = {name: value.cpu().numpy() for name, value in sweep._asdict().items()}

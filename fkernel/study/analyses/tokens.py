@@ -1,6 +1,6 @@
-"""Tokens of a request: which of them moved, and which tokens of U moved them; E's side at the nodes of the step's path.
+"""Predicted change of every token of E, and token × token kernels; E's gradients are at the nodes of the step's path.
 
-A row's changes add up to the prediction of its sequence, a pair's entries to its contribution.
+A sequence's token changes add up to its prediction, a pair's entries to its contribution.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from fkernel.study.workspace import tokens_of
 
 
 class TokensPlan(Strict):
-    """Changes of every token; and token × token kernels of some pairs."""
+    """The change of every token, and token × token kernels of some pairs."""
 
     pairs: tuple[tuple[str, str], ...] = Field((), description="[E id, U id]")
 
 
 def compute(context: RequestContext, config: TokensPlan) -> AnalysisResult:
-    """Predict the change of every token of E, and compute the token × token kernels that are asked for.
+    """Predict the change of every token of E, and compute the token × token kernels of `pairs`.
 
     Raises:
-        RolloutError: a pair names a sequence that is not there.
+        RolloutError: a pair names an unknown sequence.
     """
     p, read, change = context.policy, reader(context.policy.tokenizer), _change(context)
     arrays = {
@@ -44,13 +44,13 @@ def compute(context: RequestContext, config: TokensPlan) -> AnalysisResult:
         "response": context.E.response_mask.bool().cpu().numpy(),
     }
     facts: dict[str, Any] = {"tokens": [read(record.response_ids) for record in context.batch], "pairs": []}
-    place, U = {name: i for i, name in enumerate(context.batch.ids)}, tokens_of(context.workspace.batch, p.params)
+    row_of, U = {name: i for i, name in enumerate(context.batch.ids)}, tokens_of(context.workspace.batch, p.params)
     for row, column in config.pairs:
-        if row not in place:
+        if row not in row_of:
             if context.strict:
                 raise RolloutError(f"tokens: the pair [{row}, {column}] names a row that is none of this request's.")
             continue
-        e, u = (take(x, torch.tensor([i])) for x, i in ((context.E, place[row]), (U, context.workspace.row(column))))
+        e, u = (take(x, torch.tensor([i])) for x, i in ((context.E, row_of[row]), (U, context.workspace.row(column))))
         K = _kernel(context, e, u)
         if context.workspace.loss is not None and context.workspace.loss.ratio is not None:
             K = K * context.workspace.loss.ratio[context.workspace.row(column)][u.response_mask[0].bool()].to(K)
@@ -62,14 +62,14 @@ def compute(context: RequestContext, config: TokensPlan) -> AnalysisResult:
 
 
 def _change(context: RequestContext) -> TokenChange:
-    """Σ_j q_j of what every token does along Δθ, at the path's nodes."""
+    """Σ_j q_j (directional derivative along Δθ at node j), of every token."""
     p, step, m = context.policy, context.step.total, context.grant.microbatch
     changes = [(q, token_change(p.apply, node, context.E, step, p.temperature, microbatch=m)) for q, node in p.nodes]
     return TokenChange(*(sum(q * each[k] for q, each in changes) for k in (0, 1)))  # pyright: ignore[reportArgumentType]
 
 
 def _kernel(context: RequestContext, e: Sequences, u: Sequences) -> Tensor:
-    """The kernel of two sequences, token by token, [response tokens of e, response tokens of u]."""
+    """The token × token kernel of two sequences, [response tokens of e, response tokens of u]."""
     p, spec = context.policy, ProductSpec({"": context.workspace.P.d})
     E, U = SortedBatch("E", apart(e), p.f), SortedBatch("U", apart(u), p.columns)
     problem = Problem(p.params, E, U, spec, p.path, p.step, promised=context.grant.memory is not None)
@@ -80,7 +80,7 @@ def _kernel(context: RequestContext, e: Sequences, u: Sequences) -> Tensor:
 
 
 def reader(tokenizer: Any) -> Callable[[Any], list[str]]:
-    """What reads token ids as texts, one each; their numbers where there is no tokenizer."""
+    """A function that decodes token ids one by one; to their numbers without a tokenizer."""
     if tokenizer is None:
         return lambda ids: [str(int(i)) for i in ids]
     return lambda ids: [tokenizer.decode([int(i)]) for i in ids]

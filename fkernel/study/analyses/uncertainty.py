@@ -1,4 +1,4 @@
-"""How sure contributions are: intervals by prompt of U, and what is told apart from chance."""
+"""Uncertainty of contributions: bootstrap intervals over prompts of U, and permutation tests."""
 
 from __future__ import annotations
 
@@ -44,23 +44,22 @@ class UncertaintyPlan(Strict):
 
 
 class UncertaintyAccumulator(Accumulator):
-    """Intervals by prompt, and which contributors and prompts are told apart from chance.
+    """Intervals by prompt, and permutation p-values of contributors and prompts.
 
-    Both are of K under a P that does not depend on how advantages fell within prompts: the step's own, where that is
-    frozen or the identity; else one with the mean of g² over all permutations (`permutation_rms`), a second kernel of
-    the same walk. An interval's width is of that, its middle the influence under the step's own.
+    Both use a P that is invariant to permutations of advantages within prompts: the step's own, where that is frozen or
+    the identity; else one with the mean of g² over all permutations (`permutation_rms`), as a second kernel of the same
+    pass. Intervals have their width from that kernel, and their center from the influence under the step's own P.
     """
 
     def __init__(self, context: RequestContext, config: UncertaintyPlan) -> None:
-        """Draw once for all rows."""
+        """Draw resamplings and permutations once for all rows."""
         batch = context.workspace.batch
         self.context, self.config, n = context, config, len(context.batch)
         self.advantages = context.workspace.advantages_with(context.advantages)
-        ones = torch.ones_like(self.advantages)
-        self.scale = context.workspace.clip * batch.with_values("advantage", ones).weighted_advantages
+        self.scale = context.workspace.clip * context.workspace.unit_weights
         self.prompts = resamplings(batch.groups, config.draws, config.seed)
         self.shuffled = permutations(batch.groups, config.draws, config.seed, judged(batch))
-        if context.workspace.keeps_signs:  # the loss was evaluated for these signs: nothing may be permuted, and p is 1
+        if context.workspace.keeps_signs:  # the loss depends on the signs: no permutation, p = 1
             self.shuffled = self.shuffled._replace(orders=torch.arange(len(batch)).expand(config.draws, -1))
         self.names = _names_by_place(batch, self.prompts.place)
         k = min(max(1, context.capture.top_k), len(batch))
@@ -74,14 +73,14 @@ class UncertaintyAccumulator(Accumulator):
         self.facts["preconditioner"] = "permutation mean" if self.permuted else form
 
     def ask(self, walk: ProductSpec) -> ProductSpec:
-        """Ask for the kernel under a P that advantages do not enter as they fell, too."""
+        """Add the kernel under the permutation-invariant P."""
         if not self.permuted:
             return walk
         P = permuted_preconditioner(self.context.workspace, self.context.policy)
         return walk._replace(kernels={**walk.kernels, "permuted": P.d})
 
     def add(self, block: KernelBlock) -> None:
-        """Take some rows; an interval needs two prompts."""
+        """Add a block of rows; an interval needs two prompts."""
         dtype = self.context.dtype
         C = (block.kernel().to(dtype) * self.context.weights.to(dtype)).double()
         arrays, k = self.arrays, self.arrays["top_p"].shape[1]
@@ -104,7 +103,7 @@ class UncertaintyAccumulator(Accumulator):
         arrays["rank_low"][block.at], arrays["rank_high"][block.at] = ranks.low, ranks.high
 
     def result(self) -> AnalysisResult:
-        """Give p-values, and intervals where there are two prompts or more."""
+        """P-values, and intervals where there are two prompts or more."""
         kept = dict(self.arrays)
         if self.prompts.prompts < 2:
             for name in ("low", "high", "error", "rank_low", "rank_high"):
@@ -116,22 +115,23 @@ _PERMUTED: WeakKeyDictionary[KernelWorkspace, Diagonal] = WeakKeyDictionary()
 
 
 def permuted_preconditioner(workspace: KernelWorkspace, policy: Policy) -> Diagonal:
-    """Make P as the step's own is made, with the mean of g² over all permutations of advantages in place of g².
+    """The step's P with the mean of g² over all permutations of advantages in place of g².
 
-    The clipping factor is that of the mean square, too. It is made once for all requests, of gradients that are held.
+    The clipping factor is of the mean square, too. Computed once for all requests, from U's gradients.
     """
     if workspace not in _PERMUTED:
         like = next(iter(policy.params.values()))
         loss, batch = workspace.loss, workspace.batch
-        weights = batch.with_values("advantage", torch.ones_like(batch.advantages)).weighted_advantages
-        weights = weights.to(like.device, torch.promote_types(like.dtype, torch.float32))
+        advantages = workspace.advantages_with(None)
+        weights = workspace.unit_weights.to(like.device, torch.promote_types(like.dtype, torch.float32))
         rms: Tree = {}
-        parts = 1 if workspace.gradients.walked else 8  # a walk has all parameters
-        for names in _shares(policy.params, parts):  # it is elementwise, and of a share five vectors are small
+        parts = 1 if workspace.gradients.walked else 8  # recomputed gradients come for all parameters
+        for names in _shares(policy.params, parts):  # elementwise, in shares: five vectors of a share are small
             J = _part_of(workspace, names)
-            penalty = loss and loss.penalty and {name: loss.penalty[name] for name in names}
+            beside = [] if loss is None else [*loss.beside_columns.values()]
+            penalty = tree.add(*({name: v[name] for name in names} for v in beside)) if beside else None
             rms |= permutation_rms(
-                J.weighted_sum, J.squared_sum, weights, batch.advantages, batch.groups, penalty, judged(batch)
+                J.weighted_sum, J.squared_sum, weights, advantages, batch.groups, penalty, judged(batch)
             )
         rms = {name: rms[name] for name in policy.params}
         plan, step = (workspace.spec[name] for name in ("preconditioner", "step"))
@@ -142,7 +142,7 @@ def permuted_preconditioner(workspace: KernelWorkspace, policy: Policy) -> Diago
 
 
 def _shares(params: Tree, parts: int) -> Iterator[list[str]]:
-    """Group successive parameters into shares of about one part in so many, or of one parameter."""
+    """Group successive parameters into shares of about 1/parts of all elements, or of one parameter."""
     most, share, held = max(1, tree.size(params) // parts), list[str](), 0
     for name, leaf in params.items():
         if share and held + leaf.numel() > most:
@@ -154,7 +154,7 @@ def _shares(params: Tree, parts: int) -> Iterator[list[str]]:
 
 
 def _part_of(workspace: KernelWorkspace, names: Sequence[str]) -> Gradients:
-    """U's gradients of some parameters; what is on disk is read of these alone."""
+    """U's gradients of some parameters; only these are read from disk."""
     U = workspace.gradients
     if U.walked:
         return U
@@ -164,16 +164,16 @@ def _part_of(workspace: KernelWorkspace, names: Sequence[str]) -> Gradients:
 
 
 def judged(batch: GeneratedBatch) -> Tensor | None:
-    """Tell which sequences have a reward that might have been another's of their prompt, [n] bool; None for all.
+    """[n] bool, which sequences are exchangeable within their prompt; None for all.
 
-    One whose reward abstained has the advantage 0 whatever the others' rewards are.
+    One whose reward abstained is not: its advantage is 0 whatever the others' rewards are.
     """
-    exchanged = torch.tensor([not record.abstained or record.reward is not None for record in batch])
-    return None if bool(exchanged.all()) else exchanged
+    exchangeable = torch.tensor([not record.abstained or record.reward is not None for record in batch])
+    return None if bool(exchangeable.all()) else exchangeable
 
 
 def _names_by_place(batch: GeneratedBatch, place: Tensor) -> list[str]:
-    """Prompts in the order in which they are numbered."""
+    """global_prompt_ids in the order of their group numbers."""
     names = dict(zip(place.tolist(), (record.provenance.global_prompt_id for record in batch), strict=True))
     return [names[g] for g in sorted(names)]
 

@@ -1,1 +1,1 @@
-"""Plans: what is asked of a study, checked when it is read."""
+"""Plans: the configuration of a study, as pydantic models."""

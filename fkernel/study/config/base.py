@@ -1,4 +1,4 @@
-"""What plans are made of: a checkpoint, where prompts come from, how responses are drawn."""
+"""Parts that all plans share: the checkpoint, prompt sources, sampling."""
 
 from __future__ import annotations
 
@@ -17,43 +17,42 @@ from fkernel.shapes import Tree
 
 
 class Strict(BaseModel):
-    """Frozen; keys that are not known are mistakes."""
+    """Frozen; unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class CheckpointPlan(Strict):
-    """What `fkernel.checkpoint.load` is given.
+    """The arguments of `fkernel.checkpoint.load`.
 
     Attributes:
         path: a directory, a file, or "hub:org/name".
         model: for layouts without an architecture: a directory with config.json.
         base: an adapter's base model, where the adapter does not record a directory that is here.
         names: the parameters' names in the optimizer's order, where the state records none: a list of names, one list
-            a group, or the path of a JSON file that holds either. Parameters that are not named were frozen.
-        order: which known order of the parameters the optimizer had, where several fit.
+            per group, or the path of a JSON file of either. Other parameters were frozen.
+        order: the optimizer's order of the parameters, where several known ones fit.
         decoupled: whether weight decay is AdamW's, where the state does not say.
-        optimizer: false to leave the optimizer's state unread, where none is wanted or it is of a layout that is not
-            read; then nothing is predicted of a step.
-        trust_remote_code: whether code that came with the model may be executed.
+        optimizer: false to skip the optimizer's state, such as one of an unsupported layout; no step is predicted then.
+        trust_remote_code: whether the model's own code may be executed.
     """
 
     path: str
     model: str | None = Field(None, description="a directory with config.json, for layouts without an architecture")
     base: str | None = Field(None, description="an adapter's base model")
     names: str | tuple[str, ...] | tuple[tuple[str, ...], ...] | None = Field(
-        None, description="the parameters in the optimizer's order: names, one list a group, or a JSON file of either"
+        None, description="the parameters in the optimizer's order: names, one list per group, or a JSON file of either"
     )
     order: Literal["named_parameters", "all_parameters", "trainer", "trainer_before_4_51", "by_dimension"] | None = None
     decoupled: bool | None = None
-    optimizer: bool = Field(True, description="false to leave the optimizer's state unread")
+    optimizer: bool = Field(True, description="false to skip the optimizer's state")
     trust_remote_code: bool = False
 
     def load(self, dtype: torch.dtype = torch.float32) -> checkpoint.Checkpoint:
         """Load it.
 
         Raises:
-            FKernelError: as `fkernel.checkpoint.load`; or the file of names cannot be read.
+            FKernelError: as `fkernel.checkpoint.load`, or the file of names cannot be read.
         """
         names: Any = self.names
         if isinstance(names, str):
@@ -61,15 +60,15 @@ class CheckpointPlan(Strict):
         return checkpoint.load(self.path, dtype=dtype, names=names, **self.model_dump(exclude={"path", "names"}))
 
     def load_weights(self, dtype: torch.dtype = torch.float32) -> checkpoint.Checkpoint:
-        """Load it without its optimizer's state, where only log-probabilities or weights are wanted."""
+        """Load it without its optimizer's state."""
         return self.model_copy(update={"optimizer": False, "names": None}).load(dtype)
 
     def load_policy(self, beside: Tree, place: str | None = None) -> tuple[func.Apply, Tree]:
-        """Load another policy: a function, and all of its parameters where the plan's own are, and in their dtype.
+        """Load another policy: its function, and all of its parameters with the device and dtype of `beside`.
 
         Args:
             beside: parameters of the plan's policy.
-            place: in the plan, of a checkpoint that must have every one of them.
+            place: key in the plan, of a checkpoint that must have all of these parameters.
 
         Raises:
             PlanError: it lacks one.
@@ -111,7 +110,7 @@ class PromptsPlan(Strict):
 
 
 class SamplingPlan(Strict):
-    """How responses are drawn; see `fkernel.rollout.Sampling`."""
+    """How responses are sampled; see `fkernel.rollout.Sampling`."""
 
     temperature: float = Field(default=1.0, gt=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -129,10 +128,10 @@ def one_of(model: BaseModel, *names: str) -> None:
 
 
 class SourcePlan(Strict):
-    """What a `SampleGenerator` is made of, beside the checkpoint; common to all plans."""
+    """A checkpoint, prompts and sampling: the arguments of `SampleGenerator`."""
 
     checkpoint: CheckpointPlan
-    prompts: tuple[PromptsPlan, ...] = Field((), description="one a split")
+    prompts: tuple[PromptsPlan, ...] = Field((), description="one per split")
     template: str = Field("gsm8k_r1", description="gsm8k_r1, chat or bare")
     sampling: SamplingPlan = SamplingPlan()
 
@@ -145,7 +144,7 @@ class SourcePlan(Strict):
         return self
 
     def sources(self) -> Mapping[str, PromptSource]:
-        """Open where prompts come from, {split: source}."""
+        """Open the prompt sources, {split: source}."""
         return {prompts.split: prompts.source() for prompts in self.prompts}
 
     def generator(
@@ -155,7 +154,7 @@ class SourcePlan(Strict):
         microbatch: int = 32,
         on_progress: Callable[[int], Any] = lambda n: None,
     ) -> SampleGenerator:
-        """Make the hub for U and E."""
+        """The sample generator of U and E."""
         return SampleGenerator(
             loaded.model,
             loaded.tokenizer,

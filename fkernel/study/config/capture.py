@@ -1,4 +1,4 @@
-"""What of a request is computed and kept; apart from requests, for their analyses read it."""
+"""Configuration of what a request computes and stores; a module of its own, since analyses import it."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from fkernel.study.config.base import Strict
 
 
 class Submatrix(Strict):
-    """Entries of K to keep: every pair of some rows and some columns, by id; `*` stands for any characters."""
+    """Entries of K to store: every pair of some rows and columns, by id; `*` matches any characters."""
 
     rows: tuple[str, ...] = Field(min_length=1)
     columns: tuple[str, ...] = Field(min_length=1)
 
 
 class CapturePlan(Strict):
-    """What of a request is computed, and what of that is kept."""
+    """What a request computes and stores."""
 
-    kernel: bool = Field(False, description="keep K and C whole; memory and files grow with n_E · n_U")
-    top_k: int = Field(10, ge=0, description="contributors kept for each sequence")
-    pairs: tuple[tuple[str, str], ...] = Field((), description="[E id, U id], whose entries are kept")
-    submatrices: tuple[Submatrix, ...] = Field((), description="blocks of K that are kept")
+    kernel: bool = Field(False, description="store all of K and C; memory and files grow with n_E · n_U")
+    top_k: int = Field(10, ge=0, description="contributors stored per sequence")
+    pairs: tuple[tuple[str, str], ...] = Field((), description="[E id, U id], whose entries are stored")
+    submatrices: tuple[Submatrix, ...] = Field((), description="blocks of K that are stored")
     curvature: bool = Field(False, description="½ ΔθᵀHΔθ at the checkpoint, by one pass of second derivatives over E")
-    realised: bool = Field(True, description="take the step, and hold the prediction against what it does")
+    realised: bool = Field(True, description="evaluate E after the step, and compare with the prediction")
 
     @property
     def influence_only(self) -> bool:
-        """Whether nothing is asked that needs K: the influence is one column of E's gradients, U's are not read."""
+        """Whether nothing needs K: the influence is then one product of E's gradients with U's weighted sum."""
         return not (self.kernel or self.top_k or self.pairs or self.submatrices)

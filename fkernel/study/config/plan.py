@@ -1,4 +1,4 @@
-"""`fkernel run PLAN`: a checkpoint, the update batch whose step is explained, and what is asked about it."""
+"""The plan of `fkernel run PLAN`: a checkpoint, the update batch whose step is explained, and requests."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class StoragePlan(Strict):
     """What is written beside the results.
 
     Attributes:
-        workspace: where U's gradients are kept, `<out>/workspace` by default; plans that ask of one update batch may
-            share it.
-        persist: whether they are kept at all; False holds them in memory.
-        batches: whether every request's batch is saved, `<out>/batches/<name>`.
+        workspace: directory of U's gradients, `<out>/workspace` by default; plans with the same update batch may share
+            it.
+        persist: whether they are stored; false keeps them in memory.
+        batches: whether every request's batch is saved to `<out>/batches/<name>`.
         pictures: whether pictures are drawn.
     """
 
@@ -39,16 +39,16 @@ class StoragePlan(Strict):
 
 
 class NumericsPlan(Strict):
-    """How it is computed.
+    """Precision, memory, device and seed.
 
     Attributes:
         dtype: of parameters and gradients.
-        temperature: of S; None takes the one that U was sampled at, as trainers do.
-        microbatch: sequences of the greatest length under way at once; None: eight, or as many as have 1024 tokens.
-        memory: grant for activations and gradients beside the model, the optimizer's state and the step; "8GiB".
-        device: torch's name of one.
-        seed: of every draw that does not give its own.
-        skip_certificates: certificates that are left out, by name: rows, values, company, forward, derivative.
+        temperature: of S; None uses the one that U was sampled at, as trainers do.
+        microbatch: sequences of the greatest length in one pass; None: eight, or as many as have 1024 tokens.
+        memory: limit for activations and gradients, beside the model, the optimizer's state and the step; "8GiB".
+        device: a torch device.
+        seed: for all sampling without a seed of its own.
+        skip_certificates: certificates to skip, by name: rows, values, company, forward, derivative.
     """
 
     dtype: Literal["float32", "float64"] = "float32"
@@ -68,21 +68,21 @@ class NumericsPlan(Strict):
 
 
 class FisherKernelPlan(SourcePlan):
-    """One update batch, and what is asked about its step.
+    """One update batch, and requests about its step.
 
     Attributes:
         checkpoint: before the step, with its optimizer state.
-        prompts: where prompts come from, one source a split.
-        template: from a question to the text that the policy reads.
-        sampling: how responses are drawn.
-        update: U: drawn, read from a file, or handed in.
-        requests: E, each a batch and what is to be computed of it.
+        prompts: prompt sources, one per split.
+        template: from a question to the prompt's text.
+        sampling: how responses are sampled.
+        update: U: sampled, read from a file, or passed in.
+        requests: E, each a batch and what to compute for it.
         preconditioner: P.
         step: clipping, and the checkpoint after the step where there is one.
         parameters: which parameters, as patterns on their names; None for all that were trained.
-        self_kernel: whether K_UU is computed, with its spectrum.
-        capture: what is computed and kept, of requests that do not say.
-        analyses: where the changes came from, of requests that do not say; and what U is made of.
+        self_kernel: whether K_UU and its spectrum are computed.
+        capture: the default capture of requests.
+        analyses: the default analyses of requests, and the analyses of U.
         storage: what is written.
         numerics: dtype, memory, seed.
         out: directory of the results.
@@ -103,21 +103,21 @@ class FisherKernelPlan(SourcePlan):
     @field_validator("requests")
     @classmethod
     def _named(cls, requests: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Give every request a name of its own."""
+        """Give every request a unique name."""
         kinds = Counter(request.kind for request in requests if request.name is None)
-        seen, found = Counter[str](), []
+        seen, named = Counter[str](), []
         for request in requests:
             name = request.name
             if name is None:
                 seen[request.kind] += 1
                 name = request.kind if kinds[request.kind] == 1 else f"{request.kind}-{seen[request.kind]}"
-            found.append(request.model_copy(update={"name": name}))
-        twice = [name for name, times in Counter(request.name for request in found).items() if times > 1]
-        if any(request.name == "update_batch" for request in found):
+            named.append(request.model_copy(update={"name": name}))
+        twice = [name for name, times in Counter(request.name for request in named).items() if times > 1]
+        if any(request.name == "update_batch" for request in named):
             raise ValueError("'update_batch' is the name that U itself is saved under; choose another (name:)")
         if twice:
             raise ValueError(f"two requests have the name {twice[0]!r}; give each one of its own (name:)")
-        return tuple(found)
+        return tuple(named)
 
     @model_validator(mode="after")
     def _sampled(self) -> FisherKernelPlan:
@@ -130,17 +130,17 @@ class FisherKernelPlan(SourcePlan):
 
     @property
     def workspace_path(self) -> str:
-        """Where U's gradients are kept."""
+        """Directory of U's gradients."""
         return self.storage.workspace or f"{self.out}/workspace"
 
     def seeded(self, seed: int) -> FisherKernelPlan:
-        """Return the same plan with another seed."""
+        """The same plan with another seed."""
         return self.model_copy(update={"numerics": self.numerics.model_copy(update={"seed": seed})})
 
     def record(self) -> dict[str, Any]:
-        """Return the plan as JSON, every default filled in; `FisherKernelPlan.model_validate` reads it.
+        """The plan as JSON, every default filled in; `FisherKernelPlan.model_validate` reads it.
 
-        Batches that were handed in from Python are named by where the runner saves them.
+        Batches that were passed in from Python are replaced by the path where the runner saves them.
         """
         record = self.model_dump(mode="json")
         if record["update"].get("batch") is not None:
@@ -155,9 +155,8 @@ class FisherKernelPlan(SourcePlan):
 
     @property
     def hash(self) -> str:
-        """Name what is asked: a hash of the plan's record without its `out`."""
-        spec = {key: value for key, value in self.record().items() if key != "out"}
-        return hash_json(spec)
+        """Hash of the plan's record without its `out`."""
+        return hash_json({key: value for key, value in self.record().items() if key != "out"})
 
 
 TEMPLATE = """\

@@ -1,4 +1,4 @@
-"""What may be asked of a workspace: one batch E each, of the kinds of the sample generator, saved, or handed in."""
+"""Configuration of U and of requests: one batch each, sampled, read from a file, or passed in."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fkernel.study.draws import (
 
 
 class FromFile(BatchSource):
-    """A batch that `save_batch` wrote; of the plan's checkpoint, but for a U whose loss (`step.loss`) takes any."""
+    """A batch that `save_batch` wrote; sampled by the plan's checkpoint, except a U whose `step.loss` allows any."""
 
     kind: Literal["from_file"]
     path: str
@@ -34,12 +34,12 @@ class FromFile(BatchSource):
         return load_batch(self.path, checkpoint=generator.fingerprint)
 
     def of_any(self, generator: SampleGenerator, seed: int = 0) -> GeneratedBatch:
-        """Read it, of whatever policy it is."""
+        """Read it; any policy may have sampled it."""
         return load_batch(self.path)
 
 
 class SamplePayload(Strict):
-    """A prompt and a response, as `CustomSample` takes them, and a reward."""
+    """A prompt and a response, as in `CustomSample`, and a reward."""
 
     prompt: str
     response: str
@@ -50,7 +50,7 @@ class SamplePayload(Strict):
 
 
 class Payload(BatchSource):
-    """Sequences that are handed in: written out, made by a function, or (from Python) a batch; exactly one of them."""
+    """Sequences that are passed in: exactly one of samples, a callback, or (from Python) a batch."""
 
     kind: Literal["payload"]
     samples: tuple[SamplePayload, ...] | None = Field(None, min_length=1)
@@ -69,34 +69,34 @@ class Payload(BatchSource):
         return None if batch is None else {"ids": batch.ids}
 
     def generate(self, generator: SampleGenerator, seed: int = 0) -> GeneratedBatch:
-        """Score what was written, call the function, or take the batch."""
+        """Score the samples, call the callback, or return the batch."""
         what = "the batch that was handed in" if self.callback is None else f"the batch of {self.callback}"
         return _ours(self.of_any(generator, seed), generator, what)
 
     def of_any(self, generator: SampleGenerator, seed: int = 0) -> GeneratedBatch:
-        """Do the same, and take a batch of whatever policy it is."""
+        """As `generate`; any policy may have sampled the batch."""
         if self.batch is not None:
             return self.batch
         if self.callback is not None:
-            found = dotted(self.callback, "a function that makes a batch: SampleGenerator -> GeneratedBatch")(generator)
-            if not isinstance(found, GeneratedBatch):
-                raise PlanError(f"{self.callback} returned a {type(found).__name__}; expected a GeneratedBatch.")
-            return found
+            batch = dotted(self.callback, "a function that makes a batch: SampleGenerator -> GeneratedBatch")(generator)
+            if not isinstance(batch, GeneratedBatch):
+                raise PlanError(f"{self.callback} returned a {type(batch).__name__}; expected a GeneratedBatch.")
+            return batch
         assert self.samples is not None
         return GeneratedBatch.merge([_scored(sample, generator) for sample in self.samples])
 
 
 def _scored(sample: SamplePayload, generator: SampleGenerator) -> GeneratedBatch:
-    """Score what was written."""
+    """Score one sample."""
     batch = generator.build_custom_sequence(CustomSample(**sample.model_dump(exclude={"reward"})))
     return replace(batch, records=(replace(batch.records[0], reward=sample.reward),))
 
 
 def _ours(batch: GeneratedBatch, generator: SampleGenerator, what: str) -> GeneratedBatch:
-    """Hold a batch that was handed in against the policy: by its fingerprint, or else by its log-probabilities."""
+    """Check that the policy sampled a batch: by its fingerprint, or else by its log-probabilities."""
     if batch.checkpoint is None:
-        for record, known in zip(batch, score(generator.model, batch.sequences, generator.sampling), strict=True):
-            check_recorded(record.logprobs, known.logprobs, record.sequence_id)
+        for record, scored in zip(batch, score(generator.model, batch.sequences, generator.sampling), strict=True):
+            check_recorded(record.logprobs, scored.logprobs, record.sequence_id)
         return replace(batch, checkpoint=generator.fingerprint)
     if batch.checkpoint != generator.fingerprint:
         raise PlanError(
@@ -112,13 +112,13 @@ UpdateSource = Annotated[UpdateDraw | FromFile | Payload, Field(discriminator="k
 
 
 class BatchRequest(BatchSource):
-    """What every request may say beside how its batch is made.
+    """Keys of all requests, beside those of their batch.
 
     Attributes:
-        name: what results call it; unique. By default its kind, numbered where there are several.
-        sequence_ids: keep these sequences only; `*` stands for any characters.
-        advantages: other advantages of U for this request: a rule's name, or {id: advantage} for some of U. P stays as
-            it is, so that the answer is linear in them, and there is no realised change to compare with.
+        name: its name in results; unique. By default its kind, numbered where there are several.
+        sequence_ids: keep these sequences only; `*` matches any characters.
+        advantages: other advantages of U for this request: a rule's name, or {id: advantage} for some of U. P does not
+            change, so that results are linear in them; there is no realised change to compare with.
         capture: instead of the plan's.
         analyses: instead of the plan's.
     """
@@ -131,7 +131,7 @@ class BatchRequest(BatchSource):
 
 
 class UpdateBatch(UpdateRules, BatchRequest):
-    """U itself, with the gradients that the workspace holds; or another batch drawn as one, where sizes are given."""
+    """U itself, with the workspace's gradients; or another update batch, where sizes are given."""
 
     batch_size_prompts: int | None = Field(None, gt=0)
     completions_per_prompt: int | None = Field(None, gt=0)
@@ -144,7 +144,7 @@ class UpdateBatch(UpdateRules, BatchRequest):
 
     @property
     def size(self) -> int:
-        """Count what is drawn: nothing, where it is U itself."""
+        """How many sequences are sampled; 0 for U itself."""
         return (self.batch_size_prompts or 0) * (self.completions_per_prompt or 0)
 
     @property
@@ -153,7 +153,7 @@ class UpdateBatch(UpdateRules, BatchRequest):
         return self.batch_size_prompts is None
 
     def generate(self, generator: SampleGenerator, seed: int = 0) -> GeneratedBatch:
-        """Draw another one."""
+        """Sample another update batch."""
         own = set(BatchRequest.model_fields)
         return UpdateDraw.model_validate(self.model_dump(exclude=own)).generate(generator, seed)
 

@@ -1,4 +1,4 @@
-"""The step that is explained, and its preconditioner: of the whole plan, what analyses need to make them again."""
+"""Configuration of the optimizer step that is explained, and of its preconditioner."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from fkernel.study.config.loss import LossPlan
 
 
 class PreconditionerPlan(Strict):
-    """P, which stands between two gradients once.
+    """P, in K = ∇S_eᵀ P ∇S_u.
 
     Attributes:
-        form: "post-step" divides by √v̂' with the batch's own gradient in it, as the optimizer will; "frozen" by the
-            stored √v̂; "identity" by nothing.
-        calibrated: whether learning rate and bias correction are part of it, so that contributions are in nats; a bare
-            one is D itself, and its influences have units of their own.
-        unseen: what becomes of coordinates whose second moment is 0: "error", "zero" or "eps". By default "eps" for
+        form: "post-step" divides by √v̂' after the batch's own gradient is added, as the optimizer does; "frozen" by the
+            stored √v̂; "identity" does not divide.
+        calibrated: whether P includes learning rate and bias correction, so that contributions are in nats; otherwise
+            P = D, and contributions are not in nats.
+        unseen: what to do with coordinates whose second moment is 0: "error", "zero" or "eps". By default "eps" for
             post-step, as the optimizer does, and "error" for frozen.
     """
 
@@ -37,15 +37,15 @@ class StepPlan(Strict):
     """The optimizer step that is explained.
 
     Attributes:
-        max_norm: gradient clipping's threshold; None for none.
-        clip: the factor c itself, where the training recorded it, or where parameters that are not selected count in
-            its norm; excludes max_norm.
-        path: where E's gradients are taken: "midpoint", halfway along the step, so that contributions add up to the
-            change; "gauss2", at two nodes, for a large step; "start", at the checkpoint: the first order.
-        after: the checkpoint after the step, where it was really taken: realised changes are then measured on it, and
-            not on the step executed here.
-        loss: what the step was taken on, where it is not the policy gradient −Σ w A S: a clipped ratio (PPO, GRPO,
-            GSPO), a penalty on the divergence from a reference beside it, or preferences (DPO).
+        max_norm: the gradient-clipping threshold; None for no clipping.
+        clip: the clipping factor c itself, where training recorded it, or where unselected parameters count in its
+            norm; excludes max_norm.
+        path: where E's gradients are evaluated: "midpoint", halfway along the step, so that contributions add up to the
+            change; "gauss2", at two nodes, for a large step; "start", at the checkpoint (first order).
+        after: the checkpoint after the step, if training took it: realised changes are then measured on it instead of
+            on θ + Δθ.
+        loss: the training loss, where it is not the policy gradient −Σ w A S: a clipped ratio (PPO, GRPO, GSPO), a KL
+            penalty towards a reference beside it, or preferences (DPO).
     """
 
     max_norm: float | None = Field(None, gt=0)

@@ -23,7 +23,7 @@ def test_analyses_are_of_the_loss(second, study, firsts, name):
     _, results = study
     found = results[name]
     ledger = found.analysis("ledger")
-    parts = ("unclipped", "clipping", "momentum", "decay", "remainder")
+    parts = ("part.advantage", "part.kl", "momentum", "decay", "unexplained", "remainder")
     np.testing.assert_allclose(sum(ledger[part] for part in parts), found.realised, rtol=0, atol=1e-9)
     assert ledger.facts["error"] < 0.005
     for kind in ("kind", "layer"):
@@ -38,10 +38,10 @@ def test_analyses_are_of_the_loss(second, study, firsts, name):
     assert np.linalg.norm(same["exact"] + same["curvature"] - found.predicted) < 0.1 * bent
     assert half.facts["clip"] == 1
     c = found.analysis("counterfactuals.without").facts["clip"] / results.step["clip"]
-    rest = first.contributions[:, 3:].sum(1) * c + first.penalty * c + first.momentum + first.decay
+    rest = first.contributions[:, 3:].sum(1) * c + first.parts["kl"] * c + first.momentum + first.decay
     np.testing.assert_allclose(found.analysis("counterfactuals.without")["frozen"], rest, rtol=1e-3, atol=1e-7)
     entropy = found.analysis("observables.entropy")
-    predicted = sum(entropy[part] for part in ("batch", "penalty", "momentum", "decay"))
+    predicted = sum(entropy[part] for part in ("batch", "momentum", "decay"))
     assert np.linalg.norm(predicted - entropy["realised"]) < 0.02 * np.linalg.norm(entropy["realised"])
     assert found.analysis("preconditioners").facts["agreement"]["post-step"]["of_batch"] > 0.999
     np.testing.assert_allclose(found.analysis("tokens")["logprob"].sum(1), found.predicted, rtol=1e-3, atol=1e-7)

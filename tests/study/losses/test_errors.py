@@ -83,10 +83,11 @@ def test_loss_weights_below_zero_are_said(second, tmp_path):
     ("loss", "message"),
     [
         ({"kind": "ppo"}, "clipped_ratio"),
-        ({"kind": "policy_gradient"}, "Field required"),
+        ({"kind": "policy_gradient"}, "say what is beside it"),
+        ({"kind": "cispo"}, "Field required"),
+        ({"kind": "vespo", "positive": [1]}, "Field required|too_short|at least 2"),
         ({"kind": "clipped_ratio", "low": 1.5}, "less than or equal to 1"),
         ({"kind": "clipped_ratio", "epsilon": 0.2}, "Extra inputs"),
-        ({"kind": "sequence_ratio", "kl": {"beta": 0.1, "reference": {"path": "x"}}}, "say kl: {corrected: false}"),
         ({"kind": "preference", "beta": 0.0, "reference": {"path": "x"}}, "greater than 0"),
         ({"kind": "preference", "beta": 0.1}, "Field required"),
     ],

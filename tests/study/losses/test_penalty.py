@@ -14,12 +14,13 @@ from tests.study.losses.common import BETA, QUIET, at_start, error, executed, to
 def test_a_penalty_has_a_term_of_its_own(study):
     _, results = study
     found = results["held_out"]
-    total = found.batch + found.penalty + found.momentum + found.decay
+    total = found.batch + found.momentum + found.decay
     np.testing.assert_allclose(found.predicted, total, rtol=1e-6)
-    assert np.linalg.norm(found.penalty) > 0.1 * np.linalg.norm(found.realised)
+    np.testing.assert_allclose(found.batch, found.parts["advantage"] + found.parts["kl"], rtol=1e-5, atol=1e-9)
+    assert np.linalg.norm(found.parts["kl"]) > 0.1 * np.linalg.norm(found.realised)
     assert found.calibration["predicted"].relative_error < 0.005
     assert results.step["loss"]["kl"] > 0
-    np.testing.assert_allclose(found.contributions.sum(1), found.batch, rtol=1e-4, atol=1e-8)
+    np.testing.assert_allclose(found.contributions.sum(1), found.parts["advantage"], rtol=1e-4, atol=1e-8)
 
 
 def test_a_penalty_does_not_depend_on_a_requests_advantages(second, study, tmp_path):
@@ -27,8 +28,9 @@ def test_a_penalty_does_not_depend_on_a_requests_advantages(second, study, tmp_p
     halves = dict(zip(second.first.batch.ids, (second.first.batch.advantages / 2).tolist(), strict=True))
     request = {"kind": "evaluation", "name": "held_out", "batch_size_prompts": 4, "advantages": halves}
     found = executed({**plan, "requests": [request], "analyses": {}, "out": str(tmp_path)} | QUIET)["held_out"]
-    np.testing.assert_allclose(found.penalty, results["held_out"].penalty, rtol=1e-4, atol=1e-9)
-    np.testing.assert_allclose(found.batch, results["held_out"].batch / 2, rtol=1e-4, atol=1e-9)
+    parts, first = found.parts, results["held_out"].parts
+    np.testing.assert_allclose(parts["kl"], first["kl"], rtol=1e-4, atol=1e-9)
+    np.testing.assert_allclose(parts["advantage"], first["advantage"] / 2, rtol=1e-4, atol=1e-9)
 
 
 def test_the_policy_gradient_with_a_penalty(second, tmp_path):
@@ -58,4 +60,4 @@ def test_the_policy_gradient_with_a_penalty(second, tmp_path):
     assert "clipped" not in results.step["loss"]
     request = {"kind": "update", "advantages": "rloo"}
     own = executed(second.plan(tmp_path / "c", after, spec, **changes, requests=[request]))
-    assert own["update"].penalty is not None  # signs may change: nothing here depends on them
+    assert "kl" in own["update"].parts  # signs may change: nothing here depends on them

@@ -27,7 +27,8 @@ def test_a_workspace_keeps_what_the_loss_made(second, study):
     assert again.workspace is not None
     assert again.workspace.gradients.computed == 0
     assert found.step == results.step
-    for name in ("batch", "penalty", "contributions", "realised"):
+    np.testing.assert_array_equal(found["held_out"].parts["kl"], results["held_out"].parts["kl"])
+    for name in ("batch", "contributions", "realised"):
         np.testing.assert_array_equal(getattr(found["held_out"], name), getattr(results["held_out"], name))
     with load_workspace(f"{plan['out']}/workspace") as workspace:
         assert workspace.loss is not None
@@ -55,10 +56,12 @@ def test_a_workspace_in_memory_with_a_loss_can_be_written(second, study, tmp_pat
 def test_what_is_saved_is_what_is_read(study):
     plan, results = study
     read = FisherKernelResults.load(plan["out"])
-    np.testing.assert_array_equal(read["held_out"].penalty, results["held_out"].penalty)
+    assert [*read["held_out"].parts] == ["advantage", "kl"]
+    for part, values in read["held_out"].parts.items():
+        np.testing.assert_array_equal(values, results["held_out"].parts[part])
     assert read.step["loss"] == results.step["loss"]
     row = json.loads((Path(plan["out"]) / "results.json").read_text())["requests"]["held_out"]["evaluation"][0]
-    assert row["penalty"] == pytest.approx(float(results["held_out"].penalty[0]))
+    assert row["part.kl"] == pytest.approx(float(results["held_out"].parts["kl"][0]))
 
 
 def test_damage_to_what_the_loss_made_is_never_served(study, tmp_path):

@@ -1,0 +1,1 @@
+"""Losses as functions of what tokens' log-probabilities are."""
