@@ -185,6 +185,20 @@ def test_a_plain_linear_head_is_plain_backward(make):
         assert torch.equal(given[name], parameter.grad), name
 
 
+def test_the_attention_is_the_one_that_was_trained_with():
+    """A checkpoint is loaded with eager attention; the training's own rounds otherwise."""
+    trained, loaded = qwen3(), qwen3()
+    loaded.set_attn_implementation("eager")
+    assert trained.config._attn_implementation == "sdpa"
+    (own, params), (eager, _) = func.make_functional(trained), func.make_functional(loaded)
+    expected = gradient_in(func.sequence_logprob(own), params, U, torch.ones(4), autocast="bfloat16")
+    f, ones = func.sequence_logprob(eager), torch.ones(4)
+    again = gradient_in(f, params, U, ones, autocast="bfloat16", attention="sdpa")
+    assert relative(again, expected) == 0
+    assert relative(gradient_in(f, params, U, ones, autocast="bfloat16"), expected) > 1e-4
+    assert loaded.config._attn_implementation == "eager"
+
+
 def test_neither_the_model_nor_its_gradients_are_touched():
     model = gpt2()
     apply, params = func.make_functional(model)

@@ -20,7 +20,7 @@ from fkernel import func, precond, tree
 from fkernel.engine.planning import usual_microbatch
 from fkernel.errors import OptimizerStateError
 from fkernel.func.inputs import Function
-from fkernel.precond import AdamWState, AdamWStep, Grads
+from fkernel.precond import AdamWStep, Grads, MixedState, OptimizerState
 from fkernel.shapes import Tensor, Tree
 
 
@@ -62,7 +62,7 @@ class Alternative(NamedTuple):
 def alternative_step(
     params: Tree,
     ascent: Tree,
-    state: AdamWState,
+    state: OptimizerState,
     taken: Mapping[str, Tensor | None],
     *,
     max_norm: float | None = None,
@@ -74,7 +74,7 @@ def alternative_step(
     Args:
         params: θ.
         ascent: J_Uᵀ(w'A'), {name: [*shape]}; `func.weighted_sum` of gradients that are held, or `func.vjp`.
-        state: AdamW's before the step.
+        state: the optimizer's before the step.
         taken: g = c ∇L of the step that was taken, {name: [*shape]}; None for a parameter that the loss never uses
             (`func.unused_parameters`): an optimizer skips it under any weights, momentum and decay included.
         max_norm: clipping threshold, None for none.
@@ -96,10 +96,25 @@ def alternative_step(
         raise OptimizerStateError(f"lr is {lr!r}; expected the learning rate over the step's own, 0 or more.")
     clipped, c, _ = precond.clip_gradient(ascent, max_norm, clip=clip)
     g: Grads = {**clipped, **{name: None for name, leaf in taken.items() if leaf is None}}
-    rates = replace(state, lr={name: lr * rate for name, rate in state.lr.items()})
-    exact, real = (precond.adamw_step(params, {**each}, rates) for each in (g, taken))
-    frozen = real._replace(batch=precond.adamw_response(rates, {**taken})(tree.scale(c, ascent)))
+    rates = at_rate(state, lr)
+    exact, real = (precond.optimizer_step(params, {**each}, rates) for each in (g, taken))
+    frozen = real._replace(batch=precond.response(rates, {**taken}, params)(tree.scale(c, ascent)))
     return Alternative(frozen, exact, c)
+
+
+def at_rate(state: OptimizerState, lr: float) -> OptimizerState:
+    """The same state with its learning rates times a factor.
+
+    Example:
+        >>> import torch
+        >>> at_rate(precond.adamw_init({"w": torch.zeros(1)}, lr=0.5), 2.0).lr
+        {'w': 1.0}
+    """
+    if isinstance(state, MixedState):
+        return MixedState(tuple(at_rate(part, lr) for part in state.parts))
+    own: Any = state
+    scaled = {name: lr * rate for name, rate in own.lr.items()} if isinstance(own.lr, Mapping) else lr * own.lr
+    return replace(own, lr=scaled)
 
 
 def counterfactual(

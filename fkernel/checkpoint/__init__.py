@@ -1,10 +1,10 @@
-"""From files to what the engine takes: a model, or its skeleton, and AdamW's state keyed by parameter name."""
+"""From files to what the engine takes: a model, or its skeleton, and an optimizer's state by parameter name."""
 
 from fkernel.checkpoint.conditions import Condition
 from fkernel.checkpoint.files import read_json
 from fkernel.checkpoint.loading import Checkpoint, Provenance, load
 from fkernel.checkpoint.model import load_adapter, load_model, load_tokenizer
-from fkernel.checkpoint.optimizer import adamw_state, load_adamw_state
+from fkernel.checkpoint.optimizer import adamw_state, load_adamw_state, optimizer_state, stored_optimizer_state
 from fkernel.checkpoint.order import ORDERS
 from fkernel.checkpoint.skeleton import Skeleton, estimate_model, skeleton_of, workload_of
 
@@ -21,7 +21,9 @@ __all__ = [
     "load_adapter",
     "load_model",
     "load_tokenizer",
+    "optimizer_state",
     "read_json",
     "skeleton_of",
+    "stored_optimizer_state",
     "workload_of",
 ]

@@ -19,11 +19,14 @@ from fkernel.checkpoint.conditions import (
     precision_conditions,
 )
 from fkernel.checkpoint.files import read_json
-from fkernel.checkpoint.foreign import plain_entry
 from fkernel.checkpoint.layout import Layout
 from fkernel.checkpoint.model import ADAPTER
 from fkernel.checkpoint.names import unwrapped
+from fkernel.checkpoint.recognising import flat_entry, merged
 from fkernel.checkpoint.weights import stored_dtypes
+
+SCALES = ("qmap", "absmax")
+"""Of bitsandbytes' codes: no moments."""
 
 
 def conditions_of(
@@ -49,8 +52,7 @@ def conditions_of(
     settings = trainer_settings(*near, layout.model if layout.model.is_dir() else layout.model.parent)
     found = find_conditions(config, adapter, settings, {} if adapted else dict(_dropping(model)))
     if state_dict is not None:
-        stored = {name: str(leaf.dtype) for name, leaf in weights.items() if _is_number(leaf)}
-        stored = stored or stored_dtypes(layout.model)
+        stored = dtypes_of_weights(layout, weights)
         base = _base_dtypes(adapter) if adapted else {}
         trained = stored if adapted else _of(stored, model)
         found += precision_conditions(counted(iter(trained.values())), _moments(state_dict), base)
@@ -58,6 +60,32 @@ def conditions_of(
         total = len(frozen) + sum(leaf.requires_grad for _, leaf in model.named_parameters())
         found += (frozen_condition(frozen, total),)
     return found
+
+
+def dtypes_of_weights(layout: Layout, weights: Mapping[str, Any]) -> Mapping[str, str]:
+    """Tell in which dtypes weights are stored: {name: dtype}, under their stored names.
+
+    Args:
+        layout: where things are.
+        weights: the state dict that the model was filled with, or {} where the weights are safetensors.
+    """
+    stored = {name: str(leaf.dtype).removeprefix("torch.") for name, leaf in weights.items() if _is_number(leaf)}
+    return stored or stored_dtypes(layout.model)
+
+
+def trained_dtypes(model: torch.nn.Module, layout: Layout, weights: Mapping[str, Any]) -> dict[str, torch.dtype]:
+    """Tell in which dtype each trained parameter is stored, where its name is found; an adapter's keys drop its name.
+
+    Args:
+        model: the loaded model, its untrained parameters marked.
+        layout: where things are.
+        weights: as in `dtypes_of_weights`.
+    """
+    stored = dtypes_of_weights(layout, weights)
+    names = [name for name, leaf in model.named_parameters() if leaf.requires_grad]
+    known = {unwrapped(name, names): kind for name, kind in stored.items()}
+    told = {name: known.get(name, known.get(name.replace(f".{layout.adapter or 'default'}.", "."))) for name in names}
+    return {name: getattr(torch, kind) for name, kind in told.items() if kind is not None}
 
 
 def _config(model: Any) -> Mapping[str, Any]:
@@ -92,9 +120,12 @@ def _of(stored: Mapping[str, str], model: torch.nn.Module) -> Mapping[str, str]:
     return {name: kind for name, kind in stored.items() if unwrapped(name, trained) in trained} or stored
 
 
-def _moments(state_dict: Mapping[str, Any]) -> Dtypes:
-    entries = [plain_entry(entry, index) for index, entry in state_dict["state"].items()]
-    return counted(leaf.dtype for entry in entries for key, leaf in entry.items() if key != "step")
+def _moments(state_dict: Any) -> Dtypes:
+    entries = [flat_entry(entry) for entry in merged(state_dict)["state"].values()]
+    leaves = [
+        leaf for entry in entries for key, leaf in entry.items() if _is_number(leaf) and not key.startswith(SCALES)
+    ]
+    return counted(leaf.dtype for leaf in leaves if leaf.ndim > 0)
 
 
 def _is_number(leaf: Any) -> bool:

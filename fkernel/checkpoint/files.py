@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,7 @@ def read_tensors(path: Path, what: str) -> Any:
         CheckpointError: it is missing, damaged, or holds objects that would have to be executed.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return _loaded(path)
     except FileNotFoundError:
         raise CheckpointError(f"There is no file {path}; expected {what}.") from None
     except Exception as error:  # what rebuilds a tensor raises whatever it likes
@@ -37,6 +40,17 @@ def read_tensors(path: Path, what: str) -> Any:
             f"{path} could not be read as tensors only ({first_line(error)}); expected {what}, written by torch.save "
             f"without objects of other classes: nothing that a file contains is executed."
         ) from error
+
+
+def _loaded(path: Path) -> Any:
+    """Load tensors only. torchao's quantised moments are known once it is imported: its code, not the file's."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "GLOBAL torchao." not in str(error) or find_spec("torchao") is None:
+            raise
+    import_module("torchao.optim")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def read_json(path: Path, what: str) -> Any:

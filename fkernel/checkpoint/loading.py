@@ -1,10 +1,10 @@
-"""A directory or a file that a training run left → the model, its tokenizer and AdamW's state, keyed by name."""
+"""A directory or a file that a training run left → the model, its tokenizer and the optimizer's state, by name."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,17 @@ import torch
 from fkernel.checkpoint.conditions import Condition, unread_condition
 from fkernel.checkpoint.contents import optimizer_in, weights_in
 from fkernel.checkpoint.distributed import read_distributed
-from fkernel.checkpoint.evidence import conditions_of
+from fkernel.checkpoint.evidence import conditions_of, trained_dtypes
 from fkernel.checkpoint.files import read_json, read_tensors
 from fkernel.checkpoint.layout import Layout, find_layout, is_inner
 from fkernel.checkpoint.model import ADAPTER, HUB, load_adapter, load_model, load_tokenizer
-from fkernel.checkpoint.optimizer import Names, adamw_state, names_of, plain_state
+from fkernel.checkpoint.optimizer import Names, names_of, stored_optimizer_state
+from fkernel.checkpoint.recognising import recognise
 from fkernel.checkpoint.unread import unread_optimizers
 from fkernel.checkpoint.weights import architecture, filled, read_safetensors
 from fkernel.errors import CheckpointError, CheckpointWarning, ModelError, OptimizerStateError, listing
 from fkernel.io import fingerprint
-from fkernel.precond import AdamWState
+from fkernel.precond import OptimizerState, StoredState, exact_state
 from fkernel.shapes import Tree
 
 
@@ -53,7 +54,8 @@ class Checkpoint:
     Attributes:
         model: the policy, in eval mode, with eager attention; parameters that were not trained do not require grad.
         tokenizer: its tokenizer, or None where none was saved.
-        optimizer: AdamW's state before the next step, about exactly the trained parameters; None where none was saved.
+        optimizer: the optimizer's state before the next step, about exactly the trained parameters, in real numbers:
+            `AdamWState` for AdamW, else that of its kind; None where none was saved.
         step: optimizer steps taken, or None where nothing tells.
         provenance: where it came from.
         conditions: what the training did, as far as it is known, that the function here does not: dropout, a loss of
@@ -62,10 +64,12 @@ class Checkpoint:
 
     model: Any
     tokenizer: Any
-    optimizer: AdamWState | None
+    optimizer: OptimizerState | None
     step: int | None
     provenance: Provenance
     conditions: tuple[Condition, ...] = ()
+    stored: StoredState | None = None
+    trained_dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
 
 
 def load(
@@ -142,13 +146,14 @@ def load(
     told = None if layout.trainer_state is None else read_json(layout.trainer_state, "a trainer's state")
     if layout.names is not None and names is None:
         names = read_json(layout.names, "names of the optimizer's parameters")
-    state, frozen = None, list[str]()
+    state, stored, frozen = None, None, list[str]()
     if state_dict is not None:
         known = True if told is not None and decoupled is None else decoupled  # Trainer has AdamW, and no other Adam
-        plain = plain_state(state_dict, known)
-        names = names_of(plain, _trained(policy), policy, names, order)
+        recognise(state_dict, known)  # before names are looked for: what is not modelled is said first
+        names = names_of(state_dict, _trained(policy), policy, names, order)
         frozen = _freeze(policy, names, path)
-        state = adamw_state(plain, _trained(policy), names=names, decoupled=known)
+        stored = stored_optimizer_state(state_dict, _trained(policy), names=names, decoupled=known)
+        state = exact_state(stored, _trained(policy))
         _check_schedule(layout.scheduler, state_dict)
     elif optimizer and (unread := unread_optimizers(path)) and not is_inner(path):
         raise CheckpointError(_advice(path, unread))
@@ -156,7 +161,7 @@ def load(
         model=policy,
         tokenizer=_tokenizer(layout, model, base, trust_remote_code),
         optimizer=state,
-        step=_step(told, state),
+        step=_step(told, stored),
         provenance=Provenance(
             path=str(path),
             layout=layout.kind,
@@ -164,6 +169,8 @@ def load(
             optimizer=str(layout.optimizer or layout.model) if state else None,
             base=None if base is None else str(base),
         ),
+        stored=stored,
+        trained_dtypes=trained_dtypes(policy, layout, weights),
     )
     conditions = conditions_of(policy, layout, weights, state_dict, frozen)
     if state is None and optimizer and is_inner(path) and (unread := unread_optimizers(path)):
@@ -240,10 +247,11 @@ def _check_schedule(path: Path | None, state_dict: Any) -> None:
         )
 
 
-def _step(told: Any, optimizer: AdamWState | None) -> int | None:
+def _step(told: Any, optimizer: StoredState | None) -> int | None:
     if isinstance(told, Mapping) and "global_step" in told:
         return int(told["global_step"])
-    return max(optimizer.step.values()) if optimizer else None
+    steps = [int(float(entry.get("step", 0))) for entry in optimizer.entries.values()] if optimizer else []
+    return max(steps) if steps else None
 
 
 def _tokenizer(layout: Layout, model: Any, base: str | Path | None, trust_remote_code: bool) -> Any:

@@ -1,4 +1,4 @@
-"""AdamW's state_dict → AdamWState, keyed by parameter name.
+"""An optimizer's state_dict → its state, keyed by parameter name.
 
 A state_dict numbers its parameters, and whose moments are number i must not be guessed. In the order in which they
 are believed, names are
@@ -8,8 +8,9 @@ are believed, names are
     given         by the caller, or in a file beside the state
     found         the one known order of the model's parameters that fits every shape (`fkernel.checkpoint.order`)
 
-lr, betas, ε and decay are the groups' own; there is no default for any of them. Whose state it is, `foreign` tells; how
-many steps were taken, `steps`.
+Settings are the groups' own; there is no default for a learning rate. Which optimizer wrote it, `recognising` tells;
+how many steps were taken, `steps`. What is stored keeps its dtypes (`stored_optimizer_state`); what it means is in
+float32 (`optimizer_state`).
 """
 
 from __future__ import annotations
@@ -21,13 +22,21 @@ from typing import Any
 import torch
 
 from fkernel.checkpoint.files import read_tensors
-from fkernel.checkpoint.foreign import check_flags, check_group, is_of_bitsandbytes, plain_entry
 from fkernel.checkpoint.names import unwrapped
 from fkernel.checkpoint.order import Groups, find_order
+from fkernel.checkpoint.recognising import flat_entry, merged, recognise
 from fkernel.checkpoint.steps import steps_of
 from fkernel.errors import OptimizerStateError
-from fkernel.precond import AdamWState, check_covers
-from fkernel.shapes import Tensor, Tree
+from fkernel.precond import (
+    AdamWState,
+    OptimizerState,
+    StoredState,
+    check_masters,
+    exact_state,
+    shape_of_entry,
+)
+from fkernel.precond.updates import OPTIMIZERS
+from fkernel.shapes import Tree
 
 Names = Sequence[str] | Sequence[Sequence[str]] | Mapping[str, Any]
 
@@ -46,10 +55,10 @@ def load_adamw_state(
     Args:
         path: a file written by `torch.save(optimizer.state_dict())`.
         params: {name: tensor}, the parameters that the state must be about.
-        model: as in `adamw_state`.
-        names: as in `adamw_state`.
-        order: as in `adamw_state`.
-        decoupled: as in `adamw_state`.
+        model: as in `optimizer_state`.
+        names: as in `optimizer_state`.
+        order: as in `optimizer_state`.
+        decoupled: as in `optimizer_state`.
 
     Returns:
         The state before the next step.
@@ -70,26 +79,13 @@ def adamw_state(
     order: str | None = None,
     decoupled: bool | None = None,
 ) -> AdamWState:
-    """Key a `torch.optim.AdamW` state_dict by parameter name.
+    """Key a state_dict of AdamW by parameter name: torch's, bitsandbytes' or torchao's.
 
-    Args:
-        state_dict: what `optimizer.state_dict()` returned.
-        params: {name: tensor}, the parameters that the state must be about. One that the optimizer has not stepped
-            yet has zero moments and step 0.
-        model: where no names are recorded or given: the model, whose known orders are tried.
-        names: where none are recorded: the parameters' names in the optimizer's order, as one list, as one list a
-            group, or as {"0": name, …}.
-        order: which of the known orders, where several fit; see `fkernel.checkpoint.order`.
-        decoupled: whether weight decay is AdamW's (True) or Adam's (False), where the state does not say: torch before
-            2.7 wrote the same for both.
-
-    Returns:
-        The state before the next step; learning rate, betas, ε and decay are the groups' own.
+    Arguments as in `optimizer_state`.
 
     Raises:
-        OptimizerStateError: no names, or more than one order of them fits; the optimizer is not plain AdamW (amsgrad,
-            maximize, coupled decay, 8-bit, another one); it tells no step; or a number in it is impossible.
-        TreeError: it is about other parameters, or shapes differ.
+        OptimizerStateError: as `optimizer_state`; or the optimizer is not AdamW in the plain.
+        TreeError: as `optimizer_state`.
 
     Example:
         >>> model = torch.nn.Linear(2, 1)
@@ -97,63 +93,109 @@ def adamw_state(
         >>> adamw_state(optimizer.state_dict(), dict(model.named_parameters())).lr
         {'weight': 0.1, 'bias': 0.1}
     """
-    state_dict = plain_state(state_dict, decoupled)
-    group_of: dict[str, Mapping[str, Any]] = {}
-    entry_of: dict[str, Mapping[str, Any]] = {}
-    step_of: dict[str, int] = {}
-    named_groups = names_of(state_dict, params, model, names, order)
-    for group, named in zip(state_dict["param_groups"], named_groups, strict=True):
-        for name, index in zip(named, group["params"], strict=True):
-            if name in group_of:
-                raise OptimizerStateError(f"The names given for the optimizer's parameters hold {name!r} twice.")
-            group_of[name], entry_of[name] = group, state_dict["state"].get(index, {})
-        step_of |= steps_of(group, {name: entry_of[name] for name in named})
-    # A frozen parameter that the optimizer was given has no state, and is never moved: it is not the optimizer's.
-    foreign = [name for name in group_of if name not in params and entry_of[name]]
-    each = [name for name in params if name in group_of] + foreign
-    state = AdamWState(
-        step={name: step_of[name] for name in each},
-        exp_avg={name: _moment(entry_of[name], "exp_avg", name, params) for name in each},
-        exp_avg_sq={name: _moment(entry_of[name], "exp_avg_sq", name, params) for name in each},
-        lr={name: float(group_of[name]["lr"]) for name in each},
-        beta1={name: float(group_of[name]["betas"][0]) for name in each},
-        beta2={name: float(group_of[name]["betas"][1]) for name in each},
-        eps={name: float(group_of[name]["eps"]) for name in each},
-        weight_decay={name: float(group_of[name]["weight_decay"]) for name in each},
-    )
-    check_covers(state, list(params), params, "params")
+    stored = stored_optimizer_state(state_dict, params, model=model, names=names, order=order, decoupled=decoupled)
+    other = sorted({*stored.kinds.values()} - {"adamw"})
+    if other:
+        variant = [key for key in ("amsgrad", "maximize") if any(group.get(key) for group in stored.groups.values())]
+        what = f"with {variant[0]}=True" if variant else "whose decay is added to the gradient"
+        raise OptimizerStateError(
+            f"This is the state of {other[0]}{f' {what}' if other == ['adam'] else ''}, not that of AdamW in the "
+            f"plain; fkernel.checkpoint.optimizer_state takes it."
+        )
+    state = exact_state(stored, params)
+    assert isinstance(state, AdamWState)
     return state
 
 
-def plain_state(state_dict: Any, decoupled: bool | None = None) -> dict[str, Any]:
-    """Check that a state_dict is AdamW's, and give its states the names that `torch.optim.AdamW` gives them.
+def optimizer_state(
+    state_dict: Any,
+    params: Tree,
+    *,
+    model: torch.nn.Module | None = None,
+    names: Names | None = None,
+    order: str | None = None,
+    decoupled: bool | None = None,
+) -> OptimizerState:
+    """Key an optimizer's state_dict by parameter name, whichever of those that are modelled wrote it.
+
+    Args:
+        state_dict: what `optimizer.state_dict()` returned; a list of them, with recorded or given names, where several
+            optimizers share a model.
+        params: {name: tensor}, the parameters that the state must be about. One that the optimizer has not stepped
+            yet has zero moments and step 0.
+        model: where no names are recorded or given: the model, whose known orders are tried.
+        names: where none are recorded: the parameters' names in the optimizer's order, as one list, as one list a
+            group, or as {"0": name, …}.
+        order: which of the known orders, where several fit; see `fkernel.checkpoint.order`.
+        decoupled: whether weight decay is AdamW's (True) or Adam's (False), where the state does not say: torch before
+            2.7, and torchao, write the same for both.
+
+    Returns:
+        The state before the next step, in real numbers: `AdamWState` for AdamW, else that of its kind; a `MixedState`
+        where groups have different optimizers. 8-bit codes are decoded, bfloat16 is float32.
 
     Raises:
-        OptimizerStateError: it is no optimizer's, or another optimizer's; it says whose.
+        OptimizerStateError: no names, or more than one order of them fits; the optimizer is none of those that are
+            modelled; it tells no step; codes have no map; master weights are of another step; a number is impossible.
+        TreeError: it is about other parameters, or shapes differ.
 
     Example:
-        >>> net = torch.nn.Linear(2, 1, bias=False)
-        >>> plain_state(torch.optim.NAdam(net.parameters()).state_dict())
-        Traceback (most recent call last):
-        fkernel.errors.OptimizerStateError: Parameter group 0 has 'momentum_decay': it is NAdam's, ...
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.named_parameters(), lr=0.1, momentum=0.9)
+        >>> type(optimizer_state(optimizer.state_dict(), dict(model.named_parameters()))).__name__
+        'SGDState'
     """
-    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
-        raise OptimizerStateError("This is no optimizer state_dict: it lacks 'state' and 'param_groups'.")
-    entries, groups = state_dict["state"], state_dict["param_groups"]
-    whole = isinstance(entries, Mapping) and all(isinstance(entry, Mapping) for entry in entries.values())
-    whole = whole and isinstance(groups, Sequence) and all(isinstance(g, Mapping) and "params" in g for g in groups)
-    if not whole:
-        raise OptimizerStateError(
-            "This is no optimizer state_dict of torch: expected state as {number: {…}} and param_groups as a list of "
-            "{'params': […], …}."
-        )
-    for number, group in enumerate(groups):
-        check_flags(group, number)
-    plain = {index: plain_entry(entry, index) for index, entry in entries.items()}
-    for number, group in enumerate(groups):
-        bitsandbytes = any(is_of_bitsandbytes(entries.get(index)) for index in group["params"])
-        check_group(group, number, decoupled, bitsandbytes)
-    return {"state": plain, "param_groups": list(groups)}
+    stored = stored_optimizer_state(state_dict, params, model=model, names=names, order=order, decoupled=decoupled)
+    return exact_state(stored, params)
+
+
+def stored_optimizer_state(
+    state_dict: Any,
+    params: Tree,
+    *,
+    model: torch.nn.Module | None = None,
+    names: Names | None = None,
+    order: str | None = None,
+    decoupled: bool | None = None,
+) -> StoredState:
+    """Key an optimizer's state_dict by parameter name and leave it in its own dtypes and codes.
+
+    Arguments and errors as in `optimizer_state`.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1).bfloat16()
+        >>> optimizer = torch.optim.AdamW(model.named_parameters(), lr=0.1)
+        >>> stored_optimizer_state(optimizer.state_dict(), dict(model.named_parameters())).writers
+        {'weight': 'torch.optim.AdamW', 'bias': 'torch.optim.AdamW'}
+    """
+    state_dict = merged(state_dict)
+    written = recognise(state_dict, decoupled)
+    each: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {}
+    named_groups = names_of(state_dict, params, model, names, order)
+    for group, named, by in zip(state_dict["param_groups"], named_groups, written, strict=True):
+        entries: dict[str, dict[str, Any]] = {}
+        for name, index in zip(named, group["params"], strict=True):
+            if name in each or name in entries:
+                raise OptimizerStateError(f"The names given for the optimizer's parameters hold {name!r} twice.")
+            entries[name] = flat_entry(state_dict["state"].get(index, {}))
+        if "step" in OPTIMIZERS[by.kind].numbers:
+            steps = steps_of(group, entries)
+            entries = {name: {**entry, **_step(entry, steps[name])} if entry else {} for name, entry in entries.items()}
+        settings = {key: value for key, value in group.items() if key not in ("params", "param_names")} | by.settings
+        each |= {name: (by.kind, by.writer, entry, settings) for name, entry in entries.items()}
+    # A frozen parameter that the optimizer was given has no state, and is never moved: it is not the optimizer's.
+    foreign = [name for name, (_, _, entry, _) in each.items() if name not in params and entry]
+    own = [name for name in params if name in each] + foreign
+    masters = {name: each[name][2].pop("master_param").float() for name in own if "master_param" in each[name][2]}
+    kinds, writers, kept, groups = ({name: each[name][i] for name in own} for i in range(4))
+    check_masters({name: leaf for name, leaf in masters.items() if name in params}, params)
+    return StoredState(kinds, writers, kept, groups, masters)  # pyright: ignore[reportArgumentType]
+
+
+def _step(entry: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """The steps taken, as the entry has them where it does."""
+    told = entry.get("step")
+    return {"step": told if told is not None and float(told) == step else step}
 
 
 def names_of(
@@ -165,7 +207,7 @@ def names_of(
 ) -> Groups:
     """Name every numbered place of a state_dict, group by group: recorded, given or found names.
 
-    Arguments and errors as in `adamw_state`.
+    Arguments and errors as in `optimizer_state`.
 
     Example:
         >>> model = torch.nn.Linear(2, 1)
@@ -178,12 +220,12 @@ def names_of(
     recorded = [_recorded(group, params) for group in groups]
     given = None if names is None else _given(names, sizes)
     if all(group is not None for group in recorded):
-        found = [group or [] for group in recorded]
-        if given not in (None, found):
+        named = [group or [] for group in recorded]
+        if given not in (None, named):
             raise OptimizerStateError(
                 "The optimizer recorded its parameters' names, and they are not those that were given; give none."
             )
-        return found
+        return named
     if given is not None:
         return given
     if model is None:
@@ -192,7 +234,7 @@ def names_of(
             f"Parameter group {bare} records no param_names, so its {sizes[bare]} moments cannot be told apart. Give "
             f"their names in the optimizer's order (names=), or the model (model=), whose known orders are then tried."
         )
-    places = [[_place(state_dict["state"].get(index, {})) for index in group["params"]] for group in groups]
+    places = [[_shape(state_dict["state"].get(index, {})) for index in group["params"]] for group in groups]
     return find_order(places, model, order)
 
 
@@ -228,13 +270,5 @@ def _given(names: Names, sizes: list[int]) -> Groups:
     return grouped
 
 
-def _place(entry: Mapping[str, Any]) -> tuple[int, ...] | None:
-    moment = entry.get("exp_avg_sq", entry.get("exp_avg"))
-    return None if moment is None else tuple(moment.shape)
-
-
-def _moment(entry: Mapping[str, Any], key: str, name: str, params: Tree) -> Tensor:
-    if not entry:
-        return torch.zeros_like(params[name])
-    moment = entry[key]
-    return moment if moment.dtype in (torch.float32, torch.float64) else moment.float()
+def _shape(entry: Mapping[str, Any]) -> tuple[int, ...] | None:
+    return shape_of_entry(flat_entry(entry))

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from fkernel.errors import OptimizerStateError
 
 
@@ -26,7 +28,6 @@ def steps_of(group: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]])
         OptimizerStateError: steps disagree, are no whole numbers, or there are moments and none is told.
 
     Example:
-        >>> import torch
         >>> moments = {"exp_avg": torch.ones(1), "exp_avg_sq": torch.ones(1)}
         >>> steps_of({"amsgrad": False, "step": 7}, {"w": moments, "b": {}})
         {'w': 7, 'b': 0}
@@ -65,7 +66,9 @@ def _disagree(steps: set[int]) -> OptimizerStateError:
 
 
 def _moved(entry: Mapping[str, Any]) -> bool:
-    return bool(entry["exp_avg"].any()) or bool(entry["exp_avg_sq"].any())
+    kept = ("exp_avg", "exp_avg_sq", "state1", "state2", "row_var", "variance")
+    moments: list[Any] = [entry[key] for key in kept if type(entry.get(key)) in (torch.Tensor, torch.nn.Parameter)]
+    return any(bool(leaf.any()) for leaf in moments)
 
 
 def _whole(value: Any, whose: str) -> int:

@@ -17,6 +17,7 @@ Source: TRL 1.16, `GRPOTrainer._get_per_token_logps_and_entropies` and `kernels.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -59,6 +60,7 @@ def gradient_in(
     autocast: str | None = None,
     microbatches: int | Sequence[Sequence[int] | Microbatch] | None = None,
     head: str = "trl",
+    attention: str | None = None,
 ) -> Tree:
     """Compute Jᵀw in the arithmetic of a training.
 
@@ -74,6 +76,8 @@ def gradient_in(
             many sequences a pass takes, in the batch's order. None for all in one.
         head: "trl" adds the gradients of the head's weight and input up in float32, as TRL ≥ 1.16 does; "linear" rounds
             them to the autocast dtype, as a plain linear layer does. Without autocast on float32 weights they agree.
+        attention: the implementation that was trained with, "sdpa" (transformers' default), "eager" or another; None
+            for the one that the model has, which is "eager" of `checkpoint.load`. In bfloat16 they round otherwise.
 
     Returns:
         {name: [*shape]} in each parameter's dtype; zeros for a parameter that f never uses.
@@ -100,6 +104,7 @@ def gradient_in(
     n = length(batch)
     f.check(batch)
     check_weights(weights, n)
+    module = _module(f.apply, attention)
     leaves = {name: leaf.detach().requires_grad_() for name, leaf in params.items()}
     device = next(iter(leaves.values())).device
     total: Tree = {name: torch.zeros_like(leaf) for name, leaf in params.items()}
@@ -108,7 +113,7 @@ def gradient_in(
         sequences, ω, η = _padded(*f.tokens.of(take(batch, rows)), microbatch)
         with translate_errors(params):
             with nullcontext() if autocast is None else torch.autocast(device.type, torch.bfloat16):
-                z = _logits(f.apply, leaves, sequences, head)
+                z = _logits(f.apply if module is None else module, leaves, sequences, head)
             value = _weighted_sum(z, f.tokens.temperature, sequences, ω, η)
             loss = (weights[rows].to(value) * value).sum()
             grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
@@ -163,11 +168,23 @@ def _padded(
     return batch, laid(ω), None if η is None else laid(η)
 
 
-def _logits(apply: Any, params: Tree, batch: Sequences, head: str) -> Tensor:
-    """Run the caller's own module in one plain pass: [n t v] in the training's dtype."""
+def _module(apply: Any, attention: str | None) -> nn.Module | None:
+    """The caller's own module, or a copy of its structure with another attention; None where f has no module."""
     module = getattr(apply, "original", None) or getattr(apply, "module", None)
-    if module is None:
-        return apply(params, batch.input_ids, batch.attention_mask)
+    if module is None or attention is None:
+        return module
+    shared: dict[int, Any] = {id(leaf): leaf for leaf in (*module.parameters(), *module.buffers())}
+    copied = copy.deepcopy(module, shared)
+    for part in copied.modules():
+        if hasattr(part, "set_attn_implementation"):
+            part.set_attn_implementation(attention)  # pyright: ignore[reportCallIssue]
+    return copied
+
+
+def _logits(module: Any, params: Tree, batch: Sequences, head: str) -> Tensor:
+    """Run a module, or a function that has none, in one plain pass: [n t v] in the training's dtype."""
+    if not isinstance(module, nn.Module):
+        return module(params, batch.input_ids, batch.attention_mask)
     mask = batch.attention_mask.long()
     inputs = {"input_ids": batch.input_ids, "attention_mask": mask, "use_cache": False}
     args, kwargs = ((), inputs) if hasattr(module, "config") else ((batch.input_ids, mask), {})

@@ -33,14 +33,15 @@ from fkernel.func.handles import ProductSpec, RowSpec
 from fkernel.func.inputs import Function, check_weights, length, translate_errors, widened
 from fkernel.func.trust import true_derivative
 from fkernel.precond import (
-    AdamWState,
     AdamWStep,
     Diagonal,
     Grads,
-    adamw_response,
-    adamw_step,
+    OptimizerState,
+    acts_by_coordinate,
     check_covers,
     clip_gradient,
+    optimizer_step,
+    response,
 )
 from fkernel.shapes import Tensor, Tree
 
@@ -139,7 +140,7 @@ def explain_step(
     E: Any,
     U: Any,
     weights: Tensor,
-    state: AdamWState,
+    state: OptimizerState,
     *,
     path: Path = "midpoint",
     max_norm: float | None = None,
@@ -157,7 +158,7 @@ def explain_step(
         E: the sequences whose change is to be explained.
         U: the update batch.
         weights: [n_U], w_u·A_u: loss weight times advantage (1/n_U times the advantage where the loss is a mean).
-        state: AdamW's state before the step.
+        state: the optimizer's before the step: `AdamWState`, or any of `fkernel.precond.updates`.
         path: where E's gradients are evaluated: "midpoint", halfway along the step, so that contributions add up to the
             change; "gauss2", at two nodes, more accurate for a large step at 1.5 times the cost; "start", at θ: first
             order.
@@ -197,7 +198,8 @@ def explain_step(
         return max_microbatch(memory, microbatch, f, params, (E, U), (reverse,), vectors=2, least=vectors + 1)
 
     reserved = vectors * bytes_of(params)
-    strategy = choose(f, params, E, U, memory, microbatch, False, False, reserved, lambda: passes().needed)
+    dense = not acts_by_coordinate(state)
+    strategy = choose(f, params, E, U, memory, microbatch, dense, False, reserved, lambda: passes().needed)
     m = microbatch if strategy.name == "layers" else passes().microbatch
     with reuse_memory():
         return _explained(f, f_E, params, E, U, weights, state, path, max_norm, m, strategy, memory is not None)
@@ -210,7 +212,7 @@ def _explained(
     E: Any,
     U: Any,
     weights: Tensor,
-    state: AdamWState,
+    state: OptimizerState,
     path: str,
     max_norm: float | None,
     m: int,
@@ -231,16 +233,16 @@ def _explained(
     θ = {name: widened(leaf) for name, leaf in params.items()}
     with error_context("U"):
         given: Grads = {**g, **dict.fromkeys(unused_parameters(f, θ, U))}
-    step, P = adamw_step(θ, given, state), adamw_response(state, given)
-    assert isinstance(P, Diagonal)
+    step, P = optimizer_step(θ, given, state), response(state, given, θ)
     del g, given
     total = step.total
     with error_context("E"), translate_errors(params):
         S = true_derivative(f_E, θ, E, total)
     del θ
-    spec = ProductSpec({"": P.d}, RowSpec({"momentum": step.momentum, "decay": step.decay}))
+    D, general = (P.d, None) if isinstance(P, Diagonal) else (None, P)
+    spec = ProductSpec({"": D}, RowSpec({"momentum": step.momentum, "decay": step.decay}))
     side_E = SortedBatch("E", E, S)
-    problem = Problem(params, side_E, side_U, spec, path, total, kept, promised=promised)
+    problem = Problem(params, side_E, side_U, spec, path, total, kept, general, promised=promised)
     leaf = widened(next(iter(params.values()))[..., :0])
     K, momentum, decay = (each.to(leaf.device, leaf.dtype) for each in _contracted(problem, strategy))
     C = K * rearrange(clip * weights.to(K), "u -> 1 u")

@@ -40,8 +40,9 @@ def secant(update: Update, grads: Tree, state: Any) -> Diagonal:
     Where g_α is 0, or too small to divide by, P_α is the derivative −∂F_α/∂g_α.
 
     Args:
-        update: F, (g, state) → Δθ, whose every coordinate depends on its own g alone: `fkernel.precond.updates`' AdamW,
-            RMSprop and Lion, and any of your own; it need not be differentiable where g is not 0.
+        update: F, (g, state) → Δθ, whose every coordinate depends on its own g alone: those of
+            `fkernel.precond.updates` but Muon and Adafactor, and any of your own. It need not be differentiable where
+            g is not 0.
         grads: g = c ∇L of the whole batch, {name: [*shape]}.
         state: the optimizer's before the step.
 
@@ -151,8 +152,8 @@ def linearized(update: Update, grads: Tree, state: Any) -> Preconditioner:
     check_tree(grads, "grads")
 
     def along(x: Tree) -> Tree:
-        found: Any = torch.func.jvp(lambda g: update(g, state), (grads,), (x,))
-        return tree.scale(-1.0, found[1])
+        both: Any = torch.func.jvp(lambda g: update(g, state), (grads,), (x,))
+        return tree.scale(-1.0, both[1])
 
     def apply(x: Tree) -> Tree:
         check_tree(x, "The tree to precondition")
@@ -188,9 +189,9 @@ def partition(parts: Mapping[Sequence[str], Preconditioner]) -> Preconditioner:
     def apply(x: Tree) -> Tree:
         check_tree(x, "The tree to precondition")
         tree.check_names(x, named, "the tree to precondition", "the partition")
-        found: Tree = {}
+        mapped: Tree = {}
         for names, P in parts.items():
-            found |= P({name: x[name] for name in names})
-        return {name: found[name] for name in x}
+            mapped |= P({name: x[name] for name in names})
+        return {name: mapped[name] for name in x}
 
     return apply

@@ -71,8 +71,8 @@ def alternatives(
         >>> import torch
         >>> from fkernel.precond import adamw_init
         >>> params = {"w": torch.ones(2)}
-        >>> found = alternatives(params, params, adamw_init(params, lr=0.1), which=["identity", "post-step"])
-        >>> {name: P({"w": torch.ones(2)})["w"].tolist() for name, P in found.items()}
+        >>> made = alternatives(params, params, adamw_init(params, lr=0.1), which=["identity", "post-step"])
+        >>> {name: P({"w": torch.ones(2)})["w"].tolist() for name, P in made.items()}
         {'identity': [0.1..., 0.1...], 'post-step': [0.1..., 0.1...]}
     """
     for what, given in (("params", params), ("grads", grads)):

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from fkernel import tree
 from fkernel.errors import OptimizerStateError, TreeError
+from fkernel.precond.base import OptimizerState, check_moment
 from fkernel.shapes import Tree
 
 
 @dataclass(frozen=True, eq=False)
-class AdamWState:
+class AdamWState(OptimizerState):
     """AdamW's state before step t → t+1; every field is {name: …}, so parameter groups need no special case.
 
     Attributes:
@@ -31,6 +32,9 @@ class AdamWState:
         OptimizerStateError: fields name different parameters, shapes disagree, v is negative, or a number is out of
             range or not finite.
     """
+
+    MOMENTS: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+    SQUARES: ClassVar[tuple[str, ...]] = ("exp_avg_sq",)
 
     step: dict[str, int]
     exp_avg: Tree
@@ -97,26 +101,30 @@ def check_state(state: Any, kind: type | None = None) -> None:
     """Raise OptimizerStateError unless it is an `AdamWState`, or of another kind; say how to make one of torch's."""
     if isinstance(state, kind or AdamWState):
         return
-    if kind is not None:
+    if kind not in (None, OptimizerState):
         raise OptimizerStateError(
             f"The optimizer state is a {type(state).__name__}; expected fkernel.precond.updates.{kind.__name__}, whose "
-            f"fields are {{name: …}} of what torch's state_dict has by number."
+            f"fields are {{name: …}} of what torch's state_dict has by number, as fkernel.checkpoint.optimizer_state "
+            f"makes it."
         )
-    one = "an AdamWState, which is keyed by the parameters' names"
+    one = "an AdamWState" if kind is None else "an AdamWState, or another optimizer's"
+    one += ", which is keyed by the parameters' names"
+    other = "" if kind is None else " (optimizer_state, where it is not AdamW)"
     if isinstance(state, torch.optim.Optimizer):
         raise OptimizerStateError(
             f"The optimizer state is a torch.optim.{type(state).__name__}; expected {one}. Make it with "
-            f"fkernel.checkpoint.adamw_state(optimizer.state_dict(), dict(model.named_parameters()), model=model)."
+            f"fkernel.checkpoint.adamw_state(optimizer.state_dict(), dict(model.named_parameters()), model=model)"
+            f"{other}."
         )
     if isinstance(state, Mapping) and "param_groups" in state:
         raise OptimizerStateError(
             f"The optimizer state is a state_dict of torch's; expected {one}. Make it with "
-            f"fkernel.checkpoint.adamw_state(state_dict, dict(model.named_parameters()), model=model)."
+            f"fkernel.checkpoint.adamw_state(state_dict, dict(model.named_parameters()), model=model){other}."
         )
     raise OptimizerStateError(
         f"The optimizer state is a {type(state).__name__}; expected {one}: fkernel.checkpoint.load(path).optimizer, "
-        f"fkernel.checkpoint.adamw_state(optimizer.state_dict(), …), or fkernel.precond.adamw_init(params, lr) before "
-        f"the first step."
+        f"fkernel.checkpoint.adamw_state(optimizer.state_dict(), …){other}, or fkernel.precond.adamw_init(params, lr) "
+        f"before the first step."
     )
 
 
@@ -136,11 +144,11 @@ def check_tree(x: Any, what: str) -> None:
     raise TreeError(f"{what} is a {type(x).__name__}; expected {{name: tensor}}{advice}.")
 
 
-def check_covers(state: AdamWState, names: list[str], shapes: Tree, what: str) -> None:
+def check_covers(state: OptimizerState, names: list[str], shapes: Tree, what: str) -> None:
     """Raise TreeError unless the state and another tree are about the same parameters, shapes included.
 
     Args:
-        state: of the optimizer.
+        state: of the optimizer, whichever.
         names: the tree's.
         shapes: {name: tensor} of the tree, for their shapes.
         what: what a message calls the tree.
@@ -149,13 +157,15 @@ def check_covers(state: AdamWState, names: list[str], shapes: Tree, what: str) -
         >>> w = {"w": torch.ones(2)}
         >>> check_covers(adamw_init(w, lr=0.1), ["w"], w, "the gradients")
     """
-    check_state(state)
-    tree.check_names(names, state.names, what, "the optimizer state")
+    check_state(state, OptimizerState)
+    if state.names:
+        tree.check_names(names, state.names, what, "the optimizer state")
     for name in names:
-        if name in shapes and shapes[name].shape != state.exp_avg[name].shape:
+        misfit = state.misfit(name, tuple(shapes[name].shape)) if name in shapes else ""
+        if misfit:
             raise TreeError(
-                f"{what}[{name!r}] has shape {list(shapes[name].shape)}, the optimizer state's moments have "
-                f"{list(state.exp_avg[name].shape)}; a transposed or foreign state is never fitted by force."
+                f"{what}[{name!r}] has shape {list(shapes[name].shape)}, {misfit}; a transposed or foreign state is "
+                f"never fitted by force."
             )
 
 
@@ -166,18 +176,8 @@ def _check_moments(name: str, state: AdamWState) -> None:
             f"exp_avg_sq[{name!r}] has shape {list(v.shape)}, exp_avg[{name!r}] has {list(m.shape)}; both have the "
             f"parameter's."
         )
-    for field, moment in (("exp_avg", m), ("exp_avg_sq", v)):
-        if not tree.all_finite(moment):
-            bad = int((~torch.isfinite(moment)).sum())
-            raise OptimizerStateError(
-                f"{field}[{name!r}] holds {bad} non-finite value(s) of {moment.numel()}: the run that wrote it had "
-                f"diverged, or the file is damaged; use an earlier checkpoint."
-            )
-    if bool((v < 0).any()):
-        raise OptimizerStateError(
-            f"exp_avg_sq[{name!r}] is negative in {int((v < 0).sum())} of {v.numel()} places (least {v.min():.3g}); "
-            f"a mean of squares cannot be: is this the first moment, or another optimizer's state?"
-        )
+    check_moment(m, f"exp_avg[{name!r}]")
+    check_moment(v, f"exp_avg_sq[{name!r}]", square=True)
 
 
 def _check_numbers(name: str, state: AdamWState) -> None:

@@ -12,16 +12,16 @@ The step itself, Δθ = batch + momentum + decay, is AdamW's for every P.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import fields
-from typing import NamedTuple
+from collections.abc import Collection, Mapping
+from dataclasses import fields, replace
+from typing import Any, NamedTuple
 
 import torch
 
 from fkernel import precond
 from fkernel.errors import OptimizerStateError
-from fkernel.precond import AdamWState, AdamWStep, Diagonal, Grads
-from fkernel.shapes import Tree
+from fkernel.precond import AdamWState, AdamWStep, Diagonal, Grads, MixedState, OptimizerState
+from fkernel.shapes import Tensor, Tree
 from fkernel.study.config.step import PreconditionerPlan, StepPlan
 
 
@@ -45,7 +45,7 @@ def response(
     plan: PreconditionerPlan,
     step: StepPlan,
     params: Tree,
-    state: AdamWState | None,
+    state: OptimizerState | None,
     ascent: Tree,
     unused: Collection[str] = (),
 ) -> Response:
@@ -64,7 +64,7 @@ def response(
     """
     g, clip, norm = clipped(step, ascent, unused)
     P = preconditioner_of(plan, params, state, g)
-    return Response(P, None if state is None else precond.adamw_step(params, g, state), clip, norm)
+    return Response(P, None if state is None else precond.optimizer_step(params, g, state), clip, norm)
 
 
 def clipped(step: StepPlan, ascent: Tree, unused: Collection[str] = ()) -> tuple[Grads, float, float]:
@@ -73,7 +73,7 @@ def clipped(step: StepPlan, ascent: Tree, unused: Collection[str] = ()) -> tuple
     return {**g, **dict.fromkeys(unused)}, clip, norm
 
 
-def preconditioner_of(plan: PreconditionerPlan, params: Tree, state: AdamWState | None, g: Grads) -> Diagonal:
+def preconditioner_of(plan: PreconditionerPlan, params: Tree, state: OptimizerState | None, g: Grads) -> Diagonal:
     """Compute P from a clipped gradient.
 
     Raises:
@@ -85,18 +85,19 @@ def preconditioner_of(plan: PreconditionerPlan, params: Tree, state: AdamWState 
             f"The checkpoint has no optimizer state, and the preconditioner {plan.form!r} needs one; take a checkpoint "
             f"that has, or ask for preconditioner: {{form: identity, calibrated: false}}."
         )
-    if state is not None and plan.calibrated and not any(state.lr.values()):
+    if state is not None and plan.calibrated and not any(rates_of(state).values()):
         raise OptimizerStateError(
             "The learning rate of the checkpoint's next step is 0: its schedule has ended, and nothing would move. "
             "Take an earlier checkpoint, or ask for preconditioner: {calibrated: false}."
         )
-    if plan.form == "identity":
-        if not plan.calibrated:
-            return precond.identity()
-        assert state is not None
-        rates = precond.gradient_rates(state)
-        return precond.diagonal({name: torch.full_like(leaf, rates[name]) for name, leaf in params.items()})
+    if plan.form == "identity" and not plan.calibrated:
+        return precond.identity()
     assert state is not None
+    if plan.form == "identity":
+        rates = rates_of(state)
+        return precond.diagonal({name: torch.full_like(leaf, rates[name]) for name, leaf in params.items()})
+    if not isinstance(state, AdamWState):
+        return _secant(plan, params, state, g)
     usual = "eps" if plan.form == "post-step" else "error"
     D = precond.adam(state, g if plan.form == "post-step" else None, plan.unseen or usual)
     assert isinstance(D, Diagonal)
@@ -107,15 +108,48 @@ def preconditioner_of(plan: PreconditionerPlan, params: Tree, state: AdamWState 
     return precond.diagonal({name: rates[name] * leaf for name, leaf in D.d.items()})
 
 
-def restricted(state: AdamWState, params: Tree) -> AdamWState:
-    """Select the state of some parameters, on their devices.
+def _secant(plan: PreconditionerPlan, params: Tree, state: OptimizerState, g: Grads) -> Diagonal:
+    """P of another optimizer than AdamW: the step's own, which has its learning rate in it."""
+    kind = type(state).__name__.removesuffix("State")
+    if plan.form == "frozen" or not plan.calibrated:
+        raise OptimizerStateError(
+            f"preconditioner: {{form: {plan.form}, calibrated: {str(plan.calibrated).lower()}}} is AdamW's, and the "
+            f"checkpoint's optimizer is {kind}; leave preconditioner out, or ask for {{form: identity}}."
+        )
+    P = precond.response(state, g, params)
+    if not isinstance(P, Diagonal):
+        raise OptimizerStateError(
+            f"{kind} mixes coordinates, so that its P is no diagonal, and plans stream diagonals alone; fkernel."
+            f"explain_step takes its state, or ask for preconditioner: {{form: identity}}."
+        )
+    return P
+
+
+def rates_of(state: OptimizerState) -> dict[str, float]:
+    """Learning rates of a plain gradient step, by parameter: for AdamW with the batch's share of its average."""
+    if isinstance(state, AdamWState):
+        return precond.gradient_rates(state)
+    return {name: float(state.of(name).lr) for name in state.names}
+
+
+def restricted(state: OptimizerState, params: Tree) -> OptimizerState:
+    """Keep the state of some parameters, on their devices.
 
     Example:
         >>> params = {"w": torch.zeros(1), "b": torch.zeros(1)}
         >>> restricted(precond.adamw_init(params, lr=0.1), {"b": params["b"]}).names
         ['b']
     """
-    kept = {field.name: {name: getattr(state, field.name)[name] for name in params} for field in fields(state)}
-    for moment in ("exp_avg", "exp_avg_sq"):
-        kept[moment] = {name: leaf.to(params[name].device) for name, leaf in kept[moment].items()}
-    return AdamWState(**kept)
+    kept = state.restricted(params)
+    if isinstance(kept, MixedState):
+        return MixedState(tuple(restricted(part, {name: params[name] for name in part.names}) for part in kept.parts))
+    moved = {
+        each.name: {name: _beside(leaf, params[name]) for name, leaf in value.items()}
+        for each in fields(kept)
+        if isinstance(value := getattr(kept, each.name), Mapping)
+    }
+    return replace(kept, **moved)
+
+
+def _beside(value: Any, like: Tensor) -> Any:
+    return value.to(like.device) if isinstance(value, Tensor) else value

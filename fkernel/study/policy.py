@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from fnmatch import fnmatchcase
 from functools import cache, partial
 from typing import Any
@@ -13,7 +14,7 @@ from fkernel import func
 from fkernel.checkpoint import Checkpoint
 from fkernel.errors import PlanError, listing
 from fkernel.io import fingerprint, hash_json
-from fkernel.precond import AdamWState
+from fkernel.precond import MixedState, OptimizerState, fresh_state
 from fkernel.rollout import GeneratedBatch, content_of_batch
 from fkernel.shapes import Tree
 from fkernel.study.config.base import CheckpointPlan
@@ -32,6 +33,13 @@ def policy_of(plan: FisherKernelPlan, loaded: Checkpoint, temperature: float) ->
     """
     apply, params = func.make_functional(loaded.model, chosen_parameters(plan, loaded.model))
     state = loaded.optimizer
+    first = plan.step.optimizer
+    if first is not None and state is not None:
+        raise PlanError(
+            "step.optimizer is of a run's first step, and the checkpoint has an optimizer state; leave it out."
+        )
+    if first is not None:
+        state = fresh_state(first.kind, params, **first.settings)
     if state is not None and set(state.names) != set(params):
         missing = sorted(set(params) - set(state.names))
         if missing:
@@ -116,6 +124,7 @@ def spec_of(plan: FisherKernelPlan, loaded: Checkpoint, made: GeneratedBatch | N
         "checkpoint": loaded.provenance.fingerprint,
         "parameters": {"patterns": plan.parameters, "count": len(names), "sha256": hash_json(names)},
         "optimizer": None if loaded.optimizer is None else _fingerprint(loaded.optimizer),
+        **({} if plan.step.optimizer is None else {"first_step": plan.step.optimizer.model_dump(mode="json")}),
         "files": files_of(plan),
         "update": _drawn(plan) if made is None else {"batch": content_of_batch(as_it_came(loss, made), scores)},
         "temperature": temperature_of(plan, made),
@@ -156,7 +165,13 @@ def _drawn(plan: FisherKernelPlan) -> dict[str, Any]:
     return record
 
 
-def _fingerprint(state: AdamWState) -> str:
+def _fingerprint(state: OptimizerState) -> str:
     """Hash an optimizer's state: hyperparameters, step and moments."""
-    numbers = {field: getattr(state, field) for field in ("step", "lr", "beta1", "beta2", "eps", "weight_decay")}
-    return hash_json([numbers, fingerprint(state.exp_avg), fingerprint(state.exp_avg_sq)])
+    if isinstance(state, MixedState):
+        return hash_json([_fingerprint(part) for part in state.parts])
+    content: list[Any] = [type(state).__name__]
+    for field in fields(state):
+        value = getattr(state, field.name)
+        moments = isinstance(value, Mapping) and any(isinstance(leaf, torch.Tensor) for leaf in value.values())
+        content.append(fingerprint(value) if moments else dict(value) if isinstance(value, Mapping) else value)
+    return hash_json(content)

@@ -40,7 +40,7 @@ from fkernel.func.handles import ProductSpec
 from fkernel.func.inputs import holding_inside
 from fkernel.func.layers import cut_of
 from fkernel.io import parse_bytes
-from fkernel.precond import AdamWState
+from fkernel.precond import OptimizerState
 from fkernel.shapes import Tree
 from fkernel.study.loss_terms import Columns, LossTerms, columns_of
 from fkernel.study.workspace import KernelWorkspace
@@ -87,7 +87,7 @@ class Policy(NamedTuple):
 
     f: func.Objective
     params: Tree
-    state: AdamWState | None
+    state: OptimizerState | None
     after: Tree | None
     apply: Any = None
     temperature: float = 1.0

@@ -35,7 +35,7 @@ from fkernel.study.provenance import environment
 from fkernel.study.questions import entry_of, influence_of, self_kernel_of
 from fkernel.study.results import FisherKernelResults
 from fkernel.study.rows import MemoryBudget, Policy, grant_of, self_strategy
-from fkernel.study.step_taken import departures
+from fkernel.study.taken import StepTaken, step_taken
 from fkernel.study.workspace import KernelWorkspace, named_errors, selected, tokens_of
 
 Tick = Callable[[str, int, int], Any]
@@ -74,6 +74,7 @@ class FisherKernelRunner:
         self._step: AdamWStep | None = None
         self._prepared: Policy | None = None
         self._of_E: Policy | None = None
+        self._of_step: StepTaken | None = None
         self._batches: dict[str, GeneratedBatch] = {}
         self._drawn = ("sampling", 0)
         for loaded in ("checkpoint", "generator", "policy"):
@@ -91,10 +92,8 @@ class FisherKernelRunner:
     @cached_property
     def generator(self) -> SampleGenerator:
         """The sample generator of U and E, created on first use."""
-        sources = self.plan.sources()
-        return self.plan.generator(
-            self.checkpoint, sources, on_progress=lambda n: self.on_progress(self._drawn[0], n, self._drawn[1])
-        )
+        report = lambda n: self.on_progress(self._drawn[0], n, self._drawn[1])  # noqa: E731
+        return self.plan.generator(self.checkpoint, self.plan.sources(), on_progress=report)
 
     @cached_property
     def policy(self) -> Policy:
@@ -105,14 +104,16 @@ class FisherKernelRunner:
 
     def _along(self, E: func.Sequences) -> Policy:
         """The policy for E, with the step's path; its derivative is certified along the step on the first request."""
-        if self._of_E is None:
-            step, path = self._step, self.plan.step.path
-            if step is None:
-                self._of_E = self.policy
-            else:
-                vectors, end = departures(self.policy.params, step.total, None, self.policy.after)
-                self._of_E = along(self.policy, E, end)._replace(path=path, step=end, departures=vectors)
-        return self._of_E
+        if self._of_E is None and self._step is not None:
+            vectors, end = self._taken(self._step).departures
+            self._of_E = along(self.policy, E, end)._replace(path=self.plan.step.path, step=end, departures=vectors)
+        return self._of_E or self.policy
+
+    def _taken(self, step: AdamWStep) -> StepTaken:
+        """The step as it was executed and really taken; made once."""
+        if self._of_step is None:
+            self._of_step = step_taken(self.plan.step, self.policy, self.checkpoint, self._given(None), step)
+        return self._of_step
 
     def prepare_update_workspace(self, plan: FisherKernelPlan | None = None) -> KernelWorkspace:
         """Create U's workspace, resume an interrupted one, or open a complete one.
@@ -304,6 +305,8 @@ class FisherKernelRunner:
             own = own_answer(cache, plan, self.compute_self_kernel, self.analyse_update)
             requests = answers(cache, plan, self._batch, self.evaluate_batch, self._batches)
             facts, computed = facts_of_step(workspace, self.policy, self.checkpoint.step), workspace.gradients.computed
+            if self._step is not None:
+                facts |= self._taken(self._step).told(self.logger)
             about |= {"fingerprint": workspace.spec["checkpoint"], "kept": earlier(own, requests)}
             say(self.logger, "gradients of U", computed=computed, read=len(workspace.batch) - computed)
             about |= findings(certificates, self.policy, self._step, self.checkpoint, self.logger)
@@ -345,5 +348,5 @@ class FisherKernelRunner:
         return (make or draw.generate)(self.generator, self.plan.numerics.seed)
 
     def _grant(self, batch: GeneratedBatch) -> MemoryBudget:
-        tokens = tokens_of(batch, self.policy.params)
-        return grant_of(self.plan.numerics.memory, self.plan.numerics.microbatch, self.policy, tokens)
+        numerics, tokens = self.plan.numerics, tokens_of(batch, self.policy.params)
+        return grant_of(numerics.memory, numerics.microbatch, self.policy, tokens)

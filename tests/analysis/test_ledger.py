@@ -36,7 +36,9 @@ def test_a_ledger_closes_and_its_parts_are_what_they_say(case):
     torch.testing.assert_close(found.closed, realised, rtol=1e-12, atol=1e-15)
     assert effect.clip < 1
     torch.testing.assert_close(found.batch["batch"], effect.batch)
-    torch.testing.assert_close(effect.batch, effect.clip * (effect.kernel * case.weights).sum(1), rtol=1e-10, atol=1e-15)
+    torch.testing.assert_close(
+        effect.batch, effect.clip * (effect.kernel * case.weights).sum(1), rtol=1e-10, atol=1e-15
+    )
     curvature = 0.5 * func.curvature(S)(params, E, step.total)  # at θ; the path has it in its parts
     assert (found.remainder.abs() < 1e-2 * curvature.abs().max()).all()
     mid = tree.axpy(0.5, step.total, params)

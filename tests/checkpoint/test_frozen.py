@@ -36,7 +36,7 @@ def all_but_the_last_block(name: str) -> bool:
 def step_error(ran: Ran, loaded: checkpoint.Checkpoint) -> float:
     _, params = func.make_functional(loaded.model)
     assert set(params) == set(ran.before)
-    assert loaded.optimizer is not None
+    assert isinstance(loaded.optimizer, fk.precond.AdamWState)
     step = fk.precond.adamw_step(params, {**ran.grads}, loaded.optimizer).total
     taken = torch.cat([(ran.after[name] - ran.before[name]).flatten() for name in params])
     return float((torch.cat([step[name].flatten() for name in params]) - taken).norm() / taken.norm())

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import fkernel as fk
-from fkernel.checkpoint import adamw_state, load_adamw_state, load_model
+from fkernel.checkpoint import adamw_state, load_adamw_state, load_model, optimizer_state
+from fkernel.precond.updates import AdamState
 from tests.models import gpt2
 
 
@@ -62,20 +63,49 @@ def test_state_without_recorded_names_is_refused(model):
 
 
 @pytest.mark.parametrize("flag", ["amsgrad", "maximize"])
-def test_variants_that_are_not_modelled_are_refused(model, flag):
-    with pytest.raises(fk.OptimizerStateError, match=f"{flag}=True, which is not modelled"):
-        adamw_state(stepped(model, **{flag: True}).state_dict(), params_of(model))
+def test_variants_are_no_adamw_in_the_plain(model, flag):
+    state_dict = stepped(model, **{flag: True}).state_dict()
+    with pytest.raises(fk.OptimizerStateError, match=f"state of adam with {flag}=True, not that of AdamW in the plain"):
+        adamw_state(state_dict, params_of(model))
+    state = optimizer_state(state_dict, params_of(model))
+    assert isinstance(state, AdamState)
+    assert getattr(state, flag) == dict.fromkeys(params_of(model), True)
 
 
-def test_coupled_decay_is_refused(model):
+def test_coupled_decay_is_no_adamws(model):
     optimizer = torch.optim.Adam(model.named_parameters(), weight_decay=0.1)
-    with pytest.raises(fk.OptimizerStateError, match="only AdamW's decoupled decay"):
+    with pytest.raises(fk.OptimizerStateError, match="whose decay is added to the gradient"):
         adamw_state(optimizer.state_dict(), params_of(model))
+    state = optimizer_state(optimizer.state_dict(), params_of(model))
+    assert isinstance(state, AdamState)
+    assert state.decoupled_weight_decay == dict.fromkeys(params_of(model), False)
 
 
-def test_other_optimizers_are_refused(model):
+def test_a_group_without_decay_is_of_the_same_optimizer(model):
+    """Adam's decay is in the gradient; that one group has none makes it no AdamW."""
+    decay = [(name, p) for name, p in model.named_parameters() if name.endswith("weight")]
+    plain = [(name, p) for name, p in model.named_parameters() if name.endswith("bias")]
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
+    state = optimizer_state(torch.optim.Adam(groups).state_dict(), params_of(model))
+    assert isinstance(state, AdamState)
+    assert state.of("0.bias").weight_decay == 0.0
+
+
+def test_decay_of_an_unknown_kind_is_asked_for(model):
+    state_dict = stepped(model).state_dict()
+    for group in state_dict["param_groups"]:
+        del group["decoupled_weight_decay"]
+    with pytest.raises(fk.OptimizerStateError, match="Say decoupled=True if the training used AdamW"):
+        optimizer_state(state_dict, params_of(model))
+    assert isinstance(optimizer_state(state_dict, params_of(model), decoupled=False), AdamState)
+    assert isinstance(optimizer_state(state_dict, params_of(model), decoupled=True), fk.precond.AdamWState)
+
+
+def test_other_optimizers_are_no_adamw(model):
     optimizer = torch.optim.SGD(model.named_parameters(), lr=0.1)
-    with pytest.raises(fk.OptimizerStateError, match=r"has 'dampening': it is SGD's, .* this is not an AdamW state"):
+    with pytest.raises(
+        fk.OptimizerStateError, match=r"state of sgd, not that of AdamW in the plain; .*optimizer_state"
+    ):
         adamw_state(optimizer.state_dict(), params_of(model))
 
 

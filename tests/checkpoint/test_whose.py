@@ -1,4 +1,4 @@
-"""Whose state is it, and how many steps did it take: AdamW's next step is reproduced, or the state is refused."""
+"""Whose state is it, and how many steps did it take: the next step is reproduced, or the state is refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 import fkernel as fk
 from fkernel.checkpoint import adamw_state
-from fkernel.checkpoint.optimizer import plain_state
+from fkernel.checkpoint.recognising import recognise
 
 
 def network() -> Any:
@@ -154,17 +154,20 @@ def test_moments_of_zero_may_be_of_step_zero():
 WHOSE = {
     "ASGD": "ASGD's",
     "Adadelta": "Adadelta's",
-    "Adafactor": "Adafactor's",
-    "Adagrad": "Adagrad's",
     "Adamax": "Adamax's",
-    "LBFGS": "not an AdamW state",
-    "Muon": "Muon's",
-    "NAdam": "NAdam's",
-    "RAdam": "RAdam's",
-    "RMSprop": "RMSprop's",
+    "LBFGS": "LBFGS's",
     "Rprop": "Rprop's",
-    "SGD": "SGD's",
 }
+TAKEN = {
+    "Adafactor": "adafactor",
+    "Adagrad": "adagrad",
+    "Muon": "muon",
+    "NAdam": "nadam",
+    "RAdam": "radam",
+    "RMSprop": "rmsprop",
+    "SGD": "sgd",
+}
+"""{torch's name: ours}."""
 OTHERS = [
     name
     for name, kind in vars(torch.optim).items()
@@ -175,32 +178,42 @@ OTHERS = [
 
 @pytest.mark.parametrize("fresh", [False, True], ids=["stepped", "fresh"])
 @pytest.mark.parametrize("name", OTHERS)
-def test_every_other_optimizer_of_torch_is_refused_by_its_name(name, fresh):
+def test_every_other_optimizer_of_torch_is_taken_or_refused_by_its_name(name, fresh):
     def make(parameters):
         matrices = [leaf for leaf in parameters if leaf.ndim == 2]
         return getattr(torch.optim, name)(matrices, lr=1e-3)
 
-    _, optimizer = stepped(make, steps=0 if fresh else 2)
-    with pytest.raises(fk.OptimizerStateError, match=WHOSE.get(name, "AdamW")):
-        plain_state(optimizer.state_dict(), decoupled=True)
+    model, optimizer = stepped(make, steps=0 if fresh else 2)
+    params = {n: leaf for n, leaf in model.named_parameters() if leaf.ndim == 2}
+    if name in TAKEN:
+        (written,) = recognise(optimizer.state_dict(), decoupled=True)
+        assert written[:2] == (TAKEN[name], f"torch.optim.{name}")
+        with pytest.raises(
+            fk.OptimizerStateError, match=rf"state of {TAKEN[name]}, not that of AdamW.*optimizer_state"
+        ):
+            adamw_state(optimizer.state_dict(), params, names=[*params])
+        return
+    with pytest.raises(fk.OptimizerStateError, match=WHOSE[name]) as caught:
+        recognise(optimizer.state_dict(), decoupled=True)
+    assert "supported are adamw, adam, nadam" in str(caught.value)
 
 
 def test_sparse_adam_is_refused():
     state_dict = torch.optim.SparseAdam(list(network().parameters())).state_dict()
     with pytest.raises(fk.OptimizerStateError, match="lacks 'weight_decay'"):
-        plain_state(state_dict, decoupled=True)
+        recognise(state_dict, decoupled=True)
 
 
-@pytest.mark.parametrize("older", [False, True], ids=["torch 2.13", "torch 1.11"])
-def test_radam_is_told_by_the_name_that_it_lacks(older):
-    """Its state has Adam's names to the letter, and its groups have none that Adam's lack."""
+def test_radam_is_told_by_the_name_that_it_lacks():
+    """Its state has Adam's names to the letter; its groups lack amsgrad, and in torch 1.11 nothing else tells."""
     _, optimizer = stepped(lambda parameters: torch.optim.RAdam(parameters, lr=1e-2, decoupled_weight_decay=True))
     state_dict = optimizer.state_dict()
-    for group in state_dict["param_groups"] if older else []:
+    assert recognise(state_dict)[0].kind == "radam"
+    for group in state_dict["param_groups"]:
         for key in ("maximize", "foreach", "capturable", "differentiable", "decoupled_weight_decay"):
             del group[key]
     with pytest.raises(fk.OptimizerStateError, match=r"has no 'amsgrad', which torch.optim.AdamW always writes.*RAdam"):
-        plain_state(state_dict, decoupled=True)
+        recognise(state_dict, decoupled=True)
 
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -220,8 +233,7 @@ def test_adamw_in_all_its_forms_is_adamw(kind, schedule):
         torch.optim.lr_scheduler.LinearLR(optimizer)
     elif schedule:
         torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=9)
-    plain = plain_state(optimizer.state_dict())
-    assert plain["param_groups"] == optimizer.state_dict()["param_groups"]
+    assert [by[:2] for by in recognise(optimizer.state_dict())] == [("adamw", "torch.optim.AdamW")]
 
 
 GROUPS = {
@@ -232,7 +244,6 @@ GROUPS = {
     "AdEMAMix": ({"alpha": 5.0, "t_alpha": None, "t_beta3": None}, "alpha=5.0: it is AdEMAMix's"),
     "LAMB": ({"grad_averaging": True, "max_grad_norm": 1.0}, "LAMB's or NovoGrad's"),
     "ADOPT": ({"decouple": True}, "ADOPT's"),
-    "Muon": ({"use_muon": False}, "Muon's"),
     "unheard of": ({"tempo": 3}, r"has 'tempo', which no AdamW has.*take it out of the group"),
     "no number": ({"lr": None}, "lr=None; expected one number"),
 }
@@ -243,13 +254,13 @@ def test_groups_of_other_optimizers_are_refused_by_name(kind):
     state_dict = saved()
     state_dict["param_groups"][0] |= GROUPS[kind][0]
     with pytest.raises(fk.OptimizerStateError, match=GROUPS[kind][1]):
-        plain_state(state_dict)
+        recognise(state_dict)
 
 
 @pytest.mark.parametrize("broken", [{"state": []}, {"param_groups": {}}, {"param_groups": [3]}, {"param_groups": [{}]}])
 def test_what_is_no_state_dict_is_said_so(broken):
     with pytest.raises(fk.OptimizerStateError, match="This is no optimizer state_dict of torch: expected state as"):
-        plain_state({**saved(), **broken})
+        recognise({**saved(), **broken})
 
 
 # -------------------------------------------------------------------------------------------------------- bitsandbytes
@@ -290,7 +301,7 @@ def test_bitsandbytes_own_state_reproduces_its_next_step():
         gradients()
         optimizer.step()
     params = {name: leaf.detach().clone() for name, leaf in model.named_parameters()}
-    state = adamw_state(optimizer.state_dict(), params, model=model)
+    state = adamw_state(copy.deepcopy(optimizer.state_dict()), params, model=model)
     grads = gradients()
     optimizer.step()
     step = fk.precond.adamw_step(params, grads, state).total
@@ -298,11 +309,36 @@ def test_bitsandbytes_own_state_reproduces_its_next_step():
         torch.testing.assert_close(step[name], leaf.detach() - params[name], rtol=1e-4, atol=2e-7)
 
 
-def test_bitsandbytes_moments_in_8_bits_are_refused_for_what_they_are():
+@pytest.mark.parametrize("missing", ["qmap1", "absmax1"])
+def test_codes_of_8_bits_mean_nothing_without_their_map_and_scales(missing):
     state_dict = as_bitsandbytes(saved(), wrapped=True)
     moments = state_dict["state"][0]["__bnb_optimizer_quant_state__"]
-    moments.update(state1=moments["state1"].to(torch.uint8), qmap1=torch.zeros(256), absmax1=torch.zeros(1))
-    with pytest.raises(fk.OptimizerStateError, match="8-bit state: its moments are quantised in blocks"):
+    codes = {"qmap1": torch.zeros(256), "absmax1": torch.zeros(1)}
+    moments.update(codes, state1=moments["state1"].to(torch.uint8))
+    relative_error(state_dict)
+    del moments[missing]
+    with pytest.raises(fk.OptimizerStateError, match=rf"'0.weight' has 8-bit codes \(state1\) and no {missing}"):
+        relative_error(state_dict)
+    moments.update(codes, absmax1=torch.zeros(2))
+    with pytest.raises(fk.OptimizerStateError, match=r"12 codes \(state1\), a map of 256 and 2 scales"):
+        relative_error(state_dict)
+
+
+@pytest.mark.parametrize(
+    ("keys", "whose"),
+    [
+        ({"unorm_vec": torch.zeros(1)}, "scales a step by layers"),
+        ({"gnorm_vec": torch.zeros(100)}, "clips by percentiles"),
+        ({"state2": None}, "with one moment that is not Lion"),
+    ],
+)
+def test_other_optimizers_of_bitsandbytes_are_refused(keys, whose):
+    state_dict = as_bitsandbytes(saved(), wrapped=False)
+    for entry in state_dict["state"].values():
+        entry.update(keys)
+        for key in [key for key, value in keys.items() if value is None]:
+            del entry[key]
+    with pytest.raises(fk.OptimizerStateError, match=rf"{whose}.*supported are adamw"):
         relative_error(state_dict)
 
 
@@ -313,5 +349,5 @@ class Quantised(torch.Tensor):
 def test_moments_that_are_no_plain_tensors_are_refused():
     state_dict = saved()
     state_dict["state"][0]["exp_avg"] = state_dict["state"][0]["exp_avg"].as_subclass(Quantised)
-    with pytest.raises(fk.OptimizerStateError, match=r"exp_avg of parameter 0 is a Quantised; expected a plain tensor"):
+    with pytest.raises(fk.OptimizerStateError, match=r"exp_avg of parameter 0 is a Quantised; expected a plain ten"):
         relative_error(state_dict)

@@ -43,7 +43,7 @@ def first(firsts: Any, result: RequestResult) -> RequestResult:
 
 def test_the_ledger_closes(result, first):
     ledger = result.analysis("ledger")
-    parts = ("batch", "momentum", "decay", "remainder")
+    parts = ("batch", "momentum", "decay", "unexplained", "remainder")
     assert {*ledger.arrays} == {*parts, "realised", "floor"}
     np.testing.assert_allclose(sum(ledger[name] for name in parts), result.realised, rtol=0, atol=1e-9)
     np.testing.assert_allclose(ledger["batch"], result.batch, rtol=1e-6)
@@ -54,13 +54,16 @@ def test_the_ledger_closes(result, first):
     assert (ledger.facts["path"], start["path"]) == ("midpoint", "start")
     assert ledger.facts["error"] < 0.02
     assert ledger.facts["error"] < start["error"] < 0.1
-    assert ledger.facts["error"] == pytest.approx(result.calibration["predicted"].relative_error, rel=1e-3)
+    left = np.linalg.norm(ledger["remainder"] + ledger["unexplained"]) / np.linalg.norm(ledger["realised"])
+    assert left == pytest.approx(result.calibration["predicted"].relative_error, rel=1e-3)
+    assert ledger.facts["unexplained"] < 1e-3
+    assert 1 <= ledger.facts["floor_scale"] < 20
     assert ledger.facts["floor"] < 0.05
 
 
 def test_what_the_ledger_at_the_start_leaves_is_the_curvature(first):
     ledger = first.analysis("ledger")
-    parts = ("batch", "momentum", "decay", "remainder")
+    parts = ("batch", "momentum", "decay", "unexplained", "remainder")
     np.testing.assert_allclose(sum(ledger[name] for name in parts), first.realised, rtol=0, atol=1e-9)
     left = np.linalg.norm(ledger["remainder"] - first.curvature) / np.linalg.norm(first.realised)
     assert left < 0.02
@@ -310,7 +313,7 @@ def test_rows_in_small_blocks_give_the_same(run, study, tmp_path):
     for name in ("parts", "uncertainty", "ledger"):
         for key, values in results["held_out"].analysis(name).arrays.items():
             other = again["held_out"].analysis(name)[key]
-            if key in ("remainder", "top_p", "prompt_p", "p"):
+            if key in ("remainder", "unexplained", "top_p", "prompt_p", "p"):
                 continue
             np.testing.assert_allclose(values, other, rtol=2e-3, atol=1e-5 * np.abs(values).max(), err_msg=key)
 

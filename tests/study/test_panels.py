@@ -148,7 +148,7 @@ def test_bars_of_the_ledger_add_up_to_what_was_realised(result):
     order = np.argsort(-np.abs(found["realised"]), kind="stable")[:12]
     figure = report.ledger_panel(result)
     left, right = figure.axes
-    parts = {name: lengths(left, name) for name in ("batch", "momentum", "decay")}
+    parts = {name: lengths(left, name) for name in ("batch", "momentum", "decay", "unexplained")}
     for name, widths in parts.items():
         np.testing.assert_allclose(widths, 1e3 * found[name][order], rtol=1e-12)
     np.testing.assert_allclose(sum(parts.values()), 1e3 * (found["realised"] - found["remainder"])[order], atol=1e-9)

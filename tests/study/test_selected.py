@@ -74,7 +74,7 @@ def test_what_was_realised_is_the_whole_models_change(selected):
 def test_the_ledger_closes_with_a_line_for_what_was_not_selected(selected):
     out, result, *_ = selected
     found = result.analysis("ledger")
-    lines = ("batch", "momentum", "decay", "remainder", "unselected")
+    lines = ("batch", "momentum", "decay", "unexplained", "remainder", "unselected")
     np.testing.assert_allclose(sum(found[name] for name in lines), result.realised, rtol=0, atol=1e-9)
     np.testing.assert_array_equal(found["unselected"], result.unselected)
     read = FisherKernelResults.load(out)
@@ -97,7 +97,7 @@ def test_pictures_and_tables_add_up_to_the_whole_models_change(selected):
     cells = [[*column.cells] for column in table.columns]
     for row in range(2):
         line = {head: column[row] for head, column in zip(heads, cells, strict=True)}
-        parts = ("batch", "momentum", "decay", "remainder", "not selected")
+        parts = ("batch", "momentum", "decay", "unexplained", "remainder", "not selected")
         assert sum(float(str(line[part])) for part in parts) == pytest.approx(float(str(line["realised"])), abs=0.004)
     kl_found = result.analysis("observables.moved")
     dots = report.observable_panel(result, "moved").axes[0].collections

@@ -9,6 +9,7 @@ import torch
 
 from fkernel import func, precond, tree
 from fkernel.analysis import ENDS, compare
+from fkernel.precond import AdamWState
 from fkernel.study.analyses.analysis import Analysis, without_nan
 from fkernel.study.analyses.context import RequestContext
 from fkernel.study.analyses.failures import AnalysisUnavailable
@@ -24,7 +25,8 @@ def compute(context: RequestContext, config: Collection[str]) -> AnalysisResult:
     step, realised = context.step, context.effect("realised")
     if len(realised) < 2:
         raise AnalysisUnavailable("it needs two sequences or more")
-    assert p.state is not None
+    if not isinstance(p.state, AdamWState):
+        raise AnalysisUnavailable("it makes other optimizers' preconditioners of AdamW's moments, and there are none")
     inner = [name for name in p.params if func.by_kind(name) not in ENDS]
     matrices = [name for name in inner if p.params[name].ndim == 2]
     P = precond.alternatives(p.params, context.gradient, p.state, matrices, config)

@@ -10,6 +10,7 @@ from fkernel.analysis import DECADES, step_sweep
 from fkernel.study.analyses.analysis import Analysis
 from fkernel.study.analyses.context import RequestContext
 from fkernel.study.config.base import Strict
+from fkernel.study.facts import settings_of
 from fkernel.study.outcome import AnalysisResult
 
 
@@ -29,7 +30,7 @@ def compute(context: RequestContext, config: SweepPlan) -> AnalysisResult:
     arrays = {name: value.cpu().numpy() for name, value in sweep._asdict().items()}
     arrays |= {"first_error": sweep.error("first").cpu().numpy(), "second_error": sweep.error("second").cpu().numpy()}
     arrays["noise"] = sweep.noise.cpu().numpy()
-    facts = {"within": config.within, "lr": sorted({*p.state.lr.values()}) if p.state else None}
+    facts = {"within": config.within, "lr": settings_of(p.state, "lr") if p.state else None}
     facts |= {f"{order}_holds": sweep.holds(config.within, order) for order in ("first", "second")}
     return AnalysisResult(arrays, facts)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fkernel.study.config.base import CheckpointPlan, Strict
 from fkernel.study.config.loss import LossPlan
@@ -33,6 +33,25 @@ class PreconditionerPlan(Strict):
         return self
 
 
+class OptimizerPlan(BaseModel):
+    """An optimizer before its first step.
+
+    Attributes:
+        kind: of `fkernel.precond.updates.OPTIMIZERS`: adamw, adam, sgd, rmsprop, lion, …
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    kind: str
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Its settings, as its class names them."""
+        return {
+            name: tuple(value) if isinstance(value, list) else value for name, value in (self.model_extra or {}).items()
+        }
+
+
 class StepPlan(Strict):
     """The optimizer step that is explained.
 
@@ -42,6 +61,14 @@ class StepPlan(Strict):
             norm; excludes max_norm.
         path: where E's gradients are evaluated: "midpoint", halfway along the step, so that contributions add up to the
             change; "gauss2", at two nodes, for a large step; "start", at the checkpoint (first order).
+        autocast: "bfloat16" where the training's passes ran under autocast: the step is executed in it too, and its
+            distance from the exact one is the effect `arithmetic`. Weights and moments in half precision, or 8-bit
+            states, are told from the checkpoint.
+        microbatch: sequences of a backward pass in training; None for all of U in one.
+        head: how the gradient of the language-model head was added up: "trl", in float32, or "linear", in the autocast
+            dtype.
+        optimizer: the optimizer of a run's first step, where the checkpoint has no state yet: {kind: adamw, lr: 1e-5,
+            …}, settings as its class names them; kinds are those of `fkernel.precond.updates`.
         after: the checkpoint after the step, if training took it: realised changes are then measured on it instead of
             on θ + Δθ.
         loss: the training loss, where it is not the policy gradient −Σ w A S: a clipped ratio (PPO, GRPO, GSPO), a KL
@@ -51,6 +78,10 @@ class StepPlan(Strict):
     max_norm: float | None = Field(None, gt=0)
     clip: float | None = Field(None, gt=0, le=1)
     path: Literal["midpoint", "start", "gauss2"] = "midpoint"
+    autocast: Literal["bfloat16"] | None = None
+    microbatch: int | None = Field(None, gt=0)
+    head: Literal["trl", "linear"] = "trl"
+    optimizer: OptimizerPlan | None = None
     after: CheckpointPlan | None = None
     loss: LossPlan | None = None
 

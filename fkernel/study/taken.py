@@ -1,0 +1,200 @@
+"""The step as it was executed, as it was really taken, and whether that is the step that is described.
+
+    Δθ_after = Δθ + (Δθ_executed − Δθ) + (Δθ_after − Δθ_executed)
+                    arithmetic           unexplained
+
+The path of E's gradients ends where the step really ended, as far as that is known.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from fkernel import tree
+from fkernel.analysis import Audit, Described, audit, described_step
+from fkernel.checkpoint import Checkpoint
+from fkernel.engine import gradient_in
+from fkernel.precond import AdamWState, AdamWStep, ExecutedStep, executed_step
+from fkernel.shapes import Tree
+from fkernel.study.config.step import StepPlan
+from fkernel.study.log import say
+from fkernel.study.loss_terms import OWN
+from fkernel.study.optimizer_step import clipped
+from fkernel.study.rows import Policy
+from fkernel.study.workspace import KernelWorkspace, tokens_of
+
+ARITHMETIC, UNEXPLAINED = "arithmetic", "unexplained"
+
+
+class Departures(NamedTuple):
+    """What a step has beyond the exact one.
+
+    Attributes:
+        vectors: {"arithmetic": …, "unexplained": …}, those that are known, {name: [*shape]} each.
+        end: Δθ of the path: really taken, executed, or exact.
+    """
+
+    vectors: dict[str, Tree]
+    end: Tree
+
+
+class StepTaken(NamedTuple):
+    """What is known of a step beyond the exact one.
+
+    Attributes:
+        departures: what it has beyond that, and where it ended.
+        moved: the share of weights whose stored value changed; None where the step was not executed.
+        audit: whether it is the step that is described; None without `step.after`.
+    """
+
+    departures: Departures
+    moved: float | None
+    audit: Audit | None
+
+    def told(self, logger: logging.Logger) -> dict[str, Any]:
+        """Facts, JSON; what the audit found is logged as warnings."""
+        facts: dict[str, Any] = {} if self.moved is None else {"moved": self.moved}
+        if self.audit is None:
+            return facts
+        for finding in self.audit.findings:
+            say(logger, f"audit of the step: {finding.sentence}", logging.WARNING)
+        return facts | {"audit": self.audit.summary()}
+
+
+def step_taken(
+    plan: StepPlan, policy: Policy, checkpoint: Checkpoint, workspace: KernelWorkspace, step: AdamWStep
+) -> StepTaken:
+    """Execute a step, tell the one really taken apart, and audit it.
+
+    Args:
+        plan: of the step.
+        policy: the checkpoint, with the one after the step.
+        checkpoint: for the optimizer's own state and the dtypes that were trained.
+        workspace: U.
+        step: Δθ in real numbers.
+    """
+    executed = executed_of(plan, policy, checkpoint, workspace)
+    apart = departures(policy.params, step.total, None if executed is None else executed.delta, policy.after)
+    audited = audit_of(policy, checkpoint, workspace, step, apart.vectors.get(ARITHMETIC))
+    return StepTaken(apart, None if executed is None else executed.moved, audited)
+
+
+def departures(params: Tree, exact: Tree, executed: Tree | None = None, after: Tree | None = None) -> Departures:
+    """Tell a step really taken apart.
+
+    Args:
+        params: θ.
+        exact: Δθ in real numbers.
+        executed: Δθ as the training's own precision has it; None where that is the study's.
+        after: θ after the step, where it was really taken.
+
+    Example:
+        >>> import torch
+        >>> θ, exact = {"w": torch.zeros(1)}, {"w": torch.ones(1)}
+        >>> departures(θ, exact, {"w": torch.tensor([0.75])}, {"w": torch.tensor([0.5])}).vectors
+        {'arithmetic': {'w': tensor([-0.2500])}, 'unexplained': {'w': tensor([-0.2500])}}
+    """
+    vectors, end = dict[str, Tree](), exact
+    if executed is not None:
+        vectors[ARITHMETIC], end = tree.axpy(-1.0, exact, executed), executed
+    if after is not None:
+        taken = tree.axpy(-1.0, params, {name: after[name] for name in params})
+        vectors[UNEXPLAINED], end = tree.axpy(-1.0, end, taken), taken
+    return Departures(vectors, end)
+
+
+def executed_of(
+    plan: StepPlan, policy: Policy, checkpoint: Checkpoint, workspace: KernelWorkspace
+) -> ExecutedStep | None:
+    """Execute the step in the training's own precision; None where that is the study's.
+
+    U's gradient is one plain pass in the dtypes of the weights, under autocast where the plan says so; then the
+    optimizer's own class steps tensors of its own dtypes. Parts of the loss that no column has are exact in it.
+
+    Raises:
+        OptimizerStateError: it cannot be repeated, such as stochastic rounding.
+    """
+    θ = _as_trained(policy, checkpoint)
+    stored = None if checkpoint.stored is None else checkpoint.stored.restricted(policy.params)
+    kept = {} if stored is None else stored.dtypes
+    moments = {dtype for name in policy.params for dtype in kept.get(name, ())}
+    rounded = any(leaf.dtype != policy.params[name].dtype for name, leaf in θ.items())
+    if policy.state is None or not (plan.autocast or rounded or moments - {"float32", "float64"}):
+        return None
+    f, U = policy.columns_for(tokens_of(workspace.batch, policy.params), workspace.loss)
+    like = next(iter(policy.params.values()))
+    a = workspace.loss_weights.to(like.device, torch.float32)
+    ascent = gradient_in(f, θ, U, a, autocast=plan.autocast, microbatches=plan.microbatch, head=plan.head)
+    for part in () if workspace.loss is None else workspace.loss.beside_columns.values():
+        ascent = {name: leaf + part[name].to(leaf) for name, leaf in ascent.items()}
+    g, _, _ = clipped(plan, tree.cast(ascent, like.dtype), policy.unused)
+    return executed_step(θ, g, stored or policy.state)
+
+
+def audit_of(
+    policy: Policy, checkpoint: Checkpoint, workspace: KernelWorkspace, step: AdamWStep, arithmetic: Tree | None
+) -> Audit | None:
+    """Hold the step really taken against the one described; None without `step.after`.
+
+    Args:
+        policy: with the checkpoint after the step.
+        checkpoint: for the dtypes that were trained.
+        workspace: U.
+        step: Δθ as described.
+        arithmetic: what the training's own precision did beyond it, which is subtracted; None where it is the study's.
+    """
+    if policy.after is None:
+        return None
+    taken = tree.axpy(-1.0, policy.params, {name: policy.after[name] for name in policy.params})
+    if arithmetic is not None:
+        taken = tree.axpy(-1.0, arithmetic, taken)
+    state, settings = policy.state, dict[str, Any]()
+    if state is not None:
+        each = {name: state.of(name) for name in policy.params}
+        settings = {key: {name: float(getattr(one, key, 0.0)) for name, one in each.items()} for key in SETTINGS}
+    gradients = _gradients(workspace, policy)
+    described: AdamWStep | Described = step
+    if len(gradients) > 1:
+        P = workspace.P
+        described = Described({k: P(tree.scale(-1.0, g)) for k, g in gradients.items()}, step.momentum, step.decay)
+    respond = None
+    if isinstance(state, AdamWState) and not policy.unused:
+
+        def respond(scales: Mapping[str, float]) -> Described:
+            scaled = {part: tree.scale(scales[part], g) for part, g in gradients.items()}
+            return described_step(policy.params, scaled, state)
+
+    return audit(
+        described,
+        taken,
+        params=_as_trained(policy, checkpoint),
+        clip=workspace.clip,
+        grad_norm=workspace.grad_norm,
+        respond=respond,
+        **settings,
+    )
+
+
+SETTINGS = ("lr", "weight_decay")
+"""What groups of parameters are told apart by."""
+
+
+def _gradients(workspace: KernelWorkspace, policy: Policy) -> dict[str, Tree]:
+    """g = c ∂L/∂θ by the parts of the loss; {"batch": g} where it has one."""
+    g, loss = tree.scale(-workspace.clip, workspace.ascent(policy.params)), workspace.loss
+    if loss is None or not loss.parts:
+        return {"batch": g}
+    parts = {part: tree.scale(-workspace.clip, v) for part, v in loss.parts.items()}
+    if loss.whole:
+        return parts
+    rest = tree.axpy(-1.0, tree.add(*parts.values()), g)
+    return {OWN: rest, **parts}
+
+
+def _as_trained(policy: Policy, checkpoint: Checkpoint) -> Tree:
+    """θ in the dtypes in which the checkpoint has it."""
+    return {name: leaf.to(checkpoint.trained_dtypes.get(name, leaf.dtype)) for name, leaf in policy.params.items()}

@@ -1,0 +1,1 @@
+"""Optimizers' steps against the real optimizers."""
