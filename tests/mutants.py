@@ -345,7 +345,7 @@ MUTATIONS = [
     ),
     Mutation(
         "an online sum that is not rescaled", "layers_give_what_the_whole_gives",
-        "func/handles/head.py", "mean.mul_(shrunk[:, None])", "mean",
+        "func/handles/head.py", "mean.mul_(shrunk[:, None]), p,", "mean, p,",
     ),
     Mutation(
         "a target's own logit left out of the table's gradient", "layers_give_what_the_whole_gives",

@@ -9,7 +9,7 @@ The path of E's gradients ends where the step really ended, as far as that is kn
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -17,17 +17,18 @@ import torch
 from fkernel import tree
 from fkernel.analysis import Audit, Described, audit, described_step
 from fkernel.checkpoint import Checkpoint
-from fkernel.engine import gradient_in
-from fkernel.precond import AdamWState, AdamWStep, ExecutedStep, executed_step
+from fkernel.engine import Microbatch, gradient_in
+from fkernel.precond import AdamWState, AdamWStep, ExecutedStep, Grads, executed_step
 from fkernel.shapes import Tree
 from fkernel.study.config.step import StepPlan
 from fkernel.study.log import say
 from fkernel.study.loss_terms import OWN
-from fkernel.study.optimizer_step import clipped
 from fkernel.study.rows import Policy
 from fkernel.study.workspace import KernelWorkspace, tokens_of
 
 ARITHMETIC, UNEXPLAINED = "arithmetic", "unexplained"
+LEFT = 0.02
+"""Share of a step beyond its description from which on the audit says so."""
 
 
 class Departures(NamedTuple):
@@ -79,7 +80,7 @@ def step_taken(
     """
     executed = executed_of(plan, policy, checkpoint, workspace)
     apart = departures(policy.params, step.total, None if executed is None else executed.delta, policy.after)
-    audited = audit_of(policy, checkpoint, workspace, step, apart.vectors.get(ARITHMETIC))
+    audited = audit_of(plan, policy, checkpoint, workspace, step, apart.vectors.get(ARITHMETIC))
     return StepTaken(apart, None if executed is None else executed.moved, audited)
 
 
@@ -128,19 +129,46 @@ def executed_of(
     f, U = policy.columns_for(tokens_of(workspace.batch, policy.params), workspace.loss)
     like = next(iter(policy.params.values()))
     a = workspace.loss_weights.to(like.device, torch.float32)
-    ascent = gradient_in(f, θ, U, a, autocast=plan.autocast, microbatches=plan.microbatch, head=plan.head)
+    how: dict[str, Any] = {"autocast": plan.autocast, "head": plan.head, "attention": plan.attention}
+    ascent = gradient_in(f, θ, U, a, microbatches=_microbatches(plan, workspace), **how)
     for part in () if workspace.loss is None else workspace.loss.beside_columns.values():
         ascent = {name: leaf + part[name].to(leaf) for name, leaf in ascent.items()}
-    g, _, _ = clipped(plan, tree.cast(ascent, like.dtype), policy.unused)
-    return executed_step(θ, g, stored or policy.state)
+    return executed_step(θ, _clipped(plan, ascent, policy.unused), stored or policy.state)
+
+
+def _clipped(plan: StepPlan, ascent: Tree, unused: Collection[str]) -> Grads:
+    """g = −c · ascent as torch clips it: norm, c and product in the gradients' own dtype."""
+    if plan.max_norm is None:
+        return {**tree.scale(-(plan.clip or 1.0), ascent), **dict.fromkeys(unused)}
+    leaves = {name: torch.nn.Parameter(torch.empty_like(leaf)) for name, leaf in ascent.items() if name not in unused}
+    for name, leaf in leaves.items():
+        leaf.grad = -ascent[name]
+    torch.nn.utils.clip_grad_norm_(leaves.values(), plan.max_norm)
+    return {name: leaves[name].grad if name in leaves else None for name in ascent}
+
+
+def _microbatches(plan: StepPlan, workspace: KernelWorkspace) -> Any:
+    """The training's backward passes, by rows of U."""
+    if plan.microbatches is None or isinstance(plan.microbatches, int):
+        return plan.microbatches
+    return [
+        Microbatch([workspace.row(name) for name in each.sequence_ids], each.prompt_width, each.width)
+        for each in plan.microbatches
+    ]
 
 
 def audit_of(
-    policy: Policy, checkpoint: Checkpoint, workspace: KernelWorkspace, step: AdamWStep, arithmetic: Tree | None
+    plan: StepPlan,
+    policy: Policy,
+    checkpoint: Checkpoint,
+    workspace: KernelWorkspace,
+    step: AdamWStep,
+    arithmetic: Tree | None,
 ) -> Audit | None:
     """Hold the step really taken against the one described; None without `step.after`.
 
     Args:
+        plan: of the step.
         policy: with the checkpoint after the step.
         checkpoint: for the dtypes that were trained.
         workspace: U.
@@ -150,37 +178,38 @@ def audit_of(
     if policy.after is None:
         return None
     taken = tree.axpy(-1.0, policy.params, {name: policy.after[name] for name in policy.params})
+    left = LEFT
     if arithmetic is not None:
+        if not isinstance(plan.microbatches, tuple):  # rounding of other passes is known by its size alone
+            left += 2 * float(tree.norm(arithmetic)) / (float(tree.norm(taken)) or 1.0)
         taken = tree.axpy(-1.0, arithmetic, taken)
-    state, settings = policy.state, dict[str, Any]()
-    if state is not None:
-        each = {name: state.of(name) for name in policy.params}
-        settings = {key: {name: float(getattr(one, key, 0.0)) for name, one in each.items()} for key in SETTINGS}
+    state = policy.state
+    each = {} if state is None else {name: state.of(name) for name in policy.params}
+    lr, weight_decay = (
+        {name: float(getattr(one, key, 0.0)) for name, one in each.items()} for key in ("lr", "weight_decay")
+    )
     gradients = _gradients(workspace, policy)
     described: AdamWStep | Described = step
     if len(gradients) > 1:
         P = workspace.P
         described = Described({k: P(tree.scale(-1.0, g)) for k, g in gradients.items()}, step.momentum, step.decay)
-    respond = None
-    if isinstance(state, AdamWState) and not policy.unused:
 
-        def respond(scales: Mapping[str, float]) -> Described:
-            scaled = {part: tree.scale(scales[part], g) for part, g in gradients.items()}
-            return described_step(policy.params, scaled, state)
+    def respond(scales: Mapping[str, float]) -> Described:
+        scaled = {part: tree.scale(scales[part], g) for part, g in gradients.items()}
+        assert isinstance(state, AdamWState)
+        return described_step(policy.params, scaled, state)
 
     return audit(
         described,
         taken,
         params=_as_trained(policy, checkpoint),
+        lr=lr or None,
+        weight_decay=weight_decay or None,
         clip=workspace.clip,
         grad_norm=workspace.grad_norm,
-        respond=respond,
-        **settings,
+        left=left,
+        respond=respond if isinstance(state, AdamWState) and not policy.unused else None,
     )
-
-
-SETTINGS = ("lr", "weight_decay")
-"""What groups of parameters are told apart by."""
 
 
 def _gradients(workspace: KernelWorkspace, policy: Policy) -> dict[str, Tree]:
@@ -196,5 +225,13 @@ def _gradients(workspace: KernelWorkspace, policy: Policy) -> dict[str, Tree]:
 
 
 def _as_trained(policy: Policy, checkpoint: Checkpoint) -> Tree:
-    """θ in the dtypes in which the checkpoint has it."""
-    return {name: leaf.to(checkpoint.trained_dtypes.get(name, leaf.dtype)) for name, leaf in policy.params.items()}
+    """θ in the dtypes in which it was trained.
+
+    Those of the checkpoint, but where torch's optimizer has float32 moments of weights in half precision: torch gives
+    moments the weights' dtype, so that these were rounded when they were saved.
+    """
+    dtypes, stored = dict(checkpoint.trained_dtypes), checkpoint.stored
+    for name, kinds in ({} if stored is None else stored.dtypes).items():
+        if kinds == ("float32",) and stored is not None and stored.writers[name].startswith("torch."):
+            dtypes.pop(name, None)
+    return {name: leaf.to(dtypes.get(name, leaf.dtype)) for name, leaf in policy.params.items()}

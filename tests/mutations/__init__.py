@@ -6,22 +6,30 @@ studies and trainings, are tried by `make mutants`, and the first of each kind a
 
 from tests.mutations import (
     analysis,
+    audit,
     checkpoint,
     engine,
     loss_plan,
-    losses,
     models,
+    objectives,
+    optimizers,
     preconditioners,
     report,
     rollout,
+    structure,
     study,
     trl,
+    uncertainty,
 )
 
 QUICK = [
     *study.MUTATIONS,
     *analysis.MUTATIONS,
-    *losses.MUTATIONS,
+    *structure.MUTATIONS,
+    *uncertainty.MUTATIONS,
+    *audit.MUTATIONS,
+    *objectives.MUTATIONS,
+    *optimizers.MUTATIONS,
     *preconditioners.MUTATIONS,
     *rollout.MUTATIONS,
     *checkpoint.MUTATIONS,

@@ -52,8 +52,8 @@ MUTATIONS = [
         "the same by layers",
         f"{CHANGE}::test_a_small_change_of_a_long_response_is_known_to_the_rounding_of_its_tokens[by layers]",
         "func/handles/head.py",
-        "(ω.double() * logprobs.double())",
-        "(ω * logprobs)",
+        "ω.double() * logprobs.double()",
+        "ω * logprobs",
     ),
     Mutation(
         "a directory is lost where its successor cannot be renamed",

@@ -2,7 +2,7 @@
 
 from tests.mutants import Mutation
 
-PLAN = "tests/study/losses"
+PLAN, WEIGHTS = "tests/study/losses", "tests/study/test_token_weights.py"
 MUTATIONS = [
     Mutation(
         "the ratios left out of U's columns",
@@ -13,56 +13,56 @@ MUTATIONS = [
     Mutation(
         'clipped as if every advantage were positive',
         f"{PLAN}/test_steps.py::test_a_step_on_the_loss_is_predicted[ratio]",
-        'study/losses.py', 'ratio = weights_of(now, old, signs, mask, loss.low, loss.high) * signs[:, None]',
-        'ratio = weights_of(now, old, signs.abs(), mask, loss.low, loss.high) * signs.abs()[:, None]',
+        'study/losses.py', 'signs = _signs(inputs)\n    given = inputs._replace(advantages=signs,',
+        'signs = _signs(inputs).abs()\n    given = inputs._replace(advantages=signs,',
     ),
     Mutation(
         "a token's ratio where a sequence's was asked for",
         f"{PLAN}/test_steps.py::test_a_step_on_the_loss_is_predicted[sequences]",
-        'study/losses.py', '    per_token = isinstance(loss, ClippedRatioLoss)\n',
-        '    per_token = True\n',
+        'study/losses.py', 'loss.delta, "sequence"),\n',
+        'loss.delta),\n',
     ),
     Mutation(
         'the penalty left out of the gradient',
         f"{PLAN}/test_steps.py::test_a_step_on_the_loss_is_predicted[kl]",
-        'study/prepare.py', 'ascent = tree.add(ascent, loss.penalty)',
-        'ascent = tree.add(ascent)',
+        'study/prepare.py', 'ascent = tree.add(ascent, part)',
+        'pass',
     ),
     Mutation(
         'the penalty of the uncorrected estimator',
         f"{PLAN}/test_steps.py::test_a_step_on_the_loss_is_predicted[kl]",
-        'study/losses.py', '        if kl.corrected\n',
-        '        if not kl.corrected\n',
+        'study/losses.py', '(corrected if loss.kl.corrected else',
+        '(corrected if not loss.kl.corrected else',
     ),
     Mutation(
         'the penalty is not clipped',
         f"{PLAN}/test_penalty.py::test_a_penalty_has_a_term_of_its_own",
-        'study/analyses/context.py', 'self.workspace.P(tree.scale(self.workspace.clip, loss.penalty))',
-        'self.workspace.P(loss.penalty)',
+        'study/analyses/context.py', 'P(tree.scale(c, v))',
+        'P(v)',
     ),
     Mutation(
         'the penalty left out of the first order',
         f"{PLAN}/test_penalty.py::test_a_penalty_has_a_term_of_its_own",
-        'study/outcome.py', '(self.batch if self.penalty is None else self.batch + self.penalty)',
-        'self.batch',
+        'study/loss_terms.py', 'effects["batch"] + sum(part.to(effects["batch"]) for part in beside)',
+        'effects["batch"]',
     ),
     Mutation(
         'the ledger without the penalty',
         f"{PLAN}/test_analyses.py::test_analyses_are_of_the_loss[held_out]",
-        'study/analyses/ledger.py', 'batch = batch + context.effects["penalty"].to(batch)\n',
-        'pass\n',
+        'study/analyses/ledger.py', 'for part, value in parts_of(known).items()}',
+        'for part, value in parts_of(known).items() if part == "advantage"}',
     ),
     Mutation(
         'a counterfactual without the penalty',
         f"{PLAN}/test_analyses.py::test_analyses_are_of_the_loss[held_out]",
-        'study/analyses/counterfactuals.py', '    ascent = context.workspace.with_penalty(ascent)\n',
-        '',
+        'study/analyses/counterfactuals.py', 'ascent = tree.axpy(factor, v, ascent) if factor else ascent',
+        'pass',
     ),
     Mutation(
         'an observable without the penalty',
         f"{PLAN}/test_analyses.py::test_analyses_are_of_the_loss[held_out]",
-        'study/analyses/observables.py', 'if name == "penalty" or not context.overridden}',
-        'if name != "penalty" and not context.overridden}',
+        'study/analyses/observables.py', '    arrays |= with_parts(arrays, context.workspace.loss)\n',
+        '',
     ),
     Mutation(
         "tokens' changes at the checkpoint",
@@ -109,14 +109,14 @@ MUTATIONS = [
     Mutation(
         'the lower reward was chosen',
         f"{PLAN}/test_preferences.py::test_a_step_on_preferences_is_predicted",
-        'study/losses.py', 'if rewards[a] > rewards[b] else',
+        'study/preferences.py', 'if rewards[a] > rewards[b] else',
         'if rewards[a] < rewards[b] else',
     ),
     Mutation(
         'margins without the reference',
         f"{PLAN}/test_preferences.py::test_what_a_step_does_to_both_responses_is_readable",
-        'study/losses.py', '.sum(1) - _scored(loss.reference, policy, tokens, microbatch).sum(1)',
-        '.sum(1)',
+        'study/preferences.py', '(now - reference).sum(1).cpu()',
+        'now.sum(1).cpu()',
     ),
     Mutation(
         'E may be of another policy too',
@@ -133,7 +133,7 @@ MUTATIONS = [
     Mutation(
         "records' log-probabilities at every temperature",
         f"{PLAN}/test_errors.py::test_records_are_no_log_probabilities_of_another_temperature",
-        'study/losses.py', '    if policy.temperature != 1:\n',
+        'study/scores.py', '    if policy.temperature != 1:\n',
         '    if False:\n',
     ),
     Mutation(
@@ -159,5 +159,17 @@ MUTATIONS = [
         f"{PLAN}/test_workspace.py::test_a_workspace_keeps_what_the_loss_made",
         'study/prepare.py', 'kept.beside(policy.params)',
         'kept',
+    ),
+    Mutation(
+        "token weights of an ascent",
+        f"{WEIGHTS}::test_the_step_is_explained_to_the_floor",
+        'study/losses.py', '-whole.omega, {"kind": "token_weights"',
+        'whole.omega, {"kind": "token_weights"',
+    ),
+    Mutation(
+        "what is unexplained is all that was done",
+        f"{WEIGHTS}::test_the_step_is_explained_to_the_floor",
+        'study/taken.py', 'tree.axpy(-1.0, end, taken), taken',
+        'taken, taken',
     ),
 ]  # fmt: skip

@@ -111,4 +111,16 @@ MUTATIONS = [
         "tests/study/test_kept.py::test_a_saved_batch_is_the_one_of_the_results",
         "rollout/files.py", "load_batch(place) == batch", "load_batch(place).ids == batch.ids",
     ),
+    Mutation(
+        "weights on what is no response",
+        "tests/rollout/test_token_weights.py::test_what_is_no_token_weight_names_sequence_and_part",
+        "rollout/layout.py", "_refuse((tensor != 0) & ~mask, tensor,",
+        "_refuse((tensor != 0) & False, tensor,",
+    ),
+    Mutation(
+        "every part of a reward by a scale of its own",
+        "tests/rollout/test_reward_functions.py::test_the_parts_add_up",
+        "rollout/reward_parts.py", "group_mean(part, of) / group_scale(judged, of)",
+        "group_mean(part, of) / group_scale(part, of)",
+    ),
 ]  # fmt: skip

@@ -47,7 +47,7 @@ MUTATIONS = [
     ),
     Mutation(
         "columns of the kernel left in the order of their lengths",
-        f"{STUDY}/test_runner.py::test_preconditioners[True-post-step]",
+        f"{STUDY}/test_preconditioners.py::test_preconditioners[True-post-step]",
         "engine/streaming.py", "at = torch.arange(0) if columns is None else columns.argsort()",
         "at = torch.arange(0) if columns is None else columns.argsort().flip(0)",
     ),
@@ -65,8 +65,8 @@ MUTATIONS = [
     Mutation(
         "a request's kernel at the midpoint, though its path is the start",
         f"{STUDY}/test_runner.py::test_it_is_what_explain_step_says[start]",
-        "study/runner.py", "E, end)._replace(path=path, step=end,",
-        'E, end)._replace(path="midpoint", step=end,',
+        "study/runner.py", "_replace(path=self.plan.step.path, step=end,",
+        '_replace(path="midpoint", step=end,',
     ),
     Mutation(
         "U's own gradients for a request of U halfway along the step",

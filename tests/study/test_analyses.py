@@ -156,7 +156,7 @@ def test_a_counterfactual_is_the_step_that_would_have_been_taken(run, study):
     weights = run.batch.weighted_advantages.float()
     weights[[name.startswith("U-000-") for name in run.batch.ids]] = 0
     g, _, _ = fk.loss_gradient(S, params, U, weights, max_norm=MAX_NORM)
-    assert loaded.optimizer is not None
+    assert isinstance(loaded.optimizer, fk.precond.AdamWState)
     step = fk.precond.adamw_step(params, {**g}, loaded.optimizer)
     realised = fk.realised_change(S, params, fk.tree.add(params, step.total), U).numpy()
     without = result.analysis("counterfactuals.without")

@@ -235,11 +235,6 @@ def test_the_streamed_rows_do_not_depend_on_the_grant(run, study, tmp_path):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max(), err_msg=name)
 
 
-def test_memory_that_cannot_be_kept_is_said_with_what_is_needed(run, tmp_path):
-    with pytest.raises(fk.BatchError, match="Give at least"):
-        executed(run.plan(tmp_path / "out", numerics={"memory": "10KB"}))
-
-
 def test_influence_alone_needs_no_kernel(study):
     plan, results = study
     capture = {"kernel": False, "top_k": 0, "realised": False}
@@ -328,10 +323,6 @@ def test_self_kernel_of_some_sequences(study, start):
 
 def callback(generator: SampleGenerator) -> GeneratedBatch:
     return generator.build_custom_sequence("3+4=", "8")
-
-
-def no_batch(generator: SampleGenerator) -> int:
-    return 3
 
 
 def test_every_kind_of_request_and_its_filters(run, study, tmp_path):
@@ -444,110 +435,6 @@ def test_a_pair_of_the_plan_that_no_request_has_is_said(study, tmp_path, caplog)
     assert [record.getMessage() for record in caplog.records] == [
         "capture.pairs: no request has a sequence 'E-999-00'; nothing was kept for it"
     ]
-
-
-# ------------------------------------------------------------------------------------------------------ preconditioners
-
-
-@pytest.mark.parametrize("form", ["post-step", "frozen", "identity"])
-@pytest.mark.parametrize("calibrated", [True, False])
-def test_preconditioners(run, tmp_path, form, calibrated):
-    chosen = {"form": form, "calibrated": calibrated}
-    if form == "frozen":
-        chosen["unseen"] = "zero"
-    results = executed(run.plan(tmp_path / "out", preconditioner=chosen, storage={"persist": False, "pictures": False}))
-    found = results["held_out"]
-    loaded = checkpoint.load(run.before)
-    apply, params = fk.func.make_functional(loaded.model)
-    S = fk.func.sequence_logprob(apply)
-    state = loaded.optimizer
-    assert state is not None
-    g, _, _ = fk.loss_gradient(S, params, run.batch.sequences, run.batch.weighted_advantages, max_norm=MAX_NORM)
-    D = {
-        "post-step": lambda: fk.precond.adam(state, {**g}, "eps"),
-        "frozen": lambda: fk.precond.adam(state, None, "zero"),
-        "identity": fk.precond.identity,
-    }[form]()
-    J = fk.func.per_sequence_grad(S)(params, run.batch.sequences)
-    rate = fk.precond.gradient_rates(state) if calibrated else dict.fromkeys(params, 1.0)
-    P_J = {name: rate[name] * leaf for name, leaf in D(J).items()}
-    # Calibrated there is a step, AdamW's own whatever P is, and E's gradients are halfway along it; bare there is none.
-    step = fk.precond.adamw_step(params, {**g}, state).total
-    node = fk.tree.axpy(0.5, step, params) if calibrated else params
-    assert found.path == ("midpoint" if calibrated else "start")
-    generator = FisherKernelRunner(run.plan(tmp_path / "out2")).generator
-    E = generator.generate_evaluation_batch(4)
-    assert E.ids == [info.id for info in found.evaluation]
-    K = fk.func.contract(fk.func.per_sequence_grad(S)(node, E.sequences), P_J)
-    np.testing.assert_allclose(found.kept("kernel"), K.numpy(), rtol=2e-3, atol=1e-5 * float(K.abs().max()))
-    assert (found.momentum is None) == (not calibrated)
-    assert results.units == ("nats" if calibrated else "bare")
-
-
-def test_a_checkpoint_without_optimizer_is_for_the_bare_identity_only(run, tmp_path):
-    plan = run.plan(tmp_path / "out", checkpoint={"path": str(run.before / "model")}, step={})
-    with pytest.raises(fk.OptimizerStateError, match=r"has no optimizer state.*identity"):
-        executed(plan)
-    bare = {"form": "identity", "calibrated": False}
-    found = executed({**plan, "preconditioner": bare, "out": str(tmp_path / "bare")})["held_out"]
-    assert found.momentum is None
-    assert np.isfinite(found.kept("kernel")).all()
-
-
-def test_a_schedule_that_has_ended_is_said(run, tmp_path):
-    state = torch.load(run.before / "optimizer.pt", weights_only=True)
-    state["param_groups"][0]["lr"] = 0.0
-    (tmp_path / "last").mkdir()
-    (tmp_path / "last" / "model").symlink_to(run.before / "model")
-    torch.save(state, tmp_path / "last" / "optimizer.pt")
-    plan = run.plan(tmp_path / "out", checkpoint={"path": str(tmp_path / "last")})
-    with pytest.raises(fk.OptimizerStateError, match="its schedule has ended"):
-        executed(plan)
-    bare = executed({**plan, "preconditioner": {"calibrated": False}, "out": str(tmp_path / "bare")})
-    assert np.abs(bare["held_out"].kept("contributions")).max() > 0
-
-
-def test_some_parameters_only(run, tmp_path):
-    chosen = executed(run.plan(tmp_path / "a", parameters=["*norm*", "*layers.1.mlp*"], step={"clip": 0.5}))
-    assert chosen.step["clip"] == 0.5
-    whole = executed(run.plan(tmp_path / "b"))
-    assert 0 < chosen.step["parameters"] < whole.step["parameters"]
-    assert (chosen["held_out"].kept("squared_norms") < whole["held_out"].kept("squared_norms")).all()
-    with pytest.raises(fk.PlanError, match=r"'\*nothing\*' names none of"):
-        executed(run.plan(tmp_path / "c", parameters=["*nothing*"]))
-
-
-def test_an_overflow_is_named_by_the_sequences_id(run, tmp_path, monkeypatch):
-    runner = FisherKernelRunner(run.plan(tmp_path / "out"))
-    with torch.no_grad():
-        runner.checkpoint.model.model.embed_tokens.weight[60] = 3e38  # finite, and what is computed from it is not
-    with pytest.raises(fk.NonFiniteError, match=r"U-00\d-0\d: "):
-        runner.run()
-
-
-def test_a_batch_of_another_checkpoint_is_refused(run, tmp_path):
-    plan = run.plan(tmp_path / "out", checkpoint={"path": str(run.after / "model")})
-    with pytest.raises(fk.RolloutError, match="another policy's"):
-        executed(plan)
-
-
-def test_a_callback_that_makes_no_batch_is_said(run, tmp_path):
-    plan = run.plan(tmp_path, requests=[{"kind": "payload", "callback": "tests.study.test_runner.no_batch"}])
-    with pytest.raises(fk.PlanError, match="returned a int; expected a GeneratedBatch"):
-        executed(plan)
-
-
-def test_a_batch_without_fingerprint_is_held_against_the_policy(run, tmp_path):
-    """Records that another program sampled carry log-probabilities, and those tell."""
-    foreign = replace(run.batch, checkpoint=None)
-    plan = run.plan(tmp_path / "out", update={"kind": "payload", "batch": foreign})
-    results = executed(plan)
-    assert [info.id for info in results.update] == run.batch.ids
-    first = foreign.records[0]
-    wrong = replace(first, logprobs=tuple(value - 0.01 for value in first.logprobs))
-    other = replace(foreign, records=(wrong, *foreign.records[1:]))
-    with pytest.raises(fk.RolloutError, match="Was it sampled from another checkpoint"):
-        executed(run.plan(tmp_path / "other", update={"kind": "payload", "batch": other}))
 
 
 def test_a_workspace_in_memory_can_be_written(run, study, tmp_path):

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import fkernel as fk
 from fkernel import checkpoint, func, precond, report
+from fkernel.precond import AdamWState
 from fkernel.study import FisherKernelResults, FisherKernelRunner, prepare
 from fkernel.study.analyses import health, parts, structure, sweep
 from fkernel.study.config.plan import PreconditionerPlan, StepPlan
@@ -179,7 +180,7 @@ def test_unseen_coordinates_and_failures_cost_no_other_analysis(unseen, tmp_path
     agreement = found.facts["agreement"]
     assert agreement["post-step"]["of_batch"] > 0.9
     state = checkpoint.load(unseen.before).optimizer
-    assert state is not None
+    assert isinstance(state, AdamWState)
     assert not state.exp_avg_sq["model.embed_tokens.weight"].all()  # there were unseen ones
 
 

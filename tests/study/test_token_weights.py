@@ -58,8 +58,8 @@ def test_the_step_is_explained_to_the_floor(explained):
     left = np.linalg.norm(ledger["unexplained"] + ledger["remainder"]) / size
     assert left < max(1e-3, 2 * ledger.facts["floor"]), (left, ledger.facts)
     assert found.calibration["predicted"].relative_error < max(2e-3, 3 * ledger.facts["floor"])
-    np.testing.assert_allclose(found.contributions.sum(1), found.batch, rtol=1e-4, atol=1e-8)
-    assert np.linalg.norm(found.batch) > 0.1 * np.linalg.norm(found.momentum)
+    np.testing.assert_allclose(found.kept("contributions").sum(1), found.batch, rtol=1e-4, atol=1e-8)
+    assert np.linalg.norm(found.batch) > 0.1 * np.linalg.norm(found.kept("momentum"))
 
 
 def test_weights_of_ones_are_not_the_loss(explained):
@@ -99,9 +99,9 @@ def test_parts_add_up_and_are_reweighed(explained, tmp_path):
     ledger = found.analysis("ledger")
     lines = [name for name in ledger.arrays if name not in ("realised", "floor")]
     assert lines[:2] == ["part.a", "part.b"]
-    np.testing.assert_allclose(sum(ledger[name] for name in lines), found.realised, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(sum(ledger[name] for name in lines), found.kept("realised"), rtol=0, atol=1e-9)
     gone = found.analysis("counterfactuals.gone")
-    start = found.momentum + found.decay
+    start = found.kept("momentum") + found.kept("decay")
     assert np.linalg.norm(gone["frozen"] - start) < 0.05 * np.linalg.norm(start)  # at the checkpoint, and not midway
     twice = found.analysis("counterfactuals.twice")
     assert {"entropy.exact", "entropy.taken"} <= {*twice.arrays}

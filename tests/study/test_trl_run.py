@@ -18,6 +18,7 @@ from transformers import Qwen2ForCausalLM
 
 from fkernel import checkpoint
 from fkernel.engine import Calibration, calibrate
+from fkernel.precond import AdamWState
 from fkernel.rollout import GeneratedBatch, save_batch
 from fkernel.study import FisherKernelResults, FisherKernelRunner, RequestResult
 from tests.checkpoint.writers import TOKENIZER
@@ -147,7 +148,7 @@ def test_the_step_is_the_one_that_the_trainer_logged(explained):
 def test_only_what_was_trained_is_explained(explained):
     run = explained.run
     loaded = checkpoint.load(**run.checkpoint(AT))
-    assert loaded.optimizer is not None
+    assert isinstance(loaded.optimizer, AdamWState)
     assert all("lora_" in name for name in loaded.optimizer.names) == run.spec.lora
     assert {*loaded.optimizer.step.values()} == {AT}
     parameters = dict(loaded.model.named_parameters())

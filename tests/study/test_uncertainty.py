@@ -52,7 +52,7 @@ def permuted(run):
     rms = {name: (leaf / count).sqrt() for name, leaf in squares.items()}
     clip = precond.clip_factor(rms, MAX_NORM)
     assert clip < 1
-    assert loaded.optimizer is not None
+    assert isinstance(loaded.optimizer, precond.AdamWState)
     P = precond.adamw_response(loaded.optimizer, {**tree.scale(clip, rms)})
     # Rows are halfway along the step that was taken, as a request's are; columns are where U's gradients are.
     ascent = func.weighted_sum(J, weights * A)
@@ -120,7 +120,7 @@ def test_who_abstains_is_not_exchanged_with_the_judged(run, tmp_path):
         orders.append(pi)
     squares = [func.weighted_sum(J, w * A[pi]) for pi in orders]
     rms = {name: torch.stack([one[name] for one in squares]).square().mean(0).sqrt() for name in params}
-    assert loaded.optimizer is not None
+    assert isinstance(loaded.optimizer, precond.AdamWState)
     P = precond.adamw_response(loaded.optimizer, {**tree.scale(precond.clip_factor(rms, MAX_NORM), rms)})
     K = func.contract(J, J, diagonal=P({name: torch.ones_like(leaf) for name, leaf in params.items()}))
     draws = permutations(batch.groups, 50, permuted=~silent)

@@ -49,6 +49,7 @@ class Asked(NamedTuple):
         max_norm: of gradient clipping.
         accumulation: micro-batches a step.
         padding: whether the padding token may be sampled, in the middle of a response too.
+        dtype: of the weights, and so of the optimizer's moments.
         options: of TRL's configuration, beside or instead of what is given below: ((name, value), …).
     """
 
@@ -59,6 +60,7 @@ class Asked(NamedTuple):
     max_norm: float
     accumulation: int = 1
     padding: bool = False
+    dtype: str = "float32"
     options: tuple[tuple[str, Any], ...] = ()
 
 
@@ -159,9 +161,10 @@ def trained(place: Path, spec: Asked) -> Trained:
         options["peft_config"] = LoraConfig(
             r=4, target_modules=["q_proj", "v_proj", "up_proj"], task_type="CAUSAL_LM", init_lora_weights=False
         )
-    if dict(spec.options).get("beta"):  # TRL reads the reference from where the model came from
+    if dict(spec.options).get("beta") or spec.dtype != "float32":
+        # TRL reads the reference from where the model came from; and `.to(bfloat16)` would round rotary frequencies.
         model.save_pretrained(place / "start")
-        model = Qwen2ForCausalLM.from_pretrained(place / "start")
+        model = Qwen2ForCausalLM.from_pretrained(place / "start", dtype=getattr(torch, spec.dtype))
     settings: dict[str, Any] = {
         "output_dir": str(place / "run"),
         "loss_type": spec.rule,
@@ -242,6 +245,18 @@ def token_weights(run: Trained, step: int, U: GeneratedBatch) -> GeneratedBatch:
         whole[mask] = torch.cat(rows)
         laid.append(whole)
     return U.with_token_weights({"loss": laid[0]}, {"loss": laid[1]} if laid[1].any() else None)
+
+
+def recorded_microbatches(run: Trained, step: int, U: GeneratedBatch) -> list[dict[str, Any]]:
+    """The backward passes of a step, with their padding, as plans take them."""
+    passes, start = [], 0
+    for each in run.given[step]:
+        rows = len(each["advantages"])
+        width = each["prompt_ids"].shape[1]
+        ids = U.ids[start : start + rows]
+        passes.append({"sequence_ids": ids, "prompt_width": width, "width": width + each["completion_ids"].shape[1]})
+        start += rows
+    return passes
 
 
 def _or_zeros(weights: torch.Tensor | None, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

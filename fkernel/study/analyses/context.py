@@ -103,12 +103,14 @@ class RequestContext:
 
         Of a request with other advantages than the step's, the parts that no column has.
         """
-        vectors = {} if self.taken is None else {"momentum": self.taken.momentum, "decay": self.taken.decay}
+        vectors: dict[str, Tree] = (
+            {} if self.taken is None else {"momentum": self.taken.momentum, "decay": self.taken.decay}
+        )
         loss = self.workspace.loss
         parts = {} if loss is None else loss.beside_columns if self.overridden else loss.parts
         P, c = self.workspace.P, self.workspace.clip
         vectors |= {PART + part: P(tree.scale(c, v)) for part, v in parts.items()}
-        return vectors if self.overridden else vectors | self.policy.departures
+        return vectors if self.overridden else {**vectors, **self.policy.departures}
 
     def measured(self, f: Any, E: Any, before: Tensor | None = None) -> dict[str, Tensor]:
         """Measure the step's effect on any f, as the capture asks; {} where there is no step.

@@ -69,6 +69,7 @@ class PolicyLoss(Strict):
             top_entropy_quantile.
     """
 
+    kind: str
     old: CheckpointPlan | None = None
     kl: KLPlan | None = None
     entropy: EntropyPlan | None = None
@@ -89,7 +90,7 @@ class PolicyLoss(Strict):
 class PolicyGradientLoss(PolicyLoss):
     """The policy gradient with something beside it: the first step on a batch, where all ratios are 1."""
 
-    kind: Literal["policy_gradient"]
+    kind: Literal["policy_gradient"]  # pyright: ignore[reportIncompatibleVariableOverride]
 
     foreign: ClassVar[bool] = False
 
@@ -119,13 +120,13 @@ class ClippedLoss(PolicyLoss):
 class ClippedRatioLoss(ClippedLoss):
     """PPO's and GRPO's surrogate: one ratio per token."""
 
-    kind: Literal["clipped_ratio"]
+    kind: Literal["clipped_ratio"]  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 class SequenceRatioLoss(ClippedLoss):
     """GSPO's surrogate: one ratio per response; clipped as in its paper by default."""
 
-    kind: Literal["sequence_ratio"]
+    kind: Literal["sequence_ratio"]  # pyright: ignore[reportIncompatibleVariableOverride]
     low: float = Field(3e-4, ge=0, le=1)
     high: float = Field(4e-4, ge=0, allow_inf_nan=False)
 
@@ -133,7 +134,7 @@ class SequenceRatioLoss(ClippedLoss):
 class LuspoLoss(ClippedLoss):
     """LUSPO's surrogate: GSPO's, times the response's length."""
 
-    kind: Literal["luspo"]
+    kind: Literal["luspo"]  # pyright: ignore[reportIncompatibleVariableOverride]
     level: Level = "sequence"
 
 
@@ -145,7 +146,7 @@ class CispoLoss(PolicyLoss):
         level: whose ratio; TRL's importance_sampling_level.
     """
 
-    kind: Literal["cispo"]
+    kind: Literal["cispo"]  # pyright: ignore[reportIncompatibleVariableOverride]
     cap: Positive
     level: Level = "token"
 
@@ -159,7 +160,7 @@ class SapoLoss(PolicyLoss):
         level: whose ratio.
     """
 
-    kind: Literal["sapo"]
+    kind: Literal["sapo"]  # pyright: ignore[reportIncompatibleVariableOverride]
     positive: Positive = 1.0
     negative: Positive = 1.05
     level: Level = "token"
@@ -173,7 +174,7 @@ class VespoLoss(PolicyLoss):
         negative: (k, λ) of negative ones.
     """
 
-    kind: Literal["vespo"]
+    kind: Literal["vespo"]  # pyright: ignore[reportIncompatibleVariableOverride]
     positive: tuple[float, float] = (2.0, 3.0)
     negative: tuple[float, float] = (3.0, 2.0)
 

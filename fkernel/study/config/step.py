@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -52,6 +52,20 @@ class OptimizerPlan(BaseModel):
         }
 
 
+class MicrobatchPlan(Strict):
+    """One backward pass of the training.
+
+    Attributes:
+        sequence_ids: its sequences of U, in order.
+        prompt_width: tokens to which prompts were padded on their left, as TRL pads them; None: all padding is right.
+        width: tokens in all; None for the longest sequence's.
+    """
+
+    sequence_ids: tuple[str, ...] = Field(min_length=1)
+    prompt_width: int | None = Field(None, gt=0)
+    width: int | None = Field(None, gt=0)
+
+
 class StepPlan(Strict):
     """The optimizer step that is explained.
 
@@ -64,7 +78,9 @@ class StepPlan(Strict):
         autocast: "bfloat16" where the training's passes ran under autocast: the step is executed in it too, and its
             distance from the exact one is the effect `arithmetic`. Weights and moments in half precision, or 8-bit
             states, are told from the checkpoint.
-        microbatch: sequences of a backward pass in training; None for all of U in one.
+        microbatches: the training's backward passes: how many sequences each had, in U's order, or the passes one by
+            one, as they were recorded; None for all of U in one.
+        attention: the attention that was trained with, as transformers names it.
         head: how the gradient of the language-model head was added up: "trl", in float32, or "linear", in the autocast
             dtype.
         optimizer: the optimizer of a run's first step, where the checkpoint has no state yet: {kind: adamw, lr: 1e-5,
@@ -79,7 +95,8 @@ class StepPlan(Strict):
     clip: float | None = Field(None, gt=0, le=1)
     path: Literal["midpoint", "start", "gauss2"] = "midpoint"
     autocast: Literal["bfloat16"] | None = None
-    microbatch: int | None = Field(None, gt=0)
+    microbatches: Annotated[int, Field(gt=0)] | tuple[MicrobatchPlan, ...] | None = None
+    attention: str = "sdpa"
     head: Literal["trl", "linear"] = "trl"
     optimizer: OptimizerPlan | None = None
     after: CheckpointPlan | None = None
