@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test mutants lint bench scale peers sweep docs clean
+.PHONY: help demo test mutants lint bench scale peers calibration sweep docs clean
 .DELETE_ON_ERROR:
 
 help: ## List these targets
@@ -41,6 +41,9 @@ scale: $(READY) ## Exact kernels of a 494M-parameter model within 8 GiB, save JS
 
 peers: $(READY) $(PEERS) ## Compare with the research code's method and with bergson, save JSON
 	@$(BIN)/python -m benchmarks.peers $(ARGS)
+
+calibration: $(READY) ## Steps of TRL, every optimizer and the floor against what really happened, save JSON and a page (2 minutes)
+	@$(BIN)/python -m benchmarks.calibration $(ARGS)
 
 sweep: $(READY) ## Every causal language model in transformers against plain autograd, save JSON and a page (2 minutes)
 	@$(BIN)/python -m benchmarks.sweep $(ARGS)

@@ -29,12 +29,18 @@ class BatchSource(Strict):
 
 
 class UpdateRules(BatchSource):
-    """How an update batch is rewarded and weighted."""
+    """How an update batch is rewarded and weighted.
+
+    Attributes:
+        reward: the reward function, or {name: function} of several, whose values are recorded.
+        reward_weights: {name: weight} of several; 1 each by default.
+    """
 
     kind: Literal["update"]
     dataset_split: str = "train"
     seed: int | None = None
-    reward: str | None = "math"
+    reward: str | dict[str, str] | None = "math"
+    reward_weights: dict[str, float] = Field(default_factory=dict)
     advantage: str | None = "group_mean"
     weights: str | None = "sequence"
     weight_options: dict[str, Any] = Field(default_factory=dict)
@@ -61,6 +67,7 @@ class UpdateDraw(UpdateRules):
             self.reward,
             self.advantage,
             self.weights,
+            self.reward_weights or None,
             **self.weight_options,
         )
 
@@ -79,7 +86,8 @@ def check_rewards(draw: UpdateDraw, generator: SampleGenerator, batch: Generated
     """
     compared: list[tuple[str, Any, list[Any], list[Any]]] = []
     if draw.reward is not None:
-        compared.append(("reward", draw.reward, [r.reward for r in batch], generator.rewards_of(batch, draw.reward)))
+        now = generator.rewards_of(batch, draw.reward, draw.reward_weights or None)
+        compared.append(("reward", draw.reward, [r.reward for r in batch], now))
     if draw.reward is not None and draw.advantage is not None and not weighed:
         again = batch.with_advantages(draw.advantage)
         compared.append(("advantage", draw.advantage, [r.advantage for r in batch], [r.advantage for r in again]))

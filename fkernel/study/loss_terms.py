@@ -35,8 +35,8 @@ class LossTerms(NamedTuple):
         entropy: κ, [n_U t]; None where no entropy has a weight.
         log_ratio: ℓ − ℓ_old, [n_U t] nats, where the columns are of a clipped ratio: under another clipping range they
             are others.
-        whole: whether the columns are the whole loss, a = 1, and `parts` add up to their sum; else parts stand beside
-            the columns.
+        within: the parts that columns hold, and that add up to their weighted sum; the others stand beside them.
+        whole: whether the columns are the whole loss, a = 1.
     """
 
     ratio: Tensor | None
@@ -44,12 +44,13 @@ class LossTerms(NamedTuple):
     parts: Mapping[str, Tree] = {}
     entropy: Tensor | None = None
     log_ratio: Tensor | None = None
+    within: tuple[str, ...] = ()
     whole: bool = False
 
     @property
     def beside_columns(self) -> Mapping[str, Tree]:
         """The parts that no column has."""
-        return {} if self.whole else self.parts
+        return {part: v for part, v in self.parts.items() if part not in self.within}
 
     def tensors(self) -> Tree:
         """Flatten to named tensors, for safetensors."""
@@ -59,7 +60,7 @@ class LossTerms(NamedTuple):
 
     def record(self) -> dict[str, Any]:
         """What `tensors` does not hold, JSON."""
-        return {"facts": self.facts, "whole": self.whole, "parts": [*self.parts]}
+        return {"facts": self.facts, "whole": self.whole, "parts": [*self.parts], "within": [*self.within]}
 
     @classmethod
     def of(cls, tensors: Tree, record: Mapping[str, Any]) -> LossTerms:
@@ -70,7 +71,9 @@ class LossTerms(NamedTuple):
                 part, _, name = place.removeprefix(PART).partition("/")
                 parts[part][name] = leaf
         constants = {name: tensors.get(name) for name in CONSTANTS}
-        return cls(facts=record["facts"], parts=parts, whole=record["whole"], **constants)
+        return cls(
+            facts=record["facts"], parts=parts, within=tuple(record["within"]), whole=record["whole"], **constants
+        )
 
     def beside(self, params: Tree) -> LossTerms:
         """Move to the parameters' devices, in the parameters' order."""
@@ -98,7 +101,8 @@ def with_parts(effects: Mapping[str, Tensor], loss: LossTerms | None) -> dict[st
     beside = [] if loss is None else [effects[PART + part] for part in loss.beside_columns if PART + part in effects]
     if not beside:
         return {}
-    return {PART + OWN: effects["batch"], "batch": effects["batch"] + sum(part.to(effects["batch"]) for part in beside)}
+    own = {} if loss is None or loss.within else {PART + OWN: effects["batch"]}
+    return {**own, "batch": effects["batch"] + sum(part.to(effects["batch"]) for part in beside)}
 
 
 def parts_of(effects: Mapping[str, Any]) -> dict[str, Any]:

@@ -126,9 +126,15 @@ def ratio_of(loss: PolicyLoss, inputs: LossInputs) -> Tensor:
     signs = _signs(inputs)
     given = inputs._replace(advantages=signs, weights=torch.ones_like(signs))
     factors = _factors(loss, given)
+    if loss.kind == "vespo" and loss.correction is not None and loss.correction.level == "token":
+        importance, *factors = factors  # it goes into the sequence's ratio, and not into the advantage
+        of = partial(objectives.vespo, correction=importance)
+        advantage = lambda loss, x: of(x, loss.positive, loss.negative)  # noqa: E731
+    else:
+        advantage = ADVANTAGE[loss.kind]
     if factors:
         given = objectives.scale_advantages(given, *factors)
-    return -ADVANTAGE[loss.kind](loss, given)["advantage"].omega * signs[:, None]
+    return -advantage(loss, given)["advantage"].omega * signs[:, None]
 
 
 def clipped_ratio_of(loss: LossTerms, advantages: Tensor, mask: Tensor, low: float, high: float) -> Tensor:
@@ -246,6 +252,7 @@ def _of_token_weights(batch: GeneratedBatch, policy: Policy, tokens: func.Sequen
     parts = _vectors(terms, policy, tokens, microbatch) if len(terms) > 1 else {}
     return LossTerms(
         -whole.omega, {"kind": "token_weights", "parts": sizes}, parts, None if whole.eta is None else -whole.eta,
+        within=tuple(parts),
         whole=True,
     )  # fmt: skip
 

@@ -130,7 +130,11 @@ def spec_of(plan: FisherKernelPlan, loaded: Checkpoint, made: GeneratedBatch | N
         "temperature": temperature_of(plan, made),
         "dtype": plan.numerics.dtype,
         "preconditioner": plan.preconditioner.model_dump(mode="json"),
-        "step": {"max_norm": plan.step.max_norm, "clip": plan.step.clip},
+        "step": {
+            "max_norm": plan.step.max_norm,
+            "clip": plan.step.clip,
+            **plan.step.model_dump(mode="json", include={"parts", "rule"}, exclude_none=True),
+        },
         **spec_of_loss(loss, getattr(torch, plan.numerics.dtype), made),
     }
 
@@ -159,7 +163,7 @@ def _drawn(plan: FisherKernelPlan) -> dict[str, Any]:
     record = plan.model_dump(mode="json", include={"update", "sampling", "template", "prompts"})
     record["files"] = prompts_files(plan.prompts)
     record["code"] = code_of(dotted_names(record["update"]))
-    if record["update"]["reward"] == "math":
+    if "math" in ([*named.values()] if isinstance(named := record["update"]["reward"], dict) else [named]):
         record["math-verify"] = version("math-verify")
     record["seed"] = plan.numerics.seed
     return record

@@ -7,6 +7,8 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
+
 from fkernel import tree
 from fkernel.checkpoint import Checkpoint
 from fkernel.engine import (
@@ -22,10 +24,10 @@ from fkernel.engine import (
     walking_alone,
 )
 from fkernel.engine.planning import HELD, usual_microbatch
-from fkernel.errors import RolloutError
+from fkernel.errors import PlanError, RolloutError
 from fkernel.func import Sequences, unused_parameters
 from fkernel.precond import AdamWStep
-from fkernel.rollout import GeneratedBatch, SampleGenerator, check_temperature
+from fkernel.rollout import GeneratedBatch, SampleGenerator, check_temperature, split_advantages
 from fkernel.shapes import Tensor, Tree
 from fkernel.study.config.plan import FisherKernelPlan
 from fkernel.study.directory import WorkspaceDirectory
@@ -158,6 +160,8 @@ def _made(
             gradients = WalkedGradients(side, policy.params, how, 0 if done else len(side))
             total = partial(gradient_sum, side, policy.params, w, how, on_progress=report_progress)
 
+        if not done and plan.step.parts is not None:
+            loss = _split(plan, batch, gradients, loss)
         if directory is not None and done:
             ascent = beside(directory.ascent(), policy.params)
         else:
@@ -174,6 +178,22 @@ def _made(
     workspace = KernelWorkspace(batch, gradients, effect.P, effect.clip, effect.grad_norm, *stored, loss)
     step = effect.step if plan.preconditioner.calibrated else None
     return WorkspaceAndStep(workspace, step, policy._replace(unused=unused))
+
+
+def _split(plan: FisherKernelPlan, batch: GeneratedBatch, gradients: Gradients, loss: LossTerms | None) -> LossTerms:
+    """Split the columns' sum by reward function, or by the advantages' signs: one more sum over U each."""
+    if plan.step.parts == "signs":
+        A = batch.advantages
+        parts = {"raised": A.clamp(min=0), "lowered": A.clamp(max=0)}
+    else:
+        rule = plan.step.rule or getattr(plan.update, "advantage", None)
+        if rule is None:
+            raise PlanError("step.parts: rewards needs the rule of U's advantages; give step.rule.")
+        parts = split_advantages(batch, rule)
+    w = batch.with_values("advantage", torch.ones(len(batch))).weighted_advantages
+    vectors = {name: gradients.weighted_sum((w * A).to(gradients.dtype)) for name, A in parts.items()}
+    terms = loss or LossTerms(None, {"kind": "policy_gradient"})
+    return terms._replace(parts={**vectors, **terms.parts}, within=tuple(vectors))
 
 
 def _kept(

@@ -53,7 +53,9 @@ def dotted_names(record: Any) -> set[str]:
         ['a.b', 'mine.brevity']
     """
     if isinstance(record, Mapping):
-        own = {value for key, value in record.items() if key in EXECUTED and isinstance(value, str) and "." in value}
+        given = [value for key, value in record.items() if key in EXECUTED]
+        each = [name for value in given for name in (value.values() if isinstance(value, Mapping) else [value])]
+        own = {name for name in each if isinstance(name, str) and "." in name}
         return own.union(*map(dotted_names, record.values()))
     return set[str]().union(*map(dotted_names, record)) if isinstance(record, list | tuple) else set()
 

@@ -155,21 +155,15 @@ MUTATIONS = [
         'None)\n        later',
     ),
     Mutation(
-        "a penalty in the file's order",
-        f"{PLAN}/test_workspace.py::test_a_workspace_keeps_what_the_loss_made",
-        'study/prepare.py', 'kept.beside(policy.params)',
-        'kept',
+        'a kept loss forgets its ratios',
+        f"{PLAN}/test_workspace.py::test_a_workspace_in_memory_with_a_loss_can_be_written",
+        'study/loss_terms.py', 'constants = {name: tensors.get(name) for name in CONSTANTS}',
+        'constants = dict.fromkeys(CONSTANTS)',
     ),
     Mutation(
         "token weights of an ascent",
         f"{WEIGHTS}::test_the_step_is_explained_to_the_floor",
         'study/losses.py', '-whole.omega, {"kind": "token_weights"',
         'whole.omega, {"kind": "token_weights"',
-    ),
-    Mutation(
-        "what is unexplained is all that was done",
-        f"{WEIGHTS}::test_the_step_is_explained_to_the_floor",
-        'study/taken.py', 'tree.axpy(-1.0, end, taken), taken',
-        'taken, taken',
     ),
 ]  # fmt: skip

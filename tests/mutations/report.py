@@ -10,6 +10,12 @@ MUTATIONS = [
         'K.double()',
     ),
     Mutation(
+        "what is unexplained is all that was done",
+        'tests/study/test_analyses.py::test_the_ledger_closes',
+        'study/taken.py', 'tree.axpy(-1.0, end, taken), taken',
+        'taken, taken',
+    ),
+    Mutation(
         'flips that drop',
         'tests/study/test_analyses.py::test_a_counterfactual_is_the_step_that_would_have_been_taken',
         'study/analyses/counterfactuals.py', '[(config.drop, 0.0), (config.flip, -1.0), *scaled]',

@@ -89,16 +89,16 @@ def check_parts(config: CounterfactualPlan, workspace: KernelWorkspace) -> None:
         PlanError: it has not, or whole parts and single sequences are changed at once.
     """
     loss = workspace.loss
-    names = [] if loss is None else [*loss.parts] if loss.whole else [OWN, *loss.parts]
+    names = [] if loss is None else [*loss.parts] if loss.within else [OWN, *loss.parts]
     if unknown := [part for part in config.parts if part not in names]:
         raise PlanError(
             f"The counterfactual {config.name!r} weighs the part {unknown[0]!r} of the loss, which has "
             f"{listing(names) or 'a single part'}."
         )
-    if config.parts and config.by_sequence and workspace.whole:
+    if loss is not None and {*config.parts} & {*loss.within} and config.by_sequence:
         raise PlanError(
-            f"The counterfactual {config.name!r} weighs parts of the loss and sequences of U at once; parts of token "
-            f"weights are kept as sums over U: ask for the two one by one."
+            f"The counterfactual {config.name!r} weighs parts of the loss and sequences of U at once; these parts are "
+            f"kept as sums over U: ask for the two one by one."
         )
     if config.clip_range is not None and (loss is None or loss.log_ratio is None):
         raise PlanError(
@@ -117,10 +117,10 @@ def ascent_of(context: RequestContext, config: CounterfactualPlan) -> Tree:
     loss = workspace.loss
     if loss is None:
         return ascent
-    if not loss.whole:
+    if not loss.within:
         ascent = tree.scale(config.parts.get(OWN, 1.0), ascent)
-    for part, v in loss.parts.items():  # of a whole loss they are in the columns' sum already
-        factor = config.parts.get(part, 1.0) - loss.whole
+    for part, v in loss.parts.items():  # those within the columns are in their sum already
+        factor = config.parts.get(part, 1.0) - (part in loss.within)
         ascent = tree.axpy(factor, v, ascent) if factor else ascent
     return ascent
 

@@ -75,6 +75,9 @@ class StepPlan(Strict):
             norm; excludes max_norm.
         path: where E's gradients are evaluated: "midpoint", halfway along the step, so that contributions add up to the
             change; "gauss2", at two nodes, for a large step; "start", at the checkpoint (first order).
+        parts: what the effect of the batch is split by, beside the parts that a loss has: "signs", sequences raised and
+            sequences lowered; "rewards", the reward functions of U, whose advantages are linear in them.
+        rule: of U's advantages, where `parts` is "rewards" and U is given: raw, group_mean, rloo or grpo.
         autocast: "bfloat16" where the training's passes ran under autocast: the step is executed in it too, and its
             distance from the exact one is the effect `arithmetic`. Weights and moments in half precision, or 8-bit
             states, are told from the checkpoint.
@@ -94,6 +97,8 @@ class StepPlan(Strict):
     max_norm: float | None = Field(None, gt=0)
     clip: float | None = Field(None, gt=0, le=1)
     path: Literal["midpoint", "start", "gauss2"] = "midpoint"
+    parts: Literal["signs", "rewards"] | None = None
+    rule: Literal["raw", "group_mean", "rloo", "grpo"] | None = None
     autocast: Literal["bfloat16"] | None = None
     microbatches: Annotated[int, Field(gt=0)] | tuple[MicrobatchPlan, ...] | None = None
     attention: str = "sdpa"
@@ -104,6 +109,10 @@ class StepPlan(Strict):
 
     @model_validator(mode="after")
     def _one(self) -> StepPlan:
+        if self.parts is not None and self.loss is not None and self.loss.kind in ("token_weights", "preference"):
+            raise ValueError(
+                f"step.parts splits advantages, and the loss {self.loss.kind!r} is not made of U's; leave it out"
+            )
         if self.max_norm is not None and self.clip is not None:
             raise ValueError("max_norm and clip say the same in two ways; give one of them")
         return self

@@ -1,0 +1,290 @@
+"""One step of a run, taken back: from what moves E after a step to what each of the step's sequences did to E.
+
+    m_t = β1 m_{t−1} + (1−β1) g_t,   Δθ_t = −ρ_t m_t − lr_t λ θ_t,   ρ_t = lr_t/bc1_t · 1/(√(v_t/bc2_t)+ε),   t = 1 … T
+
+with g_t = −c_t Σ_u w_u ∇f_u(θ_t), all of AdamW's numbers by parameter and step. A gradient moves θ in its own step and,
+by way of m, in all later ones. Along the steps' paths (`fkernel.engine.path`), with ḡ_et = Σ_j q_j ∇S_e(θ_t + s_jΔθ_t),
+
+    S_e(θ_T + Δθ_T) − S_e(θ_1) ≈ Σ_t ⟨ḡ_et, Δθ_t⟩ = −Σ_t ⟨ρ_t ḡ_et, m_t⟩ + decay_e + …
+
+The adjoint of m_t is p_et = ρ_t ḡ_et + β1 p_e,t+1, with p_e,T+1 = 0. Put ρ_t ḡ_et = p_et − β1 p_e,t+1 and the recursion
+of m_t into the sum; it telescopes:
+
+    Σ_t ⟨ρ_t ḡ_et, m_t⟩ = Σ_t ⟨p_et, m_t − β1 m_{t−1}⟩ + β1 ⟨p_e1, m_0⟩ = Σ_t (1−β1) ⟨p_et, g_t⟩ + β1 ⟨p_e1, m_0⟩
+
+    C_eu = c_t w_u (1−β1) ⟨p_et, ∇f_u(θ_t)⟩        sequence u of step t, over steps t … T
+    before_e = −β1 ⟨p_e1, m_0⟩                      what the optimizer remembered before the run
+    decay_e = −Σ_t lr_t λ ⟨ḡ_et, θ_t⟩
+    unexplained_e = Σ_t ⟨ḡ_et, Δθ_t − described Δθ_t⟩ − Σ_t β1 ⟨p_e,t+1, m_t − β1 m_{t−1} − (1−β1) g_t⟩
+
+With Δθ_t and m_t as the run had them, these columns add up to Σ_t ⟨ḡ_et, Δθ_t⟩ to rounding, whatever arithmetic did;
+what is left of the change is the paths' error. A parameter that f never uses is skipped by the optimizer: p_t = p_{t+1}.
+
+In code, rows hold β1 p_{t+1} between two steps and x_t = (1−β1) p_t = (1−β1) · β1 p_{t+1} + P_t ḡ_t within one, where
+P_t = (1−β1) ρ_t is the step's own preconditioner (`fkernel.precond.adamw_response`).
+
+Source: the path kernel of AdamW, F. Eichin et al., ExPLAIND (2025); the adjoint of a linear recursion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+
+from fkernel import tree
+from fkernel.engine.batching import SortedBatch, cuts_of, error_context
+from fkernel.engine.gradients import Gradients, Summing, computed
+from fkernel.engine.layerwise import Walking, gradient_sum, sources_of
+from fkernel.engine.path import nodes_of
+from fkernel.engine.planning import LONG, usual_microbatch
+from fkernel.engine.planning.passes import max_microbatch, reverse
+from fkernel.errors import BatchError
+from fkernel.func import unused_parameters
+from fkernel.func.handles import Handles, Products, ProductSpec, RowSpec, materialize_into
+from fkernel.func.inputs import Function, take, token_grant, trim
+from fkernel.func.layers import Cut, Walk, cut_of
+from fkernel.func.trust import true_derivative
+from fkernel.precond import AdamWState, AdamWStep, Diagonal, Grads, adamw_response, adamw_step, clip_gradient
+from fkernel.shapes import Tensor, Tree
+
+VECTORS = 8
+"""Vectors of the parameters' size that a step needs, beside E's adjoints, the path's nodes and the step itself."""
+
+
+@dataclass(frozen=True, eq=False)
+class RunStep:
+    """One step of a run, t → t+1: where it was taken, on what, and what it did.
+
+    Attributes:
+        f: (params, batch) -> [n_U], the function of U; `func.weighted_logprob` where a loss's token weights are known.
+        params: θ_t, {name: [*shape]}, all parameters that the optimizer updates; float32 or float64.
+        U: the batch.
+        weights: [n_U] w, with ∇L = −Σ_u w_u ∇f_u: −1 where f_u is sequence u's share of the loss itself.
+        state: the optimizer's before the step; its lr, β1, β2, ε and λ are those of this step.
+        clip: c, the factor by which the gradient was scaled: g = c ∇L.
+        delta: Δθ_t = θ_{t+1} − θ_t as it happened; None for what AdamW makes of g.
+    """
+
+    f: Function
+    params: Tree
+    U: Any
+    weights: Tensor
+    state: AdamWState
+    clip: float = 1.0
+    delta: Tree | None = None
+
+    @property
+    def number(self) -> int:
+        """Count the optimizer's steps up to and with this one."""
+        return max(self.state.step.values(), default=0) + 1
+
+
+class StepColumns(NamedTuple):
+    """What one step's parts did, nats, float64.
+
+    Attributes:
+        contributions: [n_E n_U] of its sequences, in this step and in those after it.
+        own: [n_E] of its gradient, in this step.
+        momentum: [n_E] of what the optimizer remembered, in this step.
+        decay: [n_E] of weight decay.
+        unexplained: [n_E] of a move that is not AdamW's.
+        moments: [n_E] of a moment that is not AdamW's, in the steps after it.
+    """
+
+    contributions: Tensor
+    own: Tensor
+    momentum: Tensor
+    decay: Tensor
+    unexplained: Tensor
+    moments: Tensor
+
+
+class Passes(NamedTuple):
+    """How gradients are computed.
+
+    Attributes:
+        path: where E's are; of `fkernel.engine.path.NODES`.
+        microbatch: sequences of the greatest length in one pass; None for the default.
+        memory: budget in bytes; None for none.
+        kept: bytes of U's gradients that may be kept from the first pass to the second.
+    """
+
+    path: str
+    microbatch: int | None
+    memory: int | None
+    kept: int
+
+
+class _Start(NamedTuple):
+    """Where a step began: θ, m, and the steps that had been taken."""
+
+    params: Tree
+    exp_avg: Tree
+    step: dict[str, int]
+
+
+class Adjoints:
+    """β1 p_{t+1} of every sequence of E, taken back step by step.
+
+    Attributes:
+        side: E, sorted, with its f.
+        rows: {name: [n_E *shape]}, changed in place.
+    """
+
+    def __init__(self, side: SortedBatch, passes: Passes) -> None:
+        """Start behind the last step, where nothing moves E any more."""
+        self.side, self.passes, self.rows = side, passes, dict[str, Tensor]()
+        self._later: _Start | None = None
+
+    def back(self, step: RunStep) -> tuple[StepColumns, Tree]:
+        """Take one step back; return its columns, and the Δθ that was accounted for.
+
+        Raises:
+            BatchError: the step does not end where the one given before it begins.
+            TreeError, ModelError, NonFiniteError, OptimizerStateError: as `fkernel.engine.step.explain_step`.
+        """
+        g, J = self._gradient(step)
+        described = adamw_step(step.params, g, step.state)
+        step = replace(step, delta=described.total) if step.delta is None else step
+        assert step.delta is not None
+        moments = torch.zeros(len(self.side), dtype=torch.float64)
+        if self._later is None:
+            assert self.side.f is not None
+            self.rows = {name: leaf.new_zeros(len(self.side), *leaf.shape) for name, leaf in step.params.items()}
+            with error_context("E"):
+                self.side.f = true_derivative(self.side.f, step.params, self.side.batch, step.delta)
+        else:
+            _check_follows(step, self._later, g)
+            moments = -self.along(_moment_error(step.state, self._later.exp_avg, g))
+        used = [name for name in self.rows if g[name] is not None]
+        for name in used:
+            self.rows[name].mul_(1 - step.state.beta1[name])
+        along = self._add_step(step, described, g)
+        C = self._contributions(step, J)
+        for name in used:
+            self.rows[name].mul_(step.state.beta1[name] / (1 - step.state.beta1[name]))
+        self._later = _Start(step.params, step.state.exp_avg, step.state.step)
+        return StepColumns(C, **along, moments=moments), step.delta
+
+    def along(self, vector: Tree) -> Tensor:
+        """Compute ⟨β1 p_e, v⟩, [n_E] float64 in the caller's order."""
+        products = Products(ProductSpec(x=RowSpec({"v": vector})), len(self.side), 0, self.side.order.device)
+        products.add(self.rows, self.rows, own_y=False)
+        return self._in_order(products.whole("x", "v"))
+
+    def _add_step(self, step: RunStep, described: AdamWStep, g: Grads) -> dict[str, Tensor]:
+        """Add P ḡ to the rows; compute ḡ along batch, momentum, decay and what they leave of Δθ."""
+        assert step.delta is not None
+        P = adamw_response(step.state, g)
+        assert isinstance(P, Diagonal)
+        assert P.d is not None
+        own, momentum, decay = described
+        vectors = {"own": own, "momentum": momentum, "decay": decay}
+        vectors["unexplained"] = tree.axpy(-1.0, tree.map(torch.Tensor.to, described.total, step.delta), step.delta)
+        products = Products(ProductSpec(x=RowSpec(vectors)), len(self.side), 0, self.side.order.device)
+        with error_context("E"):
+            for rows, handles in _gradients(self.side, self.passes, len(self.side), step, self.passes.path):
+                for name, handle in handles.items():
+                    mine = self.rows[name][rows]
+                    J = torch.empty_like(mine)
+                    materialize_into(handle, J)
+                    products.add({name: J}, {name: J}, rows=rows, own_y=False)
+                    mine.addcmul_(P.d[name].to(J), J)
+                del handles
+        return {what: self._in_order(products.whole("x", what)) for what in vectors}
+
+    def _contributions(self, step: RunStep, J: Gradients | None) -> Tensor:
+        """Compute c w_u ⟨x_e, ∇f_u⟩, [n_E n_U] in the callers' orders."""
+        U = SortedBatch("U", step.U, step.f)
+        products = Products(ProductSpec({"": None}), len(self.side), len(U), U.order.device)
+        again = _gradients(U, self.passes, len(self.side), step, "start") if J is None else _whole(J)
+        with error_context("U", U.order):
+            for columns, handles in again:
+                products.add({name: self.rows[name] for name in handles}, handles, columns)
+        K = torch.empty(len(self.side), len(U), dtype=torch.float64)
+        K[self.side.order.cpu()[:, None], U.order.cpu()] = products.kernel().cpu()
+        return K * (step.clip * step.weights.to(K))
+
+    def _gradient(self, step: RunStep) -> tuple[Grads, Gradients | None]:
+        """Compute g = c ∇L, None where f never uses a parameter; and U's gradients, None where they are walked."""
+        side, w, J = SortedBatch("U", step.U, step.f), step.weights.to(next(iter(step.params.values()))), None
+        if _long_cut(side, step.params) is not None:
+            ascent = gradient_sum(side, step.params, w, Walking())
+        else:
+            cuts = _cuts(side, step.params, self.passes, len(self.side))
+            J = computed(side, ((1.0, step.params),), cuts, self.passes.memory is not None)
+            summing = Summing(J, w, self.passes.kept)
+            for i in range(len(cuts)):
+                summing.gradients.read(i)
+            ascent, J = summing.whole(J), J.remembering(summing.held, 0)
+        with error_context("U"):
+            unused = unused_parameters(step.f, step.params, step.U)
+        return {**clip_gradient(ascent, clip=step.clip)[0], **dict.fromkeys(unused)}, J
+
+    def _in_order(self, values: Tensor) -> Tensor:
+        """Put values of sorted sequences into the caller's order."""
+        return torch.empty(len(self.side), dtype=torch.float64).index_copy_(0, self.side.order.cpu(), values.cpu())
+
+
+def _gradients(
+    side: SortedBatch, passes: Passes, adjoints: int, step: RunStep, path: str
+) -> Iterator[tuple[slice, Handles]]:
+    """Iterate over (rows in sorted order, gradients of some parameters), which add up to ḡ = Σ_j q_j ∇f(θ_j)."""
+    cuts, cut = _cuts(side, step.params, passes, adjoints), _long_cut(side, step.params)
+    if cut is None:
+        yield from _whole(computed(side, nodes_of(path, step.params, step.delta), cuts, passes.memory is not None))
+        return
+    for rows in cuts:
+        for q, source in sources_of(path, step.params, step.delta):
+            for some, handles in Walk(cut, source, trim(take(side.batch, rows)), weight=q).back():
+                yield slice(rows.start + some.start, rows.start + some.stop), handles
+
+
+def _whole(J: Gradients) -> Iterator[tuple[slice, Handles]]:
+    """Iterate over microbatches: (rows in sorted order, gradients)."""
+    return ((rows, J.read(i)) for i, rows in enumerate(J.cuts))
+
+
+def _cuts(side: SortedBatch, params: Tree, passes: Passes, adjoints: int) -> list[slice]:
+    """Cut a batch into microbatches whose passes fit the budget beside the adjoints."""
+    assert side.f is not None
+    m = usual_microbatch(passes.microbatch, side.batch)
+    if passes.memory is not None and side.tokens[0] <= LONG:
+        held = VECTORS + 1 + adjoints
+        m = max_microbatch(passes.memory, m, side.f, params, (side.batch,), (reverse,), vectors=held).microbatch
+    return cuts_of(side, token_grant(side.batch, m))
+
+
+def _long_cut(side: SortedBatch, params: Tree) -> Cut | None:
+    """Cut f at its layers where sequences are so long that they are computed layer by layer."""
+    assert side.f is not None
+    cut = cut_of(side.f, params, side.batch) if side.tokens[0] > LONG else "short"
+    return None if isinstance(cut, str) else cut
+
+
+def _moment_error(state: AdamWState, m_t: Tree, g: Grads) -> Tree:
+    """Compute m_t − β1 m_{t−1} − (1−β1) g_t, with m_t as the next step has it; m_t − m_{t−1} where g is None."""
+    error: Tree = {}
+    for name, m in state.exp_avg.items():
+        own, beta1 = g[name], state.beta1[name]
+        error[name] = m_t[name] - (m if own is None else beta1 * m + (1 - beta1) * own)
+    return error
+
+
+def _check_follows(step: RunStep, later: _Start, g: Grads) -> None:
+    """Raise BatchError unless the later step began where this one ended."""
+    assert step.delta is not None
+    advice = "give the run's steps from the last to the first, each with its own state and, where known, its delta."
+    tree.check_same(later.params, step.params, "the later step's params", "params")
+    for name, t in step.state.step.items():
+        if later.step[name] != t + (g[name] is not None):
+            raise BatchError(
+                f"it is the step after {t} of {name!r}, and the one after it follows {later.step[name]}; {advice}"
+            )
+    gap = tree.axpy(-1.0, step.delta, tree.axpy(-1.0, step.params, later.params))
+    rounding = 4 * max(torch.finfo(leaf.dtype).eps for leaf in gap.values()) * float(tree.norm(step.params))
+    if (size := float(tree.norm(gap))) > 1e-3 * float(tree.norm(step.delta)) + rounding:
+        raise BatchError(f"it ends at parameters {size:.2g} (norm) away from where the one after it begins; {advice}")

@@ -1,0 +1,212 @@
+"""A run of AdamW steps, accounted for: what every sequence of every step did to E, in its step and by momentum later.
+
+    S_e(θ_T + Δθ_T) − S_e(θ_1) = Σ_t Σ_u C_eu + before_e + decay_e + unexplained_e + remainder_e
+
+Steps are walked backwards with one adjoint for each sequence of E; `fkernel.engine.adjoint` has the derivation. A step
+costs two passes over U (one where its gradients fit beside the adjoints) and one over E for each node of the path.
+
+    bytes    (n_E + about 10) vectors of the parameters' size, and one microbatch's gradients
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import chain
+from math import ceil
+from typing import Any, NamedTuple
+
+import torch
+
+from fkernel import tree
+from fkernel.engine.adjoint import VECTORS, Adjoints, Passes, RunStep, StepColumns
+from fkernel.engine.batching import SortedBatch, check_sides, error_context
+from fkernel.engine.layerwise import evaluated
+from fkernel.engine.path import NODES, Path, check_path
+from fkernel.engine.planning import LONG, bytes_of, usual_microbatch, walk_of
+from fkernel.engine.planning.passes import max_microbatch, reverse
+from fkernel.engine.planning.strategy import USABLE
+from fkernel.engine.recycling import reuse_memory
+from fkernel.errors import BatchError
+from fkernel.func.inputs import Function, bare, check_weights, length, take, translate_errors
+from fkernel.func.layers import cut_of
+from fkernel.func.taps import handles_of
+from fkernel.func.trust import plan_of
+from fkernel.io import parse_bytes
+from fkernel.precond import check_covers
+from fkernel.shapes import Tensor, Tree
+
+
+class RunAccount(NamedTuple):
+    """What happened to S of every sequence of E over a run, in nats, float64; steps in the order of the run.
+
+    Attributes:
+        contributions: of each step, [n_E n_U_t]: what sequence u did from its step to the end of the run.
+        before: [n_E] of what the optimizer remembered before the first step.
+        decay: [n_E] of weight decay.
+        unexplained: [n_E] of moves and moments that are not AdamW's of these gradients: arithmetic, or a wrong record.
+        realised: [n_E] S after the last step − S before the first.
+        by_step: [n_E T] ⟨ḡ_et, Δθ_t⟩, what happened in each step.
+        own: [n_E T] of it, what step t's own gradient did in step t.
+        momentum: [n_E T] of it, what the optimizer remembered: earlier sequences, and what was there before.
+        path: where E's gradients were evaluated.
+    """
+
+    contributions: list[Tensor]
+    before: Tensor
+    decay: Tensor
+    unexplained: Tensor
+    realised: Tensor
+    by_step: Tensor
+    own: Tensor
+    momentum: Tensor
+    path: str
+
+    @property
+    def accounted(self) -> Tensor:
+        """[n_E] Σ contributions + before + decay + unexplained; equals the sum of `by_step` to rounding."""
+        return sum((C.sum(1) for C in self.contributions), self.before + self.decay + self.unexplained)
+
+    @property
+    def remainder(self) -> Tensor:
+        """[n_E] what is left of the realised change: the error of the paths."""
+        return self.realised - self.accounted
+
+
+def account(
+    f: Function,
+    E: Any,
+    steps: Iterable[RunStep],
+    *,
+    path: Path = "midpoint",
+    memory: int | str | None = None,
+    microbatch: int | None = None,
+) -> RunAccount:
+    """Account for a run of AdamW steps: what each of its sequences did to E, momentum credited to those that made it.
+
+    S_e(θ_T+Δθ_T) − S_e(θ_1) = Σ_t Σ_u C_eu + before_e + decay_e + unexplained_e + remainder_e, as derived in
+    `fkernel.engine.adjoint`.
+
+    Args:
+        f: S of E, (params, batch) -> [n_E], nats; or another observable, whose unit all columns then have.
+        E: the sequences whose change is to be explained.
+        steps: the run's steps from the last to the first. An iterator may load each when it is asked for: one step is
+            held at a time, with θ and m of the one after it.
+        path: where E's gradients are evaluated in each step, as in `explain_step`.
+        memory: budget as in `kernel`, beside what a step holds. The sweep takes a vector of the parameters' size for
+            each sequence of E, and about ten more. Where they do not fit, E is split, and each part sweeps over the run
+            by itself: `steps` must then be something that can be iterated again, such as a list.
+        microbatch: as in `fkernel.kernel`.
+
+    Returns:
+        RunAccount.
+
+    Raises:
+        BatchError: no step, steps that do not follow each other backwards, a budget that is too small, or several
+            sweeps over an iterator.
+        TreeError, ModelError, NonFiniteError, OptimizerStateError: as `explain_step`.
+
+    Example:
+        >>> import torch
+        >>> from fkernel import precond
+        >>> f = lambda params, x: x @ params["w"]
+        >>> params = {"w": torch.zeros(2)}
+        >>> state = precond.adamw_init(params, lr=0.1, weight_decay=0.0)
+        >>> step = RunStep(f, params, torch.eye(2), torch.tensor([1.0, -1.0]), state)
+        >>> account(f, torch.eye(2), [step]).contributions[0].float()
+        tensor([[ 0.1000, -0.0000],
+                [ 0.0000, -0.1000]])
+    """
+    check_path(path)
+    again = iter(steps)
+    last = next(again, None)
+    if last is None:
+        raise BatchError("steps holds no step; account needs at least one, the run's last first.")
+    _check(f, E, last)
+    n, (block, passes) = length(E), _planned(f, E, last, path, memory, microbatch)
+    if block < n and again is steps:
+        raise BatchError(
+            f"memory={memory!r} holds {block} of E's {n} sequences at a time, so that the run is swept over "
+            f"{ceil(n / block)} times, but steps is an iterator, which runs once; give a list, or an object whose "
+            f"__iter__ begins again, or more memory."
+        )
+    run: Iterable[RunStep] = chain((last,), again)
+    del last
+    accounts = list[RunAccount]()
+    with reuse_memory():
+        for start in range(0, n, block):
+            part = E if block >= n else take(E, slice(start, start + block))
+            accounts.append(_sweep(f, part, run if start == 0 else steps, passes))
+    return accounts[0] if len(accounts) == 1 else _joined(accounts)
+
+
+def _sweep(f: Function, E: Any, steps: Iterable[RunStep], passes: Passes) -> RunAccount:
+    """Walk the run backwards."""
+    adjoints, m = Adjoints(SortedBatch("E", E, f), passes), usual_microbatch(passes.microbatch, E)
+    columns, start, after = list[StepColumns](), None, torch.empty(0)
+    for step in steps:
+        _check(f, E, step)
+        with error_context(f"step {step.number}"):
+            own, delta = adjoints.back(step)
+        if start is None:
+            after = evaluated(f, tree.axpy(1.0, delta, step.params), E, m)
+        columns.append(own)
+        start = step.params, step.state.exp_avg
+        del step, delta  # frees them before the next is loaded
+    assert start is not None
+    before, realised = -adjoints.along(start[1]), (after - evaluated(f, start[0], E, m)).cpu()
+    C, *others = zip(*reversed(columns), strict=True)
+    own, momentum, decay, unexplained, moments = (torch.stack(each, 1) for each in others)
+    by_step, left = own + momentum + decay + unexplained, (unexplained + moments).sum(1)
+    return RunAccount([*C], before, decay.sum(1), left, realised, by_step, own, momentum, passes.path)
+
+
+def _joined(accounts: list[RunAccount]) -> RunAccount:
+    """Put the accounts of E's parts below each other."""
+    first, *columns = [field for field in RunAccount._fields if field != "path"]
+    blocks = zip(*(getattr(one, first) for one in accounts), strict=True)
+    rows = {field: torch.cat([getattr(one, field) for one in accounts]) for field in columns}
+    return RunAccount([torch.cat(parts) for parts in blocks], **rows, path=accounts[0].path)
+
+
+def _check(f: Function, E: Any, step: RunStep) -> None:
+    """Raise unless a step's inputs fit each other."""
+    with error_context(f"step {step.number}"):
+        check_sides(step.f, step.params, E, step.U, f)
+        check_weights(step.weights, length(step.U))
+    check_covers(step.state, list(step.params), step.params, "params")
+    if step.delta is not None:
+        tree.check_same(step.delta, step.params, "delta", "params")
+
+
+def _planned(
+    f: Function, E: Any, step: RunStep, path: str, memory: int | str | None, microbatch: int | None
+) -> tuple[int, Passes]:
+    """Choose how many sequences of E a sweep takes, by what the run's last step needs."""
+    n, P = length(E), bytes_of(step.params)
+    if memory is None:
+        return n, Passes(path, microbatch, None, n * P)
+    budget, vectors = parse_bytes(memory), VECTORS + len(NODES[path])
+    passing = max(_pass_bytes(f, step.params, E), _pass_bytes(step.f, step.params, step.U))
+    if (needed := ceil((passing + (vectors + 1) * P) / USABLE)) > budget:
+        raise BatchError(
+            f"memory={memory!r} cannot hold {vectors + 1} vectors of {tree.size(step.params)} parameters and one "
+            f"sequence's passes; give at least {needed} bytes."
+        )
+    sweeps = ceil(n / min(n, int(budget * USABLE - passing - vectors * P) // P))
+    return ceil(n / sweeps), Passes(path, microbatch, budget, 0)
+
+
+def _pass_bytes(f: Function, params: Tree, batch: Any) -> int:
+    """Estimate the bytes of the longest sequence's gradients and of the passes that compute them."""
+    side = SortedBatch("the batch", batch, f)
+    with error_context("a step's batches"), translate_errors(params):
+        cut = cut_of(f, params, side.batch) if side.tokens[0] > LONG else "short"
+        if not isinstance(cut, str):
+            longest = {"E": side.tokens[:1], "U": side.tokens[:1]}
+            return walk_of(cut, params, longest).memory(longest, next(iter(params.values())).element_size(), 1, 0)
+        plan = plan_of(f, params, side.batch)
+
+    def handles(f: Function, params: Tree, batch: Any) -> Any:
+        return handles_of(bare(f), params, batch, plan)
+
+    return max_microbatch(1, 1, f, params, (side.batch,), (reverse, handles), vectors=0).needed

@@ -1,0 +1,254 @@
+"""Is the recorded loss the one whose gradient the optimizer was given?
+
+    g_optimizer = c · Σ_u Σ_t ( ω_ut ∇log π(u_t) + η_ut ∇H(u_t) ),      c the clipping factor
+
+The right side is computed again from the record alone, one plain backward pass a micro-batch, padded as it was
+(`fkernel.engine.gradient_in`). c is fitted; what is left is the error. Beside it, at every step, ‖∇L‖ as backward left it
+and the norms that the optimizer saw: clipping multiplies every parameter's gradient by the same c.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from fkernel import tree
+from fkernel.engine import Microbatch, gradient_in
+from fkernel.errors import listing
+from fkernel.func import Weighted, make_functional, pad, weighted_logprob
+from fkernel.record.layout import RecordedMicrobatch, Row, unpadded
+from fkernel.shapes import Tensor, Tree
+
+TOLERANCE, ROUNDED = 1e-4, 0.02
+"""Relative errors up to which a gradient is taken for the recorded one: in float32, and under autocast or with weights
+in half precision, where another sum of rounded terms is another gradient."""
+SAME_FACTOR = 1e-3
+"""By which parameters' clipping factors may differ."""
+
+
+class GradientCheck(NamedTuple):
+    """The gradient that the optimizer was given against that of the record.
+
+    Attributes:
+        relative_error: ‖g − c ĝ‖ / ‖g‖, c fitted.
+        factor: c, clipping and whatever else scaled the whole gradient.
+        norm: ‖ĝ‖, of the record.
+        worst: the parameter with the largest part of the error.
+        tolerance: that the error is held to.
+    """
+
+    relative_error: float
+    factor: float
+    norm: float
+    worst: str
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within the tolerance."""
+        return self.relative_error <= self.tolerance
+
+
+def compare_gradients(recorded: Tree, seen: Tree, tolerance: float = TOLERANCE) -> GradientCheck:
+    """Hold the optimizer's gradient against the record's, up to one factor.
+
+    c = ⟨g, ĝ⟩ / ⟨ĝ, ĝ⟩
+
+    Args:
+        recorded: {name: [*shape]} ĝ = Σ ω ∇log π + η ∇H.
+        seen: {name: [*shape]} g; a parameter that it lacks has none.
+        tolerance: largest relative error.
+
+    Example:
+        >>> compare_gradients({"w": torch.tensor([2.0, 0.0])}, {"w": torch.tensor([1.0, 0.0])}).factor
+        0.5
+    """
+    both = {name: (leaf.double(), seen[name].double()) for name, leaf in recorded.items() if name in seen}
+    square = sum(float(r.square().sum()) for r, _ in both.values())
+    factor = sum(float((r * g).sum()) for r, g in both.values()) / (square or 1.0)
+    apart = {name: float((g - factor * r).square().sum()) for name, (r, g) in both.items()}
+    apart |= {n: float((factor * r.double()).square().sum()) for n, r in recorded.items() if n not in seen}
+    apart |= {name: float(g.double().square().sum()) for name, g in seen.items() if name not in recorded}
+    norm = sum(float(g.double().square().sum()) for g in seen.values()) ** 0.5
+    error = sum(apart.values()) ** 0.5 / norm if norm else sum(apart.values()) ** 0.5
+    return GradientCheck(error, factor, float(tree.norm(recorded)), max(apart, key=lambda n: apart[n]), tolerance)
+
+
+def mismatch(number: int, check: GradientCheck, dropout: Sequence[str], temperature: float) -> str:
+    """Say what differs, and what it may come from.
+
+    Args:
+        number: of the step.
+        check: one that did not pass.
+        dropout: names of modules that drop something out in training.
+        temperature: that log-probabilities are believed to be at.
+
+    Example:
+        >>> mismatch(3, GradientCheck(0.5, 1.0, 1.0, "w", 1e-4), [], 1.0)[:60]
+        'Step 3: the optimizer was given another gradient than that o'
+    """
+    told = f" {listing(dropout, 2)} drop(s) activations out, which no recording repeats: set it to 0." if dropout else ""
+    return (
+        f"Step {number}: the optimizer was given another gradient than that of the recorded token weights; they differ "
+        f"by {check.relative_error:.2g} of its norm (up to {check.tolerance:.0e} is rounding), most in "
+        f"{check.worst!r}. Something beside log π and entropy has a gradient (an auxiliary loss, a value head on the "
+        f"same weights), a micro-batch was not tapped, log-probabilities are not at temperature {temperature:g}, or the "
+        f"gradient was changed after the backward pass.{told}"
+    )
+
+
+class Norms:
+    """‖∇L‖ as the backward passes left it, before anything clips: hooks on the parameters' accumulated gradients."""
+
+    def __init__(self, params: Mapping[str, Tensor]) -> None:
+        self._squares = dict[str, Tensor]()
+        self._handles = [
+            leaf.register_post_accumulate_grad_hook(lambda leaf, name=name: self._keep(name, leaf))
+            for name, leaf in params.items()
+        ]
+
+    def _keep(self, name: str, leaf: Tensor) -> None:
+        if leaf.grad is not None:
+            self._squares[name] = torch.linalg.vector_norm(leaf.grad, dtype=torch.float32)
+
+    def clear(self) -> None:
+        """Forget the step before."""
+        self._squares.clear()
+
+    def close(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+    def taken(self, scale: float = 1.0) -> dict[str, float]:
+        """{name: ‖∇L_name‖}, the loss's scale divided out."""
+        if not self._squares:
+            return {}
+        values = torch.stack([norm.cpu() for norm in self._squares.values()]).double() / scale
+        return dict(zip(self._squares, values.tolist(), strict=True))
+
+
+def norm_of(norms: Mapping[str, float]) -> float:
+    """‖∇L‖ of the parameters' norms.
+
+    Example:
+        >>> norm_of({"a": 3.0, "b": 4.0})
+        5.0
+    """
+    return sum(norm**2 for norm in norms.values()) ** 0.5
+
+
+def uneven_factor(before: Mapping[str, float], after: Mapping[str, float]) -> str | None:
+    """Name the parameter whose gradient was not multiplied by the factor of all, or None.
+
+    Args:
+        before: {name: ‖∇L_name‖} as backward left it.
+        after: {name: norm} as the optimizer saw it.
+
+    Example:
+        >>> uneven_factor({"a": 1.0, "b": 1.0}, {"a": 0.5, "b": 1.0})
+        'a'
+    """
+    whole = norm_of(before)
+    if not whole:
+        return None
+    c = norm_of(after) / whole
+    apart = {name: abs(after.get(name, 0.0) - c * norm) for name, norm in before.items()}
+    worst = max(apart, key=lambda name: apart[name])
+    return worst if apart[worst] > SAME_FACTOR * c * whole else None
+
+
+class Repeater:
+    """Computes the gradient of a record again: ĝ = Σ ω ∇log π + η ∇H at the model's present weights.
+
+    Args:
+        model: that is trained.
+        temperature: τ of log-probabilities.
+        autocast: "bfloat16" for a training under autocast, or None.
+        head: as `fkernel.engine.gradient_in` takes it.
+    """
+
+    def __init__(self, model: nn.Module, temperature: float, autocast: str | None, head: str) -> None:
+        self.model, self.autocast, self.head = model, autocast, head
+        apply, params = make_functional(plain_copy(model))
+        self.f, self.names = weighted_logprob(apply, temperature), list(params)
+
+    def gradient(self, microbatches: Sequence[RecordedMicrobatch]) -> Tree:
+        """Compute ĝ of a step's micro-batches, {name: [*shape]}."""
+        named = dict(self.model.named_parameters())
+        params = {name: named[name].detach() for name in self.names}
+        rows, passes = passes_of(microbatches)
+        if not rows:
+            return tree.map(torch.zeros_like, params)
+        device = next(iter(params.values())).device
+        batch = weighted(rows)
+        batch = Weighted(*(None if leaf is None else _moved(leaf, device) for leaf in batch))
+        ones = torch.ones(len(rows), device=device)
+        return gradient_in(
+            self.f, params, batch, ones, autocast=self.autocast, microbatches=passes, head=self.head
+        )
+
+    @property
+    def tolerance(self) -> float:
+        """What rounding is allowed."""
+        named = dict(self.model.named_parameters())
+        half = any(named[name].dtype in (torch.bfloat16, torch.float16) for name in self.names)
+        return ROUNDED if half or self.autocast else TOLERANCE
+
+
+def passes_of(microbatches: Sequence[RecordedMicrobatch]) -> tuple[list[Row], list[Microbatch]]:
+    """Take the padding off, and say how each pass was padded; rows without a response are left out.
+
+    Args:
+        microbatches: of one step.
+
+    Returns:
+        The sequences, and for each pass its rows among them and its widths, as `gradient_in` takes them.
+    """
+    rows, passes = list[Row](), list[Microbatch]()
+    for each in microbatches:
+        own = [unpadded(each, row) for row in each.answered]
+        if own:
+            passes.append(Microbatch(range(len(rows), len(rows) + len(own)), each.prompt_width, each.width))
+            rows += own
+    return rows, passes
+
+
+def weighted(rows: Sequence[Row]) -> Weighted:
+    """Lay sequences and their token weights out as `func.weighted_logprob` takes them: [n t], padded on the right.
+
+    Args:
+        rows: of `passes_of`.
+    """
+    sequences = pad([row.prompt_ids for row in rows], [row.response_ids for row in rows])
+    mask, laid = sequences.response_mask.bool(), list[Tensor | None]()
+    for kind in ("token_weights", "entropy_weights"):
+        values = [value for row in rows for value in getattr(row, kind) or [0.0] * len(row.response_ids)]
+        whole = torch.zeros(mask.shape, dtype=torch.float64)
+        whole[mask] = torch.tensor(values, dtype=torch.float64)
+        laid.append(whole)
+    ω, η = laid
+    return Weighted(sequences, ω, η if any(row.entropy_weights for row in rows) else None)  # pyright: ignore
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """Copy a module's structure, its tensors shared, without what a trainer hung on it: `forward` of the class itself."""
+    shared: dict[int, Any] = {id(leaf): leaf for leaf in (*model.parameters(), *model.buffers())}
+    copied = copy.deepcopy(model, shared)
+    for part in copied.modules():
+        part.__dict__.pop("forward", None)
+    return copied.eval()
+
+
+def dropping(model: nn.Module) -> list[str]:
+    """Names of modules that are training and drop something out."""
+    kinds = (nn.modules.dropout._DropoutNd,)
+    return [name for name, part in model.named_modules() if isinstance(part, kinds) and part.p > 0 and part.training]
+
+
+def _moved(leaf: Any, device: torch.device) -> Any:
+    return type(leaf)(*(each.to(device) for each in leaf)) if isinstance(leaf, tuple) else leaf.to(device)
