@@ -175,6 +175,7 @@ def test_makefile_lists_what_a_newcomer_needs():
         "bench",
         "scale",
         "peers",
+        "calibration",
         "sweep",
         "docs",
         "clean",

@@ -33,10 +33,11 @@ FLOORS = {
     "analysis": 3,
     "checkpoint": 3,
     "rollout": 4,
-    "study": 5,
-    "report": 6,
-    "demo": 7,
-    "cli": 8,
+    "record": 5,
+    "study": 6,
+    "report": 7,
+    "demo": 8,
+    "cli": 9,
 }
 
 # ------------------------------------------------------------------------------------------------------ import floors

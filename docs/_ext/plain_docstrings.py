@@ -4,10 +4,12 @@
 * A block that is indented beneath a paragraph, and a paragraph that is an equation, keep their lines and their columns.
 * `Returns: {name: [n]}` has colons that napoleon takes for a type's: the section becomes a field with its text whole.
 * `Raises: As `kernel`.` names no exception, so it becomes a sentence.
+* A constant without a docstring of its own does not show that of its type.
 """
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -117,7 +119,14 @@ def _escaped(lines: Iterable[str]) -> list[str]:
 
 
 def _process(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    lines[:] = plain(lines)
+    lines[:] = [] if what == "data" and _of_type(obj, lines) else plain(lines)
+
+
+def _of_type(obj: Any, lines: list[str]) -> bool:
+    """Tell whether a docstring is that of the object's type, such as a dict's, and says nothing of the object."""
+    first = "\n".join(lines).strip()[:40]
+    kinds = (type(obj), getattr(obj, "__origin__", type(obj)))
+    return bool(first) and any((inspect.getdoc(kind) or "").startswith(first) for kind in kinds)
 
 
 def _signature(app: Sphinx, what: str, name: str, obj: Any, options: Any, *texts: str | None) -> tuple[str | None, ...]:

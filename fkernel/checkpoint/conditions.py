@@ -1,8 +1,8 @@
 """What a training did that the function here does not: found in configurations, settings and dtypes, and told.
 
 What is differentiated is the log-probability of the model in eval mode, in float32. A training may have drawn dropout
-masks, added a loss of the routers', computed in bfloat16 or rounded its weights. None of that is modelled; each is a
-condition under which the explained step is another than the one taken.
+masks, added a loss of the routers', computed in bfloat16 or rounded its weights. Each is a condition under which the
+exact step is another than the one taken; what arithmetic did is a column of its own where a plan executes the step.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def precision_conditions(weights: Dtypes, moments: Dtypes, base: Dtypes | None =
                 "Updates below 2⁻⁸ of a weight (bfloat16) or 2⁻¹¹ (float16) are lost when they are added: at a "
                 "learning rate of 1e-5 most weights do not move at all, and a step predicted in float32 was 700 % "
                 "off the one taken, its effect on log-probabilities 4300 %.",
-                "Do not read the explained step as what happened; compare it with the realised change.",
+                "Execute the step in its own precision: a plan does so by itself (the effect `arithmetic`).",
             )
         )
     elif w:
@@ -231,7 +231,7 @@ def _autocast(settings: Mapping[str, Any]) -> Condition | None:
         f"{'bf16' if dtype == 'bfloat16' else 'fp16'} true: the training computed in {dtype} (autocast)",
         "the trainer's settings, or its loss scaler",
         "Its gradient was 1 to 4 % off the float32 one that is computed here, and the predicted step about 1 %.",
-        "Take that as the uncertainty of every number about the step that was taken.",
+        "Execute the step in it: step: {autocast: bfloat16} in a plan (the effect `arithmetic`).",
     )
 
 

@@ -58,6 +58,8 @@ class Checkpoint:
             `AdamWState` for AdamW, else that of its kind; None where none was saved.
         step: optimizer steps taken, or None where nothing tells.
         provenance: where it came from.
+        stored: that state in the dtypes and codes in which it is kept, for `precond.executed_step`; None with it.
+        trained_dtypes: {name: dtype} in which each trained parameter is stored.
         conditions: what the training did, as far as it is known, that the function here does not: dropout, a loss of
             the routers', half precision, frozen parameters. Loading warns of each.
     """

@@ -1,6 +1,6 @@
 """Kernels, influence without kernels, and one optimizer step explained."""
 
-from fkernel.engine.adjoint import RunStep
+from fkernel.engine.adjoint import Executed, RunStep
 from fkernel.engine.batching import SortedBatch, check_side, cuts_of
 from fkernel.engine.calibration import Calibration, calibrate
 from fkernel.engine.correlation import mean_ranks, pearson, varies
@@ -25,6 +25,7 @@ __all__ = [
     "NODES",
     "Calibration",
     "Estimate",
+    "Executed",
     "Gradients",
     "KernelBlock",
     "Microbatch",

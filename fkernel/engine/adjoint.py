@@ -15,10 +15,12 @@ of m_t into the sum; it telescopes:
     C_eu = c_t w_u (1−β1) ⟨p_et, ∇f_u(θ_t)⟩        sequence u of step t, over steps t … T
     before_e = −β1 ⟨p_e1, m_0⟩                      what the optimizer remembered before the run
     decay_e = −Σ_t lr_t λ ⟨ḡ_et, θ_t⟩
-    unexplained_e = Σ_t ⟨ḡ_et, Δθ_t − described Δθ_t⟩ − Σ_t β1 ⟨p_e,t+1, m_t − β1 m_{t−1} − (1−β1) g_t⟩
+    unexplained_e = Σ_t ⟨ḡ_et, Δθ_t − Δθ'_t⟩ − Σ_t β1 ⟨p_e,t+1, m_t − m'_t⟩
 
-With Δθ_t and m_t as the run had them, these columns add up to Σ_t ⟨ḡ_et, Δθ_t⟩ to rounding, whatever arithmetic did;
-what is left of the change is the paths' error. A parameter that f never uses is skipped by the optimizer: p_t = p_{t+1}.
+With Δθ_t and m_t as the run had them, and Δθ'_t and m'_t = β1 m_{t−1} + (1−β1) g_t as AdamW makes them of g_t, these
+columns add up to Σ_t ⟨ḡ_et, Δθ_t⟩ to rounding; what is left of the change is the paths' error. Where it is known what
+the optimizer executes in its own precision, that comes between: arithmetic_e is the part up to it, unexplained_e the
+rest. A parameter that f never uses is skipped by the optimizer: p_t = p_{t+1}.
 
 In code, rows hold β1 p_{t+1} between two steps and x_t = (1−β1) p_t = (1−β1) · β1 p_{t+1} + P_t ḡ_t within one, where
 P_t = (1−β1) ρ_t is the step's own preconditioner (`fkernel.precond.adamw_response`).
@@ -47,11 +49,23 @@ from fkernel.func.handles import Handles, Products, ProductSpec, RowSpec, materi
 from fkernel.func.inputs import Function, take, token_grant, trim
 from fkernel.func.layers import Cut, Walk, cut_of
 from fkernel.func.trust import true_derivative
-from fkernel.precond import AdamWState, AdamWStep, Diagonal, Grads, adamw_response, adamw_step, clip_gradient
+from fkernel.precond import AdamWState, Diagonal, Grads, adamw_response, adamw_step, clip_gradient
 from fkernel.shapes import Tensor, Tree
 
-VECTORS = 8
+VECTORS = 9
 """Vectors of the parameters' size that a step needs, beside E's adjoints, the path's nodes and the step itself."""
+
+
+class Executed(NamedTuple):
+    """A step as the optimizer takes it in its own precision; see `fkernel.precond.executed_step`.
+
+    Attributes:
+        delta: Δθ, {name: [*shape]}.
+        exp_avg: m after the step.
+    """
+
+    delta: Tree
+    exp_avg: Tree
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +79,8 @@ class RunStep:
         weights: [n_U] w, with ∇L = −Σ_u w_u ∇f_u: −1 where f_u is sequence u's share of the loss itself.
         state: the optimizer's before the step; its lr, β1, β2, ε and λ are those of this step.
         clip: c, the factor by which the gradient was scaled: g = c ∇L.
-        delta: Δθ_t = θ_{t+1} − θ_t as it happened; None for what AdamW makes of g.
+        delta: Δθ_t = θ_{t+1} − θ_t as it happened; None for what is executed, or else what AdamW makes of g.
+        executed: the step in the training's own arithmetic; None where that is not told apart from what is unexplained.
     """
 
     f: Function
@@ -75,6 +90,7 @@ class RunStep:
     state: AdamWState
     clip: float = 1.0
     delta: Tree | None = None
+    executed: Executed | None = None
 
     @property
     def number(self) -> int:
@@ -90,16 +106,20 @@ class StepColumns(NamedTuple):
         own: [n_E] of its gradient, in this step.
         momentum: [n_E] of what the optimizer remembered, in this step.
         decay: [n_E] of weight decay.
-        unexplained: [n_E] of a move that is not AdamW's.
-        moments: [n_E] of a moment that is not AdamW's, in the steps after it.
+        arithmetic: [n_E] of what was executed and is not AdamW's in real numbers, in this step.
+        unexplained: [n_E] of a move that was not executed.
+        arithmetic_later: [n_E] of the same two by way of m, in the steps after it.
+        unexplained_later: [n_E]
     """
 
     contributions: Tensor
     own: Tensor
     momentum: Tensor
     decay: Tensor
+    arithmetic: Tensor
     unexplained: Tensor
-    moments: Tensor
+    arithmetic_later: Tensor
+    unexplained_later: Tensor
 
 
 class Passes(NamedTuple):
@@ -134,10 +154,12 @@ class Adjoints:
         rows: {name: [n_E *shape]}, changed in place.
     """
 
+    _later: _Start | None
+
     def __init__(self, side: SortedBatch, passes: Passes) -> None:
         """Start behind the last step, where nothing moves E any more."""
         self.side, self.passes, self.rows = side, passes, dict[str, Tensor]()
-        self._later: _Start | None = None
+        self._later, self._cuts = None, list[slice]()
 
     def back(self, step: RunStep) -> tuple[StepColumns, Tree]:
         """Take one step back; return its columns, and the Δθ that was accounted for.
@@ -148,26 +170,35 @@ class Adjoints:
         """
         g, J = self._gradient(step)
         described = adamw_step(step.params, g, step.state)
-        step = replace(step, delta=described.total) if step.delta is None else step
+        exact = Executed(described.total, _next_moment(step.state, g))
+        executed = step.executed or exact
+        step = step if step.delta is not None else replace(step, delta=executed.delta)
         assert step.delta is not None
-        moments = torch.zeros(len(self.side), dtype=torch.float64)
+        later = {what: torch.zeros(len(self.side), dtype=torch.float64) for what in ("arithmetic", "unexplained")}
         if self._later is None:
             assert self.side.f is not None
             self.rows = {name: leaf.new_zeros(len(self.side), *leaf.shape) for name, leaf in step.params.items()}
+            self._cuts = _cuts(self.side, step.params, self.passes, len(self.side))
             with error_context("E"):
                 self.side.f = true_derivative(self.side.f, step.params, self.side.batch, step.delta)
         else:
             _check_follows(step, self._later, g)
-            moments = -self.along(_moment_error(step.state, self._later.exp_avg, g))
+            later["arithmetic"] = -self.along(_difference(exact.exp_avg, executed.exp_avg))
+            later["unexplained"] = -self.along(_difference(executed.exp_avg, self._later.exp_avg))
         used = [name for name in self.rows if g[name] is not None]
         for name in used:
             self.rows[name].mul_(1 - step.state.beta1[name])
-        along = self._add_step(step, described, g)
+        own, momentum, decay = described
+        vectors = {"own": own, "momentum": momentum, "decay": decay}
+        vectors["arithmetic"] = _difference(exact.delta, executed.delta)
+        vectors["unexplained"] = _difference(executed.delta, step.delta)
+        del exact, executed, described
+        here = self._add_step(step, vectors, g)
         C = self._contributions(step, J)
         for name in used:
             self.rows[name].mul_(step.state.beta1[name] / (1 - step.state.beta1[name]))
         self._later = _Start(step.params, step.state.exp_avg, step.state.step)
-        return StepColumns(C, **along, moments=moments), step.delta
+        return StepColumns(C, **here, **{f"{what}_later": each for what, each in later.items()}), step.delta
 
     def along(self, vector: Tree) -> Tensor:
         """Compute ⟨β1 p_e, v⟩, [n_E] float64 in the caller's order."""
@@ -175,18 +206,14 @@ class Adjoints:
         products.add(self.rows, self.rows, own_y=False)
         return self._in_order(products.whole("x", "v"))
 
-    def _add_step(self, step: RunStep, described: AdamWStep, g: Grads) -> dict[str, Tensor]:
-        """Add P ḡ to the rows; compute ḡ along batch, momentum, decay and what they leave of Δθ."""
-        assert step.delta is not None
+    def _add_step(self, step: RunStep, vectors: dict[str, Tree], g: Grads) -> dict[str, Tensor]:
+        """Add P ḡ to the rows; compute ḡ along the parts of Δθ, each [n_E]."""
         P = adamw_response(step.state, g)
         assert isinstance(P, Diagonal)
         assert P.d is not None
-        own, momentum, decay = described
-        vectors = {"own": own, "momentum": momentum, "decay": decay}
-        vectors["unexplained"] = tree.axpy(-1.0, tree.map(torch.Tensor.to, described.total, step.delta), step.delta)
         products = Products(ProductSpec(x=RowSpec(vectors)), len(self.side), 0, self.side.order.device)
         with error_context("E"):
-            for rows, handles in _gradients(self.side, self.passes, len(self.side), step, self.passes.path):
+            for rows, handles in _gradients(self.side, self._cuts, step, self.passes):
                 for name, handle in handles.items():
                     mine = self.rows[name][rows]
                     J = torch.empty_like(mine)
@@ -200,7 +227,11 @@ class Adjoints:
         """Compute c w_u ⟨x_e, ∇f_u⟩, [n_E n_U] in the callers' orders."""
         U = SortedBatch("U", step.U, step.f)
         products = Products(ProductSpec({"": None}), len(self.side), len(U), U.order.device)
-        again = _gradients(U, self.passes, len(self.side), step, "start") if J is None else _whole(J)
+        if J is None:
+            cuts = _cuts(U, step.params, self.passes, len(self.side))
+            again = _gradients(U, cuts, step, self.passes._replace(path="start"))
+        else:
+            again = _whole(J)
         with error_context("U", U.order):
             for columns, handles in again:
                 products.add({name: self.rows[name] for name in handles}, handles, columns)
@@ -229,11 +260,9 @@ class Adjoints:
         return torch.empty(len(self.side), dtype=torch.float64).index_copy_(0, self.side.order.cpu(), values.cpu())
 
 
-def _gradients(
-    side: SortedBatch, passes: Passes, adjoints: int, step: RunStep, path: str
-) -> Iterator[tuple[slice, Handles]]:
+def _gradients(side: SortedBatch, cuts: list[slice], step: RunStep, passes: Passes) -> Iterator[tuple[slice, Handles]]:
     """Iterate over (rows in sorted order, gradients of some parameters), which add up to ḡ = Σ_j q_j ∇f(θ_j)."""
-    cuts, cut = _cuts(side, step.params, passes, adjoints), _long_cut(side, step.params)
+    cut, path = _long_cut(side, step.params), passes.path
     if cut is None:
         yield from _whole(computed(side, nodes_of(path, step.params, step.delta), cuts, passes.memory is not None))
         return
@@ -265,13 +294,20 @@ def _long_cut(side: SortedBatch, params: Tree) -> Cut | None:
     return None if isinstance(cut, str) else cut
 
 
-def _moment_error(state: AdamWState, m_t: Tree, g: Grads) -> Tree:
-    """Compute m_t − β1 m_{t−1} − (1−β1) g_t, with m_t as the next step has it; m_t − m_{t−1} where g is None."""
-    error: Tree = {}
-    for name, m in state.exp_avg.items():
-        own, beta1 = g[name], state.beta1[name]
-        error[name] = m_t[name] - (m if own is None else beta1 * m + (1 - beta1) * own)
-    return error
+def _next_moment(state: AdamWState, g: Grads) -> Tree:
+    """Compute m' = β1 m + (1−β1) g; m where g is None."""
+    moments = dict(state.exp_avg)
+    for name, own in g.items():
+        if own is not None:
+            moments[name] = state.beta1[name] * moments[name] + (1 - state.beta1[name]) * own
+    return moments
+
+
+def _difference(x: Tree, y: Tree) -> Tree:
+    """Compute y − x; 0 of one stored tensor where both are the same, which costs no memory."""
+    if x is y:
+        return {name: leaf.new_zeros(()).expand(leaf.shape) for name, leaf in x.items()}
+    return tree.map(lambda one, other: other.to(one) - one, x, y)
 
 
 def _check_follows(step: RunStep, later: _Start, g: Grads) -> None:

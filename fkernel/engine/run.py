@@ -1,6 +1,6 @@
 """A run of AdamW steps, accounted for: what every sequence of every step did to E, in its step and by momentum later.
 
-    S_e(θ_T + Δθ_T) − S_e(θ_1) = Σ_t Σ_u C_eu + before_e + decay_e + unexplained_e + remainder_e
+    S_e(θ_T + Δθ_T) − S_e(θ_1) = Σ_t Σ_u C_eu + before_e + decay_e + arithmetic_e + unexplained_e + remainder_e
 
 Steps are walked backwards with one adjoint for each sequence of E; `fkernel.engine.adjoint` has the derivation. A step
 costs two passes over U (one where its gradients fit beside the adjoints) and one over E for each node of the path.
@@ -43,7 +43,8 @@ class RunAccount(NamedTuple):
         contributions: of each step, [n_E n_U_t]: what sequence u did from its step to the end of the run.
         before: [n_E] of what the optimizer remembered before the first step.
         decay: [n_E] of weight decay.
-        unexplained: [n_E] of moves and moments that are not AdamW's of these gradients: arithmetic, or a wrong record.
+        arithmetic: [n_E] of the training's own precision, where the steps say what was `executed`; else 0.
+        unexplained: [n_E] of moves and moments that are neither: a wrong record, or arithmetic where that is not known.
         realised: [n_E] S after the last step − S before the first.
         by_step: [n_E T] ⟨ḡ_et, Δθ_t⟩, what happened in each step.
         own: [n_E T] of it, what step t's own gradient did in step t.
@@ -54,6 +55,7 @@ class RunAccount(NamedTuple):
     contributions: list[Tensor]
     before: Tensor
     decay: Tensor
+    arithmetic: Tensor
     unexplained: Tensor
     realised: Tensor
     by_step: Tensor
@@ -63,8 +65,9 @@ class RunAccount(NamedTuple):
 
     @property
     def accounted(self) -> Tensor:
-        """[n_E] Σ contributions + before + decay + unexplained; equals the sum of `by_step` to rounding."""
-        return sum((C.sum(1) for C in self.contributions), self.before + self.decay + self.unexplained)
+        """[n_E] Σ contributions + before + decay + arithmetic + unexplained: the sum of `by_step`, to rounding."""
+        others = self.before + self.decay + self.arithmetic + self.unexplained
+        return sum((C.sum(1) for C in self.contributions), others)
 
     @property
     def remainder(self) -> Tensor:
@@ -83,8 +86,8 @@ def account(
 ) -> RunAccount:
     """Account for a run of AdamW steps: what each of its sequences did to E, momentum credited to those that made it.
 
-    S_e(θ_T+Δθ_T) − S_e(θ_1) = Σ_t Σ_u C_eu + before_e + decay_e + unexplained_e + remainder_e, as derived in
-    `fkernel.engine.adjoint`.
+    S_e(θ_T+Δθ_T) − S_e(θ_1) = Σ_t Σ_u C_eu + before_e + decay_e + arithmetic_e + unexplained_e + remainder_e, as
+    derived in `fkernel.engine.adjoint`.
 
     Args:
         f: S of E, (params, batch) -> [n_E], nats; or another observable, whose unit all columns then have.
@@ -129,8 +132,8 @@ def account(
             f"{ceil(n / block)} times, but steps is an iterator, which runs once; give a list, or an object whose "
             f"__iter__ begins again, or more memory."
         )
-    run: Iterable[RunStep] = chain((last,), again)
-    del last
+    run: Iterable[RunStep] = chain(iter((last,)), again)
+    del last  # an exhausted iterator over it holds nothing
     accounts = list[RunAccount]()
     with reuse_memory():
         for start in range(0, n, block):
@@ -155,9 +158,20 @@ def _sweep(f: Function, E: Any, steps: Iterable[RunStep], passes: Passes) -> Run
     assert start is not None
     before, realised = -adjoints.along(start[1]), (after - evaluated(f, start[0], E, m)).cpu()
     C, *others = zip(*reversed(columns), strict=True)
-    own, momentum, decay, unexplained, moments = (torch.stack(each, 1) for each in others)
-    by_step, left = own + momentum + decay + unexplained, (unexplained + moments).sum(1)
-    return RunAccount([*C], before, decay.sum(1), left, realised, by_step, own, momentum, passes.path)
+    own, momentum, decay, *rest = (torch.stack(each, 1) for each in others)
+    arithmetic, unexplained, arithmetic_later, unexplained_later = rest
+    return RunAccount(
+        contributions=[*C],
+        before=before,
+        decay=decay.sum(1),
+        arithmetic=(arithmetic + arithmetic_later).sum(1),
+        unexplained=(unexplained + unexplained_later).sum(1),
+        realised=realised,
+        by_step=own + momentum + decay + arithmetic + unexplained,
+        own=own,
+        momentum=momentum,
+        path=passes.path,
+    )
 
 
 def _joined(accounts: list[RunAccount]) -> RunAccount:
@@ -176,6 +190,9 @@ def _check(f: Function, E: Any, step: RunStep) -> None:
     check_covers(step.state, list(step.params), step.params, "params")
     if step.delta is not None:
         tree.check_same(step.delta, step.params, "delta", "params")
+    if step.executed is not None:
+        tree.check_same(step.executed.delta, step.params, "executed.delta", "params")
+        check_covers(step.state, [*step.executed.exp_avg], step.executed.exp_avg, "executed.exp_avg")
 
 
 def _planned(

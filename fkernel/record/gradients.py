@@ -3,8 +3,8 @@
     g_optimizer = c · Σ_u Σ_t ( ω_ut ∇log π(u_t) + η_ut ∇H(u_t) ),      c the clipping factor
 
 The right side is computed again from the record alone, one plain backward pass a micro-batch, padded as it was
-(`fkernel.engine.gradient_in`). c is fitted; what is left is the error. Beside it, at every step, ‖∇L‖ as backward left it
-and the norms that the optimizer saw: clipping multiplies every parameter's gradient by the same c.
+(`fkernel.engine.gradient_in`). c is fitted; what is left is the error. Beside it, at every step, ‖∇L‖ as backward left
+it and the norms that the optimizer saw: clipping multiplies every parameter's gradient by the same c.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from fkernel import tree
 from fkernel.engine import Microbatch, gradient_in
 from fkernel.errors import listing
-from fkernel.func import Weighted, make_functional, pad, weighted_logprob
+from fkernel.func import Weighted, make_functional, pad, weighted_logprob, with_masked_padding_grad
 from fkernel.record.layout import RecordedMicrobatch, Row, unpadded
 from fkernel.shapes import Tensor, Tree
 
@@ -67,15 +68,23 @@ def compare_gradients(recorded: Tree, seen: Tree, tolerance: float = TOLERANCE) 
         >>> compare_gradients({"w": torch.tensor([2.0, 0.0])}, {"w": torch.tensor([1.0, 0.0])}).factor
         0.5
     """
-    both = {name: (leaf.double(), seen[name].double()) for name, leaf in recorded.items() if name in seen}
-    square = sum(float(r.square().sum()) for r, _ in both.values())
-    factor = sum(float((r * g).sum()) for r, g in both.values()) / (square or 1.0)
-    apart = {name: float((g - factor * r).square().sum()) for name, (r, g) in both.items()}
-    apart |= {n: float((factor * r.double()).square().sum()) for n, r in recorded.items() if n not in seen}
-    apart |= {name: float(g.double().square().sum()) for name, g in seen.items() if name not in recorded}
-    norm = sum(float(g.double().square().sum()) for g in seen.values()) ** 0.5
-    error = sum(apart.values()) ** 0.5 / norm if norm else sum(apart.values()) ** 0.5
+    both = [name for name in recorded if name in seen]
+    square = sum(_dot(recorded[name], recorded[name]) for name in both)
+    factor = sum(_dot(seen[name], recorded[name]) for name in both) / (square or 1.0)
+    apart = {name: _square(seen[name].double() - factor * recorded[name].double()) for name in both}
+    apart |= {name: factor**2 * _square(leaf) for name, leaf in recorded.items() if name not in seen}
+    apart |= {name: _square(leaf) for name, leaf in seen.items() if name not in recorded}
+    norm = sum(_square(leaf) for leaf in seen.values()) ** 0.5
+    error = sum(apart.values()) ** 0.5 / (norm or 1.0)
     return GradientCheck(error, factor, float(tree.norm(recorded)), max(apart, key=lambda n: apart[n]), tolerance)
+
+
+def _dot(x: Tensor, y: Tensor) -> float:
+    return float((x.double() * y.double()).sum())
+
+
+def _square(x: Tensor) -> float:
+    return float(x.double().square().sum())
 
 
 def mismatch(number: int, check: GradientCheck, dropout: Sequence[str], temperature: float) -> str:
@@ -91,13 +100,15 @@ def mismatch(number: int, check: GradientCheck, dropout: Sequence[str], temperat
         >>> mismatch(3, GradientCheck(0.5, 1.0, 1.0, "w", 1e-4), [], 1.0)[:60]
         'Step 3: the optimizer was given another gradient than that o'
     """
-    told = f" {listing(dropout, 2)} drop(s) activations out, which no recording repeats: set it to 0." if dropout else ""
+    told = (
+        f" {listing(dropout, 2)} drop(s) activations out, which no recording repeats: set it to 0." if dropout else ""
+    )
     return (
         f"Step {number}: the optimizer was given another gradient than that of the recorded token weights; they differ "
         f"by {check.relative_error:.2g} of its norm (up to {check.tolerance:.0e} is rounding), most in "
         f"{check.worst!r}. Something beside log π and entropy has a gradient (an auxiliary loss, a value head on the "
-        f"same weights), a micro-batch was not tapped, log-probabilities are not at temperature {temperature:g}, or the "
-        f"gradient was changed after the backward pass.{told}"
+        f"same weights), a micro-batch was not tapped, log-probabilities are not at temperature {temperature:g}, or "
+        f"the gradient was changed after the backward pass.{told}"
     )
 
 
@@ -119,7 +130,7 @@ class Norms:
         """Forget the step before."""
         self._squares.clear()
 
-    def close(self) -> None:
+    def remove(self) -> None:
         """Take the hooks off."""
         for handle in self._handles:
             handle.remove()
@@ -173,9 +184,9 @@ class Repeater:
     """
 
     def __init__(self, model: nn.Module, temperature: float, autocast: str | None, head: str) -> None:
-        self.model, self.autocast, self.head = model, autocast, head
+        self.model, self.temperature, self.autocast, self.head = model, temperature, autocast, head
         apply, params = make_functional(plain_copy(model))
-        self.f, self.names = weighted_logprob(apply, temperature), list(params)
+        self.f, self.names = weighted_logprob(with_masked_padding_grad(apply), temperature), list(params)
 
     def gradient(self, microbatches: Sequence[RecordedMicrobatch]) -> Tree:
         """Compute ĝ of a step's micro-batches, {name: [*shape]}."""
@@ -186,11 +197,14 @@ class Repeater:
             return tree.map(torch.zeros_like, params)
         device = next(iter(params.values())).device
         batch = weighted(rows)
-        batch = Weighted(*(None if leaf is None else _moved(leaf, device) for leaf in batch))
+        batch = pytree.tree_map_only(torch.Tensor, lambda leaf: leaf.to(device), batch)
         ones = torch.ones(len(rows), device=device)
-        return gradient_in(
-            self.f, params, batch, ones, autocast=self.autocast, microbatches=passes, head=self.head
-        )
+        how: dict[str, Any] = {"autocast": self.autocast, "head": self.head}
+        try:
+            return gradient_in(self.f, params, batch, ones, microbatches=passes, **how)
+        except torch.OutOfMemoryError:  # a fused head held no logits; those of one sequence at a time may fit
+            alone = [each._replace(rows=[row]) for each in passes for row in each.rows]
+            return gradient_in(self.f, params, batch, ones, microbatches=alone, **how)
 
     @property
     def tolerance(self) -> float:
@@ -236,7 +250,7 @@ def weighted(rows: Sequence[Row]) -> Weighted:
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
-    """Copy a module's structure, its tensors shared, without what a trainer hung on it: `forward` of the class itself."""
+    """Copy a module's structure, its tensors shared; a `forward` that a trainer hung on it becomes the class's."""
     shared: dict[int, Any] = {id(leaf): leaf for leaf in (*model.parameters(), *model.buffers())}
     copied = copy.deepcopy(model, shared)
     for part in copied.modules():
@@ -248,7 +262,3 @@ def dropping(model: nn.Module) -> list[str]:
     """Names of modules that are training and drop something out."""
     kinds = (nn.modules.dropout._DropoutNd,)
     return [name for name, part in model.named_modules() if isinstance(part, kinds) and part.p > 0 and part.training]
-
-
-def _moved(leaf: Any, device: torch.device) -> Any:
-    return type(leaf)(*(each.to(device) for each in leaf)) if isinstance(leaf, tuple) else leaf.to(device)

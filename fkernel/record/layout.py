@@ -144,7 +144,8 @@ def prompt_width(attention_mask: Tensor, response_mask: Tensor) -> int | None:
     if not bool(rows.any()):
         return None
     attended, response = attended[rows], response_mask[rows].long()
-    if bool((attended.diff(dim=1) > 0).sum(1).gt(1).any()) or bool((response > attended).any()):
+    runs = (attended.diff(dim=1) > 0).sum(1) + attended[:, 0]
+    if bool(runs.gt(1).any()) or bool((response > attended).any()):
         raise BatchError(
             "attention_mask has holes, or leaves response tokens out: a row is not one sequence. Expected one "
             "contiguous sequence a row, padded on its left or right; packed sequences are not recorded."

@@ -1,9 +1,8 @@
 """Recorder: what a training loop did, step by step, written as it goes.
 
-    with recorder.step():                            one optimizer step
-        for inputs in micro-batches:
-            logp = recorder.tap(logp, …)             the loop's own log-probabilities; autograd hands ω back there
-            loss(logp).backward()
+    with recorder.step():                            one optimizer step, of any number of micro-batches
+        logp = recorder.tap(logp, …)                 the loop's own log-probabilities; autograd hands ω back there
+        loss(logp).backward()
         optimizer.step()                             a hook looks at gradients and settings just before
 
 Nothing of the loop changes: the tap is the identity, and hooks only look.
@@ -12,42 +11,25 @@ Nothing of the loop changes: the tap is the identity, and hooks only look.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import nn
 
 from fkernel.errors import ModelError, ModelWarning, StoreError
 from fkernel.io import locked, plain_errors
-from fkernel.record.directory import (
-    SNAPSHOTS,
-    STEPS,
-    numbered,
-    place_of,
-    remove_partial,
-    write_about,
-    write_snapshot,
-    write_step,
-)
+from fkernel.record.directory import STEPS, numbered, place_of, remove_partial, write_about, write_step
 from fkernel.record.gradients import Norms, Repeater
 from fkernel.record.opened import OpenStep
-from fkernel.record.optimizers import (
-    bare_model,
-    bare_optimizer,
-    class_of,
-    entries_of,
-    settings_of,
-    trained_names,
-)
-from fkernel.record.resuming import keep_or_replace
+from fkernel.record.optimizers import bare_model, bare_optimizer, class_of, settings_of, trained_names
+from fkernel.record.resuming import step_is_new
+from fkernel.record.states import FIRST, check_arguments, snapshot_due, write_state
 from fkernel.record.tapping import Tap
+from fkernel.record.trl import attach_to
 from fkernel.shapes import Tensor
-
-FIRST, EVERY = "first", "every"
-ON_RESUME = ("compare", "replace")
 
 
 class Recorder:
@@ -59,13 +41,13 @@ class Recorder:
         directory: of the recording; made if it is not there. One that is there is continued.
         model: that is trained; None where `attach` gives it.
         optimizer: one, or a list of those that share the model; None where `attach` gives it.
-        snapshots: when θ and the optimizer's state are kept, before a step: "first", "every", or every k-th step and the
-            end. Only what is trained is kept: adapters where only adapters train.
+        snapshots: when θ and the optimizer's state are kept, before a step: "first", "every", or every k-th step and
+            the end. Only what is trained is kept: adapters where only adapters train.
         temperature: τ that log-probabilities are divided by.
         autocast: "bfloat16" where the training runs under autocast; for the check of the gradient alone.
         head: "linear", or "trl" for TRL's language-model head; see `fkernel.engine.gradient_in`.
-        resume: what happens to a step that is recorded already: "compare" keeps it where it is the same, and is an error
-            where it is not; "replace" moves it, and all after it, to `replaced/`.
+        resume: what happens to a step that is recorded already: "compare" keeps it where it is the same, and is an
+            error where it is not; "replace" moves it, and all after it, to `replaced/`.
         tokenizer: for texts, where none are given.
 
     Raises:
@@ -111,7 +93,8 @@ class Recorder:
         self._snapshots, self._precision = snapshots, {"temperature": temperature, "autocast": autocast, "head": head}
         self._open: OpenStep | None = None
         self._next: int | None = None
-        self._checked = False
+        self._checked, self._closed = False, False
+        self._repeater: Repeater | None = None
         self._model: nn.Module | None = None
         self._handles, self._resources = list[Any](), ExitStack()
         with plain_errors("record in", self.directory):
@@ -122,7 +105,9 @@ class Recorder:
             if model is not None and optimizer is not None:
                 self.bind(model, optimizer)
             elif model is not None or optimizer is not None:
-                raise ModelError("Recorder needs the model and its optimizer, or neither where attach(trainer) follows.")
+                raise ModelError(
+                    "Recorder needs the model and its optimizer, or neither where attach(trainer) follows."
+                )
         except BaseException:
             self.close(end=False)
             raise
@@ -140,19 +125,22 @@ class Recorder:
         Raises:
             ModelError, OptimizerStateError, StoreError: as the constructor.
         """
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            if torch.distributed.get_world_size() > 1:
-                raise ModelError("Several processes train; only a training of one process is recorded as yet.")
+        if self._closed or self._model is not None:
+            state = "is closed" if self._closed else "has its model already"
+            raise ModelError(f"This recorder {state}; make another one: of the same directory, to record more steps.")
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if distributed and torch.distributed.get_world_size() > 1:
+            raise ModelError("Several processes train; only a training of one process is recorded as yet.")
         given = optimizer if isinstance(optimizer, list | tuple) else [optimizer]
-        self._model, self._optimizers = bare_model(model), [bare_optimizer(each) for each in given]
-        names = trained_names(self._model, self._optimizers)
+        bare, self._optimizers = bare_model(model), [bare_optimizer(each) for each in given]
+        names = trained_names(bare, self._optimizers)
         self._precision |= {key: about.pop(key) for key in [*self._precision] if key in about}
-        params = dict(self._model.named_parameters())
+        params = dict(bare.named_parameters())
         self._trained = {name: params[name] for groups in names for group in groups for name in group}
         write_about(
             self.directory,
             {
-                "model": type(self._model).__qualname__,
+                "model": type(bare).__qualname__,
                 "shapes": {name: [*leaf.shape] for name, leaf in self._trained.items()},
                 "dtypes": sorted({str(leaf.dtype)[6:] for leaf in self._trained.values()}),
                 "optimizers": [
@@ -163,8 +151,9 @@ class Recorder:
                 **about,
             },
         )
-        self._groups = names
+        self._model, self._groups = bare, names
         self._norms = Norms(self._trained)
+        self._handles += [self._norms]
         self._handles += [
             each.register_step_pre_hook(lambda optimizer, *_: self._before_optimizer(optimizer))
             for each in self._optimizers
@@ -183,8 +172,6 @@ class Recorder:
             ModelError: it is no such trainer, or hides its log-probabilities: a fused loss, packing, an auxiliary loss
                 of the routers, several processes.
         """
-        from fkernel.record.trl import attach_to
-
         attach_to(self, trainer)
         return self
 
@@ -210,8 +197,8 @@ class Recorder:
             response_mask: [b t] or [b k], 1 for each token that the loss is about.
             entropy: [b k] H, where the loss has it.
             metadata: of each sequence: b numbers or texts (`prompt`, `response`, `reward`, `advantage`, `group`,
-                `prompt_id`, or any other name), {name: b numbers} (`rewards`, `reward_weights`); or [b k] numbers, one a
-                token.
+                `prompt_id`, or any other name), {name: b numbers} (`rewards`, `reward_weights`); or [b k] numbers, one
+                a token.
 
         Returns:
             logp; (logp, entropy) where an entropy was given.
@@ -225,6 +212,11 @@ class Recorder:
             step.taps.append(Tap(logp, input_ids, attention_mask, response_mask, entropy, metadata))
         return logp if entropy is None else (logp, entropy)
 
+    @property
+    def opened(self) -> OpenStep | None:
+        """The step that is being taken, if any."""
+        return self._open
+
     @contextmanager
     def step(self, number: int | None = None, *, scaler: Any = None, **facts: Any) -> Iterator[OpenStep]:
         """Record one optimizer step: all its micro-batches, and `optimizer.step()`.
@@ -232,7 +224,7 @@ class Recorder:
         An exception inside of the block leaves nothing behind, and neither does a step that a GradScaler skips.
 
         Args:
-            number: optimizer steps taken before it; None to count on. Needed for the first step of a run that is resumed.
+            number: optimizer steps taken before it; None to count on. Needed for the first step of a resumed run.
             scaler: the GradScaler, whose scale is divided out of ω and η.
             facts: JSON, kept with the step: a seed, an epoch.
 
@@ -240,8 +232,8 @@ class Recorder:
             The step; `note(loss=…)` adds to its facts.
 
         Raises:
-            ModelError: no optimizer stepped, nothing was tapped, or the gradient is not that of the record (at the first
-                step that this recorder writes; later ones warn).
+            ModelError: no optimizer stepped, nothing was tapped, or the gradient is not that of the record (at the
+                first step that this recorder writes; later ones warn).
             StoreError: the step is recorded already, and differs.
         """
         self.begin(number, scaler, facts)
@@ -255,15 +247,17 @@ class Recorder:
     def begin(self, number: int | None = None, scaler: Any = None, facts: Any = None) -> None:
         """Begin a step, for callbacks; `step` does it for loops."""
         if self._model is None:
-            raise ModelError("This recorder knows no model yet: give Recorder(…, model=, optimizer=), or attach(trainer).")
+            raise ModelError(
+                "This recorder knows no model yet: give Recorder(…, model=, optimizer=), or attach(trainer)."
+            )
         if self._open is not None:
             raise ModelError(f"Step {self._open.number} is still open; steps do not nest.")
         if number is None:
             steps = numbered(self.directory, STEPS)
             if self._next is None and steps:
                 raise StoreError(
-                    f"{str(self.directory)!r} holds the steps {steps[0]} to {steps[-1]} already. If the run is resumed, "
-                    f"say which step this is: recorder.step(number=…); else choose another directory."
+                    f"{str(self.directory)!r} holds the steps {steps[0]} to {steps[-1]} already. If the run is "
+                    f"resumed, say which step this is: recorder.step(number=…); else choose another directory."
                 )
             number = self._next or 0
         self._norms.clear()
@@ -274,23 +268,23 @@ class Recorder:
         step, self._open = self._need_open("end"), None
         if not step.settings and step.scaler is not None:
             return  # skipped: the loss overflowed
-        step.check_complete(len(self._optimizers))
-        facts, microbatches, rows = step.contents(self.tokenizer)
-        if keep_or_replace(self.directory, step.number, facts, microbatches, self.resume):
-            write_step(place_of(self.directory, STEPS, step.number), facts, microbatches, rows)
+        step.check_complete()
+        facts, rows = step.contents(self.tokenizer)
+        if step_is_new(self.directory, step.number, facts, step.microbatches, self.resume):
+            write_step(place_of(self.directory, STEPS, step.number), facts, step.microbatches, rows)
         self.last, self._next = facts, step.number + 1
 
     def _before_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Just before an optimizer steps: gradients and settings are there, and θ is what it was."""
         step = self._need_open("the optimizer's step")
         if not step.settings:
-            step.scale = 1.0 if step.scaler is None else float(step.scaler.get_scale())
-            step.norms = self._norms.taken(step.scale)
-            due = self._due(step.number)
-            if due:
-                self.snapshot(step.number)
+            scale = 1.0 if step.scaler is None else float(step.scaler.get_scale())
+            step.freeze(scale, self._norms.taken(scale))
+            due = snapshot_due(self.directory, self._snapshots, step.number)
             if due or not self._checked:
                 self._check(step)
+            if due:
+                self.snapshot(step.number)
         i = next(i for i, each in enumerate(self._optimizers) if each is optimizer)
         own = {name: self._trained[name] for group in self._groups[i] for name in group}
         step.look(i, settings_of(optimizer), own, getattr(optimizer, "grad_scale", None))
@@ -300,8 +294,8 @@ class Recorder:
         assert self._model is not None
         if step.scaler is not None and self._precision["autocast"] is None:
             return  # float16: another precision than can be repeated
-        repeater = Repeater(self._model, **self._precision)
-        said = step.compare(repeater, self._trained)
+        self._repeater = self._repeater or Repeater(self._model, **self._precision)
+        said = step.compare(self._repeater, self._trained)
         if said is not None and not self._checked:
             raise ModelError(said)
         if said is not None:
@@ -322,19 +316,7 @@ class Recorder:
         if self._model is None:
             raise ModelError("This recorder knows no model yet.")
         number = (self._next or 0) if number is None else number
-        place = place_of(self.directory, SNAPSHOTS, number)
-        tensors, rest = entries_of(self._model, self._optimizers)
-        tensors = {name: leaf for name, leaf in tensors.items() if name.rpartition("/")[0] in self._trained}
-        facts = {"number": number, "groups": [settings_of(each) for each in self._optimizers], "state": rest}
-        if keep_or_replace(self.directory, number, facts, self._trained, self.resume):
-            write_snapshot(place, facts, self._trained, tensors)
-        return place
-
-    def _due(self, number: int) -> bool:
-        if self._snapshots == FIRST:
-            return not numbered(self.directory, SNAPSHOTS)
-        k = 1 if self._snapshots == EVERY else int(self._snapshots)
-        return number % k == 0 or not numbered(self.directory, SNAPSHOTS)
+        return write_state(self.directory, number, self._model, self._optimizers, self._trained, self.resume)
 
     def close(self, end: bool = True) -> None:
         """Take all hooks off, and release the directory.
@@ -344,14 +326,13 @@ class Recorder:
         """
         if end and self._next is not None and self._snapshots != FIRST:
             self.snapshot(self._next)
-        if self._model is not None:
-            self._norms.close()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         self._resources.close()
+        self._closed = True
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Recorder:
         """Record within a block."""
         return self
 
@@ -362,25 +343,7 @@ class Recorder:
     def _need_open(self, what: str) -> OpenStep:
         if self._open is None:
             raise ModelError(
-                f"No step is open for {what}; expected it inside of `with recorder.step():`. A recorder sees every step "
-                f"of its optimizer: make it where recording is to begin."
+                f"No step is open for {what}; expected it inside of `with recorder.step():`. A recorder sees every "
+                f"step of its optimizer: make it where recording is to begin."
             )
         return self._open
-
-
-def check_arguments(snapshots: str | int, resume: str) -> None:
-    """Check a recorder's choices.
-
-    Raises:
-        ModelError: there is no such choice.
-
-    Example:
-        >>> check_arguments("often", "compare")
-        Traceback (most recent call last):
-        fkernel.errors.ModelError: snapshots is 'often'; expected 'first', 'every' or a number of steps.
-    """
-    number = isinstance(snapshots, int) and not isinstance(snapshots, bool) and snapshots > 0
-    if not number and snapshots not in (FIRST, EVERY):
-        raise ModelError(f"snapshots is {snapshots!r}; expected 'first', 'every' or a number of steps.")
-    if resume not in ON_RESUME:
-        raise ModelError(f"resume is {resume!r}; expected one of {', '.join(map(repr, ON_RESUME))}.")

@@ -41,7 +41,7 @@ class Tap:
         metadata: Mapping[str, Any],
     ) -> None:
         b, t = check_shapes(logp, input_ids, attention_mask, response_mask, entropy)
-        self.loss: float | None = None
+        self.loss: Any = None
         self._shape, self._grads = (b, t), dict[str, Tensor]()
         mask = last_columns(response_mask.detach().long(), t).bool()
         self._tokens = (input_ids.detach().clone(), attention_mask.detach().bool(), mask)
@@ -56,8 +56,8 @@ class Tap:
             json.dumps(self.rows, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise BatchError(
-                f"What was given with a micro-batch ({listing([*metadata])}) is no JSON: {error}. Expected texts, finite "
-                f"numbers, None, and lists and mappings of them for each sequence."
+                f"What was given with a micro-batch ({listing([*metadata])}) is no JSON: {error}. Expected texts, "
+                f"finite numbers, None, and lists and mappings of them for each sequence."
             ) from error
         self._listen("token_weights", logp)
         if entropy is not None and entropy.requires_grad:
@@ -123,7 +123,7 @@ class Tap:
             values["logprobs"],
             values.get("entropies"),
             {name: values[name] for name in self._others},
-            self.loss,
+            None if self.loss is None else float(self.loss),
         )
 
 

@@ -29,8 +29,6 @@ HEADS = {"unselected": "not selected", "floor": "± rounding"}
 PREDICTED = ("batch", "momentum", "decay", "arithmetic")
 """What a prediction is the sum of, where it is known."""
 MOST_GROUPS = 12
-UNEXPLAINED = 0.02
-"""Share of a change from which on what is unexplained is said loudly."""
 
 
 def ledger_table(result: RequestResult, rows: int = 10) -> Table:
@@ -52,7 +50,8 @@ def ledger_table(result: RequestResult, rows: int = 10) -> Table:
     table = Table(
         title=f"{result.name}: the ledger (10⁻³ nats; the parts add up to realised)",
         caption=f"c = {facts['clip']:.3g}; gradients of E at the {facts['path']} of the step; what remains is "
-        f"{_share(facts['error'])} of the change, rounding alone {_share(facts['floor'])}{_unexplained(facts)}",
+        f"{_share(facts['error'])} of the change, rounding alone {_share(facts['floor'])}"
+        f"{_unexplained(facts)}{_audited(result)}",
     )
     table.add_column("sequence", no_wrap=True)
     for name in columns:
@@ -69,10 +68,13 @@ def ledger_table(result: RequestResult, rows: int = 10) -> Table:
 def _unexplained(facts: dict[str, Any]) -> str:
     """Say how much of the change the step really taken has beyond the step that was executed here."""
     share = facts.get("unexplained")
-    if share is None:
-        return ""
-    warning = "; ANOTHER BATCH, OR OTHER WEIGHTS, WERE TRAINED ON: see the audit" if share > UNEXPLAINED else ""
-    return f"; unexplained {_share(share)}{warning}"
+    return "" if share is None else f"; unexplained {_share(share)}"
+
+
+def _audited(result: RequestResult) -> str:
+    """The audit's verdict, where the step was really taken."""
+    verdict = result.facts.get("audit")
+    return "" if verdict is None else f"\naudit: {escape(verdict)}"
 
 
 def sweep_table(result: RequestResult, rows: int = 10) -> Table:

@@ -12,7 +12,6 @@ from typing import Any
 from fkernel import func
 from fkernel.checkpoint import Checkpoint
 from fkernel.engine import state_against_step
-from fkernel.precond import AdamWStep
 from fkernel.shapes import Tree
 from fkernel.study.config.plan import FisherKernelPlan
 from fkernel.study.log import say
@@ -36,7 +35,7 @@ def along(policy: Policy, E: func.Sequences, step: Tree) -> Policy:
 def findings(
     made: Iterable[func.Certificate],
     policy: Policy,
-    step: AdamWStep | None,
+    executed: Tree | None,
     checkpoint: Checkpoint,
     logger: logging.Logger,
 ) -> dict[str, Any]:
@@ -45,13 +44,13 @@ def findings(
     Args:
         made: certificates of the run.
         policy: the checkpoint.
-        step: Δθ; None where nothing is predicted.
+        executed: Δθ as it was executed; None where nothing is predicted.
         checkpoint: for its conditions.
         logger: for failures.
     """
     certificates = [*made]
-    if step is not None:
-        certificates.append(state_against_step(step.total, policy.params, policy.after))
+    if executed is not None:
+        certificates.append(state_against_step(executed, policy.params, policy.after))
     worst = worst_of(certificates)
     for record in worst:
         if record["passed"] is False:

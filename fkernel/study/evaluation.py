@@ -103,6 +103,8 @@ def evaluate(
         answers = analyses.results()
     facts = effects.pop("facts", {}) | {"sampling": batch.diagnostics, "advantages": question.advantages}
     facts["path"] = policy.path
+    if policy.verdict is not None:
+        facts["audit"] = policy.verdict
     if "realised" in effects:
         facts["realised_on"] = EXECUTED if policy.after is None else "step.after"
     arrays: dict[str, Any] = {

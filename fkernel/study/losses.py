@@ -1,9 +1,9 @@
-"""Evaluate a plan's loss on U: token ratios, a KL penalty, pair weights; scores U with the loss's other policies.
+"""Evaluate a plan's loss on U: columns, and the parts that stand beside them; scores U with the loss's other policies.
 
-    clipped ratios   U's columns are f_u = Σ_t ρ_ut ℓ_ut, ρ as the surrogate of sign(A_u) has it:
-                     ρ_ut = r_ut, and 0 where clipped; then ω = w A ρ, and contributions are c w A ⟨∇S_e, P ∇f_u⟩
-    KL penalty       Σ_u Σ_t ω_ut ∇ℓ_ut of the penalty alone, a vector added to the ascent direction
-    preference       A = +1 for chosen and −1 for rejected, w = (β/n) σ(−m); columns stay ∇S
+    of advantages   f_u = Σ_t ρ_ut ℓ_ut with ρ of sign(A_u): ω = −w A ρ, and contributions are c w A ⟨ḡ_e, P ∇f_u⟩
+    KL, entropy     −Σ_u Σ_t (ω_ut ∇ℓ_ut + η_ut ∇H_ut) of that part alone, a vector added to the ascent direction
+    token weights   f_u = −Σ_t (ω_ut ℓ_ut + η_ut H_ut), the whole loss; its parts are vectors of the same sum
+    preference      A = +1 for chosen and −1 for rejected, w = (β/n) σ(−m); columns stay ∇S
 
 ℓ_old, under the policy that sampled U, is scored with `old`; it is ℓ itself where the plan's checkpoint sampled U; else
 the recorded log-probabilities. Where ρ depends on sign(A), so do the columns: other advantages must keep their signs,

@@ -81,6 +81,7 @@ class Policy(NamedTuple):
         step: Δθ; None where nothing is predicted, and E's gradients are evaluated at θ.
         departures: {"arithmetic": v, "unexplained": v} of the step, those that are known: what the training's own
             precision did that real numbers would not, and what the step really taken has beyond that.
+        verdict: of the audit of the step really taken; None without `step.after`.
         unselected: returns the unselected parameters that the step changed, before and after it; empty where there are
             none, or without a checkpoint after the step. Loaded on the first call.
     """
@@ -101,6 +102,7 @@ class Policy(NamedTuple):
     path: str = "start"
     step: Tree | None = None
     departures: Mapping[str, Tree] = {}
+    verdict: str | None = None
 
     def columns_for(self, U: func.Sequences, terms: LossTerms | None) -> Columns:
         """The function whose gradients are U's; E's own f where the two are equal, so that it is certified once."""

@@ -103,10 +103,11 @@ class FisherKernelRunner:
         return policy._replace(after=after_of(self.plan, policy.params))
 
     def _along(self, E: func.Sequences) -> Policy:
-        """The policy for E, with the step's path; its derivative is certified along the step on the first request."""
+        """The policy for E, with the step's path; its derivative is certified along the step, once."""
         if self._of_E is None and self._step is not None:
-            vectors, end = self._taken(self._step).departures
-            self._of_E = along(self.policy, E, end)._replace(path=self.plan.step.path, step=end, departures=vectors)
+            taken = self._taken(self._step)
+            policy = along(self.policy, E, taken.departures.end)
+            self._of_E = policy._replace(path=self.plan.step.path, **taken.for_policy)
         return self._of_E or self.policy
 
     def _taken(self, step: AdamWStep) -> StepTaken:
@@ -252,10 +253,7 @@ class FisherKernelRunner:
     def external(
         self, batch: GeneratedBatch, workspace: KernelWorkspace | None = None, name: str | None = None
     ) -> GradientCache:
-        """Compute the gradient of a batch of one as requests do, averaged over the nodes of the step's path.
-
-        `name` replaces its id, which a sequence of U may also have.
-        """
+        """Compute the gradient of a batch of one as requests do, over the step's path; `name` is its id."""
         workspace = self._given(workspace)
         E = tokens_of(batch, self.policy.params)
         policy = self._along(E)
@@ -305,21 +303,20 @@ class FisherKernelRunner:
             own = own_answer(cache, plan, self.compute_self_kernel, self.analyse_update)
             requests = answers(cache, plan, self._batch, self.evaluate_batch, self._batches)
             facts, computed = facts_of_step(workspace, self.policy, self.checkpoint.step), workspace.gradients.computed
-            if self._step is not None:
-                facts |= self._taken(self._step).told(self.logger)
+            taken = None if self._step is None else self._taken(self._step)
+            facts |= {} if taken is None else taken.told(self.logger)
             about |= {"fingerprint": workspace.spec["checkpoint"], "kept": earlier(own, requests)}
             say(self.logger, "gradients of U", computed=computed, read=len(workspace.batch) - computed)
-            about |= findings(certificates, self.policy, self._step, self.checkpoint, self.logger)
+            about |= findings(
+                certificates, self.policy, taken and taken.departures.executed, self.checkpoint, self.logger
+            )
             results = results_of(plan, workspace, facts, own, requests, about)
             for message in missed_pairs(plan, results.requests):
                 say(self.logger, message, logging.WARNING)
             return results
 
     def save_batches(self, out: str | Path) -> None:
-        """Save every evaluated batch to `<out>/batches/<name>`, replacing an earlier run's.
-
-        U is saved as `batches/update_batch` where it has no workspace directory.
-        """
+        """Save evaluated batches to `<out>/batches/<name>`, replacing an earlier run's; an unkept U too."""
         own = self.workspace if self.workspace and self.workspace.directory is None else None
         for name, batch in {**self._batches, **({"update_batch": own.batch} if own else {})}.items():
             save_batch(batch, Path(out) / "batches" / name, replace=True)

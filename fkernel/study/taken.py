@@ -37,10 +37,12 @@ class Departures(NamedTuple):
     Attributes:
         vectors: {"arithmetic": …, "unexplained": …}, those that are known, {name: [*shape]} each.
         end: Δθ of the path: really taken, executed, or exact.
+        executed: Δθ as it was executed; the exact one where that is not known.
     """
 
     vectors: dict[str, Tree]
     end: Tree
+    executed: Tree
 
 
 class StepTaken(NamedTuple):
@@ -55,6 +57,12 @@ class StepTaken(NamedTuple):
     departures: Departures
     moved: float | None
     audit: Audit | None
+
+    @property
+    def for_policy(self) -> dict[str, Any]:
+        """What requests know of it: fields of `Policy`."""
+        verdict = None if self.audit is None else self.audit.verdict
+        return {"step": self.departures.end, "departures": self.departures.vectors, "verdict": verdict}
 
     def told(self, logger: logging.Logger) -> dict[str, Any]:
         """Facts, JSON; what the audit found is logged as warnings."""
@@ -99,13 +107,14 @@ def departures(params: Tree, exact: Tree, executed: Tree | None = None, after: T
         >>> departures(θ, exact, {"w": torch.tensor([0.75])}, {"w": torch.tensor([0.5])}).vectors
         {'arithmetic': {'w': tensor([-0.2500])}, 'unexplained': {'w': tensor([-0.2500])}}
     """
-    vectors, end = dict[str, Tree](), exact
+    vectors, own = dict[str, Tree](), exact if executed is None else executed
+    end = own
     if executed is not None:
-        vectors[ARITHMETIC], end = tree.axpy(-1.0, exact, executed), executed
+        vectors[ARITHMETIC] = tree.axpy(-1.0, exact, executed)
     if after is not None:
         taken = tree.axpy(-1.0, params, {name: after[name] for name in params})
         vectors[UNEXPLAINED], end = tree.axpy(-1.0, end, taken), taken
-    return Departures(vectors, end)
+    return Departures(vectors, end, own)
 
 
 def executed_of(
@@ -218,7 +227,7 @@ def _gradients(workspace: KernelWorkspace, policy: Policy) -> dict[str, Tree]:
     if loss is None or not loss.parts:
         return {"batch": g}
     parts = {part: tree.scale(-workspace.clip, v) for part, v in loss.parts.items()}
-    if loss.whole:
+    if loss.within:
         return parts
     rest = tree.axpy(-1.0, tree.add(*parts.values()), g)
     return {OWN: rest, **parts}

@@ -5,6 +5,7 @@ studies and trainings, are tried by `make mutants`, and the first of each kind a
 """
 
 from tests.mutations import (
+    account,
     analysis,
     audit,
     checkpoint,
@@ -28,6 +29,7 @@ QUICK = [
     *structure.MUTATIONS,
     *uncertainty.MUTATIONS,
     *audit.MUTATIONS,
+    *account.MUTATIONS,
     *objectives.MUTATIONS,
     *optimizers.MUTATIONS,
     *preconditioners.MUTATIONS,

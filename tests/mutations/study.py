@@ -65,8 +65,8 @@ MUTATIONS = [
     Mutation(
         "a request's kernel at the midpoint, though its path is the start",
         f"{STUDY}/test_runner.py::test_it_is_what_explain_step_says[start]",
-        "study/runner.py", "_replace(path=self.plan.step.path, step=end,",
-        '_replace(path="midpoint", step=end,',
+        "study/runner.py", "_replace(path=self.plan.step.path, **taken.for_policy)",
+        '_replace(path="midpoint", **taken.for_policy)',
     ),
     Mutation(
         "U's own gradients for a request of U halfway along the step",

@@ -60,6 +60,7 @@ def test_from_a_recording_the_step_is_explained_to_the_floor(told):
     found, step = told.explained("recorded", autocast="bfloat16", microbatches=passes)
     size = shares(found)
     assert size["left"] < max(1e-3, 2 * size["floor"]), size
+    assert size["unexplained"] < max(1e-3, size["floor"]), size
     assert step["audit"]["fine"], step["audit"]["verdict"]
     exact = told.explained("recorded")[0]
     assert shares(exact)["unexplained"] > 3 * size["left"]  # what arithmetic did is unexplained without it

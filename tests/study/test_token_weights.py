@@ -56,6 +56,8 @@ def test_the_step_is_explained_to_the_floor(explained):
     assert found.facts["realised_on"] == "step.after"
     size = np.linalg.norm(ledger["realised"])
     left = np.linalg.norm(ledger["unexplained"] + ledger["remainder"]) / size
+    assert ledger.facts["unexplained"] < max(1e-3, ledger.facts["floor"])
+    assert ledger.facts["error"] < max(1e-3, 2 * ledger.facts["floor"])
     assert left < max(1e-3, 2 * ledger.facts["floor"]), (left, ledger.facts)
     assert found.calibration["predicted"].relative_error < max(2e-3, 3 * ledger.facts["floor"])
     np.testing.assert_allclose(found.kept("contributions").sum(1), found.batch, rtol=1e-4, atol=1e-8)

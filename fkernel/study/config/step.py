@@ -90,8 +90,7 @@ class StepPlan(Strict):
             …}, settings as its class names them; kinds are those of `fkernel.precond.updates`.
         after: the checkpoint after the step, if training took it: realised changes are then measured on it instead of
             on θ + Δθ.
-        loss: the training loss, where it is not the policy gradient −Σ w A S: a clipped ratio (PPO, GRPO, GSPO), a KL
-            penalty towards a reference beside it, or preferences (DPO).
+        loss: the training loss, where it is not the policy gradient −Σ w A S: a named one, or any, by token weights.
     """
 
     max_norm: float | None = Field(None, gt=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from tests.study.losses.common import QUIET, RATIO, executed, kl
 
 def test_a_workspace_keeps_what_the_loss_made(second, study):
     plan, results = study
+    shutil.rmtree(f"{plan['out']}/workspace/kept")  # or answers would be read, and nothing computed
     again = FisherKernelRunner(plan)
     found = again.run()
     assert again.workspace is not None
@@ -65,8 +67,6 @@ def test_what_is_saved_is_what_is_read(study):
 
 
 def test_damage_to_what_the_loss_made_is_never_served(study, tmp_path):
-    import shutil
-
     plan, _ = study
     place = tmp_path / "copy"
     shutil.copytree(f"{plan['out']}/workspace", place)

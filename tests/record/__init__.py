@@ -1,0 +1,1 @@
+"""The recorder: loops of our own, TRL's trainers, wrong records."""
