@@ -18,7 +18,8 @@ from fkernel import tree
 from fkernel.analysis import Audit, Described, audit, described_step
 from fkernel.checkpoint import Checkpoint
 from fkernel.engine import Microbatch, gradient_in
-from fkernel.precond import AdamWState, AdamWStep, ExecutedStep, Grads, executed_step
+from fkernel.func.handles import write_out
+from fkernel.precond import AdamWState, AdamWStep, ExecutedStep, Grads, cancellation, executed_step
 from fkernel.shapes import Tree
 from fkernel.study.config.step import StepPlan
 from fkernel.study.log import say
@@ -52,11 +53,14 @@ class StepTaken(NamedTuple):
         departures: what it has beyond that, and where it ended.
         moved: the share of weights whose stored value changed; None where the step was not executed.
         audit: whether it is the step that is described; None without `step.after`.
+        cancellation: of another optimizer than AdamW: the share of Σ|P g_u| on coordinates where sequences cancel, so
+            that a secant makes large shares of a small sum; None where U's gradients are not kept.
     """
 
     departures: Departures
     moved: float | None
     audit: Audit | None
+    cancellation: float | None = None
 
     @property
     def for_policy(self) -> dict[str, Any]:
@@ -66,7 +70,8 @@ class StepTaken(NamedTuple):
 
     def told(self, logger: logging.Logger) -> dict[str, Any]:
         """Facts, JSON; what the audit found is logged as warnings."""
-        facts: dict[str, Any] = {} if self.moved is None else {"moved": self.moved}
+        known = {"moved": self.moved, "cancellation": self.cancellation}
+        facts: dict[str, Any] = {name: value for name, value in known.items() if value is not None}
         if self.audit is None:
             return facts
         for finding in self.audit.findings:
@@ -89,7 +94,25 @@ def step_taken(
     executed = executed_of(plan, policy, checkpoint, workspace)
     apart = departures(policy.params, step.total, None if executed is None else executed.delta, policy.after)
     audited = audit_of(plan, policy, checkpoint, workspace, step, apart.vectors.get(ARITHMETIC))
-    return StepTaken(apart, None if executed is None else executed.moved, audited)
+    moved = None if executed is None else executed.moved
+    return StepTaken(apart, moved, audited, _cancellation(policy, workspace))
+
+
+def _cancellation(policy: Policy, workspace: KernelWorkspace) -> float | None:
+    """Σ_α P_α Σ_u |g_uα| on coordinates where |g_α| is below a hundredth of Σ_u |g_uα|, over the whole."""
+    J, d = workspace.gradients, workspace.P.d
+    if policy.state is None or isinstance(policy.state, AdamWState) or J.walked or d is None:
+        return None
+    a, absolute = workspace.loss_weights.abs(), tree.zeros_like(policy.params)
+    for i, rows in enumerate(J.cuts):
+        n = rows.stop - rows.start
+        dense = write_out([(slice(0, n), J.read(i))], policy.params, n)
+        weights = a[J.side.order[rows].to(a.device)]
+        absolute = {
+            name: leaf + torch.tensordot(weights.to(leaf), dense[name].abs().to(leaf), 1)
+            for name, leaf in absolute.items()
+        }
+    return cancellation(workspace.ascent(policy.params), absolute, d)
 
 
 def departures(params: Tree, exact: Tree, executed: Tree | None = None, after: Tree | None = None) -> Departures:

@@ -15,7 +15,7 @@ from fkernel.errors import StoreError
 from fkernel.func import make_functional, weighted_logprob
 from fkernel.precond import AdamWState
 from fkernel.record import Recorder, Recording
-from tests.record.loops import MAX_NORM, adamw, backward, gpt2, take, train
+from tests.record.loops import MAX_NORM, adamw, backward, gpt2, statistics, take, tensors, train
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +216,20 @@ def test_the_scale_is_divided_out(tmp_path):
     assert torch.allclose(step.microbatches[0].token_weights[:, 1:], given[0].ω, rtol=1e-6)
     assert step.clip == 1.0
     assert step.grad_norm == pytest.approx(Recording.open(tmp_path / "plain").step(0).grad_norm, rel=1e-6)
+
+
+def test_several_backward_passes_through_one_tap_add_up(tmp_path):
+    model = gpt2()
+    optimizer = adamw(model)
+    ids, attention, response, _ = tensors(0)
+    with Recorder(tmp_path, model, optimizer) as recorder, recorder.step():
+        log_p, _ = statistics(model, ids, attention)
+        recorder.tap(log_p, input_ids=ids, attention_mask=attention, response_mask=response)
+        for weight in (0.25, 0.5):
+            (-weight * (log_p * response[:, 1:]).sum()).backward(retain_graph=True)
+        optimizer.step()
+    step = Recording.open(tmp_path).step(0)
+    assert torch.equal(step.microbatches[0].token_weights, -0.75 * response)
 
 
 def test_several_optimizers_share_a_model(tmp_path):
