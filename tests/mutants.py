@@ -325,11 +325,11 @@ MUTATIONS = [
     ),
     Mutation(
         "weights of held factors lose their sign", "held_gradients_give_what_passes_give",
-        "func/handles/held.py", "w[:, None, None]).flatten(0, 1).mT", "w.abs()[:, None, None]).flatten(0, 1).mT",
+        "func/handles/reductions.py", "w[:, None, None]).flatten(0, 1).mT", "w.abs()[:, None, None]).flatten(0, 1).mT",
     ),
     Mutation(
         "a later part of a tied table counted once more", "held_gradients_give_what_passes_give",
-        "func/handles/held.py", "total += vector", "total += 2 * vector",
+        "func/handles/reductions.py", "total += vector", "total += 2 * vector",
     ),
     Mutation(
         "only the last tile's norm", "held_gradients_give_what_passes_give",

@@ -12,7 +12,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 import fkernel as fk
 from fkernel import func
 from fkernel.func.handles.forms import nbytes, stack_handles
-from fkernel.func.handles.squares import squared_sum
+from fkernel.func.handles.reductions import squared_sum
 from fkernel.func.handles.touched import Touch, touched_rows
 from fkernel.func.inputs.batch import take
 from fkernel.func.taps.batched import batch_plan

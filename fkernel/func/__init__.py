@@ -9,9 +9,8 @@ from fkernel.func.functional import Apply, make_functional, split
 from fkernel.func.gradient import curvature, jvp, per_sequence_grad, per_sequence_handles, vjp
 from fkernel.func.handles.forms import Concat, Factored, Handle, Handles, SparseRows, Sum
 from fkernel.func.handles.groups import Part, by_kind, by_layer, contract_by, grouped, part_of
-from fkernel.func.handles.held import SquaredNorms, squared_norms, weighted_sum
 from fkernel.func.handles.products import contract
-from fkernel.func.handles.squares import squared_sum
+from fkernel.func.handles.reductions import SquaredNorms, squared_norms, squared_sum, weighted_sum
 from fkernel.func.inputs.batch import Sequences, pad
 from fkernel.func.inputs.objective import Objective
 from fkernel.func.logprob import sequence_logprob, token_entropy, token_logprobs

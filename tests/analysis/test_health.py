@@ -16,8 +16,8 @@ from fkernel import func, precond, tree
 from fkernel.analysis.trace_shares import Health, Share, health
 from fkernel.func.handles import squares
 from fkernel.func.handles.forms import at, shape_of
+from fkernel.func.handles.reductions import squared_sum
 from fkernel.func.handles.shards import tiles
-from fkernel.func.handles.squares import squared_sum
 from tests.cases import EXAMPLES
 from tests.laws import close, close_trees, flat
 

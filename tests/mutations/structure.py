@@ -7,31 +7,31 @@ MUTATIONS = [
     Mutation(
         "squares of the factors' sum taken as sums",
         f"{ANALYSIS}/test_health.py::test_squares_are_those_of_dense_gradients",
-        'func/handles/squares.py', 'tile(start, r).square()',
+        'func/handles/reductions.py', 'tile(start, r).square()',
         'tile(start, r).abs()',
     ),
     Mutation(
         'squares without their weights',
         f"{ANALYSIS}/test_health.py::test_squares_are_those_of_dense_gradients",
-        'func/handles/squares.py', 'total[start : start + r] = (w @ tile',
+        'func/handles/reductions.py', 'total[start : start + r] = (w @ tile',
         'total[start : start + r] = (torch.ones_like(w) @ tile',
     ),
     Mutation(
         'rows of a table put back in the wrong place',
         f"{ANALYSIS}/test_health.py::test_squares_of_every_form_of_handle",
-        'func/handles/squares.py', 'total[touched] = ',
+        'func/handles/reductions.py', 'total[touched] = ',
         'total[: len(touched)] = ',
     ),
     Mutation(
         'the second tile overwrites the first',
         f"{ANALYSIS}/test_health.py::test_squares_of_every_form_of_handle",
-        'func/handles/squares.py', '(w @ tile(start, r)',
+        'func/handles/reductions.py', '(w @ tile(start, r)',
         '(w @ tile(0, r)',
     ),
     Mutation(
         'a whole leaf in one tile',
         f"{ANALYSIS}/test_health.py::test_squares_of_every_form_of_handle",
-        'func/handles/squares.py', 'step = max(1, tile_columns(count(handle), w.dtype.itemsize) // width)',
+        'func/handles/reductions.py', 'step = max(1, tile_columns(count(handle), w.dtype.itemsize) // width)',
         'step = shape[0]',
     ),
     Mutation(

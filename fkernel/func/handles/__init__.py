@@ -25,8 +25,8 @@ from fkernel.func.handles.forms import (
     write_out,
 )
 from fkernel.func.handles.head import LOGITS_BYTES, Head
-from fkernel.func.handles.held import weighted_sum
 from fkernel.func.handles.products import Products, ProductSpec, RowSpec, contract, device_of, widest
+from fkernel.func.handles.reductions import weighted_sum
 from fkernel.func.handles.shards import tile_bytes, tile_columns
 
 __all__ = [

@@ -23,7 +23,7 @@ import torch
 from fkernel import tree
 from fkernel.func.functional import Apply, logits_of
 from fkernel.func.handles.forms import Handles, count
-from fkernel.func.handles.held import weighted_sum
+from fkernel.func.handles.reductions import weighted_sum
 from fkernel.func.inputs.batch import Sequences, length, take
 from fkernel.func.inputs.objective import Function, bare, name_of
 from fkernel.func.trust.directional import Order, row_by_row, value_on
