@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fkernel as fk
 from fkernel import func, precond, tree
 from fkernel.analysis.trace_shares import Health, Share, health
-from fkernel.func.handles import squares
+from fkernel.func.handles import reductions
 from fkernel.func.handles.forms import at, shape_of
 from fkernel.func.handles.reductions import squared_sum
 from fkernel.func.handles.shards import tiles
@@ -75,7 +75,7 @@ def test_squares_of_every_form_of_handle(draw, monkeypatch):
         sizes.append(step * math.prod(shape_of(handle)[1:]))
         return tiles(handle, step, dtype)
 
-    monkeypatch.setattr(squares, "tiles", watched)
+    monkeypatch.setattr(reductions, "tiles", watched)
     a, delta, moves = (torch.randn(3, 4, k, generator=draw, dtype=DTYPE) for k in (5, 7, 5))
     ids = torch.randint(7, (3, 4), generator=draw)
     dense = torch.randn(3, 7, 5, generator=draw, dtype=DTYPE)
