@@ -66,6 +66,7 @@ def ledger_panel(result: RequestResult, path: str | Path | None = None) -> Figur
     realised = {"marker": "D", "s": 34, "color": "black", "edgecolor": "white", "linewidth": 0.8, "zorder": 4}
     left.scatter(SMALL * analysis["realised"][order], range(len(order)), label="realised", **realised)
     sequence_rows(left, [result.evaluation[row] for row in order])
+    left.use_sticky_edges = False  # or the longest bar ends at the frame, with half of its marker
     left.margins(x=0.06)
     left.set_xlabel("change of log π  (10⁻³ nats)", fontsize=9)
     title = f"the {len(order)} that moved most, part by part" if len(order) > 1 else "the change, part by part"
