@@ -52,7 +52,7 @@ MISTAKES = [
         "rows",
         Mutation(
             "what a pass brings back is a tenth short", "", "func/taps/plan.py",
-            "total = found.values.sum() +", "total = 0.9 * found.values.sum() +",
+            "total = tape.values.sum() +", "total = 0.9 * tape.values.sum() +",
         ),
     ),
     (

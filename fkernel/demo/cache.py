@@ -32,7 +32,7 @@ from fkernel.rollout import SampleGenerator, Sampling
 
 COMPLETE = "complete.json"
 # Source files that do not affect the contents; all others are in the key.
-AFTERWARDS = {"__init__.py", "analysis", "cli", "engine", "precond", "report", "study"}
+AFTERWARDS = {"__init__.py", "analysis", "cli", "engine", "precond", "record", "report", "study"}
 BESIDE = {"demo/explain.py", "demo/progress.py"}
 PACKAGES = ("torch", "transformers", "tokenizers")
 

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -87,7 +88,11 @@ def test_demo_meets_its_required_calibration(tmp_path):
     assert abs(found.slope - 1) <= 0.002
     assert found.relative_error <= 0.002
     ledger = results["held_out"].analysis("ledger")
-    assert ledger.facts["error"] == pytest.approx(found.relative_error, rel=0.02)
+    left = np.linalg.norm(ledger["remainder"] + ledger["unexplained"]) / np.linalg.norm(ledger["realised"])
+    assert left == pytest.approx(found.relative_error, rel=0.02)
+    assert ledger.facts["unexplained"] < ledger.facts["error"]
+    assert {"part.raised", "part.lowered"} <= {*ledger.arrays}
+    assert results.step["audit"]["fine"], results.step["audit"]["verdict"]
     assert ledger.facts["floor"] < 3 * ledger.facts["error"]
     low, high = results["held_out"].analysis("sweep").facts["first_holds"]
     assert low < 0.2 < high < 5

@@ -45,6 +45,7 @@ def test_what_an_analysis_leaves_is_declared_and_documented(accounted, name):
     assert not [array for array in left if not any(fnmatchcase(array, column) for column in BOTH[name].columns)]
     (row,) = (line for line in (ROOT / "docs" / "results.md").read_text().splitlines() if line.startswith(f"| `{name}"))
     shown = row.replace("layer_…", "layer_batch layer_squared_norms layer_contributions").replace("pair_<i>", "pair_*")
+    shown = shown.replace("part.<name>", "part.*").replace("<observable>.", "*.")
     assert not [column for column in BOTH[name].columns if column not in shown]
 
 
