@@ -37,10 +37,12 @@ def effects_table(result: RequestResult, rows: int = 10) -> Table:
         A rich table; all changes in thousandths of a nat.
     """
     effects: dict[str, np.ndarray] = {}
+    listed = "ledger" in result.analyses  # which has these columns too, and more room
     for name, title in EFFECTS.items():
-        if (values := getattr(result, name)) is not None:
+        values = getattr(result, name)
+        if values is not None and not (listed and name in ("arithmetic", "unexplained")):
             effects[title] = values
-        if name == "batch":
+        if name == "batch" and not listed:
             effects |= {f"of it: {part}": values for part, values in result.parts.items()}
     shown = min(rows, len(result.evaluation))
     table = Table(title=f"{result.name}: the {shown} sequences that moved most (10⁻³ nats)")
