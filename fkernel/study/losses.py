@@ -167,7 +167,7 @@ def _signs(inputs: LossInputs) -> Tensor:
 
 def _is_logprob(loss: PolicyLoss) -> bool:
     """Whether U's columns are ∇S: the policy gradient, all of whose tokens count alike."""
-    return loss.kind == "policy_gradient" and loss.correction is None and loss.top_entropy is None
+    return loss.kind == "policy_gradient" and not (loss.correction or loss.off_policy_mask or loss.top_entropy)
 
 
 def _inputs(
@@ -242,9 +242,6 @@ def _of_token_weights(batch: GeneratedBatch, policy: Policy, tokens: func.Sequen
     terms = {
         name: LossTerm(omega.get(name, empty).to(like), eta[name].to(like) if name in eta else None)
         for name in dict.fromkeys([*omega, *eta])
-    }
-    terms = {
-        name: term if term.omega is not None else term._replace(omega=empty.to(like)) for name, term in terms.items()
     }
     whole = objectives.total(terms)
     counted = tokens.response_mask.bool()

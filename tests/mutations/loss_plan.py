@@ -166,4 +166,28 @@ MUTATIONS = [
         'study/losses.py', '-whole.omega, {"kind": "token_weights"',
         'whole.omega, {"kind": "token_weights"',
     ),
+    Mutation(
+        "the policy gradient's columns are plain ∇S although sequences are masked",
+        f"{PLAN}/test_named.py::test_a_setting_of_a_loss_is_needed_and_is_enough[off_policy_mask]",
+        'study/losses.py', '"policy_gradient" and not (loss.correction or loss.off_policy_mask or',
+        '"policy_gradient" and not (loss.correction or',
+    ),
+    Mutation(
+        "a correction left out",
+        f"{PLAN}/test_named.py::test_a_setting_of_a_loss_is_needed_and_is_enough[correction]",
+        'study/losses.py', 'factors.append(make(inputs, importance.level, importance.low, importance.high))',
+        'pass',
+    ),
+    Mutation(
+        "tokens of low entropy stay in the loss",
+        f"{PLAN}/test_named.py::test_a_step_on_a_named_loss_is_predicted[top_entropy]",
+        'study/losses.py', 'factors.append(objectives.high_entropy_mask(inputs, loss.top_entropy))',
+        'pass',
+    ),
+    Mutation(
+        "the largest ratio left out",
+        f"{PLAN}/test_named.py::test_a_setting_of_a_loss_is_needed_and_is_enough[delta]",
+        'study/losses.py', '"clipped_ratio": lambda loss, x: clipped_ratio(x, loss.low, loss.high, loss.delta)',
+        '"clipped_ratio": lambda loss, x: clipped_ratio(x, loss.low, loss.high)',
+    ),
 ]  # fmt: skip
