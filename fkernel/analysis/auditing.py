@@ -244,10 +244,10 @@ def _labels(
         tree.check_names([name for name in executed if name in groups], executed, "groups", "executed")
         return {name: str(groups[name]) for name in executed}
     of = {"lr": lr, "weight decay": weight_decay}
-    told = {name: values for name, values in of.items() if isinstance(values, Mapping)}
-    if not told:
+    by_name = {name: values for name, values in of.items() if isinstance(values, Mapping)}
+    if not by_name:
         return dict.fromkeys(executed, "all")
-    return {name: ", ".join(f"{key} {values[name]:g}" for key, values in told.items()) for name in executed}
+    return {name: ", ".join(f"{key} {values[name]:g}" for key, values in by_name.items()) for name in executed}
 
 
 def _ratio(

@@ -112,9 +112,9 @@ def at_rate(state: OptimizerState, lr: float) -> OptimizerState:
     """
     if isinstance(state, MixedState):
         return MixedState(tuple(at_rate(part, lr) for part in state.parts))
-    own: Any = state
-    scaled = {name: lr * rate for name, rate in own.lr.items()} if isinstance(own.lr, Mapping) else lr * own.lr
-    return replace(own, lr=scaled)
+    single: Any = state
+    scaled = {name: lr * rate for name, rate in single.lr.items()} if isinstance(single.lr, Mapping) else lr * single.lr
+    return replace(single, lr=scaled)
 
 
 def counterfactual(

@@ -152,10 +152,10 @@ def grouped(
     """
     products: dict[str, Products] = {}
     for name, Δ in executed.items():
-        own = products.setdefault(groups[name], Products([*columns]))
-        own.add([column[name] for column in columns.values()], Δ, None if weights is None else weights[name])
+        sums = products.setdefault(groups[name], Products([*columns]))
+        sums.add([column[name] for column in columns.values()], Δ, None if weights is None else weights[name])
     whole = Products.total([*columns], products.values())
-    return whole.fit(), {group: own.fit() for group, own in products.items()}
+    return whole.fit(), {group: sums.fit() for group, sums in products.items()}
 
 
 def _solved(gram: Tensor, right: Tensor, yy: float, n: int) -> tuple[list[float | None], list[float | None], float]:
@@ -169,11 +169,11 @@ def _solved(gram: Tensor, right: Tensor, yy: float, n: int) -> tuple[list[float 
     inverse = torch.where(kept, 1 / torch.where(kept, values, 1.0), 0.0)
     a = vectors @ (inverse * (vectors.T @ (right / scale))) / scale
     rss = max(0.0, yy - 2 * float(a @ right) + float(a @ gram @ a))
-    own = alive & (vectors[:, ~kept].square().sum(1) < 1e-6)  # no part of any combination that is zero
+    determined = alive & (vectors[:, ~kept].square().sum(1) < 1e-6)  # no part of any combination that is zero
     variance = (vectors.square() @ inverse) / scale.square() * rss / max(1, n - int(kept.sum()))
-    told = own.tolist()
-    coefficients = [value if known else None for value, known in zip(a.tolist(), told, strict=True)]
-    errors = [value if known else None for value, known in zip(variance.sqrt().tolist(), told, strict=True)]
+    is_known = determined.tolist()
+    coefficients = [value if known else None for value, known in zip(a.tolist(), is_known, strict=True)]
+    errors = [value if known else None for value, known in zip(variance.sqrt().tolist(), is_known, strict=True)]
     return coefficients, errors, rss
 
 

@@ -108,9 +108,9 @@ def findings_of(fit: Fit, clues: Clues) -> list[Finding]:
     if much and fit.sign_left < 0.05:
         sentence = "every weight moved by one learning rate against its gradient: the optimizer's state was reset"
         return [Finding("reset", sentence, {"left": fit.left, "sign_left": fit.sign_left})]
-    told = _coefficients(fit, clues) if not much or fit.left <= 0.25 * fit.as_described else []
-    explained = told and fit.left < 0.1 * fit.as_described  # what another D leaves
-    return [*told, *([_left(fit)] if much and not explained else [])]
+    findings = _coefficients(fit, clues) if not much or fit.left <= 0.25 * fit.as_described else []
+    explained = findings and fit.left < 0.1 * fit.as_described  # what another D leaves
+    return [*findings, *([_left(fit)] if much and not explained else [])]
 
 
 def _much_is_left(fit: Fit, clues: Clues) -> bool:
@@ -235,11 +235,11 @@ def _left(fit: Fit) -> Finding:
     others = [known[name] for name in ("momentum", "decay") if name in known]
     share = f"what is left {fit.left:.2g}" if fit.left < 0.01 else f"what is left {fit.left:.0%}".replace("%", " %")
     sentence = f"{share}: another batch, or other weights"
-    told = ", ".join(f"{name} {value:.2f}" for name, value in known.items())
+    coefficients = ", ".join(f"{name} {value:.2f}" for name, value in known.items())
     if others and all(_near(value, 1, 0.05) for value in others):
-        sentence += f" ({told}: the batch, for the rest is right)"
-    elif told:
-        sentence += f" ({told})"
+        sentence += f" ({coefficients}: the batch, for the rest is right)"
+    elif coefficients:
+        sentence += f" ({coefficients})"
     return Finding("left", sentence, {**known, "left": fit.left})
 
 
@@ -261,14 +261,14 @@ def merged(
     if len(groups) < 2:
         return [*overall]
     everywhere = [one for one in overall if all(any(_same(one, other) for other in own) for own in groups.values())]
-    told = list(everywhere)
+    findings = list(everywhere)
     for group, own in groups.items():
         for one in own:
             if not any(_same(one, other) for other in everywhere):
                 about = f"{group} ({len(members[group])} parameters, {listing(members[group], 2)}): {one.sentence}"
-                told.append(replace(one, group=group, sentence=about))
+                findings.append(replace(one, group=group, sentence=about))
     order = [*KINDS]
-    return sorted(told or overall, key=lambda one: order.index(one.kind))
+    return sorted(findings or overall, key=lambda one: order.index(one.kind))
 
 
 def names_differ(step: Tree, executed: Tree, columns: Mapping[str, Tree]) -> list[Finding]:

@@ -39,18 +39,18 @@ def trainer_settings(*places: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: training_args.json is no JSON.
     """
-    told: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     for place in places:
         if (place / PLAIN).is_file():
             given = read_json(place / PLAIN, "a trainer's settings")
-            told = dict(given) if isinstance(given, Mapping) else {}
+            arguments = dict(given) if isinstance(given, Mapping) else {}
         elif (place / PICKLED).is_file():
-            told = _listed(place / PICKLED)
+            arguments = _listed(place / PICKLED)
         if (place / SCALER).is_file():
-            told["fp16"] = True
-        if told:
+            arguments["fp16"] = True
+        if arguments:
             break
-    return told
+    return arguments
 
 
 def _listed(path: Path) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def _listed(path: Path) -> dict[str, Any]:
 
 
 def _settings(stream: bytes) -> dict[str, Any]:
-    told: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     remembered: dict[int, Any] = {}
     word: str | None = None  # the text that the instruction before gave
     for code, argument, _ in pickletools.genops(stream):
@@ -73,10 +73,10 @@ def _settings(stream: bytes) -> dict[str, Any]:
             continue
         if word is not None and code.name not in WORDS + FETCHED:
             known = code.name in VALUES or code.name in NUMERIC
-            told.setdefault(word, VALUES.get(code.name, argument) if known else OTHER)
+            arguments.setdefault(word, VALUES.get(code.name, argument) if known else OTHER)
         word = None
         if code.name in WORDS:
             word = str(argument)
         elif code.name in FETCHED:
             word = remembered.get(int(str(argument)))  # None, where it is no text
-    return {key: value for key, value in told.items() if value is not OTHER}
+    return {key: value for key, value in arguments.items() if value is not OTHER}

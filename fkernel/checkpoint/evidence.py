@@ -84,8 +84,8 @@ def trained_dtypes(model: torch.nn.Module, layout: Layout, weights: Mapping[str,
     stored = dtypes_of_weights(layout, weights)
     names = [name for name, leaf in model.named_parameters() if leaf.requires_grad]
     known = {unwrapped(name, names): kind for name, kind in stored.items()}
-    told = {name: known.get(name, known.get(name.replace(f".{layout.adapter or 'default'}.", "."))) for name in names}
-    return {name: getattr(torch, kind) for name, kind in told.items() if kind is not None}
+    dtypes = {name: known.get(name, known.get(name.replace(f".{layout.adapter or 'default'}.", "."))) for name in names}
+    return {name: getattr(torch, kind) for name, kind in dtypes.items() if kind is not None}
 
 
 def _config(model: Any) -> Mapping[str, Any]:
@@ -97,9 +97,9 @@ def _config(model: Any) -> Mapping[str, Any]:
 
 def _adapter(model: Any, layout: Layout) -> Mapping[str, Any]:
     """Read the adapter's configuration, with the base that was in fact loaded."""
-    told = read_json(layout.model / ADAPTER, "a PEFT adapter's configuration")
+    config = read_json(layout.model / ADAPTER, "a PEFT adapter's configuration")
     loaded = getattr(getattr(model, "config", None), "_name_or_path", None)
-    return {**told, "base_model_name_or_path": loaded or told.get("base_model_name_or_path")}
+    return {**config, "base_model_name_or_path": loaded or config.get("base_model_name_or_path")}
 
 
 def _base_dtypes(adapter: Mapping[str, Any]) -> Dtypes:

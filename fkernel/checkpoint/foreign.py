@@ -87,12 +87,12 @@ def check_entry(entry: Mapping[str, Any], index: Any, kind: str) -> None:
         if key in entry:
             raise OptimizerStateError(f"The state of parameter {index} is {whose}; {SUPPORTED}.")
     state = OPTIMIZERS[kind].state
-    own = {*state.MOMENTS, *state.OPTIONAL, *OPTIMIZERS[kind].numbers, "step", "master_param"}
+    known = {*state.MOMENTS, *state.OPTIONAL, *OPTIMIZERS[kind].numbers, "step", "master_param"}
     if "state1" in entry:
-        own |= {*KEPT["bitsandbytes"]}
+        known |= {*KEPT["bitsandbytes"]}
     if kind == "transformers_adafactor":
-        own |= {"RMS"}
-    unknown = [key for key in entry if key not in own]
+        known |= {"RMS"}
+    unknown = [key for key in entry if key not in known]
     if unknown:
         owners = [
             name for name, each in OPTIMIZERS.items() if unknown[0] in (*each.state.MOMENTS, *each.state.OPTIONAL)
@@ -146,8 +146,8 @@ def check_settings(group: Mapping[str, Any], number: int, kind: str) -> None:
     for key, whose in EMPTY_UNLESS.items():
         if group.get(key) and key not in {key for key, _ in OPTIMIZERS[kind].settings.values()}:
             raise OptimizerStateError(f"Parameter group {number} has {key}={group[key]}: it is {whose}, not AdamW's.")
-    own = {key for key, _ in OPTIMIZERS[kind].settings.values()}
-    unknown = [key for key in group if key not in (*own, *FLAGS, *INERT, *EMPTY_UNLESS, *STOCHASTIC, "eps")]
+    known = {key for key, _ in OPTIMIZERS[kind].settings.values()}
+    unknown = [key for key in group if key not in (*known, *FLAGS, *INERT, *EMPTY_UNLESS, *STOCHASTIC, "eps")]
     if unknown:
         raise OptimizerStateError(
             f"Parameter group {number} has {listing(unknown)}, which no {NAMES.get(kind, kind)} has: it may be another "

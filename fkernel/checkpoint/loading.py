@@ -145,12 +145,14 @@ def load(
         policy = load_model(layout.model, dtype=dtype, trust_remote_code=trust_remote_code)
     if layout.optimizer is not None and optimizer:
         state_dict = _optimizer_in(layout.optimizer)
-    told = None if layout.trainer_state is None else read_json(layout.trainer_state, "a trainer's state")
+    trainer_state = None if layout.trainer_state is None else read_json(layout.trainer_state, "a trainer's state")
     if layout.names is not None and names is None:
         names = read_json(layout.names, "names of the optimizer's parameters")
     state, stored, frozen = None, None, list[str]()
     if state_dict is not None:
-        known = True if told is not None and decoupled is None else decoupled  # Trainer has AdamW, and no other Adam
+        known = (
+            True if trainer_state is not None and decoupled is None else decoupled
+        )  # Trainer has AdamW, and no other Adam
         recognise(state_dict, known)  # before names are looked for: what is not modelled is said first
         names = names_of(state_dict, _trained(policy), policy, names, order)
         frozen = _freeze(policy, names, path)
@@ -163,7 +165,7 @@ def load(
         model=policy,
         tokenizer=_tokenizer(layout, model, base, trust_remote_code),
         optimizer=state,
-        step=_step(told, stored),
+        step=_step(trainer_state, stored),
         provenance=Provenance(
             path=str(path),
             layout=layout.kind,
@@ -249,9 +251,9 @@ def _check_schedule(path: Path | None, state_dict: Any) -> None:
         )
 
 
-def _step(told: Any, optimizer: StoredState | None) -> int | None:
-    if isinstance(told, Mapping) and "global_step" in told:
-        return int(told["global_step"])
+def _step(trainer_state: Any, optimizer: StoredState | None) -> int | None:
+    if isinstance(trainer_state, Mapping) and "global_step" in trainer_state:
+        return int(trainer_state["global_step"])
     steps = [int(float(entry.get("step", 0))) for entry in optimizer.entries.values()] if optimizer else []
     return max(steps) if steps else None
 

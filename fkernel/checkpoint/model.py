@@ -49,8 +49,8 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, trust_re
         )
     except Exception as error:  # transformers and its models raise whatever they like
         raise ModelError(f"transformers loads no causal language model from {path}: {first_line(error)}") from error
-    model, told = found
-    for what, names in (("lacks", told["missing_keys"]), ("has foreign", told["unexpected_keys"])):
+    model, loading_info = found
+    for what, names in (("lacks", loading_info["missing_keys"]), ("has foreign", loading_info["unexpected_keys"])):
         if names:  # transformers would go on with random weights
             shown = sorted(map(str, names))
             raise ModelError(f"The weights at {path} {what} {len(shown)} parameter(s), such as {shown[0]!r}.")

@@ -194,8 +194,8 @@ def stored_optimizer_state(
 
 def _step(entry: Mapping[str, Any], step: int) -> dict[str, Any]:
     """The steps taken, as the entry has them where it does."""
-    told = entry.get("step")
-    return {"step": told if told is not None and float(told) == step else step}
+    recorded = entry.get("step")
+    return {"step": recorded if recorded is not None and float(recorded) == step else step}
 
 
 def names_of(

@@ -43,9 +43,9 @@ def steps_of(group: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]])
             raise _disagree({*own.values(), shared})
     for name, entry in entries.items():
         if entry and (steps[name] == 0) and (name not in own or _moved(entry)):
-            told = "step 0" if name in own or shared is not None else "no step, neither its own nor its group's"
+            says = "step 0" if name in own or shared is not None else "no step, neither its own nor its group's"
             raise OptimizerStateError(
-                f"The state of {name!r} has moments and tells {told}: without the number of steps taken the bias "
+                f"The state of {name!r} has moments and tells {says}: without the number of steps taken the bias "
                 f"correction is unknown, and the step may be ten times off. Add it to the parameter group, as 'step', "
                 f"and save the state again."
             )

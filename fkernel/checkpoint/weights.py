@@ -60,15 +60,15 @@ def read_safetensors(directory: Path) -> dict[str, Any]:
 
 def stored_dtypes(directory: Path) -> dict[str, str]:
     """Read how the numbers of a directory's safetensors are stored: {parameter: dtype}; no weights are read."""
-    told: dict[str, str] = {}
+    dtypes: dict[str, str] = {}
     for path in sorted(directory.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file:
                 kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"The weights in {directory} cannot be read: {first_line(error)}") from error
-        told |= {name: DTYPES[kind] for name, kind in kinds.items() if kind in DTYPES}
-    return told
+        dtypes |= {name: DTYPES[kind] for name, kind in kinds.items() if kind in DTYPES}
+    return dtypes
 
 
 def filled(model: Any, weights: Mapping[str, Any], dtype: torch.dtype, source: Path) -> Any:
@@ -88,11 +88,11 @@ def filled(model: Any, weights: Mapping[str, Any], dtype: torch.dtype, source: P
                 f"{source} has {name!r} of shape {list(leaf.shape)}, the model's is {list(own[name].shape)}: is it a "
                 f"checkpoint of another model?"
             )
-    told = model.to(dtype).load_state_dict(renamed, strict=False)
+    keys = model.to(dtype).load_state_dict(renamed, strict=False)
     place = {name: leaf.data_ptr() for name, leaf in model.state_dict().items()}
     there = {place[name] for name in renamed if name in place}
-    missing = [name for name in told.missing_keys if place[name] not in there]
-    if missing or told.unexpected_keys:
-        what, names = ("lacks", missing) if missing else ("has foreign", told.unexpected_keys)
+    missing = [name for name in keys.missing_keys if place[name] not in there]
+    if missing or keys.unexpected_keys:
+        what, names = ("lacks", missing) if missing else ("has foreign", keys.unexpected_keys)
         raise ModelError(f"{source} {what} {len(names)} of the model's parameters: {listing(names)}.")
     return model.eval()

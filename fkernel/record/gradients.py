@@ -100,7 +100,7 @@ def mismatch(number: int, check: GradientCheck, dropout: Sequence[str], temperat
         >>> mismatch(3, GradientCheck(0.5, 1.0, 1.0, "w", 1e-4), [], 1.0)[:60]
         'Step 3: the optimizer was given another gradient than that o'
     """
-    told = (
+    dropped = (
         f" {listing(dropout, 2)} drop(s) activations out, which no recording repeats: set it to 0." if dropout else ""
     )
     return (
@@ -108,7 +108,7 @@ def mismatch(number: int, check: GradientCheck, dropout: Sequence[str], temperat
         f"by {check.relative_error:.2g} of its norm (up to {check.tolerance:.0e} is rounding), most in "
         f"{check.worst!r}. Something beside log π and entropy has a gradient (an auxiliary loss, a value head on the "
         f"same weights), a micro-batch was not tapped, log-probabilities are not at temperature {temperature:g}, or "
-        f"the gradient was changed after the backward pass.{told}"
+        f"the gradient was changed after the backward pass.{dropped}"
     )
 
 

@@ -231,8 +231,8 @@ def _callback(recorder: Any, trainer: Any) -> Any:
     class Recording(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             settings = {key: _plain(value) for key, value in vars(args).items() if _is_json(_plain(value))}
-            told = {key: settings[key] for key in SETTINGS if key in settings}
-            about = {"trainer": type(trainer).__name__, "arguments": told}
+            arguments = {key: settings[key] for key in SETTINGS if key in settings}
+            about = {"trainer": type(trainer).__name__, "arguments": arguments}
             recorder.bind(
                 trainer.accelerator.unwrap_model(trainer.model), trainer.optimizer, **about, **precision_of(trainer)
             )

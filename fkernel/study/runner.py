@@ -304,7 +304,7 @@ class FisherKernelRunner:
             requests = answers(cache, plan, self._batch, self.evaluate_batch, self._batches)
             facts, computed = facts_of_step(workspace, self.policy, self.checkpoint.step), workspace.gradients.computed
             taken = None if self._step is None else self._taken(self._step)
-            facts |= {} if taken is None else taken.told(self.logger)
+            facts |= {} if taken is None else taken.reported(self.logger)
             about |= {"fingerprint": workspace.spec["checkpoint"], "kept": earlier(own, requests)}
             say(self.logger, "gradients of U", computed=computed, read=len(workspace.batch) - computed)
             about |= findings(

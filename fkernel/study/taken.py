@@ -68,7 +68,7 @@ class StepTaken(NamedTuple):
         verdict = None if self.audit is None else self.audit.verdict
         return {"step": self.departures.end, "departures": self.departures.vectors, "verdict": verdict}
 
-    def told(self, logger: logging.Logger) -> dict[str, Any]:
+    def reported(self, logger: logging.Logger) -> dict[str, Any]:
         """Facts, JSON; what the audit found is logged as warnings."""
         known = {"moved": self.moved, "cancellation": self.cancellation}
         facts: dict[str, Any] = {name: value for name, value in known.items() if value is not None}
