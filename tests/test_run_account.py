@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fkernel as fk
 from fkernel import func, precond, tree
-from fkernel.engine import NODES, Executed, RunAccount, RunStep, account, adjoint
+from fkernel.engine import NODES, Executed, RunAccount, RunStep, Sweep, account, adjoint
 from fkernel.engine import run as runs
 from fkernel.errors import BatchError, TreeError
 from fkernel.func.inputs import length
@@ -238,6 +238,24 @@ def _enough(taken: Run, n: int) -> int:
         accounted(taken, memory=1)
     P = sum(leaf.numel() * leaf.element_size() for leaf in taken.steps[0].params.values())
     return int(str(error.value).split("at least ")[1].split()[0]) + int((n - 1) * P / 0.95) + 2
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_an_account_goes_on_from_where_it_was_stopped(blocks):
+    taken, kept = run()._replace(steps=run().steps[:4]), list[Sweep]()
+    memory = None if blocks == 1 else _enough(taken, 2)
+
+    def keep(sweep: Sweep) -> None:
+        kept.append(sweep._replace(rows={name: leaf.clone() for name, leaf in sweep.rows.items()}))
+
+    whole = account(taken.S, taken.E, taken.steps[::-1], memory=memory, on_step=keep)
+    assert [(len(sweep.done), sweep.taken) for sweep in kept] == [(b, t) for b in range(blocks) for t in (1, 2, 3, 4)]
+    for sweep in kept:
+        again = account(taken.S, taken.E, taken.steps[::-1], memory=memory, resume=sweep)
+        for own, expected in zip(
+            [*again.contributions, *again[1:-1]], [*whole.contributions, *whole[1:-1]], strict=True
+        ):
+            assert torch.equal(own, expected)
 
 
 def test_long_sequences_are_walked_layer_by_layer(monkeypatch):

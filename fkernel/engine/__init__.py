@@ -1,6 +1,6 @@
 """Kernels, influence without kernels, and one optimizer step explained."""
 
-from fkernel.engine.adjoint import Executed, RunStep
+from fkernel.engine.adjoint import Executed, RunStep, StepColumns
 from fkernel.engine.batching import SortedBatch, check_side, cuts_of
 from fkernel.engine.calibration import Calibration, calibrate
 from fkernel.engine.correlation import mean_ranks, pearson, varies
@@ -14,7 +14,7 @@ from fkernel.engine.path import NODES, Nodes, mean_of, nodes_of
 from fkernel.engine.planning import Estimate, Option, Strategy, estimate
 from fkernel.engine.problem import Problem, blocks
 from fkernel.engine.recycling import reuse_memory
-from fkernel.engine.run import RunAccount, account
+from fkernel.engine.run import RunAccount, Sweep, account
 from fkernel.engine.state_certificate import state_against_step
 from fkernel.engine.step import StepEffect, explain_step, loss_gradient, realised_change
 from fkernel.engine.streaming import KernelBlock, contraction, self_kernel
@@ -37,9 +37,11 @@ __all__ = [
     "RunAccount",
     "RunStep",
     "SortedBatch",
+    "StepColumns",
     "StepEffect",
     "Strategy",
     "Summing",
+    "Sweep",
     "WalkedGradients",
     "account",
     "blocks",

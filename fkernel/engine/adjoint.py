@@ -176,11 +176,8 @@ class Adjoints:
         assert step.delta is not None
         later = {what: torch.zeros(len(self.side), dtype=torch.float64) for what in ("arithmetic", "unexplained")}
         if self._later is None:
-            assert self.side.f is not None
-            self.rows = {name: leaf.new_zeros(len(self.side), *leaf.shape) for name, leaf in step.params.items()}
-            self._cuts = _cuts(self.side, step.params, self.passes, len(self.side))
-            with error_context("E"):
-                self.side.f = true_derivative(self.side.f, step.params, self.side.batch, step.delta)
+            zeros = {name: leaf.new_zeros(len(self.side), *leaf.shape) for name, leaf in step.params.items()}
+            self._begin(step.params, step.delta, zeros)
         else:
             _check_follows(step, self._later, g)
             later["arithmetic"] = -self.along(_difference(exact.exp_avg, executed.exp_avg))
@@ -199,6 +196,19 @@ class Adjoints:
             self.rows[name].mul_(step.state.beta1[name] / (1 - step.state.beta1[name]))
         self._later = _Start(step.params, step.state.exp_avg, step.state.step)
         return StepColumns(C, **here, **{f"{what}_later": each for what, each in later.items()}), step.delta
+
+    def resume(self, step: RunStep, rows: Tree) -> None:
+        """Go on behind a step that was taken back before, with the rows that it left."""
+        delta = step.delta if step.delta is not None or step.executed is None else step.executed.delta
+        delta = adamw_step(step.params, self._gradient(step)[0], step.state).total if delta is None else delta
+        self._begin(step.params, delta, dict(rows))
+        self._later = _Start(step.params, step.state.exp_avg, step.state.step)
+
+    def _begin(self, params: Tree, delta: Tree, rows: Tree) -> None:
+        assert self.side.f is not None
+        self.rows, self._cuts = rows, _cuts(self.side, params, self.passes, len(self.side))
+        with error_context("E"):
+            self.side.f = true_derivative(self.side.f, params, self.side.batch, delta)
 
     def along(self, vector: Tree) -> Tensor:
         """Compute ⟨β1 p_e, v⟩, [n_E] float64 in the caller's order."""

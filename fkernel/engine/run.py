@@ -10,7 +10,7 @@ costs two passes over U (one where its gradients fit beside the adjoints) and on
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import chain
 from math import ceil
 from typing import Any, NamedTuple
@@ -75,6 +75,24 @@ class RunAccount(NamedTuple):
         return self.realised - self.accounted
 
 
+class Sweep(NamedTuple):
+    """An account between two of its steps: all that the steps still to come need. Kept, it survives a kill.
+
+    Attributes:
+        done: accounts of the parts of E that are finished.
+        taken: steps that this part of E has been taken back over.
+        rows: β1 p of this part, {name: [n *shape]}, as the next step finds them.
+        columns: of the steps taken, last first.
+        after: [n] S after the last step.
+    """
+
+    done: tuple[RunAccount, ...]
+    taken: int
+    rows: Tree
+    columns: tuple[StepColumns, ...]
+    after: Tensor
+
+
 def account(
     f: Function,
     E: Any,
@@ -83,6 +101,8 @@ def account(
     path: Path = "midpoint",
     memory: int | str | None = None,
     microbatch: int | None = None,
+    on_step: Callable[[Sweep], Any] | None = None,
+    resume: Sweep | None = None,
 ) -> RunAccount:
     """Account for a run of AdamW steps: what each of its sequences did to E, momentum credited to those that made it.
 
@@ -99,6 +119,8 @@ def account(
             each sequence of E, and about ten more. Where they do not fit, E is split, and each part sweeps over the run
             by itself: `steps` must then be something that can be iterated again, such as a list.
         microbatch: as in `fkernel.kernel`.
+        on_step: called after every step with the sweep as it stands. Its rows are changed in place by the next one.
+        resume: a sweep to go on from; f, E, steps, path and memory are those that it was made with.
 
     Returns:
         RunAccount.
@@ -134,27 +156,45 @@ def account(
         )
     run: Iterable[RunStep] = chain(iter((last,)), again)
     del last  # an exhausted iterator over it holds nothing
-    accounts = list[RunAccount]()
+    accounts = list[RunAccount](() if resume is None else resume.done)
     with reuse_memory():
-        for start in range(0, n, block):
+        for i, start in enumerate(range(0, n, block)):
+            if i < len(accounts):
+                continue
             part = E if block >= n else take(E, slice(start, start + block))
-            accounts.append(_sweep(f, part, run if start == 0 else steps, passes))
+            begun = resume if resume is not None and i == len(resume.done) else None
+            begun = begun or Sweep((*accounts,), 0, {}, (), torch.empty(0))
+            accounts.append(_sweep(f, part, run, passes, begun, on_step))
+            run = steps
     return accounts[0] if len(accounts) == 1 else _joined(accounts)
 
 
-def _sweep(f: Function, E: Any, steps: Iterable[RunStep], passes: Passes) -> RunAccount:
-    """Walk the run backwards."""
+def _sweep(
+    f: Function,
+    E: Any,
+    steps: Iterable[RunStep],
+    passes: Passes,
+    begun: Sweep,
+    on_step: Callable[[Sweep], Any] | None,
+) -> RunAccount:
+    """Walk the run backwards, from where it was begun."""
     adjoints, m = Adjoints(SortedBatch("E", E, f), passes), usual_microbatch(passes.microbatch, E)
-    columns, start, after = list[StepColumns](), None, torch.empty(0)
+    columns, start, after, seen = [*begun.columns], None, begun.after, 0
     for step in steps:
         _check(f, E, step)
+        start, seen = (step.params, step.state.exp_avg), seen + 1
+        if seen == begun.taken:
+            adjoints.resume(step, begun.rows)
+        if seen <= begun.taken:
+            continue
         with error_context(f"step {step.number}"):
             own, delta = adjoints.back(step)
-        if start is None:
+        if seen == 1:
             after = evaluated(f, tree.axpy(1.0, delta, step.params), E, m)
         columns.append(own)
-        start = step.params, step.state.exp_avg
         del step, delta  # frees them before the next is loaded
+        if on_step is not None:
+            on_step(Sweep(begun.done, seen, adjoints.rows, (*columns,), after))
     assert start is not None
     before, realised = -adjoints.along(start[1]), (after - evaluated(f, start[0], E, m)).cpu()
     C, *others = zip(*reversed(columns), strict=True)
