@@ -7,6 +7,7 @@ from fkernel.checkpoint.model import load_adapter, load_model, load_tokenizer
 from fkernel.checkpoint.optimizer import adamw_state, load_adamw_state, optimizer_state, stored_optimizer_state
 from fkernel.checkpoint.order import ORDERS
 from fkernel.checkpoint.skeleton import Skeleton, estimate_model, skeleton_of, workload_of
+from fkernel.checkpoint.weights import architecture
 
 __all__ = [
     "ORDERS",
@@ -15,6 +16,7 @@ __all__ = [
     "Provenance",
     "Skeleton",
     "adamw_state",
+    "architecture",
     "estimate_model",
     "load",
     "load_adamw_state",

@@ -1,4 +1,4 @@
-"""A run's steps as they were taken: recorded by a tap on log-probabilities, checked as they are written, and read.
+"""A run's steps as they were taken: recorded by a tap on log-probabilities, checked, read again, replayed.
 
 A room of its own because it looks at a living training, which no other room does. It stands above `rollout` and
 `checkpoint`: what it reads back are their batches and states.
@@ -6,7 +6,27 @@ A room of its own because it looks at a living training, which no other room doe
 
 from fkernel.record.layout import RecordedMicrobatch
 from fkernel.record.opened import OpenStep
+from fkernel.record.policy import fill
 from fkernel.record.reading import RecordedStep, Recording, Snapshot
 from fkernel.record.recorder import Recorder
+from fkernel.record.replaying import Change, State, Training, distance, replay, training_of
+from fkernel.record.restored import States
+from fkernel.record.run_steps import RunSteps
 
-__all__ = ["OpenStep", "RecordedMicrobatch", "RecordedStep", "Recorder", "Recording", "Snapshot"]
+__all__ = [
+    "Change",
+    "OpenStep",
+    "RecordedMicrobatch",
+    "RecordedStep",
+    "Recorder",
+    "Recording",
+    "RunSteps",
+    "Snapshot",
+    "State",
+    "States",
+    "Training",
+    "distance",
+    "fill",
+    "replay",
+    "training_of",
+]

@@ -139,6 +139,15 @@ def read_step(place: Path) -> tuple[dict[str, Any], tuple[RecordedMicrobatch, ..
     return facts, tuple(passes), rows
 
 
+def step_checksums(place: Path) -> dict[str, str]:
+    """Read the checksums of a step's files.
+
+    Raises:
+        StoreError: it is missing or damaged.
+    """
+    return _read(place / STEP)["sha256"]
+
+
 def write_snapshot(place: Path, facts: Mapping[str, Any], weights: Tree, optimizer: Tree) -> None:
     """Write a snapshot's directory."""
     _write(place, SNAPSHOT, facts, {WEIGHTS: weights, OPTIMIZER: optimizer})

@@ -124,7 +124,9 @@ class Norms:
 
     def _keep(self, name: str, leaf: Tensor) -> None:
         if leaf.grad is not None:
-            self._squares[name] = torch.linalg.vector_norm(leaf.grad, dtype=torch.float32)
+            self._squares[name] = torch.linalg.vector_norm(
+                leaf.grad, dtype=torch.promote_types(leaf.grad.dtype, torch.float32)
+            )
 
     def clear(self) -> None:
         """Forget the step before."""

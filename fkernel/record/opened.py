@@ -107,7 +107,10 @@ class OpenStep:
             )
         self.settings[i] = settings
         grads = {name: leaf.grad for name, leaf in params.items() if leaf.grad is not None}
-        norms = [torch.linalg.vector_norm(grad, dtype=torch.float32).cpu() for grad in grads.values()]
+        norms = [
+            torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32)).cpu()
+            for grad in grads.values()
+        ]
         scale = 1.0 if grad_scale is None else float(grad_scale)
         self._seen |= {name: float(norm) / scale for name, norm in zip(grads, norms, strict=True)}
 

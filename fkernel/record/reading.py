@@ -10,15 +10,27 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from fkernel.checkpoint import optimizer_state
 from fkernel.engine import Microbatch
 from fkernel.errors import StoreError
 from fkernel.func import Weighted
 from fkernel.precond import OptimizerState
-from fkernel.record.directory import SNAPSHOTS, STEPS, numbered, place_of, read_about, read_snapshot, read_step
+from fkernel.record.directory import (
+    SNAPSHOTS,
+    STEPS,
+    numbered,
+    place_of,
+    read_about,
+    read_snapshot,
+    read_step,
+    step_checksums,
+)
 from fkernel.record.gradients import passes_of, weighted
 from fkernel.record.layout import RecordedMicrobatch, Row, unpadded
 from fkernel.record.optimizers import state_dict_of
+from fkernel.record.policy import load_policy, tokenizer_of
 from fkernel.rollout import GeneratedBatch, Provenance, Sampling, SequenceRecord
 from fkernel.shapes import Tree
 
@@ -64,21 +76,25 @@ class RecordedStep:
         return tuple(tuple(float(group["lr"]) for group in groups or ()) for groups in self.settings)
 
     @cached_property
+    def records(self) -> tuple[SequenceRecord, ...]:
+        """The sequences that had a response; `batch` has what their fields are."""
+        return tuple(
+            self._record(row, unpadded(self.microbatches[row["microbatch"]], row["row"])) for row in self._answered
+        )
+
+    @cached_property
     def batch(self) -> GeneratedBatch:
         """The sequences that had a response, with ω and η as the part "loss".
 
         logprobs and entropies are those of the trainer where it computed them at temperature 1, else empty; logqs are
         its log-probabilities before this step's first pass where it kept them (`old_logprobs`), else the same numbers.
         """
-        records = tuple(
-            self._record(row, unpadded(self.microbatches[row["microbatch"]], row["row"])) for row in self._answered
-        )
-        return GeneratedBatch(records, None, Sampling(temperature=self.temperature), self.pad_id)
+        return GeneratedBatch(self.records, None, Sampling(temperature=self.temperature), self.pad_id)
 
     @property
     def sequence_ids(self) -> list[str]:
         """Ids of the batch's sequences within the run: step, then id, as "0012/U-003-05"."""
-        return [f"{self.number:04d}/{name}" for name in self.batch.ids]
+        return [f"{self.number:04d}/{record.sequence_id}" for record in self.records]
 
     @property
     def weighted(self) -> Weighted:
@@ -190,6 +206,46 @@ class Recording:
         """Numbers of steps between the first and the last that are not there."""
         steps = self.steps
         return tuple(sorted({*range(steps[0], steps[-1] + 1)} - {*steps})) if steps else ()
+
+    def checksums(self, number: int) -> dict[str, str]:
+        """Checksums of a step's files, by which it is told from another.
+
+        Raises:
+            StoreError: it is not there, or damaged.
+        """
+        self._need(number, self.steps, "step")
+        return step_checksums(place_of(self.directory, STEPS, number))
+
+    def check_steps(self, steps: range) -> None:
+        """Raise StoreError unless all of some steps are there."""
+        lacking = sorted({*steps} - {*self.steps})
+        if lacking or not steps:
+            raise StoreError(
+                f"{str(self.directory)!r} lacks the steps {_numbers(lacking)} of {steps.start} to {steps.stop - 1}; it "
+                f"holds {_numbers(self.steps)}."
+            )
+
+    def policy(
+        self, *, base: str | Path | None = None, attention: str | None = "eager", trust_remote_code: bool = False
+    ) -> nn.Module:
+        """Build the policy that was trained; its trained parameters are those of a new one, until they are filled in.
+
+        Args:
+            base: the base model's directory, of an adapter or of a partly frozen model, where it is no longer where the
+                training read it.
+            attention: as transformers names it; None for the training's own.
+            trust_remote_code: whether the model's own code may be executed.
+
+        Raises:
+            ModelError: the model is not transformers', its base is not there, or is another one.
+        """
+        options: dict[str, Any] = {"base": base, "attention": attention, "trust_remote_code": trust_remote_code}
+        return load_policy(self.directory, self.about["shapes"], **options)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, or None where there was none."""
+        return tokenizer_of(self.directory)
 
     def step(self, number: int) -> RecordedStep:
         """Read a step, its checksums verified.

@@ -25,6 +25,7 @@ from fkernel.record.directory import STEPS, numbered, place_of, remove_partial, 
 from fkernel.record.gradients import Norms, Repeater
 from fkernel.record.opened import OpenStep
 from fkernel.record.optimizers import bare_model, bare_optimizer, class_of, settings_of, trained_names
+from fkernel.record.policy import keep_policy
 from fkernel.record.resuming import step_is_new
 from fkernel.record.states import FIRST, check_arguments, snapshot_due, write_state
 from fkernel.record.tapping import Tap
@@ -151,6 +152,7 @@ class Recorder:
                 **about,
             },
         )
+        keep_policy(self.directory, bare, self._trained, self.tokenizer)
         self._model, self._groups = bare, names
         self._norms = Norms(self._trained)
         self._handles += [self._norms]
