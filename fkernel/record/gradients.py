@@ -113,12 +113,21 @@ def mismatch(number: int, check: GradientCheck, dropout: Sequence[str], temperat
 
 
 class Norms:
-    """‖∇L‖ as the backward passes left it, before anything clips: hooks on the parameters' accumulated gradients."""
+    """‖∇L‖ as the backward passes left it, before anything clips: hooks on the parameters' accumulated gradients.
 
-    def __init__(self, params: Mapping[str, Tensor]) -> None:
-        self._squares = dict[str, Tensor]()
+    Where processes average their gradients, they do so after those hooks, as the backward pass ends. Norms are then
+    taken at its very end: DDP averages in a callback there, and a callback that another one adds comes after them all.
+
+    Args:
+        params: {name: parameter}.
+        averaged: whether DistributedDataParallel averages gradients.
+    """
+
+    def __init__(self, params: Mapping[str, Tensor], averaged: bool = False) -> None:
+        self._squares, self._params, self._waiting = dict[str, Tensor](), params, False
+        keep = self._keep_all_later if averaged else self._keep
         self._handles = [
-            leaf.register_post_accumulate_grad_hook(lambda leaf, name=name: self._keep(name, leaf))
+            leaf.register_post_accumulate_grad_hook(lambda leaf, name=name: keep(name, leaf))
             for name, leaf in params.items()
         ]
 
@@ -128,9 +137,21 @@ class Norms:
                 leaf.grad, dtype=torch.promote_types(leaf.grad.dtype, torch.float32)
             )
 
+    def _keep_all_later(self, *_: Any) -> None:
+        if not self._waiting:
+            self._waiting = True
+            at_end: Any = torch.autograd.Variable._execution_engine.queue_callback  # pyright: ignore
+            at_end(lambda: at_end(self._keep_all))
+
+    def _keep_all(self) -> None:
+        self._waiting = False
+        for name, leaf in self._params.items():
+            self._keep(name, leaf)
+
     def clear(self) -> None:
         """Forget the step before."""
         self._squares.clear()
+        self._waiting = False
 
     def remove(self) -> None:
         """Take the hooks off."""

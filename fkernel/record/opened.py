@@ -20,7 +20,8 @@ from fkernel.record.gradients import (
     uneven_factor,
 )
 from fkernel.record.layout import RecordedMicrobatch
-from fkernel.record.tapping import Tap
+from fkernel.record.ranks import Ranks
+from fkernel.record.tapping import Pass, Tap
 from fkernel.shapes import Tensor
 
 UNCLIPPED = 1e-6
@@ -32,14 +33,17 @@ class OpenStep:
 
     Attributes:
         number: optimizer steps taken before it.
-        taps: micro-batches so far.
+        taps: micro-batches of this process so far.
+        scale: of the loss, GradScaler's.
+        passes: micro-batches of all processes, once an optimizer is about to step; in the first process.
+        norms: {name: ‖∇L_name‖}, then too.
     """
 
     def __init__(self, number: int, scaler: Any, facts: dict[str, Any]) -> None:
         self.number, self.scaler, self.taps = number, scaler, list[Tap]()
         self.scale = 1.0
         self.norms, self.settings = dict[str, float](), dict[int, list[dict[str, Any]]]()
-        self.microbatches: tuple[RecordedMicrobatch, ...] = ()
+        self.passes: tuple[Pass, ...] = ()
         self._facts, self._seen = facts, dict[str, float]()
         self._check: GradientCheck | None = None
 
@@ -63,12 +67,16 @@ class OpenStep:
         except (TypeError, ValueError) as error:
             raise BatchError(f"Step {self.number}: {', '.join(facts)} is no JSON: {error}.") from error
 
-    def freeze(self, scale: float, norms: dict[str, float]) -> None:
-        """Take what the taps kept, just before an optimizer steps.
+    @property
+    def microbatches(self) -> tuple[RecordedMicrobatch, ...]:
+        """What each of the passes was given, and what autograd handed back."""
+        return tuple(each.microbatch for each in self.passes)
+
+    def freeze(self, ranks: Ranks) -> list[Pass]:
+        """Take what this process's taps kept, just before an optimizer steps.
 
         Args:
-            scale: of the loss.
-            norms: {name: ‖∇L_name‖}.
+            ranks: the processes; the gradient is the mean of theirs, so that ω is divided by their number.
 
         Raises:
             ModelError: nothing was tapped, or no backward pass came through.
@@ -84,8 +92,8 @@ class OpenStep:
                 f"Step {self.number}: no backward pass came through the tapped log-probabilities. Use what "
                 f"recorder.tap returns, or what it was given, in the loss, and call backward() before optimizer.step()."
             )
-        self.scale, self.norms = scale, norms
-        self.microbatches = tuple(tap.taken(scale) for tap in self.taps)
+        where, scale = {"rank": ranks.rank} if ranks.size > 1 else {}, self.scale * ranks.size
+        return [Pass(tap.taken(scale), [row | where for row in tap.rows], tap.heard) for tap in self.taps]
 
     def look(
         self, i: int, settings: list[dict[str, Any]], params: Mapping[str, Tensor], grad_scale: Tensor | None
@@ -114,12 +122,16 @@ class OpenStep:
         scale = 1.0 if grad_scale is None else float(grad_scale)
         self._seen |= {name: float(norm) / scale for name, norm in zip(grads, norms, strict=True)}
 
-    def compare(self, repeater: Repeater, params: Mapping[str, Tensor]) -> str | None:
-        """Compute the record's gradient, hold the optimizers' against it, and say what is wrong, or None.
+    def compare(self, repeater: Repeater, params: Mapping[str, Tensor], first: bool) -> None:
+        """Compute the record's gradient, and hold the optimizers' against it.
 
         Args:
             repeater: of the model.
             params: {name: parameter}, with their gradients.
+            first: whether it must agree; a later step that does not is a warning.
+
+        Raises:
+            ModelError: it is not the same, and must be.
         """
         seen = {name: leaf.grad for name, leaf in params.items() if leaf.grad is not None}
         try:
@@ -127,19 +139,31 @@ class OpenStep:
         except torch.OutOfMemoryError:
             said = f"Step {self.number}: its gradient was not checked: there is no memory for the logits of a sequence."
             warnings.warn(said, ModelWarning, stacklevel=2)
-            return None
+            return
         self._check = compare_gradients(recorded, seen, repeater.tolerance)
-        whole = norm_of(self.norms)
+        wrong, whole = None, norm_of(self.norms)
         if not self._check.passed:
-            return mismatch(self.number, self._check, dropping(repeater.model), repeater.temperature)
-        if abs(self._check.norm - whole) > repeater.tolerance * max(whole, 1e-30):
-            return (
+            wrong = mismatch(self.number, self._check, dropping(repeater.model), repeater.temperature)
+        elif abs(self._check.norm - whole) > repeater.tolerance * max(whole, 1e-30):
+            wrong = (
                 f"Step {self.number}: the recorded token weights give a gradient of norm {self._check.norm:.6g}, and "
                 f"backward left one of {whole:.6g}, in the same direction. Is the loss scaled (a GradScaler that "
                 f"recorder.step(scaler=…) was not given), or do gradients of an earlier step still add up "
                 f"(optimizer.zero_grad())?"
             )
-        return None
+        if wrong is not None and first:
+            raise ModelError(wrong)
+        if wrong is not None:
+            warnings.warn(wrong, ModelWarning, stacklevel=2)
+
+    def losses(self) -> list[float | None]:
+        """The losses that were noted with this process's micro-batches.
+
+        Raises:
+            ModelError: no optimizer stepped.
+        """
+        self.check_complete()
+        return [None if each.loss is None else float(each.loss) for each in self.taps]
 
     def check_complete(self) -> None:
         """Check that there is something to write.
@@ -150,10 +174,13 @@ class OpenStep:
         if not self.settings:
             raise ModelError(f"Step {self.number}: no optimizer stepped; expected optimizer.step() within the step.")
 
-    def contents(self, tokenizer: Any = None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    def contents(
+        self, losses: Sequence[Sequence[float | None]], tokenizer: Any = None
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """What is written: facts of the step, and of each sequence.
 
         Args:
+            losses: of each process's micro-batches; the step's is the processes' mean.
             tokenizer: for texts that were not given; None to leave them out.
         """
         whole, own = norm_of(self.norms), {name: self.norms.get(name, 0.0) for name in self._seen}
@@ -166,22 +193,22 @@ class OpenStep:
                 ModelWarning,
                 stacklevel=2,
             )
-        losses = [None if each.loss is None else float(each.loss) for each in self.taps]
+        noted = [None if loss is None else loss / len(losses) for own in losses for loss in own]
         passes = [
             {
-                "sequences": len(each),
-                "width": each.width,
-                "prompt_width": each.prompt_width,
+                "sequences": len(each.microbatch),
+                "width": each.microbatch.width,
+                "prompt_width": each.microbatch.prompt_width,
                 "loss": loss,
-                "heard": tap.heard,
+                "heard": each.heard,
             }
-            for each, tap, loss in zip(self.microbatches, self.taps, losses, strict=True)
+            for each, loss in zip(self.passes, noted, strict=True)
         ]
         count = max(self.settings) + 1
         facts = {
             "number": self.number,
             "microbatches": passes,
-            "loss": sum(each for each in losses if each is not None) if None not in losses else None,
+            "loss": sum(each for each in noted if each is not None) if None not in noted else None,
             "optimizers": [self.settings.get(i) for i in range(count)],
             "grad_norm": whole,
             "clip": 1.0 if abs(clip - 1) < UNCLIPPED else clip,
@@ -190,7 +217,7 @@ class OpenStep:
             "check": None if self._check is None else self._check._asdict(),
             "facts": self._facts,
         }
-        return facts, named_rows(self.microbatches, [tap.rows for tap in self.taps], tokenizer)
+        return facts, named_rows(self.microbatches, [each.rows for each in self.passes], tokenizer)
 
 
 def named_rows(

@@ -5,12 +5,12 @@
         loss(logp).backward()
         optimizer.step()                             a hook looks at gradients and settings just before
 
-Nothing of the loop changes: the tap is the identity, and hooks only look.
+Nothing of the loop changes: the tap is the identity, and hooks only look. Where several processes train, each makes a
+Recorder of the same directory; the first one writes what all of them tapped.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,17 +19,27 @@ from typing import Any
 import torch
 from torch import nn
 
-from fkernel.errors import ModelError, ModelWarning, StoreError
+from fkernel.errors import ModelError, StoreError
 from fkernel.io import locked, plain_errors
-from fkernel.record.directory import STEPS, numbered, place_of, remove_partial, write_about, write_step
+from fkernel.record.bound import Bound
+from fkernel.record.directory import (
+    SNAPSHOTS,
+    STEPS,
+    numbered,
+    place_of,
+    remove_partial,
+    write_about,
+    write_step,
+)
 from fkernel.record.gradients import Norms, Repeater
 from fkernel.record.opened import OpenStep
-from fkernel.record.optimizers import bare_model, bare_optimizer, class_of, settings_of, trained_names
+from fkernel.record.optimizers import settings_of
 from fkernel.record.policy import keep_policy
+from fkernel.record.ranks import Ranks
 from fkernel.record.resuming import step_is_new
 from fkernel.record.states import FIRST, check_arguments, snapshot_due, write_state
 from fkernel.record.tapping import Tap
-from fkernel.record.trl import attach_to
+from fkernel.record.trainers import attach_to
 from fkernel.shapes import Tensor
 
 
@@ -52,7 +62,7 @@ class Recorder:
         tokenizer: for texts, where none are given.
 
     Raises:
-        ModelError: an argument is none of these, or several processes train.
+        ModelError: an argument is none of these, or several processes train without DistributedDataParallel.
         OptimizerStateError: the optimizer is not this model's, or leaves a trained parameter out.
         StoreError: the directory cannot be written, is in use, or holds another run.
 
@@ -96,12 +106,13 @@ class Recorder:
         self._next: int | None = None
         self._checked, self._closed = False, False
         self._repeater: Repeater | None = None
-        self._model: nn.Module | None = None
-        self._handles, self._resources = list[Any](), ExitStack()
-        with plain_errors("record in", self.directory):
-            self.directory.mkdir(parents=True, exist_ok=True)
-        self._resources.enter_context(locked(self.directory, "lock"))
-        remove_partial(self.directory)
+        self._bound: Bound | None = None
+        self._handles, self._resources, self._ranks = list[Any](), ExitStack(), Ranks()
+        if self._ranks.first:
+            with plain_errors("record in", self.directory):
+                self.directory.mkdir(parents=True, exist_ok=True)
+            self._resources.enter_context(locked(self.directory, "lock"))
+            remove_partial(self.directory)
         try:
             if model is not None and optimizer is not None:
                 self.bind(model, optimizer)
@@ -126,43 +137,26 @@ class Recorder:
         Raises:
             ModelError, OptimizerStateError, StoreError: as the constructor.
         """
-        if self._closed or self._model is not None:
+        if self._closed or self._bound is not None:
             state = "is closed" if self._closed else "has its model already"
             raise ModelError(f"This recorder {state}; make another one: of the same directory, to record more steps.")
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if distributed and torch.distributed.get_world_size() > 1:
-            raise ModelError("Several processes train; only a training of one process is recorded as yet.")
-        given = optimizer if isinstance(optimizer, list | tuple) else [optimizer]
-        bare, self._optimizers = bare_model(model), [bare_optimizer(each) for each in given]
-        names = trained_names(bare, self._optimizers)
+        self._ranks.join(model)
+        bound = Bound.of(model, optimizer)
         self._precision |= {key: about.pop(key) for key in [*self._precision] if key in about}
-        params = dict(bare.named_parameters())
-        self._trained = {name: params[name] for groups in names for group in groups for name in group}
-        write_about(
-            self.directory,
-            {
-                "model": type(bare).__qualname__,
-                "shapes": {name: [*leaf.shape] for name, leaf in self._trained.items()},
-                "dtypes": sorted({str(leaf.dtype)[6:] for leaf in self._trained.values()}),
-                "optimizers": [
-                    {"class": class_of(each), "groups": groups}
-                    for each, groups in zip(self._optimizers, names, strict=True)
-                ],
-                **self._precision,
-                **about,
-            },
-        )
-        keep_policy(self.directory, bare, self._trained, self.tokenizer)
-        self._model, self._groups = bare, names
-        self._norms = Norms(self._trained)
+        self._ranks.agree(lambda: self._write_about(bound, about))
+        self._bound, self._norms = bound, Norms(bound.trained, averaged=self._ranks.size > 1)
         self._handles += [self._norms]
         self._handles += [
             each.register_step_pre_hook(lambda optimizer, *_: self._before_optimizer(optimizer))
-            for each in self._optimizers
+            for each in bound.optimizers
         ]
 
+    def _write_about(self, bound: Bound, about: dict[str, Any]) -> None:
+        write_about(self.directory, {**bound.about(), **self._precision, **about})
+        keep_policy(self.directory, bound.model, bound.trained, self.tokenizer)
+
     def attach(self, trainer: Any) -> Recorder:
-        """Record a trainer of TRL: GRPO or RLOO. Three lines in a script, this one before `trainer.train()`.
+        """Record a trainer, before `trainer.train()`: TRL's GRPO, RLOO, SFT or DPO, or transformers' with a causal LM.
 
         Args:
             trainer: made, not yet training.
@@ -171,8 +165,8 @@ class Recorder:
             The recorder itself.
 
         Raises:
-            ModelError: it is no such trainer, or hides its log-probabilities: a fused loss, packing, an auxiliary loss
-                of the routers, several processes.
+            ModelError: it is no such trainer, or hides its log-probabilities: a fused loss, packing, label smoothing,
+                an auxiliary loss of the routers, FSDP, DeepSpeed.
         """
         attach_to(self, trainer)
         return self
@@ -248,66 +242,63 @@ class Recorder:
 
     def begin(self, number: int | None = None, scaler: Any = None, facts: Any = None) -> None:
         """Begin a step, for callbacks; `step` does it for loops."""
-        if self._model is None:
-            raise ModelError(
-                "This recorder knows no model yet: give Recorder(…, model=, optimizer=), or attach(trainer)."
-            )
+        self._need_bound()
         if self._open is not None:
             raise ModelError(f"Step {self._open.number} is still open; steps do not nest.")
-        if number is None:
-            steps = numbered(self.directory, STEPS)
-            if self._next is None and steps:
-                raise StoreError(
-                    f"{str(self.directory)!r} holds the steps {steps[0]} to {steps[-1]} already. If the run is "
-                    f"resumed, say which step this is: recorder.step(number=…); else choose another directory."
-                )
-            number = self._next or 0
+        if number is None and self._next is None:
+            self._ranks.agree(self._check_empty)
+        number = (self._next or 0) if number is None else number
         self._norms.clear()
         self._open = OpenStep(number, scaler, dict(facts or {}))
+
+    def _check_empty(self) -> None:
+        steps = numbered(self.directory, STEPS)
+        if steps:
+            raise StoreError(
+                f"{str(self.directory)!r} holds the steps {steps[0]} to {steps[-1]} already. If the run is resumed, "
+                f"say which step this is: recorder.step(number=…); else choose another directory."
+            )
 
     def end(self) -> None:
         """Write the open step, for callbacks; `step` does it for loops."""
         step, self._open = self._need_open("end"), None
         if not step.settings and step.scaler is not None:
             return  # skipped: the loss overflowed
-        step.check_complete()
-        facts, rows = step.contents(self.tokenizer)
+        losses = self._ranks.collect(step.losses)
+        self.last, self._next = self._ranks.agree(lambda: self._write(step, losses)), step.number + 1
+
+    def _write(self, step: OpenStep, losses: list[list[float | None]]) -> dict[str, Any]:
+        facts, rows = step.contents(losses, self.tokenizer)
         if step_is_new(self.directory, step.number, facts, step.microbatches, self.resume):
             write_step(place_of(self.directory, STEPS, step.number), facts, step.microbatches, rows)
-        self.last, self._next = facts, step.number + 1
+        return facts
 
     def _before_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Just before an optimizer steps: gradients and settings are there, and θ is what it was."""
-        step = self._need_open("the optimizer's step")
+        step, bound = self._need_open("the optimizer's step"), self._need_bound()
         if not step.settings:
-            scale = 1.0 if step.scaler is None else float(step.scaler.get_scale())
-            step.freeze(scale, self._norms.taken(scale))
-            due = snapshot_due(self.directory, self._snapshots, step.number)
-            if due or not self._checked:
-                self._check(step)
-            if due:
-                self.snapshot(step.number)
-        i = next(i for i, each in enumerate(self._optimizers) if each is optimizer)
-        own = {name: self._trained[name] for group in self._groups[i] for name in group}
-        step.look(i, settings_of(optimizer), own, getattr(optimizer, "grad_scale", None))
+            step.scale = 1.0 if step.scaler is None else float(step.scaler.get_scale())
+            every = self._ranks.collect(lambda: step.freeze(self._ranks))
+            step.passes, step.norms = tuple(each for own in every for each in own), self._norms.taken(step.scale)
+            self._ranks.agree(lambda: self._look(step, bound))
+        i = bound.position(optimizer)
+        step.look(i, settings_of(optimizer), bound.own(i), getattr(optimizer, "grad_scale", None))
 
-    def _check(self, step: OpenStep) -> None:
-        """Hold the gradient that the optimizer is given against the record's; the first one must pass."""
-        assert self._model is not None
-        if step.scaler is not None and self._precision["autocast"] is None:
-            return  # float16: another precision than can be repeated
-        self._repeater = self._repeater or Repeater(self._model, **self._precision)
-        said = step.compare(self._repeater, self._trained)
-        if said is not None and not self._checked:
-            raise ModelError(said)
-        if said is not None:
-            warnings.warn(said, ModelWarning, stacklevel=2)
-        self._checked = True
+    def _look(self, step: OpenStep, bound: Bound) -> None:
+        """Check the gradient at the first step and at snapshots; keep the state where it is due."""
+        due = snapshot_due(self.directory, self._snapshots, step.number)
+        half = step.scaler is not None and self._precision["autocast"] is None  # float16 is not repeated
+        if (due or not self._checked) and not half:
+            self._repeater = self._repeater or Repeater(bound.model, **self._precision)
+            step.compare(self._repeater, bound.trained, first=not self._checked)
+            self._checked = True
+        if due:
+            self.snapshot(step.number)
 
     # ------------------------------------------------------------------------------------------------------ the state
 
     def snapshot(self, number: int | None = None) -> Path:
-        """Keep θ and the optimizers' state as they are now: before step `number`.
+        """Keep θ and the optimizers' state as they are now, before step `number`; the first process does.
 
         Args:
             number: None for the step that comes next.
@@ -315,10 +306,10 @@ class Recorder:
         Raises:
             StoreError: there is a snapshot of that step with other weights.
         """
-        if self._model is None:
-            raise ModelError("This recorder knows no model yet.")
-        number = (self._next or 0) if number is None else number
-        return write_state(self.directory, number, self._model, self._optimizers, self._trained, self.resume)
+        bound, number = self._need_bound(), (self._next or 0) if number is None else number
+        if not self._ranks.first:
+            return place_of(self.directory, SNAPSHOTS, number)
+        return write_state(self.directory, number, bound.model, bound.optimizers, bound.trained, self.resume)
 
     def close(self, end: bool = True) -> None:
         """Take all hooks off, and release the directory.
@@ -341,6 +332,13 @@ class Recorder:
     def __exit__(self, kind: Any, *_: Any) -> None:
         """Close; without a last snapshot where the block failed."""
         self.close(end=kind is None)
+
+    def _need_bound(self) -> Bound:
+        if self._bound is None:
+            raise ModelError(
+                "This recorder knows no model yet: give Recorder(…, model=, optimizer=), or attach(trainer)."
+            )
+        return self._bound
 
     def _need_open(self, what: str) -> OpenStep:
         if self._open is None:

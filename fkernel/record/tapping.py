@@ -7,13 +7,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from fkernel.errors import BatchError, listing
 from fkernel.record.layout import RecordedMicrobatch, last_columns, prompt_width
 from fkernel.shapes import Tensor
+
+
+class Pass(NamedTuple):
+    """What a tap kept of one backward pass.
+
+    Attributes:
+        microbatch: tokens, masks and weights.
+        rows: what was given with each of its rows, JSON.
+        heard: whether a backward pass came through.
+    """
+
+    microbatch: RecordedMicrobatch
+    rows: list[dict[str, Any]]
+    heard: bool
 
 
 class Tap:
@@ -50,8 +64,22 @@ class Tap:
         if entropy is not None:
             self._values["entropies"] = entropy.detach().clone()
         self._others, self.rows = dict[str, Tensor](), [dict[str, Any]() for _ in range(b)]
+        self.add(**metadata)
+        self._listen("token_weights", logp)
+        if entropy is not None and entropy.requires_grad:
+            self._listen("entropy_weights", entropy)
+
+    def add(self, **metadata: Any) -> None:
+        """Keep more of what belongs to the rows.
+
+        Args:
+            metadata: {name: values}, as the constructor takes them.
+
+        Raises:
+            BatchError: values are not of b sequences, or no JSON.
+        """
         for name, values in metadata.items():
-            self._take(name, values, logp.shape)
+            self._take(name, values)
         try:
             json.dumps(self.rows, allow_nan=False)
         except (TypeError, ValueError) as error:
@@ -59,19 +87,22 @@ class Tap:
                 f"What was given with a micro-batch ({listing([*metadata])}) is no JSON: {error}. Expected texts, "
                 f"finite numbers, None, and lists and mappings of them for each sequence."
             ) from error
-        self._listen("token_weights", logp)
-        if entropy is not None and entropy.requires_grad:
-            self._listen("entropy_weights", entropy)
+
+    def hear(self, grad: Tensor, name: str = "token_weights") -> None:
+        """Take what a backward pass handed back; several add up.
+
+        Args:
+            grad: [b k] ∂L/∂log π, or ∂L/∂H.
+            name: "token_weights" or "entropy_weights".
+        """
+        before = self._grads.get(name)
+        self._grads[name] = grad.detach().clone() if before is None else before + grad.detach()
 
     def _listen(self, name: str, tensor: Tensor) -> None:
-        def keep(grad: Tensor) -> None:
-            before = self._grads.get(name)
-            self._grads[name] = grad.detach().clone() if before is None else before + grad.detach()
+        tensor.register_hook(lambda grad: self.hear(grad, name))
 
-        tensor.register_hook(keep)
-
-    def _take(self, name: str, values: Any, shape: torch.Size) -> None:
-        b = self._shape[0]
+    def _take(self, name: str, values: Any) -> None:
+        b, shape = self._shape[0], self._values["logprobs"].shape
         if isinstance(values, torch.Tensor) and values.ndim == 2 and values.shape == shape:
             self._others[name] = values.detach().clone()
             return

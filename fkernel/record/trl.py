@@ -3,9 +3,9 @@
     _get_per_token_logps_and_entropies      log π and H of a micro-batch's completions → tap
     compute_loss                            the micro-batch itself: advantages, log-probabilities of others, the loss
     _generate_and_score_completions         which group and rewards a row has; rows are numbered, and shuffled later
-    on_step_begin, on_step_end              one optimizer step
 
-All are replaced on the trainer that is attached, not on its class.
+Of several processes each generates and trains on rows of its own; rewards are gathered from all, and a group of
+completions may be spread over processes.
 """
 
 from __future__ import annotations
@@ -38,80 +38,26 @@ KEPT = 3
 """Generations whose rows are remembered."""
 
 
-def attach_to(recorder: Any, trainer: Any) -> None:
-    """Attach a recorder to a trainer.
-
-    Args:
-        recorder: without a model.
-        trainer: made, not yet training.
-
-    Raises:
-        ModelError: the trainer hides its log-probabilities; it says how.
-    """
-    refuse_hidden(trainer)
-    recorder.tokenizer = recorder.tokenizer or text_tokenizer(trainer)
-    attached = Attached(recorder, trainer)
-    for name in (LOGPS, "compute_loss", GENERATE, REWARDS):
-        if hasattr(trainer, name):
-            setattr(trainer, name, getattr(attached, name.lstrip("_"))(getattr(trainer, name)))
-    trainer.add_callback(_callback(recorder, trainer))
-
-
-def refuse_hidden(trainer: Any) -> None:
-    """Refuse a trainer whose log-probabilities, or loss, cannot be seen.
-
-    Args:
-        trainer: any.
-
-    Raises:
-        ModelError: it is such a one.
-
-    Example:
-        >>> refuse_hidden(object())
-        Traceback (most recent call last):
-        fkernel.errors.ModelError: object has no method '_get_per_token_logps_and_entropies', ...
-    """
-    args, name = getattr(trainer, "args", None), type(trainer).__name__
-
-    def option(*keys: str) -> bool:
-        return any(bool(getattr(place, key, False)) for key in keys for place in (trainer, args))
-
-    if not all(hasattr(trainer, method) for method in (LOGPS, "compute_loss", "add_callback")):
-        raise ModelError(
-            f"{name} has no method {LOGPS!r}, by which TRL's GRPOTrainer and RLOOTrainer compute log-probabilities, so "
-            f"that they cannot be seen. In a loop of your own, recorder.tap takes them."
-        )
-    fused = option("use_liger_loss") or (hasattr(trainer, "compute_liger_loss") and option("use_liger_kernel"))
-    hidden = {
-        "a liger loss, which computes log-probabilities within the loss (use_liger_loss=False)": fused,
-        "packed batches, where a row is several sequences (packing=False)": option("packing"),
-        "batches without padding, where a row is several sequences (padding_free=False)": option("padding_free"),
-        "an auxiliary loss of the routers, which is no function of log-probabilities (router_aux_loss_coef=0)": option(
-            "aux_loss_enabled"
-        ),
-        "DeepSpeed, which keeps gradients to itself": option("is_deepspeed_enabled"),
-        "FSDP, which scatters parameters": option("is_fsdp_enabled"),
-        f"{_processes(trainer)} processes; one is recorded as yet": _processes(trainer) > 1,
-    }
-    for what, there in hidden.items():
-        if there:
-            raise ModelError(f"{name} uses {what}. A record of it would be wrong, so that nothing is recorded.")
-
-
-def text_tokenizer(trainer: Any) -> Any:
-    """The tokenizer of a trainer, or of its processor."""
-    processor = getattr(trainer, "processing_class", None)
-    return getattr(processor, "tokenizer", processor)
-
-
-class Attached:
+class PolicyGradient:
     """The trainer's methods, with the recorder listening; each method here makes one of the trainer's."""
+
+    methods = (LOGPS, "compute_loss", GENERATE, REWARDS)
+    head = "trl"
 
     def __init__(self, recorder: Any, trainer: Any) -> None:
         self.recorder, self.trainer = recorder, trainer
         self._inputs: Mapping[str, Any] | None = None
         self._rewards: Tensor | None = None
         self._rows, self._generations = dict[int, dict[str, Any]](), 0
+
+    def hidden(self) -> dict[str, bool]:
+        """What this kind of trainer refuses, and whether it is there."""
+        kernel = bool(getattr(getattr(self.trainer, "args", None), "use_liger_kernel", False))
+        return {
+            "a liger loss, which computes log-probabilities within the loss (use_liger_kernel=False)": (
+                kernel and hasattr(self.trainer, "compute_liger_loss")
+            )
+        }
 
     def compute_loss(self, before: Any) -> Any:
         """Remember the micro-batch while its loss is computed."""
@@ -177,16 +123,18 @@ class Attached:
     def _numbered(self, inputs: Any, n: int) -> Tensor:
         self._generations += 1
         numbers = torch.arange(n) + self._generations * 2**32
+        first = int(getattr(self.trainer.accelerator, "process_index", 0)) * n  # of this process, among the rows of all
         oldest = (self._generations - KEPT) * 2**32
         self._rows = {number: row for number, row in self._rows.items() if number >= oldest}
         for i, number in enumerate(numbers.tolist()):
             extra = inputs[i] if len(inputs) == n and isinstance(inputs[i], Mapping) else {}
             facts = {"data": {key: value for key, value in extra.items() if key != "prompt" and _is_json(value)}}
-            group = f"{self._generations}-{i // self.trainer.num_generations}"
-            self._rows[number] = {"group": group, **self._reward(i), **(facts if facts["data"] else {})}
+            group = f"{self._generations}-{(first + i) // self.trainer.num_generations}"
+            self._rows[number] = {"group": group, **self._reward(first + i), **(facts if facts["data"] else {})}
         return numbers
 
     def _reward(self, i: int) -> dict[str, Any]:
+        """What the reward functions said of row i of all processes."""
         names = getattr(self.trainer, "reward_func_names", None)
         if self._rewards is None or names is None or i >= len(self._rewards):
             return {}
@@ -213,66 +161,6 @@ class Attached:
             given["old_logprob"] = inputs["old_logps"]
         leaves = {name: inputs[key] for key, name in OTHERS.items() if inputs.get(key) is not None}
         return given | {name: leaf for name, leaf in leaves.items() if leaf.shape == logp.shape}
-
-
-def precision_of(trainer: Any) -> dict[str, Any]:
-    """Temperature, autocast and head of a trainer, as `Recorder.bind` takes them."""
-    mixed = getattr(getattr(trainer, "accelerator", None), "mixed_precision", "no")
-    return {
-        "temperature": float(getattr(trainer, "temperature", None) or 1.0),
-        "autocast": "bfloat16" if mixed == "bf16" else None,
-        "head": "trl",
-    }
-
-
-def _callback(recorder: Any, trainer: Any) -> Any:
-    from transformers import TrainerCallback
-
-    class Recording(TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            settings = {key: _plain(value) for key, value in vars(args).items() if _is_json(_plain(value))}
-            arguments = {key: settings[key] for key in SETTINGS if key in settings}
-            about = {"trainer": type(trainer).__name__, "arguments": arguments}
-            recorder.bind(
-                trainer.accelerator.unwrap_model(trainer.model), trainer.optimizer, **about, **precision_of(trainer)
-            )
-
-        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            scaler = getattr(trainer.accelerator, "scaler", None)
-            recorder.begin(state.global_step, scaler, {"seed": args.seed, "epoch": state.epoch})
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            recorder.end()
-
-        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            recorder.close()
-
-    return Recording()
-
-
-SETTINGS = (
-    "loss_type",
-    "beta",
-    "epsilon",
-    "num_generations",
-    "num_iterations",
-    "temperature",
-    "max_completion_length",
-    "scale_rewards",
-    "max_grad_norm",
-    "gradient_accumulation_steps",
-    "per_device_train_batch_size",
-    "seed",
-)
-"""Of a trainer's arguments, those that are kept: they say what the loss was, and must be the same on resuming."""
-
-
-def _processes(trainer: Any) -> int:
-    return int(getattr(getattr(trainer, "accelerator", None), "num_processes", 1))
-
-
-def _plain(value: Any) -> Any:
-    return getattr(value, "value", value)
 
 
 def _is_json(value: Any) -> bool:

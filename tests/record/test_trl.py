@@ -187,7 +187,12 @@ def test_a_run_that_is_resumed_is_compared(tmp_path):
         ({"padding_free": True}, "without padding"),
         ({"aux_loss_enabled": True}, "auxiliary loss of the routers"),
         ({"is_fsdp_enabled": True}, "FSDP"),
-        ({"accelerator": SimpleNamespace(num_processes=2)}, "2 processes"),
+        ({"is_deepspeed_enabled": True}, "DeepSpeed"),
+        ({"args": SimpleNamespace(n_gpu=2)}, "launch one process a device"),
+        (
+            {"accelerator": SimpleNamespace(parallelism_config=SimpleNamespace(tp_size=2))},
+            "tensor, context or sequence",
+        ),
     ],
 )
 def test_what_hides_its_log_probabilities_is_refused(tmp_path, option, said):
@@ -202,6 +207,6 @@ def test_what_hides_its_log_probabilities_is_refused(tmp_path, option, said):
 def test_another_trainer_is_refused(tmp_path):
     with (
         Recorder(tmp_path) as recorder,
-        pytest.raises(ModelError, match=r"no method '_get_per_token_logps.*recorder\.tap"),
+        pytest.raises(ModelError, match=r"no trainer that can be attached.*SFTTrainer.*recorder\.tap"),
     ):
         recorder.attach(SimpleNamespace(compute_loss=None))

@@ -51,6 +51,21 @@ def test_gradients_that_still_add_up_are_told(tmp_path, model, optimizer):
             take(recorder, model, optimizer)
 
 
+def test_the_same_gradient_twice_is_told(tmp_path, model, optimizer):
+    with Recorder(tmp_path / "once", model, optimizer) as recorder, pytest.raises(ModelError, match="no optimizer"):
+        passes_alone(recorder, model)
+    with (
+        Recorder(tmp_path / "twice", model, optimizer) as recorder,
+        pytest.raises(ModelError, match=r"in the same direction.*still add up"),
+    ):
+        take(recorder, model, optimizer)
+
+
+def passes_alone(recorder: Recorder, model: Any) -> None:
+    with recorder.step():
+        backward(recorder, model)
+
+
 def backward_alone(model: Any) -> None:
     ids, attention, response, advantages = tensors(0)
     loss_of(*statistics(model, ids, attention), response, advantages).backward()
