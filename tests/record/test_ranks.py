@@ -178,3 +178,26 @@ def test_supervised_in_two_processes(tmp_path):
                 assert torch.allclose(each.token_weights[each.response_mask], torch.tensor(-1.0 / n))
             assert len({record.provenance.group for record in step.batch}) == 16
         assert recording.about["arguments"]["num_processes"] == 2
+
+
+def test_preference_in_two_processes(tmp_path):
+    for rank in (0, 1):
+        policy().save_pretrained(tmp_path / f"rank-{rank}" / "base")
+    ran(tmp_path, "preference")
+    recording = Recording.open(tmp_path / "recording")
+    log = [row for row in torch.load(tmp_path / "log-0.pt", weights_only=False) if "grad_norm" in row]
+    for number in recording.steps:
+        step = recording.step(number)
+        assert step.check is not None
+        assert step.check["relative_error"] < 1e-6
+        assert step.grad_norm == pytest.approx(log[number]["grad_norm"], rel=1e-5)
+        assert step.loss == pytest.approx(log[number]["loss"], rel=1e-5)
+        pairs: dict[int, list[Any]] = {}
+        for row, record in zip(step.rows, step.batch, strict=True):
+            assert record.provenance.group == row["pair"] + 8 * row["rank"]
+            assert record.sequence_id.endswith("00" if row["chosen"] else "01")
+            pairs.setdefault(record.provenance.group, []).append(record.prompt)
+        assert sorted(pairs) == [*range(16)]
+        assert all(len(prompts) == 2 and len({*prompts}) == 1 for prompts in pairs.values())
+        for each in step.microbatches:
+            assert bool(each.others["reference_logprobs"].any())

@@ -158,8 +158,18 @@ def supervised(place: Path, rank: int) -> None:
         torch.save(trainer.state.log_history, place / name / f"log-{rank}.pt")
 
 
+def preference(place: Path, rank: int) -> None:
+    """TRL's DPOTrainer with an adapter: the reference is the model without it, and without its wrapper."""
+    from tests.record.trainers import dpo
+
+    trainer = dpo(place / f"rank-{rank}", lora=True)
+    Recorder(place / "recording", snapshots="every").attach(trainer)
+    trainer.train()
+    torch.save(trainer.state.log_history, place / f"log-{rank}.pt")
+
+
 WHAT: dict[str, Callable[[Path, int], None]] = {
-    each.__name__: each for each in (loop, beside, overflow, again, unwrapped, grpo, supervised)
+    each.__name__: each for each in (loop, beside, overflow, again, unwrapped, grpo, supervised, preference)
 }
 
 if __name__ == "__main__":
