@@ -3,6 +3,7 @@
 from tests.mutants import Mutation
 
 RUN = "tests/test_run_account.py"
+REPORT = "tests/study/test_account_report.py"
 ADDS_UP = f"{RUN}::test_the_columns_add_up_to_the_change_that_happened[own]"
 MUTATIONS = [
     Mutation(
@@ -116,5 +117,103 @@ MUTATIONS = [
         "engine/run.py",
         "if block < n and again is steps:",
         "if False:",
+    ),
+    Mutation(
+        "what steps' own gradients did is momentum's",
+        f"{REPORT}::test_a_row_is_what_adds_up_to_the_change_of_a_probe",
+        "report/run_tables.py",
+        'ledger["sequences"] - results["own"].sum(1, dtype=np.float64)',
+        'ledger["sequences"]',
+    ),
+    Mutation(
+        "a column of rounding is shown",
+        f"{REPORT}::test_a_column_of_rounding_alone_is_left_out_and_named[2.9e-07-0.0001-False]",
+        "report/run_tables.py",
+        "if any(np.abs(results[name][order]) > floor) and any(",
+        "if any(",
+    ),
+    Mutation(
+        "nats in thousandths' name",
+        f"{REPORT}::test_an_account_is_in_one_unit_which_depends_on_its_largest_number",
+        "report/run_tables.py",
+        "if most > 1 else (1e3,",
+        "if most > 1 else (1.0,",
+    ),
+    Mutation(
+        "everything is told apart from chance",
+        f"{REPORT}::test_culprits_come_in_the_order_of_their_contributions",
+        "report/run_tables.py",
+        '"*" if marked[places[share.id]] else " "',
+        '"*"',
+    ),
+    Mutation(
+        "a prompt without advantages counts against the probe",
+        f"{REPORT}::test_prompts_are_counted_by_step_and_nothing_is_neither_for_nor_against",
+        "report/run_tables.py",
+        "there = np.flatnonzero(C)",
+        "there = np.arange(len(C))",
+    ),
+    Mutation(
+        "a ledger that does not close is not loud",
+        f"{REPORT}::test_what_does_not_add_up_is_loud[remainder-midpoint---path gauss2]",
+        "report/run_tables.py",
+        "(size > LEFT_OVER * realised)",
+        "(size > realised)",
+    ),
+    Mutation(
+        "rounding is loud",
+        f"{REPORT}::test_rounding_is_never_loud",
+        "report/run_tables.py",
+        'size > FLOORS * results["floor"]',
+        "size > 0.0",
+    ),
+    Mutation(
+        "control characters reach the terminal",
+        f"{REPORT}::test_anything_is_shown_and_drawn[odd texts]",
+        "report/run_tables.py",
+        'c if c.isprintable() else "·" for c in text)',
+        "c for c in text)",
+    ),
+    Mutation(
+        "a timeline of steps instead of their running sum",
+        f"{REPORT}::test_a_timeline_is_the_running_sum_and_ends_where_the_change_was_measured",
+        "report/run_pictures.py",
+        "np.concatenate([[0.0], values.cumsum()])",
+        "np.concatenate([[0.0], values])",
+    ),
+    Mutation(
+        "a turn in the step after it",
+        f"{REPORT}::test_a_timeline_is_the_running_sum_and_ends_where_the_change_was_measured",
+        "report/run_pictures.py",
+        "axes.axvline(steps[i], color=GREY",
+        "axes.axvline(steps[i] + 1, color=GREY",
+    ),
+    Mutation(
+        "red lowers",
+        f"{REPORT}::test_bars_of_a_step_are_blue_where_it_lowers_and_red_where_it_raises",
+        "report/run_pictures.py",
+        "SIGNS = ((-1, BLUE), (1, RED))",
+        "SIGNS = ((1, BLUE), (-1, RED))",
+    ),
+    Mutation(
+        "a heatmap whose white is not zero",
+        f"{REPORT}::test_a_heatmap_is_symmetric_about_white",
+        "report/run_pictures.py",
+        "vmin=-limit, vmax=limit, **style)",
+        "vmin=values.min(), vmax=limit, **style)",
+    ),
+    Mutation(
+        "a reward function's line goes to its neighbour",
+        f"{REPORT}::test_rewards_are_drawn_as_running_sums",
+        "report/run_pictures.py",
+        "_running(axes, steps, values[:, r],",
+        "_running(axes, steps, values[:, r - 1],",
+    ),
+    Mutation(
+        "two probes share the name of a file",
+        f"{REPORT}::test_names_of_files_are_safe_and_differ",
+        "report/run_pictures.py",
+        "while unlike.lower() in taken:",
+        "while unlike in taken:",
     ),
 ]
