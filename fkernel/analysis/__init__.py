@@ -9,6 +9,7 @@ from fkernel.analysis.decomposition import Ledger, floor_from, floor_scale, ledg
 from fkernel.analysis.other_steps import Alternative, Counterfactual, alternative_step, counterfactual
 from fkernel.analysis.parts import ENDS, by_part, missed, shares, summed
 from fkernel.analysis.permutation_test import Permutations, Significance, permutation_rms, permutations, significance
+from fkernel.analysis.runs import Recurrence, recurrences, reward_shares, turning_points
 from fkernel.analysis.step_fit import Fit
 from fkernel.analysis.structure import Clusters, Correlation, KernelPCA, alignment, clusters, correlations, kernel_pca
 from fkernel.analysis.sweep import DECADES, Sweep, step_sweep
@@ -44,6 +45,7 @@ __all__ = [
     "Ledger",
     "Permutations",
     "Ranks",
+    "Recurrence",
     "Resamplings",
     "Share",
     "Significance",
@@ -70,7 +72,9 @@ __all__ = [
     "permutation_rms",
     "permutations",
     "rank_interval",
+    "recurrences",
     "resamplings",
+    "reward_shares",
     "rounding_floor",
     "shares",
     "significance",
@@ -79,4 +83,5 @@ __all__ = [
     "token_change",
     "token_kernel",
     "total_ranks",
+    "turning_points",
 ]

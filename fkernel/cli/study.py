@@ -33,8 +33,8 @@ def run(
     """
     with exit_on_error():
         with importing():
-            from fkernel.study import FisherKernelPlan, read_plan
-        loaded = read_plan(plan, FisherKernelPlan)
+            from fkernel.study import FisherKernelPlan, as_recorded, read_plan
+        loaded = as_recorded(read_plan(plan, FisherKernelPlan))
         if out is not None:
             loaded = loaded.model_copy(update={"out": str(out)})
         results = execute(loaded, overwrite, log)

@@ -4,6 +4,7 @@ A room of its own because it looks at a living training, which no other room doe
 `checkpoint`: what it reads back are their batches and states.
 """
 
+from fkernel.record.as_checkpoint import checkpoint_before
 from fkernel.record.layout import RecordedMicrobatch
 from fkernel.record.opened import OpenStep
 from fkernel.record.policy import fill
@@ -25,6 +26,7 @@ __all__ = [
     "State",
     "States",
     "Training",
+    "checkpoint_before",
     "distance",
     "fill",
     "replay",

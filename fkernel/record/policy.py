@@ -81,16 +81,12 @@ def load_policy(
     Raises:
         ModelError: the recording has no architecture, its base model is not there, or is another one.
     """
-    place = directory / MODEL
-    if not (place / POLICY).is_file():
+    place, about = directory / MODEL, _about(directory)
+    if about is None:
         raise ModelError(
             f"{str(directory)!r} records a model that is not transformers', so that its architecture is not kept; give "
             f"the model."
         )
-    try:
-        about = read_checksummed(place / POLICY)
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{str(place / POLICY)!r} cannot be read: {error}") from error
     dtypes = about["dtypes"]
     if dtypes:
         model = load_model(_there(base or about["base"], directory, dtypes), trust_remote_code=trust_remote_code)
@@ -117,6 +113,22 @@ def tokenizer_of(directory: Path, trust_remote_code: bool = False) -> Any:
     """
     place = directory / MODEL
     return load_tokenizer(place, trust_remote_code=trust_remote_code) if place.is_dir() else None
+
+
+def attention_of(directory: Path) -> str | None:
+    """The attention that was trained with, or None."""
+    about = _about(directory)
+    return None if about is None else about["attention"]
+
+
+def _about(directory: Path) -> dict[str, Any] | None:
+    place = directory / MODEL / POLICY
+    if not place.is_file():
+        return None
+    try:
+        return read_checksummed(place)
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{str(place)!r} cannot be read: {error}") from error
 
 
 def fill(model: nn.Module, params: Tree) -> None:

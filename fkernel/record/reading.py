@@ -30,7 +30,7 @@ from fkernel.record.directory import (
 from fkernel.record.gradients import passes_of, weighted
 from fkernel.record.layout import RecordedMicrobatch, Row, unpadded
 from fkernel.record.optimizers import state_dict_of
-from fkernel.record.policy import load_policy, tokenizer_of
+from fkernel.record.policy import attention_of, load_policy, tokenizer_of
 from fkernel.rollout import GeneratedBatch, Provenance, Sampling, SequenceRecord
 from fkernel.shapes import Tree
 
@@ -114,7 +114,9 @@ class RecordedStep:
     def _record(self, known: Mapping[str, Any], row: Row) -> SequenceRecord:
         stem, _, completion = known["sequence_id"].rpartition("-")
         place = hashlib.sha256(json.dumps(row.prompt_ids).encode()).hexdigest()[:12]
-        plain = self.temperature == 1
+        mask = self.microbatches[known["microbatch"]].response_mask[known["row"]].nonzero().flatten()
+        whole = len(mask) == len(row.response_ids)  # a loss that leaves tokens out computes no log π of them
+        plain = self.temperature == 1 and whole
         entropies = any(each.entropy_weights is not None for each in self.microbatches)
         η = row.entropy_weights or (0.0,) * len(row.response_ids)
         rewards = known.get("rewards") or {}
@@ -125,7 +127,7 @@ class RecordedStep:
             prompt=known.get("prompt") or "",
             response=known.get("response") or "",
             logprobs=row.logprobs if plain else (),
-            logqs=row.others.get("old_logprobs", row.logprobs),
+            logqs=row.others.get("old_logprobs", row.logprobs) if whole else (),
             entropies=row.entropies if plain else (),
             finish=known.get("finish", "given"),
             provenance=Provenance(
@@ -243,6 +245,11 @@ class Recording:
         return load_policy(self.directory, self.about["shapes"], **options)
 
     @property
+    def attention(self) -> str | None:
+        """The attention that was trained with, as transformers names it; None where that is not known."""
+        return attention_of(self.directory)
+
+    @property
     def tokenizer(self) -> Any:
         """The tokenizer, or None where there was none."""
         return tokenizer_of(self.directory)
@@ -314,24 +321,6 @@ class Recording:
             "missing": list(self.missing),
         }
 
-    def show(self) -> str:
-        """A table of the steps, as text."""
-        about = self.summary()
-        lines = [
-            f"{about['model']}: {about['parameters']:,} trained parameters, {len(about['steps'])} steps, "
-            f"{about['bytes'] / 2**20:.1f} MiB",
-            f"snapshots before steps: {_numbers(about['snapshots'])}; missing steps: {_numbers(about['missing'])}",
-            f"{'step':>6} {'seqs':>5} {'tokens':>7} {'loss':>10} {'lr':>9} {'‖∇L‖':>9} {'clip':>7} {'check':>8}",
-        ]
-        for row in about["steps"]:
-            rates = [rate for rates in row["lr"] for rate in rates]
-            lines.append(
-                f"{row['step']:>6} {row['sequences']:>5} {row['tokens']:>7} {_cell(row['loss'], '10.4g')} "
-                f"{_cell(max(rates, default=None), '9.3g')} {row['grad_norm']:>9.4g} {row['clip']:>7.4g} "
-                f"{_cell(row['check'], '8.1e')}"
-            )
-        return "\n".join(lines)
-
     def _need(self, number: int, there: tuple[int, ...], what: str) -> None:
         if number not in there:
             raise StoreError(f"There is no {what} {number} in {str(self.directory)!r}; there are {_numbers(there)}.")
@@ -347,7 +336,3 @@ def _count(shape: list[int]) -> int:
 def _numbers(numbers: Any) -> str:
     shown = ", ".join(map(str, numbers[:8]))
     return "none" if not numbers else shown if len(numbers) <= 8 else f"{shown}, … {numbers[-1]} ({len(numbers)})"
-
-
-def _cell(value: float | None, form: str) -> str:
-    return f"{'–':>{form.partition('.')[0]}}" if value is None else format(value, f">{form}")

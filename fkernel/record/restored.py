@@ -3,8 +3,8 @@
     snapshot ─────── k ─────── 2k ─────── 3k … next snapshot      replayed once, every k-th state kept on disk
                                 └ 2k+1 … 3k−1 ┘                   replayed again when the walk comes to it, then deleted
 
-A walk over L states between two snapshots replays them at most twice and keeps ⌈L/k⌉ + k − 2 of them at a time; k is the
-smallest that the grant allows. What is kept is found again by an account that was killed.
+A walk over L states between two snapshots replays them at most twice and keeps ⌈L/k⌉ + k − 2 of them at a time; k is
+the smallest that the grant allows. What is kept is found again by an account that was killed.
 """
 
 from __future__ import annotations

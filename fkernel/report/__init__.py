@@ -14,17 +14,38 @@ from fkernel.report.gallery import draw_all
 from fkernel.report.heatmaps import covariates_panel, tokens_panel
 from fkernel.report.panels import ledger_panel, parts_panel, sweep_panel
 from fkernel.report.pictures import contributor_bars, heatmap, influence_histogram, predicted_vs_realised, spectrum
+from fkernel.report.replays import (
+    recording_lines,
+    recording_table,
+    replay_lines,
+    replay_record,
+    replay_table,
+)
+from fkernel.report.run_pictures import (
+    culprit_bars,
+    draw_account,
+    influence_over_steps,
+    rewards_timeline,
+    run_heatmap,
+    timeline,
+)
+from fkernel.report.run_tables import account_lines, account_table, culprits_table, prompts_table, rewards_table
 from fkernel.report.table import calibration_table, effects_table, influence_table, pair_view, study_lines
 from fkernel.report.tokens import token_html, token_table, token_text
 from fkernel.report.update_panels import health_panel, structure_panel
 
 __all__ = [
+    "account_lines",
+    "account_table",
     "batch_lines",
     "batch_table",
     "calibration_table",
     "contributor_bars",
     "counterfactuals_panel",
     "covariates_panel",
+    "culprit_bars",
+    "culprits_table",
+    "draw_account",
     "draw_all",
     "effects_table",
     "estimate_line",
@@ -36,6 +57,7 @@ __all__ = [
     "health_panel",
     "heatmap",
     "influence_histogram",
+    "influence_over_steps",
     "influence_table",
     "ledger_panel",
     "ledger_table",
@@ -44,11 +66,21 @@ __all__ = [
     "parts_panel",
     "preconditioners_panel",
     "predicted_vs_realised",
+    "prompts_table",
+    "recording_lines",
+    "recording_table",
+    "replay_lines",
+    "replay_record",
+    "replay_table",
     "request_tables",
+    "rewards_table",
+    "rewards_timeline",
+    "run_heatmap",
     "spectrum",
     "structure_panel",
     "study_lines",
     "sweep_panel",
+    "timeline",
     "token_html",
     "token_table",
     "token_text",

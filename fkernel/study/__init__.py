@@ -5,6 +5,10 @@ plan → workspace (U, its gradients, P) → one answer per request → results
 
 from fkernel.engine import Gradients
 from fkernel.errors import ResultsError
+from fkernel.study.accounts.computing import account_recording
+from fkernel.study.accounts.counterfactual import ReplayResults, replay_probes
+from fkernel.study.accounts.probes import read_probes
+from fkernel.study.accounts.results import AccountResults, Share
 from fkernel.study.analyses.registry import AnalysesPlan, RequestAnalyses
 from fkernel.study.checks import check_inputs, check_out
 from fkernel.study.config.capture import CapturePlan
@@ -14,6 +18,7 @@ from fkernel.study.config.plan import TEMPLATE, FisherKernelPlan, NumericsPlan, 
 from fkernel.study.config.requests import AnyRequest, BatchRequest
 from fkernel.study.config.step import PreconditionerPlan, StepPlan
 from fkernel.study.diagnostics import Blocks, Spectrum, cosines, spectrum, top_contributors
+from fkernel.study.from_recording import as_recorded
 from fkernel.study.gradients import GradientCache
 from fkernel.study.log import LEVELS, recorded
 from fkernel.study.loss_terms import LossTerms
@@ -29,6 +34,7 @@ from fkernel.study.workspace import KernelWorkspace, load_workspace, serialize_w
 __all__ = [
     "LEVELS",
     "TEMPLATE",
+    "AccountResults",
     "AnalysesPlan",
     "AnalysisResult",
     "AnyRequest",
@@ -51,6 +57,7 @@ __all__ = [
     "PolicyGradientLoss",
     "PreconditionerPlan",
     "PreferenceLoss",
+    "ReplayResults",
     "RequestAnalyses",
     "RequestResult",
     "ResultsError",
@@ -58,9 +65,12 @@ __all__ = [
     "SelfKernel",
     "SequenceInfo",
     "SequenceRatioLoss",
+    "Share",
     "Spectrum",
     "StepPlan",
     "StoragePlan",
+    "account_recording",
+    "as_recorded",
     "check_inputs",
     "check_out",
     "check_saved_batch",
@@ -71,7 +81,9 @@ __all__ = [
     "influence_of",
     "load_workspace",
     "read_plan",
+    "read_probes",
     "recorded",
+    "replay_probes",
     "sampled",
     "self_kernel_of",
     "serialize_workspace",

@@ -20,20 +20,20 @@ def check_inputs(plan: FisherKernelPlan) -> None:
         PlanError: files are missing; one line each, with the key in the plan.
         RolloutError: a function cannot be imported.
     """
-    named = {"checkpoint.path": plan.checkpoint.path, "checkpoint.base": plan.checkpoint.base}
+    named = {"checkpoint.path": plan.checkpoint.place, "checkpoint.base": plan.checkpoint.base}
     named["checkpoint.model"] = plan.checkpoint.model
     named["checkpoint.names"] = names if isinstance(names := plan.checkpoint.names, str) else None
     if plan.step.after is not None:
-        named["step.after.path"] = plan.step.after.path
+        named["step.after.path"] = plan.step.after.place
     if plan.step.loss is not None:
-        named |= {f"step.loss.{place}.path": one.path for place, one in plan.step.loss.checkpoints.items()}
+        named |= {f"step.loss.{place}.path": one.place for place, one in plan.step.loss.checkpoints.items()}
     for i, prompts in enumerate(plan.prompts):
         named[f"prompts.{i}.jsonl"], named[f"prompts.{i}.dataset"] = prompts.jsonl, prompts.dataset
     every = {"analyses": plan.analyses, **{f"requests.{i}.analyses": r.analyses for i, r in enumerate(plan.requests)}}
     for place, analyses in every.items():
         for observable in () if analyses is None else analyses.observables:
             if observable.reference is not None:
-                named[f"{place}.observables.{observable.name}.reference.path"] = observable.reference.path
+                named[f"{place}.observables.{observable.name}.reference.path"] = observable.reference.place
             if observable.function is not None:
                 dotted(observable.function, OBSERVABLE)
     named["update.path"] = getattr(plan.update, "path", None)

@@ -25,6 +25,7 @@ from fkernel.study.config.requests import UpdateBatch
 from fkernel.study.draws import BatchSource
 from fkernel.study.evaluation import Question, evaluate
 from fkernel.study.facts import facts_of_step
+from fkernel.study.from_recording import as_recorded
 from fkernel.study.gradients import GradientCache
 from fkernel.study.kept import answer_cache, answers, earlier, own_answer, results_of
 from fkernel.study.log import LOGGER, phase, say
@@ -69,7 +70,7 @@ class FisherKernelRunner:
 
     def _take(self, plan: FisherKernelPlan) -> None:
         """Reset to a new plan."""
-        self.plan = plan
+        self.plan = as_recorded(plan)
         self.workspace: KernelWorkspace | None = None
         self._step: AdamWStep | None = None
         self._prepared: Policy | None = None
@@ -83,7 +84,7 @@ class FisherKernelRunner:
     @cached_property
     def checkpoint(self) -> Checkpoint:
         """The checkpoint, loaded on first use."""
-        with phase(self.logger, "loading the checkpoint", path=self.plan.checkpoint.path) as facts:
+        with phase(self.logger, "loading the checkpoint", path=self.plan.checkpoint.place) as facts:
             loaded = self.plan.checkpoint.load(getattr(torch, self.plan.numerics.dtype))
             loaded.model.to(self.plan.numerics.device)
             facts["fingerprint"] = loaded.provenance.fingerprint[:12]

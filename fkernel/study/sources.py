@@ -94,7 +94,7 @@ def describing_files(one: CheckpointPlan) -> dict[str, str]:
         {file name: SHA-256}; those of `base` and `model` are under base/ and model/.
     """
     patterns = (*DESCRIBING, "*.py") if one.trust_remote_code else DESCRIBING
-    places = [("", f"{one.path}/model"), ("", one.path), ("base/", one.base), ("model/", one.model)]
+    places = [("", f"{one.place}/model"), ("", one.place), ("base/", one.base), ("model/", one.model)]
     return {
         f"{start}{file.name}": checksum(file)
         for start, place in places

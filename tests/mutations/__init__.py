@@ -15,8 +15,10 @@ from tests.mutations import (
     objectives,
     optimizers,
     preconditioners,
+    record,
     report,
     rollout,
+    runs,
     structure,
     study,
     trl,
@@ -30,6 +32,8 @@ QUICK = [
     *uncertainty.MUTATIONS,
     *audit.MUTATIONS,
     *account.MUTATIONS,
+    *record.MUTATIONS,
+    *runs.MUTATIONS,
     *objectives.MUTATIONS,
     *optimizers.MUTATIONS,
     *preconditioners.MUTATIONS,
@@ -38,5 +42,5 @@ QUICK = [
     *models.MUTATIONS,
     *engine.MUTATIONS,
 ]
-SLOW = [report.MUTATIONS, loss_plan.MUTATIONS, trl.MUTATIONS, preconditioners.STUDIES]
+SLOW = [report.MUTATIONS, record.TRAINERS, runs.REAL, loss_plan.MUTATIONS, trl.MUTATIONS, preconditioners.STUDIES]
 ALL = [*QUICK, *(mutation for kind in SLOW for mutation in kind)]

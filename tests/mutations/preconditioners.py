@@ -171,8 +171,8 @@ STUDIES = [
     Mutation(
         "a text that is an answer as often as it is drawn",
         f"{SELECTED}::test_a_text_that_was_drawn_twice_is_one_answer",
-        "study/analyses/observables.py", "context.batch.records[i].response: i",
-        "context.batch.records[i].sequence_id: i",
+        "study/analyses/observables.py", "batch.records[i].response: i",
+        "batch.records[i].sequence_id: i",
     ),
     Mutation(
         "parameters asked of nobody",

@@ -101,10 +101,11 @@ def test_nothing_is_pickled(run):
     assert not [file for file in files if file.read_bytes()[:2] == b"\x80\x02"]
 
 
-def test_show_says_what_there_is(run):
-    text = Recording.open(run[0]).show()
-    assert "3 steps" in text
-    assert "snapshots before steps: 0, 1, 2, 3; missing steps: none" in text
+def test_a_summary_says_what_there_is(run):
+    summary = Recording.open(run[0]).summary()
+    assert [row["step"] for row in summary["steps"]] == [0, 1, 2]
+    assert (summary["snapshots"], summary["missing"]) == ([0, 1, 2, 3], [])
+    assert all(row["sequences"] == 5 and row["check"] < 1e-5 for row in summary["steps"])
 
 
 # ----------------------------------------------------------------------------------------------- killed and resumed

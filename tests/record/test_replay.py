@@ -77,7 +77,7 @@ def test_a_grant_that_is_too_small_is_refused(tmp_path):
     model = gpt2().double()
     train(tmp_path / "sparse", range(STEPS), model, adamw(model), snapshots="first")
     with pytest.raises(StoreError, match=r"hold 1 states.*give \d+ bytes"):
-        [*States(training_of(Recording.open(tmp_path / "sparse")), range(STEPS), tmp_path / "scratch", 200_000)]
+        list(States(training_of(Recording.open(tmp_path / "sparse")), range(STEPS), tmp_path / "scratch", 200_000))
 
 
 def test_what_is_dropped_is_as_if_it_had_no_weight_in_the_loss(tmp_path):

@@ -14,7 +14,7 @@ from fkernel.engine import check_side
 from fkernel.errors import RolloutError, listing
 from fkernel.func.handles import ProductSpec, RowSpec
 from fkernel.func.inputs import take
-from fkernel.rollout import dotted
+from fkernel.rollout import GeneratedBatch, dotted
 from fkernel.shapes import Tensor
 from fkernel.study.analyses.analysis import NAME, Analysis
 from fkernel.study.analyses.context import RequestContext
@@ -114,7 +114,7 @@ def observable_of(context: RequestContext, config: ObservablePlan) -> Observable
         case "log_odds":
             return _odds(context, config)
         case _:
-            return _rewards(context)
+            return expected_rewards(apply, temperature, context.batch, context.E, context.like)
 
 
 def _odds(context: RequestContext, config: ObservablePlan) -> Observable:
@@ -130,13 +130,23 @@ def _odds(context: RequestContext, config: ObservablePlan) -> Observable:
     ])  # fmt: skip
 
 
-def _rewards(context: RequestContext) -> Observable:
+def expected_rewards(apply: Any, temperature: float, batch: GeneratedBatch, E: Any, like: Tensor) -> Observable:
     """Expected reward over the distinct completions of a prompt; every prompt must have as many completions.
 
     Completions with equal texts are one answer, the first of them, since rewards are of texts.
+
+    Args:
+        apply: the policy.
+        temperature: τ.
+        batch: the sequences, with rewards.
+        E: the same as the engine takes them.
+        like: for the rewards' device and dtype.
+
+    Raises:
+        AnalysisUnavailable: a prompt has one answer, prompts have different numbers of them, or rewards are missing.
     """
     prompts: dict[str, list[int]] = {}
-    for i, record in enumerate(context.batch):
+    for i, record in enumerate(batch):
         prompts.setdefault(record.provenance.global_prompt_id, []).append(i)
     sizes = {len(rows) for rows in prompts.values()}
     if sizes == {1} or len(sizes) > 1:
@@ -144,19 +154,18 @@ def _rewards(context: RequestContext) -> Observable:
             f"it needs two answers or more a prompt, of each prompt as many; there are {sorted(sizes)}"
         )
     try:
-        rewards = context.batch.rewards
+        rewards = batch.rewards
     except RolloutError as error:
         raise AnalysisUnavailable(str(error)) from None
-    different = [
-        [*{context.batch.records[i].response: i for i in reversed(rows)}.values()] for rows in prompts.values()
-    ]
+    different = [[*{batch.records[i].response: i for i in reversed(rows)}.values()] for rows in prompts.values()]
     most = max(map(len, different))
     table = torch.tensor(
         [rows + rows[:1] * (most - len(rows)) for rows in different]
     )  # padded with repetitions, which count once
-    answers = tuple(take(context.E, table[:, k]) for k in range(table.shape[1]))
-    f = func.expected_reward(context.policy.apply, context.policy.temperature)
-    return Observable(f, func.Answers(answers, rewards[table].to(context.like)), [*prompts])
+    answers = tuple(take(E, table[:, k]) for k in range(table.shape[1]))
+    return Observable(
+        func.expected_reward(apply, temperature), func.Answers(answers, rewards[table].to(like)), [*prompts]
+    )
 
 
 OBSERVABLES = Analysis(

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from fkernel import checkpoint, func
 from fkernel.checkpoint import read_json
 from fkernel.errors import PlanError, listing
+from fkernel.record import Recording, checkpoint_before
 from fkernel.rollout import Gym, PromptSource, SampleGenerator, Sampling, dataset, jsonl
 from fkernel.shapes import Tree
 
@@ -23,10 +24,12 @@ class Strict(BaseModel):
 
 
 class CheckpointPlan(Strict):
-    """The arguments of `fkernel.checkpoint.load`.
+    """The arguments of `fkernel.checkpoint.load`; or a recording, and the step before which its state is taken.
 
     Attributes:
         path: a directory, a file, or "hub:org/name".
+        recording: a directory that a Recorder wrote, instead of `path`.
+        step: of the recording.
         model: for layouts without an architecture: a directory with config.json.
         base: an adapter's base model, where the adapter does not record a directory that is here.
         names: the parameters' names in the optimizer's order, where the state records none: a list of names, one list
@@ -37,7 +40,9 @@ class CheckpointPlan(Strict):
         trust_remote_code: whether the model's own code may be executed.
     """
 
-    path: str
+    path: str | None = None
+    recording: str | None = Field(None, description="a recording's directory, instead of path")
+    step: int | None = Field(None, ge=0, description="the step of the recording that begins here")
     model: str | None = Field(None, description="a directory with config.json, for layouts without an architecture")
     base: str | None = Field(None, description="an adapter's base model")
     names: str | tuple[str, ...] | tuple[tuple[str, ...], ...] | None = Field(
@@ -48,16 +53,36 @@ class CheckpointPlan(Strict):
     optimizer: bool = Field(True, description="false to skip the optimizer's state")
     trust_remote_code: bool = False
 
+    @model_validator(mode="after")
+    def _where(self) -> CheckpointPlan:
+        one_of(self, "path", "recording")
+        if (self.recording is None) != (self.step is None):
+            raise ValueError("step is a recording's, and a recording needs one: {recording: DIR, step: 12}")
+        return self
+
+    @property
+    def place(self) -> str:
+        """Its directory or file."""
+        return str(self.path or self.recording)
+
     def load(self, dtype: torch.dtype = torch.float32) -> checkpoint.Checkpoint:
         """Load it.
 
         Raises:
-            FKernelError: as `fkernel.checkpoint.load`, or the file of names cannot be read.
+            FKernelError: as `fkernel.checkpoint.load`, or the file of names cannot be read; as
+                `fkernel.record.checkpoint_before` of a recording.
         """
+        if self.recording is not None:
+            assert self.step is not None
+            own = self.model_dump(include={"base", "optimizer", "trust_remote_code"})
+            return checkpoint_before(Recording.open(self.recording), self.step, dtype=dtype, **own)
+        assert self.path is not None
         names: Any = self.names
         if isinstance(names, str):
             names = read_json(Path(names), "names of the optimizer's parameters")
-        return checkpoint.load(self.path, dtype=dtype, names=names, **self.model_dump(exclude={"path", "names"}))
+        return checkpoint.load(
+            self.path, dtype=dtype, names=names, **self.model_dump(exclude={"path", "recording", "step", "names"})
+        )
 
     def load_weights(self, dtype: torch.dtype = torch.float32) -> checkpoint.Checkpoint:
         """Load it without its optimizer's state."""
@@ -77,7 +102,7 @@ class CheckpointPlan(Strict):
         model = self.load_weights(leaf.dtype).model.to(leaf.device)
         apply, params = func.make_functional(model, select=lambda name: True)
         if place is not None and (missing := sorted({*beside} - {*params})):
-            raise PlanError(f"{place}: {self.path} has no {listing(missing)}; is it the same model's?")
+            raise PlanError(f"{place}: {self.place} has no {listing(missing)}; is it the same model's?")
         return apply, params
 
 

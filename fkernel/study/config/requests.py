@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_serializer, model_validator
 
 from fkernel.errors import PlanError
+from fkernel.record import Recording
 from fkernel.rollout import CustomSample, GeneratedBatch, SampleGenerator, check_recorded, dotted, load_batch, score
 from fkernel.study.analyses.registry import RequestAnalyses
 from fkernel.study.config.base import Strict, one_of
@@ -36,6 +37,23 @@ class FromFile(BatchSource):
     def of_any(self, generator: SampleGenerator, seed: int = 0) -> GeneratedBatch:
         """Read it; any policy may have sampled it."""
         return load_batch(self.path)
+
+
+class Recorded(BatchSource):
+    """The batch of a recorded step, as it was used; where both are left out, that of the plan's checkpoint.
+
+    What the recording knows of the step is filled in where the plan's `step` is silent.
+    """
+
+    kind: Literal["recorded"]
+    recording: str | None = None
+    step: int | None = Field(None, ge=0)
+
+    def generate(self, generator: SampleGenerator, seed: int = 0) -> GeneratedBatch:
+        """Read it."""
+        assert self.recording is not None
+        assert self.step is not None
+        return Recording.open(self.recording).step(self.step).batch
 
 
 class SamplePayload(Strict):
@@ -107,7 +125,7 @@ def _ours(batch: GeneratedBatch, generator: SampleGenerator, what: str) -> Gener
     return batch
 
 
-UpdateSource = Annotated[UpdateDraw | FromFile | Payload, Field(discriminator="kind")]
+UpdateSource = Annotated[UpdateDraw | FromFile | Recorded | Payload, Field(discriminator="kind")]
 """Where U comes from."""
 
 

@@ -1,0 +1,162 @@
+"""Commands of recorded runs: `fkernel account | replay | recording show`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from fkernel.cli.console import exit_on_error, importing, progress_and_log, wide
+from fkernel.cli.study import AsJson
+
+RecordingPath = Annotated[Path, typer.Argument(help="A recording: the directory that a Recorder wrote.")]
+Probes = Annotated[Path, typer.Option(help="Probes: JSON lines of prompt and response, or a saved batch.")]
+Base = Annotated[Path | None, typer.Option(help="The base model of an adapter, if it is no longer where it was.")]
+
+recording_app = typer.Typer(help="Look at recordings of runs.", no_args_is_help=True)
+
+
+def account(
+    recording: RecordingPath,
+    probes: Probes,
+    out: Annotated[Path, typer.Option(help="Directory for the account.")],
+    steps: Annotated[str | None, typer.Option(help="Steps A:B, from A to before B; all of them by default.")] = None,
+    path: Annotated[str, typer.Option(help="Where gradients are evaluated: midpoint, or gauss2.")] = "midpoint",
+    observe: Annotated[
+        str, typer.Option(help="logprob, entropy, kl, expected_reward, or module.function.")
+    ] = "logprob",
+    memory: Annotated[str | None, typer.Option(help="For gradients and adjoints, such as 8GiB.")] = None,
+    disk: Annotated[str | None, typer.Option(help="For states between snapshots, such as 100GiB.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, or float64.")] = "float32",
+    device: Annotated[str, typer.Option(help="A torch device.")] = "cpu",
+    base: Base = None,
+    rows: Annotated[int, typer.Option(help="Probes, and sequences of each, to show.")] = 5,
+    pictures: Annotated[bool, typer.Option(help="Draw pictures to OUT/pictures.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Account for a recorded run: what every sequence of every step did to each probe, to the end of the run.
+
+    Example: fkernel account run/recording --probes probes.jsonl --out account
+
+    After an interruption the same command goes on.
+    """
+    with exit_on_error():
+        with importing():
+            from fkernel import report
+            from fkernel.study import account_recording
+        options: dict[str, Any] = {
+            "observable": observe,
+            "memory": memory,
+            "disk": disk,
+            "dtype": dtype,
+            "device": device,
+            "base": base,
+        }
+        with progress_and_log("minimal") as on_progress:
+            results = account_recording(
+                recording, probes, out, steps=_range(steps), path=path, on_progress=on_progress, **options
+            )
+        if pictures:
+            report.draw_account(results, out / "pictures")
+        if as_json:
+            typer.echo(json.dumps(results.summary(), indent=1))
+            return
+        show_account(results, rows)
+        Console().print(f"Wrote {out}", highlight=False, soft_wrap=True)
+
+
+def show_account(results: Any, rows: int) -> None:
+    """Print an account's tables."""
+    import numpy as np
+
+    from fkernel import report
+
+    console = wide(132)
+    console.print(report.account_table(results, rows))
+    for e in np.argsort(-np.abs(results["realised"]), kind="stable")[:rows].tolist():
+        console.print(report.culprits_table(results, e, rows))
+        console.print(report.prompts_table(results, e, rows))
+        if "rewards" in results.arrays:
+            console.print(report.rewards_table(results, e))
+    for line in report.account_lines(results):
+        Console().print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def replay(
+    recording: RecordingPath,
+    probes: Probes,
+    drop: Annotated[
+        list[str] | None,
+        typer.Option(help="Sequences left out of the loss: an id (0012/U-003-*), 'prompt:TEXT' or 'response:TEXT'."),
+    ] = None,
+    weigh: Annotated[list[str] | None, typer.Option(help="Sequences weighed otherwise: PATTERN=WEIGHT.")] = None,
+    upto: Annotated[int | None, typer.Option(help="The step before which the replay ends.")] = None,
+    max_norm: Annotated[float | None, typer.Option(help="That a changed gradient is clipped to.")] = None,
+    device: Annotated[str, typer.Option(help="A torch device.")] = "cpu",
+    base: Base = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take the recorded steps again, without some sequences, and print what the run would have done to the probes.
+
+    Example: fkernel replay run/recording --probes probes.jsonl --drop "prompt:19+28="
+
+    Without --drop and --weigh it replays the run as it was, and says how far it ends from the run.
+    """
+    with exit_on_error():
+        with importing():
+            from fkernel import report
+            from fkernel.study import replay_probes
+        weights = dict.fromkeys(drop or [], 0.0) | dict(map(_weight, weigh or []))
+        with progress_and_log("minimal") as on_progress:
+            options: dict[str, Any] = {"upto": upto, "max_norm": max_norm, "device": device, "base": base}
+            results = replay_probes(recording, probes, weights, on_progress=on_progress, **options)
+        if as_json:
+            typer.echo(json.dumps(report.replay_record(results), indent=1))
+            return
+        wide(100).print(report.replay_table(results))
+        for line in report.replay_lines(results):
+            Console().print(line, highlight=False, soft_wrap=True)
+
+
+@recording_app.command("show")
+def show_recording(recording: RecordingPath, as_json: AsJson = False) -> None:
+    """Show the steps of a recording: sizes, losses, learning rates, norms, and what is missing.
+
+    Example: fkernel recording show run/recording
+    """
+    with exit_on_error():
+        with importing():
+            from fkernel import report
+            from fkernel.record import Recording
+        summary = Recording.open(recording).summary()
+        if as_json:
+            typer.echo(json.dumps(summary, indent=1))
+            return
+        wide(100).print(report.recording_table(summary))
+        for line in report.recording_lines(summary):
+            Console().print(line, highlight=False, soft_wrap=True)
+
+
+def _range(given: str | None) -> range | None:
+    from fkernel.errors import PlanError
+
+    if given is None:
+        return None
+    first, colon, stop = given.partition(":")
+    try:
+        return range(int(first), int(stop) if colon else int(first) + 1)
+    except ValueError:
+        raise PlanError(f"--steps {given}: expected A:B, such as 0:100, or one step.") from None
+
+
+def _weight(given: str) -> tuple[str, float]:
+    from fkernel.errors import PlanError
+
+    pattern, _, value = given.rpartition("=")
+    try:
+        return pattern, float(value)
+    except ValueError:
+        raise PlanError(f"--weigh {given}: expected PATTERN=NUMBER, such as 'prompt:19+28==0.5'.") from None

@@ -1,0 +1,1 @@
+"""Accounts of whole runs: probes, the sweep over a recording, what is written of it."""

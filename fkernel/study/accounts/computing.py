@@ -1,0 +1,186 @@
+"""From a recording and probes to the account: states restored, the run swept backwards, its columns named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from fkernel import func
+from fkernel.analysis import rounding_floor
+from fkernel.engine import Sweep, account
+from fkernel.errors import PlanError
+from fkernel.io import hash_json, parse_bytes
+from fkernel.record import Recording, RunSteps, States, fill, training_of
+from fkernel.rollout import GeneratedBatch, SampleGenerator, Sampling, dotted
+from fkernel.shapes import Tree
+from fkernel.study.accounts.assembly import Taken, assembled, unnamed
+from fkernel.study.accounts.probes import probes_of, read_probes
+from fkernel.study.accounts.results import ACCOUNT, AccountResults
+from fkernel.study.accounts.stopped import KeptSweep
+from fkernel.study.analyses.observables import OBSERVABLE, Observable, expected_rewards
+from fkernel.study.outcome import info_of
+from fkernel.study.workspace import tokens_of
+
+OBSERVABLES = ("logprob", "entropy", "kl", "expected_reward")
+Progress = Callable[[str, int, int], Any]
+
+
+class Inputs(NamedTuple):
+    """What the sweep takes.
+
+    Attributes:
+        steps: of the run, last first.
+        params: θ before the first step, in the account's dtype.
+        apply: the policy.
+        probes: E.
+    """
+
+    steps: RunSteps
+    params: Tree
+    apply: Any
+    probes: GeneratedBatch
+
+
+def account_recording(
+    recording: Recording | str | Path,
+    probes: GeneratedBatch | list[dict[str, Any]] | str | Path,
+    out: str | Path,
+    *,
+    steps: range | None = None,
+    path: str = "midpoint",
+    observable: str = "logprob",
+    memory: int | str | None = None,
+    disk: int | str | None = None,
+    dtype: str = "float32",
+    template: str = "bare",
+    p_values: bool = True,
+    device: str = "cpu",
+    model: nn.Module | None = None,
+    base: str | Path | None = None,
+    on_progress: Progress = lambda what, n, total: None,
+) -> AccountResults:
+    """Account for a recorded run: what every sequence of every step did to each probe.
+
+    realised_e = Σ_u contributions_eu + before_e + decay_e + arithmetic_e + unexplained_e + remainder_e     nats
+
+    Args:
+        recording: of the run, or its directory.
+        probes: what is asked about: a file or directory as `read_probes` takes it, rows of such a file, or a batch.
+        out: directory of the account. One that was stopped there goes on; one that is there already is read.
+        steps: of the run; None for all of them, from the first snapshot on.
+        path: where gradients of probes are evaluated in each step: "midpoint", or "gauss2" for large steps.
+        observable: "logprob"; "entropy", the mean over the response; "kl" to the policy before the first step;
+            "expected_reward" over the probes of each prompt; or a function's dotted name, (apply, temperature) -> f.
+        memory: for gradients and adjoints, as `fkernel.engine.account` takes it; None for no limit.
+        disk: for states between snapshots; None for no limit.
+        dtype: "float32", or "float64".
+        template: of probes with "raw": false.
+        p_values: whether contributions are compared with those of advantages permuted within prompts.
+        device: where it is computed.
+        model: the policy, for one whose architecture is not in the recording.
+        base: the base model's directory, of an adapter, where it is no longer where the training read it.
+        on_progress: called with (what, steps done, of how many).
+
+    Returns:
+        AccountResults, written to `out` as well.
+
+    Raises:
+        PlanError: out holds another account, or an argument is none of these.
+        FKernelError: as `fkernel.engine.account`, `fkernel.record.replay` and `read_probes`.
+    """
+    recording = recording if isinstance(recording, Recording) else Recording.open(recording)
+    chosen = _chosen(recording, steps)
+    place = Path(out)
+    if dtype not in ("float32", "float64"):
+        raise PlanError(f"dtype is {dtype!r}; an account is computed in float32 or float64.")
+    net = recording.policy(base=base) if model is None else model
+    net = net.to(device=device, dtype=getattr(torch, dtype))
+    inputs = _inputs(recording, chosen, probes, net, place, disk, template, model, base, device)
+    f, E, rows = _observed(observable, inputs, recording.about["temperature"])
+    request = {
+        "recording": str(recording.directory.resolve()),
+        "content": hash_json([dict(recording.about), *map(recording.checksums, chosen)]),
+        "steps": [chosen.start, chosen.stop],
+        "probes": [record.content_hash for record in inputs.probes],
+        "ids": rows,
+        **{"path": path, "observable": observable, "dtype": dtype, "memory": str(memory), "p_values": p_values},
+    }
+    if (place / ACCOUNT).exists():
+        there = AccountResults.load(place)
+        if there.about["request"] == request:
+            return there
+        raise PlanError(f"{str(place)!r} holds another account; choose another directory (out), or delete it.")
+    place.mkdir(parents=True, exist_ok=True)
+    kept = KeptSweep(place, request)
+    begun = kept.found()
+    inputs.steps.skip = 0 if begun is None else begun.taken
+    on_progress("steps", inputs.steps.skip, len(chosen))
+
+    def on_step(sweep: Sweep) -> None:
+        on_progress("steps", 1, len(chosen))
+        kept(sweep)
+
+    made = account(f, E, inputs.steps, path=path, memory=memory, on_step=on_step, resume=begun)  # pyright: ignore
+    named = [info_of(record) for record in inputs.probes] if rows == inputs.probes.ids else [*map(unnamed, rows)]
+    taken = Taken.of(recording, chosen)
+    results = assembled(made, rounding_floor(f, inputs.params, E), taken, named, request, p_values)
+    results.save(place)
+    inputs.steps.states.clear()
+    kept.forget()
+    return results
+
+
+def _chosen(recording: Recording, steps: range | None) -> range:
+    there = recording.steps
+    if not there:
+        raise PlanError(f"{str(recording.directory)!r} holds no step.")
+    first = min((n for n in recording.snapshots if n in there), default=there[0])
+    chosen = range(first, there[-1] + 1) if steps is None else steps
+    recording.check_steps(chosen)
+    return chosen
+
+
+def _inputs(
+    recording: Recording,
+    chosen: range,
+    probes: Any,
+    net: nn.Module,
+    place: Path,
+    disk: int | str | None,
+    template: str,
+    model: nn.Module | None,
+    base: Any,
+    device: str,
+) -> Inputs:
+    grant = None if disk is None else parse_bytes(disk)
+    states = States(training_of(recording, model, base, device), chosen, place / "states", grant)
+    steps = RunSteps(states, net)
+    apply, _ = func.make_functional(net, [*recording.about["shapes"]])
+    params = steps.params_before()
+    if not isinstance(probes, GeneratedBatch):
+        fill(net, params)
+        generator = SampleGenerator(net, recording.tokenizer, template=template, sampling=Sampling())
+        probes = probes_of(probes, generator) if isinstance(probes, list) else read_probes(probes, generator)
+    return Inputs(steps, params, replace(apply, padding_idx=None), probes)
+
+
+def _observed(observable: str, inputs: Inputs, temperature: float) -> Observable:
+    """The function of θ that is accounted for, its inputs, and its rows' names."""
+    probes, apply = inputs.probes, inputs.apply
+    E = tokens_of(probes, inputs.params)
+    if observable == "logprob":
+        return Observable(func.sequence_logprob(apply, temperature), E, probes.ids)
+    if observable == "entropy":
+        return Observable(func.mean_entropy(apply, temperature), E, probes.ids)
+    if observable == "kl":
+        return Observable(func.kl_divergence(apply, inputs.params, temperature), E, probes.ids)
+    if observable == "expected_reward":
+        return expected_rewards(apply, temperature, probes, E, next(iter(inputs.params.values())))
+    if "." not in observable:
+        raise PlanError(f"observable is {observable!r}; expected one of {', '.join(OBSERVABLES)}, or module.function.")
+    return Observable(dotted(observable, OBSERVABLE)(apply, temperature), E, probes.ids)

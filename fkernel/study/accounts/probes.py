@@ -1,0 +1,107 @@
+"""Probes of a run: sequences whose probability one asks about, from a file of prompts and responses or a saved batch.
+
+{"prompt": "3+5=", "response": "88"}                        a line; the prompt is the whole text, as a recording has it
+{"id": "eights", "prompt": …, "response": …, "ended": false, "reward": 0.0}
+{"prompt_ids": [5, 3], "response_ids": [8, 1]}               tokens, where texts are not enough
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fkernel.errors import RolloutError, listing
+from fkernel.rollout import (
+    CustomSample,
+    GeneratedBatch,
+    Provenance,
+    SampleGenerator,
+    SequenceRecord,
+    load_batch,
+)
+
+TEXTS, TOKENS = {"prompt", "response"}, {"prompt_ids", "response_ids"}
+KEYS = {"id", "ended", "raw", "reward", "metadata", *TEXTS, *TOKENS}
+
+
+def read_probes(path: str | Path, generator: SampleGenerator) -> GeneratedBatch:
+    """Read probes.
+
+    Args:
+        path: a .jsonl file, one probe a line, or a directory that `save_batch` wrote.
+        generator: of the policy; texts go through its tokenizer, and with "raw": false through its template.
+
+    Returns:
+        The probes; those without an "id" are named P-000, P-001, ….
+
+    Raises:
+        RolloutError: the file cannot be read, a line is no probe, or two have one id.
+    """
+    place = Path(path)
+    if place.is_dir():
+        return load_batch(place)
+    try:
+        lines = [line for line in place.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise RolloutError(f"The probes at {str(place)!r} cannot be read: {error}.") from error
+    if not lines:
+        raise RolloutError(f"{str(place)!r} holds no probe; expected a line of JSON for each.")
+    return probes_of([_parsed(place, i, line) for i, line in enumerate(lines, 1)], generator)
+
+
+def probes_of(rows: list[dict[str, Any]], generator: SampleGenerator) -> GeneratedBatch:
+    """Make probes of rows, as a file's lines hold them.
+
+    Args:
+        rows: mappings.
+        generator: of the policy.
+
+    Raises:
+        RolloutError: as `read_probes`.
+    """
+    made = [_probe(row, i, generator) for i, row in enumerate(rows)]
+    twice = [name for name, times in Counter(each.ids[0] for each in made).items() if times > 1]
+    if twice:
+        raise RolloutError(f"Two probes have the id {twice[0]!r}; give each one of its own.")
+    return GeneratedBatch.merge(made)
+
+
+def _parsed(place: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise RolloutError(f"Line {number} of {str(place)!r} is no JSON: {error}.") from error
+    if not isinstance(row, dict) or not ({*row} >= TEXTS or {*row} >= TOKENS) or {*row} - KEYS:
+        given = f"the keys {listing(sorted(row))}" if isinstance(row, dict) else type(row).__name__
+        raise RolloutError(
+            f"Line {number} of {str(place)!r} has {given}; expected prompt and response, or prompt_ids and "
+            f"response_ids, and perhaps {listing(sorted(KEYS - TEXTS - TOKENS))}."
+        )
+    return row
+
+
+def _probe(row: dict[str, Any], i: int, generator: SampleGenerator) -> GeneratedBatch:
+    name = str(row.get("id", f"P-{i:03d}"))
+    if {*row} >= TOKENS:
+        record = _of_tokens(row, name, generator)
+        return GeneratedBatch((record,), None, None, generator.tokenizer.pad_token_id or 0)
+    sample = CustomSample(
+        row["prompt"], row["response"], row.get("metadata", {}), row.get("raw", True), row.get("ended", True)
+    )
+    made = generator.build_custom_sequence(sample)
+    return replace(made, records=(replace(made.records[0], sequence_id=name, reward=row.get("reward")),))
+
+
+def _of_tokens(row: dict[str, Any], name: str, generator: SampleGenerator) -> SequenceRecord:
+    prompt, response = (tuple(map(int, row[key])) for key in ("prompt_ids", "response_ids"))
+    decode = generator.tokenizer.decode
+    if not prompt or not response:
+        raise RolloutError(f"The probe {name!r} has {len(prompt)} prompt tokens and {len(response)} of a response.")
+    where = Provenance(name, "custom", "custom", 0, 0, custom=True)
+    return SequenceRecord(
+        name, prompt, response, str(decode(list(prompt))), str(decode(list(response))), (), (), (), "given", where,
+        reward=row.get("reward"), metadata=row.get("metadata", {}),
+    )  # fmt: skip

@@ -1,0 +1,189 @@
+"""The account of a run as it is kept: account.json and account.npz, readable without this library.
+
+    realised_e = Σ_u contributions_eu + before_e + decay_e + arithmetic_e + unexplained_e + remainder_e     nats
+
+Contributions are of every sequence of every step, to the end of the run: its own step and, by momentum, all later ones.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+from zipfile import BadZipFile
+
+import numpy as np
+
+from fkernel.errors import ResultsError
+from fkernel.io import atomic_file, checksum, checksummed_json, read_checksummed
+from fkernel.study.outcome import SequenceInfo
+
+SCHEMA = 1
+ACCOUNT, ARRAYS = "account.json", "account.npz"
+COLUMNS = ("realised", "before", "decay", "arithmetic", "unexplained", "remainder", "floor")
+STEPWISE = ("by_step", "own", "momentum")
+OPTIONAL = ("p", "rewards")
+
+
+class Share(NamedTuple):
+    """What something did to a probe.
+
+    Attributes:
+        id: of a sequence, a prompt or a reward function.
+        value: nats.
+        p: against advantages permuted within prompts; None where that was not asked.
+    """
+
+    id: str
+    value: float
+    p: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class AccountResults:
+    """What happened to every probe over a run, and who did it.
+
+    Attributes:
+        about: the recording, its steps, the path, temperature, observable, versions.
+        probes: E.
+        sequences: of the run, N: id ("0012/U-003-05"), step, texts, reward, rewards, advantage, prompt_id, tokens.
+        steps: T: step, lr, loss, grad_norm, clip.
+        arrays: by name; contributions [n_E, N], the columns [n_E], by_step, own and momentum [n_E, T], and where asked
+            p [n_E, N] and rewards [n_E, T, R].
+        facts: of the arrays that are not there, why; of rewards, their names.
+    """
+
+    about: dict[str, Any]
+    probes: tuple[SequenceInfo, ...]
+    sequences: tuple[dict[str, Any], ...]
+    steps: tuple[dict[str, Any], ...]
+    arrays: dict[str, np.ndarray]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """An array by name.
+
+        Raises:
+            ResultsError: there is none.
+        """
+        if name not in self.arrays:
+            why = self.facts.get(name, f"it has {', '.join(self.arrays)}")
+            raise ResultsError(f"The account has no {name!r}: {why}.")
+        return self.arrays[name]
+
+    @property
+    def sequence_ids(self) -> list[str]:
+        """Ids of the columns."""
+        return [row["id"] for row in self.sequences]
+
+    @property
+    def step_of(self) -> np.ndarray:
+        """[N] the step of each column."""
+        return np.array([row["step"] for row in self.sequences], dtype=np.int64)
+
+    @property
+    def ledger(self) -> dict[str, np.ndarray]:
+        """{column: [n_E]} what adds up to realised, and realised and floor beside."""
+        return {"sequences": self["contributions"].sum(1, dtype=np.float64), **{name: self[name] for name in COLUMNS}}
+
+    def row(self, probe: str | int) -> int:
+        """The row of a probe, by id or position.
+
+        Raises:
+            ResultsError: there is none.
+        """
+        ids = [info.id for info in self.probes]
+        if isinstance(probe, int) and 0 <= probe < len(ids):
+            return probe
+        if probe not in ids:
+            raise ResultsError(f"There is no probe {probe!r}; the account has {', '.join(ids[:8])}.")
+        return ids.index(str(probe))
+
+    def top_sequences(self, probe: str | int, k: int = 10) -> list[Share]:
+        """The sequences that moved a probe most over the run, largest first."""
+        e, p = self.row(probe), self.arrays.get("p")
+        C = self["contributions"][e]
+        order = np.argsort(-np.abs(C), kind="stable")[:k]
+        return [Share(self.sequences[u]["id"], float(C[u]), None if p is None else float(p[e, u])) for u in order]
+
+    def top_prompts(self, probe: str | int, k: int = 10) -> list[Share]:
+        """The prompts whose sequences moved a probe most, each over all steps, largest first."""
+        totals = dict[str, float]()
+        for row, value in zip(self.sequences, self["contributions"][self.row(probe)].tolist(), strict=True):
+            totals[row["prompt_id"]] = totals.get(row["prompt_id"], 0.0) + value
+        return [Share(name, totals[name]) for name in sorted(totals, key=lambda name: -abs(totals[name]))[:k]]
+
+    def top_rewards(self, probe: str | int) -> list[Share]:
+        """What each reward function did to a probe over the run, by its share of advantages.
+
+        Raises:
+            ResultsError: the run has no named rewards, or its loss is not made of advantages alone.
+        """
+        values = self["rewards"][self.row(probe)].sum(0, dtype=np.float64)
+        return [Share(name, float(value)) for name, value in zip(self.facts["reward_functions"], values, strict=True)]
+
+    def prompt_text(self, prompt_id: str) -> str:
+        """The text of a prompt."""
+        return next((row["prompt"] for row in self.sequences if row["prompt_id"] == prompt_id), "")
+
+    def save(self, directory: str | Path) -> Path:
+        """Write both files atomically, account.json last.
+
+        Returns:
+            The directory.
+        """
+        place = Path(directory)
+        place.mkdir(parents=True, exist_ok=True)
+        made = {
+            **self.arrays,
+            "sequence_ids": np.array(self.sequence_ids, dtype=np.str_),
+            "probe_ids": np.array([info.id for info in self.probes], dtype=np.str_),
+            "step_of": self.step_of,
+            "steps": np.array([row["step"] for row in self.steps], dtype=np.int64),
+        }
+        record = {"schema": SCHEMA, **self.summary(), "sequences": [*self.sequences]}
+        json.dumps(record, allow_nan=False)  # before anything is replaced
+        with atomic_file(place / ARRAYS) as temporary, temporary.open("wb") as file:
+            np.savez(file, allow_pickle=False, **made)
+        record["sha256"] = {ARRAYS: checksum(place / ARRAYS)}
+        with atomic_file(place / ACCOUNT) as temporary:
+            temporary.write_bytes(checksummed_json(record))
+        return place
+
+    def summary(self) -> dict[str, Any]:
+        """JSON: what the account is about, its steps, and each probe's ledger and largest contributors."""
+        probes = [asdict(info) | self._columns(e) for e, info in enumerate(self.probes)]
+        return {"about": self.about, "facts": self.facts, "probes": probes, "steps": [*self.steps]}
+
+    def _columns(self, e: int) -> dict[str, Any]:
+        """What account.json says of a probe, for those who read no arrays."""
+        ledger = {name: float(values[e]) for name, values in self.ledger.items()}
+        top = [share._asdict() for share in self.top_sequences(e)]
+        prompts = [share._asdict() for share in self.top_prompts(e)]
+        return {"ledger": ledger, "top_sequences": top, "top_prompts": prompts}
+
+    @classmethod
+    def load(cls, directory: str | Path) -> AccountResults:
+        """Read what `save` wrote.
+
+        Raises:
+            ResultsError: a file is missing, damaged, of another run, or of another schema.
+        """
+        place = Path(directory)
+        try:
+            record = read_checksummed(place / ACCOUNT)
+            with np.load(place / ARRAYS, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+            same = checksum(place / ARRAYS) == record["sha256"][ARRAYS]
+        except (OSError, ValueError, KeyError, BadZipFile) as error:
+            raise ResultsError(f"{str(place)!r} holds no readable {ACCOUNT} and {ARRAYS}: {error}") from error
+        if record.get("schema") != SCHEMA:
+            raise ResultsError(f"{place} has schema {record.get('schema')}; this version of fkernel reads {SCHEMA}.")
+        if not same:
+            raise ResultsError(f"{place / ARRAYS} is not the file that was written with {ACCOUNT}.")
+        names = SequenceInfo.__dataclass_fields__
+        probes = tuple(SequenceInfo(**{key: row[key] for key in names}) for row in record["probes"])
+        for name in ("sequence_ids", "probe_ids", "step_of", "steps"):
+            del arrays[name]
+        return cls(record["about"], probes, tuple(record["sequences"]), tuple(record["steps"]), arrays, record["facts"])

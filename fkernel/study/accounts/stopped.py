@@ -1,0 +1,90 @@
+"""An account that was stopped: the sweep is kept now and then, and the same request goes on from there."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from fkernel.engine import RunAccount, StepColumns, Sweep
+from fkernel.errors import ResultsError
+from fkernel.io import PARTIAL, atomic_directory, checksum, checksummed_json, read_checksummed
+from fkernel.shapes import Tensor
+
+SWEEP, REQUEST, TENSORS = "sweep", "sweep.json", "sweep.safetensors"
+EVERY = 30.0
+"""Seconds of work between two states that are kept, at least."""
+
+
+class KeptSweep:
+    """Keeps the sweep of a request in a directory, at most every so many seconds.
+
+    Args:
+        directory: of the account.
+        request: JSON that tells one account from another.
+        every: seconds.
+    """
+
+    def __init__(self, directory: Path, request: Mapping[str, Any], every: float = EVERY) -> None:
+        self.place, self.request, self.every = directory / SWEEP, dict(request), every
+        self._last = time.monotonic()
+        for left in directory.glob(f"{SWEEP}.*{PARTIAL}*"):
+            shutil.rmtree(left, ignore_errors=True)
+
+    def found(self) -> Sweep | None:
+        """The sweep that was kept of this request; None where there is none, or another request's."""
+        if not (self.place / REQUEST).is_file():
+            return None
+        try:
+            about = read_checksummed(self.place / REQUEST)
+            if about["request"] != self.request or checksum(self.place / TENSORS) != about["sha256"]:
+                return None
+            tensors = {
+                name: leaf.clone() for name, leaf in load_file(self.place / TENSORS).items()
+            }  # aligned: same bits
+        except (OSError, ValueError, KeyError) as error:
+            raise ResultsError(f"{str(self.place)!r} is damaged ({error}); delete it to begin anew.") from error
+        done = tuple(_account(tensors, f"done/{i}/", about["paths"][i]) for i in range(about["done"]))
+        columns = tuple(
+            StepColumns(*(tensors[f"columns/{t}/{name}"] for name in StepColumns._fields))
+            for t in range(about["columns"])
+        )
+        rows = {name.removeprefix("rows/"): leaf for name, leaf in tensors.items() if name.startswith("rows/")}
+        return Sweep(done, about["taken"], rows, columns, tensors["after"])
+
+    def __call__(self, sweep: Sweep) -> None:
+        """Keep a sweep, if the last one is old enough."""
+        if time.monotonic() - self._last < self.every:
+            return
+        tensors = {f"rows/{name}": leaf for name, leaf in sweep.rows.items()} | {"after": sweep.after}
+        for t, columns in enumerate(sweep.columns):
+            tensors |= {f"columns/{t}/{name}": leaf for name, leaf in columns._asdict().items()}
+        for i, account in enumerate(sweep.done):
+            tensors |= _tensors(account, f"done/{i}/")
+        about = {"request": self.request, "taken": sweep.taken, "columns": len(sweep.columns)}
+        about |= {"done": len(sweep.done), "paths": [account.path for account in sweep.done]}
+        with atomic_directory(self.place, replace=True) as work:
+            save_file(
+                {name: leaf.detach().cpu().contiguous().clone() for name, leaf in tensors.items()}, work / TENSORS
+            )
+            (work / REQUEST).write_bytes(checksummed_json({**about, "sha256": checksum(work / TENSORS)}))
+        self._last = time.monotonic()
+
+    def forget(self) -> None:
+        """Delete what was kept."""
+        shutil.rmtree(self.place, ignore_errors=True)
+
+
+def _tensors(account: RunAccount, start: str) -> dict[str, Tensor]:
+    own = {f"{start}{name}": getattr(account, name) for name in RunAccount._fields[1:-1]}
+    return own | {f"{start}contributions/{t}": leaf for t, leaf in enumerate(account.contributions)}
+
+
+def _account(tensors: Mapping[str, Tensor], start: str, path: str) -> RunAccount:
+    own = {name: tensors[f"{start}{name}"] for name in RunAccount._fields[1:-1]}
+    count = sum(name.startswith(f"{start}contributions/") for name in tensors)
+    return RunAccount([tensors[f"{start}contributions/{t}"] for t in range(count)], **own, path=path)

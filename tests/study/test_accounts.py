@@ -1,0 +1,272 @@
+"""Accounts of real runs: they add up, go on after a kill, are read back, and are shown by the commands."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from fkernel.cli import app
+from fkernel.engine import Sweep
+from fkernel.errors import FKernelError, PlanError, ResultsError, RolloutError
+from fkernel.record import Recording, distance, replay
+from fkernel.study import AccountResults, account_recording, replay_probes
+from fkernel.study.accounts import computing, stopped
+from tests.study.recorded_runs import KINDS, PROBES, STEPS, probes_file, recording_of
+
+WHOLE, TWO_NODES = 3e-3, 5e-4
+"""Shares of the realised change that an account may leave, at the midpoint and with two nodes."""
+
+
+def size(values: Any) -> float:
+    return float(np.linalg.norm(values))
+
+
+def told(*arguments: Any, code: int = 0) -> Any:
+    result = CliRunner().invoke(app, [*map(str, arguments)])
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    return result
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> AccountResults:
+    return account_recording(recording_of("dapo"), PROBES, tmp_path_factory.mktemp("account"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_account_of_a_real_run_adds_up(tmp_path, kind):
+    recording = recording_of(kind)
+    for path, bound in (("midpoint", WHOLE), ("gauss2", TWO_NODES)):
+        made = account_recording(recording, PROBES, tmp_path / path, path=path)
+        realised = size(made["realised"])
+        assert made["contributions"].shape == (3, len(made.sequences))
+        assert len(made.steps) == STEPS
+        columns = made["contributions"].sum(1, dtype=np.float64)
+        for name in ("before", "decay", "arithmetic", "unexplained", "remainder"):
+            columns = columns + made[name]
+        assert size(columns - made["realised"]) <= 1e-5 * realised
+        assert size(made["remainder"]) + size(made["unexplained"]) <= max(bound * realised, 2 * size(made["floor"]))
+        assert size(made["by_step"].sum(1) + made["remainder"] - made["realised"]) <= 1e-5 * realised
+        assert size(made["momentum"]) > 0.3 * size(made["own"])
+        rounded = kind.startswith("bf16")
+        assert (size(made["arithmetic"]) > 1e-3 * realised) == rounded
+    first, last = recording.snapshots[0], recording.snapshots[-1]
+    assert (first, last) == (0, STEPS)
+    *_, end = replay(recording)
+    assert (distance(recording, end) or 0) < 1e-5
+
+
+def test_a_wrong_record_is_unexplained(tmp_path, monkeypatch):
+    """A step whose batch is another's: its column says so, and the rest still adds up."""
+    recording, step = recording_of("dapo"), Recording.step
+    swapped = lambda self, number: step(self, 3 if number == 7 else number)  # noqa: E731
+    monkeypatch.setattr(Recording, "step", swapped)
+    made = account_recording(recording, PROBES, tmp_path, steps=range(6, 9))
+    assert size(made["unexplained"]) > 0.05 * size(made["realised"])
+
+
+def test_what_is_written_is_read_back(tmp_path, whole):
+    whole.save(tmp_path / "copy")
+    again = AccountResults.load(tmp_path / "copy")
+    assert again.probes == whole.probes
+    assert again.sequence_ids == whole.sequence_ids
+    assert {*again.arrays} == {*whole.arrays}
+    assert all(np.array_equal(again[name], values, equal_nan=True) for name, values in whole.arrays.items())
+    with np.load(tmp_path / "copy" / "account.npz") as file:
+        assert file["contributions"].dtype == np.float32
+        assert file["sequence_ids"][0] == "0000/U-000-00"
+        assert file["probe_ids"].tolist() == ["right", "nine", "eights"]
+        assert file["step_of"].tolist() == sorted(file["step_of"].tolist())
+        assert file["by_step"].shape == file["own"].shape == file["momentum"].shape == (3, STEPS)
+    record = json.loads((tmp_path / "copy" / "account.json").read_text())
+    assert record["probes"][2]["ledger"]["realised"] == pytest.approx(float(whole["realised"][2]))
+    top = record["probes"][2]["top_sequences"][0]
+    assert top["value"] == pytest.approx(float(np.abs(whole["contributions"][2]).max()), rel=1e-6) or top["value"] < 0
+    data = (tmp_path / "copy" / "account.npz").read_bytes()
+    (tmp_path / "copy" / "account.npz").write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+    with pytest.raises(ResultsError):
+        AccountResults.load(tmp_path / "copy")
+
+
+def test_questions(whole):
+    prompts = whole.top_prompts("eights", 3)
+    own = [
+        sum(
+            float(C)
+            for row, C in zip(whole.sequences, whole["contributions"][2], strict=True)
+            if row["prompt_id"] == p.id
+        )
+        for p in prompts
+    ]
+    assert [share.value for share in prompts] == pytest.approx(own, rel=1e-4, abs=1e-7)
+    assert abs(prompts[0].value) >= abs(prompts[1].value) >= abs(prompts[2].value)
+    rewards = whole.top_rewards("eights")
+    assert [share.id for share in rewards] == ["digits", "brevity"]
+    assert sum(share.value for share in rewards) == pytest.approx(float(whole["contributions"][2].sum()), abs=1e-5)
+    assert whole["p"].shape == whole["contributions"].shape
+    assert 0 < float(whole["p"].min()) <= float(whole["p"].max()) <= 1
+    with pytest.raises(ResultsError, match="no probe 'none'"):
+        whole.top_sequences("none")
+
+
+def test_what_cannot_be_told_says_why(tmp_path):
+    made = account_recording(recording_of("cispo, KL, two inner epochs"), PROBES[:1], tmp_path)
+    for name in ("rewards", "p"):
+        with pytest.raises(ResultsError, match=r"beta=0\.05 beside its advantages"):
+            made[name]
+
+
+@pytest.mark.parametrize("snapshots", ["first", 5])
+def test_states_between_snapshots_are_replayed(tmp_path, whole, snapshots):
+    made = account_recording(recording_of("dapo", snapshots), PROBES, tmp_path, disk="400KB")
+    assert size(made["contributions"] - whole["contributions"]) <= 1e-3 * size(whole["contributions"])
+    assert size(made["realised"] - whole["realised"]) <= 1e-4 * size(whole["realised"])
+    assert {file.name for file in tmp_path.iterdir()} == {"account.json", "account.npz"}
+
+
+def test_some_steps(tmp_path, whole):
+    made = account_recording(recording_of("dapo"), PROBES, tmp_path, steps=range(4, 8))
+    assert [row["step"] for row in made.steps] == [4, 5, 6, 7]
+    assert {row["step"] for row in made.sequences} == {4, 5, 6, 7}
+    assert size(made["before"]) > 0.1 * size(made["realised"])
+    assert size(made["by_step"] - whole["by_step"][:, 4:8]) <= 1e-4 * size(whole["by_step"])
+    with pytest.raises(FKernelError, match="lacks the steps 12"):
+        account_recording(recording_of("dapo"), PROBES, tmp_path / "more", steps=range(4, 13))
+
+
+def test_an_account_that_was_stopped_goes_on(tmp_path, monkeypatch, whole):
+    monkeypatch.setattr(stopped, "EVERY", 0.0)
+    kept, seen = stopped.KeptSweep, list[int]()
+
+    class Stops(kept):
+        def __init__(self, directory: Path, request: Any) -> None:
+            super().__init__(directory, request, 0.0)
+
+        def __call__(self, sweep: Any) -> None:
+            super().__call__(sweep)
+            seen.append(sweep.taken)
+            if sweep.taken in (5, 9):
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(computing, "KeptSweep", Stops)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            account_recording(recording_of("dapo"), PROBES, tmp_path)
+        assert not (tmp_path / "account.json").exists()
+    made = account_recording(recording_of("dapo"), PROBES, tmp_path)
+    assert seen == [*range(1, 13)]
+    assert np.array_equal(made["contributions"], whole["contributions"])
+    assert np.array_equal(made["by_step"], whole["by_step"])
+    assert {file.name for file in tmp_path.iterdir()} == {"account.json", "account.npz"}
+
+
+def test_a_stopped_sweep_of_another_request_is_not_taken(tmp_path):
+    sweep = Sweep((), 2, {"w": torch.ones(3, 2)}, (), torch.zeros(3))
+    stopped.KeptSweep(tmp_path, {"probes": 1}, 0.0)(sweep)
+    assert stopped.KeptSweep(tmp_path, {"probes": 2}).found() is None
+    again = stopped.KeptSweep(tmp_path, {"probes": 1}).found()
+    assert again is not None
+    assert again.taken == 2
+    assert torch.equal(again.rows["w"], sweep.rows["w"])
+    (tmp_path / "sweep" / "sweep.safetensors").write_bytes(b"")
+    assert stopped.KeptSweep(tmp_path, {"probes": 1}).found() is None
+
+
+def test_memory_splits_the_probes(tmp_path, whole):
+    made = account_recording(recording_of("dapo"), PROBES, tmp_path, memory="900KB")
+    assert size(made["contributions"] - whole["contributions"]) <= 1e-4 * size(whole["contributions"])
+
+
+@pytest.mark.parametrize("observable", ["entropy", "kl"])
+def test_other_observables(tmp_path, observable):
+    made = account_recording(recording_of("dapo"), PROBES, tmp_path, observable=observable, path="gauss2")
+    assert size(made["remainder"]) <= 2e-3 * size(made["realised"])
+    assert size(made["realised"]) > 0
+
+
+def test_expected_reward(tmp_path):
+    answers = [
+        {**row, "id": f"{row['id']}-{r}", "response": r, "reward": float(r == "8")} for row in PROBES for r in "89"
+    ]
+    made = account_recording(recording_of("dapo"), answers, tmp_path, observable="expected_reward", path="gauss2")
+    assert len(made.probes) == len({row["prompt"] for row in answers})
+    assert size(made["remainder"]) <= 2e-3 * size(made["realised"])
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ("", "holds no probe"),
+        ("{", "Line 1 .* is no JSON"),
+        ('{"prompt": "3"}', "expected prompt and response"),
+        ('{"prompt": "3+5=", "response": "8", "temperature": 1}', "temperature"),
+        ('{"id": 1, "prompt": "3+5=", "response": "8"}\n' * 2, "Two probes have the id '1'"),
+    ],
+)
+def test_wrong_probes(tmp_path, lines, said):
+    (tmp_path / "probes.jsonl").write_text(lines)
+    with pytest.raises(RolloutError, match=said):
+        account_recording(recording_of("dapo"), tmp_path / "probes.jsonl", tmp_path / "out")
+    with pytest.raises(RolloutError, match="cannot be read"):
+        account_recording(recording_of("dapo"), tmp_path / "none.jsonl", tmp_path / "out")
+
+
+def test_the_commands(tmp_path):
+    recording, probes = recording_of("dapo").directory, probes_file(tmp_path)
+    out = tmp_path / "account"
+    said = told("account", recording, "--probes", probes, "--out", out, "--rows", 3).stdout
+    assert "eights" in said
+    assert "adds up" in said
+    assert (out / "pictures").is_dir()
+    found = json.loads(told("account", recording, "--probes", probes, "--out", out, "--json").stdout)
+    assert [row["id"] for row in found["probes"]] == ["right", "nine", "eights"]
+    other = told("account", recording, "--probes", probes, "--out", out, "--steps", "3:5", code=2).stderr
+    assert "holds another account" in " ".join(other.split())
+    assert "expected A:B" in told("account", recording, "--probes", probes, "--out", out, "--steps", "x", code=2).stderr
+    shown = told("recording", "show", recording).stdout
+    assert "12 steps" in shown
+    assert "snapshots before steps 0, 1, 2" in shown
+    assert len(json.loads(told("recording", "show", recording, "--json").stdout)["steps"]) == STEPS
+    same = told("replay", recording, "--probes", probes).stdout
+    assert "Replay of the run as it was" in same
+    dropped = json.loads(told("replay", recording, "--probes", probes, "--drop", "0000/U-002-*", "--json").stdout)
+    assert dropped["changed"] == 4
+    assert max(abs(row["difference"]) for row in dropped["probes"]) > 1e-3
+    none = told("replay", recording, "--probes", probes, "--drop", "prompt:none", code=2).stderr
+    assert "matches none of the 192 sequences" in " ".join(none.split())
+
+
+def test_a_recording_without_a_gap_is_needed(tmp_path):
+    shutil.copytree(recording_of("dapo").directory, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "steps" / "000004")
+    with pytest.raises(FKernelError, match="lacks the steps 4"):
+        account_recording(tmp_path / "copy", PROBES, tmp_path / "out")
+    assert "MISSING: steps 4" in told("recording", "show", tmp_path / "copy").stdout
+
+
+def test_dropping_what_raised_a_probe_lowers_it(tmp_path):
+    """Late in a run, where √v is made of many steps: in the direction, and to about the size, that the account says."""
+    recording = recording_of("lora")
+    made = account_recording(recording, PROBES, tmp_path, steps=range(6, STEPS))
+    top = made.top_sequences("eights", 1)[0]
+    changed = replay_probes(recording, PROBES, {top.id: 0.0})
+    assert changed.changed == (1, len(recording.steps) * 16)
+    assert float(changed.difference[2]) * top.value < 0
+    assert 0.3 < -float(changed.difference[2]) / top.value < 3
+
+
+def test_weights_that_change_nothing_are_the_run():
+    recording = recording_of("dapo")
+    same = replay_probes(recording, PROBES, {"*": 1.0})
+    assert same.changed[0] == 0
+    assert float(same.difference.abs().max()) < 1e-5
+    assert same.distance is not None
+    with pytest.raises(PlanError, match="matches none"):
+        replay_probes(recording, PROBES, {"response:nothing*": 0.5})
