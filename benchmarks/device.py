@@ -26,7 +26,7 @@ from benchmarks.environment import ROOT, environment
 from benchmarks.limits import plain_backward
 from benchmarks.models import SHAPES, Subject, build, model_of
 from fkernel import explain_step, func, influence, kernel, precond
-from fkernel.engine import RunStep, account, gradient_in
+from fkernel.engine import RunStep, SortedBatch, account, computed, gradient_in, self_kernel
 from fkernel.func.inputs import Sequences
 
 RESULTS = ROOT / "benchmarks" / "results" / "device.json"
@@ -79,6 +79,9 @@ def cases(device: str, dtype: torch.dtype) -> dict[str, Any]:
     made["token weights"] = kernel(g, params, weighed, weighed, P)
     step = RunStep(g, params, weighed, -torch.ones(5, dtype=torch.float64), state)
     made["account"] = account(f, E, [step]).contributions[0]
+    gradients = computed(SortedBatch("U", U, f), ((1.0, params),), [slice(0, 2), slice(2, 5)])
+    made["kernel of U with itself"], made["norms"] = self_kernel(gradients, P.d)  # pyright: ignore[reportAttributeAccessIssue]
+    made["summed gradients"] = torch.cat([leaf.flatten() for leaf in gradients.weighted_sum(w).values()])
     plain = gradient_in(g, params, weighed, torch.ones(5, device=device, dtype=dtype))
     made["plain gradient"] = torch.cat([leaf.flatten() for leaf in plain.values()])
     return made
@@ -102,15 +105,18 @@ def agreement(device: str) -> dict[str, Any]:
 
 def recorded(device: str) -> dict[str, Any]:
     """A loop recorded on the device, replayed and accounted for there."""
-    from fkernel.record import Recorder, Recording, RunSteps, States, distance, replay, training_of
+    from fkernel.demo.tokenizer import build_tokenizer
+    from fkernel.record import Recorder, Recording, distance, replay
+    from fkernel.study import FisherKernelPlan, FisherKernelRunner, account_recording
 
     model = model_of("tiny", "sdpa").to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     subject, steps = build("tiny"), 4
     with tempfile.TemporaryDirectory() as directory:
-        with Recorder(directory, model, optimizer, snapshots="every") as recorder:
+        with Recorder(directory, model, optimizer, "every", tokenizer=build_tokenizer()) as recorder:
             for number in range(steps):
                 U = on(subject.batch(4, 24, number), device)
+                U = U._replace(input_ids=U.input_ids % 13 + 2)
                 with recorder.step():
                     z = model(U.input_ids, attention_mask=U.attention_mask.long()).logits[:, :-1]
                     log_p = z.log_softmax(-1).gather(-1, U.input_ids[:, 1:, None])[..., 0]
@@ -124,16 +130,32 @@ def recorded(device: str) -> dict[str, Any]:
         recording = Recording.open(directory)
         checks = [float(recording.step(n).check["relative_error"]) for n in recording.steps]  # pyright: ignore
         *_, last = replay(recording, device=device)
-        states = States(training_of(recording, device=device), range(steps), Path(directory) / "states")
-        net = recording.policy().to(device)
-        apply, _ = func.make_functional(net, [*recording.about["shapes"]])
-        E = on(subject.batch(3, 24, 99), device)
-        made = account(func.sequence_logprob(apply), E, RunSteps(states, net), path="gauss2")
-        left = made.remainder + made.unexplained
+        probes = [{"prompt_ids": [3, 4], "response_ids": [5, n]} for n in range(6, 9)]
+        made = {
+            place: account_recording(recording, probes, f"{directory}/{place}", path="gauss2", device=place)
+            for place in (device, "cpu")
+        }
+        ours, theirs = (torch.from_numpy(made[place]["contributions"]) for place in (device, "cpu"))
+        left = torch.from_numpy(made[device]["remainder"] + made[device]["unexplained"])
+        plan = {
+            "checkpoint": {"recording": directory, "step": 1},
+            "update": {"kind": "recorded"},
+            "template": "bare",
+            "requests": [{"kind": "update", "name": "itself"}],
+            "numerics": {"device": device},
+            "out": f"{directory}/study",
+        }
+        study = FisherKernelRunner(FisherKernelPlan.model_validate(plan)).run()
+        calibration = study["itself"].calibration["predicted"]
         return {
             "gradient check": max(checks),
             "replay, of the run's way": distance(recording, last),
-            "account: remainder and unexplained": float(left.norm() / made.realised.norm()),
+            "account: contributions, from the CPU's": apart(ours, theirs),
+            "account: remainder and unexplained": float(
+                left.norm() / torch.from_numpy(made[device]["realised"]).norm()
+            ),
+            "study of a recorded step: relative error": calibration.relative_error,
+            "study of a recorded step: audit": study.step["audit"]["verdict"],
         }
 
 

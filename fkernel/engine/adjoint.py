@@ -174,7 +174,10 @@ class Adjoints:
         executed = step.executed or exact
         step = step if step.delta is not None else replace(step, delta=executed.delta)
         assert step.delta is not None
-        later = {what: torch.zeros(len(self.side), dtype=torch.float64) for what in ("arithmetic", "unexplained")}
+        later = {
+            what: torch.zeros(len(self.side), dtype=torch.float64, device="cpu")
+            for what in ("arithmetic", "unexplained")
+        }
         if self._later is None:
             zeros = {name: leaf.new_zeros(len(self.side), *leaf.shape) for name, leaf in step.params.items()}
             self._begin(step.params, step.delta, zeros)
@@ -245,7 +248,7 @@ class Adjoints:
         with error_context("U", U.order):
             for columns, handles in again:
                 products.add({name: self.rows[name] for name in handles}, handles, columns)
-        K = torch.empty(len(self.side), len(U), dtype=torch.float64)
+        K = torch.empty(len(self.side), len(U), dtype=torch.float64, device="cpu")
         K[self.side.order.cpu()[:, None], U.order.cpu()] = products.kernel().cpu()
         return K * (step.clip * step.weights.to(K))
 
@@ -267,7 +270,9 @@ class Adjoints:
 
     def _in_order(self, values: Tensor) -> Tensor:
         """Put values of sorted sequences into the caller's order."""
-        return torch.empty(len(self.side), dtype=torch.float64).index_copy_(0, self.side.order.cpu(), values.cpu())
+        return torch.empty(len(self.side), dtype=torch.float64, device="cpu").index_copy_(
+            0, self.side.order.cpu(), values.cpu()
+        )
 
 
 def _gradients(side: SortedBatch, cuts: list[slice], step: RunStep, passes: Passes) -> Iterator[tuple[slice, Handles]]:

@@ -101,7 +101,7 @@ def kernel(
     promised = memory is not None or strategy is not None
     P = None if diagonal else precond
     problem = Problem(params, side_E, side_U, ProductSpec({"": D}), P=P, store=store, promised=promised)
-    K = torch.empty(len(side_E), len(side_U), dtype=torch.float64)
+    K = torch.empty(len(side_E), len(side_U), dtype=torch.float64, device="cpu")
     with reuse_memory():
         for block in blocks(problem, how):
             K[block.at] = block.kernel()

@@ -121,17 +121,21 @@ class Gradients:
 
     def along(self, vector: Tree) -> Tensor:
         """Compute ⟨g, v⟩ of every sequence, [n]."""
-        one, products = {name: leaf[None] for name, leaf in vector.items()}, torch.empty(len(self), dtype=torch.float64)
+        one, products = (
+            {name: leaf[None] for name, leaf in vector.items()},
+            torch.empty(len(self), dtype=torch.float64, device="cpu"),
+        )
         for rows, handles in self:
-            products[rows] = func.contract(handles, one)[:, 0].to(products)
+            products[rows.cpu()] = func.contract(handles, one)[:, 0].to(products)
         return products
 
     def squared_norms(self, D: Tree | None) -> func.SquaredNorms:
         """Compute ‖g‖² and ⟨g, D g⟩ of every sequence, [n] float64; D = 1 where None."""
-        plain, weighted = torch.empty(2, len(self), dtype=torch.float64)
+        plain, weighted = torch.empty(2, len(self), dtype=torch.float64, device="cpu")
         for rows, handles in self:
             norms = func.squared_norms(handles, diagonal=D)
-            plain[rows], weighted[rows] = norms.plain.cpu(), norms.weighted.cpu()
+            at = rows.cpu()
+            plain[at], weighted[at] = norms.plain.cpu(), norms.weighted.cpu()
         return func.SquaredNorms(plain, weighted)
 
     def _summed(self, of: Callable[[Handles, Tensor], Tree], weights: Tensor) -> Tree:

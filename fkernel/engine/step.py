@@ -252,8 +252,8 @@ def _explained(
 def _contracted(problem: Problem, strategy: Strategy) -> tuple[Tensor, Tensor, Tensor]:
     """Compute K, momentum and decay in one pass over the blocks."""
     assert problem.U is not None
-    K = torch.empty(len(problem.E), len(problem.U), dtype=torch.float64)
-    along = torch.empty(2, len(problem.E), dtype=torch.float64)
+    K = torch.empty(len(problem.E), len(problem.U), dtype=torch.float64, device="cpu")
+    along = torch.empty(2, len(problem.E), dtype=torch.float64, device="cpu")
     for block in blocks(problem, strategy):
         K[block.at] = block.kernel()
         along[:, block.at] = torch.stack([block.rows("momentum"), block.rows("decay")])

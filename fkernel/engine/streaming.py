@@ -100,14 +100,14 @@ def arranged(
     """
     if U is None or held == "E":
         for rows, products in walk(spec):
-            yield placed(E.order[rows], None if U is None else U.order, products)
+            yield placed(E.order[rows].cpu(), None if U is None else U.order.cpu(), products)
         return
     tiles = [products for _, products in walk(ProductSpec(spec.kernels, spec.y, spec.x, spec.key))]
-    columns = U.order.argsort()
+    columns = U.order.cpu().argsort()
     kernels = _joined([products.kernels for products in tiles])
     kernels = {what: {group: K[columns].T.contiguous() for group, K in of.items()} for what, of in kernels.items()}
     own = _joined([products.x for products in tiles])
-    yield KernelBlock(E.order, _on_cpu(kernels), _on_cpu(tiles[0].y), _placed(own, columns))
+    yield KernelBlock(E.order.cpu(), _on_cpu(kernels), _on_cpu(tiles[0].y), _placed(own, columns))
 
 
 def placed(rows: Tensor, columns: Tensor | None, products: Products) -> KernelBlock:
@@ -154,7 +154,7 @@ def _walk(
 
 
 def _whole(groups: dict[str, Tensor]) -> Tensor:
-    return sum(groups.values(), torch.zeros((), dtype=torch.float64))
+    return sum(groups.values(), torch.zeros((), dtype=torch.float64, device="cpu"))
 
 
 def _on_cpu(sums: Sums) -> Sums:
@@ -179,8 +179,8 @@ def self_kernel(U: Gradients, D: Tree | None, tile: int | None = None) -> tuple[
         D: the diagonal of P; None for ones.
         tile: tokens whose gradients are held on one side at a time; None for all.
     """
-    n, order = len(U), U.side.order
-    K, norms = torch.zeros(n, n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
+    n, order = len(U), U.side.order.cpu()
+    K, norms = (torch.zeros(*shape, dtype=torch.float64, device="cpu") for shape in ((n, n), (n,)))
     tiles = [*U.blocks(tile)]
     for k, own in enumerate(tiles):
         left, rows = U.gathered(own), order[U.rows(own)]

@@ -66,7 +66,7 @@ class WalkedGradients(Gradients):
 
     def squared_norms(self, D: Tree | None) -> func.SquaredNorms:
         """Compute ‖g‖² and ⟨g, D g⟩ of every sequence, [n] float64."""
-        norms = torch.empty(2, len(self), dtype=torch.float64)
+        norms = torch.empty(2, len(self), dtype=torch.float64, device="cpu")
         spec = ProductSpec(x=RowSpec(squares={"plain": None, "weighted": D}))
         for block in blocks(Problem(self.params, self.side, None, spec), ALONE._replace(every=self.how.every)):
             norms[:, block.at] = torch.stack([block.rows("plain"), block.rows("weighted")])
@@ -80,7 +80,7 @@ class WalkedGradients(Gradients):
     def with_itself(self, D: Tree | None, how: Strategy | None = None) -> tuple[Tensor, Tensor]:
         """Compute K of the batch with itself and ‖g‖²: ([n n] symmetric to the last bit, [n]), float64."""
         n = len(self)
-        K, norms = torch.empty(n, n, dtype=torch.float64), torch.empty(n, dtype=torch.float64)
+        K, norms = (torch.empty(*shape, dtype=torch.float64, device="cpu") for shape in ((n, n), (n,)))
         spec = ProductSpec({"": D}, RowSpec(squares={"norm": None}))
         for block in blocks(Problem(self.params, self.side, self.side, spec), how or WHOLE):
             K[block.at], norms[block.at] = block.kernel(), block.rows("norm")

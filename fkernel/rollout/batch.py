@@ -270,8 +270,8 @@ class GeneratedBatch:
             "without_signal": fmean(len(each) < 2 for each in by_group.values()) if known else None,
             "truncated": fmean(record.truncated for record in self.records),
             "length": _spread([len(record.response_ids) for record in self.records]),
-            "entropy": _spread([fmean(record.entropies) for record in self.records]),
-            "logprob": _spread([record.logprob for record in self.records]),
+            "entropy": _spread([fmean(record.entropies) for record in self.records if record.entropies]),
+            "logprob": _spread([record.logprob for record in self.records if record.logprobs]),
         }
 
     def to_frame(self) -> Any:
@@ -288,13 +288,20 @@ class GeneratedBatch:
         for record in self.records:
             row = {"sequence_id": record.sequence_id, **asdict(record.provenance)}
             row |= {"prompt": record.prompt, "response": record.response, "tokens": len(record.response_ids)}
-            row |= {"logprob": record.logprob, "entropy": fmean(record.entropies), "finish": record.finish}
+            scored = (
+                record.logprob if record.logprobs else None,
+                fmean(record.entropies) if record.entropies else None,
+            )
+            row |= {"logprob": scored[0], "entropy": scored[1], "finish": record.finish}
             row |= {"reward": record.reward, "advantage": record.advantage, "weight": record.weight}
             row |= {f"reward:{name}": value for name, value in record.rewards.items()}
             rows.append(row | {"content_hash": record.content_hash})
         return pd.DataFrame(rows).set_index("sequence_id")
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
+def _spread(values: Sequence[float]) -> dict[str, float] | None:
+    """Mean and quartiles; None of nothing."""
+    if not values:
+        return None
     quarters = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0, 0.25, 0.5, 0.75, 1]).double())
     return {"mean": fmean(values), **dict(zip(("min", "q1", "median", "q3", "max"), quarters.tolist(), strict=True))}

@@ -45,6 +45,8 @@ def score(model: Any, batch: Sequences, sampling: Sampling, microbatch: int = 8)
     """
     apply, params = func.make_functional(model, select=lambda name: True)  # a frozen model is scored as well
     func.sequence_logprob(apply).check(batch)
+    device = next(iter(params.values())).device
+    batch = Sequences(*(leaf.to(device) for leaf in batch))
     order = by_length(batch)
     ordered = take(batch, order)
     by_row: dict[int, TokenStatistics] = {}

@@ -18,6 +18,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "lora": {"lora": True},
     "bf16 autocast": {"bf16": True, "gradient_checkpointing": True},
 }
+OTHERS: dict[str, dict[str, Any]] = {"temperature 0.7": {"temperature": 0.7}}
 PROBES = [
     {"id": "right", "prompt": "3+5=", "response": "8"},
     {"id": "nine", "prompt": "7+2=", "response": "9"},
@@ -29,7 +30,7 @@ PROBES = [
 def recording_of(kind: str, snapshots: str | int = "every") -> Recording:
     """A run's recording; the same kind is the same run, whatever the snapshots."""
     place = Path(tempfile.mkdtemp(prefix="fkernel-run-"))
-    options = {"lora": False, **KINDS[kind]}
+    options = {"lora": False, **{**KINDS, **OTHERS}[kind]}
     made = trainer(
         place, **{"max_steps": STEPS, "save_steps": STEPS, "learning_rate": 1e-3, "max_grad_norm": 1.0, **options}
     )

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from fkernel.errors import FKernelError, PlanError
+from fkernel.record import checkpoint_before
+from fkernel.rollout import Sampling, score
 from fkernel.study import FisherKernelPlan, FisherKernelRunner, account_recording, as_recorded
 from tests.study.recorded_runs import KINDS, PROBES, recording_of
 
@@ -29,7 +31,7 @@ def plan_of(kind: str, out: Path, **more: Any) -> FisherKernelPlan:
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "temperature 0.7"])
 def test_the_step_explained_is_the_step_that_was_taken(tmp_path, kind):
     results = FisherKernelRunner(plan_of(kind, tmp_path / "out")).run()
     probes = results["probes"]
@@ -49,6 +51,19 @@ def test_the_step_explained_is_the_step_that_was_taken(tmp_path, kind):
     if ours is not None:
         assert np.allclose(made["contributions"], ours, atol=1e-4 * moved)
     assert np.allclose(made["before"], probes.momentum, atol=1e-4 * moved)
+
+
+def test_log_probabilities_at_another_temperature_are_scored_anew(tmp_path):
+    """A trainer computes them at its temperature; results, and a batch's summary, show them at 1."""
+    recording = recording_of("temperature 0.7")
+    assert not recording.step(STEP).records[0].logprobs
+    results = FisherKernelRunner(plan_of("temperature 0.7", tmp_path / "out")).run()
+    assert results.step["audit"]["fine"]
+    loaded = checkpoint_before(recording, STEP)
+    batch = recording.step(STEP).batch
+    known = score(loaded.model, batch.sequences, Sampling())
+    assert [info.logprob for info in results.update] == pytest.approx([sum(each.logprobs) for each in known], rel=1e-5)
+    assert batch.diagnostics["logprob"] is None
 
 
 def test_what_the_plan_says_is_left_as_it_is(tmp_path):

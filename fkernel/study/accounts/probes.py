@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fkernel.errors import RolloutError, listing
+from fkernel.func import pad
 from fkernel.rollout import (
     CustomSample,
     GeneratedBatch,
@@ -21,6 +22,7 @@ from fkernel.rollout import (
     SampleGenerator,
     SequenceRecord,
     load_batch,
+    score,
 )
 
 TEXTS, TOKENS = {"prompt", "response"}, {"prompt_ids", "response_ids"}
@@ -101,7 +103,16 @@ def _of_tokens(row: dict[str, Any], name: str, generator: SampleGenerator) -> Se
     if not prompt or not response:
         raise RolloutError(f"The probe {name!r} has {len(prompt)} prompt tokens and {len(response)} of a response.")
     where = Provenance(name, "custom", "custom", 0, 0, custom=True)
+    (known,) = score(generator.model, pad([prompt], [response]), generator.sampling)
     return SequenceRecord(
-        name, prompt, response, str(decode(list(prompt))), str(decode(list(response))), (), (), (), "given", where,
-        reward=row.get("reward"), metadata=row.get("metadata", {}),
-    )  # fmt: skip
+        sequence_id=name,
+        prompt_ids=prompt,
+        response_ids=response,
+        prompt=str(decode(list(prompt))),
+        response=str(decode(list(response))),
+        **known._asdict(),
+        finish="given",
+        provenance=where,
+        reward=row.get("reward"),
+        metadata=row.get("metadata", {}),
+    )

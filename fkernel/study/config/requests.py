@@ -53,7 +53,15 @@ class Recorded(BatchSource):
         """Read it."""
         assert self.recording is not None
         assert self.step is not None
-        return Recording.open(self.recording).step(self.step).batch
+        batch = Recording.open(self.recording).step(self.step).batch
+        if all(record.logprobs and record.entropies for record in batch):
+            return batch
+        known = score(
+            generator.model, batch.sequences, batch.sampling or generator.sampling
+        )  # at temperature 1, which the trainer had not
+        pairs = zip(batch, known, strict=True)
+        records = (replace(record, logprobs=one.logprobs, entropies=one.entropies) for record, one in pairs)
+        return replace(batch, records=tuple(records))
 
 
 class SamplePayload(Strict):
