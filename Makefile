@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test mutants lint bench scale peers calibration sweep docs clean
+.PHONY: help demo test mutants lint bench scale peers calibration runs sweep docs clean
 .DELETE_ON_ERROR:
 
 help: ## List these targets
@@ -45,6 +45,9 @@ peers: $(READY) $(PEERS) ## Compare with the research code's method and with ber
 calibration: $(READY) ## Steps of TRL, every optimizer and the floor against what really happened, save JSON and a page (2 minutes)
 	@$(BIN)/python -m benchmarks.calibration $(ARGS)
 
+runs: $(READY) $(PEERS) ## Accounts of whole runs: do they add up, predict, find culprits; save JSON and a page (half an hour)
+	@$(BIN)/python -m benchmarks.runs $(ARGS)
+
 sweep: $(READY) ## Every causal language model in transformers against plain autograd, save JSON and a page (2 minutes)
 	@$(BIN)/python -m benchmarks.sweep $(ARGS)
 
@@ -69,5 +72,6 @@ $(PEERS): constraints.txt
 	@$(PYTHON) -m venv .venv-peers
 	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt bergson==2.5.1
+	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python explaind==0.0.2
 	@.venv-peers/bin/python -m pip uninstall --quiet --yes torchvision torchaudio
 	@touch $@
