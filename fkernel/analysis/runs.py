@@ -15,6 +15,8 @@ import torch
 from fkernel.errors import BatchError
 from fkernel.shapes import Tensor
 
+CANCELLED = 1e-6
+"""Share of a sequence's rewards below which its advantage is their rounding."""
 TURN = 0.2
 """Share of a timeline's whole range that it comes back by before it is said to have turned."""
 
@@ -48,7 +50,8 @@ def reward_shares(rewards: Tensor, weights: Tensor, groups: Tensor) -> Tensor:
         groups: [n] which group each sequence is compared in.
 
     Returns:
-        [n R], rows add up to 1; zeros where the advantage is 0.
+        [n R], rows add up to 1; zeros where the advantage is 0 up to float32's rounding: there functions cancel, and
+        what each of them did by way of that sequence cannot be told from what it did.
 
     Raises:
         BatchError: shapes differ.
@@ -68,7 +71,7 @@ def reward_shares(rewards: Tensor, weights: Tensor, groups: Tensor) -> Tensor:
     sums = torch.zeros(int(place.max()) + 1, weighed.shape[1], dtype=torch.float64).index_add_(0, place, weighed)
     apart = weighed - (sums / place.bincount()[:, None])[place]
     whole = apart.sum(1, keepdim=True)
-    known = whole.abs() > 1e-9 * apart.abs().sum(1, keepdim=True)
+    known = whole.abs() > CANCELLED * weighed.abs().sum(1, keepdim=True)
     return torch.where(known, apart / torch.where(known, whole, 1.0), 0.0)
 
 

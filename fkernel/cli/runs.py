@@ -93,6 +93,9 @@ def replay(
         typer.Option(help="Sequences left out of the loss: an id (0012/U-003-*), 'prompt:TEXT' or 'response:TEXT'."),
     ] = None,
     weigh: Annotated[list[str] | None, typer.Option(help="Sequences weighed otherwise: PATTERN=WEIGHT.")] = None,
+    part: Annotated[
+        list[str] | None, typer.Option(help="Parts of the loss weighed otherwise: kl=0, entropy=2, loss=1.")
+    ] = None,
     upto: Annotated[int | None, typer.Option(help="The step before which the replay ends.")] = None,
     max_norm: Annotated[float | None, typer.Option(help="That a changed gradient is clipped to.")] = None,
     device: Annotated[str, typer.Option(help="A torch device.")] = "cpu",
@@ -103,16 +106,17 @@ def replay(
 
     Example: fkernel replay run/recording --probes probes.jsonl --drop "prompt:19+28="
 
-    Without --drop and --weigh it replays the run as it was, and says how far it ends from the run.
+    Without --drop, --weigh and --part it replays the run as it was, and says how far it ends from the run.
     """
     with exit_on_error():
         with importing():
             from fkernel import report
             from fkernel.study import replay_probes
-        weights = dict.fromkeys(drop or [], 0.0) | dict(map(_weight, weigh or []))
+        weights = dict.fromkeys(drop or [], 0.0) | dict(_weight("--weigh", each) for each in weigh or [])
+        parts = dict(_weight("--part", each) for each in part or [])
         with progress_and_log("minimal") as on_progress:
             options: dict[str, Any] = {"upto": upto, "max_norm": max_norm, "device": device, "base": base}
-            results = replay_probes(recording, probes, weights, on_progress=on_progress, **options)
+            results = replay_probes(recording, probes, weights, parts=parts or None, on_progress=on_progress, **options)
         if as_json:
             typer.echo(json.dumps(report.replay_record(results), indent=1))
             return
@@ -152,11 +156,11 @@ def _range(given: str | None) -> range | None:
         raise PlanError(f"--steps {given}: expected A:B, such as 0:100, or one step.") from None
 
 
-def _weight(given: str) -> tuple[str, float]:
+def _weight(option: str, given: str) -> tuple[str, float]:
     from fkernel.errors import PlanError
 
     pattern, _, value = given.rpartition("=")
     try:
         return pattern, float(value)
     except ValueError:
-        raise PlanError(f"--weigh {given}: expected PATTERN=NUMBER, such as 'prompt:19+28==0.5'.") from None
+        raise PlanError(f"{option} {given}: expected NAME=NUMBER, such as 'prompt:19+28==0.5' or kl=0.") from None

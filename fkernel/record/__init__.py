@@ -5,7 +5,7 @@ A room of its own because it looks at a living training, which no other room doe
 """
 
 from fkernel.record.as_checkpoint import checkpoint_before
-from fkernel.record.layout import RecordedMicrobatch
+from fkernel.record.layout import LOSS, RecordedMicrobatch
 from fkernel.record.opened import OpenStep
 from fkernel.record.policy import fill
 from fkernel.record.reading import RecordedStep, Recording, Snapshot
@@ -15,6 +15,7 @@ from fkernel.record.restored import States
 from fkernel.record.run_steps import RunSteps
 
 __all__ = [
+    "LOSS",
     "Change",
     "OpenStep",
     "RecordedMicrobatch",

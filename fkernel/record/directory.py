@@ -5,7 +5,8 @@
   steps/000012/
     step.json                 learning rates, settings, norms, clipping, losses, the check; checksums of the other two
     tokens.safetensors        of each micro-batch i: i/input_ids, i/attention_mask, i/response_mask, i/token_weights,
-                              i/logprobs, and i/entropy_weights, i/entropies, i/others/… where there are any, [b t]
+                              i/logprobs, and i/entropy_weights, i/entropies, i/kl_weights, i/others/… where there are
+                              any, [b t]
     sequences.jsonl           one sequence a line: texts, rewards, advantage, group, whatever else was given
   snapshots/000012/           before step 12
     snapshot.json             optimizers' settings and numbers; checksums of the other two
@@ -45,7 +46,7 @@ ABOUT, STEPS, SNAPSHOTS, REPLACED = "recording.json", "steps", "snapshots", "rep
 STEP, TOKENS, ROWS = "step.json", "tokens.safetensors", "sequences.jsonl"
 SNAPSHOT, WEIGHTS, OPTIMIZER = "snapshot.json", "weights.safetensors", "optimizer.safetensors"
 MASKS = ("attention_mask", "response_mask")
-OPTIONAL = ("entropy_weights", "entropies")
+OPTIONAL = ("entropy_weights", "entropies", "kl_weights")
 
 
 def numbered(directory: Path, kind: str) -> tuple[int, ...]:

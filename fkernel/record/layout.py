@@ -12,12 +12,15 @@ A row without a response token (a completion that the trainer masked as a whole)
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from fkernel.errors import BatchError
 from fkernel.shapes import Tensor
+
+LOSS = "loss"
+"""Name of the part of a loss that is neither a KL penalty nor an entropy term."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +37,8 @@ class RecordedMicrobatch:
         entropies: H of each token; None where none was given.
         others: {name: [b t]} whatever else was given for each token, such as log-probabilities of the reference.
         loss: of this pass, where it was noted.
+        kl_weights: the share of ω that a KL penalty has, −∂L/∂log π_reference: a penalty is a function of
+            log π_reference − log π. None where the reference's were not given with a gradient.
     """
 
     input_ids: Tensor
@@ -45,6 +50,7 @@ class RecordedMicrobatch:
     entropies: Tensor | None = None
     others: Mapping[str, Tensor] = field(default_factory=dict)
     loss: float | None = None
+    kl_weights: Tensor | None = None
 
     def __len__(self) -> int:
         """Count the rows."""
@@ -59,6 +65,12 @@ class RecordedMicrobatch:
     def prompt_width(self) -> int | None:
         """Tokens to which prompts were padded on their left; None where all padding is on the right."""
         return prompt_width(self.attention_mask, self.response_mask)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Parts of the loss: "loss", and "kl" and "entropy" where they are told apart."""
+        told = {"kl": self.kl_weights is not None, "entropy": self.entropy_weights is not None}
+        return (LOSS, *(name for name, there in told.items() if there))
 
     @property
     def answered(self) -> list[int]:
@@ -78,6 +90,7 @@ class Row:
         logprobs: log π at the trainer's temperature.
         entropies: H; empty where none was given.
         others: {name: numbers}.
+        kl_weights: the share of ω that a KL penalty has; empty where it is not told apart.
     """
 
     prompt_ids: tuple[int, ...]
@@ -87,6 +100,18 @@ class Row:
     logprobs: tuple[float, ...]
     entropies: tuple[float, ...]
     others: Mapping[str, tuple[float, ...]]
+    kl_weights: tuple[float, ...] = ()
+
+    def weighed(self, parts: Mapping[str, float]) -> Row:
+        """The same sequence with the parts of its loss weighed: ω = a_loss (ω − ω_kl) + a_kl ω_kl, η = a_entropy η.
+
+        Args:
+            parts: {part: a}, 1 for one that is not named.
+        """
+        kl = self.kl_weights or (0.0,) * len(self.token_weights)
+        a, b, c = (parts.get(name, 1.0) for name in (LOSS, "kl", "entropy"))
+        ω = tuple(a * (whole - own) + b * own for whole, own in zip(self.token_weights, kl, strict=True))
+        return replace(self, token_weights=ω, entropy_weights=tuple(c * η for η in self.entropy_weights))
 
 
 def unpadded(microbatch: RecordedMicrobatch, row: int) -> Row:
@@ -120,6 +145,7 @@ def unpadded(microbatch: RecordedMicrobatch, row: int) -> Row:
         numbers(microbatch.logprobs),
         numbers(microbatch.entropies),
         {name: numbers(values) for name, values in microbatch.others.items()},
+        numbers(microbatch.kl_weights),
     )
 
 

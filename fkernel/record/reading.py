@@ -28,14 +28,15 @@ from fkernel.record.directory import (
     step_checksums,
 )
 from fkernel.record.gradients import passes_of, weighted
-from fkernel.record.layout import RecordedMicrobatch, Row, unpadded
+from fkernel.record.layout import LOSS, RecordedMicrobatch, Row, unpadded
 from fkernel.record.optimizers import state_dict_of
 from fkernel.record.policy import attention_of, load_policy, tokenizer_of
 from fkernel.rollout import GeneratedBatch, Provenance, Sampling, SequenceRecord
 from fkernel.shapes import Tree
 
-PART = "loss"
-"""Name of the one part of a recorded loss."""
+ENTROPY = "entropy"
+PARTS = (LOSS, "kl", ENTROPY)
+"""Parts of a recorded loss, in their order."""
 KNOWN = ("prompt", "response", "reward", "rewards", "reward_weights", "advantage", "prompt_id", "finish")
 PLACE = ("sequence_id", "microbatch", "row", "group")
 
@@ -76,6 +77,12 @@ class RecordedStep:
         return tuple(tuple(float(group["lr"]) for group in groups or ()) for groups in self.settings)
 
     @cached_property
+    def parts(self) -> tuple[str, ...]:
+        """Parts of the loss that are told apart, of PARTS."""
+        there = {part for each in self.microbatches for part in each.parts}
+        return tuple(part for part in PARTS if part in there)
+
+    @cached_property
     def records(self) -> tuple[SequenceRecord, ...]:
         """The sequences that had a response; `batch` has what their fields are."""
         return tuple(
@@ -84,7 +91,7 @@ class RecordedStep:
 
     @cached_property
     def batch(self) -> GeneratedBatch:
-        """The sequences that had a response, with ω and η as the part "loss".
+        """The sequences that had a response; ω is the part "loss", less "kl" where that is told apart, η "entropy".
 
         logprobs and entropies are those of the trainer where it computed them at temperature 1, else empty; logqs are
         its log-probabilities before this step's first pass where it kept them (`old_logprobs`), else the same numbers.
@@ -117,8 +124,9 @@ class RecordedStep:
         mask = self.microbatches[known["microbatch"]].response_mask[known["row"]].nonzero().flatten()
         whole = len(mask) == len(row.response_ids)  # a loss that leaves tokens out computes no log π of them
         plain = self.temperature == 1 and whole
-        entropies = any(each.entropy_weights is not None for each in self.microbatches)
-        η = row.entropy_weights or (0.0,) * len(row.response_ids)
+        zeros = (0.0,) * len(row.response_ids)
+        ω = {name: row.weighed({other: float(other == name) for other in PARTS}).token_weights for name in self.parts}
+        ω.pop(ENTROPY, None)
         rewards = known.get("rewards") or {}
         return SequenceRecord(
             sequence_id=known["sequence_id"],
@@ -141,8 +149,8 @@ class RecordedStep:
             advantage=known.get("advantage"),
             metadata={key: value for key, value in known.items() if key not in (*KNOWN, *PLACE)},
             abstained=bool(rewards) and known.get("reward") is None,
-            token_weights={PART: row.token_weights},
-            entropy_weights={PART: η} if entropies else {},
+            token_weights=ω,
+            entropy_weights={ENTROPY: row.entropy_weights or zeros} if ENTROPY in self.parts else {},
             rewards=rewards,
             reward_weights=known.get("reward_weights") or {},
         )

@@ -62,17 +62,21 @@ class Training:
     f: Callable[[Tree, Any], Tensor]
     device: torch.device
 
-    def gradient(self, params: Tree, step: RecordedStep, change: Change | None = None) -> dict[str, Any]:
+    def gradient(
+        self, params: Tree, step: RecordedStep, change: Change | None = None, parts: Mapping[str, float] | None = None
+    ) -> dict[str, Any]:
         """Compute ∇L of a step at θ in the training's arithmetic, before clipping; None where f never uses a parameter.
 
         Args:
             params: θ, in the training's dtypes.
             step: the step.
             change: weights of its sequences; None for those of the run.
+            parts: {part: weight} of its loss; None for those of the run.
         """
         rows, passes = passes_of(step.microbatches)
         if not rows:
             return {name: torch.zeros_like(leaf) for name, leaf in params.items()}
+        rows = rows if parts is None else [row.weighed(parts) for row in rows]
         batch, about = moved(weighted(rows), self.device), self.recording.about
         a = torch.ones(len(rows), device=self.device)
         if change is not None:
@@ -150,7 +154,13 @@ def settled(state: State, recording: Recording, step: RecordedStep) -> StoredSta
     return replace(state.stored, groups=groups)
 
 
-def next_state(training: Training, state: State, change: Change | None = None, max_norm: float | None = None) -> State:
+def next_state(
+    training: Training,
+    state: State,
+    change: Change | None = None,
+    max_norm: float | None = None,
+    parts: Mapping[str, float] | None = None,
+) -> State:
     """Take one recorded step from a state.
 
     Args:
@@ -158,6 +168,7 @@ def next_state(training: Training, state: State, change: Change | None = None, m
         state: before the step.
         change: weights of sequences; None for the run as it was.
         max_norm: that gradients are clipped to where something is changed; None for none.
+        parts: weights of the parts of the loss; None for the run as it was.
 
     Returns:
         The state after it.
@@ -167,9 +178,9 @@ def next_state(training: Training, state: State, change: Change | None = None, m
         OptimizerStateError: its optimizer cannot be executed here; `fkernel.precond.executed_step`.
     """
     step = training.recording.step(state.number)
-    g = training.gradient(state.params, step, change)
+    g = training.gradient(state.params, step, change, parts)
     c = step.clip
-    if change is not None:
+    if change is not None or parts is not None:
         norm = float(tree.norm({name: leaf for name, leaf in g.items() if leaf is not None}))
         c = 1.0 if max_norm is None else min(1.0, max_norm / (norm + 1e-6))
     return advanced(training.recording, state, step, scaled(g, c))
@@ -233,6 +244,7 @@ def replay(
     upto: int | None = None,
     change: Change | None = None,
     *,
+    parts: Mapping[str, float] | None = None,
     start: int | None = None,
     max_norm: float | None = None,
     model: nn.Module | None = None,
@@ -245,6 +257,7 @@ def replay(
         recording: the run.
         upto: the step before which it ends; None for after the last.
         change: weights of sequences, (id within the run, record) -> factor; None for the run as it was.
+        parts: {part: weight} of the loss: "kl" and "entropy" where the recording tells them apart, "loss" is the rest.
         start: a step before which there is a snapshot; None for the first.
         max_norm: that gradients are clipped to where something is changed; None for what the run clipped to.
         model: the policy, for one whose architecture is not in the recording.
@@ -286,11 +299,11 @@ def replay(
     recording.check_steps(range(begin, end))
     training = training_of(recording, model, base, device)
     state = state_of(training, begin)
-    if change is not None and max_norm is None:
+    if (change is not None or parts is not None) and max_norm is None:
         max_norm = clipped_to(recording, range(begin, end))
     yield state
     while state.number < end:
-        state = next_state(training, state, change, max_norm)
+        state = next_state(training, state, change, max_norm, parts)
         yield state
 
 

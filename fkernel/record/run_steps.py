@@ -21,7 +21,7 @@ from fkernel.func import make_functional, weighted_logprob, with_masked_padding_
 from fkernel.precond import AdamWState, exact_state
 from fkernel.record.gradients import passes_of, weighted
 from fkernel.record.layout import Row
-from fkernel.record.reading import RecordedStep
+from fkernel.record.reading import PARTS, RecordedStep
 from fkernel.record.replaying import State, advanced, scaled, settled
 from fkernel.record.restored import States
 from fkernel.shapes import Tree
@@ -66,9 +66,11 @@ class RunSteps:
     def _step(self, state: State, after: State, wanted: bool) -> RunStep:
         step = self.recording.step(state.number)
         rows, _ = passes_of(step.microbatches)
+        rows = rows if len(step.parts) == 1 else [row.weighed(only(part)) for part in step.parts for row in rows]
         batch = pytree.tree_map_only(torch.Tensor, lambda leaf: leaf.to(self.device), weighted(rows or [unheard(step)]))
         exact = adamw_of(exact_state(settled(state, self.recording, step), state.params), step)
         moments = {key: self._own(getattr(exact, key)) for key in exact.MOMENTS}
+        # Where a loss has several parts, its sequences come once for each of them: [parts · n].
         return RunStep(
             f=self.f,
             params=self._own(state.params),
@@ -108,6 +110,11 @@ def adamw_of(state: Any, step: RecordedStep) -> AdamWState:
             f"steps of other optimizers are explained by fkernel.explain_step, and a replay takes any."
         )
     return state
+
+
+def only(part: str) -> dict[str, float]:
+    """Weights of a loss's parts that leave one."""
+    return {name: float(name == part) for name in PARTS}
 
 
 def difference(after: Tree, before: Tree) -> Tree:

@@ -15,6 +15,9 @@ from fkernel.errors import BatchError, listing
 from fkernel.record.layout import RecordedMicrobatch, last_columns, prompt_width
 from fkernel.shapes import Tensor
 
+REFERENCE = "reference_logprobs"
+"""Name under which the reference's log-probabilities are given."""
+
 
 class Pass(NamedTuple):
     """What a tap kept of one backward pass.
@@ -40,6 +43,7 @@ class Tap:
         response_mask: [b t] or [b k], 1 for a token of the response.
         entropy: [b k]; None where the loss has none.
         metadata: {name: values}: b numbers or texts; [b k] numbers, one a token; or a mapping of b numbers each.
+            `reference_logprobs` that require a gradient tell the KL penalty's share of ω.
 
     Raises:
         BatchError: shapes do not fit.
@@ -93,7 +97,7 @@ class Tap:
 
         Args:
             grad: [b k] ∂L/∂log π, or ∂L/∂H.
-            name: "token_weights" or "entropy_weights".
+            name: "token_weights", "entropy_weights" or "kl_weights".
         """
         before = self._grads.get(name)
         self._grads[name] = grad.detach().clone() if before is None else before + grad.detach()
@@ -105,6 +109,8 @@ class Tap:
         b, shape = self._shape[0], self._values["logprobs"].shape
         if isinstance(values, torch.Tensor) and values.ndim == 2 and values.shape == shape:
             self._others[name] = values.detach().clone()
+            if name == REFERENCE and values.requires_grad:
+                values.register_hook(lambda grad: self.hear(-grad, "kl_weights"))
             return
         columns = values if isinstance(values, Mapping) else {None: values}
         for key, column in columns.items():
@@ -144,7 +150,7 @@ class Tap:
         grads = {name: last_columns(leaf.cpu(), t) / scale for name, leaf in self._grads.items()}
         for name, leaf in grads.items():
             _check_weights(name, leaf, mask)
-        η = grads.get("entropy_weights")
+        η, kl = (grads.get(name) for name in ("entropy_weights", "kl_weights"))
         return RecordedMicrobatch(
             ids.long(),
             attended,
@@ -155,6 +161,7 @@ class Tap:
             values.get("entropies"),
             {name: values[name] for name in self._others},
             None if self.loss is None else float(self.loss),
+            kl if kl is not None and bool(kl.any()) else None,
         )
 
 
@@ -198,7 +205,7 @@ def check_shapes(
 
 
 def _check_weights(name: str, weights: Tensor, mask: Tensor) -> None:
-    what = {"token_weights": "∂L/∂log π", "entropy_weights": "∂L/∂H"}[name]
+    what = {"token_weights": "∂L/∂log π", "entropy_weights": "∂L/∂H", "kl_weights": "∂L/∂log π_reference"}[name]
     if not bool(torch.isfinite(weights).all()):
         row = int((~torch.isfinite(weights)).any(1).nonzero()[0])
         raise BatchError(f"{what} of row {row} is not finite: the loss overflowed there, or divided by zero.")

@@ -63,7 +63,7 @@ class PolicyGradient:
         """Remember the micro-batch while its loss is computed."""
 
         def compute_loss(model: Any, inputs: Any, *rest: Any, **others: Any) -> Any:
-            self._inputs = inputs
+            inputs = self._inputs = _with_reference(inputs)
             try:
                 loss = before(model, inputs, *rest, **others)
             finally:
@@ -87,6 +87,7 @@ class PolicyGradient:
                 raise ModelError(
                     "The micro-batch holds images, which a recording does not keep; only texts are recorded."
                 )
+            self._correct_reference(self._inputs, logp)
             self.recorder.tap(
                 logp,
                 input_ids=input_ids,
@@ -98,6 +99,15 @@ class PolicyGradient:
             return out
 
         return tapped
+
+    def _correct_reference(self, inputs: Mapping[str, Any], logp: Tensor) -> None:
+        """Where the penalty is weighed by a ratio, let the reference's gradient tell the ratio's share too."""
+        reference, args = inputs.get("ref_per_token_logps"), self.trainer.args
+        if reference is None or not reference.requires_grad or not getattr(args, "use_bias_correction_kl", False):
+            return
+        apart, mask = reference.detach() - logp.detach(), inputs["completion_mask"]
+        whole = getattr(self.trainer, "importance_sampling_level", "token") == "sequence"
+        reference.register_hook(lambda grad: with_ratio(grad, apart, mask if whole else None))
 
     def calculate_rewards(self, before: Any) -> Any:
         """Keep what each reward function said."""
@@ -161,6 +171,36 @@ class PolicyGradient:
             given["old_logprob"] = inputs["old_logps"]
         leaves = {name: inputs[key] for key, name in OTHERS.items() if inputs.get(key) is not None}
         return given | {name: leaf for name, leaf in leaves.items() if leaf.shape == logp.shape}
+
+
+def with_ratio(grad: Tensor, apart: Tensor, mask: Tensor | None) -> Tensor:
+    """Minus the whole gradient of a KL penalty that is weighed by a ratio, from its gradient at the reference alone.
+
+    L = n ρ k(d),  k = e^d − d − 1,  d = log π_ref − log π:   −∂L/∂log π = G − n k ∂ρ/∂log π,  G = ∂L/∂log π_ref
+
+    Args:
+        grad: [b k] G.
+        apart: [b k] d.
+        mask: [b k] of the response, where ρ is the sequence's: its log is the mean over it; None for each token's own.
+
+    Example:
+        >>> with_ratio(torch.tensor([[2.0]]), torch.tensor([[1.0]]), None).round(decimals=4)
+        tensor([[1.1640]])
+    """
+    slope = apart.expm1()
+    own = grad * torch.where(slope == 0, 0.0, (slope - apart) / torch.where(slope == 0, 1.0, slope))  # n ρ k
+    if mask is None:
+        return grad - own
+    kept = mask.to(own)
+    return grad - kept * (own * kept).sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp(min=1.0)
+
+
+def _with_reference(inputs: Any) -> Any:
+    """The micro-batch with the reference's log-probabilities as a leaf: its gradient is that of the KL penalty."""
+    reference = inputs.get("ref_per_token_logps") if isinstance(inputs, Mapping) else None
+    if reference is None or not torch.is_grad_enabled():
+        return inputs
+    return {**inputs, "ref_per_token_logps": reference.detach().clone().requires_grad_()}
 
 
 def _is_json(value: Any) -> bool:

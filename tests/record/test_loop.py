@@ -15,7 +15,7 @@ from fkernel.errors import StoreError
 from fkernel.func import make_functional, weighted_logprob
 from fkernel.precond import AdamWState
 from fkernel.record import Recorder, Recording
-from tests.record.loops import MAX_NORM, adamw, backward, gpt2, statistics, take, tensors, train
+from tests.record.loops import MAX_NORM, adamw, backward, gpt2, loss_of, statistics, take, tensors, train
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_the_batch_has_tokens_weights_and_what_was_given(run):
     assert batch.advantages.tolist() == pytest.approx([1.0, -0.5, 0.7, -1.0, 0.3])
     given, _ = taken[1]
     assert batch.records[3].token_weights["loss"] == pytest.approx(given[1].ω[1, -2:].tolist())
-    assert batch.records[3].entropy_weights["loss"] == pytest.approx(given[1].η[1, -2:].tolist())
+    assert batch.records[3].entropy_weights["entropy"] == pytest.approx(given[1].η[1, -2:].tolist())
     assert [(each.prompt_width, each.width) for each in step.passes] == [(None, 6), (3, 5)]
 
 
@@ -92,6 +92,38 @@ def test_snapshots_are_the_state_before_the_step_and_after_the_last(run):
     assert {*state.exp_avg} == {*end.params}
     assert state.step["lm_head.weight" if "lm_head.weight" in state.step else "transformer.wte.weight"] == 3
     assert all(not leaf.any() for leaf in recording.snapshot(0).state_dicts[0]["state"].values())
+
+
+def penalty(own: torch.Tensor, reference: torch.Tensor, response: torch.Tensor) -> torch.Tensor:
+    """TRL's estimate of a KL divergence, times 0.3."""
+    apart = reference - own
+    return 0.3 * ((apart.exp() - apart - 1) * response[:, 1:]).sum()
+
+
+def test_a_kl_penaltys_share_is_told_from_the_references_gradient(tmp_path):
+    """−∂L/∂log π_ref, against autograd's gradient of the penalty alone; twice, since two passes add up."""
+    model = gpt2().double()
+    optimizer = adamw(model)
+    expected = []
+    with Recorder(tmp_path, model, optimizer) as recorder, recorder.step():
+        for i in range(2):
+            ids, attention, response, advantages = tensors(i)
+            log_p, entropy = statistics(model, ids, attention)
+            reference = (log_p.detach() + 0.1 * torch.rand_like(log_p)).requires_grad_()
+            masks = {"attention_mask": attention, "response_mask": response}
+            recorder.tap(log_p, input_ids=ids, **masks, entropy=entropy, reference_logprobs=reference)
+            (loss_of(log_p, entropy, response, advantages) + penalty(log_p, reference, response)).backward()
+            alone = log_p.detach().requires_grad_()
+            expected.append(torch.autograd.grad(penalty(alone, reference.detach(), response), alone)[0])
+        optimizer.step()
+    step = Recording.open(tmp_path).step(0)
+    assert step.parts == ("loss", "kl", "entropy")
+    for each, kl in zip(step.microbatches, expected, strict=True):
+        assert each.kl_weights is not None
+        assert torch.allclose(each.kl_weights[:, 1:], kl, atol=1e-12)
+    record, whole = step.records[2], step.microbatches[1].token_weights[0]
+    together = [a + b for a, b in zip(record.token_weights["loss"], record.token_weights["kl"], strict=True)]
+    assert together == pytest.approx(whole[-2:].tolist(), abs=1e-12)
 
 
 def test_nothing_is_pickled(run):

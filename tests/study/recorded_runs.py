@@ -18,7 +18,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "lora": {"lora": True},
     "bf16 autocast": {"bf16": True, "gradient_checkpointing": True},
 }
-OTHERS: dict[str, dict[str, Any]] = {"temperature 0.7": {"temperature": 0.7}}
+OTHERS: dict[str, dict[str, Any]] = {
+    "temperature 0.7": {"temperature": 0.7},
+    "a ratio of sequences": {"importance_sampling_level": "sequence", "beta": 0.05, "num_iterations": 2},
+    "a penalty without a ratio": {"use_bias_correction_kl": False, "beta": 0.05, "num_iterations": 2},
+}
 PROBES = [
     {"id": "right", "prompt": "3+5=", "response": "8"},
     {"id": "nine", "prompt": "7+2=", "response": "9"},

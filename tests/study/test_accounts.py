@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from fkernel.cli import app
 from fkernel.engine import Sweep
 from fkernel.errors import FKernelError, PlanError, ResultsError, RolloutError
-from fkernel.record import Recording, distance, replay
+from fkernel.record import RecordedStep, Recording, distance, replay
 from fkernel.study import AccountResults, account_recording, replay_probes
 from fkernel.study.accounts import computing, stopped
 from tests.study.recorded_runs import KINDS, PROBES, STEPS, probes_file, recording_of
@@ -116,7 +116,51 @@ def test_questions(whole):
         whole.top_sequences("none")
 
 
-def test_what_cannot_be_told_says_why(tmp_path):
+def test_parts_of_the_loss_are_told_apart(tmp_path, monkeypatch):
+    recording = recording_of("cispo, KL, two inner epochs")
+    made = account_recording(recording, PROBES, tmp_path / "parts")
+    assert made.facts["parts"] == ["loss", "kl"]
+    assert made["parts"].shape == (3, STEPS, 2)
+    steps = made.step_of
+    for t in range(STEPS):
+        assert made["parts"][:, t].sum(1) == pytest.approx(made["contributions"][:, steps == t].sum(1), abs=1e-5)
+    assert size(made["parts"][:, 0, 1]) == 0  # the policy is its own reference
+    assert size(made["parts"][:, :, 1]) > 1e-3 * size(made["realised"])
+    shares = {share.id: share.value for share in made.top_parts("nine")}
+    assert sum(shares.values()) == pytest.approx(float(made["contributions"][1].sum()), abs=1e-5)
+    rewards = sum(share.value for share in made.top_rewards("nine"))
+    assert rewards == pytest.approx(shares["loss"], abs=1e-5)
+    monkeypatch.setattr(RecordedStep, "parts", ("loss",))
+    whole = account_recording(recording, PROBES, tmp_path / "whole")
+    assert size(whole["contributions"] - made["contributions"]) <= 1e-4 * size(whole["contributions"])
+    with pytest.raises(ResultsError, match="has no parts"):
+        whole.top_parts("nine")
+
+
+@pytest.mark.parametrize("kind", ["cispo, KL, two inner epochs", "a ratio of sequences", "a penalty without a ratio"])
+def test_the_rest_of_a_loss_with_a_penalty_is_of_advantages_alone(kind):
+    """Of a sequence whose advantage is 0 the penalty is all that there is, a ratio that weighs it included."""
+    recording, seen = recording_of(kind), 0
+    for number in recording.steps:
+        for record in recording.step(number).records:
+            if abs(record.advantage or 0.0) < 1e-7 and any(record.token_weights.get("kl", ())):
+                seen += 1
+                assert size(record.token_weights["loss"]) <= 1e-4 * size(record.token_weights["kl"])
+    assert seen > 0
+
+
+def test_a_run_is_replayed_without_a_part_of_its_loss():
+    recording = recording_of("cispo, KL, two inner epochs")
+    same = replay_probes(recording, PROBES, parts={"kl": 1.0})
+    assert float(same.difference.abs().max()) < 1e-4
+    without = replay_probes(recording, PROBES, parts={"kl": 0.0})
+    assert float(without.difference.abs().max()) > 1e-3
+    with pytest.raises(PlanError, match=r"'entropy' is no part of the loss .* it has kl, loss"):
+        replay_probes(recording, PROBES, parts={"entropy": 0.0})
+
+
+def test_what_cannot_be_told_says_why(tmp_path, monkeypatch):
+    monkeypatch.setattr(RecordedStep, "parts", ("loss",))
     made = account_recording(recording_of("cispo, KL, two inner epochs"), PROBES[:1], tmp_path)
     for name in ("rewards", "p"):
         with pytest.raises(ResultsError, match=r"beta=0\.05 beside its advantages"):

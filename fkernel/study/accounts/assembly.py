@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from fkernel.analysis import permutations, reward_shares, significance
 from fkernel.engine import RunAccount
-from fkernel.record import Recording
+from fkernel.record import LOSS, Recording
 from fkernel.rollout import SequenceRecord
 from fkernel.shapes import Tensor
 from fkernel.study.accounts.results import AccountResults
@@ -18,8 +19,8 @@ from fkernel.study.provenance import environment
 DRAWS = 1000
 """Permutations of advantages."""
 COLUMNS = ("realised", "before", "decay", "arithmetic", "unexplained", "remainder", "by_step", "own", "momentum")
-BESIDE = ("beta", "entropy_coef")
-"""Arguments of a trainer that put something beside advantages into a loss."""
+BESIDE = {"beta": "kl", "entropy_coef": "entropy"}
+"""Arguments of a trainer that put something beside advantages into a loss, and the part that it is."""
 
 
 class Taken(NamedTuple):
@@ -32,6 +33,7 @@ class Taken(NamedTuple):
         step: [N] its step.
         group: [N] which sequences advantages are relative to, numbered over the run.
         steps: facts of each step, JSON.
+        parts: of each step's loss.
     """
 
     about: dict[str, Any]
@@ -40,15 +42,18 @@ class Taken(NamedTuple):
     step: list[int]
     group: Tensor
     steps: list[dict[str, Any]]
+    parts: list[tuple[str, ...]]
 
     @classmethod
     def of(cls, recording: Recording, chosen: range) -> Taken:
         """Read them."""
         records, ids, numbers, stems, steps = list[SequenceRecord](), list[str](), list[int](), list[str](), []
+        parts = list[tuple[str, ...]]()
         for number in chosen:
             step = recording.step(number)
             own = step.records
             records += own
+            parts.append(step.parts)
             ids += step.sequence_ids
             numbers += [number] * len(own)
             stems += [name.rpartition("-")[0] for name in step.sequence_ids]
@@ -57,16 +62,14 @@ class Taken(NamedTuple):
             steps.append({"step": number, "sequences": len(own), "lr": max(rates, default=None), **facts})
         place = {stem: i for i, stem in enumerate(dict.fromkeys(stems))}
         group = torch.tensor([place[stem] for stem in stems], dtype=torch.int64)
-        return cls(dict(recording.about), records, ids, numbers, group, steps)
+        return cls(dict(recording.about), records, ids, numbers, group, steps, parts)
 
     @property
     def beside(self) -> str | None:
-        """What is in the loss beside advantages; None where nothing is known to be."""
-        given = {name: self.about.get("arguments", {}).get(name) for name in BESIDE}
-        named = [f"{name}={value}" for name, value in given.items() if value]
-        if not named and any(record.entropy_weights for record in self.records):
-            named = ["an entropy term"]
-        return ", ".join(named) or None
+        """What is in the loss beside advantages, and not told apart; None where nothing is known to be."""
+        there = {part for parts in self.parts for part in parts}
+        given = {name: self.about.get("arguments", {}).get(name) for name, part in BESIDE.items() if part not in there}
+        return ", ".join(f"{name}={value}" for name, value in given.items() if value) or None
 
 
 def assembled(
@@ -82,16 +85,20 @@ def assembled(
     Args:
         made: by the sweep.
         floor: [n_E] of rounding in the realised change.
-        taken: the sequences; a step without any has one column of zeros in `made`, which is dropped.
+        taken: the sequences; a step without any has one column of zeros in `made`, which is dropped. Where a loss has
+            several parts, `made` has the sequences' columns once for each.
         probes: the rows.
         request: what was asked.
         p_values: whether contributions are compared with permuted advantages.
     """
-    kept = [each[:, : facts["sequences"]] for each, facts in zip(made.contributions, taken.steps, strict=True)]
-    C, facts = torch.cat(kept, 1), dict[str, Any]()
+    split = by_part(taken, made.contributions)
+    C, facts = sum(split.values(), torch.zeros(())), dict[str, Any]()
     arrays = {"contributions": C, "floor": floor, **{name: getattr(made, name) for name in COLUMNS}}
-    rewards = by_reward(taken, C)
-    p = permuted(taken, C) if p_values else "it was not asked for"
+    if len(split) > 1:
+        arrays["parts"] = torch.stack([_by_step(taken, each) for each in split.values()], 2)
+        facts["parts"] = [*split]
+    rewards = by_reward(taken, split[LOSS])
+    p = permuted(taken, split[LOSS]) if p_values else "it was not asked for"
     for name, values in (("rewards", rewards), ("p", p)):
         if isinstance(values, str):
             facts[name] = values
@@ -111,12 +118,36 @@ def assembled(
     return AccountResults(about, tuple(probes), tuple(sequences), tuple(taken.steps), single, facts)
 
 
+def by_part(taken: Taken, contributions: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Contributions by part of the loss, {part: [n_E N]}; one part, "loss", where nothing is told apart.
+
+    Args:
+        taken: the sequences.
+        contributions: of each step, [n_E parts·n].
+    """
+    names = dict.fromkeys(part for parts in taken.parts for part in parts)
+    split: dict[str, list[Tensor]] = {name: [] for name in names}
+    for each, parts, facts in zip(contributions, taken.parts, taken.steps, strict=True):
+        n = facts["sequences"]
+        shaped = each[:, : n * len(parts)].reshape(len(each), len(parts), n)
+        for name in names:
+            own = shaped[:, parts.index(name)] if name in parts else each.new_zeros(len(each), n)
+            split[name].append(own)
+    return {name: torch.cat(own, 1) for name, own in split.items()}
+
+
+def _by_step(taken: Taken, C: Tensor) -> Tensor:
+    """Sum contributions over each step's sequences, [n_E T]."""
+    place = torch.tensor(taken.step, dtype=torch.int64) - taken.steps[0]["step"]
+    return torch.zeros(len(C), len(taken.steps), dtype=torch.float64).index_add_(1, place, C.double())
+
+
 def by_reward(taken: Taken, C: Tensor) -> Tensor | str:
     """Split contributions by reward function, [n_E T R] by the step that trained on them; or why that cannot be done.
 
     Args:
         taken: the sequences.
-        C: [n_E N] contributions.
+        C: [n_E N] contributions of the part of the loss that advantages make.
     """
     names = [*taken.records[0].rewards] if taken.records else []
     if not names or any([*record.rewards] != names for record in taken.records):
@@ -128,10 +159,7 @@ def by_reward(taken: Taken, C: Tensor) -> Tensor | str:
     ]
     weights = torch.tensor([float(taken.records[0].reward_weights[name]) for name in names])
     shares = reward_shares(torch.tensor(values), weights, taken.group)
-    first = taken.steps[0]["step"]
-    split = torch.zeros(len(C), len(taken.steps), len(names), dtype=torch.float64)
-    place = torch.tensor(taken.step) - first
-    return split.index_add_(1, place, C.double()[:, :, None] * shares)
+    return torch.stack([_by_step(taken, C * share) for share in shares.T], 2)
 
 
 def permuted(taken: Taken, C: Tensor) -> Tensor | str:
@@ -141,7 +169,7 @@ def permuted(taken: Taken, C: Tensor) -> Tensor | str:
 
     Args:
         taken: the sequences.
-        C: [n_E N] contributions.
+        C: [n_E N] contributions of the part of the loss that advantages make.
     """
     given = [record.advantage for record in taken.records]
     if any(advantage is None for advantage in given):

@@ -58,6 +58,7 @@ def replay_probes(
     probes: GeneratedBatch | list[dict[str, Any]] | str | Path,
     weights: Mapping[str, float] | None = None,
     *,
+    parts: Mapping[str, float] | None = None,
     upto: int | None = None,
     max_norm: float | None = None,
     template: str = "bare",
@@ -74,6 +75,7 @@ def replay_probes(
         weights: {pattern: weight}: 0 leaves matching sequences out of the loss, 1 is the run. A pattern is of ids
             within the run ("0012/U-003-*"), or "prompt:…", "response:…", "prompt_id:…"; `*` matches anything. Of
             several that match, weights are multiplied. None replays the run as it was.
+        parts: {part: weight} of the loss: "kl" and "entropy" where the recording tells them apart, "loss" is the rest.
         upto: the step before which it ends; None for after the last.
         max_norm: that a changed gradient is clipped to; None for what the run clipped to.
         template: of probes with "raw": false.
@@ -83,7 +85,7 @@ def replay_probes(
         on_progress: called with (what, steps done, of how many).
 
     Raises:
-        PlanError: a pattern matches no sequence.
+        PlanError: a pattern matches no sequence, or the loss has no such part.
         FKernelError: as `fkernel.record.replay` and `read_probes`.
     """
     recording = recording if isinstance(recording, Recording) else Recording.open(recording)
@@ -91,6 +93,9 @@ def replay_probes(
     steps = range(min(recording.snapshots, default=0), end)
     recording.check_steps(steps)
     factor, changed = weigher(recording, steps, weights or {})
+    _check_parts(recording, steps, parts or {})
+    if parts:
+        changed = (changed[1], changed[1])
     net = (recording.policy(base=base) if model is None else model).to(device)
     apply, _ = func.make_functional(net, [*recording.about["shapes"]])
     f = func.sequence_logprob(apply, recording.about["temperature"])
@@ -108,7 +113,7 @@ def replay_probes(
 
     def last(change: Change | None, what: str) -> State:
         options: dict[str, Any] = {"model": model, "base": base, "device": device, "max_norm": max_norm}
-        walk = replay(recording, end, change, **options)
+        walk = replay(recording, end, change, parts=parts if change is not None else None, **options)
         state = next(walk)
         for each in walk:
             state = each
@@ -162,6 +167,18 @@ def weigher(
             )
     changed = sum(factor(*pair) != 1.0 for pair in pairs)
     return factor, (changed, len(pairs))
+
+
+def _check_parts(recording: Recording, steps: range, parts: Mapping[str, float]) -> None:
+    """Raise PlanError unless the loss has the parts that are named."""
+    if not parts:
+        return
+    there = sorted({part for number in steps for part in recording.step(number).parts})
+    unknown = sorted({*parts} - {*there})
+    if unknown:
+        raise PlanError(
+            f"{unknown[0]!r} is no part of the loss that the recording tells apart; it has {', '.join(there)}."
+        )
 
 
 def _rule(pattern: str) -> tuple[str, str]:

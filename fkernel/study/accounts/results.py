@@ -23,7 +23,6 @@ SCHEMA = 1
 ACCOUNT, ARRAYS = "account.json", "account.npz"
 COLUMNS = ("realised", "before", "decay", "arithmetic", "unexplained", "remainder", "floor")
 STEPWISE = ("by_step", "own", "momentum")
-OPTIONAL = ("p", "rewards")
 
 
 class Share(NamedTuple):
@@ -50,8 +49,8 @@ class AccountResults:
         sequences: of the run, N: id ("0012/U-003-05"), step, texts, reward, rewards, advantage, prompt_id, tokens.
         steps: T: step, lr, loss, grad_norm, clip.
         arrays: by name; contributions [n_E, N], the columns [n_E], by_step, own and momentum [n_E, T], and where asked
-            p [n_E, N] and rewards [n_E, T, R].
-        facts: of the arrays that are not there, why; of rewards, their names.
+            p [n_E, N] and rewards [n_E, T, R]; parts [n_E, T, P] where the loss has several.
+        facts: of the arrays that are not there, why; names of reward_functions and parts.
     """
 
     about: dict[str, Any]
@@ -122,6 +121,17 @@ class AccountResults:
         """
         values = self["rewards"][self.row(probe)].sum(0, dtype=np.float64)
         return [Share(name, float(value)) for name, value in zip(self.facts["reward_functions"], values, strict=True)]
+
+    def top_parts(self, probe: str | int) -> list[Share]:
+        """What each part of the loss did to a probe over the run.
+
+        Raises:
+            ResultsError: the loss has one part, or its parts were not told apart.
+        """
+        if "parts" not in self.arrays:
+            raise ResultsError("The account has no parts: the recording tells none of the loss apart.")
+        values = self["parts"][self.row(probe)].sum(0, dtype=np.float64)
+        return [Share(name, float(value)) for name, value in zip(self.facts["parts"], values, strict=True)]
 
     def prompt_text(self, prompt_id: str) -> str:
         """The text of a prompt."""
