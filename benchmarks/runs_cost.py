@@ -4,7 +4,7 @@
     ours     `account_recording`, from the files of a recording to those of an account
 
 The recording is of a plain loop: 13.8M parameters, 16 sequences of 64 tokens a step, 8 probes. Both sides take turns on
-the same threads, and the ratio is of medians. Peak memory is what the account adds, in a process for each length.
+one thread, in CPU seconds, which others on the machine disturb least; the ratio is of medians. Peak memory is what the account adds, in a process for each length.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def limit(subject: Subject, steps: int, tokens: int = T) -> None:
 
 
 def measured(shape: str, steps: int, rounds: int, tokens: int = T) -> dict[str, Any]:
-    """Seconds of both sides in turns; where each snapshot policy's time goes."""
+    """CPU seconds of both sides in turns."""
     with tempfile.TemporaryDirectory() as folder:
         place, subject = Path(folder), build(shape)
         E = probes(subject, tokens)
@@ -105,10 +105,10 @@ def measured(shape: str, steps: int, rounds: int, tokens: int = T) -> dict[str, 
         seconds: dict[str, list[float]] = {name: [] for name in sides}
         for i in range(rounds + 1):
             for name, side in sides.items():
-                begun = time.perf_counter()
+                begun = time.process_time()
                 side()
                 if i:  # the first is a warm-up
-                    seconds[name].append(time.perf_counter() - begun)
+                    seconds[name].append(time.process_time() - begun)
     middle = {name: median(each) for name, each in seconds.items()}
     ratios = {name: each / middle["limit"] for name, each in middle.items()}
     about = {"parameters": subject.size, "n_U": N_U, "n_E": N_E, "tokens": tokens, "steps": steps, "threads": THREADS}

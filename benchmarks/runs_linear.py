@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from benchmarks import runs_bergson
 from benchmarks.runs_made import Reward, Setting, exact, probes_of, problems, recorded
 from fkernel import func
 from fkernel.precond import AdamWState, exact_state
@@ -89,15 +90,17 @@ class Case(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------- scores
 
 
-def scores(case: Case) -> dict[str, Array]:
-    """Score every sequence for every probe, [n_E N], by name of the method."""
+def scores(case: Case, peers: bool = True) -> dict[str, Array]:
+    """Score every sequence for every probe, [n_E N], by name of the method; with bergson's where it is installed."""
     own = np.concatenate([case.account(range(t, t + 1)) for t in case.steps], 1)
     made = {
         "the run's account": case.account(case.steps),
         "K·A of its own step": own,
         "K·A of its own step / (1−β1)": own / (1 - β1),
     }
-    return made | gradient_dots(case)
+    made |= gradient_dots(case)
+    theirs = runs_bergson.scores(case.recording, case.steps, case.probes) if peers else None
+    return made if theirs is None else made | {runs_bergson.NAME: theirs.numpy()}
 
 
 def gradient_dots(case: Case) -> dict[str, Array]:
@@ -177,9 +180,9 @@ def score_of(truth: Array, whole: Array, predicted: Array) -> dict[str, float]:
     }
 
 
-def judged(case: Case, subsets: int = SUBSETS) -> dict[str, Any]:
+def judged(case: Case, subsets: int = SUBSETS, peers: bool = True) -> dict[str, Any]:
     """Halves of all sequences, and of the first step's, against every score; and the largest contributor left out."""
-    made, ids, whole = scores(case), case.ids, case.after()
+    made, ids, whole = scores(case, peers), case.ids, case.after()
     first = [i for i, name in enumerate(ids) if name.startswith(f"{case.steps.start:04d}/")]
     tables = {}
     for what, pool in (("run", [*range(len(ids))]), ("step", first)):
@@ -238,6 +241,7 @@ def measured(
     length: int = LENGTH,
     subsets: int = SUBSETS,
     reward: Reward = exact,
+    peers: bool = True,
 ) -> list[dict[str, Any]]:
     """Score windows of runs.
 
@@ -247,6 +251,7 @@ def measured(
         length: of a window.
         subsets: halves that are drawn.
         reward: that runs are trained on.
+        peers: whether bergson is asked too.
     """
     rows = []
     for name, (start, options) in (WINDOWS if windows is None else windows).items():
@@ -255,5 +260,5 @@ def measured(
             setting = Setting(start + length, (reward,), problems(400), length, options=options)
             case = Case.of(recorded(place, base, setting), range(start, start + length), place, PROBES)
             clip = float(np.median([case.recording.step(t).clip for t in case.steps]))
-            rows.append({"window": name, "clip": clip, "subsets": subsets} | judged(case, subsets))
+            rows.append({"window": name, "clip": clip, "subsets": subsets} | judged(case, subsets, peers))
     return rows

@@ -61,9 +61,10 @@ COST = """
 
 {parameters:.1f}M parameters, {n_U} sequences of {tokens} tokens a step, {n_E} probes, {steps} steps. The limit is
 plain batched backward passes over all recorded sequences, and over the probes once a step. Target: {target} times.
-Sides took turns, {rounds} rounds, ratio of medians; the machine was in use by others (load {load:.1f}).
+CPU seconds, one thread; sides took turns, {rounds} rounds after a warm-up, ratio of medians; the machine was in use by
+others (load {load:.1f}).
 
-| | seconds | over the limit |
+| | CPU seconds | over the limit |
 |---|---|---|
 """
 EXPLAIND = """
