@@ -177,6 +177,7 @@ def test_makefile_lists_what_a_newcomer_needs():
         "peers",
         "calibration",
         "sweep",
+        "runs",
         "docs",
         "clean",
     }
