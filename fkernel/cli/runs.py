@@ -31,6 +31,7 @@ def account(
     memory: Annotated[str | None, typer.Option(help="For gradients and adjoints, such as 8GiB.")] = None,
     disk: Annotated[str | None, typer.Option(help="For states between snapshots, such as 100GiB.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, or float64.")] = "float32",
+    ages: Annotated[bool, typer.Option("--ages", help="Split momentum by the age of gradients.")] = False,
     device: Annotated[str, typer.Option(help="A torch device.")] = "cpu",
     base: Base = None,
     rows: Annotated[int, typer.Option(help="Probes, and sequences of each, to show.")] = 5,
@@ -52,6 +53,7 @@ def account(
             "memory": memory,
             "disk": disk,
             "dtype": dtype,
+            "ages": ages,
             "device": device,
             "base": base,
         }
@@ -81,6 +83,10 @@ def show_account(results: Any, rows: int) -> None:
         console.print(report.prompts_table(results, e, rows))
         if "rewards" in results.arrays:
             console.print(report.rewards_table(results, e))
+        if "parts" in results.arrays:
+            console.print(report.parts_table(results, e))
+        if "older" in results.arrays:
+            console.print(report.ages_table(results, e))
     for line in report.account_lines(results):
         Console().print(line, highlight=False, soft_wrap=True, markup=False)
 

@@ -30,8 +30,8 @@ Source: the path kernel of AdamW, F. Eichin et al., ExPLAIND (2025); the adjoint
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -81,6 +81,7 @@ class RunStep:
         clip: c, the factor by which the gradient was scaled: g = c ∇L.
         delta: Δθ_t = θ_{t+1} − θ_t as it happened; None for what is executed, or else what AdamW makes of g.
         executed: the step in the training's own arithmetic; None where that is not told apart from what is unexplained.
+        older: {a: what of m is of gradients a or more steps old, β1^(a−1) m_{t−a}}; {} where age is not asked for.
     """
 
     f: Function
@@ -91,6 +92,7 @@ class RunStep:
     clip: float = 1.0
     delta: Tree | None = None
     executed: Executed | None = None
+    older: Mapping[int, Tree] = field(default_factory=dict)
 
     @property
     def number(self) -> int:
@@ -110,6 +112,7 @@ class StepColumns(NamedTuple):
         unexplained: [n_E] of a move that was not executed.
         arithmetic_later: [n_E] of the same two by way of m, in the steps after it.
         unexplained_later: [n_E]
+        older: [n_E A] of momentum, in this step, what is of gradients of each age or more.
     """
 
     contributions: Tensor
@@ -120,6 +123,7 @@ class StepColumns(NamedTuple):
     unexplained: Tensor
     arithmetic_later: Tensor
     unexplained_later: Tensor
+    older: Tensor
 
 
 class Passes(NamedTuple):
@@ -190,15 +194,20 @@ class Adjoints:
             self.rows[name].mul_(1 - step.state.beta1[name])
         own, momentum, decay = described
         vectors = {"own": own, "momentum": momentum, "decay": decay}
+        aged = {f"older {age}": replace(step.state, exp_avg=m) for age, m in sorted(step.older.items())}
+        vectors |= {what: adamw_step(step.params, g, state).momentum for what, state in aged.items()}
         vectors["arithmetic"] = _difference(exact.delta, executed.delta)
         vectors["unexplained"] = _difference(executed.delta, step.delta)
         del exact, executed, described
         here = self._add_step(step, vectors, g)
+        older = torch.stack([here.pop(what) for what in aged], 1) if aged else torch.zeros(len(self.side), 0)
         C = self._contributions(step, J)
         for name in used:
             self.rows[name].mul_(step.state.beta1[name] / (1 - step.state.beta1[name]))
         self._later = _Start(step.params, step.state.exp_avg, step.state.step)
-        return StepColumns(C, **here, **{f"{what}_later": each for what, each in later.items()}), step.delta
+        return StepColumns(
+            C, **here, **{f"{what}_later": each for what, each in later.items()}, older=older
+        ), step.delta
 
     def resume(self, step: RunStep, rows: Tree) -> None:
         """Go on behind a step that was taken back before, with the rows that it left."""

@@ -49,6 +49,7 @@ class RunAccount(NamedTuple):
         by_step: [n_E T] ⟨ḡ_et, Δθ_t⟩, what happened in each step.
         own: [n_E T] of it, what step t's own gradient did in step t.
         momentum: [n_E T] of it, what the optimizer remembered: earlier sequences, and what was there before.
+        older: [n_E A] of momentum over all steps, what is of gradients of each age or more, ages as in `RunStep.older`.
         path: where E's gradients were evaluated.
     """
 
@@ -61,6 +62,7 @@ class RunAccount(NamedTuple):
     by_step: Tensor
     own: Tensor
     momentum: Tensor
+    older: Tensor
     path: str
 
     @property
@@ -199,7 +201,7 @@ def _sweep(
     before, realised = -adjoints.along(start[1]), (after - evaluated(f, start[0], E, m)).cpu()
     C, *others = zip(*reversed(columns), strict=True)
     own, momentum, decay, *rest = (torch.stack(each, 1) for each in others)
-    arithmetic, unexplained, arithmetic_later, unexplained_later = rest
+    arithmetic, unexplained, arithmetic_later, unexplained_later, older = rest
     return RunAccount(
         contributions=[*C],
         before=before,
@@ -210,6 +212,7 @@ def _sweep(
         by_step=own + momentum + decay + arithmetic + unexplained,
         own=own,
         momentum=momentum,
+        older=older.sum(1),
         path=passes.path,
     )
 
@@ -242,7 +245,7 @@ def _planned(
     n, P = length(E), bytes_of(step.params)
     if memory is None:
         return n, Passes(path, microbatch, None, n * P)
-    budget, vectors = parse_bytes(memory), VECTORS + len(NODES[path])
+    budget, vectors = parse_bytes(memory), VECTORS + len(NODES[path]) + 2 * len(step.older)
     passing = max(_pass_bytes(f, step.params, E), _pass_bytes(step.f, step.params, step.U))
     if (needed := ceil((passing + (vectors + 1) * P) / USABLE)) > budget:
         raise BatchError(

@@ -6,7 +6,7 @@ was, so that `arithmetic` and `unexplained` are apart; in float32 they are one, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from fkernel import tree
 from fkernel.engine import Executed, RunStep
-from fkernel.errors import OptimizerStateError
+from fkernel.errors import OptimizerStateError, StoreError
 from fkernel.func import make_functional, weighted_logprob, with_masked_padding_grad
 from fkernel.precond import AdamWState, exact_state
 from fkernel.record.gradients import passes_of, weighted
@@ -34,12 +34,22 @@ class RunSteps:
         states: of the run.
         model: its policy, to be differentiated: eager attention, in the account's dtype and on its device.
         skip: of this many steps, the last ones, only θ and m are wanted: what the training executed is not computed.
+        ages: of gradients, in steps, whose share of momentum is told; the state before every step has to be recorded.
+
+    Raises:
+        StoreError: ages are asked for, and snapshots of some steps were not kept.
     """
 
-    def __init__(self, states: States, model: nn.Module, skip: int = 0) -> None:
+    def __init__(self, states: States, model: nn.Module, skip: int = 0, ages: Sequence[int] = ()) -> None:
         leaf = next(iter(model.parameters()))
         self.states, self.skip, self.dtype, self.device = states, skip, leaf.dtype, leaf.device
-        self.recording, self.training = states.training.recording, states.training
+        self.recording, self.training, self.ages = states.training.recording, states.training, tuple(ages)
+        lacking = sorted({*states.steps} - {*self.recording.snapshots}) if ages else []
+        if lacking:
+            raise StoreError(
+                f"Ages need the state before every step, and {len(lacking)} of {len(states.steps)} were not kept, the "
+                f"first before step {lacking[0]}; record with snapshots='every'."
+            )
         about = self.recording.about
         apply, _ = make_functional(model, [*about["shapes"]])
         self.f = weighted_logprob(with_masked_padding_grad(apply), about["temperature"])
@@ -80,7 +90,15 @@ class RunSteps:
             clip=step.clip,
             delta=self._own(difference(after.params, state.params)),
             executed=self._executed(state, step) if wanted else None,
+            older={age: self._older(exact, state.number - age + 1) for age in self.ages},
         )
+
+    def _older(self, state: AdamWState, number: int) -> Tree:
+        """What of m was there before an earlier step: β1^(steps since) m; what was there before the run is as old."""
+        kept = self.recording.snapshot(max(number, self.states.steps.start)).optimizer
+        assert isinstance(kept, AdamWState)
+        since = {name: state.step[name] - kept.step[name] for name in state.step}
+        return self._own({name: state.beta1[name] ** since[name] * leaf for name, leaf in kept.exp_avg.items()})
 
     def _executed(self, state: State, step: RecordedStep) -> Executed | None:
         """The step in the training's own arithmetic; None where that is float32 throughout."""

@@ -21,14 +21,16 @@ from fkernel.report.replays import (
     replay_record,
     replay_table,
 )
+from fkernel.report.run_gallery import draw_account
 from fkernel.report.run_pictures import (
     culprit_bars,
-    draw_account,
     influence_over_steps,
+    parts_timeline,
     rewards_timeline,
     run_heatmap,
     timeline,
 )
+from fkernel.report.run_shares import ages_table, parts_table
 from fkernel.report.run_tables import account_lines, account_table, culprits_table, prompts_table, rewards_table
 from fkernel.report.table import calibration_table, effects_table, influence_table, pair_view, study_lines
 from fkernel.report.tokens import token_html, token_table, token_text
@@ -37,6 +39,7 @@ from fkernel.report.update_panels import health_panel, structure_panel
 __all__ = [
     "account_lines",
     "account_table",
+    "ages_table",
     "batch_lines",
     "batch_table",
     "calibration_table",
@@ -64,6 +67,8 @@ __all__ = [
     "observable_panel",
     "pair_view",
     "parts_panel",
+    "parts_table",
+    "parts_timeline",
     "preconditioners_panel",
     "predicted_vs_realised",
     "prompts_table",

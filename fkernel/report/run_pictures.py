@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import re
 import warnings
-from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +18,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-DRAWN = 6
-"""Probes that `draw_account` draws pictures of."""
 REST = 0.02
 """Share of the largest running sum that decay and the rest must reach to be drawn."""
 MANY = 2000
@@ -83,19 +78,32 @@ def rewards_timeline(results: AccountResults, probe: str | int, path: str | Path
 
     Args and errors as in `timeline`; and ResultsError where contributions are not split by reward function.
     """
+    return _split(results, probe, results["rewards"], results.facts["reward_functions"], "by reward function", path)
+
+
+def parts_timeline(results: AccountResults, probe: str | int, path: str | Path | None = None) -> Figure:
+    """Draw the running sum of what each part of the loss did to a probe, as `rewards_timeline` does.
+
+    Args and errors as in `timeline`; and ResultsError where the loss's parts are not told apart.
+    """
+    return _split(results, probe, results["parts"], results.facts["parts"], "by part of the loss", path)
+
+
+def _split(
+    results: AccountResults, probe: str | int, values: np.ndarray, names: list[str], how: str, path: str | Path | None
+) -> Figure:
     e, unit, steps = results.row(probe), unit_of(results), _steps(results)
-    values = unit.scale * results["rewards"][e].astype(float)
     drawn = figure(9.5, 4.2)
-    axes = drawn.subplots()
-    names = results.facts["reward_functions"]
+    axes, values = drawn.subplots(), unit.scale * values[e].astype(float)
     for r, name in enumerate(names):
         style = {"color": PALETTE[r % len(PALETTE)], "linestyle": ("-", "--", ":")[r // len(PALETTE) % 3]}
-        _running(axes, steps, values[:, r], label=plain(f"{name}  {unit(results['rewards'][e, :, r].sum())}"), **style)
+        whole = unit(values[:, r].sum() / unit.scale)
+        _running(axes, steps, values[:, r], label=plain(f"{name}  {whole}"), **style)
     if len(names) > 1:
         _running(axes, steps, values.sum(1), color="black", linewidth=2.0, label="together")
     axes.axhline(0, color=GREY, linewidth=0.8)
     axes.set_ylabel(f"sum of contributions  ({unit.name})", fontsize=8)
-    _headline(drawn, f"{probe_text(results, e, 60)}: by reward function")
+    _headline(drawn, f"{probe_text(results, e, 60)}: {how}")
     _step_axis(axes, steps, begun=True, what="step that trained on it")
     drawn.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return _finished(drawn, path)
@@ -191,51 +199,6 @@ def influence_over_steps(
     _headline(drawn, f"{probe_text(results, e, 60)}: what every sequence did")
     _step_axis(left, steps, what="step that trained on it")
     return _finished(drawn, path)
-
-
-def draw_account(results: AccountResults, directory: str | Path) -> list[Path]:
-    """Draw every picture of an account; those of single probes for the six that moved most.
-
-    Args:
-        results: the account.
-        directory: where PNGs are written: heatmap.png, and <probe>_timeline.png, <probe>_rewards.png (where they are
-            known), <probe>_culprits.png and <probe>_influence.png, with a probe's id as far as a file can have it.
-
-    Returns:
-        The files.
-
-    Raises:
-        ModelError: matplotlib is not installed.
-    """
-    place, files = Path(directory), list[Path]()
-    place.mkdir(parents=True, exist_ok=True)
-    for name, draw in _pictures(results):
-        files.append(place / f"{name}.png")
-        draw(path=files[-1])
-    return files
-
-
-def _pictures(results: AccountResults) -> Iterator[tuple[str, Callable[..., Figure]]]:
-    """File names and the functions that draw them."""
-    yield "heatmap", partial(run_heatmap, results)
-    taken = set[str]()
-    for e in largest(results["realised"], DRAWN):
-        name = _file_name(results.probes[e].id, taken)
-        yield f"{name}_timeline", partial(timeline, results, e)
-        if "rewards" in results.arrays:
-            yield f"{name}_rewards", partial(rewards_timeline, results, e)
-        yield f"{name}_culprits", partial(culprit_bars, results, e)
-        yield f"{name}_influence", partial(influence_over_steps, results, e)
-
-
-def _file_name(name: str, taken: set[str]) -> str:
-    """An id without what files cannot have in their names, unlike those taken even where case is ignored."""
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._")[:60] or "probe"
-    unlike, number = stem, 2
-    while unlike.lower() in taken:
-        unlike, number = f"{stem}-{number}", number + 1
-    taken.add(unlike.lower())
-    return unlike
 
 
 def _steps(results: AccountResults) -> np.ndarray:

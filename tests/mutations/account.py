@@ -212,7 +212,7 @@ MUTATIONS = [
     Mutation(
         "two probes share the name of a file",
         f"{REPORT}::test_names_of_files_are_safe_and_differ",
-        "report/run_pictures.py",
+        "report/run_gallery.py",
         "while unlike.lower() in taken:",
         "while unlike in taken:",
     ),

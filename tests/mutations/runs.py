@@ -116,6 +116,13 @@ REAL = [
         "return None",
     ),
     Mutation(
+        "old gradients do not decay",
+        f"{ACCOUNTS}::test_momentum_by_the_age_of_its_gradients",
+        "record/run_steps.py",
+        "state.beta1[name] ** since[name] * leaf",
+        "leaf",
+    ),
+    Mutation(
         "a penalty's share without the ratio that weighs it",
         f"{ACCOUNTS}::test_the_rest_of_a_loss_with_a_penalty_is_of_advantages_alone[cispo, KL, two inner epochs]",
         "record/trl.py",

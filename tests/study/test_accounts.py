@@ -228,6 +228,27 @@ def test_memory_splits_the_probes(tmp_path, whole):
     assert size(made["contributions"] - whole["contributions"]) <= 1e-4 * size(whole["contributions"])
 
 
+def test_momentum_by_the_age_of_its_gradients(tmp_path, whole):
+    """Against accounts of runs that end earlier: what a step's sequences did later than in it is what is older."""
+    made = account_recording(recording_of("dapo"), PROBES, tmp_path / "ages", ages=True)
+    for e, _ in enumerate(PROBES):
+        shares = made.by_age(e)
+        assert [share.id for share in shares] == ["0", "1", "2-3", "4-7", "8-15", "16-31", "32+"]
+        total = float(made["own"][e].sum() + made["momentum"][e].sum())
+        assert sum(share.value for share in shares) == pytest.approx(total, abs=2e-6)
+        assert shares[-2].value == shares[-1].value == 0  # the run has twelve steps, and began with nothing
+    sizes = np.abs([[share.value for share in made.by_age(e)] for e in range(3)]).sum(0)
+    assert sizes[1] > sizes[4] > 0
+    two = account_recording(recording_of("dapo"), PROBES, tmp_path / "two", steps=range(7, 9), ages=True)
+    later = two["contributions"][:, two.step_of == 7].sum(1) - two["own"][:, 0]  # of step 7's sequences, in step 8
+    scale = size(two["momentum"])
+    assert size(two["older"][:, 0] - two["momentum"].sum(1)) <= 1e-5 * scale
+    assert size(two["older"][:, 1] - two["before"]) <= 1e-5 * scale
+    assert size(two["older"][:, 0] - two["older"][:, 1] - later) <= 1e-5 * scale
+    with pytest.raises(FKernelError, match="snapshots='every'"):
+        account_recording(recording_of("dapo", "first"), PROBES, tmp_path / "none", ages=True)
+
+
 @pytest.mark.parametrize("observable", ["entropy", "kl"])
 def test_other_observables(tmp_path, observable):
     made = account_recording(recording_of("dapo"), PROBES, tmp_path, observable=observable, path="gauss2")
@@ -285,6 +306,18 @@ def test_the_commands(tmp_path):
     assert max(abs(row["difference"]) for row in dropped["probes"]) > 1e-3
     none = told("replay", recording, "--probes", probes, "--drop", "prompt:none", code=2).stderr
     assert "matches none of the 192 sequences" in " ".join(none.split())
+
+
+def test_the_commands_of_a_loss_with_parts(tmp_path):
+    recording, probes = recording_of("cispo, KL, two inner epochs").directory, probes_file(tmp_path)
+    out = tmp_path / "account"
+    said = told("account", recording, "--probes", probes, "--out", out, "--ages", "--rows", 1).stdout
+    assert "part of the loss" in said
+    assert "steps after its own" in said
+    assert (out / "pictures" / "nine_parts.png").is_file()
+    without = json.loads(told("replay", recording, "--probes", probes, "--part", "kl=0", "--json").stdout)
+    assert without["changed"] == without["sequences"]
+    assert "NAME=NUMBER" in told("replay", recording, "--probes", probes, "--part", "kl", code=2).stderr
 
 
 def test_a_recording_without_a_gap_is_needed(tmp_path):

@@ -94,6 +94,8 @@ def assembled(
     split = by_part(taken, made.contributions)
     C, facts = sum(split.values(), torch.zeros(())), dict[str, Any]()
     arrays = {"contributions": C, "floor": floor, **{name: getattr(made, name) for name in COLUMNS}}
+    if request["ages"]:
+        arrays["older"], facts["ages"] = made.older, request["ages"]
     if len(split) > 1:
         arrays["parts"] = torch.stack([_by_step(taken, each) for each in split.values()], 2)
         facts["parts"] = [*split]

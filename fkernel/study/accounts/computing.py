@@ -27,6 +27,8 @@ from fkernel.study.outcome import info_of
 from fkernel.study.workspace import tokens_of
 
 OBSERVABLES = ("logprob", "entropy", "kl", "expected_reward")
+AGES = (1, 2, 4, 8, 16, 32)
+"""Ages of gradients, in steps, whose share of momentum is told."""
 Progress = Callable[[str, int, int], Any]
 
 
@@ -59,6 +61,7 @@ def account_recording(
     dtype: str = "float32",
     template: str = "bare",
     p_values: bool = True,
+    ages: bool = False,
     device: str = "cpu",
     model: nn.Module | None = None,
     base: str | Path | None = None,
@@ -81,6 +84,7 @@ def account_recording(
         dtype: "float32", or "float64".
         template: of probes with "raw": false.
         p_values: whether contributions are compared with those of advantages permuted within prompts.
+        ages: whether momentum is split by the age of the gradients that it is of; it needs snapshots of every step.
         device: where it is computed.
         model: the policy, for one whose architecture is not in the recording.
         base: the base model's directory, of an adapter, where it is no longer where the training read it.
@@ -100,7 +104,7 @@ def account_recording(
         raise PlanError(f"dtype is {dtype!r}; an account is computed in float32 or float64.")
     net = recording.policy(base=base) if model is None else model
     net = net.to(device=device, dtype=getattr(torch, dtype))
-    inputs = _inputs(recording, chosen, probes, net, place, disk, template, model, base, device)
+    inputs = _inputs(recording, chosen, probes, net, place, disk, template, model, base, device, AGES if ages else ())
     f, E, rows = _observed(observable, inputs, recording.about["temperature"])
     request = {
         "recording": str(recording.directory.resolve()),
@@ -108,7 +112,14 @@ def account_recording(
         "steps": [chosen.start, chosen.stop],
         "probes": [record.content_hash for record in inputs.probes],
         "ids": rows,
-        **{"path": path, "observable": observable, "dtype": dtype, "memory": str(memory), "p_values": p_values},
+        **{
+            "path": path,
+            "observable": observable,
+            "dtype": dtype,
+            "memory": str(memory),
+            "p_values": p_values,
+            "ages": [*inputs.steps.ages],
+        },
     }
     if (place / ACCOUNT).exists():
         there = AccountResults.load(place)
@@ -156,10 +167,11 @@ def _inputs(
     model: nn.Module | None,
     base: Any,
     device: str,
+    ages: tuple[int, ...],
 ) -> Inputs:
     grant = None if disk is None else parse_bytes(disk)
     states = States(training_of(recording, model, base, device), chosen, place / "states", grant)
-    steps = RunSteps(states, net)
+    steps = RunSteps(states, net, ages=ages)
     apply, _ = func.make_functional(net, [*recording.about["shapes"]])
     params = steps.params_before()
     if not isinstance(probes, GeneratedBatch):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 from zipfile import BadZipFile
@@ -49,8 +50,8 @@ class AccountResults:
         sequences: of the run, N: id ("0012/U-003-05"), step, texts, reward, rewards, advantage, prompt_id, tokens.
         steps: T: step, lr, loss, grad_norm, clip.
         arrays: by name; contributions [n_E, N], the columns [n_E], by_step, own and momentum [n_E, T], and where asked
-            p [n_E, N] and rewards [n_E, T, R]; parts [n_E, T, P] where the loss has several.
-        facts: of the arrays that are not there, why; names of reward_functions and parts.
+            p [n_E, N], rewards [n_E, T, R] and older [n_E, A]; parts [n_E, T, P] where the loss has several.
+        facts: of the arrays that are not there, why; names of reward_functions, parts and ages.
     """
 
     about: dict[str, Any]
@@ -132,6 +133,22 @@ class AccountResults:
             raise ResultsError("The account has no parts: the recording tells none of the loss apart.")
         values = self["parts"][self.row(probe)].sum(0, dtype=np.float64)
         return [Share(name, float(value)) for name, value in zip(self.facts["parts"], values, strict=True)]
+
+    def by_age(self, probe: str | int) -> list[Share]:
+        """What gradients did to a probe by their age: in their own step, one step later, two to three steps later, ….
+
+        What the optimizer remembered from before the run counts as the oldest. Adds up to own + momentum.
+
+        Raises:
+            ResultsError: ages were not asked for.
+        """
+        if "older" not in self.arrays:
+            raise ResultsError("The account has no ages; ask for them (ages=True, --ages).")
+        e, ages = self.row(probe), self.facts["ages"]
+        older = [*self["older"][e].tolist(), 0.0]
+        names = [f"{a}" if a + 1 == b else f"{a}-{b - 1}" for a, b in pairwise(ages)] + [f"{ages[-1]}+"]
+        shares = [Share(name, older[i] - older[i + 1]) for i, name in enumerate(names)]
+        return [Share("0", float(self["own"][e].sum(dtype=np.float64))), *shares]
 
     def prompt_text(self, prompt_id: str) -> str:
         """The text of a prompt."""
