@@ -4,7 +4,8 @@
     ours     `account_recording`, from the files of a recording to those of an account
 
 The recording is of a plain loop: 13.8M parameters, 16 sequences of 64 tokens a step, 8 probes. Both sides take turns on
-one thread, in CPU seconds, which others on the machine disturb least; the ratio is of medians. Peak memory is what the account adds, in a process for each length.
+one thread, in CPU seconds, which others on the machine disturb least; the ratio is of medians. Peak memory is what the
+account adds, in a process for each length.
 """
 
 from __future__ import annotations

@@ -24,6 +24,12 @@ drift.
 | run | steps | largest change, nats | left, midpoint | two nodes | floor | arithmetic | replay | without keys' biases |
 |---|---|---|---|---|---|---|---|---|
 """
+ADDS_UP_READ = """
+What the midpoint leaves grows with the square of what a step moves; two nodes resolve it. Under autocast a replay
+repeats the run's arithmetic, but not each rounding of bfloat16: gradients of single steps come out up to some 1e-4
+away from those of the run, and AdamW, whose first steps are nearly signs, makes 1e-3 to 1e-2 of that. An account
+starts from the recorded states and is not affected where they were kept.
+"""
 LINEAR = """
 ## Does it predict what leaving sequences out does?
 
@@ -43,6 +49,14 @@ Leaving out the prompt that moved a probe most: what the account says, and what 
 | run | probe | prompt left out | said | replayed | ratio |
 |---|---|---|---|---|---|
 """
+LINEAR_READ = """
+From v = 0 a run's first steps divide every gradient by little more than itself: leaving sequences out then changes
+the divisor as much as the gradient, and no score predicts it well, the account least of all for single steps.
+Behind that, the account predicts size and sign (its factor is near 1); scores without momentum or preconditioner
+rank sequences less well and have no unit. What is left of the account's error in a whole run's half is mostly
+clipping: leaving sequences out changes the norm that all are divided by, and without clipping that error falls below a
+tenth. bergson covers linear layers, and was asked where it is in the table.
+"""
 CULPRITS = """
 ## Does it find culprits?
 
@@ -55,6 +69,14 @@ whose group the mistake changed advantages is ranked above another: those that i
 """
 CULPRITS_HEAD = """| {mistake} | AUROC | felt | group | at 10 | at 50 |
 |---|---|---|---|---|---|
+"""
+CULPRITS_READ = """
+No score of single sequences finds the paid ones well by what they did to two probes, the account's neither. Many of
+those that a mistake paid have no advantage, since their whole group was paid, and did nothing; others of their group,
+that were not paid, are pushed down, which may raise the probes as well. The reward itself ranks highest where the
+mistake pays more than anything else, and common characters where probes are the mislabelled prompts themselves. The
+account's split by reward function, where a mistake is a function of its own, credits it with more than the right reward
+in {split} of {runs} runs.
 """
 COST = """
 ## What does it cost?
@@ -80,6 +102,13 @@ with 100 points. Goal: 20 times cheaper at no larger error.
 |---|---|---|---|---|---|
 """
 
+EXPLAIND_READ = """
+Both agree about the examples. 100 points resolve what two nodes cannot, ReLUs that switch within a step: so the
+error is larger than ExPLAIND's, and the goal is met in cost alone; with two points ExPLAIND leaves and costs about
+what two nodes do. It keeps a vector of the parameters' size for every training example, and needs the history from
+the first step; an account keeps one for every output that is asked about, and begins at any snapshot.
+"""
+
 
 def page(results: Mapping[str, Any]) -> str:
     """The tables of what was measured."""
@@ -98,7 +127,7 @@ def adds_up(rows: list[dict[str, Any]]) -> str:
         text += f"| {row['run']} | {row['steps']} | {middle['largest_change']:.2f} | {left[0]} | {left[1]} | "
         text += f"{middle['floor']:.1e} | {middle['arithmetic']:.2%} | "
         text += f"{row['replay']:.1e}{_missed(row['replay'] <= runs_adds_up.REPLAY)} | {row['replay_used']:.1e} |\n"
-    return text
+    return text + ADDS_UP_READ
 
 
 def linear(rows: list[dict[str, Any]]) -> str:
@@ -117,7 +146,7 @@ def linear(rows: list[dict[str, Any]]) -> str:
         for each in row["dropped_prompts"]:
             numbers = f"{each['said']:+.3f} | {each['replayed']:+.3f} | {each['ratio']:.2f}"
             dropped += f"| {row['window']} | {each['probe']} | {each['prompt']} | {numbers} |\n"
-    return text.rstrip() + "\n" + dropped
+    return text.rstrip() + "\n" + dropped + LINEAR_READ
 
 
 def culprits(rows: list[dict[str, Any]]) -> str:
@@ -137,7 +166,8 @@ def culprits(rows: list[dict[str, Any]]) -> str:
             cells = " | ".join(f"{s[key]:.2f}" for key in ("auroc", "auroc_felt", "auroc_changed", "at_10", "at_50"))
             text += f"| {name} | {cells} |\n"
         text += "\n"
-    return text.rstrip() + "\n"
+    split = sum(row["nats"]["mistake"] > row["nats"]["right"] for row in rows)
+    return text.rstrip() + "\n" + CULPRITS_READ.format(split=split, runs=len(rows))
 
 
 def cost(rows: dict[str, Any]) -> str:
@@ -165,7 +195,7 @@ def explaind(rows: Any) -> str:
             differs = f"{row['credit_differs']:.2%}" if "credit_differs" in row else ""
             text += f"| {run['lr']:g} | {row['method']} | {row['error']:.3%} | {row['seconds']:.2f} | "
             text += f"{cheaper} | {differs} |\n"
-    return text
+    return text + EXPLAIND_READ
 
 
 def _missed(met: bool) -> str:
