@@ -78,17 +78,17 @@ def limit(subject: Subject, steps: int, tokens: int = T) -> None:
         plain_backward(subject, E)
 
 
-def measured(shape: str, steps: int, rounds: int, tokens: int = T) -> dict[str, Any]:
-    """CPU seconds of both sides in turns."""
+def measured(shape: str, steps: int, rounds: int, tokens: int = T, brief: bool = False) -> dict[str, Any]:
+    """CPU seconds of both sides in turns, after a warm-up; briefly, without one and of the first account alone."""
     with tempfile.TemporaryDirectory() as folder:
         place, subject = Path(folder), build(shape)
         E = probes(subject, tokens)
-        kept = {each: recorded(place / each, shape, steps, each, tokens) for each in SNAPSHOTS}
+        kept = {each: recorded(place / each, shape, steps, each, tokens) for each in SNAPSHOTS[: 2 - brief]}
 
-        def ours(recording: Recording, path: str) -> Callable[[], Any]:
+        def ours(snapshots: str, path: str) -> Callable[[], Any]:
             def run() -> None:
                 shutil.rmtree(place / "account", ignore_errors=True)
-                account_recording(recording, E, place / "account", path=path, p_values=False)
+                account_recording(kept[snapshots], E, place / "account", path=path, p_values=False)
 
             return run
 
@@ -98,13 +98,15 @@ def measured(shape: str, steps: int, rounds: int, tokens: int = T) -> dict[str, 
 
         sides: dict[str, Callable[[], Any]] = {
             "limit": lambda: limit(subject, steps, tokens),
-            "account, every state kept": ours(kept["every"], "midpoint"),
-            "account, the first state kept": ours(kept["first"], "midpoint"),
-            "account, two nodes, every state kept": ours(kept["every"], "gauss2"),
+            "account, every state kept": ours("every", "midpoint"),
+            "account, the first state kept": ours("first", "midpoint"),
+            "account, two nodes, every state kept": ours("every", "gauss2"),
             "replay alone": replayed,
         }
+        if brief:
+            sides = {name: sides[name] for name in [*sides][:2]}
         seconds: dict[str, list[float]] = {name: [] for name in sides}
-        for i in range(rounds + 1):
+        for i in range(brief, rounds + 1):
             for name, side in sides.items():
                 begun = time.process_time()
                 side()
@@ -137,13 +139,12 @@ def in_own_process(*arguments: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def all_of_it(
-    shape: str = "base", steps: int = 6, lengths: tuple[int, ...] = (6, 24), rounds: int = 3
-) -> dict[str, Any]:
-    """Time, then peaks, each in a process of its own."""
-    sizes = ["--shape", shape]
-    cost = in_own_process(*sizes, "--steps", str(steps), "--rounds", str(rounds))
-    return {"time": cost, "memory": [in_own_process(*sizes, "--steps", str(n), "--peak") for n in lengths]}
+def all_of_it(shape: str = "base", small: str = "width 256", lengths: tuple[int, ...] = (6, 24)) -> dict[str, Any]:
+    """Time of a short run and of a longer one, then peaks of a smaller model; each in a process of its own."""
+    short = in_own_process("--shape", shape, "--steps", "4", "--rounds", "1")
+    longer = in_own_process("--shape", shape, "--steps", "8", "--rounds", "1", "--brief")
+    peaks = [in_own_process("--shape", small, "--steps", str(n), "--peak") for n in lengths]
+    return {"time": short, "longer": longer, "memory": peaks}
 
 
 def main() -> None:
@@ -152,13 +153,14 @@ def main() -> None:
     parser.add_argument("--shape", default="base")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--brief", action="store_true", help="the limit and one account, without a warm-up")
     parser.add_argument("--peak", action="store_true", help="peak memory, and no times")
     given = parser.parse_args()
     torch.set_num_threads(THREADS)
     if given.peak:
         print(json.dumps(peak(given.shape, given.steps)))
     else:
-        print(json.dumps(measured(given.shape, given.steps, given.rounds)))
+        print(json.dumps(measured(given.shape, given.steps, given.rounds, brief=given.brief)))
 
 
 if __name__ == "__main__":
