@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -19,7 +20,7 @@ from fkernel.func import Weighted, objectives, weighted_logprob
 from fkernel.func.objectives import LossInputs
 from tests import oracle
 from tests.cases import EXAMPLES
-from tests.models import VOCABULARY
+from tests.models import MODELS, VOCABULARY
 
 BETA = 0.4
 
@@ -251,3 +252,21 @@ def test_a_batch_without_its_weights_is_refused(batch, message):
     _, f, params, _, (U, *_) = engine(case)
     with pytest.raises(fk.FKernelError, match=message):
         f(params, batch(U))
+
+
+def test_sequences_without_weight_are_not_what_gradients_are_certified_on():
+    """Their gradient is 0 whatever the model is: a certificate of them says nothing, and must not warn of it."""
+    model = MODELS["own"](3)
+    apply, params = func.make_functional(model)
+    batch = func.pad([[1, 2], [3, 4], [5, 6, 7]], [[1], [2, 3], [4, 5, 6]])
+    ω = torch.ones(batch.input_ids.shape) * batch.response_mask
+    ω[:2] = 0.0  # the two shortest, which would be certified
+    f = func.weighted_logprob(apply)
+    with warnings.catch_warnings(), func.made_certificates() as made:
+        warnings.simplefilter("error")
+        K = fk.kernel(f, params, func.Weighted(batch, ω), func.Weighted(batch, ω), precond.identity())
+    assert float(K[0].norm()) == 0
+    assert float(K[2, 2]) > 0
+    rows = [each for each in made if each.name == "rows"]
+    assert rows
+    assert all(each.passed and "of 0" not in each.detail for each in rows)

@@ -79,6 +79,7 @@ def show_account(results: Any, rows: int) -> None:
     console = wide(132)
     console.print(report.account_table(results, rows))
     for e in np.argsort(-np.abs(results["realised"]), kind="stable")[:rows].tolist():
+        console.print()
         console.print(report.culprits_table(results, e, rows))
         console.print(report.prompts_table(results, e, rows))
         if "rewards" in results.arrays:

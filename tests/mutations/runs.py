@@ -58,6 +58,13 @@ MUTATIONS = [
         "        wanted = range(first.number + k, end - 1, k)\n",
     ),
     Mutation(
+        "sequences without weight are certified",
+        "tests/test_weighted.py::test_sequences_without_weight_are_not_what_gradients_are_certified_on",
+        "func/trust/checks.py",
+        "return seen if bool(counts.all()) or not bool(counts.any()) else take(seen, counts.nonzero()[:, 0])",
+        "return seen",
+    ),
+    Mutation(
         "a gap in a recording is stepped over",
         f"{REPLAY}::test_a_missing_step_is_named",
         "record/reading.py",

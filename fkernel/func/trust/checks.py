@@ -63,8 +63,16 @@ def certify_values(f: Function, params: Tree, batch: Any) -> None:
 
 
 def seen_of(f: Function, batch: Any) -> Any:
-    """Return the batch for certificates: if f is a sum over tokens, a window (`batch.WINDOW`) of long sequences."""
-    return windowed(batch) if isinstance(f, Objective) and f.tokens is not None else batch
+    """Return the batch for certificates: if f is a sum over tokens, a window (`batch.WINDOW`) of long sequences.
+
+    Sequences whose tokens all have weight 0 are left out, where there are others: their gradient is 0 whatever f is.
+    """
+    if not isinstance(f, Objective) or f.tokens is None:
+        return batch
+    seen = windowed(batch)
+    _, ω, η = f.tokens.of(seen)
+    counts = (ω != 0).any(1) if η is None else ((ω != 0) | (η != 0)).any(1)
+    return seen if bool(counts.all()) or not bool(counts.any()) else take(seen, counts.nonzero()[:, 0])
 
 
 def _certify_values(f: Function, params: Tree, batch: Any, known: Known) -> bool:

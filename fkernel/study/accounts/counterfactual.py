@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
+from fnmatch import translate
+from glob import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -147,19 +149,25 @@ def weigher(
     Raises:
         PlanError: a pattern matches none.
     """
-    rules = [(*_rule(pattern), weight) for pattern, weight in weights.items()]
+    exact = {pattern: weight for pattern, weight in weights.items() if _rule(pattern) == ("id", escape(pattern))}
+    rules = [(*_rule(pattern), weight) for pattern, weight in weights.items() if pattern not in exact]
+    compiled = [(PLACES[place], re.compile(translate(pattern)).match, weight) for place, pattern, weight in rules]
 
     def factor(name: str, record: SequenceRecord) -> float:
-        product = 1.0
-        for place, pattern, weight in rules:
-            product *= weight if fnmatchcase(PLACES[place](name, record), pattern) else 1.0
+        product = exact.get(name, 1.0)
+        for place, matches, weight in compiled:
+            product *= weight if matches(place(name, record)) else 1.0
         return product
 
     pairs: Sequence[tuple[str, SequenceRecord]] = [
         pair for step in map(recording.step, steps) for pair in zip(step.sequence_ids, step.records, strict=True)
     ]
-    for (place, pattern, _), given in zip(rules, weights, strict=True):
-        if not any(fnmatchcase(PLACES[place](*pair), pattern) for pair in pairs):
+    names = {name for name, _ in pairs}
+    matched = {pattern: pattern in names for pattern in exact}
+    for pattern, (place, matches, _) in zip((p for p in weights if p not in exact), compiled, strict=True):
+        matched[pattern] = any(matches(place(*pair)) for pair in pairs)
+    for given, found in matched.items():
+        if not found:
             raise PlanError(
                 f"{given!r} matches none of the {len(pairs)} sequences of steps {steps.start} to {steps.stop - 1}; "
                 f"expected an id within the run, such as {pairs[0][0]!r}, or 'prompt:' and a prompt's text, such as "
