@@ -11,6 +11,7 @@ norm that the run clipped to.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -100,7 +101,7 @@ def training_of(
     Raises:
         ModelError: as `Recording.policy`.
     """
-    model = (recording.policy(base=base, attention=None) if model is None else model).to(device)
+    model = (recording.policy(base=base, attention=None) if model is None else copy.deepcopy(model)).to(device)
     apply, _ = make_functional(model, [*recording.about["shapes"]])
     f = weighted_logprob(with_masked_padding_grad(apply), recording.about["temperature"])
     return Training(recording, f, torch.device(device))

@@ -33,7 +33,8 @@ class RunSteps:
     Args:
         states: of the run.
         model: its policy, to be differentiated: eager attention, in the account's dtype and on its device.
-        skip: of this many steps, the last ones, only θ and m are wanted: what the training executed is not computed.
+        skip: of this many steps, the last ones, only θ and m are wanted the first time: what the training executed is
+            not computed.
         ages: of gradients, in steps, whose share of momentum is told; the state before every step has to be recorded.
 
     Raises:
@@ -60,10 +61,11 @@ class RunSteps:
 
     def __iter__(self) -> Iterator[RunStep]:
         """Walk backwards."""
+        skip, self.skip = self.skip, 0
         walk = iter(self.states)
         after = next(walk)
         for i, state in enumerate(walk):
-            yield self._step(state, after, wanted=i >= self.skip)
+            yield self._step(state, after, wanted=i >= skip)
             after = state
 
     def params_before(self) -> Tree:

@@ -17,7 +17,7 @@ from fkernel.engine import Sweep
 from fkernel.errors import FKernelError, PlanError, ResultsError, RolloutError
 from fkernel.record import RecordedStep, Recording, distance, replay
 from fkernel.study import AccountResults, account_recording, replay_probes
-from fkernel.study.accounts import computing, stopped
+from fkernel.study.accounts import assembly, computing, stopped
 from tests.study.recorded_runs import KINDS, PROBES, STEPS, probes_file, recording_of
 
 WHOLE, TWO_NODES = 3e-3, 5e-4
@@ -209,6 +209,53 @@ def test_an_account_that_was_stopped_goes_on(tmp_path, monkeypatch, whole):
     assert np.array_equal(made["contributions"], whole["contributions"])
     assert np.array_equal(made["by_step"], whole["by_step"])
     assert {file.name for file in tmp_path.iterdir()} == {"account.json", "account.npz"}
+
+
+def test_a_stopped_account_of_several_parts_still_knows_what_was_executed(tmp_path, monkeypatch):
+    """The steps that are skipped where it goes on are skipped once, and not for the probes that come after."""
+    recording, kept = recording_of("bf16 autocast"), stopped.KeptSweep
+    whole = account_recording(recording, PROBES, tmp_path / "whole", memory="900KB")
+
+    class Stops(kept):
+        def __init__(self, directory: Path, request: Any) -> None:
+            super().__init__(directory, request, 0.0)
+
+        def __call__(self, sweep: Any) -> None:
+            super().__call__(sweep)
+            if not sweep.done and sweep.taken == 5 and not begun:
+                begun.append(sweep.taken)
+                raise KeyboardInterrupt
+
+    begun = list[int]()
+    monkeypatch.setattr(computing, "KeptSweep", Stops)
+    with pytest.raises(KeyboardInterrupt):
+        account_recording(recording, PROBES, tmp_path / "parts", memory="900KB")
+    made = account_recording(recording, PROBES, tmp_path / "parts", memory="900KB")
+    assert np.array_equal(made["arithmetic"], whole["arithmetic"])
+    assert np.array_equal(made["unexplained"], whole["unexplained"])
+    assert float(np.abs(whole["arithmetic"]).min()) > 1e-5
+
+
+def test_advantages_of_another_rule_are_not_split_by_reward(tmp_path, monkeypatch):
+    records = RecordedStep.records.func
+
+    def fewer(self: RecordedStep) -> Any:
+        return records(self)[1:]  # as where a completion of the group was masked
+
+    monkeypatch.setattr(RecordedStep, "records", property(fewer))
+    taken = assembly.Taken.of(recording_of("dapo"), range(12))
+    said = assembly.by_reward(taken, torch.ones(1, len(taken.records)))
+    assert isinstance(said, str)
+    assert "missing" in said
+
+
+def test_a_model_that_is_given_is_left_alone(tmp_path):
+    recording = recording_of("dapo")
+    model = recording.policy().double()
+    before = {name: leaf.clone() for name, leaf in model.named_parameters()}
+    account_recording(recording, PROBES, tmp_path, steps=range(2), model=model)
+    replay_probes(recording, PROBES, {"0000/U-002-03": 0.0}, upto=2, model=model)
+    assert all(torch.equal(leaf, before[name]) for name, leaf in model.named_parameters())
 
 
 def test_a_stopped_sweep_of_another_request_is_not_taken(tmp_path):

@@ -16,6 +16,8 @@ from fkernel.study.accounts.results import AccountResults
 from fkernel.study.outcome import SequenceInfo
 from fkernel.study.provenance import environment
 
+CENTRED = 1e-3
+"""Relative difference up to which advantages are rewards less their group's mean."""
 DRAWS = 1000
 """Permutations of advantages."""
 COLUMNS = ("realised", "before", "decay", "arithmetic", "unexplained", "remainder", "by_step", "own", "momentum")
@@ -160,8 +162,29 @@ def by_reward(taken: Taken, C: Tensor) -> Tensor | str:
         [float("nan") if (r := record.rewards[name]) is None else r for name in names] for record in taken.records
     ]
     weights = torch.tensor([float(taken.records[0].reward_weights[name]) for name in names])
-    shares = reward_shares(torch.tensor(values), weights, taken.group)
+    table = torch.tensor(values)
+    if not _centred(taken, torch.nan_to_num(table.double()) @ weights.double()):
+        return (
+            "advantages are not the rewards less their group's mean, times one factor a group: completions of a group "
+            "are missing or in another step, or advantages are made by another rule"
+        )
+    shares = reward_shares(table, weights, taken.group)
     return torch.stack([_by_step(taken, C * share) for share in shares.T], 2)
+
+
+def _centred(taken: Taken, R: Tensor) -> bool:
+    """Whether A_u = s_g (R_u − R̄_g) holds in every group, s_g > 0: what a split by reward function rests on."""
+    if any(record.advantage is None for record in taken.records):
+        return False
+    A = torch.tensor([float(record.advantage or 0.0) for record in taken.records], dtype=torch.float64)
+    for g in range(int(taken.group.max()) + 1):
+        own = (taken.group == g).nonzero()[:, 0]
+        apart, given = R[own] - R[own].mean(), A[own]
+        square = float(apart @ apart)
+        s = float(apart @ given) / square if square > 1e-12 else 0.0
+        if s < 0 or float((given - s * apart).norm()) > CENTRED * float(given.norm()) + 1e-6:
+            return False
+    return True
 
 
 def permuted(taken: Taken, C: Tensor) -> Tensor | str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from fkernel.study.accounts.results import ACCOUNT, AccountResults
 from fkernel.study.accounts.stopped import KeptSweep
 from fkernel.study.analyses.observables import OBSERVABLE, Observable, expected_rewards
 from fkernel.study.outcome import info_of
+from fkernel.study.sources import code_of, own_code
 from fkernel.study.workspace import tokens_of
 
 OBSERVABLES = ("logprob", "entropy", "kl", "expected_reward")
@@ -102,7 +104,7 @@ def account_recording(
     place = Path(out)
     if dtype not in ("float32", "float64"):
         raise PlanError(f"dtype is {dtype!r}; an account is computed in float32 or float64.")
-    net = recording.policy(base=base) if model is None else model
+    net = recording.policy(base=base) if model is None else copy.deepcopy(model)
     net = net.to(device=device, dtype=getattr(torch, dtype))
     inputs = _inputs(recording, chosen, probes, net, place, disk, template, model, base, device, AGES if ages else ())
     f, E, rows = _observed(observable, inputs, recording.about["temperature"])
@@ -112,6 +114,8 @@ def account_recording(
         "steps": [chosen.start, chosen.stop],
         "probes": [record.content_hash for record in inputs.probes],
         "ids": rows,
+        "rewards": [record.reward for record in inputs.probes] if observable == "expected_reward" else None,
+        "code": code_of([observable] if "." in observable else []),
         **{
             "path": path,
             "observable": observable,
@@ -127,7 +131,7 @@ def account_recording(
             return there
         raise PlanError(f"{str(place)!r} holds another account; choose another directory (out), or delete it.")
     place.mkdir(parents=True, exist_ok=True)
-    kept = KeptSweep(place, request)
+    kept = KeptSweep(place, request | {"fkernel": own_code()})
     begun = kept.found()
     inputs.steps.skip = 0 if begun is None else begun.taken
     on_progress("steps", inputs.steps.skip, len(chosen))

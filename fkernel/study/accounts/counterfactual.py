@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import translate
@@ -98,7 +99,7 @@ def replay_probes(
     _check_parts(recording, steps, parts or {})
     if parts:
         changed = (changed[1], changed[1])
-    net = (recording.policy(base=base) if model is None else model).to(device)
+    net = (recording.policy(base=base) if model is None else copy.deepcopy(model)).to(device)
     apply, _ = func.make_functional(net, [*recording.about["shapes"]])
     f = func.sequence_logprob(apply, recording.about["temperature"])
     first = recording.snapshot(steps.start).params
