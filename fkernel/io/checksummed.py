@@ -48,3 +48,20 @@ def read_checksummed(path: Path) -> dict[str, Any]:
     if content.pop(SEAL, None) != hash_json(content):
         raise ValueError("its checksum differs: it is not what was written")
     return content
+
+
+def is_json(value: Any) -> bool:
+    """Tell whether a value can be written as JSON, without NaN and infinities.
+
+    Args:
+        value: any.
+
+    Example:
+        >>> is_json({"lr": 0.1}), is_json(float("nan")), is_json(object())
+        (True, False, False)
+    """
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True

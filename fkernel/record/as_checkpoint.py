@@ -43,7 +43,8 @@ def checkpoint_before(
         raise StoreError(f"{str(recording.directory)!r} has no snapshot before step {number}.")
     if number != before[-1]:
         recording.check_steps(range(before[-1], number))
-    training = training_of(recording, None, base)
+    trained = recording.policy(base=base, attention=None, trust_remote_code=trust_remote_code)
+    training = training_of(recording, trained)
     state = state_of(training, before[-1])
     while state.number < number:
         state = next_state(training, state)

@@ -260,7 +260,8 @@ def replay(
         change: weights of sequences, (id within the run, record) -> factor; None for the run as it was.
         parts: {part: weight} of the loss: "kl" and "entropy" where the recording tells them apart, "loss" is the rest.
         start: a step before which there is a snapshot; None for the first.
-        max_norm: that gradients are clipped to where something is changed; None for what the run clipped to.
+        max_norm: that gradients are clipped to where something is changed; None for what the run clipped to: the
+            trainer's max_grad_norm, else that of its clipped steps; where none was clipped it is not known.
         model: the policy, for one whose architecture is not in the recording.
         base: the base model's directory, of an adapter, where it is no longer where the training read it.
         device: where it is computed.

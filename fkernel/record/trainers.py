@@ -9,10 +9,10 @@ Methods are replaced on the trainer that is attached, not on its class.
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from fkernel.errors import ModelError
+from fkernel.io import is_json
 from fkernel.record.preference import Preference
 from fkernel.record.supervised import Supervised
 from fkernel.record.trl import LOGPS, PolicyGradient
@@ -168,7 +168,7 @@ def _callback(recorder: Any, trainer: Any, head: str) -> Any:
 
     class Recording(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            settings = {key: _plain(value) for key, value in vars(args).items() if _is_json(_plain(value))}
+            settings = {key: _plain(value) for key, value in vars(args).items() if is_json(_plain(value))}
             arguments = {key: settings[key] for key in SETTINGS if key in settings}
             processes = int(getattr(trainer.accelerator, "num_processes", 1))
             arguments |= {"num_processes": processes} if processes > 1 else {}
@@ -190,11 +190,3 @@ def _callback(recorder: Any, trainer: Any, head: str) -> Any:
 
 def _plain(value: Any) -> Any:
     return getattr(value, "value", value)
-
-
-def _is_json(value: Any) -> bool:
-    try:
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError):
-        return False
-    return True

@@ -10,7 +10,6 @@ completions may be spread over processes.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from fkernel.errors import ModelError
+from fkernel.io import is_json
 from fkernel.shapes import Tensor
 
 LOGPS, GENERATE, REWARDS = (
@@ -106,6 +106,7 @@ class PolicyGradient:
         if reference is None or not reference.requires_grad or not getattr(args, "use_bias_correction_kl", False):
             return
         apart, mask = reference.detach() - logp.detach(), inputs["completion_mask"]
+        mask = mask if inputs.get("tool_mask") is None else mask * inputs["tool_mask"]
         whole = getattr(self.trainer, "importance_sampling_level", "token") == "sequence"
         reference.register_hook(lambda grad: with_ratio(grad, apart, mask if whole else None))
 
@@ -138,7 +139,7 @@ class PolicyGradient:
         self._rows = {number: row for number, row in self._rows.items() if number >= oldest}
         for i, number in enumerate(numbers.tolist()):
             extra = inputs[i] if len(inputs) == n and isinstance(inputs[i], Mapping) else {}
-            facts = {"data": {key: value for key, value in extra.items() if key != "prompt" and _is_json(value)}}
+            facts = {"data": {key: value for key, value in extra.items() if key != "prompt" and is_json(value)}}
             group = f"{self._generations}-{(first + i) // self.trainer.num_generations}"
             self._rows[number] = {"group": group, **self._reward(first + i), **(facts if facts["data"] else {})}
         return numbers
@@ -201,11 +202,3 @@ def _with_reference(inputs: Any) -> Any:
     if reference is None or not torch.is_grad_enabled():
         return inputs
     return {**inputs, "ref_per_token_logps": reference.detach().clone().requires_grad_()}
-
-
-def _is_json(value: Any) -> bool:
-    try:
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError):
-        return False
-    return True

@@ -123,6 +123,27 @@ REAL = [
         "return None",
     ),
     Mutation(
+        "steps are skipped for every part of the probes",
+        f"{ACCOUNTS}::test_a_stopped_account_of_several_parts_still_knows_what_was_executed",
+        "record/run_steps.py",
+        "skip, self.skip = self.skip, 0",
+        "skip = self.skip",
+    ),
+    Mutation(
+        "rewards are split whatever advantages are",
+        f"{ACCOUNTS}::test_advantages_of_another_rule_are_not_split_by_reward",
+        "study/accounts/assembly.py",
+        "if s < 0 or float((given - s * apart).norm())",
+        "if s < 0 and float((given - s * apart).norm())",
+    ),
+    Mutation(
+        "the caller's model is filled in",
+        f"{ACCOUNTS}::test_a_model_that_is_given_is_left_alone",
+        "study/accounts/counterfactual.py",
+        "copy.deepcopy(model)",
+        "model",
+    ),
+    Mutation(
         "old gradients do not decay",
         f"{ACCOUNTS}::test_momentum_by_the_age_of_its_gradients",
         "record/run_steps.py",

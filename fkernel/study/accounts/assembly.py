@@ -16,6 +16,8 @@ from fkernel.study.accounts.results import AccountResults
 from fkernel.study.outcome import SequenceInfo
 from fkernel.study.provenance import environment
 
+MOST = 100_000
+"""Sequences whose advantages are permuted, at most: the draws are held in memory, 8 kB a sequence."""
 CENTRED = 1e-3
 """Relative difference up to which advantages are rewards less their group's mean."""
 DRAWS = 1000
@@ -202,6 +204,8 @@ def permuted(taken: Taken, C: Tensor) -> Tensor | str:
     if taken.beside is not None:
         return f"the loss has {taken.beside} beside its advantages"
     A = torch.tensor([float(advantage or 0.0) for advantage in given], dtype=torch.float64)
+    if len(A) > MOST:
+        return f"of {len(A)} sequences; {DRAWS} permutations are drawn of at most {MOST}: ask for fewer steps"
     there = A != 0
     draws = permutations(taken.group, DRAWS, 0, there)
     K = torch.where(there, C.double() / torch.where(there, A, 1.0), 0.0)
