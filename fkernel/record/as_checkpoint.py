@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from fkernel.io import fingerprint
 from fkernel.precond import exact_state
 from fkernel.record.policy import fill
 from fkernel.record.reading import Recording
-from fkernel.record.replaying import next_state, settled, state_of, training_of
+from fkernel.record.replaying import Training, next_state, settled, state_of
 
 
 def checkpoint_before(
@@ -43,8 +44,8 @@ def checkpoint_before(
         raise StoreError(f"{str(recording.directory)!r} has no snapshot before step {number}.")
     if number != before[-1]:
         recording.check_steps(range(before[-1], number))
-    trained = recording.policy(base=base, attention=None, trust_remote_code=trust_remote_code)
-    training = training_of(recording, trained)
+    build = partial(recording.policy, base=base, attention=None, trust_remote_code=trust_remote_code)
+    training = Training(recording, build, torch.device("cpu"))
     state = state_of(training, before[-1])
     while state.number < number:
         state = next_state(training, state)

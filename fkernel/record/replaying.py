@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -55,13 +56,19 @@ class Training:
 
     Attributes:
         recording: the run.
-        f: `func.weighted_logprob` of its policy as it was trained: attention, dtypes of what was frozen.
+        build: makes its policy as it was trained: attention, dtypes of what was frozen.
         device: where its passes run, and states are.
     """
 
     recording: Recording
-    f: Callable[[Tree, Any], Tensor]
+    build: Callable[[], nn.Module]
     device: torch.device
+
+    @cached_property
+    def f(self) -> Callable[[Tree, Any], Tensor]:
+        """`func.weighted_logprob` of the policy, built where the first gradient asks for it."""
+        apply, _ = make_functional(self.build().to(self.device), [*self.recording.about["shapes"]])
+        return weighted_logprob(with_masked_padding_grad(apply), self.recording.about["temperature"])
 
     def gradient(
         self, params: Tree, step: RecordedStep, change: Change | None = None, parts: Mapping[str, float] | None = None
@@ -90,21 +97,16 @@ class Training:
 def training_of(
     recording: Recording, model: nn.Module | None = None, base: Any = None, device: str = "cpu"
 ) -> Training:
-    """Make what takes a recording's steps again.
+    """Make what takes a recording's steps again; its policy is built where the first gradient asks for it.
 
     Args:
         recording: the run.
         model: its policy, for one whose architecture is not in the recording.
         base: as `Recording.policy` takes it.
         device: where its passes run.
-
-    Raises:
-        ModelError: as `Recording.policy`.
     """
-    model = (recording.policy(base=base, attention=None) if model is None else copy.deepcopy(model)).to(device)
-    apply, _ = make_functional(model, [*recording.about["shapes"]])
-    f = weighted_logprob(with_masked_padding_grad(apply), recording.about["temperature"])
-    return Training(recording, f, torch.device(device))
+    build = partial(recording.policy, base=base, attention=None) if model is None else partial(copy.deepcopy, model)
+    return Training(recording, build, torch.device(device))
 
 
 def moved(content: Any, device: torch.device) -> Any:
@@ -300,6 +302,7 @@ def replay(
     end = steps[-1] + 1 if upto is None else upto
     recording.check_steps(range(begin, end))
     training = training_of(recording, model, base, device)
+    training.f  # noqa: B018 - a policy that cannot be built is said before the first state
     state = state_of(training, begin)
     if (change is not None or parts is not None) and max_norm is None:
         max_norm = clipped_to(recording, range(begin, end))
