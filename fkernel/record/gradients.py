@@ -27,6 +27,8 @@ from fkernel.shapes import Tensor, Tree
 TOLERANCE, ROUNDED = 1e-4, 0.02
 """Relative errors up to which a gradient is taken for the recorded one: in float32, and under autocast or with weights
 in half precision, where another sum of rounded terms is another gradient."""
+ROW = 1 << 14
+"""Numbers that are added up in float32 one by one, at most."""
 SAME_FACTOR = 1e-3
 """By which parameters' clipping factors may differ."""
 
@@ -112,6 +114,26 @@ def mismatch(number: int, check: GradientCheck, dropout: Sequence[str], temperat
     )
 
 
+def leaf_norm(x: Tensor) -> Tensor:
+    """‖x‖ of one tensor, a scalar in at least float32, on its device.
+
+    torch's norm of a large float32 tensor on a CPU is added up one by one, and is 1 % short for 10⁸ numbers: rows are
+    added up first, then their norms.
+
+    Args:
+        x: [*shape].
+
+    Example:
+        >>> leaf_norm(torch.full((1000, 1000), 0.5))
+        tensor(500.)
+    """
+    flat, wide = x.detach().reshape(-1), torch.promote_types(x.dtype, torch.float32)
+    whole = flat.numel() // ROW * ROW
+    rows = torch.linalg.vector_norm(flat[:whole].view(-1, ROW), dim=1, dtype=wide)
+    rest = torch.linalg.vector_norm(flat[whole:], dtype=wide)
+    return torch.linalg.vector_norm(torch.cat([rows, rest[None]]))
+
+
 class Norms:
     """‖∇L‖ as the backward passes left it, before anything clips: hooks on the parameters' accumulated gradients.
 
@@ -133,9 +155,7 @@ class Norms:
 
     def _keep(self, name: str, leaf: Tensor) -> None:
         if leaf.grad is not None:
-            self._squares[name] = torch.linalg.vector_norm(
-                leaf.grad, dtype=torch.promote_types(leaf.grad.dtype, torch.float32)
-            )
+            self._squares[name] = leaf_norm(leaf.grad)
 
     def _keep_all_later(self, *_: Any) -> None:
         if not self._waiting:

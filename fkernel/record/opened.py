@@ -15,6 +15,7 @@ from fkernel.record.gradients import (
     Repeater,
     compare_gradients,
     dropping,
+    leaf_norm,
     mismatch,
     norm_of,
     uneven_factor,
@@ -115,10 +116,7 @@ class OpenStep:
             )
         self.settings[i] = settings
         grads = {name: leaf.grad for name, leaf in params.items() if leaf.grad is not None}
-        norms = [
-            torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32)).cpu()
-            for grad in grads.values()
-        ]
+        norms = [leaf_norm(grad).cpu() for grad in grads.values()]
         scale = 1.0 if grad_scale is None else float(grad_scale)
         self._seen |= {name: float(norm) / scale for name, norm in zip(grads, norms, strict=True)}
 

@@ -20,6 +20,7 @@ from torch import nn
 from fkernel.checkpoint import architecture, load_model, load_tokenizer
 from fkernel.errors import ModelError, StoreError, listing
 from fkernel.io import atomic_directory, checksummed_json, plain_errors, read_checksummed
+from fkernel.record.gradients import leaf_norm
 from fkernel.shapes import Tensor, Tree
 
 MODEL, POLICY, ADAPTER = "model", "policy.json", "adapter_config.json"
@@ -45,7 +46,7 @@ def keep_policy(directory: Path, model: nn.Module, trained: Mapping[str, Tensor]
         "base": _base(config, adapters) if rest else None,
         "attention": getattr(config, "_attn_implementation", None),
         "dtypes": {name: str(leaf.dtype)[6:] for name, leaf in rest.items()},
-        "norms": {name: float(torch.linalg.vector_norm(leaf.detach().float())) for name, leaf in rest.items()},
+        "norms": {name: float(leaf_norm(leaf)) for name, leaf in rest.items()},
     }
     with plain_errors("write", place), atomic_directory(place) as work:
         assert config is not None
@@ -180,7 +181,7 @@ def _check_names(model: nn.Module, trained: Mapping[str, Any], place: Path) -> N
 def _check_norms(model: nn.Module, norms: Mapping[str, float], base: Any) -> None:
     own = dict(model.named_parameters())
     for name, norm in norms.items():
-        now = float(torch.linalg.vector_norm(own[name].detach().float())) if name in own else float("nan")
+        now = float(leaf_norm(own[name])) if name in own else float("nan")
         if not abs(now - norm) <= SAME_NORM * max(norm, 1e-30):
             raise ModelError(
                 f"{name!r} was not trained, and had norm {norm:.7g}; that of the base model at {str(base)!r} is "

@@ -9,6 +9,13 @@ PREFERENCE = "tests/record/test_preference.py"
 RANKS = "tests/record/test_ranks.py"
 MUTATIONS = [
     Mutation(
+        "the norm of a large gradient is added up one by one",
+        "tests/record/test_loop.py::test_norms_of_large_gradients_are_exact",
+        "record/gradients.py",
+        "ROW = 1 << 14",
+        "ROW = 1 << 30",
+    ),
+    Mutation(
         "the loss's scale is left in the weights",
         f"{LOOP}::test_the_scale_is_divided_out",
         "record/tapping.py",

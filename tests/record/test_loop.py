@@ -15,6 +15,7 @@ from fkernel.errors import StoreError
 from fkernel.func import make_functional, weighted_logprob
 from fkernel.precond import AdamWState
 from fkernel.record import Recorder, Recording
+from fkernel.record.gradients import leaf_norm
 from tests.record.loops import MAX_NORM, adamw, backward, gpt2, loss_of, statistics, take, tensors, train
 
 
@@ -124,6 +125,15 @@ def test_a_kl_penaltys_share_is_told_from_the_references_gradient(tmp_path):
     record, whole = step.records[2], step.microbatches[1].token_weights[0]
     together = [a + b for a, b in zip(record.token_weights["loss"], record.token_weights["kl"], strict=True)]
     assert together == pytest.approx(whole[-2:].tolist(), abs=1e-12)
+
+
+def test_norms_of_large_gradients_are_exact():
+    """torch's own, of so many float32 numbers on a CPU, is 6e-5 short: enough for a right record to be refused."""
+    x = torch.randn(3000, 1000, generator=torch.Generator().manual_seed(0))
+    assert abs(float(leaf_norm(x)) / float(x.double().norm()) - 1) < 1e-6
+    assert leaf_norm(x.double()).dtype == torch.float64
+    assert float(leaf_norm(torch.zeros(0))) == 0.0
+    assert float(leaf_norm(torch.ones(2, 3).T)) == pytest.approx(6**0.5)
 
 
 def test_nothing_is_pickled(run):
