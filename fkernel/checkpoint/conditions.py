@@ -29,7 +29,7 @@ class Condition:
 
     Attributes:
         kind: "dropout", "router loss", "embedding noise", "autocast", "half precision", "rounded weights",
-            "rounded moments", "half precision base", "frozen" or "no optimizer".
+            "rounded moments", "half precision base", "masters", "frozen" or "no optimizer".
         found: what was found.
         where: in which file or part of the checkpoint.
         effect: how much it may matter, with numbers where they were measured.
@@ -141,6 +141,41 @@ def frozen_condition(names: list[str], total: int) -> Condition:
         "the optimizer's state",
         "Kernels and steps are about what it has.",
         "If a second optimizer trained them, its part of the step is missing here.",
+    )
+
+
+def masters_condition(model: Any, rounded: Mapping[str, Any]) -> Condition:
+    """Tell that the parameters are the optimizer's float32 masters, and how far the weights that ran are from them.
+
+    Args:
+        model: with the masters as its parameters.
+        rounded: {name: the weights that the policy ran with}.
+    """
+    masters = {name: leaf.detach().double() for name, leaf in model.named_parameters() if name in rounded}
+    apart = sum(float((leaf - rounded[name].double()).square().sum()) for name, leaf in masters.items())
+    whole = sum(float(leaf.square().sum()) for leaf in masters.values())
+    return Condition(
+        "masters",
+        f"The optimizer keeps float32 masters, which are the parameters here; the policy ran with their rounding to "
+        f"{', '.join(counted(leaf.dtype for leaf in rounded.values()))}, which is {(apart / whole) ** 0.5:.1e} of "
+        f"their norm away",
+        "the optimizer's state and the weights",
+        "Log-probabilities and gradients are at the masters; those of the policy that ran are at the rounded weights, "
+        "by about as much off.",
+        "Nothing for a step's account: the optimizer steps the masters. Checkpoint.rounded has the weights that ran.",
+    )
+
+
+def weights_only_condition(path: Any) -> Condition:
+    """Tell that a trainer left its state and weights and no optimizer's state, as with save_only_model."""
+    return Condition(
+        "no optimizer",
+        f"{path} has a trainer's state and weights, and no optimizer's state: it was saved with save_only_model, or "
+        f"the file is gone",
+        "the checkpoint's directory",
+        "Moments and learning rates are missing, so that no step can be explained.",
+        "A recording of the run has them (fkernel.record.Recorder; checkpoint: {recording: DIR, step: N}); or save "
+        "with save_only_model=False.",
     )
 
 

@@ -16,6 +16,7 @@ from fkernel.checkpoint.conditions import (
     counted,
     find_conditions,
     frozen_condition,
+    masters_condition,
     precision_conditions,
 )
 from fkernel.checkpoint.files import read_json
@@ -24,13 +25,14 @@ from fkernel.checkpoint.model import ADAPTER
 from fkernel.checkpoint.names import unwrapped
 from fkernel.checkpoint.recognising import flat_entry, merged
 from fkernel.checkpoint.weights import stored_dtypes
+from fkernel.shapes import Tree
 
 SCALES = ("qmap", "absmax")
 """Of bitsandbytes' codes: no moments."""
 
 
 def conditions_of(
-    model: Any, layout: Layout, weights: Mapping[str, Any], state_dict: Any, frozen: list[str]
+    model: Any, layout: Layout, weights: Mapping[str, Any], state_dict: Any, frozen: list[str], rounded: Tree
 ) -> tuple[Condition, ...]:
     """List the conditions of a loaded checkpoint; see `fkernel.checkpoint.conditions`.
 
@@ -40,6 +42,7 @@ def conditions_of(
         weights: the state dict that the model was filled with, or {} where the weights are safetensors.
         state_dict: the optimizer's, or None.
         frozen: parameters that were marked because the optimizer does not have them.
+        rounded: the weights that the policy ran with, where the model has the optimizer's float32 masters.
 
     Returns:
         Nothing for a model that nothing says was trained: without optimizer, trainer's state and adapter.
@@ -55,6 +58,9 @@ def conditions_of(
         stored = dtypes_of_weights(layout, weights)
         base = _base_dtypes(adapter) if adapted else {}
         trained = stored if adapted else _of(stored, model)
+        if rounded:
+            trained = {**trained, **dict.fromkeys(rounded, "float32")}
+            found += (masters_condition(model, rounded),)
         found += precision_conditions(counted(iter(trained.values())), _moments(state_dict), base)
     if frozen:
         total = len(frozen) + sum(leaf.requires_grad for _, leaf in model.named_parameters())

@@ -1,14 +1,20 @@
-"""Reading what a training run left: tensors and JSON, and nothing that a file could make us execute."""
+"""Reading what a training run left: tensors and JSON, and nothing that a file could make us execute.
+
+A file of torch.save is a zip archive whose entries carry CRC-32 sums, which torch.load does not look at: a flipped byte
+would be another number. They are checked first. The archive's folder is named like the file that it was saved to, so
+that a file that was renamed tells which one it was (`saved_as`).
+"""
 
 from __future__ import annotations
 
 import json
 import pickle
 import re
+import zipfile
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -20,19 +26,45 @@ UNPICKLER = "WeightsUnpickler error: "
 """Where PyTorch says which class of a file it does not make, four lines down."""
 
 
+CHUNK = 1 << 20
+"""Bytes that are summed at a time."""
+
+
+class Inert:
+    """Stands in for a class of a trainer's that its files name: it takes whatever it is given and does nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.args = args
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+STAND_INS = (
+    *("deepspeed.runtime.fp16.loss_scaler.LossScaler", "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
+    *("deepspeed.runtime.zero.config.ZeroStageEnum", "deepspeed.utils.tensor_fragment.fragment_address"),
+)
+"""Classes that trainers put beside tensors and that mean nothing here; every other one is refused by its name."""
+
+
 @libraries_quiet()
-def read_tensors(path: Path, what: str) -> Any:
+def read_tensors(path: Path, what: str, *, mmap: bool = False) -> Any:
     """Read a file of `torch.save`, tensors and plain containers only.
 
     Args:
         path: the file.
         what: what is expected in it, for the message.
+        mmap: map the file instead of reading it: what is not touched takes no memory, and the file must stay.
 
     Raises:
         CheckpointError: it is missing, damaged, or holds objects that would have to be executed.
     """
     try:
-        return _loaded(path)
+        with path.open("rb") as file:
+            check_sums(file, path)
+        return _loaded(path, mmap)
+    except CheckpointError:
+        raise
     except FileNotFoundError:
         raise CheckpointError(f"There is no file {path}; expected {what}.") from None
     except Exception as error:  # what rebuilds a tensor raises whatever it likes
@@ -42,15 +74,82 @@ def read_tensors(path: Path, what: str) -> Any:
         ) from error
 
 
-def _loaded(path: Path) -> Any:
-    """Load tensors only. torchao's quantised moments are known once it is imported: its code, not the file's."""
+def check_sums(file: IO[bytes], path: Any) -> None:
+    r"""Check the sums of a zip archive's entries; anything else, such as torch's format before 1.6, has none.
+
+    Args:
+        file: the archive, open.
+        path: its name, for the message.
+
+    Raises:
+        CheckpointError: an entry is not what was written.
+
+    Example:
+        >>> import io
+        >>> torch.save(torch.ones(2), file := io.BytesIO())
+        >>> check_sums(file, "x.pt")
+        >>> _ = file.getbuffer().__setitem__(file.getvalue().index(b"\x80?"), 1)
+        >>> check_sums(file, "x.pt")
+        Traceback (most recent call last):
+        ...
+        fkernel.errors.CheckpointError: x.pt is damaged: Bad CRC-32 for file 'archive/data/0'. Copy it again from...
+    """
+    if not zipfile.is_zipfile(file):
+        return
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "GLOBAL torchao." not in str(error) or find_spec("torchao") is None:
-            raise
-    import_module("torchao.optim")
-    return torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(file) as archive:
+            for entry in archive.infolist():
+                if entry.CRC == 0:  # not computed: torch.serialization.set_crc32_options(False)
+                    continue
+                with archive.open(entry) as data:
+                    while data.read(CHUNK):
+                        pass
+    except Exception as error:  # a damaged directory of entries raises whatever it likes
+        raise CheckpointError(
+            f"{path} is damaged: {first_line(error)}. Copy it again from where it was saved."
+        ) from error
+
+
+def saved_as(path: Path) -> str | None:
+    """Tell the stem of the name under which torch.save wrote a file; None where it was not given a name.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     torch.save({}, f"{place}/rank_0.pt")
+        ...     saved_as(Path(place, "rank_0.pt").rename(Path(place, "rank_1.pt")))
+        'rank_0'
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            root = archive.namelist()[0].split("/")[0]
+    except (OSError, zipfile.BadZipFile, IndexError):
+        return None
+    return None if root == "archive" else root
+
+
+def check_saved_as(path: Path) -> None:
+    """Raise CheckpointError where a file of one rank was saved under another name: it is another rank's."""
+    written = saved_as(path)
+    if written is not None and written != path.stem:
+        raise CheckpointError(
+            f"{path} was saved as {written}{path.suffix}: it is another rank's or step's, with this one's name. "
+            f"Put every rank's file back under its own name."
+        )
+
+
+def _loaded(path: Path, mmap: bool) -> Any:
+    """Load tensors only. torchao's quantised moments are known once it is imported: its code, not the file's."""
+    import_module("torch.distributed.tensor")  # registers DTensor with the reader of tensors
+    inert: list[Any] = [(Inert, name) for name in STAND_INS]
+    with torch.serialization.safe_globals(inert):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        except pickle.UnpicklingError as error:
+            if "GLOBAL torchao." not in str(error) or find_spec("torchao") is None:
+                raise
+        import_module("torchao.optim")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def read_json(path: Path, what: str) -> Any:

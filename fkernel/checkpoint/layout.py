@@ -11,7 +11,8 @@
                                                            nested or flattened; see `fkernel.checkpoint.contents`
     file          a file                                   torch.save({"model": …, "optimizer": …})
 
-The last four say nothing about the architecture: the caller gives a model.
+The last four say nothing about the architecture: the caller gives a model. Formats of several files that one trainer or
+engine writes are told apart, and read, in `fkernel.checkpoint.formats`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from fkernel.checkpoint.distributed import METADATA
 from fkernel.checkpoint.model import ADAPTER
 from fkernel.errors import CheckpointError
 
-Kind = Literal["huggingface", "adapter", "nested", "accelerate", "fsdp", "distributed", "file"]
+Kind = Literal[
+    *("huggingface", "adapter", "nested", "accelerate", "fsdp", "distributed", "file"),
+    *("deepspeed", "fsdp ranks", "nemo", "megatron"),
+]
 NAMES = "optimizer_param_names.json"
 TRAINER_STATE = "trainer_state.json"
 
@@ -39,6 +43,7 @@ class Layout(NamedTuple):
         scheduler: the scheduler's file, or None.
         trainer_state: trainer_state.json, or None.
         adapter: the name that an adapter had in its training; its parameters' names hold it.
+        config: a directory of config.json and a tokenizer, where the weights do not lie in one.
     """
 
     kind: Kind
@@ -48,15 +53,29 @@ class Layout(NamedTuple):
     scheduler: Path | None = None
     trainer_state: Path | None = None
     adapter: str = "default"
+    config: Path | None = None
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether `model` is a directory of save_pretrained, with weights: of a whole model, or of an adapter."""
+        if (self.model / ADAPTER).is_file():
+            return True
+        whole = (
+            "model.safetensors",
+            "model.safetensors.index.json",
+            "pytorch_model.bin",
+            "pytorch_model.bin.index.json",
+        )
+        return (self.model / "config.json").is_file() and _first(self.model, *whole) is not None
 
     @property
     def needs_model(self) -> bool:
         """Whether the caller must say what architecture it is."""
-        return self.kind in ("accelerate", "fsdp", "distributed", "file")
+        return not self.pretrained and self.config is None
 
 
-def find_layout(path: str | Path) -> Layout:
-    """Tell how a checkpoint is laid out.
+def common_layout(path: str | Path) -> Layout:
+    """Tell how a checkpoint is laid out that is of none of `fkernel.checkpoint.formats`.
 
     Raises:
         CheckpointError: there is nothing, or nothing that is recognised; it says what was found and expected.

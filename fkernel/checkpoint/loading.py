@@ -10,17 +10,16 @@ from typing import Any
 
 import torch
 
-from fkernel.checkpoint.conditions import Condition, unread_condition
-from fkernel.checkpoint.contents import optimizer_in, weights_in
-from fkernel.checkpoint.distributed import read_distributed
+from fkernel.checkpoint.conditions import Condition, unread_condition, weights_only_condition
 from fkernel.checkpoint.evidence import conditions_of, trained_dtypes
 from fkernel.checkpoint.files import read_json, read_tensors
-from fkernel.checkpoint.layout import Layout, find_layout, is_inner
+from fkernel.checkpoint.formats import find_layout, read
+from fkernel.checkpoint.layout import Layout, is_inner
 from fkernel.checkpoint.model import ADAPTER, HUB, load_adapter, load_model, load_tokenizer
 from fkernel.checkpoint.optimizer import Names, names_of, stored_optimizer_state
 from fkernel.checkpoint.recognising import recognise
 from fkernel.checkpoint.unread import unread_optimizers
-from fkernel.checkpoint.weights import architecture, filled, read_safetensors
+from fkernel.checkpoint.weights import architecture, filled
 from fkernel.errors import CheckpointError, CheckpointWarning, ModelError, OptimizerStateError, listing
 from fkernel.io import fingerprint
 from fkernel.precond import OptimizerState, StoredState, exact_state
@@ -34,8 +33,8 @@ class Provenance:
     Attributes:
         path: what was asked for.
         layout: which of `fkernel.checkpoint.layout`.
-        fingerprint: hash over names, shapes, dtypes and contents of all parameters, frozen ones too; what is computed
-            from the checkpoint records it, and is refused beside another.
+        fingerprint: hash over names, shapes, dtypes and contents of all parameters, frozen ones too, as the policy ran
+            with them; what is computed from the checkpoint records it, and is refused beside another.
         optimizer: where the optimizer's state was read, or None.
         base: an adapter's base model, or None.
     """
@@ -72,6 +71,7 @@ class Checkpoint:
     conditions: tuple[Condition, ...] = ()
     stored: StoredState | None = None
     trained_dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+    rounded: Tree = field(default_factory=dict)
 
 
 def load(
@@ -86,7 +86,11 @@ def load(
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
 ) -> Checkpoint:
-    """Load a checkpoint as its training wrote it; see `fkernel.checkpoint.layout` for what is recognised.
+    """Load a checkpoint as its training wrote it; `fkernel.checkpoint.layout` and `.formats` say what is recognised.
+
+    Where the optimizer keeps float32 master weights, those are the model's parameters: they are what it steps. The
+    weights that the policy ran with are their rounding, `Checkpoint.rounded`; with `optimizer=False`, they are the
+    model's.
 
     Nothing that a file contains is executed, and nothing is fetched unless a name begins with "hub:".
 
@@ -133,55 +137,77 @@ def load(
             f"{path} holds weights and says nothing about the architecture ({layout.kind} layout); give model=, a "
             f"directory with config.json or a model."
         )
-    weights: Mapping[str, Any] = {}
-    state_dict: Any = None
-    if layout.needs_model:
-        assert model is not None
-        weights, state_dict = _state_dicts(layout, optimizer)
-        policy = filled(architecture(model, trust_remote_code), weights, dtype, layout.model)
-    elif (layout.model / ADAPTER).is_file():
-        policy = load_adapter(layout.model, base, dtype=dtype, trust_remote_code=trust_remote_code, name=layout.adapter)
-    else:
-        policy = load_model(layout.model, dtype=dtype, trust_remote_code=trust_remote_code)
-    if layout.optimizer is not None and optimizer:
-        state_dict = _optimizer_in(layout.optimizer)
+    policy = _policy(layout, model, base, dtype, trust_remote_code)
+    saved = read(layout, policy, optimizer)
+    if saved.weights:
+        policy = filled(policy, saved.weights, dtype, layout.model)
+    known_by = fingerprint(dict(policy.named_parameters()))
     trainer_state = None if layout.trainer_state is None else read_json(layout.trainer_state, "a trainer's state")
     if layout.names is not None and names is None:
         names = read_json(layout.names, "names of the optimizer's parameters")
-    state, stored, frozen = None, None, list[str]()
-    if state_dict is not None:
+    stored, frozen = None, list[str]()
+    if saved.optimizer is not None:
         known = (
             True if trainer_state is not None and decoupled is None else decoupled
         )  # Trainer has AdamW, and no other Adam
-        recognise(state_dict, known)  # before names are looked for: what is not modelled is said first
-        names = names_of(state_dict, _trained(policy), policy, names, order)
+        recognise(saved.optimizer, known)  # before names are looked for: what is not modelled is said first
+        names = names_of(saved.optimizer, _trained(policy), policy, names, order)
         frozen = _freeze(policy, names, path)
-        stored = stored_optimizer_state(state_dict, _trained(policy), names=names, decoupled=known)
-        state = exact_state(stored, _trained(policy))
-        _check_schedule(layout.scheduler, state_dict)
+        stored = stored_optimizer_state(saved.optimizer, _trained(policy), names=names, decoupled=known)
+        _check_schedule(layout.scheduler, saved.optimizer)
     elif optimizer and (unread := unread_optimizers(path)) and not is_inner(path):
         raise CheckpointError(_advice(path, unread))
+    dtypes = trained_dtypes(policy, layout, saved.weights)
+    rounded = {} if stored is None else _take_masters(policy, stored, dtypes)
+    state = None if stored is None else exact_state(stored, _trained(policy))
     loaded = Checkpoint(
         model=policy,
         tokenizer=_tokenizer(layout, model, base, trust_remote_code),
         optimizer=state,
-        step=_step(trainer_state, stored),
+        step=_step(trainer_state, saved.step, stored),
         provenance=Provenance(
             path=str(path),
             layout=layout.kind,
-            fingerprint=fingerprint(dict(policy.named_parameters())),
+            fingerprint=known_by,
             optimizer=str(layout.optimizer or layout.model) if state else None,
             base=None if base is None else str(base),
         ),
         stored=stored,
-        trained_dtypes=trained_dtypes(policy, layout, weights),
+        trained_dtypes=dtypes,
+        rounded=rounded,
     )
-    conditions = conditions_of(policy, layout, weights, state_dict, frozen)
+    conditions = conditions_of(policy, layout, saved.weights, saved.optimizer, frozen, rounded)
     if state is None and optimizer and is_inner(path) and (unread := unread_optimizers(path)):
         conditions += (unread_condition(path, unread),)
+    elif state is None and optimizer and trainer_state is not None:
+        conditions += (weights_only_condition(path),)
     for condition in conditions:
         warnings.warn(str(condition), CheckpointWarning, stacklevel=2)
     return replace(loaded, conditions=conditions)
+
+
+def _policy(
+    layout: Layout, model: Any, base: str | Path | None, dtype: torch.dtype, trust_remote_code: bool
+) -> torch.nn.Module:
+    """Load the weights that save_pretrained wrote; or make the architecture, whose weights are read after it."""
+    if (layout.model / ADAPTER).is_file():
+        return load_adapter(layout.model, base, dtype=dtype, trust_remote_code=trust_remote_code, name=layout.adapter)
+    if layout.pretrained:
+        return load_model(layout.model, dtype=dtype, trust_remote_code=trust_remote_code)
+    return architecture(layout.config if model is None else model, trust_remote_code)
+
+
+def _take_masters(policy: Any, stored: StoredState, dtypes: Mapping[str, torch.dtype]) -> Tree:
+    """Make the float32 masters θ, where the optimizer keeps any; the rounded weights that they replace are returned."""
+    rounded: Tree = {}
+    for name, leaf in policy.named_parameters():
+        if name in stored.masters:
+            rounded[name] = leaf.detach().to(dtypes.get(name, leaf.dtype), copy=True)
+            with torch.no_grad():
+                leaf.copy_(stored.masters[name])
+            if bool((rounded[name] == leaf).all()):
+                del rounded[name]
+    return rounded
 
 
 def _trained(model: torch.nn.Module) -> Tree:
@@ -219,23 +245,6 @@ def _advice(path: str | Path, unread: list[Path]) -> str:
     )
 
 
-def _state_dicts(layout: Layout, optimizer: bool) -> tuple[Mapping[str, Any], Any]:
-    """Read (the model's state dict, the optimizer's or None) where one file or directory may hold both."""
-    if layout.kind == "accelerate":
-        return read_safetensors(layout.model), None
-    if layout.kind == "file":
-        found = read_tensors(layout.model, 'a checkpoint {"model": …, "optimizer": …}')
-    else:
-        found = read_distributed(layout.model)
-    return weights_in(found, layout.model), optimizer_in(found, layout.model) if optimizer else None
-
-
-def _optimizer_in(path: Path) -> Any:
-    found = read_distributed(path) if path.is_dir() else read_tensors(path, "an optimizer state")
-    state_dict = optimizer_in(found, path)
-    return found if state_dict is None else state_dict  # which says what it lacks
-
-
 def _check_schedule(path: Path | None, state_dict: Any) -> None:
     """Hold the scheduler's learning rates against the optimizer's: both are those of the next step."""
     if path is None:
@@ -251,16 +260,18 @@ def _check_schedule(path: Path | None, state_dict: Any) -> None:
         )
 
 
-def _step(trainer_state: Any, optimizer: StoredState | None) -> int | None:
+def _step(trainer_state: Any, saved: int | None, optimizer: StoredState | None) -> int | None:
     if isinstance(trainer_state, Mapping) and "global_step" in trainer_state:
         return int(trainer_state["global_step"])
+    if saved is not None:
+        return saved
     steps = [int(float(entry.get("step", 0))) for entry in optimizer.entries.values()] if optimizer else []
     return max(steps) if steps else None
 
 
 def _tokenizer(layout: Layout, model: Any, base: str | Path | None, trust_remote_code: bool) -> Any:
     """Load the tokenizer from beside the checkpoint, its weights, its base model or its architecture."""
-    near = [layout.model, layout.model.parent if layout.kind in ("nested", "fsdp") else None, base]
+    near = [layout.model, layout.config, layout.model.parent if layout.kind in ("nested", "fsdp") else None, base]
     near.append(None if isinstance(model, torch.nn.Module) else model)
     for place in near:
         if place is not None and (str(place).startswith(HUB) or Path(place).is_dir()):

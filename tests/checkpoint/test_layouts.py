@@ -13,7 +13,7 @@ import torch
 
 import fkernel as fk
 from fkernel import checkpoint, func
-from fkernel.checkpoint.layout import find_layout
+from fkernel.checkpoint.formats import find_layout
 from fkernel.checkpoint.optimizer import names_of
 from fkernel.checkpoint.order import find_order
 from tests.checkpoint.writers import TOKENIZER, WRITERS, Loop, Ran, gpt2, named, nameless, qwen2, trained

@@ -172,9 +172,13 @@ def test_colours_of_a_terminal_are_taken_out_of_messages():
     assert first_line(ValueError("\x1b[1m\x1b[31mRed\x1b[0m and \x1b[38;5;208mamber\x1b[0m\nmore")) == "Red and amber"
 
 
-def test_a_sharded_tensor_of_another_process_is_no_bare_error(tmp_path):
-    """As verl's files by themselves: tensors that no process group of ours made."""
-    torch.save({"a": torch.zeros(2)}, tmp_path / "x.pt")
+def test_what_rebuilds_a_tensor_raises_no_bare_error(tmp_path):
+    """A function that is none, in a file whose sums were not computed."""
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": torch.zeros(2)}, tmp_path / "x.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
     data = bytearray((tmp_path / "x.pt").read_bytes())
     start = data.index(b"ctorch._utils")
     data[start : start + 10] = b"ctorch._ut"[:10]

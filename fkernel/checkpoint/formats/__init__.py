@@ -1,0 +1,64 @@
+"""Where trainers keep what, and how it becomes one state: a module for each family of writers.
+
+    common       one process: save_pretrained, Trainer, accelerate, torch.save; torch.distributed.checkpoint
+
+Each has `find(root) -> Layout | None`, which looks at names of files, and `read(layout, model, optimizer) -> Saved`,
+which brings the files together: whole tensors under the model's own parameter names. What a state then means is the
+same for all (`fkernel.checkpoint.optimizer`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fkernel.checkpoint.formats import common
+from fkernel.checkpoint.formats.saved import Saved
+from fkernel.checkpoint.layout import Layout, common_layout
+
+__all__ = ["FORMATS", "Format", "Saved", "find_layout", "read"]
+
+
+class Format(NamedTuple):
+    """How one family of writers is told and read.
+
+    Attributes:
+        find: a directory or file → its layout, or None where it is not of this family.
+        read: (layout, the model's architecture, whether the optimizer's state is wanted) → what was saved.
+    """
+
+    find: Callable[[Path], Layout | None]
+    read: Callable[[Layout, Any, bool], Saved]
+
+
+FORMATS: dict[str, Format] = {}
+"""{kind of layout: its format}, tried in this order; what none finds is `common`."""
+
+
+def find_layout(path: str | Path) -> Layout:
+    """Tell how a checkpoint is laid out.
+
+    Raises:
+        CheckpointError: there is nothing, or nothing that is recognised; it says what was found and expected.
+    """
+    found = (each.find(Path(path)) for each in FORMATS.values())
+    return next((layout for layout in found if layout is not None), None) or common_layout(path)
+
+
+def read(layout: Layout, model: Any, optimizer: bool = True) -> Saved:
+    """Read a checkpoint's files, one at a time.
+
+    Args:
+        layout: what `find_layout` gave.
+        model: the architecture: names and shapes are held against it; its values do not matter.
+        optimizer: False to leave the optimizer's state unread.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or of another rank or step.
+    """
+    return (
+        FORMATS[layout.kind].read(layout, model, optimizer)
+        if layout.kind in FORMATS
+        else common.read(layout, optimizer)
+    )
