@@ -2,6 +2,7 @@
 
 from fkernel.checkpoint.conditions import Condition
 from fkernel.checkpoint.files import read_json
+from fkernel.checkpoint.formats import STATE_PLACES
 from fkernel.checkpoint.loading import Checkpoint, Provenance, load
 from fkernel.checkpoint.model import load_adapter, load_model, load_tokenizer
 from fkernel.checkpoint.optimizer import adamw_state, load_adamw_state, optimizer_state, stored_optimizer_state
@@ -11,6 +12,7 @@ from fkernel.checkpoint.weights import architecture
 
 __all__ = [
     "ORDERS",
+    "STATE_PLACES",
     "Checkpoint",
     "Condition",
     "Provenance",

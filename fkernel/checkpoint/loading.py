@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -72,6 +73,17 @@ class Checkpoint:
     stored: StoredState | None = None
     trained_dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     rounded: Tree = field(default_factory=dict)
+
+    def as_it_ran(self) -> Any:
+        """Give the policy with the weights that it ran with: a copy with `rounded` in it, or `model` itself."""
+        if not self.rounded:
+            return self.model
+        model = copy.deepcopy(self.model)
+        with torch.no_grad():
+            for name, leaf in model.named_parameters():
+                if name in self.rounded:
+                    leaf.copy_(self.rounded[name])
+        return model
 
 
 def load(

@@ -42,11 +42,13 @@ class ExecutedStep(NamedTuple):
         delta: Δθ = θ' − θ of what is stored, {name: [*shape]}, float64 where the parameters are, else float32.
         moved: the share of weights whose stored value changed.
         entries: {name: what the optimizer keeps of it now}, in its own dtypes.
+        masters: {name: its float32 master weights now}, of the parameters that have any.
     """
 
     delta: Tree
     moved: float
     entries: dict[str, dict[str, Any]]
+    masters: Tree
 
 
 def executed_step(params: Tree, grads: Grads, state: StoredState | OptimizerState) -> ExecutedStep:
@@ -59,7 +61,7 @@ def executed_step(params: Tree, grads: Grads, state: StoredState | OptimizerStat
             taken for what the optimizer keeps.
 
     Returns:
-        ExecutedStep(delta, moved, entries); in float64, delta is `optimizer_step(…).total` to rounding.
+        ExecutedStep(delta, moved, entries, masters); in float64, delta is `optimizer_step(…).total` to rounding.
 
     Raises:
         OptimizerStateError: rounding is stochastic, the optimizer's package is not installed, masters do not round to
@@ -82,13 +84,16 @@ def executed_step(params: Tree, grads: Grads, state: StoredState | OptimizerStat
     check_masters(stored.masters, params)
     delta: Tree = {}
     entries: dict[str, dict[str, Any]] = {}
+    masters: Tree = {}
     for name, theta in params.items():
         before, g = stored.masters.get(name, theta), grads[name]
         after, entries[name] = (before, dict(stored.entries[name])) if g is None else _stepped(before, g, stored, name)
+        if name in stored.masters:
+            masters[name] = after
         wide = torch.float64 if theta.dtype == torch.float64 else torch.float32
         delta[name] = (after.to(theta.dtype).double() - theta.detach().double()).to(wide)
     moved = sum(int((leaf != 0).sum()) for leaf in delta.values())
-    return ExecutedStep(delta, moved / max(1, tree.size(delta)), entries)
+    return ExecutedStep(delta, moved / max(1, tree.size(delta)), entries, masters)
 
 
 def check_masters(masters: Tree, params: Tree) -> None:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fkernel import precond
+from fkernel.checkpoint import STATE_PLACES
 from fkernel.errors import OptimizerStateError
 from fkernel.precond import AdamWState, AdamWStep, Diagonal, Grads, MixedState, OptimizerState
 from fkernel.shapes import Tensor, Tree
@@ -73,18 +74,31 @@ def clipped(step: StepPlan, ascent: Tree, unused: Collection[str] = ()) -> tuple
     return {**g, **dict.fromkeys(unused)}, clip, norm
 
 
+def check_needs_no_state(plan: PreconditionerPlan, place: str | None = None) -> None:
+    """Raise OptimizerStateError where a preconditioner needs a state: the checkpoint has none.
+
+    Args:
+        plan: which preconditioner.
+        place: the checkpoint's directory or file, where it was looked for.
+    """
+    if plan.form == "identity" and not plan.calibrated:
+        return
+    looked = f" In {place} these were looked for: {', '.join(STATE_PLACES)}." if place else ""
+    raise OptimizerStateError(
+        f"The checkpoint has no optimizer state, and the preconditioner {plan.form!r} needs one.{looked} Take a "
+        f"checkpoint that has one; or a recording of the run, checkpoint: {{recording: DIR, step: N}}; or ask for "
+        f"preconditioner: {{form: identity, calibrated: false}}."
+    )
+
+
 def preconditioner_of(plan: PreconditionerPlan, params: Tree, state: OptimizerState | None, g: Grads) -> Diagonal:
     """Compute P from a clipped gradient.
 
     Raises:
         OptimizerStateError: as `response`.
     """
-    needs = plan.form != "identity" or plan.calibrated
-    if state is None and needs:
-        raise OptimizerStateError(
-            f"The checkpoint has no optimizer state, and the preconditioner {plan.form!r} needs one; take a checkpoint "
-            f"that has, or ask for preconditioner: {{form: identity, calibrated: false}}."
-        )
+    if state is None:
+        check_needs_no_state(plan)
     if state is not None and plan.calibrated and not any(rates_of(state).values()):
         raise OptimizerStateError(
             "The learning rate of the checkpoint's next step is 0: its schedule has ended, and nothing would move. "

@@ -20,7 +20,7 @@ from fkernel.shapes import Tree
 from fkernel.study.config.base import CheckpointPlan
 from fkernel.study.config.plan import FisherKernelPlan
 from fkernel.study.losses import as_it_came, spec_of_loss
-from fkernel.study.optimizer_step import restricted
+from fkernel.study.optimizer_step import check_needs_no_state, restricted
 from fkernel.study.rows import Policy, Unselected
 from fkernel.study.sources import code_of, describing_files, dotted_names, prompts_files, version
 
@@ -30,6 +30,7 @@ def policy_of(plan: FisherKernelPlan, loaded: Checkpoint, temperature: float) ->
 
     Raises:
         PlanError: a pattern matches no parameter, or one that the optimizer did not train.
+        OptimizerStateError: the checkpoint has no state, and the preconditioner needs one.
     """
     apply, params = func.make_functional(loaded.model, chosen_parameters(plan, loaded.model))
     state = loaded.optimizer
@@ -40,6 +41,8 @@ def policy_of(plan: FisherKernelPlan, loaded: Checkpoint, temperature: float) ->
         )
     if first is not None:
         state = fresh_state(first.kind, params, **first.settings)
+    if state is None:
+        check_needs_no_state(plan.preconditioner, plan.checkpoint.place)
     if state is not None and set(state.names) != set(params):
         missing = sorted(set(params) - set(state.names))
         if missing:
@@ -49,42 +52,44 @@ def policy_of(plan: FisherKernelPlan, loaded: Checkpoint, temperature: float) ->
     # E's change follows the true derivative; U's gradients are those that training computed.
     true, trained = replace(apply, padding_idx=None), func.with_masked_padding_grad(apply)
     S, columns = (func.sequence_logprob(each, temperature) for each in (true, trained))
-    rest, row = cache(partial(unselected_of, plan, loaded.model, params)), apply.padding_idx
+    rest, row = cache(partial(unselected_of, plan, loaded, params)), apply.padding_idx
     return Policy(S, params, state, None, true, temperature, loaded.tokenizer, trained, columns, row, rest)
 
 
-def after_of(plan: FisherKernelPlan, params: Tree) -> Tree | None:
+def after_of(plan: FisherKernelPlan, loaded: Checkpoint, params: Tree) -> Tree | None:
     """Load the selected parameters of `step.after`; None without one.
+
+    Where θ is the optimizer's masters, so is θ'.
 
     Raises:
         PlanError: it is of another model.
     """
-    return None if plan.step.after is None else _later(plan, params)
+    return None if plan.step.after is None else _later(plan, params, masters=bool(loaded.rounded))
 
 
-def unselected_of(plan: FisherKernelPlan, model: Any, params: Tree) -> Unselected:
+def unselected_of(plan: FisherKernelPlan, loaded: Checkpoint, params: Tree) -> Unselected:
     """The unselected parameters that differ between the checkpoint and `step.after`.
 
     Args:
         plan: the plan.
-        model: its checkpoint's.
+        loaded: its checkpoint.
         params: the selected parameters.
 
     Raises:
         PlanError: step.after is of another model.
     """
-    rest = {name: leaf.detach() for name, leaf in model.named_parameters() if name not in params}
+    rest = {name: leaf.detach() for name, leaf in loaded.model.named_parameters() if name not in params}
     if plan.step.after is None or plan.parameters is None or not rest:
         return Unselected({}, {})
-    after = _later(plan, rest)
+    after = _later(plan, rest, masters=bool(loaded.rounded))
     moved = [name for name, leaf in rest.items() if not torch.equal(leaf, after[name].to(leaf))]
     return Unselected(*({name: whole[name] for name in moved} for whole in (rest, after)))
 
 
-def _later(plan: FisherKernelPlan, params: Tree) -> Tree:
+def _later(plan: FisherKernelPlan, params: Tree, masters: bool) -> Tree:
     """Load some parameters of `step.after`."""
     assert plan.step.after is not None
-    _, later = plan.step.after.load_policy(params, "step.after")
+    _, later = plan.step.after.load_policy(params, "step.after", masters=masters)
     return {name: later[name] for name in params}
 
 

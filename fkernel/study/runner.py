@@ -101,7 +101,7 @@ class FisherKernelRunner:
         """The checkpoint as the engine's inputs; S at the plan's temperature, by default the one U was sampled at."""
         spec = self._given(None).spec
         policy = self._prepared or policy_of(self.plan, self.checkpoint, spec["temperature"])
-        return policy._replace(after=after_of(self.plan, policy.params))
+        return policy._replace(after=after_of(self.plan, self.checkpoint, policy.params))
 
     def _along(self, E: func.Sequences) -> Policy:
         """The policy for E, with the step's path; its derivative is certified along the step, once."""

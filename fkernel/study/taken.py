@@ -165,7 +165,11 @@ def executed_of(
     ascent = gradient_in(f, θ, U, a, microbatches=_microbatches(plan, workspace), **how)
     for part in () if workspace.loss is None else workspace.loss.beside_columns.values():
         ascent = {name: leaf + part[name].to(leaf) for name, leaf in ascent.items()}
-    return executed_step(θ, _clipped(plan, ascent, policy.unused), stored or policy.state)
+    executed = executed_step(θ, _clipped(plan, ascent, policy.unused), stored or policy.state)
+    masters = {
+        name: leaf - policy.params[name] for name, leaf in executed.masters.items() if name in checkpoint.rounded
+    }
+    return executed._replace(delta={**executed.delta, **masters})
 
 
 def _clipped(plan: StepPlan, ascent: Tree, unused: Collection[str]) -> Grads:
@@ -259,11 +263,13 @@ def _gradients(workspace: KernelWorkspace, policy: Policy) -> dict[str, Tree]:
 def _as_trained(policy: Policy, checkpoint: Checkpoint) -> Tree:
     """θ in the dtypes in which it was trained.
 
-    Those of the checkpoint, but where torch's optimizer has float32 moments of weights in half precision: torch gives
-    moments the weights' dtype, so that these were rounded when they were saved.
+    Those of the checkpoint, but where torch's optimizer has float32 moments of weights in half precision and no masters:
+    torch gives moments the weights' dtype, so that these were rounded when they were saved.
     """
     dtypes, stored = dict(checkpoint.trained_dtypes), checkpoint.stored
     for name, kinds in ({} if stored is None else stored.dtypes).items():
-        if kinds == ("float32",) and stored is not None and stored.writers[name].startswith("torch."):
+        if kinds != ("float32",) or stored is None or name in stored.masters:
+            continue
+        if stored.writers[name].startswith("torch."):
             dtypes.pop(name, None)
     return {name: leaf.to(dtypes.get(name, leaf.dtype)) for name, leaf in policy.params.items()}

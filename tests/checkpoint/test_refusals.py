@@ -13,7 +13,7 @@ import torch
 import fkernel as fk
 from fkernel import checkpoint
 from fkernel.checkpoint.contents import optimizer_in, weights_in
-from fkernel.checkpoint.files import first_line, read_tensors
+from fkernel.checkpoint.files import check_saved_as, first_line, read_tensors
 from tests.checkpoint.writers import VOCABULARY, WRITERS, Loop, nameless, qwen2
 
 # ------------------------------------------------------------------------------------ optimizer files that are not read
@@ -216,3 +216,53 @@ def test_weights_of_another_name_are_said():
         weights_in({"app": {"net": {}}}, "a file")
     with pytest.raises(fk.CheckpointError, match="a file holds a list; expected a dictionary"):
         weights_in([1], "a file")
+
+
+# -------------------------------------------------------------------------------------------------- nothing was saved
+
+
+def test_a_trainer_that_saved_weights_only_says_what_is_missing(tmp_path):
+    """transformers' save_only_model=True."""
+    from tests.checkpoint.writers import trainer
+
+    run = trainer(tmp_path, save_only_model=True)
+    with pytest.warns(fk.CheckpointWarning, match=r"saved with save_only_model.*[Rr]ecording of the run has them"):
+        loaded = checkpoint.load(run.path)
+    assert loaded.optimizer is None
+    assert loaded.step == 2
+    assert "no optimizer" in [condition.kind for condition in loaded.conditions]
+    assert "no optimizer" not in [condition.kind for condition in checkpoint.load(run.path, optimizer=False).conditions]
+
+
+# -------------------------------------------------------------------------------------------------- sums and names
+
+
+@pytest.mark.parametrize("mmap", [True, False])
+def test_a_flipped_byte_of_a_tensor_is_no_other_number(tmp_path, mmap):
+    torch.save({"a": torch.ones(2000)}, tmp_path / "x.pt")
+    data = bytearray((tmp_path / "x.pt").read_bytes())
+    data[data.index(b"\x00\x00\x80?" * 9) + 4] ^= 1
+    (tmp_path / "x.pt").write_bytes(data)
+    assert not torch.equal(torch.load(tmp_path / "x.pt")["a"], torch.ones(2000))  # torch does not look
+    with pytest.raises(fk.CheckpointError, match=r"x.pt is damaged: Bad CRC-32 for file 'x/data/0'"):
+        read_tensors(tmp_path / "x.pt", "tensors", mmap=mmap)
+
+
+def test_a_file_without_sums_is_read(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": torch.ones(2)}, tmp_path / "x.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert torch.equal(read_tensors(tmp_path / "x.pt", "tensors")["a"], torch.ones(2))
+
+
+def test_a_rank_s_file_under_another_ranks_name_is_told(tmp_path):
+    torch.save({}, tmp_path / "rank_0.pt")
+    check_saved_as(tmp_path / "rank_0.pt")
+    (tmp_path / "rank_0.pt").rename(tmp_path / "rank_1.pt")
+    with pytest.raises(fk.CheckpointError, match=r"rank_1.pt was saved as rank_0.pt: it is another rank's"):
+        check_saved_as(tmp_path / "rank_1.pt")
+    with (tmp_path / "buffer.pt").open("wb") as file:
+        torch.save({}, file)  # has no name
+    check_saved_as(tmp_path / "buffer.pt")

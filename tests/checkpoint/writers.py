@@ -99,14 +99,14 @@ USUAL: dict[str, Any] = {
 }
 
 
-def trainer(directory: Path, make: Callable[[], Any] = qwen2) -> Ran:
+def trainer(directory: Path, make: Callable[[], Any] = qwen2, **settings: Any) -> Ran:
     """Hugging Face's Trainer, its linear schedule and its two groups."""
     from transformers import Trainer, TrainingArguments
 
     watch, model = Watch(), make()
     rows = torch.randint(2, VOCABULARY, (12, 9), generator=torch.Generator().manual_seed(1))
     data: Any = [{"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)} for row in rows]
-    args = TrainingArguments(output_dir=str(directory), per_device_train_batch_size=4, **USUAL)
+    args = TrainingArguments(output_dir=str(directory), per_device_train_batch_size=4, **USUAL, **settings)
     Trainer(model=model, args=args, train_dataset=data, callbacks=[watch], processing_class=TOKENIZER).train()
     return Ran(directory / "checkpoint-2", watch.before, watch.grads, trained(model), model)
 

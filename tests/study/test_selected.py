@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -135,7 +136,7 @@ def test_all_parameters_have_no_line_of_others(run, tmp_path):
     other, step = model(run.before), StepPlan.model_validate({"after": {"path": str(run.after)}})
     other.register_parameter("extra", torch.nn.Parameter(torch.ones(1)))
     with pytest.raises(fk.PlanError, match="is it the same model's"):
-        unselected_of(runner.plan.model_copy(update={"step": step}), other, {})
+        unselected_of(runner.plan.model_copy(update={"step": step}), replace(runner.checkpoint, model=other), {})
 
 
 def wrong_shape(apply: Any, temperature: float) -> Any:

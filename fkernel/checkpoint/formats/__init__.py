@@ -17,7 +17,7 @@ from fkernel.checkpoint.formats import common
 from fkernel.checkpoint.formats.saved import Saved
 from fkernel.checkpoint.layout import Layout, common_layout
 
-__all__ = ["FORMATS", "Format", "Saved", "find_layout", "read"]
+__all__ = ["FORMATS", "STATE_PLACES", "Format", "Saved", "find_layout", "read"]
 
 
 class Format(NamedTuple):
@@ -34,6 +34,14 @@ class Format(NamedTuple):
 
 FORMATS: dict[str, Format] = {}
 """{kind of layout: its format}, tried in this order; what none finds is `common`."""
+
+
+STATE_PLACES = (
+    *("optimizer.pt", "optimizer.bin", "optimizer_0/", "'optimizer' in a file or a distributed checkpoint"),
+    *("*_optim_states.pt (DeepSpeed)", "optim_world_size_*_rank_*.pt (verl)", "optimizer_0_rank*.bin (accelerate)"),
+    *("policy/optimizer/ (NeMo-RL)", "optimizer.state.* (Megatron)"),
+)
+"""Where an optimizer's state is looked for."""
 
 
 def find_layout(path: str | Path) -> Layout:

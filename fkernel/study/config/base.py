@@ -88,18 +88,19 @@ class CheckpointPlan(Strict):
         """Load it without its optimizer's state."""
         return self.model_copy(update={"optimizer": False, "names": None}).load(dtype)
 
-    def load_policy(self, beside: Tree, place: str | None = None) -> tuple[func.Apply, Tree]:
+    def load_policy(self, beside: Tree, place: str | None = None, masters: bool = False) -> tuple[func.Apply, Tree]:
         """Load another policy: its function, and all of its parameters with the device and dtype of `beside`.
 
         Args:
             beside: parameters of the plan's policy.
             place: key in the plan, of a checkpoint that must have all of these parameters.
+            masters: whether to take the optimizer's float32 masters where it keeps any: they are what a step moves.
 
         Raises:
             PlanError: it lacks one.
         """
         leaf = next(iter(beside.values()))
-        model = self.load_weights(leaf.dtype).model.to(leaf.device)
+        model = (self.load(leaf.dtype) if masters else self.load_weights(leaf.dtype)).model.to(leaf.device)
         apply, params = func.make_functional(model, select=lambda name: True)
         if place is not None and (missing := sorted({*beside} - {*params})):
             raise PlanError(f"{place}: {self.place} has no {listing(missing)}; is it the same model's?")
@@ -181,7 +182,7 @@ class SourcePlan(Strict):
     ) -> SampleGenerator:
         """The sample generator of U and E."""
         return SampleGenerator(
-            loaded.model,
+            loaded.as_it_ran(),
             loaded.tokenizer,
             sources,
             fingerprint=loaded.provenance.fingerprint,
