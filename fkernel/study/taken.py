@@ -166,9 +166,7 @@ def executed_of(
     for part in () if workspace.loss is None else workspace.loss.beside_columns.values():
         ascent = {name: leaf + part[name].to(leaf) for name, leaf in ascent.items()}
     executed = executed_step(θ, _clipped(plan, ascent, policy.unused), stored or policy.state)
-    masters = {
-        name: leaf - policy.params[name] for name, leaf in executed.masters.items() if name in checkpoint.rounded
-    }
+    masters = {name: executed.masters[name] - policy.params[name] for name in checkpoint.rounded if name in θ}
     return executed._replace(delta={**executed.delta, **masters})
 
 
@@ -263,8 +261,8 @@ def _gradients(workspace: KernelWorkspace, policy: Policy) -> dict[str, Tree]:
 def _as_trained(policy: Policy, checkpoint: Checkpoint) -> Tree:
     """θ in the dtypes in which it was trained.
 
-    Those of the checkpoint, but where torch's optimizer has float32 moments of weights in half precision and no masters:
-    torch gives moments the weights' dtype, so that these were rounded when they were saved.
+    Those of the checkpoint, but where torch's optimizer has float32 moments of weights in half precision, and no
+    masters: torch gives moments the weights' dtype, so that these were rounded when they were saved.
     """
     dtypes, stored = dict(checkpoint.trained_dtypes), checkpoint.stored
     for name, kinds in ({} if stored is None else stored.dtypes).items():
