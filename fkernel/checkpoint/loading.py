@@ -215,8 +215,7 @@ def _take_masters(policy: Any, stored: StoredState, dtypes: Mapping[str, torch.d
     for name, leaf in policy.named_parameters():
         if name in stored.masters:
             rounded[name] = leaf.detach().to(dtypes.get(name, leaf.dtype), copy=True)
-            with torch.no_grad():
-                leaf.copy_(stored.masters[name])
+            leaf.data = stored.masters[name].to(leaf.device, leaf.dtype)
             if bool((rounded[name] == leaf).all()):
                 del rounded[name]
     return rounded

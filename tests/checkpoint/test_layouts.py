@@ -366,3 +366,24 @@ def test_path_may_be_text(tmp_path: Path):
     assert found.optimizer is None
     assert found.step is None
     assert found.provenance.layout == "huggingface"
+
+
+def test_tied_weights_that_differ_are_two(tmp_path):
+    """An untied model's weights in an architecture whose head is its table."""
+    weights = {name: leaf.clone() for name, leaf in qwen2().state_dict().items()}
+    torch.save({"model": weights}, tmp_path / "same.pt")
+    assert checkpoint.load(tmp_path / "same.pt", model=qwen2()).optimizer is None
+    weights["lm_head.weight"][0, 0] += 1
+    torch.save({"model": weights}, tmp_path / "other.pt")
+    with pytest.raises(fk.ModelError, match=r"two different weights .*embed_tokens.weight' and 'lm_head.weight'"):
+        checkpoint.load(tmp_path / "other.pt", model=qwen2())
+
+
+def test_the_model_that_is_given_is_not_emptied(tmp_path):
+    """Names and shapes are taken of a copy."""
+    run, given = WRITERS["file"](tmp_path), qwen2(seed=5)
+    before = trained(given)
+    loaded = checkpoint.load(run.path, model=given)
+    assert all(torch.equal(leaf, before[name]) for name, leaf in trained(given).items())
+    assert loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight  # tied, as it was
+    assert all(leaf.is_contiguous() for leaf in loaded.model.parameters())
