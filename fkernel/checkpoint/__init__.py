@@ -1,7 +1,7 @@
 """From files to what the engine takes: a model, or its skeleton, and an optimizer's state by parameter name."""
 
 from fkernel.checkpoint.conditions import Condition
-from fkernel.checkpoint.files import read_json
+from fkernel.checkpoint.files import read_json, read_tensors
 from fkernel.checkpoint.formats import STATE_PLACES
 from fkernel.checkpoint.loading import Checkpoint, Provenance, load
 from fkernel.checkpoint.model import load_adapter, load_model, load_tokenizer
@@ -27,6 +27,7 @@ __all__ = [
     "load_tokenizer",
     "optimizer_state",
     "read_json",
+    "read_tensors",
     "skeleton_of",
     "stored_optimizer_state",
     "workload_of",

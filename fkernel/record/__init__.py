@@ -5,6 +5,7 @@ A room of its own because it looks at a living training, which no other room doe
 """
 
 from fkernel.record.as_checkpoint import checkpoint_before
+from fkernel.record.dumps import read
 from fkernel.record.layout import LOSS, RecordedMicrobatch
 from fkernel.record.opened import OpenStep
 from fkernel.record.policy import fill
@@ -30,6 +31,7 @@ __all__ = [
     "checkpoint_before",
     "distance",
     "fill",
+    "read",
     "replay",
     "training_of",
 ]
