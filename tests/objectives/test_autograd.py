@@ -17,9 +17,11 @@ from fkernel.func.objectives import (
     clipped_ratio,
     corrected_kl_penalty,
     cross_entropy,
+    dppo,
     entropy_bonus,
     from_autograd,
     high_entropy_mask,
+    ipo,
     kl_penalty,
     luspo,
     masked_importance,
@@ -37,6 +39,7 @@ from tests.objectives.common import apart, drawn, gap, random_inputs
 
 EXACT = 1e-10
 CLIP: dict[str, Any] = {"low": 0.15, "high": 0.25}
+DRIFT: dict[str, Any] = {"low": 0.02, "high": 0.05, "kl": 0.03}
 GAMMA: dict[str, tuple[float, float]] = {"positive": (1.5, 2.0), "negative": (2.5, 0.7)}
 LEVELS = ("token", "sequence")
 
@@ -47,6 +50,8 @@ LOSSES: dict[str, tuple[Callable[..., torch.Tensor], Ours]] = {
     "KL": (partial(written.kl, beta=0.3), partial(kl_penalty, beta=0.3)),
     "entropy bonus": (partial(written.entropy_bonus, coefficient=0.02), partial(entropy_bonus, coefficient=0.02)),
     "VESPO": (partial(written.vespo, **GAMMA, corrected=False), partial(vespo, **GAMMA)),
+    "DPPO with KL": (partial(written.drift, **DRIFT, both=False), partial(dppo, **DRIFT)),
+    "IPO with KL": (partial(written.drift, **{**DRIFT, "low": 0.05}, both=True), partial(ipo, threshold=0.05, kl=0.03)),
     "LUSPO": (partial(written.clipped, **CLIP, delta=None, level="sequence"), partial(luspo, **CLIP)),
 }
 for level in LEVELS:

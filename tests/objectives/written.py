@@ -62,6 +62,15 @@ def sapo(row: Row, positive: float, negative: float, level: str) -> torch.Tensor
     return total
 
 
+def drift(row: Row, low: float, high: float, kl: float, both: bool) -> torch.Tensor:
+    """prime-rl's default_loss_fn, and with `both` its ipo_loss_fn, of one sample."""
+    log_ratio = row.l - row.old
+    moved = (row.l.exp() - row.old.exp()).detach()
+    above, below = moved > high, moved < -low
+    invalid = (above | below) if both else torch.where(row.A > 0, above, below)
+    return (row.w * (-(~invalid * row.A * log_ratio.exp()) + kl * log_ratio**2)).sum()
+
+
 def vespo(row: Row, positive: tuple[float, float], negative: tuple[float, float], corrected: bool) -> torch.Tensor:
     W = (row.l - row.old).sum().exp().detach()
     W = W * row.m.clamp(min=1e-8).prod() if corrected else W

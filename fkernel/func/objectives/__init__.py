@@ -8,6 +8,7 @@ takes `LossInputs` and returns {part: LossTerm}; parts add up to the loss's ω a
 A loss that is not here is differentiated by `from_autograd`.
 """
 
+from fkernel.func.objectives.drifts import dppo, ipo
 from fkernel.func.objectives.factors import (
     high_entropy_mask,
     masked_importance,
@@ -29,9 +30,11 @@ __all__ = [
     "clipped_ratio",
     "corrected_kl_penalty",
     "cross_entropy",
+    "dppo",
     "entropy_bonus",
     "from_autograd",
     "high_entropy_mask",
+    "ipo",
     "kl_penalty",
     "luspo",
     "masked_importance",
