@@ -1,11 +1,13 @@
 """What a saved dictionary holds: the weights and the optimizer's state, under whichever names people save them.
 
-The weights are under model, model_state_dict or state_dict, or are at the top by their own names (torchtitan). The
-optimizer's state is under optimizer, optim, optimizer_states or the like; a list of one (Lightning) is that one. Both
-may be in an "app" (PyTorch's tutorial of distributed checkpoints). The state may be flattened, as
-`flatten_optimizer_state_dict` has it:
+The weights are under model, model_state_dict or state_dict, or are at the top by their own names (torchtitan, NeMo-RL
+v2). The optimizer's state is under optimizer, optim, optimizer_states or the like, or in one such inside of another
+(NeMo-RL v1: optim.optim); a list of one (Lightning) is that one. Both may be in an "app" (PyTorch's tutorial of
+distributed checkpoints, prime-rl). The state may be flattened, as `flatten_optimizer_state_dict` has it:
 
     state.<name>.exp_avg, param_groups.<name>.lr
+
+A float32 master that lies in a parameter's state is its "master_param", whatever its trainer calls it.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from fkernel.errors import CheckpointError, listing
 WEIGHTS = ("model", "model_state_dict", "state_dict")
 OPTIMIZER = ("optimizer", "optimizers", "optim", "optimizer_state_dict", "optimizer_states", "optimizer_state")
 AROUND = ("app", "state", "checkpoint")
+MASTERS = ("prime_rl_master_weight",)
+"""What trainers call the float32 master in a parameter's state."""
 BESIDE = (
     *("scheduler", "schedulers", "lr_scheduler", "lr_schedulers", "train_state", "dataloader", "progress"),
     *("step", "epoch", "global_step", "args", "config", "rng_state", "extra_state"),
@@ -81,9 +85,9 @@ def optimizer_in(found: Any, source: Any) -> Any:
     if not isinstance(found, Mapping):
         return None
     if {"state", "param_groups"} <= set(found):
-        return found
+        return _with_masters(found, source)
     if any(_is_flat(key) for key in found):
-        return _unflattened(found)
+        return _with_masters(_unflattened(found), source)
     for key in OPTIMIZER:
         if found.get(key) is not None:
             state = optimizer_in(found[key], f"{source}, under {key!r},")
@@ -117,6 +121,28 @@ def _unflattened(found: Mapping[str, Any]) -> dict[str, Any]:
     state = _by_parameter((key, value) for key, value in found.items() if key.startswith("state."))
     groups = _by_parameter((key, value) for key, value in found.items() if key.startswith("param_groups."))
     return {"state": state, "param_groups": [{**group, "params": [name]} for name, group in groups.items()]}
+
+
+def _with_masters(state_dict: Mapping[str, Any], source: Any) -> Mapping[str, Any]:
+    """Call masters by one name, and check that every state is of a parameter that a group has."""
+    state, groups = state_dict["state"], state_dict["param_groups"]
+    if not isinstance(state, Mapping) or not all(isinstance(entry, Mapping) for entry in state.values()):
+        return state_dict  # which `recognise` refuses
+    if isinstance(groups, list | tuple) and all(isinstance(group, Mapping) and "params" in group for group in groups):
+        known = {name for group in groups for name in group["params"]}
+        strange = [name for name in state if name not in known]
+        if strange:
+            raise CheckpointError(
+                f"{source} holds the optimizer's state of {listing(list(map(str, strange)))}, which none of its "
+                f"parameter groups has: the groups are of another optimizer, or some are missing."
+            )
+    if not any(key in entry for entry in state.values() for key in MASTERS):
+        return state_dict
+    renamed = {
+        name: {"master_param" if key in MASTERS else key: value for key, value in entry.items()}
+        for name, entry in state.items()
+    }
+    return {**state_dict, "state": renamed}
 
 
 def _by_parameter(items: Iterable[tuple[str, Any]]) -> dict[str, dict[str, Any]]:

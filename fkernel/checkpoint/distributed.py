@@ -3,24 +3,27 @@
 Such a directory holds a `.metadata` file, a pickle, and shards. PyTorch unpickles the metadata as it is, and loads
 non-tensors with every power that pickle has. Here the metadata may name the classes that it is made of and no others,
 and what is no tensor is read as weights only.
+
+Every tensor is made once, whole, and each chunk is copied into its place and dropped: at most the whole tensors and
+one chunk are in memory. Each chunk is a file of torch.save by itself, whose sums are checked, and whose shape and dtype
+must be what the metadata says.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
+import re
+from collections.abc import Callable, Mapping
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint._traverse import set_element
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import StorageMeta
-from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+from torch.distributed.checkpoint.metadata import Metadata
 
-from fkernel.checkpoint.files import first_line
+from fkernel.checkpoint.chunks import Item, items_of
+from fkernel.checkpoint.files import check_sums, first_line
 from fkernel.checkpoint.quiet import libraries_quiet
 from fkernel.errors import CheckpointError
 
@@ -45,45 +48,70 @@ CLASSES = {
 }
 """What metadata is made of. Nothing else is looked up, no attribute of these either: `Path.unlink` has a dot."""
 
+STEP = re.compile(r"(^|\.)state\..+\.step$")
+"""The key of the steps that an optimizer has taken with one parameter, nested or flattened."""
+ASIDE = re.compile(r"^(app\.)?(dataloaders?|rng_state|extra_state)(\.|$)")
+"""Keys of what a trainer keeps for itself and nothing here needs: they are not read."""
+
+
+def everything(key: str) -> bool:
+    """Want all that is stored, but for the state of data loaders and of random numbers."""
+    return ASIDE.match(key) is None
+
 
 @libraries_quiet()
-def read_distributed(path: str | Path) -> dict[str, Any]:
+def read_distributed(path: str | Path, wanted: Callable[[str], bool] = everything) -> dict[str, Any]:
     """Read a directory of `torch.distributed.checkpoint.save` into one nested dictionary of tensors.
 
+    Args:
+        path: the directory.
+        wanted: whether a key is read; a key joins what is nested by dots, "optimizer.state.w.exp_avg".
+
     Raises:
-        CheckpointError: it is no such directory, it is damaged, or it names a class that metadata is not made of.
+        CheckpointError: it is no such directory, it is damaged or lacks a file, its files are of several steps, or it
+            names a class that metadata is not made of.
     """
     directory = Path(path)
-    if not (directory / METADATA).is_file():
-        raise CheckpointError(f"{directory} holds no {METADATA}: no directory of torch.distributed.checkpoint.")
-    found: dict[str, Any] = {}
-    reader = _Reader(directory)
-    reader.read_metadata()  # what is wrong with it is said here; below it would be wrapped
+    metadata = read_metadata(directory)
     try:
-        _load_state_dict(found, storage_reader=reader, planner=_Planner(), no_dist=True)
-    except (Exception, CheckpointException) as error:  # threads, planners and codecs have errors of their own
-        raise CheckpointError(f"{directory} cannot be read: {_innermost(error)}") from error
-    return found
+        items = [item for item in items_of(metadata, directory / METADATA) if wanted(item.key)]
+        keys = {item.key for item in items}
+        found = {key: _blank(about) for key, about in metadata.state_dict_metadata.items() if key in keys}
+        paths = metadata.planner_data or {}
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged pickle that unpickles has anything in any place
+        raise CheckpointError(f"{directory / METADATA} is damaged: {first_line(error)}") from error
+    steps: dict[str, set[float]] = {}
+    for name, inside in groupby(items, key=lambda item: item.file):
+        _read_file(directory / name, [*inside], found, steps)
+    _check_steps(directory, steps)
+    return _nested(found, paths, directory / METADATA)
 
 
-def _innermost(error: BaseException) -> str:
-    """Give the first line of what went wrong on the one rank that there is."""
-    failures = getattr(error, "failures", {})
-    return first_line(next(iter(failures.values()))[0] if failures else error)
+def read_metadata(directory: Path) -> Metadata:
+    """Unpickle the metadata, if it is made of what metadata is made of.
 
+    Args:
+        directory: of the checkpoint.
 
-class _Reader(FileSystemReader):
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
-        """Unpickle the metadata, if it is made of what metadata is made of."""
-        path = Path(self.path) / METADATA
-        try:
-            metadata = _Restricted(io.BytesIO(path.read_bytes())).load()
-        except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, ValueError, TypeError) as error:
-            raise CheckpointError(f"{path} is damaged, or no metadata: {first_line(error)}") from error
-        if getattr(metadata, "storage_meta", None) is None:
-            metadata.storage_meta = StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
+    Raises:
+        CheckpointError: there is none, it is damaged, or it names another class.
+    """
+    path = directory / METADATA
+    try:
+        metadata = _Restricted(io.BytesIO(path.read_bytes())).load()
+    except CheckpointError:
+        raise
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{directory} holds no {METADATA}: no directory of torch.distributed.checkpoint."
+        ) from None
+    except Exception as error:  # a damaged pickle raises whatever it likes
+        raise CheckpointError(f"{path} is damaged, or no metadata: {first_line(error)}") from error
+    if not isinstance(metadata, Metadata):
+        raise CheckpointError(f"{path} is damaged, or no metadata: it holds a {type(metadata).__name__}.")
+    return metadata
 
 
 class _Restricted(pickle.Unpickler):
@@ -96,8 +124,100 @@ class _Restricted(pickle.Unpickler):
         )
 
 
-class _Planner(_EmptyStateDictLoadPlanner):
-    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
-        """Read what is no tensor (a step, a group's numbers) as weights only."""
-        fqn = read_item.dest_index.fqn
-        set_element(self.original_state_dict, self.mappings[fqn], torch.load(value, weights_only=True))
+class _Slice(io.BytesIO):
+    """A part of a file, as a file by itself."""
+
+    mode, name = "rb", ""  # pyright: ignore
+
+
+def _blank(about: Any) -> Any:
+    """Make room for a tensor; None for what is no tensor."""
+    chunks = getattr(about, "chunks", None)
+    return None if chunks is None else torch.empty(tuple(about.size), dtype=about.properties.dtype)
+
+
+def _read_file(path: Path, items: list[Item], found: dict[str, Any], steps: dict[str, set[float]]) -> None:
+    """Read what is wanted of one file into its place."""
+    try:
+        with path.open("rb") as file:
+            for item in items:
+                file.seek(item.offset)
+                value = _loaded(file.read(item.length), item, path)
+                if item.box is None:
+                    found[item.key] = value
+                else:
+                    _place(found[item.key], value, item, path)
+                if STEP.search(item.key):
+                    steps.setdefault(path.name, set()).add(float(value))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"There is no file {path}, which the checkpoint's {METADATA} names: a rank's file is missing. Copy the "
+            f"whole directory."
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from error
+
+
+def _loaded(data: bytes, item: Item, path: Path) -> Any:
+    if len(data) < item.length:
+        raise CheckpointError(
+            f"{path} is cut off: {item.key!r} has {item.length} bytes at {item.offset}, and the file ends after "
+            f"{len(data)} of them. Copy it again from where it was saved."
+        )
+    check_sums(_Slice(data), path)
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # what rebuilds a tensor raises whatever it likes
+        raise CheckpointError(
+            f"{path} has at {item.offset}, where its {METADATA} says {item.key!r} is, nothing that can be read as "
+            f"tensors only ({first_line(error)}): it is damaged, of another rank or of another checkpoint."
+        ) from error
+
+
+def _place(whole: torch.Tensor, value: Any, item: Item, path: Path) -> None:
+    """Copy a chunk into its tensor."""
+    assert item.box is not None
+    start, shape = item.box
+    what = f"{list(value.shape)} of {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
+    if not isinstance(value, torch.Tensor) or tuple(value.shape) != shape or value.dtype != whole.dtype:
+        raise CheckpointError(
+            f"{path} has {what} where its {METADATA} says a part of {item.key!r} is, {list(shape)} of {whole.dtype}: "
+            f"it is of another rank or of another checkpoint."
+        )
+    whole[tuple(slice(begin, begin + extent) for begin, extent in zip(start, shape, strict=True))] = value.detach()
+
+
+def _check_steps(directory: Path, steps: Mapping[str, set[float]]) -> None:
+    """Raise where files say different steps: within one, parameters may differ that were left out of some steps."""
+    said = sorted((min(inside), max(inside), name) for name, inside in steps.items())
+    for (_, earlier, first), (later, _, second) in pairwise(said):
+        if earlier < later:
+            raise CheckpointError(
+                f"The files of {directory} are of different steps: parameters have taken {earlier:g} in {first} and "
+                f"{later:g} in {second}. One of them was copied from another checkpoint."
+            )
+
+
+def _nested(found: Mapping[str, Any], paths: Mapping[str, Any], source: Path) -> dict[str, Any]:
+    """Undo the flattening that DCP did: a path of names and numbers leads to each value."""
+    root: dict[Any, Any] = {}
+    for key, value in found.items():
+        path = tuple(paths.get(key, (key,)))
+        here = root
+        for part in path[:-1]:
+            here = here.setdefault(part, {})
+            if not isinstance(here, dict):
+                raise CheckpointError(f"{source} is damaged: {key!r} is inside of something that is a value.")
+        if path[-1] in here:
+            raise CheckpointError(f"{source} is damaged: two values are at {path}.")
+        here[path[-1]] = value
+    return {key: _with_lists(value) for key, value in root.items()}
+
+
+def _with_lists(tree: Any) -> Any:
+    """Make lists of dictionaries whose keys number their items."""
+    if not isinstance(tree, dict):
+        return tree
+    inside = {key: _with_lists(value) for key, value in tree.items()}
+    numbered = bool(inside) and all(type(key) is int for key in inside) and sorted(inside) == [*range(len(inside))]
+    return [inside[i] for i in range(len(inside))] if numbered else inside
