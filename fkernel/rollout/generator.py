@@ -240,6 +240,19 @@ class SampleGenerator:
             totals |= {record.sequence_id: record.reward for record in rewarded}
         return [totals[record.sequence_id] for record in batch]
 
+    def prompt_tokens(self, split: str) -> list[list[int]]:
+        """Tokens of every prompt of a split, in the template.
+
+        Args:
+            split: of the prompts.
+
+        Raises:
+            RolloutError: there are no prompts of that split, or the template fails on one.
+        """
+        source = self._source(split)
+        prompts = [source[i] for i in range(len(source))]
+        return [encode(self.tokenizer, render(self.template, p), p.global_prompt_id, self._adds) for p in prompts]
+
     def _source(self, split: str) -> PromptSource:
         if not self._sources or split not in self._sources:
             known = ", ".join(map(repr, self._sources or {})) or "none"

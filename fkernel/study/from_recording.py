@@ -11,10 +11,13 @@ from fkernel.study.config.loss import TokenWeightsLoss
 from fkernel.study.config.plan import FisherKernelPlan
 from fkernel.study.config.requests import Recorded
 from fkernel.study.config.step import MicrobatchPlan
+from fkernel.study.from_dump import as_dumped
 
 
 def as_recorded(plan: FisherKernelPlan) -> FisherKernelPlan:
-    """Fill in the step of a plan whose update batch is a recorded one; any other plan is returned as it is.
+    """Fill in the step of a plan whose update batch is a recorded one, or one that a trainer dumped.
+
+    Any other plan is returned as it is; of a dumped batch see `fkernel.study.from_dump`.
 
     The loss is the batch's token weights, c the recorded factor; micro-batches, autocast, attention and head are the
     training's; `step.after` is the snapshot after the step, where there is one. What the plan says is left as it is.
@@ -23,11 +26,12 @@ def as_recorded(plan: FisherKernelPlan) -> FisherKernelPlan:
         plan: any.
 
     Raises:
-        PlanError: neither the update batch nor the checkpoint names a recording and a step, or they are not there.
+        PlanError: neither the update batch nor the checkpoint names a recording and a step, or they are not there; or
+            the plan does not say what a dump does not.
     """
     update = plan.update
     if not isinstance(update, Recorded):
-        return plan
+        return as_dumped(plan)
     place, number = update.recording or plan.checkpoint.recording, update.step
     number = plan.checkpoint.step if number is None else number
     if place is None or number is None:

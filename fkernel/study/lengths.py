@@ -8,9 +8,11 @@ from typing import Any
 
 from fkernel.checkpoint import Checkpoint
 from fkernel.errors import PlanError
+from fkernel.record import Recording
 from fkernel.rollout import GeneratedBatch, SampleGenerator, custom, load_batch, render
+from fkernel.study.config.dump import TrainerDump
 from fkernel.study.config.plan import FisherKernelPlan
-from fkernel.study.config.requests import FromFile, Payload, UpdateBatch
+from fkernel.study.config.requests import FromFile, Payload, Recorded, UpdateBatch
 from fkernel.study.workspace import selected
 
 FIRST = 64
@@ -53,6 +55,12 @@ def _given(one: Any, name: str, generator: Callable[[], SampleGenerator]) -> Gen
     """The batch, where it need not be sampled; else None."""
     if isinstance(one, FromFile):
         return load_batch(one.path)
+    if isinstance(one, Recorded):
+        assert one.recording is not None
+        assert one.step is not None
+        return Recording.open(one.recording).step(one.step).batch
+    if isinstance(one, TrainerDump):
+        return one.read(generator())
     if isinstance(one, Payload) and one.callback is not None:
         raise PlanError(f"{name} is made by {one.callback}, and nobody knows its sequences before; save it to a file.")
     if isinstance(one, Payload):

@@ -125,16 +125,19 @@ def ratio_of(loss: PolicyLoss, inputs: LossInputs) -> Tensor:
     """ρ of U's tokens, [n_U t], for the signs of the advantages: ω = −w A ρ, whatever the loss of advantages."""
     signs = _signs(inputs)
     given = inputs._replace(advantages=signs, weights=torch.ones_like(signs))
-    factors = _factors(loss, given)
+    return -advantage_terms(loss, given)["advantage"].omega * signs[:, None]
+
+
+def advantage_terms(loss: PolicyLoss, inputs: LossInputs) -> dict[str, LossTerm]:
+    """Parts of a loss of advantages, its factors multiplied in: {"advantage": ω [n t]}, and what else the loss has."""
+    factors = _factors(loss, inputs)
     if loss.kind == "vespo" and loss.correction is not None and loss.correction.level == "token":
         importance, *factors = factors  # it goes into the sequence's ratio, and not into the advantage
         of = partial(objectives.vespo, correction=importance)
         advantage = lambda loss, x: of(x, loss.positive, loss.negative)  # noqa: E731
     else:
         advantage = ADVANTAGE[loss.kind]
-    if factors:
-        given = objectives.scale_advantages(given, *factors)
-    return -advantage(loss, given)["advantage"].omega * signs[:, None]
+    return advantage(loss, objectives.scale_advantages(inputs, *factors) if factors else inputs)
 
 
 def clipped_ratio_of(loss: LossTerms, advantages: Tensor, mask: Tensor, low: float, high: float) -> Tensor:
@@ -156,6 +159,8 @@ ADVANTAGE: Mapping[str, Callable[[Any, LossInputs], dict[str, LossTerm]]] = Mapp
     "cispo": lambda loss, x: objectives.cispo(x, loss.cap, loss.level),
     "sapo": lambda loss, x: objectives.sapo(x, loss.positive, loss.negative, loss.level),
     "vespo": lambda loss, x: objectives.vespo(x, loss.positive, loss.negative),
+    "dppo": lambda loss, x: objectives.dppo(x, loss.low, loss.high, loss.kl_tau),
+    "ipo": lambda loss, x: objectives.ipo(x, loss.threshold, loss.kl_tau),
 })  # fmt: skip
 """{kind: (the plan's, inputs) -> terms}: losses of advantages, each linear in |A|."""
 
@@ -208,20 +213,27 @@ def _beside(
     loss: PolicyLoss, inputs: LossInputs, policy: Policy, tokens: func.Sequences, microbatch: int
 ) -> tuple[dict[str, Tree], dict[str, Any]]:
     """Parts that stand beside the advantage's, as vectors of the ascent direction; and their facts."""
-    terms, facts = dict[str, LossTerm](), dict[str, Any]()
+    facts = dict[str, Any]()
+    if loss.kl is not None:
+        assert inputs.reference is not None
+        d = (inputs.reference - inputs.logprobs)[inputs.response_mask.bool()]
+        facts["kl"] = float((d.expm1() - d).mean())
+    return _vectors(terms_beside(loss, inputs), policy, tokens, microbatch), facts
+
+
+def terms_beside(loss: PolicyLoss, inputs: LossInputs) -> dict[str, LossTerm]:
+    """Parts that stand beside the advantage's: "kl" and "entropy", where the loss has them."""
+    terms = dict[str, LossTerm]()
     if loss.kl is not None:
         level = getattr(loss, "level", "sequence" if loss.kind == "sequence_ratio" else "token")
         corrected = partial(objectives.corrected_kl_penalty, level=level)
         terms |= (corrected if loss.kl.corrected else objectives.kl_penalty)(inputs, loss.kl.beta)
-        assert inputs.reference is not None
-        d = (inputs.reference - inputs.logprobs)[inputs.response_mask.bool()]
-        facts["kl"] = float((d.expm1() - d).mean())
     if loss.entropy is not None:
         weight = loss.entropy.weight
-        given = inputs if weight is None else inputs._replace(weights=torch.full_like(_signs(inputs), weight))
+        given = inputs if weight is None else inputs._replace(weights=torch.full_like(inputs.logprobs, weight))
         kept = None if loss.top_entropy is None else objectives.high_entropy_mask(inputs, loss.top_entropy)
         terms |= objectives.entropy_bonus(given, loss.entropy.coefficient, kept)
-    return _vectors(terms, policy, tokens, microbatch), facts
+    return terms
 
 
 def _vectors(terms: Mapping[str, LossTerm], policy: Policy, tokens: func.Sequences, microbatch: int) -> dict[str, Tree]:

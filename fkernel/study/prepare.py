@@ -32,6 +32,7 @@ from fkernel.shapes import Tensor, Tree
 from fkernel.study.config.plan import FisherKernelPlan
 from fkernel.study.directory import WorkspaceDirectory
 from fkernel.study.draws import UpdateDraw, check_rewards
+from fkernel.study.from_dump import check_step
 from fkernel.study.loss_terms import LossTerms
 from fkernel.study.losses import terms_of
 from fkernel.study.optimizer_step import response
@@ -75,6 +76,7 @@ def prepared(
     Raises:
         FKernelError: the batch, its rewards or the workspace's directory is invalid.
     """
+    check_step(plan, checkpoint)
     given = None if plan.update.kind == "update" else make()
     if given is not None:
         _check_weights(plan, given)

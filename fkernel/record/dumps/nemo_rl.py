@@ -16,7 +16,7 @@ A line is a batch of one: every value is a list with one entry. n counts from 1:
 step_{n-1}. Files of versions before 0.6 have no token_ids, and cannot be used.
 
 The loss drops column 0 of all of them (`[:, 1:]`) to meet next-token log-probabilities, so that column t is about token
-t. With sequence-level losses it divides by the rows whose sample_loss_mask is 1: the others are left out here.
+t. Rows whose sample_loss_mask is 0 are masked as a whole; a sequence-level loss divides by the number of the others.
 
 Source: NeMo-RL 0.7 (commit 7ea279abf), nemo_rl/algorithms/grpo.py, `grpo_train`, `async_grpo_train`; ppo.py;
 utils/logger.py, `Logger.log_batched_dict_as_jsonl`; algorithms/loss/loss_functions.py, `ClippedPGLossFn`.
@@ -61,9 +61,11 @@ def read(step: int, files: Sequence[Path], options: Options) -> list[Row]:
             f"with fkernel.record.Recorder."
         )
     check_numbered([line.whole("idx") for line in lines], "idx", str(file))
-    rows = [row for line in lines if (row := _row(line)) is not None]
-    if not rows:
+    rows = [_row(line) for line in lines]
+    n = sum(line.number("sample_loss_mask") > 0 for line in lines)
+    if not n:
         raise RolloutError(f"{file}: sample_loss_mask is 0 in every row, so that the step had no loss.")
+    rows = [row._replace(counted=(sum(row.mask or ()), n)) for row in rows]
     if all(row.old is not None and not any(row.old) for row in rows):  # force_on_policy_ratio: a placeholder
         rows = [row._replace(old=None) for row in rows]
     return rows
@@ -84,8 +86,8 @@ def _single(line: Line) -> dict[str, Any]:
     return values
 
 
-def _row(line: Line) -> Row | None:
-    """One row without its padding; None where the loss left it out."""
+def _row(line: Line) -> Row:
+    """One row without its padding; masked as a whole where the loss left it out."""
     ids, length = line.ids("token_ids"), line.whole("input_lengths")
     t = len(ids)
     if not 2 <= length <= t:
@@ -96,8 +98,6 @@ def _row(line: Line) -> Row | None:
     counted = line.number("sample_loss_mask")
     if counted not in (0.0, 1.0):
         raise RolloutError(f"{line.place}: sample_loss_mask is {counted:g}; expected 0 or 1.")
-    if not counted:
-        return None
     start = split(line.place, ids[:length], mask[:length])
     names = ("advantages", "prev_logprobs", "generation_logprobs")
     streams = {name: line.numbers(name, "token_ids", t, start, length) for name in names}
@@ -107,7 +107,7 @@ def _row(line: Line) -> Row | None:
         ids[:start],
         ids[start:length],
         group=tuple(ids[:start]),
-        mask=mask[start:length],
+        mask=[kept and counted == 1 for kept in mask[start:length]],
         advantages=streams["advantages"],
         old=streams["prev_logprobs"],
         sampler=streams["generation_logprobs"],

@@ -51,7 +51,7 @@ def find(path: Path) -> dict[int, list[Path]]:
 
 def lacks(files: Sequence[Path]) -> set[str]:
     """What a plan must say beside the files."""
-    return {"batch_size", "weights", "temperature"}
+    return {"batch_size", "old", "weights", "temperature"}
 
 
 def read(step: int, files: Sequence[Path], options: Options) -> list[Row]:

@@ -52,7 +52,7 @@ class Dump(NamedTuple):
 
     @property
     def lacks(self) -> frozenset[str]:
-        """What the files do not say: advantage, batch_size, weights, temperature, max_new_tokens, prompts."""
+        """What the files do not say: advantage, batch_size, old, weights, temperature, max_new_tokens, prompts."""
         return frozenset(self.source.lacks(self.files))
 
     @property

@@ -55,7 +55,7 @@ def find(path: Path) -> dict[int, list[Path]]:
 def lacks(files: Sequence[Path]) -> set[str]:
     """What a plan must say beside the file."""
     trained = "dp_shards" in _loaded(files)
-    return {"weights", "temperature"} | (set() if trained else {"advantage", "batch_size"})
+    return {"weights", "temperature"} | (set() if trained else {"advantage", "batch_size", "old"})
 
 
 def read(step: int, files: Sequence[Path], options: Options) -> list[Row]:

@@ -47,7 +47,7 @@ def find(path: Path) -> dict[int, list[Path]]:
 def lacks(files: Sequence[Path]) -> set[str]:
     """What a plan must say beside the file."""
     columns = {*_parquet().read_schema(_only(files)).names}
-    missing = {"batch_size", "weights", "temperature"} | ({"advantage"} if "advantage" not in columns else set())
+    missing = {"batch_size", "old", "weights", "temperature"} | ({"advantage"} if "advantage" not in columns else set())
     return missing if "completion_ids" in columns else missing | {"max_new_tokens"}
 
 

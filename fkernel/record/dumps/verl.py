@@ -39,7 +39,7 @@ def find(path: Path) -> dict[int, list[Path]]:
 
 def lacks(files: Sequence[Path]) -> set[str]:
     """What a plan must say beside the file."""
-    return {"advantage", "batch_size", "weights", "temperature", "max_new_tokens", "prompts"}
+    return {"advantage", "batch_size", "old", "weights", "temperature", "max_new_tokens", "prompts"}
 
 
 def read(step: int, files: Sequence[Path], options: Options) -> list[Row]:

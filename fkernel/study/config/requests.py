@@ -13,6 +13,7 @@ from fkernel.rollout import CustomSample, GeneratedBatch, SampleGenerator, check
 from fkernel.study.analyses.registry import RequestAnalyses
 from fkernel.study.config.base import Strict, one_of
 from fkernel.study.config.capture import CapturePlan
+from fkernel.study.config.dump import TrainerDump
 from fkernel.study.draws import (
     BatchSource,
     CustomPromptsDraw,
@@ -133,7 +134,7 @@ def _ours(batch: GeneratedBatch, generator: SampleGenerator, what: str) -> Gener
     return batch
 
 
-UpdateSource = Annotated[UpdateDraw | FromFile | Recorded | Payload, Field(discriminator="kind")]
+UpdateSource = Annotated[UpdateDraw | FromFile | Recorded | TrainerDump | Payload, Field(discriminator="kind")]
 """Where U comes from."""
 
 
