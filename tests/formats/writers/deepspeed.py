@@ -80,7 +80,9 @@ WRITTEN: dict[str, Run] = {
     "deepspeed_open_instruct": Run(3, save="open_instruct"),
     "deepspeed_accelerate": Run(2, save="accelerate", optimizer="config"),
     "deepspeed_trainer_zero2": Run(2, save="trainer"),
-    "deepspeed_trainer_zero3": Run(3, save="trainer", optimizer="config"),
+    "deepspeed_trainer_zero3": Run(
+        3, save="trainer", zero={"stage3_gather_16bit_weights_on_model_save": True}, optimizer="config"
+    ),
     "deepspeed_trainer_lora": Run(2, save="trainer", lora=True),
 }
 RUNS = {name: run.processes for name, run in WRITTEN.items()}
@@ -311,11 +313,15 @@ class Seen:
         self.params = {name: leaf for name, leaf in engine.module.named_parameters() if leaf.requires_grad}
         self.twins = {} if twin is None else dict(twin.model.named_parameters())
         self.parts: dict[str, dict[str, Any]] = {}
-        self.lr = 0.0
+        self.lr, self.steps = 0.0, 0
 
     def before(self) -> None:
         """Look at the checkpoint's θ and moments."""
-        self.lr = self.engine.get_lr()[0]
+        self.lr, self.steps = self.engine.get_lr()[0], 2
+        if hasattr(self.engine.optimizer, "fp16_groups") and not self.engine.zero_optimization():
+            self.steps = max(
+                int(entry["step"]) for entry in self.engine.optimizer.state.values()
+            )  # an empty one before
         if getattr(self.engine.optimizer, "_hp_optimizer_states_linked", False):  # after group 0's first step, for it
             self.engine.optimizer._hp_optimizer_states_linked = False
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
@@ -340,7 +346,7 @@ class Seen:
         if self.twin is not None:
             self.parts["grads"] = {name: leaf.grad for name, leaf in self.twins.items()}
         versions = {"deepspeed": package().__version__, "torch": torch.__version__}
-        return Truth(**self.parts, meta={"step": 2, "lr": self.lr, "versions": versions})
+        return Truth(**self.parts, meta={"step": self.steps, "lr": self.lr, "versions": versions})
 
     def _ran_with(self, leaf: Any) -> torch.Tensor:
         """The whole of what the policy computes with."""

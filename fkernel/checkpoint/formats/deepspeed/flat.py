@@ -23,7 +23,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fkernel.checkpoint.formats.deepspeed.parts import MASTER, Gathered, Part, Piece, add, check_length, part_of
+from fkernel.checkpoint.formats.deepspeed.parts import (
+    MASTER,
+    Gathered,
+    Part,
+    Piece,
+    add,
+    check_alike,
+    check_length,
+    part_of,
+)
 from fkernel.checkpoint.formats.deepspeed.places import Files
 from fkernel.checkpoint.formats.deepspeed.settings import check_by_element, configured_groups
 from fkernel.checkpoint.formats.deepspeed.states import ModelStates, check_keys, naming, read_file
@@ -106,10 +115,11 @@ def read_flat(files: Files, states: ModelStates) -> tuple[Gathered, list[Any]]:
         CheckpointError: a file is missing, of another rank, step or training, or lacks a key.
         OptimizerStateError: the optimizer's step depends on how the flat tensor is cut, or is not kept in float32.
     """
-    gathered, groups, sizes, ranks = Gathered({}, {}), list[Any](), list[int](), len(files.optimizer)
+    gathered, groups, first, sizes = Gathered({}, {}), list[Any](), list[Part](), list[int]()
+    ranks = len(files.optimizer)
     for rank, path in enumerate(files.optimizer):
         with naming(path):
-            own = _opened(path, ranks, len(states.shapes))
+            own = _opened(path, ranks, states)
             entries, settings = _base(own, path, states)
             masters = own["single_partition_of_fp32_groups"]
             parts = [
@@ -117,7 +127,7 @@ def read_flat(files: Files, states: ModelStates) -> tuple[Gathered, list[Any]]:
                 for number, (master, entry) in enumerate(zip(masters, entries, strict=True))
             ]
             if rank == 0:
-                groups = settings
+                groups, first = settings, parts
                 check_by_element({"state": dict(enumerate(entries)), "param_groups": settings})
                 sizes = [_size(part, number, own) for number, part in enumerate(parts)]
             elif settings != groups:
@@ -126,6 +136,7 @@ def read_flat(files: Files, states: ModelStates) -> tuple[Gathered, list[Any]]:
                 slot = Slot(number, rank, ranks, sizes[number])
                 gaps = _gaps(own, number, len(shapes), path)
                 group = flat_group(shapes, gaps)
+                check_alike(part, first[number], f"group {number}")
                 _check_part(part, group, slot, own)
                 dealt = states.zero().get("round_robin_gradients") and not any(gaps)
                 _check_mapping(path, own, flat_group(before_round_robin(shapes, ranks)) if dealt else group, slot)
@@ -145,9 +156,10 @@ def before_round_robin(shapes: Mapping[str, torch.Size], ranks: int) -> dict[str
     return {names[place]: shapes[names[place]] for place in sorted(range(len(names)), key=dealt.__getitem__)}
 
 
-def _opened(path: Path, ranks: int, groups: int) -> Mapping[str, Any]:
+def _opened(path: Path, ranks: int, states: ModelStates) -> Mapping[str, Any]:
     """Open a rank's file and check that it is of as many ranks and groups."""
-    saved = read_file(path, WHAT, "optimizer_state_dict")
+    saved, groups = read_file(path, WHAT, "optimizer_state_dict"), len(states.shapes)
+    states.check_config(saved, path)
     keys = ("base_optimizer_state", "single_partition_of_fp32_groups", "partition_count", "group_paddings")
     own = check_keys(saved["optimizer_state_dict"], path, *keys)
     counts = own["partition_count"]

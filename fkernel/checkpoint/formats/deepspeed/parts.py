@@ -100,6 +100,15 @@ def check_length(part: Part, lengths: Mapping[str, int], which: str) -> None:
             )
 
 
+def check_alike(part: Part, first: Part, which: str) -> None:
+    """Raise CheckpointError unless a rank keeps what the first one does, and has taken as many steps."""
+    if {*part.flat} != {*first.flat} or not _alike(part.whole, first.whole):
+        raise CheckpointError(
+            f"{part.path} keeps of {which} {_summary(part.flat, part.whole)}, rank 0 "
+            f"{_summary(first.flat, first.whole)}: the ranks' files are of different steps. Copy all of one step."
+        )
+
+
 def add(gathered: Gathered, shapes: Mapping[str, torch.Size], part: Part, pieces: Iterable[Piece]) -> None:
     """Copy one rank's numbers into whole parameters.
 
@@ -110,18 +119,16 @@ def add(gathered: Gathered, shapes: Mapping[str, torch.Size], part: Part, pieces
         pieces: what lies where.
 
     Raises:
-        CheckpointError: ranks keep different things, or disagree in what is not cut.
+        OptimizerStateError: a number is not finite.
     """
     for name, into, start, numel in pieces:
         tree = gathered.trees.setdefault(name, {key: torch.empty(shapes[name]) for key in part.flat})
-        told = gathered.whole.setdefault(name, part.whole)
-        if {*tree} != {*part.flat} or not _alike(told, part.whole):
-            raise CheckpointError(
-                f"{part.path} keeps of {name!r} {_summary(part.flat, part.whole)}, an earlier rank "
-                f"{_summary(tree, told)}: the ranks' files are of different steps. Copy all of one step."
-            )
+        gathered.whole.setdefault(name, part.whole)
         for key, leaf in part.flat.items():
-            tree[key].view(-1)[into : into + numel].copy_(leaf[start : start + numel])
+            own = leaf[start : start + numel]
+            if not bool(own.isfinite().all()):  # of what pads, nothing is known
+                raise OptimizerStateError(f"{part.path} keeps numbers of {name!r} in {key} that are not finite.")
+            tree[key].view(-1)[into : into + numel].copy_(own)
 
 
 def entries_of(gathered: Gathered) -> dict[str, dict[str, Any]]:
@@ -131,7 +138,7 @@ def entries_of(gathered: Gathered) -> dict[str, dict[str, Any]]:
     }
 
 
-def steps_in(whole: Mapping[str, Mapping[str, Any]]) -> list[int]:
+def steps_in(whole: Mapping[Any, Mapping[str, Any]]) -> list[int]:
     """List the steps that parameters have taken, each number once.
 
     Raises:

@@ -12,7 +12,7 @@ from fkernel.checkpoint.formats.deepspeed.flat import read_flat
 from fkernel.checkpoint.formats.deepspeed.parts import MASTER, entries_of, steps_in
 from fkernel.checkpoint.formats.deepspeed.places import Files, files_of
 from fkernel.checkpoint.formats.deepspeed.settings import named_groups
-from fkernel.checkpoint.formats.deepspeed.sliced import check_alike, read_frozen, read_sliced
+from fkernel.checkpoint.formats.deepspeed.sliced import check_models, read_frozen, read_sliced
 from fkernel.checkpoint.formats.deepspeed.states import ModelStates, naming, read_states
 from fkernel.checkpoint.formats.deepspeed.unsharded import read_unsharded
 from fkernel.checkpoint.formats.saved import Saved
@@ -53,8 +53,13 @@ def read(layout: Layout, model: torch.nn.Module, optimizer: bool = True) -> Save
             return _unsharded(layout, states, model, optimizer)
         if not files.sliced and not optimizer:
             return Saved(dict(states.module), None, states.step)
-    if not states.shapes:
+    if not states.shapes and not files.optimizer:
         return Saved({} if layout.pretrained else dict(states.module), None, states.step)  # it had no optimizer
+    if not states.shapes:
+        raise CheckpointError(
+            f"{files.model[0]} tells no param_shapes, and files of an optimizer that is cut by ranks lie beside it: "
+            f"they are of different trainings. Copy all files of one step."
+        )
     return _sharded(layout, files, states, model, optimizer)
 
 
@@ -65,11 +70,11 @@ def _unsharded(layout: Layout, states: ModelStates, model: torch.nn.Module, opti
     state_dict, entries = read_unsharded(states, dict(model.named_parameters()))
     masters = {name: entry[MASTER] for name, entry in state_dict["state"].items() if MASTER in entry}
     masters = {name: leaf for name, leaf in masters.items() if isinstance(name, str)}  # named by them
-    _check_step(entries, states, states.path, empty_step="optimizer_state_dict" in states.found["optimizer"])
+    step = _check_step(entries, states, states.path, empty_step="optimizer_state_dict" in states.found["optimizer"])
     _check_rounding(masters, states.module, states.path)
     if layout.pretrained:
         _check_pretrained(masters, states.module, model, layout.model)
-    return Saved(weights, state_dict, states.step)
+    return Saved(weights, state_dict, step)
 
 
 def _sharded(layout: Layout, files: Files, states: ModelStates, model: torch.nn.Module, optimizer: bool) -> Saved:
@@ -80,10 +85,11 @@ def _sharded(layout: Layout, files: Files, states: ModelStates, model: torch.nn.
             f"and moments are: copy them from where the training saved them, one of each rank."
         )
     if files.sliced:
-        check_alike(files, states)
+        check_models(files, states)
     gathered, groups = read_sliced(files, states) if files.sliced else read_flat(files, states)
-    empty_step = _version(states) < LAZY
-    _check_step(gathered.whole, states, files.optimizer[0], empty_step)
+    step = _check_step(gathered.whole, states, files.optimizer[0], empty_step=_version(states) < LAZY)
+    if len(steps := steps_in(gathered.whole)) > 1:
+        raise CheckpointError(f"{files.optimizer[0]} has groups of the steps {steps}; ZeRO steps all groups together.")
     masters = {name: tree[MASTER] for name, tree in gathered.trees.items()}
     if files.sliced:
         weights = {name: _rounded(name, master, states) for name, master in masters.items()}
@@ -104,7 +110,7 @@ def _sharded(layout: Layout, files: Files, states: ModelStates, model: torch.nn.
     return Saved(
         {} if layout.pretrained else weights,
         {"state": entries, "param_groups": named_groups(groups, names, states)},
-        states.step,
+        step,
     )
 
 
@@ -124,16 +130,17 @@ def _drop_float32(entries: Mapping[str, dict[str, Any]], masters: Tree, weights:
             weights[name] = masters[name]
 
 
-def _check_step(whole: Mapping[Any, Mapping[str, Any]], states: ModelStates, path: Path, empty_step: bool) -> None:
-    """Hold the steps that the optimizer counts against those of the engine."""
+def _check_step(whole: Mapping[Any, Mapping[str, Any]], states: ModelStates, path: Path, empty_step: bool) -> int:
+    """Hold the steps that the optimizer counts against those of the engine; it returns how many it has taken."""
     steps = steps_in(whole)
     if "step" not in {key for told in whole.values() for key in told}:
-        return  # an optimizer that counts none
+        return states.step  # of an optimizer that counts none
     if max(steps) not in (states.step, states.step + empty_step):
         raise CheckpointError(
             f"{path} is of step {max(steps)}, {states.path} of step {states.step}: they are of different steps, or "
             f"the training was resumed without its optimizer's state. Copy the files of all ranks of one step."
         )
+    return max(steps)
 
 
 def _check_rounding(masters: Tree, weights: Mapping[str, Any], path: Path) -> None:

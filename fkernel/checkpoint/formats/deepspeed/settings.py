@@ -105,7 +105,7 @@ def _check_schedule(groups: Sequence[Mapping[str, Any]], states: ModelStates) ->
     rates, own = _rates(states), [float(group["lr"]) for group in groups if "lr" in group]
     if rates is None or len(rates) != len(own):
         return  # a scheduler of another kind
-    if any(abs(a - b) > 1e-6 * abs(b) for a, b in zip(rates, own, strict=True)):
+    if not all(abs(a - b) <= 1e-6 * abs(b) for a, b in zip(rates, own, strict=True)):
         raise OptimizerStateError(
             f"The optimizer's learning rates are {own}, the scheduler in {states.path} has set {rates}: the two are "
             f"not of the same step. Load files of one checkpoint."

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from fkernel.checkpoint.formats.deepspeed.parts import Gathered, Part, Piece, add, check_length, part_of
+from fkernel.checkpoint.formats.deepspeed.parts import Gathered, Part, Piece, add, check_alike, check_length, part_of
 from fkernel.checkpoint.formats.deepspeed.places import Files
 from fkernel.checkpoint.formats.deepspeed.settings import check_by_element
 from fkernel.checkpoint.formats.deepspeed.states import ModelStates, check_keys, naming, own_shapes, read_file
@@ -60,9 +60,10 @@ def read_sliced(files: Files, states: ModelStates) -> tuple[Gathered, list[Any]]
         OptimizerStateError: the optimizer's step depends on how the flat tensor is cut, or is not kept in float32.
     """
     gathered, groups, ranks = Gathered({}, {}), list[Any](), len(files.optimizer)
+    first: dict[int, Part] = {}
     for rank, path in enumerate(files.optimizer):
         with naming(path):
-            own = _opened(path, ranks, len(states.shapes))
+            own = _opened(path, ranks, states)
             base = check_keys(own["optimizer_state_dict"], path, "state", "param_groups")
             settings = [{k: v for k, v in group.items() if k != "param_names"} for group in base["param_groups"]]
             if rank == 0:
@@ -75,6 +76,7 @@ def read_sliced(files: Files, states: ModelStates) -> tuple[Gathered, list[Any]]
                 which = f"sub-group {number}"
                 part = part_of(path, own["fp32_flat_groups"][number], base["state"].get(number, {}), which)
                 length = sum(-(-shape.numel() // ranks) for shape in shapes.values())
+                check_alike(part, first.setdefault(number, part), which)
                 check_length(part, dict.fromkeys(part.flat, length), which)
                 add(gathered, shapes, part, slices_of(shapes, ranks, rank))
     return gathered, groups
@@ -108,11 +110,12 @@ def read_frozen(files: Files, model: torch.nn.Module) -> Tree:
     return {name: tree["weight"] for name, tree in gathered.trees.items()}
 
 
-def check_alike(files: Files, states: ModelStates) -> None:
+def check_models(files: Files, states: ModelStates) -> None:
     """Raise CheckpointError unless all ranks' model states are of one training and step."""
     keys = ("param_shapes", "global_steps", "skipped_steps", "dp_world_size")
     for path in files.model[1:]:
         found = read_file(path, "one rank's model states of a DeepSpeed checkpoint", "param_shapes", "global_steps")
+        states.check_config(found, path)
         for key in keys:
             if found.get(key) != states.found.get(key):
                 what = "" if key == "param_shapes" else f": {found.get(key)}, not {states.found.get(key)}"
@@ -127,8 +130,10 @@ def _add_frozen(gathered: Gathered, name: str, shape: torch.Size, part: Part, ra
     add(gathered, {name: shape}, part, slices_of({name: shape}, ranks, rank))
 
 
-def _opened(path: Path, ranks: int, sub_groups: int) -> Mapping[str, Any]:
-    saved = read_file(path, WHAT, "optimizer_state_dict")
+def _opened(path: Path, ranks: int, states: ModelStates) -> Mapping[str, Any]:
+    """Open a rank's file and check that it is of as many ranks and sub-groups."""
+    saved, sub_groups = read_file(path, WHAT, "optimizer_state_dict"), len(states.shapes)
+    states.check_config(saved, path)
     keys = ("optimizer_state_dict", "fp32_flat_groups", "partition_count")
     own = check_keys(saved["optimizer_state_dict"], path, *keys)
     if own["partition_count"] != ranks or "ds_zero_partition_groups" in own:

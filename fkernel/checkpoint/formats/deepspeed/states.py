@@ -43,10 +43,25 @@ class ModelStates(NamedTuple):
     config: Mapping[str, Any]
     step: int
 
+    def check_config(self, saved: Mapping[str, Any], path: Path) -> None:
+        """Raise CheckpointError where another file's configuration is of another training."""
+        config = saved.get("ds_config")
+        config = config if isinstance(config, Mapping) else self.config
+        for key in SECTIONS:
+            if config.get(key) != self.config.get(key):
+                raise CheckpointError(
+                    f"{path} was trained with {key}={config.get(key)}, {self.path.name} beside it with "
+                    f"{self.config.get(key)}: they are of different trainings. Copy all files of one."
+                )
+
     def zero(self) -> Mapping[str, Any]:
         """Give the settings of ZeRO."""
         settings = self.config.get("zero_optimization")
         return settings if isinstance(settings, Mapping) else {}
+
+
+SECTIONS = ("zero_optimization", "optimizer", "bf16", "fp16")
+"""Of DeepSpeed's configuration: the same in every file of one training."""
 
 
 @contextmanager

@@ -61,9 +61,10 @@ def _numbered(base: Mapping[str, Any], masters: Mapping[Any, Any], states: Model
     state: dict[Any, Any] = {}
     for group in groups:
         own = {number: base["state"][number] for number in group["params"] if number in base["state"]}
-        steps = steps_of(group, own) if "betas" in group and "eps" in group else {}  # FusedAdam counts once for all
+        counts = "betas" in group and "eps" in group  # FusedAdam counts once for a whole group
+        steps = steps_of(group, {str(number): entry for number, entry in own.items()}) if counts else {}
         state |= {
-            number: {**entry, **({"step": steps[number]} if entry and number in steps else {})}
+            number: {**entry, **({"step": steps[str(number)]} if entry and str(number) in steps else {})}
             | ({MASTER: masters[number]} if number in masters else {})
             for number, entry in own.items()
         }
