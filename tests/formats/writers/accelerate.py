@@ -48,7 +48,6 @@ class Run(NamedTuple):
 
 HOW = {
     "accelerate_fsdp1_ranks": Run(1, "ranks"),
-    "accelerate_fsdp1_orig_ranks": Run(1, "ranks", orig=True),
     "accelerate_fsdp2_ranks": Run(2, "ranks", recompute=True),
     "accelerate_fsdp1_sharded": Run(1, "sharded"),
     "accelerate_trainer_fsdp1_full": Run(1, "full", trainer=True, orig=True),
@@ -90,7 +89,9 @@ def _fsdp_on_a_cpu() -> None:
 def _accelerator(run: Run, directory: Path) -> Truth:
     """accelerate by itself, with a loop of one's own."""
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
-    from accelerate.utils import save_fsdp_model, save_fsdp_optimizer
+    from accelerate.utils import save_fsdp_model, save_fsdp_optimizer, set_seed
+
+    set_seed(0)
 
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=run.fsdp,
