@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-import fkernel as fk
 from fkernel.checkpoint.distributed import read_distributed
 from fkernel.checkpoint.formats.megatron import read
 from fkernel.checkpoint.formats.megatron_names import pieces_of
@@ -271,15 +270,17 @@ def test_masters_of_another_step_are_seen(tmp_path):
 
 def test_newer_versions_keep_the_groups_among_the_tensors(tmp_path):
     """common_state, a ShardedObject of megatron-core's later versions, in the place of common.pt."""
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
     from torch.distributed.checkpoint.state_dict_saver import save
 
     from fkernel.checkpoint.formats.megatron import _groups
 
     group = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0, "step": 4}
     common = [{"optimizer": {"optimizer": {"param_groups": [group]}}}]
-    save({"common_state/shard_0_1": common}, checkpoint_id=tmp_path, no_dist=True)
+    planner = DefaultSavePlanner(flatten_state_dict=False)
+    save({"common_state/shard_0_1": common}, checkpoint_id=tmp_path, planner=planner, no_dist=True)
     assert _groups(tmp_path, ["common_state/shard_0_1"]) == [{**group, "step": 4.0}]
 
 
 def test_a_layout_is_not_taken_for_another(tmp_path):
-    refused(lambda: fk.checkpoint.load(tmp_path), "is no checkpoint that is recognised")
+    refused(lambda: loaded(tmp_path), "is no checkpoint that is recognised")
