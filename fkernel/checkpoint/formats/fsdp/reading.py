@@ -15,6 +15,7 @@ from fkernel.checkpoint.formats.fsdp.places import fsdp_version, is_verl, rank_f
 from fkernel.checkpoint.formats.fsdp.states import checked, stretches, whole_tensors
 from fkernel.checkpoint.formats.saved import Saved
 from fkernel.checkpoint.layout import Layout
+from fkernel.checkpoint.names import unwrapped
 from fkernel.errors import CheckpointError, ModelError, OptimizerStateError, listing
 from fkernel.shapes import Tree
 
@@ -38,12 +39,12 @@ def read(layout: Layout, model: Any, optimizer: bool) -> Saved:
     Raises:
         CheckpointError: a file is missing, damaged, of another rank, step or training.
         OptimizerStateError: whose state is whose cannot be told.
-        ModelError: the files have adapters and the model has none.
+        ModelError: the files hold another model; adapters, and the model has none; adapters without their base model.
     """
     verl = is_verl(layout.model)
     paths = rank_files(layout.model, "model" if verl else "pytorch_model_fsdp")
     weights, ranks = _weights(paths)
-    _check_adapters(weights, model, layout.model)
+    _check_model(weights, model, layout.model)
     state = None
     if optimizer and layout.optimizer is not None:
         files = rank_files(layout.optimizer, "optim" if verl else "optimizer")
@@ -132,8 +133,8 @@ def _check_schedule(directory: Path, state: Mapping[str, Any]) -> None:
             )
 
 
-def _check_adapters(weights: Tree, model: torch.nn.Module, directory: Path) -> None:
-    """Raise where the files have adapters and the model that was given has none."""
+def _check_model(weights: Tree, model: torch.nn.Module, directory: Path) -> None:
+    """Raise where the files hold another model than the one that they are to be loaded into."""
     adapters = [name for name in weights if LORA in name]
     if adapters and not any(LORA in name for name, _ in model.named_parameters()):
         raise ModelError(
@@ -141,6 +142,15 @@ def _check_adapters(weights: Tree, model: torch.nn.Module, directory: Path) -> N
             f"loaded into has none. Give model=, the PeftModel as the training made it: "
             f"get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=…, lora_alpha=…, …))."
         )
+    own = model.state_dict()
+    for name, leaf in weights.items():
+        known = own.get(unwrapped(name, own))
+        if known is None or known.shape != leaf.shape:
+            says = "has none of that name" if known is None else f"has {list(known.shape)}"
+            raise ModelError(
+                f"{directory} holds {name!r} of shape {list(leaf.shape)}, the model {says}: is it a checkpoint of "
+                f"another model?"
+            )
 
 
 def _with_base(weights: Tree, model: Any, directory: Path) -> Tree:
