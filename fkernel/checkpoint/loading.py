@@ -14,7 +14,7 @@ import torch
 from fkernel.checkpoint.conditions import Condition, unread_condition, weights_only_condition
 from fkernel.checkpoint.evidence import conditions_of, trained_dtypes
 from fkernel.checkpoint.files import read_json, read_tensors
-from fkernel.checkpoint.formats import find_layout, read
+from fkernel.checkpoint.formats import find_layout, read, wrapped
 from fkernel.checkpoint.layout import Layout, is_inner
 from fkernel.checkpoint.model import ADAPTER, HUB, load_adapter, load_model, load_tokenizer
 from fkernel.checkpoint.optimizer import Names, names_of, stored_optimizer_state
@@ -144,7 +144,7 @@ def load(
         known_by = fingerprint(dict(policy.named_parameters()))
         return Checkpoint(policy, tokenizer, None, None, Provenance(str(path), "generator", known_by))
     layout = find_layout(path)
-    if layout.needs_model and model is None:
+    if layout.needs_model and model is None and base is None:
         raise ModelError(
             f"{path} holds weights and says nothing about the architecture ({layout.kind} layout); give model=, a "
             f"directory with config.json or a model."
@@ -206,7 +206,9 @@ def _policy(
         return load_adapter(layout.model, base, dtype=dtype, trust_remote_code=trust_remote_code, name=layout.adapter)
     if layout.pretrained:
         return load_model(layout.model, dtype=dtype, trust_remote_code=trust_remote_code)
-    return architecture(layout.config if model is None else model, trust_remote_code)
+    if base is not None:  # an adapter's, of a layout that may not keep it
+        return wrapped(layout, load_model(base, dtype=dtype, trust_remote_code=trust_remote_code))
+    return wrapped(layout, architecture(layout.config if model is None else model, trust_remote_code))
 
 
 def _take_masters(policy: Any, stored: StoredState, dtypes: Mapping[str, torch.dtype]) -> Tree:
