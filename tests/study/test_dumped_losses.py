@@ -167,14 +167,14 @@ def test_rows_that_the_loss_left_out_count_where_they_count(policy, tmp_path):
 
 def test_another_policys_log_probabilities_are_refused(policy, tmp_path):
     """Where all are off, and where one row is."""
-    rows = masked_rows(policy)
-    settings = {"kind": "trainer_dump", "step": 7, "trainer": "nemo_rl", **CLIPPED, "batch_size": 8}
+    rows = masked_rows(policy, 16)
+    settings = {"kind": "trainer_dump", "step": 7, "trainer": "nemo_rl", **CLIPPED, "batch_size": 16}
 
     def made(place: str, rows: list[Row]) -> GeneratedBatch:
         path = dumped.nemo_rl(tmp_path / place, 7, rows)
         return TrainerDump.model_validate({**settings, "path": str(path)}).generate(policy)
 
-    assert len(made("right", rows)) == 8
+    assert len(made("right", rows)) == 16
     off = [row._replace(trainer=[value - 0.8 for value in row.trainer]) for row in rows]
     with pytest.raises(
         RolloutError, match=r"nats a token from the checkpoint's .* Is it the checkpoint before this step"
