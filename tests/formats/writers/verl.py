@@ -60,8 +60,8 @@ class Run(NamedTuple):
 BF16 = torch.bfloat16
 HOW = {
     "verl_fsdp1": Run("fsdp", contents=("model", "optimizer", "extra")),
-    "verl_fsdp1_bf16": Run("fsdp", compute=BF16, tied=False),
-    "verl_fsdp1_orig": Run("fsdp, orig", tied=False),
+    "verl_fsdp1_bf16": Run("fsdp", processes=3, compute=BF16, tied=False),
+    "verl_fsdp1_orig": Run("fsdp, orig", processes=3, tied=False),
     "verl_fsdp1_one": Run("fsdp", processes=1),
     "verl_fsdp1_hybrid": Run("fsdp", processes=4, fsdp_size=2),
     "verl_fsdp1_lora": Run("fsdp", lora=True),

@@ -107,6 +107,10 @@ def _moments(path: Path, groups: Any, entries: Entries) -> Iterator[tuple[Any, s
         for key, value in entry.items():
             if isinstance(value, torch.Tensor) and value.ndim > 0:
                 yield index, key, value
+            elif not isinstance(value, torch.Tensor | int | float | None):
+                raise CheckpointError(
+                    f"{path} holds {key} of {index} as a {type(value).__name__}; expected a tensor or a number."
+                )
             elif not _alike(kept.setdefault(key, value), value):
                 raise CheckpointError(
                     f"{path} says {key} {_shown(value)} of {index}, another rank's file {_shown(kept[key])}: they are "
