@@ -34,7 +34,7 @@ from fkernel.checkpoint.formats.deepspeed.parts import (
     part_of,
 )
 from fkernel.checkpoint.formats.deepspeed.places import Files
-from fkernel.checkpoint.formats.deepspeed.settings import check_by_element, configured_groups
+from fkernel.checkpoint.formats.deepspeed.settings import check_by_element, configured_groups, with_step
 from fkernel.checkpoint.formats.deepspeed.states import ModelStates, check_keys, naming, read_file
 from fkernel.checkpoint.names import unwrapped
 from fkernel.errors import CheckpointError
@@ -190,7 +190,8 @@ def _base(own: Mapping[str, Any], path: Path, states: ModelStates) -> tuple[list
         {key: value for key, value in group.items() if key != "param_names"} | {"params": [number]}
         for number, group in enumerate(base["param_groups"])
     ]
-    return [base["state"].get(each[0], {}) for each in numbers], settings
+    entries = zip(numbers, base["param_groups"], strict=True)
+    return [with_step(base["state"].get(own[0], {}), group) for own, group in entries], settings
 
 
 def _gaps(own: Mapping[str, Any], number: int, parameters: int, path: Path) -> list[int]:

@@ -87,7 +87,10 @@ def part_of(path: Path, master: Any, entry: Any, which: str) -> Part:
                 f"and moments (bf16_master_weights_and_grads, fp16_master_weights_and_grads and bf16_optimizer_states "
                 f"keep others)."
             )
-    return Part(path, flat, {key: value for key, value in entry.items() if key not in cut})
+    whole = {key: value for key, value in entry.items() if key not in cut}
+    if "step" in whole:
+        whole["step"] = step_in(whole["step"], path)
+    return Part(path, {key: leaf.detach() for key, leaf in flat.items()}, whole)
 
 
 def check_length(part: Part, lengths: Mapping[str, int], which: str) -> None:
@@ -138,24 +141,19 @@ def entries_of(gathered: Gathered) -> dict[str, dict[str, Any]]:
     }
 
 
-def steps_in(whole: Mapping[Any, Mapping[str, Any]]) -> list[int]:
-    """List the steps that parameters have taken, each number once.
+def step_in(value: Any, path: Path) -> int:
+    """Give the number of steps taken.
 
     Raises:
-        OptimizerStateError: one is no whole number.
+        OptimizerStateError: it is no whole number.
     """
-    steps: set[int] = set()
-    for name, told in whole.items():
-        value = told.get("step", 0)
-        try:
-            number = float(value)
-            whole_number = number == int(number) >= 0
-        except (TypeError, ValueError, RuntimeError, OverflowError):
-            whole_number, number = False, 0.0
-        if not whole_number:
-            raise OptimizerStateError(f"The step of {name!r} is {value!r}; expected a whole number, 0 or more.")
-        steps.add(int(number))
-    return sorted(steps)
+    try:
+        number = float(value)
+        if number == int(number) >= 0:
+            return int(number)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        pass
+    raise OptimizerStateError(f"{path} tells a step of {value!r}; expected a whole number of steps taken, 0 or more.")
 
 
 def _alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fkernel.checkpoint.formats.deepspeed.flat import read_flat
-from fkernel.checkpoint.formats.deepspeed.parts import MASTER, entries_of, steps_in
+from fkernel.checkpoint.formats.deepspeed.parts import MASTER, entries_of, step_in
 from fkernel.checkpoint.formats.deepspeed.places import Files, files_of
 from fkernel.checkpoint.formats.deepspeed.settings import named_groups
 from fkernel.checkpoint.formats.deepspeed.sliced import check_models, read_frozen, read_sliced
@@ -46,13 +46,18 @@ def read(layout: Layout, model: torch.nn.Module, optimizer: bool = True) -> Save
     if layout.pretrained and not optimizer:
         return Saved()
     assert layout.optimizer is not None
-    files = files_of(layout.optimizer)
+    with naming(layout.optimizer):
+        return _read(layout, files_of(layout.optimizer), model, optimizer)
+
+
+def _read(layout: Layout, files: Files, model: torch.nn.Module, optimizer: bool) -> Saved:
+    """Read what the stage left."""
     with naming(files.model[0]):
-        states = read_states(files.model[0], model)
+        states = read_states(files.model[0], model, mmap=layout.pretrained and bool(files.optimizer))
         if states.found.get("optimizer") is not None and not files.optimizer:
             return _unsharded(layout, states, model, optimizer)
-        if not files.sliced and not optimizer:
-            return Saved(dict(states.module), None, states.step)
+    if not files.sliced and not optimizer:
+        return Saved(dict(states.module), None, states.step)
     if not states.shapes and not files.optimizer:
         return Saved({} if layout.pretrained else dict(states.module), None, states.step)  # it had no optimizer
     if not states.shapes:
@@ -88,8 +93,8 @@ def _sharded(layout: Layout, files: Files, states: ModelStates, model: torch.nn.
         check_models(files, states)
     gathered, groups = read_sliced(files, states) if files.sliced else read_flat(files, states)
     step = _check_step(gathered.whole, states, files.optimizer[0], empty_step=_version(states) < LAZY)
-    if len(steps := steps_in(gathered.whole)) > 1:
-        raise CheckpointError(f"{files.optimizer[0]} has groups of the steps {steps}; ZeRO steps all groups together.")
+    if any(told.get("step", step) != step for told in gathered.whole.values()):
+        raise CheckpointError(f"{files.optimizer[0]} has groups of different steps; ZeRO steps all groups together.")
     masters = {name: tree[MASTER] for name, tree in gathered.trees.items()}
     if files.sliced:
         weights = {name: _rounded(name, master, states) for name, master in masters.items()}
@@ -132,8 +137,9 @@ def _drop_float32(entries: Mapping[str, dict[str, Any]], masters: Tree, weights:
 
 def _check_step(whole: Mapping[Any, Mapping[str, Any]], states: ModelStates, path: Path, empty_step: bool) -> int:
     """Hold the steps that the optimizer counts against those of the engine; it returns how many it has taken."""
-    steps = steps_in(whole)
-    if "step" not in {key for told in whole.values() for key in told}:
+    steps = [step_in(told["step"], path) for told in whole.values() if "step" in told]
+    steps += [0] * (not any(whole.values()))
+    if not steps:
         return states.step  # of an optimizer that counts none
     if max(steps) not in (states.step, states.step + empty_step):
         raise CheckpointError(

@@ -33,12 +33,24 @@ def named_groups(groups: Sequence[Mapping[str, Any]], names: Sequence[Sequence[A
     decoupled = _decoupled(states.config)
     named: list[dict[str, Any]] = []
     for group, own in zip(groups, names, strict=True):
-        kept = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        kept = {key: value for key, value in group.items() if key not in ("params", "param_names", "step")}
         if decoupled is not None and ("amsgrad" in kept or "bias_correction" in kept):
             kept = {"amsgrad": False, "decoupled_weight_decay": decoupled, **kept}
         named.append({"params": [*own], **kept})
     _check_schedule(named, states)
     return named
+
+
+def with_step(entry: Any, group: Mapping[str, Any]) -> Any:
+    """Give what an optimizer keeps of a tensor with the steps taken, where its group counts them (apex's FusedAdam).
+
+    Example:
+        >>> with_step({"exp_avg": 0.5}, {"step": 7})
+        {'exp_avg': 0.5, 'step': 7}
+    """
+    if not isinstance(entry, Mapping) or not entry or "step" in entry or not group.get("step"):
+        return entry
+    return {**entry, "step": group["step"]}
 
 
 def check_by_element(state_dict: Any) -> None:

@@ -24,7 +24,7 @@ import torch
 
 from fkernel.checkpoint.formats.deepspeed.parts import Gathered, Part, Piece, add, check_alike, check_length, part_of
 from fkernel.checkpoint.formats.deepspeed.places import Files
-from fkernel.checkpoint.formats.deepspeed.settings import check_by_element
+from fkernel.checkpoint.formats.deepspeed.settings import check_by_element, with_step
 from fkernel.checkpoint.formats.deepspeed.states import ModelStates, check_keys, naming, own_shapes, read_file
 from fkernel.checkpoint.names import unwrapped
 from fkernel.errors import CheckpointError
@@ -74,7 +74,9 @@ def read_sliced(files: Files, states: ModelStates) -> tuple[Gathered, list[Any]]
                 raise CheckpointError(f"{path} has other parameter groups than rank 0's: they are of different steps.")
             for number, shapes in enumerate(states.shapes):
                 which = f"sub-group {number}"
-                part = part_of(path, own["fp32_flat_groups"][number], base["state"].get(number, {}), which)
+                group = next(group for group in base["param_groups"] if number in group["params"])
+                entry = with_step(base["state"].get(number, {}), group)
+                part = part_of(path, own["fp32_flat_groups"][number], entry, which)
                 length = sum(-(-shape.numel() // ranks) for shape in shapes.values())
                 check_alike(part, first.setdefault(number, part), which)
                 check_length(part, dict.fromkeys(part.flat, length), which)

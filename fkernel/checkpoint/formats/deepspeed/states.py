@@ -60,6 +60,7 @@ class ModelStates(NamedTuple):
         return settings if isinstance(settings, Mapping) else {}
 
 
+RAN_IN = (torch.float32, torch.bfloat16, torch.float16)
 SECTIONS = ("zero_optimization", "optimizer", "bf16", "fp16")
 """Of DeepSpeed's configuration: the same in every file of one training."""
 
@@ -78,13 +79,15 @@ def naming(path: Path) -> Iterator[None]:
         ) from error
 
 
-def read_file(path: Path, what: str, *keys: str) -> Mapping[str, Any]:
+def read_file(path: Path, what: str, *keys: str, mmap: bool = True) -> Mapping[str, Any]:
     """Map a file of torch.save that is a dictionary with certain keys, and was saved under its own name.
+
+    What is kept of it must be copied, or the file read: `mmap=False`.
 
     Raises:
         CheckpointError: it is missing, damaged, another rank's, or another thing.
     """
-    found = read_tensors(path, what, mmap=True)
+    found = read_tensors(path, what, mmap=mmap)
     check_saved_as(path)
     return check_keys(found, path, *keys)
 
@@ -98,18 +101,24 @@ def check_keys(found: Any, path: Path, *keys: str) -> Mapping[str, Any]:
     return found
 
 
-def read_states(path: Path, model: torch.nn.Module) -> ModelStates:
+def read_states(path: Path, model: torch.nn.Module, mmap: bool = False) -> ModelStates:
     """Read a file of model states and hold its names and shapes against the model.
+
+    Args:
+        path: the file.
+        model: the architecture.
+        mmap: whether nothing of it is kept.
 
     Raises:
         CheckpointError: it is damaged, lacks a key, or is about another model.
     """
-    found = read_file(path, STATES, "module", "param_shapes", "global_steps", "ds_config")
+    found = read_file(path, STATES, "module", "param_shapes", "global_steps", "ds_config", mmap=mmap)
     known = dict(model.named_parameters(remove_duplicate=False))
     if not isinstance(found["module"], Mapping):
         raise CheckpointError(f"{path} holds no weights: 'module' is a {type(found['module']).__name__}.")
     everything = {**known, **dict(model.named_buffers())}
     module = {unwrapped(name, everything): leaf for name, leaf in found["module"].items()}
+    _check_weights(module, everything, path)
     _check_tied(found.get("shared_params") or {}, known, path)
     steps = [found["global_steps"], found.get("skipped_steps", 0)]
     if any(type(step) is not int or step < 0 for step in steps) or steps[1] > steps[0]:
@@ -154,6 +163,17 @@ def own_shapes(listed: Any, known: Mapping[str, torch.Tensor], path: Path) -> Sh
             own[name] = torch.Size(shape)
         groups.append(own)
     return groups
+
+
+def _check_weights(module: Mapping[str, Any], everything: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Raise where what should be the model's weights is no tensor, or in a dtype that DeepSpeed does not train in."""
+    for name, leaf in module.items():
+        if name not in everything:
+            continue  # the model says that it is foreign
+        kind = str(leaf.dtype) if isinstance(leaf, torch.Tensor) else type(leaf).__name__
+        floating = isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+        if not isinstance(leaf, torch.Tensor) or (floating and leaf.dtype not in RAN_IN):
+            raise CheckpointError(f"{path} has {name!r} as {kind}; expected a tensor in float32, bfloat16 or float16.")
 
 
 def _check_tied(shared: Any, known: Mapping[str, torch.Tensor], path: Path) -> None:

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from fkernel.checkpoint.formats.deepspeed.parts import MASTER
-from fkernel.checkpoint.formats.deepspeed.settings import check_by_element, named_groups
+from fkernel.checkpoint.formats.deepspeed.parts import MASTER, step_in
+from fkernel.checkpoint.formats.deepspeed.settings import check_by_element, named_groups, with_step
 from fkernel.checkpoint.formats.deepspeed.states import ModelStates, check_keys
 from fkernel.checkpoint.steps import steps_of
-from fkernel.errors import CheckpointError
+from fkernel.errors import CheckpointError, OptimizerStateError
 from fkernel.shapes import Tree
 
 SAMPLE = 16
@@ -43,14 +43,37 @@ def read_unsharded(states: ModelStates, params: Tree) -> tuple[Any, Mapping[Any,
     saved = check_keys(states.found["optimizer"], states.path)
     if "optimizer_state_dict" not in saved:
         base = check_keys(saved, states.path, "state", "param_groups")
+        _check_entries(base, {}, states)
         return _numbered(base, {}, states), base["state"]
     base = check_keys(saved["optimizer_state_dict"], states.path, "state", "param_groups")
+    numbers = [number for group in base["param_groups"] for number in group["params"]]
     weights = {name: states.module[name] for name in params if name in states.module}
     if "fp32_groups_flat" in saved:
         check_by_element(base)
-        return _from_flat(base, saved["fp32_groups_flat"], weights, states), base["state"]
-    masters = check_keys(saved, states.path, "fp32_groups")["fp32_groups"]
+        _check_entries(base, dict(zip(numbers, saved["fp32_groups_flat"], strict=True)), states)
+        flats = [flat.detach() for flat in saved["fp32_groups_flat"]]
+        return _from_flat(base, flats, weights, states), base["state"]
+    groups = check_keys(saved, states.path, "fp32_groups")["fp32_groups"]
+    masters = [[master.detach() for master in group] for group in groups]
+    leaves = [master for group in masters for master in group]
+    _check_entries(base, dict(zip(numbers, leaves, strict=True)), states)
     return _from_tensors(base, masters, weights, states), base["state"]
+
+
+def _check_entries(base: Mapping[str, Any], masters: Mapping[Any, Any], states: ModelStates) -> None:
+    """Raise unless masters and moments are float32, of one shape each, and each master has its own."""
+    missing = [number for number in masters if not base["state"].get(number)]
+    if missing and len(missing) < len(masters):  # all are stepped together
+        raise CheckpointError(f"{states.path} has no state of the optimizer's parameters {missing}; others have one.")
+    for number, entry in base["state"].items():
+        cut = {key: leaf for key, leaf in entry.items() if isinstance(leaf, torch.Tensor) and leaf.dim() > 0}
+        cut |= {MASTER: masters[number]} if number in masters else {}
+        if {leaf.dtype for leaf in cut.values()} - {torch.float32} or len({leaf.shape for leaf in cut.values()}) > 1:
+            found = {key: f"{leaf.dtype} {list(leaf.shape)}" for key, leaf in cut.items()}
+            raise OptimizerStateError(
+                f"{states.path} keeps of the optimizer's parameter {number} {found}; expected float32 masters and "
+                f"moments of one shape."
+            )
 
 
 def _numbered(base: Mapping[str, Any], masters: Mapping[Any, Any], states: ModelStates) -> Any:
@@ -86,7 +109,7 @@ def _from_tensors(base: Mapping[str, Any], groups: Any, weights: Tree, states: M
     state: dict[str, Any] = {}
     for group, masters, own in zip(base["param_groups"], groups, names, strict=True):
         for number, master, name in zip(group["params"], masters, own, strict=True):
-            entry = base["state"].get(number, {})
+            entry = _counted(base["state"].get(number, {}), group, states)
             state[name] = {**entry, MASTER: master} if entry else {}
     return {"state": state, "param_groups": named_groups(base["param_groups"], names, states)}
 
@@ -108,7 +131,7 @@ def _from_flat(base: Mapping[str, Any], groups: Any, weights: Tree, states: Mode
                 f"parameters of equal weights cannot be told apart."
             )
         names.append(found)
-        entry, start = base["state"].get(group["params"][0], {}), 0
+        entry, start = _counted(base["state"].get(group["params"][0], {}), group, states), 0
         for name in found:
             run, shape = slice(start, start + weights[name].numel()), weights[name].shape
             cut = {key: _cut(value, flat, run, shape, states) for key, value in entry.items()}
@@ -151,6 +174,12 @@ def in_order(end: int, weights: Tree, follows: Callable[[int, Any], int | None])
         taken.append(names[place])
         far, limit = before, place
     return taken[::-1]
+
+
+def _counted(entry: Mapping[str, Any], group: Mapping[str, Any], states: ModelStates) -> Mapping[str, Any]:
+    """An entry with its steps as a number."""
+    told = with_step(entry, group)
+    return {**told, "step": step_in(told["step"], states.path)} if "step" in told else told
 
 
 def _cut(value: Any, flat: torch.Tensor, run: slice, shape: torch.Size, states: ModelStates) -> Any:
