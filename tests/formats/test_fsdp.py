@@ -34,12 +34,6 @@ WHOLE = (
 """What torch.distributed.checkpoint, or one process, has written: other readers' work."""
 
 
-@pytest.fixture(autouse=True)
-def registered(monkeypatch) -> None:
-    """The format is among those that are tried."""
-    monkeypatch.setitem(formats.FORMATS, "fsdp ranks", formats.Format(fsdp.find, fsdp.read))
-
-
 def place(run: str, root: Path) -> Path:
     """What a user points at."""
     return root / "global_step_2" if run.startswith("verl") else root
@@ -160,7 +154,8 @@ def test_adapters_are_made_from_what_verl_saved_of_them(name, tmp_path):
     layout = formats.find_layout(root / "global_step_2")
     made = fsdp.adapted(layout, tiny(seed=7))
     assert {key for key, leaf in made.named_parameters() if leaf.requires_grad} == set(truth.theta)
-    found = loaded(root / "global_step_2", model=made)
+    check_state(loaded(root / "global_step_2", model=made), truth)
+    found = loaded(root / "global_step_2")
     check_state(found, truth)
     check_next_step(found, truth)
     for key, leaf in tiny().named_parameters():
@@ -181,8 +176,12 @@ def test_adapters_saved_alone_want_their_base(tmp_path):
     for key, theta in truth.theta.items():
         assert torch.equal(saved.weights[key], theta), key
     assert torch.equal(saved.weights["base_model.model.model.embed_tokens.weight"], tiny().lm_head.weight)
-    empty = fsdp.adapted(layout, checkpoint.architecture(layout.config or ""))
-    refused(lambda: fsdp.read(layout, empty, True), r"LoRA adapters only \(save_lora_only\)", "base='directory'")
+    refused(lambda: loaded(root / "global_step_2"), r"LoRA adapters only \(save_lora_only\)", "base='directory'")
+    tiny().save_pretrained(tmp_path / "base")
+    found = loaded(root / "global_step_2", base=tmp_path / "base")
+    check_state(found, truth)
+    check_next_step(found, truth)
+    assert torch.equal(found.model.get_parameter("base_model.model.model.norm.weight"), tiny().model.norm.weight)
 
 
 def test_adapters_with_a_configuration_of_pefts(tmp_path):
@@ -202,7 +201,7 @@ def test_adapters_that_cannot_be_made(tmp_path):
     root, _ = copied("verl_fsdp2_lora", tmp_path)
     layout = formats.find_layout(root / "global_step_2")
     plain = tiny()
-    refused(lambda: loaded(root / "global_step_2", model=plain), "holds a model with LoRA adapters", "PeftModel")
+    refused(lambda: fsdp.read(layout, plain, True), "holds a model with LoRA adapters", "PeftModel")
     meta = root / ACTOR / "lora_train_meta.json"
     kept = meta.read_text()
     for text, says in (("{}", "no whole number r"), ("[1]", "no whole number r"), ("{", "is no JSON")):

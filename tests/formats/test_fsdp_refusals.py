@@ -13,8 +13,6 @@ import pytest
 import torch
 from torch.distributed.tensor import Partial, Replicate, Shard
 
-from fkernel.checkpoint import formats
-from fkernel.checkpoint.formats import fsdp
 from fkernel.checkpoint.formats.fsdp.parts import Part, ShardedTensor, joined, opened, part_of
 from fkernel.checkpoint.formats.fsdp.places import rank_files
 from fkernel.checkpoint.formats.fsdp.units import cut, find_units, units_of
@@ -25,12 +23,6 @@ from tests.formats.test_fsdp import ACTOR, RANKS, edited, place
 
 RUNS = ("verl_fsdp1", "verl_fsdp1_orig", "verl_fsdp1_hybrid", "verl_fsdp2", *RANKS)
 KINDS = ("model", "optim")
-
-
-@pytest.fixture(autouse=True)
-def registered(monkeypatch) -> None:
-    """The format is among those that are tried."""
-    monkeypatch.setitem(formats.FORMATS, "fsdp ranks", formats.Format(fsdp.find, fsdp.read))
 
 
 class Fresh:

@@ -93,17 +93,8 @@ def _weights(paths: list[Path]) -> tuple[Tree, list[int]]:
 def _optimizer(files: Mapping[int, Path], model: torch.nn.Module, version: int | None) -> dict[str, Any]:
     """Bring the optimizer's state together in the form in which it is."""
     path = next(iter(files.values()))
-    first = checked(path)
-    groups = [dict(group) for group in first["param_groups"]]
+    groups, sharded = _form(path, version)
     numbers = [number for group in groups for number in group["params"]]
-    moments = [v for e in first["state"].values() for v in e.values() if isinstance(v, torch.Tensor) and v.ndim]
-    sharded = any(isinstance(leaf, DTensor | ShardedTensor) for leaf in moments)
-    del first
-    if version is not None and moments and sharded != (version == 2):
-        raise CheckpointError(
-            f"{path} holds {'DTensors, as FSDP2 keeps them' if sharded else 'flat tensors, as FSDP1 keeps them'}; "
-            f"fsdp_config.json beside it says FSDP{version}: they are of two trainings."
-        )
     if all(isinstance(number, str) for number in numbers):
         return {"state": whole_tensors(files, groups), "param_groups": groups}
     if sharded:
@@ -113,6 +104,19 @@ def _optimizer(files: Mapping[int, Path], model: torch.nn.Module, version: int |
     if len(numbers) in (len(leaves), sum(leaf.requires_grad for leaf in leaves)):
         return named_stretches(groups, entries, pieces, model, path)
     return named_units(groups, entries, pieces, len(files), model, path)
+
+
+def _form(path: Path, version: int | None) -> tuple[list[dict[str, Any]], bool]:
+    """Read the parameter groups, and whether moments are tensors that say where they belong."""
+    found = checked(path)
+    moments = [v for entry in found["state"].values() for v in entry.values() if isinstance(v, torch.Tensor) and v.ndim]
+    sharded = any(isinstance(leaf, DTensor | ShardedTensor) for leaf in moments)
+    if version is not None and moments and sharded != (version == 2):
+        raise CheckpointError(
+            f"{path} holds {'DTensors, as FSDP2 keeps them' if sharded else 'flat tensors, as FSDP1 keeps them'}; "
+            f"fsdp_config.json beside it says FSDP{version}: they are of two trainings."
+        )
+    return [dict(group) for group in found["param_groups"]], sharded
 
 
 def _check_schedule(directory: Path, state: Mapping[str, Any]) -> None:
