@@ -244,6 +244,18 @@ def test_a_scheduler_of_another_step(tmp_path):
     refused(fresh.load, r"learning rates are \[0.0005\], its scheduler at .*extra_state_world_size_2_rank_0.pt")
 
 
+def test_weights_of_another_step_where_they_were_exported_too(tmp_path):
+    """Otherwise nothing tells a model's rank file of another step, whole and under its own name, from this one's."""
+    fresh = Fresh("verl_fsdp2_bf16", tmp_path)
+    export = fresh.directory / "huggingface" / "model.safetensors"
+    edited(fresh.files("model")[1], lambda found: found["model.norm.weight"]._local_tensor.add_(0.01))
+    refused(fresh.load, f"hold other weights than {export}", "'model.norm.weight'")
+    export.write_bytes(export.read_bytes()[:100])
+    refused(fresh.load, f"{export} cannot be read")
+    export.unlink()
+    assert fresh.load().step == 2
+
+
 def test_models_of_accelerates(tmp_path):
     fresh = Fresh("accelerate_fsdp2_ranks", tmp_path)
     shutil.copy(fresh.files("optim")[0], fresh.directory / "optimizer_1_rank0.bin")

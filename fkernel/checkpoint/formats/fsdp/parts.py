@@ -10,7 +10,6 @@ A ShardedTensor's classes start process groups when they are built, so inert sta
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,13 +73,8 @@ def inert() -> Iterator[None]:
     names: list[Any] = [(Inert, name) for name in STAND_INS]
     names += [(attribute, f"{module}.getattr") for module in ("builtins", "__builtin__")]
     names += [Inert, (ShardedTensor, f"{SHARDED}.sharded_tensor.api.ShardedTensor")]
-    mesh = logging.getLogger("torch.distributed.device_mesh")
-    before, mesh.disabled = mesh.disabled, True  # it warns that a mesh has no process groups: none are wanted
-    try:
-        with torch.serialization.safe_globals(names):
-            yield
-    finally:
-        mesh.disabled = before
+    with torch.serialization.safe_globals(names):
+        yield
 
 
 def opened(path: Path, what: str) -> Mapping[Any, Any]:

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch.distributed.tensor import DTensor
 
+from fkernel.checkpoint.files import first_line
 from fkernel.checkpoint.formats.fsdp.names import named_stretches, named_tensors, named_units
 from fkernel.checkpoint.formats.fsdp.parts import Part, ShardedTensor, copies, joined, opened, part_of
-from fkernel.checkpoint.formats.fsdp.places import fsdp_version, is_verl, rank_files
+from fkernel.checkpoint.formats.fsdp.places import HUGGINGFACE, fsdp_version, is_verl, rank_files
 from fkernel.checkpoint.formats.fsdp.states import checked, stretches, whole_tensors
 from fkernel.checkpoint.formats.saved import Saved
 from fkernel.checkpoint.layout import Layout
@@ -45,6 +47,8 @@ def read(layout: Layout, model: Any, optimizer: bool) -> Saved:
     paths = rank_files(layout.model, "model" if verl else "pytorch_model_fsdp")
     weights, ranks = _weights(paths)
     _check_model(weights, model, layout.model)
+    if verl:
+        _check_exported(weights, layout.model / HUGGINGFACE)
     state = None
     if optimizer and layout.optimizer is not None:
         files = rank_files(layout.optimizer, "optim" if verl else "optimizer")
@@ -130,7 +134,7 @@ def _check_schedule(directory: Path, state: Mapping[str, Any]) -> None:
         last = scheduler.get("_last_lr") if isinstance(scheduler, Mapping) else None
         if not isinstance(last, list) or len(last) != len(own):
             continue
-        if any(abs(float(a) - b) > 1e-6 * abs(b) for a, b in zip(last, own, strict=True)):
+        if not all(abs(float(a) - b) <= 1e-6 * abs(b) for a, b in zip(last, own, strict=True)):
             raise OptimizerStateError(
                 f"The optimizer's learning rates are {own}, its scheduler at {path} has set {last}: the two are not of "
                 f"the same step."
@@ -154,6 +158,28 @@ def _check_model(weights: Tree, model: torch.nn.Module, directory: Path) -> None
             raise ModelError(
                 f"{directory} holds {name!r} of shape {list(leaf.shape)}, the model {says}: is it a checkpoint of "
                 f"another model?"
+            )
+
+
+def _check_exported(weights: Tree, directory: Path) -> None:
+    """Hold the weights against those that verl exported beside them (hf_model), in the dtype that these have.
+
+    Nothing in a model's rank file tells its step: this finds one of another step, where the export is there.
+    """
+    for path in sorted(directory.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                names = [name for name in file.keys() if name in weights]  # noqa: SIM118
+                leaves = ((name, file.get_tensor(name)) for name in names)
+                apart = [name for name, leaf in leaves if not torch.equal(weights[name].to(leaf.dtype), leaf)]
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{path} cannot be read: {first_line(error)}. Copy it again, or remove it."
+            ) from error
+        if apart:
+            raise CheckpointError(
+                f"The ranks' files in {directory.parent} hold other weights than {path}, which was exported with them: "
+                f"{listing(apart)}. One of them is of another step; remove the export if it is not this step's."
             )
 
 

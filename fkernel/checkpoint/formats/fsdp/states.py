@@ -111,11 +111,16 @@ def _moments(path: Path, groups: Any, entries: Entries) -> Iterator[tuple[Any, s
                 raise CheckpointError(
                     f"{path} holds {key} of {index} as a {type(value).__name__}; expected a tensor or a number."
                 )
-            elif not _alike(kept.setdefault(key, value), value):
+            elif not _alike(kept.setdefault(key, _own(value)), value):
                 raise CheckpointError(
                     f"{path} says {key} {_shown(value)} of {index}, another rank's file {_shown(kept[key])}: they are "
                     f"of two steps, or of two trainings."
                 )
+
+
+def _own(value: Any) -> Any:
+    """A number that stays when the mapped file goes."""
+    return value.clone() if isinstance(value, torch.Tensor) else value
 
 
 def _alike(a: Any, b: Any) -> bool:
