@@ -21,8 +21,7 @@ DEPRECATIONS = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
 
 @contextmanager
 def libraries_quiet() -> Iterator[None]:
-    """Keep deprecations that other libraries' own code causes, transformers' progress bars, and
-    meshes without process groups, off; nothing else.
+    """Keep off what libraries say to each other: deprecations, progress bars, meshes without process groups.
 
     A warning whose cause is a line of ours, or of the caller's, is of another module and stays, and so does every
     warning of another kind. Usable as a decorator.

@@ -243,9 +243,7 @@ def _outcome(run: str, checkpoint: Path, true: dict[str, Any]) -> tuple[str, str
 
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        if a.ndim == b.ndim == 0:  # steps
-            return float(a) == float(b)
-        return a.dtype == b.dtype and torch.equal(a, b)
+        return a.shape == b.shape and torch.equal(a.double(), b.double())
     if isinstance(a, torch.Tensor) != isinstance(b, torch.Tensor):
         return float(a) == float(b) if a is not None and b is not None else False
     return a == b

@@ -53,6 +53,9 @@ def options_of(run: str, root: Path) -> dict[str, Any]:
         said["model"] = tiny(seed=7, tied=run not in UNTIED)
     if run == "deepspeed_trainer_lora":
         said["base"] = root / "base"
+    if run == "verl_fsdp2_lora_only":
+        said["base"] = root.parent / "base"
+        tiny().save_pretrained(said["base"])
     return said
 
 

@@ -26,11 +26,13 @@ import torch
 from fkernel.checkpoint.formats.deepspeed.parts import (
     MASTER,
     Gathered,
+    Outline,
     Part,
     Piece,
     add,
     check_alike,
     check_length,
+    outline,
     part_of,
 )
 from fkernel.checkpoint.formats.deepspeed.places import Files
@@ -115,7 +117,7 @@ def read_flat(files: Files, states: ModelStates) -> tuple[Gathered, list[Any]]:
         CheckpointError: a file is missing, of another rank, step or training, or lacks a key.
         OptimizerStateError: the optimizer's step depends on how the flat tensor is cut, or is not kept in float32.
     """
-    gathered, groups, first, sizes = Gathered({}, {}), list[Any](), list[Part](), list[int]()
+    gathered, groups, first, sizes = Gathered({}, {}), list[Any](), list[Outline](), list[int]()
     ranks = len(files.optimizer)
     for rank, path in enumerate(files.optimizer):
         with naming(path):
@@ -127,7 +129,7 @@ def read_flat(files: Files, states: ModelStates) -> tuple[Gathered, list[Any]]:
                 for number, (master, entry) in enumerate(zip(masters, entries, strict=True))
             ]
             if rank == 0:
-                groups, first = settings, parts
+                groups, first = settings, [outline(part) for part in parts]
                 check_by_element({"state": dict(enumerate(entries)), "param_groups": settings})
                 sizes = [_size(part, number, own) for number, part in enumerate(parts)]
             elif settings != groups:

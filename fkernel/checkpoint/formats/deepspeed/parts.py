@@ -48,6 +48,18 @@ class Part(NamedTuple):
     whole: Mapping[str, Any]
 
 
+class Outline(NamedTuple):
+    """What rank 0 keeps of a flat tensor, and every other must.
+
+    Attributes:
+        keys: of what is cut.
+        whole: what is not cut.
+    """
+
+    keys: frozenset[str]
+    whole: Mapping[str, Any]
+
+
 class Gathered(NamedTuple):
     """Whole parameters, as far as ranks were added.
 
@@ -103,12 +115,18 @@ def check_length(part: Part, lengths: Mapping[str, int], which: str) -> None:
             )
 
 
-def check_alike(part: Part, first: Part, which: str) -> None:
+def outline(part: Part) -> Outline:
+    """What a rank keeps, without the numbers: nothing of its file stays mapped."""
+    return Outline(frozenset(part.flat), part.whole)
+
+
+def check_alike(part: Part, first: Outline, which: str) -> None:
     """Raise CheckpointError unless a rank keeps what the first one does, and has taken as many steps."""
-    if {*part.flat} != {*first.flat} or not _alike(part.whole, first.whole):
+    if {*part.flat} != first.keys or not _alike(part.whole, first.whole):
         raise CheckpointError(
             f"{part.path} keeps of {which} {_summary(part.flat, part.whole)}, rank 0 "
-            f"{_summary(first.flat, first.whole)}: the ranks' files are of different steps. Copy all of one step."
+            f"{_summary(sorted(first.keys), first.whole)}: the ranks' files are of different steps. Copy all of one "
+            f"step."
         )
 
 

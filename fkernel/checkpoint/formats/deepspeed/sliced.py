@@ -22,7 +22,17 @@ from typing import Any
 
 import torch
 
-from fkernel.checkpoint.formats.deepspeed.parts import Gathered, Part, Piece, add, check_alike, check_length, part_of
+from fkernel.checkpoint.formats.deepspeed.parts import (
+    Gathered,
+    Outline,
+    Part,
+    Piece,
+    add,
+    check_alike,
+    check_length,
+    outline,
+    part_of,
+)
 from fkernel.checkpoint.formats.deepspeed.places import Files
 from fkernel.checkpoint.formats.deepspeed.settings import check_by_element, with_step
 from fkernel.checkpoint.formats.deepspeed.states import ModelStates, check_keys, naming, own_shapes, read_file
@@ -60,7 +70,7 @@ def read_sliced(files: Files, states: ModelStates) -> tuple[Gathered, list[Any]]
         OptimizerStateError: the optimizer's step depends on how the flat tensor is cut, or is not kept in float32.
     """
     gathered, groups, ranks = Gathered({}, {}), list[Any](), len(files.optimizer)
-    first: dict[int, Part] = {}
+    first: dict[int, Outline] = {}
     for rank, path in enumerate(files.optimizer):
         with naming(path):
             own = _opened(path, ranks, states)
@@ -78,7 +88,7 @@ def read_sliced(files: Files, states: ModelStates) -> tuple[Gathered, list[Any]]
                 entry = with_step(base["state"].get(number, {}), group)
                 part = part_of(path, own["fp32_flat_groups"][number], entry, which)
                 length = sum(-(-shape.numel() // ranks) for shape in shapes.values())
-                check_alike(part, first.setdefault(number, part), which)
+                check_alike(part, first.setdefault(number, outline(part)), which)
                 check_length(part, dict.fromkeys(part.flat, length), which)
                 add(gathered, shapes, part, slices_of(shapes, ranks, rank))
     return gathered, groups

@@ -140,7 +140,7 @@ def _from_flat(base: Mapping[str, Any], groups: Any, weights: Tree, states: Mode
     return {"state": state, "param_groups": named_groups(base["param_groups"], names, states)}
 
 
-def in_order(end: int, weights: Tree, follows: Callable[[int, Any], int | None]) -> list[str] | None:
+def in_order(end: int, weights: Mapping[str, Any], follows: Callable[[int, Any], int | None]) -> list[str] | None:
     """Find the one way from 0 to an end through parameters in the model's order, each taken once or left out.
 
     Args:
