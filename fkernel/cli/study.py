@@ -84,8 +84,8 @@ def say_forecast(path: Path, memory: str | None, as_json: bool) -> None:
     """Print the forecast of a plan; `memory` replaces the plan's limit."""
     with importing():
         from fkernel import report
-        from fkernel.study import FisherKernelPlan, check_inputs, forecast, read_plan
-    plan = read_plan(path, FisherKernelPlan)
+        from fkernel.study import FisherKernelPlan, as_recorded, check_inputs, forecast, read_plan
+    plan = as_recorded(read_plan(path, FisherKernelPlan))
     if memory is not None:
         numerics = type(plan.numerics).model_validate({**plan.numerics.model_dump(), "memory": memory})
         plan = plan.model_copy(update={"numerics": numerics})
@@ -311,9 +311,10 @@ def check(
     """
     with exit_on_error():
         with importing():
-            from fkernel.study import FisherKernelPlan, check_inputs, read_plan
+            from fkernel.study import FisherKernelPlan, as_recorded, check_inputs, read_plan
         plan = read_plan(path, FisherKernelPlan)
         check_inputs(plan)
+        as_recorded(plan)  # a recorded or dumped batch is there, and all that a dump lacks is said
         if as_json:
             typer.echo(json.dumps(plan.record(), indent=1))
             return

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from fkernel.checkpoint import load
+from fkernel.cli import app
 from fkernel.errors import FKernelError, PlanError
 from fkernel.record import read
 from fkernel.rollout import GeneratedBatch, SampleGenerator, Sampling, jsonl, load_batch, save_batch
@@ -263,6 +266,15 @@ def test_what_a_dump_lacks_is_asked_for_at_once(run, tmp_path, name):
         as_recorded(FisherKernelPlan.model_validate(plan))
     lines = str(raised.value).splitlines()[1:]
     assert {line.strip().split(": ")[0] for line in lines} == KEYS[name]
+
+
+def test_checking_a_plan_says_what_its_dump_lacks(run, tmp_path):
+    plan = plan_of(run, tmp_path / "out", {}).model_dump(mode="json", include={"checkpoint", "update", "out"})
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps(plan))
+    result = CliRunner().invoke(app, ["plan", "check", str(file)])
+    assert result.exit_code == 2
+    assert "update.batch_size: sequences of one optimizer step" in result.output
 
 
 def test_the_policy_of_a_ratio_is_asked_for(run, tmp_path):
