@@ -68,35 +68,28 @@ def named_stretches(
     return _state_dict(groups, state, {n: [names[n]] for n in names})
 
 
-def named_units(
-    groups: Groups, entries: Entries, pieces: Pieces, ranks: int, model: torch.nn.Module, path: Path
-) -> dict[str, Any]:
-    """Bring each flat parameter together, and cut it into its parameters.
+def named_units(groups: Groups, entries: Entries, ranks: int, model: torch.nn.Module, path: Path) -> dict[str, Any]:
+    """Cut flat parameters into their parameters.
 
-    Arguments as in `named_stretches`, and the number of ranks.
+    Arguments as in `named_tensors`, and the number of ranks.
 
     Raises:
-        CheckpointError: the ranks' stretches differ in length, one is missing, or no known way to wrap the model fits.
+        CheckpointError: no known way to wrap the model fits.
     """
     numbers = [number for group in groups for number in group["params"]]
-    lengths: dict[Any, int] = {}
-    for number, of in pieces.items():
-        for key, row in of.items():
-            lengths.setdefault(number, len(row[0]))
-            if len(row) != ranks or any(len(piece) != lengths[number] for piece in row):
-                raise CheckpointError(
-                    f"The {ranks} ranks' files in {path.parent} hold {[len(piece) for piece in row]} numbers of {key} "
-                    f"of flat parameter {number}; expected the same of each rank. A file is damaged, or of another "
-                    f"training."
-                )
+    flats = {number: {k: v for k, v in entry.items() if _is_moment(v)} for number, entry in entries.items()}
+    lengths = {number: len(next(iter(of.values()))) // ranks for number, of in flats.items() if of}
     units = dict(zip(numbers, find_units([lengths.get(n) for n in numbers], ranks, model, path), strict=True))
     state: dict[str, dict[str, Any]] = {}
     for number, entry in entries.items():
         for name in units[number]:
-            state[name] = dict(entry)
-        for key in [*pieces.get(number, {})]:
-            whole = torch.cat(pieces[number].pop(key))
-            for name, leaf in cut(whole, units[number], f"{key} of flat parameter {number}", path.parent).items():
+            state[name] = {key: value for key, value in entry.items() if not _is_moment(value)}
+        for key, flat in flats[number].items():
+            if len(flat) != lengths[number] * ranks:
+                raise CheckpointError(
+                    f"{path} holds another number of {key} than of others in flat parameter {number}."
+                )
+            for name, leaf in cut(flat, units[number], f"{key} of flat parameter {number}", path.parent).items():
                 state[name][key] = leaf
     return _state_dict(groups, state, {number: [*unit] for number, unit in units.items()})
 

@@ -163,14 +163,17 @@ def joined(parts: Iterable[tuple[Any, Part, Path]]) -> dict[Any, torch.Tensor]:
                 f"{path} holds a part of {_said(key)} of shape {list(part.shape)} in {part.values.dtype}; another "
                 f"rank's file says {list(whole.shape)} in {whole.dtype}. They are of two trainings."
             )
-        if boxes.get(key) and tuple(part.values.shape) == part.shape:  # a copy of all of it
-            if not torch.equal(whole, part.values):
-                raise CheckpointError(f"{path} holds other numbers of {_said(key)} than another rank's file does.")
+        box = (part.start, tuple(part.values.shape))
+        region = tuple(slice(a, a + n) for a, n in zip(*box, strict=True))
+        if box in boxes.setdefault(key, []):  # a copy, of another rank or of a tied weight
+            if not torch.equal(whole[region], part.values):
+                raise CheckpointError(
+                    f"{path} holds other numbers of {_said(key)} than another rank's file, or than a weight that is "
+                    f"tied to it in the model (tie_word_embeddings)."
+                )
             continue
-        if part.values.numel() or not part.shape:
-            region = tuple(slice(a, a + n) for a, n in zip(part.start, part.values.shape, strict=True))
-            whole[region] = part.values
-        boxes.setdefault(key, []).append((part.start, tuple(part.values.shape)))
+        whole[region] = part.values
+        boxes[key].append(box)
     lacking = [key for key, whole in wholes.items() if whole.ndim and not covers(whole.shape, boxes[key])]
     if lacking:
         raise CheckpointError(

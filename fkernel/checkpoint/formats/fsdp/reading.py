@@ -14,7 +14,7 @@ from fkernel.checkpoint.files import first_line
 from fkernel.checkpoint.formats.fsdp.names import named_stretches, named_tensors, named_units
 from fkernel.checkpoint.formats.fsdp.parts import Part, ShardedTensor, copies, joined, opened, part_of
 from fkernel.checkpoint.formats.fsdp.places import HUGGINGFACE, fsdp_version, is_verl, rank_files
-from fkernel.checkpoint.formats.fsdp.states import checked, stretches, whole_tensors
+from fkernel.checkpoint.formats.fsdp.states import checked, own, stretches, whole_tensors, whole_units
 from fkernel.checkpoint.formats.saved import Saved
 from fkernel.checkpoint.layout import Layout
 from fkernel.checkpoint.names import unwrapped
@@ -45,7 +45,7 @@ def read(layout: Layout, model: Any, optimizer: bool) -> Saved:
     """
     verl = is_verl(layout.model)
     paths = rank_files(layout.model, "model" if verl else "pytorch_model_fsdp")
-    weights, ranks = _weights(paths)
+    weights, ranks = _weights(paths, _owners(model))
     _check_model(weights, model, layout.model)
     if verl:
         _check_exported(weights, layout.model / HUGGINGFACE)
@@ -63,8 +63,16 @@ def read(layout: Layout, model: Any, optimizer: bool) -> Saved:
     return Saved(_with_base(weights, model, layout.model), state)
 
 
-def _weights(paths: list[Path]) -> tuple[Tree, list[int]]:
-    """Bring the weights together; they tell which ranks hold one copy."""
+def _owners(model: torch.nn.Module) -> dict[str, str]:
+    """Tell which weights are others' too: {tied weight: the first name that the model has for it}."""
+    first: dict[int, str] = {}
+    named = model.named_parameters(remove_duplicate=False)
+    owners = {name: first.setdefault(id(leaf), name) for name, leaf in named}
+    return {name: owner for name, owner in owners.items() if name != owner}
+
+
+def _weights(paths: list[Path], owners: Mapping[str, str]) -> tuple[Tree, list[int]]:
+    """Bring the weights together, tied ones once; they tell which ranks hold one copy."""
     first = opened(paths[0], WHAT)
     ranks = copies([leaf for leaf in first.values() if isinstance(leaf, torch.Tensor)], len(paths))
     foreign = [rank for rank in ranks if rank >= len(paths)]
@@ -73,6 +81,7 @@ def _weights(paths: list[Path]) -> tuple[Tree, list[int]]:
             f"{paths[0]} is of a training with rank {foreign[0]}; {len(paths)} ranks' files are here."
         )
     names = {*first}
+    keys = {name: owners[name] if owners.get(name) in names else name for name in names}
     del first
 
     def parts() -> Iterator[tuple[Any, Part, Path]]:
@@ -86,11 +95,12 @@ def _weights(paths: list[Path]) -> tuple[Tree, list[int]]:
             for name, leaf in found.items():
                 part = part_of(leaf, rank, name, paths[rank])
                 if part is not None:
-                    yield name, part, paths[rank]
+                    yield keys[name], part, paths[rank]
 
     weights = joined(parts())
-    if {*weights} != names:
-        raise CheckpointError(f"No rank's file in {paths[0].parent} holds {listing(sorted(names - {*weights}))}.")
+    lacking = {*keys.values()} - {*weights}
+    if lacking:
+        raise CheckpointError(f"No rank's file in {paths[0].parent} holds {listing(sorted(lacking))}.")
     return weights, ranks
 
 
@@ -103,11 +113,10 @@ def _optimizer(files: Mapping[int, Path], model: torch.nn.Module, version: int |
         return {"state": whole_tensors(files, groups), "param_groups": groups}
     if sharded:
         return named_tensors(groups, whole_tensors(files, groups), model, path)
-    entries, pieces = stretches(files, groups)
     leaves = [leaf for _, leaf in model.named_parameters()]
     if len(numbers) in (len(leaves), sum(leaf.requires_grad for leaf in leaves)):
-        return named_stretches(groups, entries, pieces, model, path)
-    return named_units(groups, entries, pieces, len(files), model, path)
+        return named_stretches(groups, *stretches(files, groups), model, path)
+    return named_units(groups, whole_units(files, groups), len(files), model, path)
 
 
 def _form(path: Path, version: int | None) -> tuple[list[dict[str, Any]], bool]:
@@ -120,7 +129,7 @@ def _form(path: Path, version: int | None) -> tuple[list[dict[str, Any]], bool]:
             f"{path} holds {'DTensors, as FSDP2 keeps them' if sharded else 'flat tensors, as FSDP1 keeps them'}; "
             f"fsdp_config.json beside it says FSDP{version}: they are of two trainings."
         )
-    return [dict(group) for group in found["param_groups"]], sharded
+    return [own(group) for group in found["param_groups"]], sharded
 
 
 def _check_schedule(directory: Path, state: Mapping[str, Any]) -> None:

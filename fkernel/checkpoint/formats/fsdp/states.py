@@ -69,8 +69,26 @@ def whole_tensors(files: Mapping[int, Path], groups: Any) -> Entries:
     return entries
 
 
+def whole_units(files: Mapping[int, Path], groups: Any) -> Entries:
+    """Bring together flat parameters, of which each rank has a stretch of the same length.
+
+    Arguments and errors as in `whole_tensors`.
+    """
+    entries: Entries = {}
+
+    def parts() -> Iterator[tuple[Any, Part, Path]]:
+        for place, path in enumerate(files.values()):
+            for index, key, leaf in _moments(path, groups, entries):
+                flat = _plain(leaf, index, key, path)
+                yield (index, key), Part((len(flat) * len(files),), (len(flat) * place,), flat), path
+
+    for (index, key), whole in joined(parts()).items():
+        entries[index][key] = whole
+    return entries
+
+
 def stretches(files: Mapping[int, Path], groups: Any) -> tuple[Entries, Pieces]:
-    """Collect tensors that do not say where they belong, rank by rank.
+    """Collect tensors that do not say where they belong, of which each rank has another length.
 
     Args:
         files: {rank: file}.
@@ -85,13 +103,19 @@ def stretches(files: Mapping[int, Path], groups: Any) -> tuple[Entries, Pieces]:
     entries, pieces = Entries(), Pieces()
     for path in files.values():
         for index, key, leaf in _moments(path, groups, entries):
-            if type(leaf) is not torch.Tensor:
-                raise CheckpointError(f"{path} holds {key} of {index} as a {type(leaf).__name__}; expected a tensor.")
+            flat = _plain(leaf, index, key, path)
             kept = pieces.setdefault(index, {}).setdefault(key, [])
-            if kept and kept[0].dtype != leaf.dtype:
-                raise CheckpointError(f"{path} holds {key} of {index} in {leaf.dtype}, others in {kept[0].dtype}.")
-            kept.append(leaf.detach().reshape(-1).clone())  # the file is closed when the next one is read
+            if kept and kept[0].dtype != flat.dtype:
+                raise CheckpointError(f"{path} holds {key} of {index} in {flat.dtype}, others in {kept[0].dtype}.")
+            kept.append(flat.clone())  # the file is closed when the next one is read
     return entries, pieces
+
+
+def _plain(leaf: torch.Tensor, index: Any, key: str, path: Path) -> torch.Tensor:
+    """The numbers of a tensor of torch's own."""
+    if type(leaf) is not torch.Tensor:
+        raise CheckpointError(f"{path} holds {key} of {index} as a {type(leaf).__name__}; expected a tensor.")
+    return leaf.detach().reshape(-1)
 
 
 def _moments(path: Path, groups: Any, entries: Entries) -> Iterator[tuple[Any, str, Any]]:
@@ -120,6 +144,15 @@ def _moments(path: Path, groups: Any, entries: Entries) -> Iterator[tuple[Any, s
 
 def _own(value: Any) -> Any:
     """A number that stays when the mapped file goes."""
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def own(value: Any) -> Any:
+    """Copy what is a tensor in plain containers: it is of a mapped file, which would stay."""
+    if isinstance(value, Mapping):
+        return {key: own(inside) for key, inside in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(own(inside) for inside in value)
     return value.clone() if isinstance(value, torch.Tensor) else value
 
 
