@@ -356,6 +356,9 @@ def test_copies_that_differ(tmp_path):
     path = tmp_path / "rank.pt"
     assert joined([("w", a, path), ("w", a, path)])["w"].tolist() == [1.0, 2.0]
     refused(lambda: joined([("w", a, path), ("w", b, path)]), f"{path} holds other numbers of w than")
+    refused(
+        lambda: joined([("w", a._replace(layout="FSDP1's"), path), ("w", a, path)]), "laid out as None; .* says FSDP1's"
+    )
     half = Part((2,), (0,), torch.ones(1))
     refused(lambda: joined([("w", half, path), ("w", half, path)]), "do not hold each number of 'w' once")
     refused(lambda: joined([("w", half, path), ("w", a._replace(shape=(3,)), path)]), "another rank's file says")

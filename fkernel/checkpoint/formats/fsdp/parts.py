@@ -30,11 +30,13 @@ class Part(NamedTuple):
         shape: of the whole tensor.
         start: where the box begins, one number a dimension.
         values: its numbers.
+        layout: how the whole is spread over the ranks, which is the same for all of its boxes.
     """
 
     shape: tuple[int, ...]
     start: tuple[int, ...]
     values: torch.Tensor
+    layout: Any = None
 
 
 class ShardedTensor(torch.Tensor):
@@ -109,7 +111,7 @@ def part_of(leaf: Any, rank: int, name: Any, path: Path) -> Part | None:
     if isinstance(leaf, ShardedTensor):
         return _of_sharded(leaf, rank, name, path)
     if type(leaf) in (torch.Tensor, torch.nn.Parameter):
-        return Part(tuple(leaf.shape), (0,) * leaf.ndim, leaf.detach())
+        return Part(tuple(leaf.shape), (0,) * leaf.ndim, leaf.detach(), ("Tensor",))
     raise CheckpointError(f"{path} holds {name!r} as a {type(leaf).__name__}; expected a tensor.")
 
 
@@ -152,6 +154,7 @@ def joined(parts: Iterable[tuple[Any, Part, Path]]) -> dict[Any, torch.Tensor]:
     """
     wholes: dict[Any, torch.Tensor] = {}
     boxes: dict[Any, list[Box]] = {}
+    layouts: dict[Any, Any] = {}
     directory = Path()
     for key, part, path in parts:
         directory = path.parent
@@ -162,6 +165,11 @@ def joined(parts: Iterable[tuple[Any, Part, Path]]) -> dict[Any, torch.Tensor]:
             raise CheckpointError(
                 f"{path} holds a part of {_said(key)} of shape {list(part.shape)} in {part.values.dtype}; another "
                 f"rank's file says {list(whole.shape)} in {whole.dtype}. They are of two trainings."
+            )
+        if layouts.setdefault(key, part.layout) != part.layout:
+            raise CheckpointError(
+                f"{path} holds a part of {_said(key)} that is laid out as {part.layout}; another rank's file says "
+                f"{layouts[key]}. They are of two trainings."
             )
         box = (part.start, tuple(part.values.shape))
         region = tuple(slice(a, a + n) for a, n in zip(*box, strict=True))
@@ -225,7 +233,8 @@ def _of_dtensor(leaf: DTensor, rank: int, name: Any, path: Path) -> Part:
             f"{path} holds {list(local.shape)} of {name!r}; rank {rank}'s part of {list(shape)} is {size}. The file is "
             f"damaged, or of another training."
         )
-    return Part(shape, tuple(start), local.detach().reshape(size))
+    layout = ("DTensor", tuple(map(str, spec.placements)), tuple(mesh.shape), vars(spec.mesh).get("_mesh_dim_names"))
+    return Part(shape, tuple(start), local.detach().reshape(size), layout)
 
 
 def _of_sharded(leaf: ShardedTensor, rank: int, name: Any, path: Path) -> Part | None:
@@ -244,7 +253,7 @@ def _of_sharded(leaf: ShardedTensor, rank: int, name: Any, path: Path) -> Part |
         saved = _slots(shard.state)
         where = _slots(saved["metadata"].state)
         start, size = (tuple(int(n) for n in where[key]) for key in ("shard_offsets", "shard_sizes"))
-        part = Part(shape, start, saved["tensor"].detach())
+        part = Part(shape, start, saved["tensor"].detach(), ("ShardedTensor",))
     except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
         raise CheckpointError(
             f"{path} holds {name!r} as a ShardedTensor that is not one shard with its offsets: {error!r}."
