@@ -87,6 +87,12 @@ def optimizer_in(found: Any, source: Any) -> Any:
     if {"state", "param_groups"} <= set(found):
         return _with_masters(found, source)
     if any(_is_flat(key) for key in found):
+        strange = [key for key in found if not _is_flat(key) and not _may_lie_beside(key, found[key])]
+        if strange:
+            raise CheckpointError(
+                f"{source} holds {listing(list(map(str, strange)))} beside state.<name>.… and param_groups.<name>.…, "
+                f"and is neither: it is damaged, or an optimizer's that is saved in another way."
+            )
         return _with_masters(_unflattened(found), source)
     for key in OPTIMIZER:
         if found.get(key) is not None:
@@ -114,6 +120,11 @@ def optimizer_in(found: Any, source: Any) -> Any:
 
 def _is_flat(key: Any) -> bool:
     return isinstance(key, str) and key.startswith(("state.", "param_groups.")) and key.count(".") >= 2
+
+
+def _may_lie_beside(key: Any, value: Any) -> bool:
+    """Whether something may lie where a flattened state does: a weight, or what a trainer keeps."""
+    return isinstance(value, torch.Tensor) or key in (*WEIGHTS, *BESIDE)
 
 
 def _unflattened(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -206,6 +206,8 @@ def _nested(found: Mapping[str, Any], paths: Mapping[str, Any], source: Path) ->
     """Undo the flattening that DCP did: a path of names and numbers leads to each value."""
     root: dict[Any, Any] = {}
     for key, value in found.items():
+        if paths and key not in paths:
+            raise CheckpointError(f"{source} is damaged: it does not say where in the dictionary {key!r} was.")
         path = tuple(paths.get(key, (key,)))
         here = root
         for part in path[:-1]:

@@ -229,6 +229,26 @@ def test_a_part_that_is_listed_twice_or_not(fresh):
             file.write_bytes(data)
 
 
+@pytest.mark.parametrize("fresh", ["nemo_v2", "torchtitan_fsdp2"], indirect=True)
+def test_a_key_that_went_astray(fresh):
+    """AdamW without its amsgrad would be taken for RAdam: nothing that is stored is passed over."""
+    path, model = fresh
+    kept = {file: file.read_bytes() for file in path.rglob(".metadata")}
+
+    def rename(metadata: Any) -> None:
+        key = next(key for key in metadata.planner_data if key.endswith("q_proj.bias.amsgrad"))
+        metadata.planner_data[key] = (metadata.planner_data[key][0], "\0\0\0\0m_groups.model.norm.weight.amsgrad")
+
+    def forget(metadata: Any) -> None:
+        del metadata.planner_data[next(key for key in metadata.planner_data if key.endswith("q_proj.bias.amsgrad"))]
+
+    for change, says in ((rename, "m_groups.* and is neither"), (forget, "does not say where in the dictionary")):
+        edited(path, change)
+        refused(lambda: loaded(path, model=model), says)
+        for file, data in kept.items():
+            file.write_bytes(data)
+
+
 @pytest.mark.parametrize("fresh", [*NEMO, "torchtitan_fsdp2"], indirect=True)
 def test_files_of_different_steps_are_seen(fresh):
     """Ranks' files are laid out alike at every step: only the steps that parameters have taken tell.
