@@ -7,13 +7,14 @@ BIN   := .venv/bin
 READY := .venv/.ready
 BUILD := docs/_build
 PEERS := .venv-peers/.ready
+WRITERS := .venv-formats/.ready
 
 # Nothing here needs a model hub: policies are trained or built from a configuration.
 export HF_HUB_OFFLINE := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test mutants lint bench scale peers calibration runs sweep docs clean
+.PHONY: help demo test mutants lint bench scale peers calibration runs sweep formats docs clean
 .DELETE_ON_ERROR:
 
 help: ## List these targets
@@ -51,6 +52,9 @@ runs: $(READY) $(PEERS) ## Accounts of whole runs: do they add up, predict, find
 sweep: $(READY) ## Every causal language model in transformers against plain autograd, save JSON and a page (2 minutes)
 	@$(BIN)/python -m benchmarks.sweep $(ARGS)
 
+formats: $(WRITERS) ## Write the tests' checkpoints with the trainers' own packages again (some minutes)
+	@.venv-formats/bin/python -m tests.formats $(ARGS)
+
 docs: $(READY) ## Build the pages (they execute) and run their examples; warnings are errors
 	@$(BIN)/sphinx-build -q -E -W --keep-going -d $(BUILD)/doctrees -b html docs $(BUILD)/html
 	@$(BIN)/sphinx-build -q -W --keep-going -d $(BUILD)/doctrees -b doctest docs $(BUILD)/doctest
@@ -65,6 +69,13 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Setting up .venv; the first time takes some minutes (torch is large)."
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# Trainers' packages ask for other versions of half of ours, and for GPUs' compilers: an environment of their own.
+$(WRITERS): constraints.txt tests/formats/requirements.txt tests/formats/trainers.txt
+	@$(PYTHON) -m venv .venv-formats
+	@.venv-formats/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r tests/formats/requirements.txt
+	@.venv-formats/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/formats/trainers.txt
 	@touch $@
 
 # A peer lives in a virtual environment of its own. Its torchvision and torchaudio do not load beside this torch.

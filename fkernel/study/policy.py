@@ -20,7 +20,7 @@ from fkernel.shapes import Tree
 from fkernel.study.config.base import CheckpointPlan
 from fkernel.study.config.plan import FisherKernelPlan
 from fkernel.study.losses import as_it_came, spec_of_loss
-from fkernel.study.optimizer_step import check_needs_no_state, restricted
+from fkernel.study.optimizer_step import restricted
 from fkernel.study.rows import Policy, Unselected
 from fkernel.study.sources import code_of, describing_files, dotted_names, prompts_files, version
 
@@ -30,7 +30,6 @@ def policy_of(plan: FisherKernelPlan, loaded: Checkpoint, temperature: float) ->
 
     Raises:
         PlanError: a pattern matches no parameter, or one that the optimizer did not train.
-        OptimizerStateError: the checkpoint has no state, and the preconditioner needs one.
     """
     apply, params = func.make_functional(loaded.model, chosen_parameters(plan, loaded.model))
     state = loaded.optimizer
@@ -41,8 +40,6 @@ def policy_of(plan: FisherKernelPlan, loaded: Checkpoint, temperature: float) ->
         )
     if first is not None:
         state = fresh_state(first.kind, params, **first.settings)
-    if state is None:
-        check_needs_no_state(plan.preconditioner, plan.checkpoint.place)
     if state is not None and set(state.names) != set(params):
         missing = sorted(set(params) - set(state.names))
         if missing:

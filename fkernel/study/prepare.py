@@ -35,7 +35,7 @@ from fkernel.study.draws import UpdateDraw, check_rewards
 from fkernel.study.from_dump import check_step
 from fkernel.study.loss_terms import LossTerms
 from fkernel.study.losses import terms_of
-from fkernel.study.optimizer_step import response
+from fkernel.study.optimizer_step import check_needs_no_state, response
 from fkernel.study.policy import policy_of, spec_of, temperature_of
 from fkernel.study.preferences import weighed
 from fkernel.study.rows import MemoryBudget, Policy, grant_of
@@ -81,6 +81,8 @@ def prepared(
     if given is not None:
         _check_weights(plan, given)
     policy = policy_of(plan, checkpoint, temperature_of(plan, given))
+    if policy.state is None:
+        check_needs_no_state(plan.preconditioner, plan.checkpoint.place)
     spec = spec_of(plan, checkpoint, given)
     if policy.padding_idx is not None:
         spec["padding"] = policy.padding_idx
