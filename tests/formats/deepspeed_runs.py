@@ -9,11 +9,9 @@ from typing import Any
 import pytest
 
 from fkernel import checkpoint
-from fkernel.checkpoint import files, formats
 from fkernel.checkpoint.files import read_tensors
-from fkernel.checkpoint.formats import deepspeed
 from tests.formats.family import copied, loaded
-from tests.formats.policy import tiny
+from tests.formats.places import options_of
 from tests.formats.saving import save_again
 
 TAG = "global_step2"
@@ -29,30 +27,9 @@ PLACES: dict[str, tuple[str, ...]] = {
     **{f"deepspeed_trainer_{name}": ("checkpoint-2", f"checkpoint-2/{TAG}") for name in ("zero2", "zero3", "lora")},
 }
 """{run: what a user may point at; all are the same checkpoint}."""
-UNTIED = ("deepspeed_zero2_aligned", "deepspeed_zero2_round_robin", "deepspeed_zero3_subgroups")
-UNSAID = ("deepspeed_openrlhf", "deepspeed_zero0_fused", "deepspeed_zero0_fused_fp32", "deepspeed_zero3_fused")
-"""A client's FusedAdam or DeepSpeedCPUAdam: no file says whether decay is decoupled."""
 SHARDED = [run for run in PLACES if "zero0" not in run]
 FLAT = ["deepspeed_zero1_bf16", "deepspeed_zero2_fp32", "deepspeed_openrlhf", "deepspeed_trainer_zero2"]
 SLICED = ["deepspeed_zero3_fp32", "deepspeed_zero3_subgroups", "deepspeed_trainer_zero3"]
-
-
-def options_of(run: str, path: Path) -> dict[str, Any]:
-    """What a user must say besides the path."""
-    said: dict[str, Any] = {"decoupled": True} if run in UNSAID else {}
-    if "trainer" not in run:
-        said["model"] = tiny(seed=7, tied=run not in UNTIED)
-    if "lora" in run:
-        said["base"] = path / "base"
-    return said
-
-
-def register(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The format is among those that are tried."""
-    monkeypatch.setitem(formats.FORMATS, "deepspeed", formats.Format(deepspeed.find, deepspeed.read))
-    numpy = ("numpy._core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype")
-    known = files.STAND_INS
-    monkeypatch.setattr(files, "STAND_INS", (*known, *(name for name in numpy if name not in known)))
 
 
 class Fresh:

@@ -19,14 +19,10 @@ from fkernel.checkpoint.formats.deepspeed.flat import flat_group, pieces_of
 from fkernel.checkpoint.formats.deepspeed.places import files_of
 from fkernel.checkpoint.formats.deepspeed.sliced import slices_of
 from fkernel.io import fingerprint
-from tests.formats.deepspeed_runs import PLACES, TAG, UNSAID, Fresh, options_of, register, runs
+from tests.formats.deepspeed_runs import PLACES, TAG, Fresh, runs
 from tests.formats.family import check_next_step, check_state, copied, loaded, refused
+from tests.formats.places import UNSAID, options_of
 from tests.formats.policy import DECAY, tiny
-
-
-@pytest.fixture(autouse=True)
-def registered(monkeypatch) -> None:
-    register(monkeypatch)
 
 
 @pytest.fixture(scope="module", params=PLACES)

@@ -9,15 +9,10 @@ import pytest
 import torch
 
 from fkernel.checkpoint.files import read_tensors
-from tests.formats.deepspeed_runs import FLAT, PLACES, SHARDED, SLICED, TAG, Fresh, register, runs
+from tests.formats.deepspeed_runs import FLAT, PLACES, SHARDED, SLICED, TAG, Fresh, runs
 from tests.formats.family import check_state, refused
 from tests.formats.policy import DECAY, tiny
 from tests.formats.saving import save_again
-
-
-@pytest.fixture(autouse=True)
-def registered(monkeypatch) -> None:
-    register(monkeypatch)
 
 
 @pytest.fixture
