@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fkernel.checkpoint.distributed import METADATA
-from fkernel.checkpoint.formats import common
+from fkernel.checkpoint.formats import plain
 from fkernel.checkpoint.formats.saved import Saved
 from fkernel.checkpoint.layout import Layout
 
@@ -34,4 +34,4 @@ def read(layout: Layout, model: Any, optimizer: bool = True) -> Saved:
 
     Arguments and errors as in `fkernel.checkpoint.formats.read`.
     """
-    return common.read(layout, optimizer)
+    return plain.read(layout, optimizer)
