@@ -166,7 +166,10 @@ def preconditioners_blocks(result: RequestResult, unit: Unit) -> list[Block]:
     note = "the last two without momentum, decay and what is not selected"
     columns = [Column("preconditioner"), *(Column(title, "signed") for title in titles.values())]
     rows = [(name, *(agreement[name][key] for key in titles)) for name in agreement]
-    return [bars("Agreement with the measured change", names, series, "correlation", note), table("", columns, rows)]
+    return [
+        bars("Agreement with the measured change", names, series, "correlation", note=note),
+        table("", columns, rows),
+    ]
 
 
 def covariates_blocks(result: RequestResult, unit: Unit) -> list[Block]:
@@ -211,7 +214,7 @@ def health_blocks(results: FisherKernelResults, unit: Unit) -> list[Block]:
     note = f"the {len(names)} largest of {len(by_parameter)}"
     return [
         table(f"{given['coordinates']:,} coordinates; those that are hardly known {verdict}", columns, rows),
-        bars("Which parameters carry the kernel", names, series, "%", note),
+        bars("Which parameters carry the kernel", names, series, "%", note=note),
     ]
 
 

@@ -66,9 +66,18 @@ def table(title: str, columns: Sequence[Column], rows: Iterable[Sequence[Any]], 
     return {"kind": "table", "title": title, "columns": heads, "rows": [_row(row) for row in rows], "note": note}
 
 
-def bars(title: str, labels: Sequence[str], series: Mapping[str, Any], axis: str, note: str = "") -> Block:
-    """Horizontal bars, a group for each label."""
-    return {"kind": "bars", "title": title, "labels": [*labels], "series": _series(series), "axis": axis, "note": note}
+def bars(title: str, labels: Sequence[str], series: Mapping[str, Any], axis: str, **options: Any) -> Block:
+    """Horizontal bars, a group for each label.
+
+    Args:
+        title: of the chart.
+        labels: [n], the lowest first.
+        series: {name: [n]}.
+        axis: its title.
+        **options: `opens`, where labels are ids, as in `points`; `note`.
+    """
+    given = {"labels": [*labels], "series": _series(series), "axis": axis, **options}
+    return {"kind": "bars", "title": title, **given}
 
 
 def lines(

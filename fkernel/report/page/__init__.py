@@ -3,8 +3,8 @@
 Data is made here; tables and charts are drawn by libraries in `libraries/`, and `app/` binds them to the data.
 """
 
-from fkernel.report.page.document import page_html
 from fkernel.report.page.account import account_page
+from fkernel.report.page.document import page_html
 from fkernel.report.page.study import study_page
 from fkernel.report.page.writing import PAGE, load_results, write_page
 

@@ -45,7 +45,10 @@ def account_page(results: AccountResults, title: str) -> dict[str, Any]:
         "about": [[name, str(value)] for name, value in shown.items()],
         "verdict": account_verdict(results),
         "sequences": _sequences(results),
-        "steps": {"step": steps, **{name: numbers([_number(row.get(name)) for row in results.steps]) for name in STEPS}},
+        "steps": {
+            "step": steps,
+            **{name: numbers([_number(row.get(name)) for row in results.steps]) for name in STEPS},
+        },
         "groups": [_group(results, unit)],
         "panels": [],
         "provenance": _provenance(results),
@@ -63,9 +66,7 @@ def _sequences(results: AccountResults) -> dict[str, Any]:
 def _group(results: AccountResults, unit: Unit) -> dict[str, Any]:
     """The probes, their changes over the run, and who made them."""
     ledger = results.ledger
-    terms = [
-        {"name": name, "label": labelled(name), "values": packed(ledger[name])} for name in ("sequences", *TERMS)
-    ]
+    terms = [{"name": name, "label": labelled(name), "values": packed(ledger[name])} for name in ("sequences", *TERMS)]
     predicted = sum(ledger[name].astype(float) for name in ("sequences", *TERMS[:-1]))
     stepwise = {name: packed(results[name]) for name in ("by_step", "own", "momentum")}
     split = {
@@ -128,7 +129,7 @@ def _split(results: AccountResults, unit: Unit, name: str, names: str, question:
     columns = [Column("probe", "probe"), *(Column(function, "signed") for function in functions)]
     rows = [(ids[e], *sums[e].tolist()) for e in range(len(ids))]
     blocks = [
-        bars("Of the probes that moved most", [ids[e] for e in order], series, unit.name),
+        bars("Of the probes that moved most", [ids[e] for e in order], series, unit.name, opens="probe"),
         table(f"Contributions to the end of the run ({unit.name})", columns, rows),
     ]
     return panel(name, titles[name], question, blocks=blocks)
@@ -142,9 +143,7 @@ def _ages(results: AccountResults, unit: Unit) -> dict[str, Any]:
         return panel("ages", title, question, ask=ask, how=how)
     shares = [results.by_age(e) for e in range(len(results.probes))]
     columns = [Column("probe", "probe"), *(Column(share.id, "signed") for share in shares[0])]
-    rows = [
-        (info.id, *(unit.scale * share.value for share in shares[e])) for e, info in enumerate(results.probes)
-    ]
+    rows = [(info.id, *(unit.scale * share.value for share in shares[e])) for e, info in enumerate(results.probes)]
     note = "steps after a sequence's own; what the optimizer remembered from before the run counts as the oldest"
     return panel("ages", title, question, blocks=[table(f"By age ({unit.name})", columns, rows, note)])
 

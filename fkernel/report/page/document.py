@@ -70,15 +70,16 @@ def page_html(data: dict[str, Any]) -> str:
 def verdict_html(data: dict[str, Any]) -> str:
     """The verdict, readable before any script has run: headline, sentences, and what the results are about."""
     verdict = data["verdict"]
-    lines = "\n".join(
-        f'<li class="{each["level"]}"><span aria-hidden="true">{MARKS[each["level"]]}</span> {escape(each["text"])}</li>'
-        for each in verdict["lines"]
-    )
+    lines = "\n".join(_sentence(each["level"], each["text"]) for each in verdict["lines"])
     about = "\n".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in data["about"])
     return (
         f'<section id="verdict" class="{verdict["level"]}">\n<h1>{escape(verdict["headline"])}</h1>\n'
         f'<ul class="lines">\n{lines}\n</ul>\n<dl class="about">\n{about}\n</dl>\n</section>'
     )
+
+
+def _sentence(level: str, text: str) -> str:
+    return f'<li class="{level}"><span aria-hidden="true">{MARKS[level]}</span> {escape(text)}</li>'
 
 
 def _read(name: str) -> str:

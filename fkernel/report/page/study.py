@@ -68,7 +68,7 @@ def _group(result: RequestResult, unit: Unit) -> dict[str, Any]:
 
 
 def _terms(result: RequestResult) -> dict[str, Any]:
-    """The terms of every change, which add up to what was measured (or predicted): of the ledger, where there is one."""
+    """The terms of every change, which add up to what was measured or predicted; the ledger's, where there is one."""
     ledger = result.analyses.get("ledger")
     if ledger is not None and ledger.skipped is None:
         terms = {name: values for name, values in ledger.arrays.items() if name not in ("realised", "floor")}
@@ -82,9 +82,7 @@ def _terms(result: RequestResult) -> dict[str, Any]:
     return _packed_terms({**terms, "remainder": rest}, result.realised, None)
 
 
-def _packed_terms(
-    terms: dict[str, np.ndarray], total: np.ndarray | None, floor: np.ndarray | None
-) -> dict[str, Any]:
+def _packed_terms(terms: dict[str, np.ndarray], total: np.ndarray | None, floor: np.ndarray | None) -> dict[str, Any]:
     rows = [{"name": name, "label": labelled(name), "values": packed(values)} for name, values in terms.items()]
     return {"terms": rows, "total": packed(total), "floor": packed(floor)}
 

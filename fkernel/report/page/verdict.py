@@ -42,14 +42,12 @@ def study_verdict(results: FisherKernelResults) -> dict[str, Any]:
 
 def account_verdict(results: AccountResults) -> dict[str, Any]:
     """What an account says of its run: whether its columns add up, and what it lacks."""
-    about, *rest = account_lines(results)
+    _, *rest = account_lines(results)
     loud = any(len(left_over(results, name)) for name in ("remainder", "unexplained"))
     lines = [line("bad" if text.startswith("DOES NOT") else "good", text) for text in rest[:1]]
     lines += [line("bad" if text.startswith("DOES NOT") else "note", text) for text in rest[1:]]
     headline = "The account does not add up" if loud else "The account adds up to what was measured"
-    return {
-        "level": "bad" if loud else "good", "headline": headline, "lines": [*lines, line("note", about)], "checks": [],
-    }  # fmt: skip
+    return {"level": "bad" if loud else "good", "headline": headline, "lines": lines, "checks": []}
 
 
 def request_check(result: RequestResult) -> dict[str, Any]:

@@ -14,17 +14,24 @@ fk.contributionsTo = (group, e) => {
   return top ? Array.from(top.columns, (u, k) => ({ u, value: top.values[k], p: top.p ? top.p[k] : null })) : [];
 };
 
-/** Sequences with the same prompt and response as one, with the sum of what they did and the smallest p. */
-fk.groupIdentical = (contributions) => {
+/** Sequences with the same prompt and response as one, with sums of what they did and the smallest p. */
+fk.groupIdentical = (contributions, sums = []) => {
   const groups = new Map();
   for (const each of contributions) {
     const key = `${fk.update.prompt[each.u]}\u0000${fk.update.responses[each.u]}`;
     const own = groups.get(key);
-    if (own) { own.value += each.value; own.count += 1; own.p = own.p === null || each.p === null ? null : Math.min(own.p, each.p); if (Math.abs(each.value) > own.most) { own.most = Math.abs(each.value); own.u = each.u; } }
+    if (own) {
+      own.value += each.value; own.count += 1;
+      for (const name of sums) own[name] += each[name];
+      own.p = own.p === null || each.p === null ? null : Math.min(own.p, each.p); if (Math.abs(each.value) > own.most) { own.most = Math.abs(each.value); own.u = each.u; }
+    }
     else groups.set(key, { ...each, count: 1, most: Math.abs(each.value) });
   }
   return [...groups.values()];
 };
+
+/** The choice whether identical sequences are one line. */
+fk.alike = (state) => fk.choice("identical sequences", [["yes", "identical as one"], ["no", "each alone"]], state.alike === "no" ? "no" : "yes", (value) => fk.address.write({ alike: value === "no" ? "no" : null }, true));
 
 /** Contributors as rows of a table: largest first, of one sign or both, of one step or all. */
 fk.contributorRows = (group, e, { identical, sign, step }) => {
@@ -44,14 +51,14 @@ fk.contributorColumns = (rows, identical) => {
   const has = (name) => rows.some((row) => row[name] !== null && row[name] !== undefined);
   const single = Object.keys(fk.update.rewards || {});
   return [
-    { title: "contribution", field: "value", kind: "change", note: `${fk.unit}; what it did to the probe`, minWidth: 104 },
+    { title: "contribution", field: "value", kind: "change", note: `${fk.unit}; what it did to the probe` },
     ...(has("p") ? [{ title: "p", field: "p", kind: "p", note: identical ? "smallest of the identical ones, against permuted advantages" : "against permuted advantages" }] : []),
     { title: "prompt → response", field: "text", kind: "text", grow: 3 },
-    ...(identical && rows.some((row) => row.times) ? [{ title: "alike", field: "times", kind: "text", width: 76, note: "identical sequences, of which the contribution is the sum" }] : []),
+    ...(identical && rows.some((row) => row.times) ? [{ title: "alike", field: "times", kind: "text", width: 76, note: "identical sequences: the contribution is their sum, the rest is of the one that did most" }] : []),
     ...(has("reward") ? [{ title: "reward", field: "reward", kind: "number" }] : []),
     ...(single.length > 1 ? single.map((name, r) => ({ title: name, field: `reward${r}`, kind: "number" })) : []),
-    ...(has("advantage") ? [{ title: "advantage", field: "advantage", kind: "signed", digits: 3, minWidth: 96 }] : []),
-    ...(fk.isRun ? [{ title: "step", field: "step", kind: "number", minWidth: 64 }] : []),
+    ...(has("advantage") ? [{ title: "advantage", field: "advantage", kind: "signed", digits: 3 }] : []),
+    ...(fk.isRun ? [{ title: "step", field: "step", kind: "number" }] : []),
     { title: "sequence", field: "id", kind: "text", width: fk.isRun ? 132 : 100 },
   ];
 };
@@ -63,7 +70,7 @@ fk.contributors = (place, group, e, state, open) => {
   const all = Boolean(group.contributions);
   const tools = fk.el("div.tools", {},
     fk.choice("which contributors", [["both", "both"], ["raised", "raised it"], ["lowered", "lowered it"]], options.sign, (value) => fk.address.write({ sign: value === "both" ? null : value }, true)),
-    fk.choice("identical sequences", [["yes", "identical as one"], ["no", "each alone"]], options.identical ? "yes" : "no", (value) => fk.address.write({ alike: value === "no" ? "no" : null }, true)),
+    fk.alike(state),
     options.step === null ? null : fk.el("button", { type: "button", click: () => fk.address.write({ step: null }, true) }, `only step ${options.step} ✕`));
   place.append(tools);
   if (!rows.length) { place.append(fk.el("p.note", {}, "No sequence did anything to it here.")); return; }
@@ -91,10 +98,10 @@ fk.promptRows = (group, e) => {
 fk.promptTable = (place, group, e) => {
   const rows = fk.promptRows(group, e);
   const columns = [
-    { title: "sum", field: "value", kind: "change", minWidth: 104 },
+    { title: "sum", field: "value", kind: "change" },
     ...(group.prompts ? [{ title: "p", field: "p", kind: "p", note: "against advantages permuted within prompts" }] : []),
     { title: "prompt", field: "prompt", kind: "text", grow: 3 },
-    { title: "sequences", field: "count", kind: "number", minWidth: 100 },
+    { title: "sequences", field: "count", kind: "number" },
     ...(fk.isRun ? [{ title: "steps", field: "steps", kind: "number", note: "that trained on it" }] : []),
     { title: "id", field: "id", kind: "text" },
   ];

@@ -21,6 +21,9 @@ fk.signed = (x, digits) => {
 /** Digits after the point that show a number of this size to three significant ones. */
 fk.digitsFor = (most) => (most > 0 ? Math.min(6, Math.max(0, 2 - Math.floor(Math.log10(most)))) : 2);
 
+/** A number with so many digits after the point. */
+fk.fixed = (x, digits) => (x === null || x === undefined || Number.isNaN(x) ? "–" : fk.minus(x.toFixed(digits)));
+
 fk.share = (x) => {
   if (x === null || x === undefined || Number.isNaN(x)) return "–";
   const percent = 100 * Math.abs(x);
@@ -29,6 +32,9 @@ fk.share = (x) => {
 };
 
 fk.p = (x) => (x === null || x === undefined || Number.isNaN(x) ? "–" : x.toFixed(3));
+
+/** A number's text with its unit. */
+fk.withUnit = (text, unit) => `${text} ${unit.startsWith("10") ? "· " : ""}${unit}`;
 
 /** The last characters of a text; a prompt's question comes last. */
 fk.tail = (text, most) => (text.length <= most ? text : "…" + text.slice(1 - most));

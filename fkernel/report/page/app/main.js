@@ -31,10 +31,10 @@ fk.main = {
   header(chosen, group) {
     const tabs = fk.pages.map(([key, title], i) => fk.el("button.tab", { type: "button", "aria-current": key === chosen ? "page" : null, title: `${title} (${i + 1})`, click: () => this.go(key) }, title));
     const requests = fk.data.groups.length > 1 ? fk.select("request ", fk.data.groups.map((each) => [each.name, `${each.name} (${each.rows.ids.length})`]), group.name, (name) => this.choose(name)) : null;
-    this.bar.replaceChildren(
-      fk.el("strong.title", { title: "fkernel report" }, fk.data.title), fk.el("nav", { "aria-label": "pages" }, tabs), fk.el("span.space"), requests,
+    this.bar.replaceChildren(...fk.el("div", {},
+      fk.el("strong.title", {}, fk.data.title), fk.el("small.brand", {}, "fkernel"), fk.el("nav", { "aria-label": "pages" }, tabs), fk.el("span.space"), requests,
       fk.el("button", { type: "button", title: "dark or light (d)", "aria-label": "dark or light", click: () => this.theme() }, "◐"),
-      fk.el("button", { type: "button", title: "keys (?)", "aria-label": "keys", click: () => fk.help.showModal() }, "?"));
+      fk.el("button", { type: "button", title: "keys (?)", "aria-label": "keys", click: () => fk.help.showModal() }, "?")).childNodes);
   },
   go(key) { fk.address.write({ view: key, pair: null, step: null }); scrollTo(0, 0); },
   choose(request) { fk.address.write({ request, probe: null, pair: null, step: null, x: null, y: null }); },

@@ -127,7 +127,7 @@ fk.map = {
     this.seen = seen;
     const trace = {
       type: "heatmap", z: seen.z, x0: x[0] + (seen.bx - 1) / 2, dx: seen.bx, y0: y[0] + (seen.by - 1) / 2, dy: seen.by, zmin: -matrix.limit, zmax: matrix.limit, colorscale: fk.DIVERGING,
-      hoverinfo: "none", colorbar: { thickness: 14, outlinewidth: 0, title: { text: matrix.unit, side: "right" } },
+      hoverinfo: "none", colorbar: fk.colourBar(matrix.unit),
     };
     const layout = this.layout();
     if (this.chart) { Plotly.react(this.chart, [trace], layout); return; }
@@ -158,7 +158,7 @@ fk.map = {
     const lines = [];
     const edge = (axis, at) => lines.push({ type: "line", [`${axis}0`]: at, [`${axis}1`]: at, [axis === "x" ? "yref" : "xref"]: "paper", [axis === "x" ? "y0" : "x0"]: 0, [axis === "x" ? "y1" : "x1"]: 1, line: { color: "#777777", width: 0.6 } });
     if (columns.edges.length < 120) columns.edges.forEach((at) => edge("x", at));
-    if (rowRuns.length < 60 && rowRuns.length < shownRows) rowRuns.slice(1).forEach((run) => edge("y", y[0] + run.from - 0.5));
+    if (rowRuns.length < 60 && rowRuns.length < 0.6 * shownRows) rowRuns.slice(1).forEach((run) => edge("y", y[0] + run.from - 0.5));
     if (this.cursor) {
       const [i, k] = this.cursor;
       lines.push({ type: "rect", x0: k - 0.5, x1: k + 0.5, y0: i - 0.5, y1: i + 0.5, line: { color: "#e69f00", width: 3 } });

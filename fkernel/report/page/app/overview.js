@@ -7,12 +7,12 @@ fk.overview = {
     place.append(fk.verdict);
     const group = fk.group(state);
     if (fk.data.verdict.checks.length) this.checks(place);
-    const columns = fk.el("div.columns.wide");
+    const left = fk.el("div"), columns = fk.el("div.columns.wide", {}, left);
     place.append(columns);
-    this.most(columns, group);
+    this.most(left, group);
+    if (fk.isRun) this.functions(left, group);
     if (fk.isRun) this.steps(columns, group);
     else if (group.measured && group.rows.ids.length > 1) this.agreement(columns, group);
-    if (fk.isRun) this.functions(place, group);
   },
   update() {},
   checks(place) {
@@ -20,12 +20,12 @@ fk.overview = {
     place.append(section);
     const columns = [
       { title: "request", field: "request", kind: "text" }, { title: "probes", field: "sequences", kind: "number" },
-      { title: "r", field: "r", kind: "signed", digits: 6, minWidth: 100, note: "Pearson's correlation of predicted and measured changes" },
-      { title: "slope", field: "slope", kind: "signed", digits: 4, minWidth: 90 },
-      { title: "relative error", field: "error", kind: "share", minWidth: 116, note: "‖predicted − measured‖ / ‖measured‖" },
-      { title: "ledger's remainder", field: "remainder", kind: "share", minWidth: 140, note: "of the change" },
-      { title: "rounding", field: "floor", kind: "share", minWidth: 96, note: "what rounding alone would leave" },
-      { title: "unexplained", field: "unexplained", kind: "share", minWidth: 108, note: "what the step really taken has beyond the one executed here" },
+      { title: "r", field: "r", kind: "fixed", digits: 6, note: "Pearson's correlation of predicted and measured changes" },
+      { title: "slope", field: "slope", kind: "fixed", digits: 4 },
+      { title: "relative error", field: "error", kind: "share", note: "‖predicted − measured‖ / ‖measured‖" },
+      { title: "ledger's remainder", field: "remainder", kind: "share", note: "of the change" },
+      { title: "rounding", field: "floor", kind: "share", note: "what rounding alone would leave" },
+      { title: "unexplained", field: "unexplained", kind: "share", note: "what the step really taken has beyond the one executed here" },
       { title: "measured on", field: "measured", kind: "text", grow: 2 },
     ];
     fk.table(section, { columns, rows: fk.data.verdict.checks, search: false, label: "requests", open: (row) => fk.address.write({ request: row.request }), current: (row) => row.request === fk.group().name, note: "click a request to see it on all pages" });
@@ -39,8 +39,8 @@ fk.overview = {
     fk.table(section, {
       rows, search: false, label: "what moved most", open: (row) => fk.probes.open(row.id),
       columns: [
-        { title: "probe", field: "text", kind: "text", grow: 2 }, { title: measured ? "measured" : "predicted", field: measured ? "measured" : "predicted", kind: "change", minWidth: 92 },
-        { title: "moved most by", field: "who", kind: "text", grow: 2 }, { title: "contribution", field: "bestValue", kind: "change", minWidth: 108 },
+        { title: "probe", field: "text", kind: "text", grow: 2 }, { title: measured ? "measured" : "predicted", field: measured ? "measured" : "predicted", kind: "change" },
+        { title: "moved most by", field: "who", kind: "text", grow: 2 }, { title: "contribution", field: "bestValue", kind: "change" },
       ],
       note: `${fk.unit}; click a probe to see why`,
     });

@@ -14,7 +14,7 @@ fk.sideFacts = (sequence) => fk.facts([
 /** What is known of a pair: contribution, p, K and cosine. */
 fk.pairFacts = (group, e, u) => {
   const found = fk.contributionsTo(group, e).find((each) => each.u === u);
-  const facts = [["contribution", found ? `${fk.change(found.value)} ${fk.unit}` : "not kept"], ["p", found && found.p !== null ? fk.p(found.p) : null]];
+  const facts = [["contribution", found ? fk.withUnit(fk.change(found.value), fk.unit) : "not kept"], ["p", found && found.p !== null ? fk.p(found.p) : null]];
   if (group.kernel) {
     const K = fk.array(group.kernel).row(e)[u], [rows, columns] = group.diagonals.map((each) => fk.array(each).values);
     facts.push(["kernel K", fk.number(K, 5)], ["cosine", fk.signed(K / Math.sqrt(rows[e] * columns[u]), 4)]);
@@ -27,13 +27,15 @@ fk.pairParts = (place, group, e, u) => {
   if (!group.top || !group.top.parts) return;
   const k = Array.from(fk.array(group.top.columns).row(e)).indexOf(u), [n, width] = group.top.columns.shape;
   if (k < 0) return;
-  for (const [view, title] of [["kind", "By kind of parameter"], ["layer", "By layer"]]) {
+  const known = [["kind", "By kind of parameter"], ["layer", "By layer"]].filter(([view]) => group.top.parts[view]);
+  const holders = known.map(() => fk.el("div"));
+  place.append(...holders);
+  known.forEach(([view, title], i) => {
     const part = group.top.parts[view];
-    if (!part) continue;
     const values = fk.array(part.values).values;
     const own = part.names.map((_, g) => fk.scaled(values[(g * n + e) * width + k]));
-    fk.block(place, { kind: "bars", title, labels: [...part.names].reverse(), series: [{ name: title, values: own.reverse() }], axis: fk.unit });
-  }
+    fk.block(holders[i], { kind: "bars", title, labels: [...part.names].reverse(), series: [{ name: title, values: own.reverse() }], axis: fk.unit, signs: true });
+  });
 };
 
 fk.pair = {
@@ -47,7 +49,7 @@ fk.pair = {
     const side = (title, sequence, text) => fk.el("section", {}, fk.el("h3", {}, title, " ", fk.el("code", {}, sequence.id)), text, fk.sideFacts(sequence));
     this.dialog.replaceChildren(
       fk.el("div.bar", {}, fk.el("h2", {}, "Side by side"), fk.el("button", { type: "button", "aria-label": "close", click: () => this.leave() }, "✕")),
-      fk.facts(fk.pairFacts(group, e, u)),
+      fk.el("div.numbers", {}, fk.pairFacts(group, e, u).filter(([, value]) => value !== null).map(([name, value]) => fk.el("div", {}, fk.el("b", {}, value), fk.el("small", {}, name)))),
       fk.el("div.columns", {}, side("Probe", E, fk.text(E, group, e)), side(fk.isRun ? "Sequence of the run" : "Sequence of the update batch", U, fk.text(U))),
       parts, tokens);
     if (!this.dialog.open) this.dialog.showModal();

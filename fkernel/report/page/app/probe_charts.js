@@ -23,15 +23,18 @@ fk.waterfall = (place, group, e) => {
     text: steps.map((step) => fk.change(step.value)), textposition: "outside", cliponaxis: false, textfont: { color: fk.css("ink") },
     hovertext: steps.map((step) => `${fk.chartText(step.label)}: ${fk.minus(String(step.value))} nats`), hoverinfo: "text",
   };
-  if (floor) bars.error_y = { type: "data", array: steps.map((step) => (step.whole ? fk.scaled(floor) : 0)), color: fk.css("ink"), thickness: 1.2, width: 4 };
+  const rounding = floor && {
+    type: "scatter", mode: "markers", x: labels.slice(-1), y: [fk.scaled(total)], marker: { opacity: 0 }, hoverinfo: "skip",
+    error_y: { type: "data", array: [fk.scaled(floor)], color: fk.css("ink"), thickness: 1.2, width: 5 },
+  };
   const joins = steps.slice(0, -1).map((step, i) => ({
     type: "line", x0: i + 0.4, x1: i + 0.6, y0: fk.scaled(step.from + step.value), y1: fk.scaled(step.from + step.value), line: { color: fk.css("faint"), width: 1 },
   }));
   const layout = fk.layout({
     bargap: 0.2, shapes: joins, margin: { l: 60, r: 12, t: 12, b: 40 },
-    yaxis: { title: { text: fk.unit }, range: [Math.min(0, ...ends) - room, Math.max(0, ...ends) + room], zeroline: true }, xaxis: { type: "category", fixedrange: true },
+    yaxis: { title: { text: fk.unit }, range: [Math.min(0, ...ends) - room, Math.max(0, ...ends) + room], zeroline: true }, xaxis: { type: "category", fixedrange: true, showgrid: false },
   });
-  return fk.chart(place, [bars], layout, { height: 270, label: "terms of the change" });
+  return fk.chart(place, rounding ? [bars, rounding] : [bars], layout, { height: 270, label: "terms of the change" });
 };
 
 /** The mean reward of every step's sequences, null where there is none. */
@@ -59,20 +62,20 @@ fk.timeline = (place, group, e, onStep) => {
     { type: "bar", x: steps.step, y: Array.from(whole, fk.scaled), yaxis: "y2", showlegend: false, marker: { color: Array.from(whole, fk.signColour) }, hovertemplate: "step %{x}: %{y:.4g}<extra></extra>" },
   ];
   const beside = [["‖∇L‖", steps.grad_norm], ["mean reward", fk.meanRewards()]].filter(([, values]) => values && values.some((x) => x !== null));
-  const axes = {}, rows = [2.6, 1, ...beside.map(() => 0.7)], whole_ = rows.reduce((a, b) => a + b + 0.12, 0);
+  const axes = {}, gap = 0.36, rows = [2.6, 1, ...beside.map(() => 0.7)], sum = rows.reduce((a, b) => a + b, gap * (rows.length - 1)), names = [];
   let top = 1;
   rows.forEach((size, i) => {
-    const bottom = Math.max(0, top - size / whole_);
-    const title = [fk.unit, "in the step", ...beside.map(([name]) => name)][i];
-    axes[i ? `yaxis${i + 1}` : "yaxis"] = { domain: [bottom, top], title: { text: title, font: { size: 12 } }, gridcolor: fk.css("line"), zerolinecolor: fk.css("faint"), automargin: true, nticks: i ? 4 : 7 };
-    top = bottom - 0.12 / whole_;
+    const bottom = Math.max(0, top - size / sum), text = [`change so far (${fk.unit})`, `in the step (${fk.unit})`, ...beside.map(([name]) => name)][i];
+    axes[i ? `yaxis${i + 1}` : "yaxis"] = { domain: [bottom, top], gridcolor: fk.css("line"), zerolinecolor: fk.css("faint"), automargin: true, nticks: i ? 4 : 7, tickfont: { size: 12 } };
+    names.push({ text, xref: "paper", yref: "paper", x: 0, y: top, xanchor: "left", yanchor: "bottom", showarrow: false, font: { size: 12, color: fk.css("soft") } });
+    top = bottom - gap / sum;
   });
   beside.forEach(([name, values], i) => traces.push({
     type: "scatter", mode: "lines", x: steps.step, y: values, yaxis: `y${i + 3}`, showlegend: false, line: { color: fk.css("soft"), width: 1.3 }, hovertemplate: `step %{x}: %{y:.4g}<extra>${name}</extra>`,
   }));
-  const layout = fk.layout({ ...axes, showlegend: true, xaxis: { title: { text: "step" }, anchor: rows.length > 1 ? `y${rows.length}` : "y" } });
+  const layout = fk.layout({ ...axes, annotations: names, showlegend: true, legend: { orientation: "h", y: 1.07, yanchor: "bottom", x: 0, font: { size: 12 } }, xaxis: { title: { text: "step" }, anchor: rows.length > 1 ? `y${rows.length}` : "y" } });
   for (const [key, axis] of Object.entries(axes)) layout[key] = { ...layout[key], ...axis };
-  return fk.chart(place, traces, layout, { height: 330 + 80 * beside.length, click: (point) => onStep(Math.max(steps.step[0], point.x)), label: "course over the run" });
+  return fk.chart(place, traces, layout, { height: 360 + 86 * beside.length, click: (point) => onStep(Math.max(steps.step[0], point.x)), label: "course over the run" });
 };
 
 /** Running sums by reward function, or by part of the loss, counted at the step that trained on a sequence. */

@@ -29,9 +29,9 @@ fk.probes = {
       text: (row) => `${row.id} ${row.prompt} ${row.response} ${row.promptId}`,
       columns: [
         { title: "prompt → response", field: "text", kind: "text", grow: 3 },
-        { title: has("measured") ? "measured" : "predicted", field: has("measured") ? "measured" : "predicted", kind: "change", note: `change of ${fk.isRun ? "the run" : "log π"}, ${fk.unit}`, minWidth: 92 },
-        ...(has("reward") ? [{ title: "reward", field: "reward", kind: "number", minWidth: 70 }] : []),
-        { title: "id", field: "id", kind: "text", minWidth: 90 },
+        { title: has("measured") ? "measured" : "predicted", field: has("measured") ? "measured" : "predicted", kind: "change", note: `change of ${fk.isRun ? "the run" : "log π"}, ${fk.unit}` },
+        ...(has("reward") ? [{ title: "reward", field: "reward", kind: "number" }] : []),
+        { title: "id", field: "id", kind: "text" },
       ],
     });
     this.list.append(fk.el("p.note", {}, `${fk.unit}; positive: the probe became more likely`));
@@ -78,7 +78,7 @@ fk.probes = {
     for (const [name, title] of [["rewards", "By reward function"], ["parts", "By part of the loss"]]) {
       if (group.split && group.split[name]) fk.splitTimeline(section(title, "running sums, counted at the step that trained on a sequence"), group.split[name], e);
     }
-    if (group.ages) fk.block(section("By age of the gradients", "steps after a sequence's own"), { kind: "bars", labels: group.ages[e].map((share) => share.id).reverse(), series: [{ name: "age", values: group.ages[e].map((share) => fk.scaled(share.value)).reverse() }], axis: fk.unit });
+    if (group.ages) fk.block(section("By age of the gradients", "steps after a sequence's own"), { kind: "bars", labels: group.ages[e].map((share) => share.id).reverse(), series: [{ name: "age", values: group.ages[e].map((share) => fk.scaled(share.value)).reverse() }], axis: fk.unit, signs: true });
     if (group.contributions) fk.promptTable(section("Prompts, each over all its sequences"), group, e);
   },
 };

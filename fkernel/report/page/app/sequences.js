@@ -13,18 +13,25 @@ fk.sequences = {
     this.detail = fk.el("section.detail", { "aria-live": "polite" });
     place.append(fk.el("div.split.broad", {}, this.list, this.detail));
     const { size, sum } = this.totals(this.group), has = (name) => Boolean(fk.update.numbers[name]);
-    const rows = fk.bySize(size).map((u) => { const sequence = fk.sequence(fk.update, u); return { ...sequence, text: fk.both(sequence, 60), size: size[u], sum: sum[u] }; });
+    this.alike = state.alike;
+    const each = fk.bySize(size).map((u) => ({ u, value: sum[u], size: size[u], p: null }));
+    const rows = (state.alike === "no" ? each : fk.groupIdentical(each, ["size"])).sort((a, b) => b.size - a.size).map((row) => {
+      const sequence = fk.sequence(fk.update, row.u);
+      return { ...sequence, text: fk.both(sequence, 60), size: row.size, sum: row.value, times: row.count > 1 ? `× ${row.count}` : "" };
+    });
+    this.list.append(fk.alike(state));
     this.table = fk.table(this.list, {
       rows, label: "sequences", height: Math.max(360, innerHeight - 190), search: true, open: (row) => fk.address.write({ sequence: row.id, pair: null }), current: (row) => row.id === this.shown,
       text: (row) => `${row.id} ${row.prompt} ${row.response} ${row.promptId}`,
       columns: [
-        { title: "Σ |contribution|", field: "size", kind: "change", note: `over the probes of ${this.group.name}, ${fk.unit}`, minWidth: 124 },
-        { title: "Σ", field: "sum", kind: "change", note: "the same with signs", minWidth: 92 },
-        { title: "prompt → response", field: "text", kind: "text", grow: 3, minWidth: 140 },
+        { title: "Σ |contribution|", field: "size", kind: "size", note: `over the probes of ${this.group.name}, ${fk.unit}` },
+        { title: "Σ", field: "sum", kind: "change", note: "the same with signs" },
+        { title: "prompt → response", field: "text", kind: "text", grow: 3 },
+        ...(rows.some((row) => row.times) ? [{ title: "alike", field: "times", kind: "text", width: 76, note: "identical sequences, of which the numbers are sums" }] : []),
         ...(has("reward") ? [{ title: "reward", field: "reward", kind: "number" }] : []),
-        ...(has("advantage") ? [{ title: "advantage", field: "advantage", kind: "signed", digits: 3, minWidth: 96 }] : []),
-        ...(has("step") ? [{ title: "step", field: "step", kind: "number", minWidth: 64 }] : []),
-        { title: "id", field: "id", kind: "text", minWidth: 100 },
+        ...(has("advantage") ? [{ title: "advantage", field: "advantage", kind: "signed", digits: 3 }] : []),
+        ...(has("step") ? [{ title: "step", field: "step", kind: "number" }] : []),
+        { title: "id", field: "id", kind: "text" },
       ],
       note: this.group.contributions ? `${fk.unit}, over the ${this.group.rows.ids.length} probes of ${this.group.name}` : "Of the largest contributors of each probe alone; all with capture: {kernel: true} in the plan.",
     });
@@ -33,6 +40,7 @@ fk.sequences = {
     this.update(state);
   },
   update(state) {
+    if (state.alike !== this.alike) { const place = this.list.parentElement.parentElement; place.replaceChildren(); this.mount(place, state); return; }
     const id = fk.place(fk.update, state.sequence) >= 0 ? state.sequence : this.first;
     if (id === this.shown || id === null) return;
     this.shown = id;
@@ -45,7 +53,7 @@ fk.sequences = {
     this.detail.replaceChildren(fk.el("div.bar", {}, fk.el("h2", {}, fk.el("code", {}, id))), fk.text(sequence), fk.sideFacts(sequence), fk.el("h3", {}, "Probes that it moved"));
     fk.table(this.detail, {
       rows, label: "probes that it moved", height: 420, open: (row) => fk.address.write({ probe: row.id, pair: id }),
-      columns: [{ title: "contribution", field: "value", kind: "change", minWidth: 104 }, { title: "prompt → response", field: "text", kind: "text", grow: 3 }, { title: "probe", field: "id", kind: "text" }],
+      columns: [{ title: "contribution", field: "value", kind: "change" }, { title: "prompt → response", field: "text", kind: "text", grow: 3 }, { title: "probe", field: "id", kind: "text" }],
     });
     this.table.refresh();
   },

@@ -8,16 +8,27 @@ fk.cells = {
   share: fk.share,
   p: fk.p,
   change: (x) => fk.change(x),
+  size: (x) => fk.fixed(fk.scaled(x), fk.data.unit.digits),
+  fixed: (x, column) => fk.fixed(x, column.digits),
 };
-fk.RIGHT = new Set(["signed", "number", "share", "p", "change"]);
+fk.RIGHT = new Set(["signed", "number", "share", "p", "change", "size", "fixed"]);
 
 /** What a cell shows: a text, with the whole number or text where the pointer rests. */
 fk.cell = (column) => (cell) => {
   const value = cell.getValue(), format = fk.cells[column.kind] || fk.cells.text;
   const known = value !== null && value !== undefined;
-  const title = known && column.kind === "change" ? `${value} nats` : known && value === value ? String(value) : null;
+  const title = known && (column.kind === "change" || column.kind === "size") ? `${value} nats` : known && value === value ? String(value) : null;
+  if (column.kind === "probe" || column.kind === "sequence") return fk.named(column, value);
   const sign = (column.kind === "signed" || column.kind === "change") && known ? (value < 0 ? ".lower" : value > 0 ? ".raise" : "") : "";
   return fk.el(`span${sign}`, { title }, format(value, column));
+};
+
+/** The id of a probe or a sequence, and its text. */
+fk.named = (column, id) => {
+  const table = column.kind === "probe" ? column.group && column.group.rows : fk.update, place = table ? fk.place(table, id) : -1;
+  if (place < 0) return fk.el("span", {}, fk.cells.text(id));
+  const sequence = fk.sequence(table, place);
+  return fk.el("span", { title: `${sequence.prompt}${sequence.response}` }, id, " ", fk.el("span.soft", {}, fk.both(sequence, 32)));
 };
 
 fk.missingLast = (a, b) => {
@@ -35,7 +46,7 @@ fk.tabulatorColumn = (column) => ({
   sorter: fk.RIGHT.has(column.kind) ? fk.missingLast : "string",
   headerSortStartingDir: fk.RIGHT.has(column.kind) ? "desc" : "asc",
   width: column.width,
-  minWidth: column.minWidth || (fk.RIGHT.has(column.kind) ? 78 : 90),
+  minWidth: Math.max(fk.RIGHT.has(column.kind) ? 64 : 84, 34 + 8.4 * column.title.length),
   widthGrow: column.grow || (fk.RIGHT.has(column.kind) ? 0 : 1),
   cssClass: column.kind === "text" && column.grow ? "wide" : "",
 });

@@ -32,7 +32,7 @@ fk.tokens = (group, e) => {
 /** The scale of coloured tokens. */
 fk.tokenScale = (group) => {
   const end = fk.scaled(fk.tokenLimit(group));
-  return fk.el("p.scale", {}, fk.el("span", {}, fk.signed(-end, 2)), fk.el("span.ramp", { "aria-hidden": "true" }), fk.el("span", {}, fk.signed(end, 2)), ` ${fk.unit} a token: blue lowers, red raises`);
+  return fk.el("p.scale", {}, fk.el("span", {}, fk.signed(-end, 2)), fk.el("span.ramp", { "aria-hidden": "true" }), fk.el("span", {}, fk.signed(end, 2)), `  (${fk.unit} a token; blue lowers, red raises)`);
 };
 
 /** Prompt and response of a sequence; the response in coloured tokens, where they are known. */
