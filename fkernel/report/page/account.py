@@ -36,7 +36,7 @@ def account_page(results: AccountResults, title: str) -> dict[str, Any]:
         "probes": len(results.probes),
         "quantity": {"logprob": "log π"}.get(about["observable"], about["observable"]),
         "gradients of the probes at": about["path"],
-        "precision": about["dtype"],
+        "precision": about.get("dtype", ""),
     }
     return {
         "kind": "run",

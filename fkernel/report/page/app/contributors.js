@@ -41,9 +41,8 @@ fk.contributorRows = (group, e, { identical, sign, step }) => {
   const kept = given.filter(({ value }) => (sign === "raised" ? value > 0 : sign === "lowered" ? value < 0 : value !== 0));
   kept.sort((a, b) => Math.abs(b.value) - Math.abs(a.value) || a.u - b.u);
   return kept.map(({ u, value, p, count }) => {
-    const sequence = fk.sequence(fk.update, u);
     const rewards = Object.fromEntries(Object.entries(fk.update.rewards || {}).map(([, values], r) => [`reward${r}`, values[u]]));
-    return { ...sequence, ...rewards, value, p, text: fk.both(sequence, 60), times: count > 1 ? `× ${count}` : "" };
+    return { ...fk.sequence(fk.update, u), ...rewards, value, p, text: fk.line(fk.update, u, 60), times: count > 1 ? `× ${count}` : "" };
   });
 };
 

@@ -35,6 +35,15 @@ fk.place = (table, id) => {
   return fk.placesOf.get(table).get(id) ?? -1;
 };
 
+fk.lines = new WeakMap();
+/** A sequence on one line, as `fk.both`; made once. */
+fk.line = (table, i, most) => {
+  if (!fk.lines.has(table)) fk.lines.set(table, new Map());
+  const known = fk.lines.get(table), key = i * 256 + most;
+  if (!known.has(key)) known.set(key, fk.both({ prompt: table.prompts[table.prompt[i]], response: table.responses[i] }, most));
+  return known.get(key);
+};
+
 fk.update = fk.data.sequences;
 fk.isRun = fk.data.kind === "run";
 /** A change in the page's unit, as a number and as a text. */

@@ -37,6 +37,14 @@ fk.select = (label, options, chosen, onChoose) => {
   return fk.el("label.select", {}, label, fk.el("select", { change: (event) => onChoose(event.target.value) }, entries));
 };
 
+/** Do tasks one after another, each in a turn of its own, so that what is first is seen first; a new list ends the old. */
+fk.turns = { id: 0 };
+fk.inTurns = (tasks) => {
+  const id = ++fk.turns.id;
+  const next = (i) => { if (id === fk.turns.id && i < tasks.length) { tasks[i](); setTimeout(() => next(i + 1), 0); } };
+  setTimeout(() => next(0), 0);
+};
+
 fk.tip = {
   element: fk.el("div.tip", { role: "tooltip", hidden: "" }),
   /** Show lines beside the pointer. */

@@ -44,8 +44,8 @@ fk.oneLine = (text) => text.replace(/\r?\n/g, "⏎").replace(/[\u0000-\u001f\u00
 
 /** A prompt and its response on one line. */
 fk.both = (sequence, most) => {
-  const response = fk.oneLine(sequence.response), room = Math.max(most >> 1, most - response.length);
-  const prompt = fk.tail(fk.oneLine(sequence.prompt), room);
+  const response = fk.oneLine(fk.tail(sequence.response, most)), room = Math.max(most >> 1, most - response.length);
+  const prompt = fk.oneLine(fk.tail(sequence.prompt, room));
   return `${prompt} → ${fk.tail(response, Math.max(8, most - prompt.length))}`;
 };
 

@@ -1,11 +1,17 @@
 "use strict";
 /* The map: probes × sequences, or probes × steps, as a heatmap to zoom into. White is zero.
    Where there are more cells than can be seen, a cell of the picture stands for several, and shows the largest of them. */
-fk.MOST_COLUMNS = 700;
-fk.MOST_ROWS = 240;
+fk.MOST_COLUMNS = 500;
+fk.MOST_ROWS = 200;
 
 /** The symmetric end of the colour scale: all but the largest 0.5 % of values lie within. */
+fk.limits = new WeakMap();
 fk.limitOf = (values) => {
+  if (!fk.limits.has(values)) fk.limits.set(values, fk.quantile(values));
+  return fk.limits.get(values);
+};
+
+fk.quantile = (values) => {
   const every = Math.max(1, Math.floor(values.length / 100000)), sample = [];
   for (let i = 0; i < values.length; i += every) if (values[i] !== 0) sample.push(Math.abs(values[i]));
   sample.sort((a, b) => a - b);
@@ -165,9 +171,9 @@ fk.map = {
     }
     const size = this.height ? { height: this.height } : {};
     return fk.layout({
-      ...size, shapes: lines, dragmode: "zoom", margin: { l: 40, r: 10, t: 10, b: 60 },
-      xaxis: { range: [x[0] - 0.5, x[1] - 0.5], title: { text: columns.title }, showgrid: false, zeroline: false, ...columns.ticks },
-      yaxis: { range: [y[1] - 0.5, y[0] - 0.5], tickmode: "array", tickvals: places, ticktext: places.map(rowText), showgrid: false, zeroline: false, ticks: "" },
+      ...size, shapes: lines, dragmode: "zoom", margin: { l: 200, r: 10, t: 10, b: 90 },
+      xaxis: { range: [x[0] - 0.5, x[1] - 0.5], title: { text: columns.title }, showgrid: false, zeroline: false, automargin: false, ...columns.ticks },
+      yaxis: { range: [y[1] - 0.5, y[0] - 0.5], tickmode: "array", tickvals: places, ticktext: places.map(rowText), showgrid: false, zeroline: false, automargin: false, ticks: "" },
     });
   },
   /** Ticks, edges between groups and the title of the columns. */

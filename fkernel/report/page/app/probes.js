@@ -42,13 +42,12 @@ fk.probes = {
   open(id) { fk.address.write({ view: "probes", probe: id, pair: null, step: null }); },
   update(state) {
     const id = fk.place(this.group.rows, state.probe) >= 0 ? state.probe : this.first;
-    const key = [id, state.sign, state.alike, state.step].join("|");
-    if (key === this.key && this.shown === id) return;
-    this.key = key;
-    const moved = this.shown !== id;
+    const which = [state.sign, state.alike, state.step].join("|"), moved = id !== this.shown, other = which !== this.which;
+    this.which = which;
     this.shown = id;
-    if (id !== null) this.show(fk.place(this.group.rows, id), state);
-    if (moved) this.table.refresh();
+    if (id === null) return;
+    if (moved) { this.show(fk.place(this.group.rows, id)); this.table.refresh(); }
+    else if (other && this.who.isConnected) this.contributors(fk.place(this.group.rows, id));
   },
   /** The next or previous probe, in the order of the list. */
   step(by) {
@@ -56,10 +55,21 @@ fk.probes = {
     const row = this.table.step(by);
     if (row) this.open(row.getData().id);
   },
-  show(e, state) {
+  /** Who moved the probe, as the address asks. */
+  contributors(e) {
+    this.who.replaceChildren();
+    fk.contributors(this.who, this.group, e, fk.address.read(), (id) => fk.address.write({ probe: this.group.rows.ids[e], pair: id }));
+  },
+  show(e) {
     const group = this.group, sequence = fk.sequence(group.rows, e), place = this.detail;
     const predicted = fk.array(group.predicted).values[e], measured = group.measured ? fk.array(group.measured).values[e] : null;
-    const section = (title, note) => { const own = fk.el("section", {}, fk.el("h3", {}, title)); if (note) own.append(fk.el("p.note", {}, note)); place.append(own); return own; };
+    const tasks = [];
+    this.who = fk.el("div");
+    const section = (title, note, height, fill) => {
+      const own = fk.el("section", { style: `min-height: ${height}px` }, fk.el("h3", {}, title), note ? fk.el("p.note", {}, note) : null);
+      place.append(own);
+      tasks.push(() => { fill(own); own.style.minHeight = ""; });
+    };
     place.replaceChildren();
     place.append(
       fk.el("div.bar", {}, fk.el("h2", {}, fk.el("code", {}, sequence.id)),
@@ -71,14 +81,18 @@ fk.probes = {
       sequence.logprob === undefined || sequence.logprob === null ? null : fk.el("div", {}, fk.el("b", {}, fk.number(sequence.logprob, 4)), fk.el("small", {}, "log π before, nats")),
       sequence.reward === undefined || sequence.reward === null ? null : fk.el("div", {}, fk.el("b", {}, fk.number(sequence.reward)), fk.el("small", {}, "reward"))));
     if (!group.tokens && !fk.isRun) place.append(fk.el("p.note", {}, "Tokens are coloured where the plan asks for analyses: {tokens: true}."));
-    fk.waterfall(section("Where its change came from", `terms add up to what was ${measured === null ? "predicted" : "measured"}; the whisker is rounding`), group, e);
-    if (group.stepwise) fk.timeline(section("Over the run", "click a step to see who did it"), group, e, (step) => fk.address.write({ step }, true));
-    const contributors = section(fk.isRun ? "Sequences that moved it" : "Sequences of the update batch that moved it", "click one to see both texts");
-    fk.contributors(contributors, group, e, state, (id) => fk.address.write({ probe: sequence.id, pair: id }));
+    section("Where its change came from", `terms add up to what was ${measured === null ? "predicted" : "measured"}; the whisker is rounding`, 330, (own) => fk.waterfall(own, group, e));
+    if (group.stepwise) section("Over the run", "click a step to see who did it", 600, (own) => fk.timeline(own, group, e, (step) => fk.address.write({ step }, true)));
+    section(fk.isRun ? "Sequences that moved it" : "Sequences of the update batch that moved it", "click one to see both texts", 540, (own) => {
+      this.who = fk.el("div");
+      own.append(this.who);
+      this.contributors(e);
+    });
     for (const [name, title] of [["rewards", "By reward function"], ["parts", "By part of the loss"]]) {
-      if (group.split && group.split[name]) fk.splitTimeline(section(title, "running sums, counted at the step that trained on a sequence"), group.split[name], e);
+      if (group.split && group.split[name]) section(title, "running sums, counted at the step that trained on a sequence", 340, (own) => fk.splitTimeline(own, group.split[name], e));
     }
-    if (group.ages) fk.block(section("By age of the gradients", "steps after a sequence's own"), { kind: "bars", labels: group.ages[e].map((share) => share.id).reverse(), series: [{ name: "age", values: group.ages[e].map((share) => fk.scaled(share.value)).reverse() }], axis: fk.unit, signs: true });
-    if (group.contributions) fk.promptTable(section("Prompts, each over all its sequences"), group, e);
+    if (group.ages) section("By age of the gradients", "steps after a sequence's own", 300, (own) => fk.block(own, { kind: "bars", labels: group.ages[e].map((share) => share.id).reverse(), series: [{ name: "age", values: group.ages[e].map((share) => fk.scaled(share.value)).reverse() }], axis: fk.unit, signs: true }));
+    if (group.contributions) section("Prompts, each over all its sequences", "", 380, (own) => fk.promptTable(own, group, e));
+    fk.inTurns(tasks);
   },
 };

@@ -16,8 +16,7 @@ fk.sequences = {
     this.alike = state.alike;
     const each = fk.bySize(size).map((u) => ({ u, value: sum[u], size: size[u], p: null }));
     const rows = (state.alike === "no" ? each : fk.groupIdentical(each, ["size"])).sort((a, b) => b.size - a.size).map((row) => {
-      const sequence = fk.sequence(fk.update, row.u);
-      return { ...sequence, text: fk.both(sequence, 60), size: row.size, sum: row.value, times: row.count > 1 ? `× ${row.count}` : "" };
+      return { ...fk.sequence(fk.update, row.u), text: fk.line(fk.update, row.u, 60), size: row.size, sum: row.value, times: row.count > 1 ? `× ${row.count}` : "" };
     });
     this.list.append(fk.alike(state));
     this.table = fk.table(this.list, {

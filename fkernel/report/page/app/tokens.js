@@ -1,15 +1,15 @@
 "use strict";
 /* Texts with every token coloured by its change, and token × token kernels. */
 
+fk.tokenLimits = new WeakMap();
 /** The largest change of a token in a request: the end of its colour scale. */
 fk.tokenLimit = (group) => {
-  if (!fk.limits) fk.limits = new WeakMap();
-  if (!fk.limits.has(group)) {
+  if (!fk.tokenLimits.has(group)) {
     let most = 0;
     for (const row of group.tokens.logprob) for (const x of row) most = Math.max(most, Math.abs(x));
-    fk.limits.set(group, most || 1);
+    fk.tokenLimits.set(group, most || 1);
   }
-  return fk.limits.get(group);
+  return fk.tokenLimits.get(group);
 };
 
 /** A token as it is shown: what cannot be seen is named. */
