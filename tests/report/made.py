@@ -84,8 +84,14 @@ def made_study(probes: int = 5, sequences: int = 12, texts: tuple[str, ...] = HO
         top_contributions=np.take_along_axis(C, top, 1), kernel=C / 0.01, contributions=C, analyses=analyses,
         facts={"path": "midpoint", "realised_on": "step.after"},
     )  # fmt: skip
-    step: dict[str, Any] = {"clip": 0.5, "grad_norm": 2.0, "step": 4, "lr": [1e-5], "optimizer": "AdamW",
-                            "audit": {"fine": True, "verdict": "the step is the one described", "findings": []}}
+    step: dict[str, Any] = {
+        "clip": 0.5,
+        "grad_norm": 2.0,
+        "step": 4,
+        "lr": [1e-5],
+        "optimizer": "AdamW",
+        "audit": {"fine": True, "verdict": "the step is the one described", "findings": []},
+    }
     plan = {"checkpoint": {"path": texts[0]}, "preconditioner": {"calibrated": True}}
     return FisherKernelResults(plan, {"versions": {}}, update, step, None, {"held_out": request})
 
@@ -99,6 +105,7 @@ def _of_run(step: int, u: int, texts: tuple[str, ...]) -> dict[str, Any]:
     reward, prompt = float(u % 2), step * 7 + u // 4
     return {
         "id": f"{step:04d}/U-{u:03d}", "step": step, "prompt": texts[prompt % len(texts)],
-        "response": texts[(step + u) % len(texts)], "prompt_id": f"prompt-{prompt % 97}", "tokens": 3, "reward": reward,
+        "response": texts[(step + u // 2) % len(texts)], "prompt_id": f"prompt-{prompt % 97}", "tokens": 3,
+        "reward": reward,
         "rewards": {"right": reward, "short": 0.0}, "advantage": 2 * reward - 1, "metadata": {},
     }  # fmt: skip

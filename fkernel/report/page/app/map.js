@@ -110,7 +110,7 @@ fk.map = {
       fk.select("probes ", [["prompt", "by prompt"], ["size", "by change"], ["given", "as given"]], rowOrder, write("rows")),
       fk.el("button", { type: "button", click: () => this.show([0, this.columns.length], [0, this.rows.length]) }, "see all"));
     this.status = status;
-    this.holder = fk.el("div.map", { tabindex: "0", role: "application", "aria-label": "map; arrow keys move, Enter opens" });
+    this.holder = fk.el("div.matrix", { tabindex: "0", role: "application", "aria-label": "map; arrow keys move, Enter opens" });
     this.place.replaceChildren(tools, this.holder, status);
     const range = (text, most) => { const [a, b] = (text || "").split("-").map(Number); return b > a && b <= most ? [a, b] : [0, most]; };
     this.x = range(state.x, this.columns.length);
@@ -159,7 +159,8 @@ fk.map = {
     const every = Math.ceil(shownRows / Math.max(8, Math.floor((this.height || 560) / 20))), places = [];
     for (let i = y[0]; i < y[1]; i += every) places.push(i);
     const rowText = (i) => fk.chartText(fk.tail(fk.both(fk.sequence(table, this.rows[i]), 26), 28));
-    const columns = this.columnTicks();
+    const columns = this.columnTicks(), rowTexts = places.map(rowText), longest = (texts) => Math.max(0, ...(texts || []).map((text) => text.length));
+    const margin = { l: 16 + 7.4 * longest(rowTexts), r: 10, t: 10, b: 46 + (columns.ticks.tickangle ? 5 * longest(columns.ticks.ticktext) : 16) };
     const rowRuns = fk.runsOf(this.rows.slice(y[0], y[1]), (e) => table.prompt_id[e]);
     const lines = [];
     const edge = (axis, at) => lines.push({ type: "line", [`${axis}0`]: at, [`${axis}1`]: at, [axis === "x" ? "yref" : "xref"]: "paper", [axis === "x" ? "y0" : "x0"]: 0, [axis === "x" ? "y1" : "x1"]: 1, line: { color: "#777777", width: 0.6 } });
@@ -171,9 +172,9 @@ fk.map = {
     }
     const size = this.height ? { height: this.height } : {};
     return fk.layout({
-      ...size, shapes: lines, dragmode: "zoom", margin: { l: 200, r: 10, t: 10, b: 90 },
+      ...size, shapes: lines, dragmode: "zoom", margin,
       xaxis: { range: [x[0] - 0.5, x[1] - 0.5], title: { text: columns.title }, showgrid: false, zeroline: false, automargin: false, ...columns.ticks },
-      yaxis: { range: [y[1] - 0.5, y[0] - 0.5], tickmode: "array", tickvals: places, ticktext: places.map(rowText), showgrid: false, zeroline: false, automargin: false, ticks: "" },
+      yaxis: { range: [y[1] - 0.5, y[0] - 0.5], tickmode: "array", tickvals: places, ticktext: rowTexts, showgrid: false, zeroline: false, automargin: false, ticks: "" },
     });
   },
   /** Ticks, edges between groups and the title of the columns. */

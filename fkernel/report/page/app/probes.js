@@ -6,7 +6,7 @@ fk.probes = {
     const measured = group.measured && fk.array(group.measured).values;
     return fk.bySize(changes).map((e) => {
       const sequence = fk.sequence(group.rows, e), best = fk.probes.best(group, e);
-      return { ...sequence, text: fk.both(sequence, 46), predicted: predicted[e], measured: measured ? measured[e] : null, best: best ? fk.update.ids[best.u] : null, bestValue: best ? best.value : null };
+      return { ...sequence, text: fk.both(sequence, 32), predicted: predicted[e], measured: measured ? measured[e] : null, best: best ? fk.update.ids[best.u] : null, bestValue: best ? best.value : null };
     });
   },
   /** The largest contributor. */
