@@ -23,8 +23,8 @@ def report(
     """
     with exit_on_error():
         with importing():
-            from fkernel.report import PAGE, load_results, write_page
-        path = write_page(load_results(results), out or results / PAGE, results.resolve().name)
+            from fkernel.report import load_results, write_page
+        path = write_page(load_results(results), out or results, results.resolve().name)
         Console().print(f"Wrote {path}", highlight=False, soft_wrap=True)
 
 

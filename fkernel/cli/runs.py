@@ -64,7 +64,7 @@ def account(
                 recording, probes, out, steps=_range(steps), path=path, on_progress=on_progress, **options
             )
         if page:
-            report.write_page(results, out / report.PAGE)
+            report.write_page(results, out)
         if pictures:
             report.draw_account(results, out / "pictures")
         if as_json:

@@ -62,7 +62,7 @@ def execute(plan: Any, overwrite: bool, log: str, page: bool = True) -> Any:
         _remove_pictures(out)
         results.save_results(out)
         if page:
-            report.write_page(results, out / report.PAGE)
+            report.write_page(results, out)
         if plan.storage.pictures:
             report.draw_all(results, out / "pictures")
             for name, result in results.requests.items():

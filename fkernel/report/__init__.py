@@ -12,7 +12,7 @@ from fkernel.report.estimate import estimate_line, estimate_record, estimate_tab
 from fkernel.report.forecast import forecast_lines, forecast_record, forecast_table
 from fkernel.report.gallery import draw_all
 from fkernel.report.heatmaps import covariates_panel, tokens_panel
-from fkernel.report.page import PAGE, load_results, write_page
+from fkernel.report.page import load_results, write_page
 from fkernel.report.panels import ledger_panel, parts_panel, sweep_panel
 from fkernel.report.pictures import contributor_bars, heatmap, influence_histogram, predicted_vs_realised, spectrum
 from fkernel.report.replays import (
@@ -38,7 +38,6 @@ from fkernel.report.tokens import token_html, token_table, token_text
 from fkernel.report.update_panels import health_panel, structure_panel
 
 __all__ = [
-    "PAGE",
     "account_lines",
     "account_table",
     "ages_table",

@@ -74,7 +74,7 @@ def array(given: dict[str, Any]) -> np.ndarray:
 def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[FisherKernelResults, Path]:
     results, place = made_study(), tmp_path_factory.mktemp("study")
     results.save_results(place)
-    write_page(load_results(place), place / "report.html")
+    write_page(load_results(place), place)
     return results, place
 
 
@@ -82,7 +82,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[FisherKernelResults
 def account(tmp_path_factory: pytest.TempPathFactory) -> tuple[AccountResults, Path]:
     results, place = made_account(), tmp_path_factory.mktemp("account")
     results.save(place)
-    write_page(load_results(place), place / "report.html")
+    write_page(load_results(place), place)
     return results, place
 
 

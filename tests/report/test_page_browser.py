@@ -302,6 +302,12 @@ def test_it_prints_on_white_without_buttons(watch, study):
     assert not page.locator("header nav").is_visible()
     assert page.evaluate("getComputedStyle(document.documentElement).getPropertyValue('--ground').trim()") == "#fff"
     assert page.locator("#verdict h1").is_visible()
+    page.emulate_media(media="screen")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.evaluate("document.documentElement.dataset.theme") == "light"
+    assert page.locator("table.printed").count() > 0
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.locator("table.printed").count() == 0
 
 
 # ------------------------------------------------------------------------------------------------------------ size

@@ -13,6 +13,7 @@ from fkernel.report.page.study import study_page
 from fkernel.study import AccountResults, FisherKernelResults
 
 PAGE = "report.html"
+"""Name of the page in a directory of results."""
 
 
 def write_page(results: FisherKernelResults | AccountResults, path: str | Path, title: str | None = None) -> Path:
@@ -20,13 +21,13 @@ def write_page(results: FisherKernelResults | AccountResults, path: str | Path, 
 
     Args:
         results: of a study, or the account of a run.
-        path: of the file.
+        path: of the file; in a directory it is report.html.
         title: of the page; the name of the file's directory by default.
 
     Returns:
-        The path.
+        The file's path.
     """
-    place = Path(path)
+    place = Path(path) / PAGE if Path(path).is_dir() else Path(path)
     name = title or place.resolve().parent.name
     data = account_page(results, name) if isinstance(results, AccountResults) else study_page(results, name)
     place.parent.mkdir(parents=True, exist_ok=True)

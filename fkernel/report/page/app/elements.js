@@ -41,6 +41,7 @@ fk.select = (label, options, chosen, onChoose) => {
 fk.turns = { id: 0 };
 fk.inTurns = (tasks) => {
   const id = ++fk.turns.id;
+  if (fk.printing) { tasks.forEach((task) => task()); return; }
   const next = (i) => { if (id === fk.turns.id && i < tasks.length) { tasks[i](); setTimeout(() => next(i + 1), 0); } };
   setTimeout(() => next(0), 0);
 };

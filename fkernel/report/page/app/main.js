@@ -14,7 +14,7 @@ fk.main = {
   render() {
     const state = fk.address.read(), [key, , page] = this.page(state), group = fk.group(state);
     fk.applyTheme();
-    const shown = [key, group && group.name, fk.isDark()].join("|");
+    const shown = [key, group && group.name, fk.isDark(), fk.printing].join("|");
     if (shown !== this.shown) {
       this.shown = shown;
       this.header(key, group);
@@ -58,7 +58,15 @@ fk.help = fk.el("dialog.help", {}, fk.el("h2", {}, "Keys"), fk.facts(fk.KEYS), f
 document.body.append(fk.help);
 addEventListener("hashchange", () => fk.main.render());
 addEventListener("keydown", (event) => fk.main.key(event));
-addEventListener("beforeprint", () => { if (fk.analyses.fillAll && document.querySelector(".page.analyses")) fk.analyses.fillAll(); });
+/** For paper everything is drawn anew: as wide as a sheet, light, and with the first rows of tables. */
+fk.print = (printing) => {
+  fk.printing = printing;
+  document.documentElement.classList.toggle("printing", printing);
+  fk.main.render();
+  if (printing && document.querySelector(".page.analyses")) fk.analyses.fillAll();
+};
+addEventListener("beforeprint", () => fk.print(true));
+addEventListener("afterprint", () => fk.print(false));
 fk.prefersDark.addEventListener("change", () => fk.main.render());
 fk.main.render();
 document.documentElement.dataset.ready = "yes";

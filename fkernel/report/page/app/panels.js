@@ -49,7 +49,7 @@ fk.about = {
       fk.block(section, block, fk.open);
       return section;
     });
-    place.append(fk.el("div.panels.text", {}, fk.el("section.panel", {}, fk.el("h4", {}, "How to read it"), fk.about.reading()), panels));
+    place.append(fk.el("div.panels.prose", {}, fk.el("section.panel", {}, fk.el("h4", {}, "How to read it"), fk.about.reading()), panels));
   },
   update() {},
   reading() {

@@ -12,6 +12,8 @@ fk.cells = {
   fixed: (x, column) => fk.fixed(x, column.digits),
 };
 fk.RIGHT = new Set(["signed", "number", "share", "p", "change", "size", "fixed"]);
+fk.NARROW = new Set(["number", "p"]);
+fk.PRINTED = 30;
 
 /** What a cell shows: a text, with the whole number or text where the pointer rests. */
 fk.cell = (column) => (cell) => {
@@ -46,10 +48,22 @@ fk.tabulatorColumn = (column) => ({
   sorter: fk.RIGHT.has(column.kind) ? fk.missingLast : "string",
   headerSortStartingDir: fk.RIGHT.has(column.kind) ? "desc" : "asc",
   width: column.width,
-  minWidth: Math.max(fk.RIGHT.has(column.kind) ? 64 : 84, 34 + 8.4 * column.title.length),
+  minWidth: Math.max(fk.NARROW.has(column.kind) ? 64 : 88, 38 + 8.6 * column.title.length),
   widthGrow: column.grow || (fk.RIGHT.has(column.kind) ? 0 : 1),
   cssClass: column.kind === "text" && column.grow ? "wide" : "",
 });
+
+/** The first rows of a table as plain HTML, for paper. */
+fk.printedTable = (place, { columns, rows, note, current }) => {
+  const seen = rows.slice(0, fk.PRINTED), side = (column) => (fk.RIGHT.has(column.kind) ? "td.right" : "td");
+  const cell = (column, row) => fk.el(side(column), {}, fk.cell(column)({ getValue: () => row[column.field] }));
+  const body = seen.map((row) => fk.el(`tr${current && current(row) ? ".current" : ""}`, {}, columns.map((column) => cell(column, row))));
+  const head = fk.el("tr", {}, columns.map((column) => fk.el(side(column).replace("td", "th"), {}, column.title)));
+  place.append(fk.el("table.printed", {}, fk.el("thead", {}, head), fk.el("tbody", {}, body)));
+  const told = [note, seen.length < rows.length ? `the first ${seen.length} of ${rows.length}` : null].filter(Boolean).join("; ");
+  if (told) place.append(fk.el("p.note", {}, told));
+  return { step: () => null, forget() {}, refresh() {} };
+};
 
 /**
  * A table in a place of the page.
@@ -59,6 +73,7 @@ fk.tabulatorColumn = (column) => ({
  */
 fk.table = (place, options) => {
   const { columns, rows, open, search = rows.length > 8, text, note } = options;
+  if (fk.printing) return fk.printedTable(place, options);
   const holder = fk.el("div.table", { tabindex: "0", "aria-label": options.label || "table" });
   const count = fk.el("span.count", { "aria-live": "polite" }, "");
   const box = fk.el("input.search", { type: "search", placeholder: "search", "aria-label": "search this table" });

@@ -6,7 +6,9 @@ fk.PALETTE = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", 
 fk.DIVERGING = [[0, "#053061"], [0.25, fk.LOWERED], [0.5, "#ffffff"], [0.75, fk.RAISED], [1, "#67001f"]];
 
 fk.prefersDark = matchMedia("(prefers-color-scheme: dark)");
-fk.isDark = () => (fk.address.read().theme || (fk.prefersDark.matches ? "dark" : "light")) === "dark";
+/** On paper it is light. */
+fk.printing = false;
+fk.isDark = () => !fk.printing && (fk.address.read().theme || (fk.prefersDark.matches ? "dark" : "light")) === "dark";
 fk.applyTheme = () => { document.documentElement.dataset.theme = fk.isDark() ? "dark" : "light"; };
 
 /** A colour of the style sheet. */
