@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,23 @@ def watch(browser: Any) -> Iterator[Any]:
     context.close()
 
 
+def until(told: Callable[[], bool], seconds: float = 15.0) -> None:
+    """Wait until something is so; the page's policy lets nothing wait inside of it."""
+    end = time.monotonic() + seconds
+    while not told():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def heading(page: Any, text: str) -> None:
+    """Wait until the probe or sequence that is shown is this one."""
+    until(lambda: page.locator(".detail h2").inner_text() == text)
+
+
+def rows_of(page: Any, table: str) -> int:
+    return page.locator(table).first.locator(".tabulator-row").count()
+
+
 def shown(nats: float, scale: float = 1e3, digits: int = 3) -> str:
     """A change as the page writes it."""
     text = f"{scale * nats:+.{digits}f}"
@@ -79,9 +97,10 @@ def unit_of(page: Any) -> tuple[float, int]:
 @pytest.mark.parametrize("kind", ["study", "account"])
 def test_every_view_opens_without_an_error_a_request_or_a_script_of_a_text(kind, watch, request):
     watched = watch(request.getfixturevalue(kind))
+    page = watched.open()
     for theme in ("light", "dark"):
         for view in VIEWS:
-            page = watched.open(f"#view={view}&theme={theme}")
+            watched.open(f"#view={view}&theme={theme}")
             page.wait_for_timeout(300)
             assert page.locator("main").inner_text().strip()
             assert page.evaluate("document.documentElement.dataset.theme") == theme
@@ -110,7 +129,7 @@ def test_a_click_on_a_probe_shows_its_numbers(watch, study):
     scale, digits = unit_of(page)
     for info in held_out.evaluation[:3]:
         page.locator(".list .tabulator-row", has_text=info.id).click()
-        page.wait_for_function(f"document.querySelector('.detail h2').textContent === '{info.id}'")
+        heading(page, info.id)
         e = held_out.row(info.id)
         nats = page.locator(".detail .numbers b[data-nats]").evaluate_all("each => each.map((b) => +b.dataset.nats)")
         assert nats == [float(held_out.realised[e]), float(held_out.predicted[e])]
@@ -178,9 +197,8 @@ def test_identical_sequences_are_one_line_with_their_sum(watch, account):
     assert cells[0] == shown(sums[most], scale, digits)
     assert f"× {counts[most]}" in cells
     page.get_by_role("button", name="lowered it").first.click()
-    page.wait_for_timeout(200)
-    shown_first = page.locator(".detail .tabulator-row").first.locator(".tabulator-cell").first.inner_text()
-    assert shown_first == shown(min(sums.values()), scale, digits)
+    first = page.locator(".detail .tabulator-row").first.locator(".tabulator-cell").first
+    until(lambda: first.inner_text() == shown(min(sums.values()), scale, digits))
 
 
 def test_a_token_kernel_is_there_where_it_was_computed(watch, study):
@@ -243,10 +261,10 @@ def test_sequences_are_sorted_by_what_they_did_in_total(watch, account):
 def test_a_search_leaves_what_it_finds(watch, study):
     page = watch(study).open("#view=probes")
     page.locator(".detail input.search").first.fill("U-003")
-    page.wait_for_function("document.querySelector('.detail .table').querySelectorAll('.tabulator-row').length === 1")
+    until(lambda: rows_of(page, ".detail .table") == 1)
     assert "U-003" in page.locator(".detail .tabulator-row").first.inner_text()
     page.locator(".list input.search").fill("E-002")
-    page.wait_for_function("document.querySelectorAll('.list .tabulator-row').length === 1")
+    until(lambda: rows_of(page, ".list .table") == 1)
     assert page.locator(".list .count").inner_text() == "1 of 5"
 
 
@@ -262,12 +280,11 @@ def test_panels_say_how_to_ask(watch, study):
 
 def test_the_address_says_what_is_seen_and_back_goes_back(watch, study):
     page = watch(study).open("#view=probes&probe=E-003")
-    assert page.locator(".detail h2").inner_text() == "E-003"
+    heading(page, "E-003")
     page.get_by_role("button", name="Map").click()
     assert page.locator(".tab[aria-current]").inner_text() == "Map"
     page.go_back()
-    page.wait_for_selector(".detail h2")
-    assert page.locator(".detail h2").inner_text() == "E-003"
+    heading(page, "E-003")
 
 
 def test_it_can_be_used_by_keys(watch, study):
@@ -277,12 +294,12 @@ def test_it_can_be_used_by_keys(watch, study):
     page.keyboard.press("2")
     page.wait_for_selector(".detail h2")
     order = [held_out.evaluation[e].id for e in np.argsort(-np.abs(held_out.realised), kind="stable")]
-    assert page.locator(".detail h2").inner_text() == order[0]
-    page.wait_for_timeout(200)
+    heading(page, order[0])
+    page.wait_for_selector(".list .tabulator-row")
     page.keyboard.press("j")
-    page.wait_for_function(f"document.querySelector('.detail h2').textContent === '{order[1]}'")
+    heading(page, order[1])
     page.keyboard.press("k")
-    page.wait_for_function(f"document.querySelector('.detail h2').textContent === '{order[0]}'")
+    heading(page, order[0])
     page.keyboard.press("3")
     page.wait_for_selector(".matrix .js-plotly-plot")
     page.locator(".matrix").focus()
