@@ -16,4 +16,5 @@ fk.address = {
 };
 
 /** The request that the address names, or the first. */
-fk.group = (state = fk.address.read()) => fk.data.groups.find((group) => group.name === state.request) || fk.data.groups[0];
+fk.group = (state = fk.address.read()) =>
+  fk.data.groups.find((group) => group.name === state.request) || fk.data.groups[0];

@@ -9,7 +9,8 @@ fk.views = { f: Float32Array, d: Float64Array, i: Int32Array };
 fk.array = (packed) => {
   if (!packed) return null;
   if (!fk.arrays.has(packed)) {
-    const text = atob(packed.bytes), bytes = new Uint8Array(text.length);
+    const text = atob(packed.bytes),
+      bytes = new Uint8Array(text.length);
     for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
     const values = new fk.views[packed.type](bytes.buffer);
     const width = packed.shape.slice(1).reduce((a, b) => a * b, 1);
@@ -23,7 +24,11 @@ fk.array = (packed) => {
 fk.sequence = (table, i) => {
   const numbers = Object.fromEntries(Object.entries(table.numbers).map(([name, values]) => [name, values[i]]));
   return {
-    ...numbers, index: i, id: table.ids[i], prompt: table.prompts[table.prompt[i]], response: table.responses[i],
+    ...numbers,
+    index: i,
+    id: table.ids[i],
+    prompt: table.prompts[table.prompt[i]],
+    response: table.responses[i],
     promptId: table.prompt_ids[table.prompt_id[i]],
   };
 };
@@ -39,8 +44,10 @@ fk.lines = new WeakMap();
 /** A sequence on one line, as `fk.both`; made once. */
 fk.line = (table, i, most) => {
   if (!fk.lines.has(table)) fk.lines.set(table, new Map());
-  const known = fk.lines.get(table), key = i * 256 + most;
-  if (!known.has(key)) known.set(key, fk.both({ prompt: table.prompts[table.prompt[i]], response: table.responses[i] }, most));
+  const known = fk.lines.get(table),
+    key = i * 256 + most;
+  if (!known.has(key))
+    known.set(key, fk.both({ prompt: table.prompts[table.prompt[i]], response: table.responses[i] }, most));
   return known.get(key);
 };
 

@@ -17,13 +17,25 @@ fk.el = (name, attributes = {}, ...children) => {
 /** Rows of names and values; those without a value are left out. */
 fk.facts = (rows) => {
   const known = rows.filter(([, value]) => value !== null && value !== undefined && value !== "");
-  return fk.el("dl.facts", {}, known.map(([name, value]) => [fk.el("dt", {}, name), fk.el("dd", {}, value instanceof Node ? value : String(value))]));
+  return fk.el(
+    "dl.facts",
+    {},
+    known.map(([name, value]) => [
+      fk.el("dt", {}, name),
+      fk.el("dd", {}, value instanceof Node ? value : String(value)),
+    ]),
+  );
 };
 
 /** A choice among a few, as buttons that say which is pressed. */
 fk.choice = (label, options, chosen, onChoose) => {
   const buttons = options.map(([value, text]) =>
-    fk.el("button", { type: "button", "aria-pressed": String(value === chosen), "data-value": value, click: () => onChoose(value) }, text));
+    fk.el(
+      "button",
+      { type: "button", "aria-pressed": String(value === chosen), "data-value": value, click: () => onChoose(value) },
+      text,
+    ),
+  );
   return fk.el("span.choice", { role: "group", "aria-label": label }, buttons);
 };
 
@@ -34,15 +46,28 @@ fk.select = (label, options, chosen, onChoose) => {
     option.selected = value === chosen;
     return option;
   });
-  return fk.el("label.select", {}, label, fk.el("select", { change: (event) => onChoose(event.target.value) }, entries));
+  return fk.el(
+    "label.select",
+    {},
+    label,
+    fk.el("select", { change: (event) => onChoose(event.target.value) }, entries),
+  );
 };
 
 /** Do tasks one after another, each in a turn of its own, so that what is first is seen first; a new list ends the old. */
 fk.turns = { id: 0 };
 fk.inTurns = (tasks) => {
   const id = ++fk.turns.id;
-  if (fk.printing) { tasks.forEach((task) => task()); return; }
-  const next = (i) => { if (id === fk.turns.id && i < tasks.length) { tasks[i](); setTimeout(() => next(i + 1), 0); } };
+  if (fk.printing) {
+    tasks.forEach((task) => task());
+    return;
+  }
+  const next = (i) => {
+    if (id === fk.turns.id && i < tasks.length) {
+      tasks[i]();
+      setTimeout(() => next(i + 1), 0);
+    }
+  };
   setTimeout(() => next(0), 0);
 };
 
@@ -56,6 +81,8 @@ fk.tip = {
     this.element.style.left = `${Math.max(4, Math.min(x + 14, innerWidth - width - 8))}px`;
     this.element.style.top = `${y + 18 + height > innerHeight ? Math.max(4, y - height - 12) : y + 18}px`;
   },
-  hide() { this.element.hidden = true; },
+  hide() {
+    this.element.hidden = true;
+  },
 };
 document.body.append(fk.tip.element);

@@ -40,11 +40,13 @@ fk.withUnit = (text, unit) => `${text} ${unit.startsWith("10") ? "· " : ""}${un
 fk.tail = (text, most) => (text.length <= most ? text : "…" + text.slice(1 - most));
 
 /** A text on one line, with what cannot be seen shown. */
-fk.oneLine = (text) => text.replace(/\r?\n/g, "⏎").replace(/[\u0000-\u001f\u007f-\u009f\u202a-\u202e\u2066-\u2069]/g, "·");
+fk.oneLine = (text) =>
+  text.replace(/\r?\n/g, "⏎").replace(/[\u0000-\u001f\u007f-\u009f\u202a-\u202e\u2066-\u2069]/g, "·");
 
 /** A prompt and its response on one line. */
 fk.both = (sequence, most) => {
-  const response = fk.oneLine(fk.tail(sequence.response, most)), room = Math.max(most >> 1, most - response.length);
+  const response = fk.oneLine(fk.tail(sequence.response, most)),
+    room = Math.max(most >> 1, most - response.length);
   const prompt = fk.oneLine(fk.tail(sequence.prompt, room));
   return `${prompt} → ${fk.tail(response, Math.max(8, most - prompt.length))}`;
 };

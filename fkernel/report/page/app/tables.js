@@ -17,24 +17,46 @@ fk.PRINTED = 30;
 
 /** What a cell shows: a text, with the whole number or text where the pointer rests. */
 fk.cell = (column) => (cell) => {
-  const value = cell.getValue(), format = fk.cells[column.kind] || fk.cells.text;
+  const value = cell.getValue(),
+    format = fk.cells[column.kind] || fk.cells.text;
   const known = value !== null && value !== undefined;
-  const title = known && (column.kind === "change" || column.kind === "size") ? `${value} nats` : known && value === value ? String(value) : null;
+  const title =
+    known && (column.kind === "change" || column.kind === "size")
+      ? `${value} nats`
+      : known && value === value
+        ? String(value)
+        : null;
   if (column.kind === "probe" || column.kind === "sequence") return fk.named(column, value);
-  const sign = (column.kind === "signed" || column.kind === "change") && known ? (value < 0 ? ".lower" : value > 0 ? ".raise" : "") : "";
+  const sign =
+    (column.kind === "signed" || column.kind === "change") && known
+      ? value < 0
+        ? ".lower"
+        : value > 0
+          ? ".raise"
+          : ""
+      : "";
   return fk.el(`span${sign}`, { title }, format(value, column));
 };
 
 /** The id of a probe or a sequence, and its text. */
 fk.named = (column, id) => {
-  const table = column.kind === "probe" ? column.group && column.group.rows : fk.update, place = table ? fk.place(table, id) : -1;
+  const table = column.kind === "probe" ? column.group && column.group.rows : fk.update,
+    place = table ? fk.place(table, id) : -1;
   if (place < 0) return fk.el("span", {}, fk.cells.text(id));
   const sequence = fk.sequence(table, place);
-  return fk.el("span", { title: `${sequence.prompt}${sequence.response}` }, id, " ", fk.el("span.soft", {}, fk.both(sequence, 32)));
+  return fk.el(
+    "span",
+    { title: `${sequence.prompt}${sequence.response}` },
+    id,
+    " ",
+    fk.el("span.soft", {}, fk.both(sequence, 32)),
+  );
 };
 
 fk.missingLast = (a, b) => {
-  const [x, y] = [a, b].map((value) => (value === null || value === undefined || Number.isNaN(value) ? -Infinity : value));
+  const [x, y] = [a, b].map((value) =>
+    value === null || value === undefined || Number.isNaN(value) ? -Infinity : value,
+  );
   return x === y ? 0 : x < y ? -1 : 1;
 };
 
@@ -55,12 +77,25 @@ fk.tabulatorColumn = (column) => ({
 
 /** The first rows of a table as plain HTML, for paper. */
 fk.printedTable = (place, { columns, rows, note, current }) => {
-  const seen = rows.slice(0, fk.PRINTED), side = (column) => (fk.RIGHT.has(column.kind) ? "td.right" : "td");
+  const seen = rows.slice(0, fk.PRINTED),
+    side = (column) => (fk.RIGHT.has(column.kind) ? "td.right" : "td");
   const cell = (column, row) => fk.el(side(column), {}, fk.cell(column)({ getValue: () => row[column.field] }));
-  const body = seen.map((row) => fk.el(`tr${current && current(row) ? ".current" : ""}`, {}, columns.map((column) => cell(column, row))));
-  const head = fk.el("tr", {}, columns.map((column) => fk.el(side(column).replace("td", "th"), {}, column.title)));
+  const body = seen.map((row) =>
+    fk.el(
+      `tr${current && current(row) ? ".current" : ""}`,
+      {},
+      columns.map((column) => cell(column, row)),
+    ),
+  );
+  const head = fk.el(
+    "tr",
+    {},
+    columns.map((column) => fk.el(side(column).replace("td", "th"), {}, column.title)),
+  );
   place.append(fk.el("table.printed", {}, fk.el("thead", {}, head), fk.el("tbody", {}, body)));
-  const told = [note, seen.length < rows.length ? `the first ${seen.length} of ${rows.length}` : null].filter(Boolean).join("; ");
+  const told = [note, seen.length < rows.length ? `the first ${seen.length} of ${rows.length}` : null]
+    .filter(Boolean)
+    .join("; ");
   if (told) place.append(fk.el("p.note", {}, told));
   return { step: () => null, forget() {}, refresh() {} };
 };
@@ -77,7 +112,11 @@ fk.table = (place, options) => {
   const holder = fk.el("div.table", { tabindex: "0", "aria-label": options.label || "table" });
   const count = fk.el("span.count", { "aria-live": "polite" }, "");
   const box = fk.el("input.search", { type: "search", placeholder: "search", "aria-label": "search this table" });
-  place.append(...(search ? [fk.el("div.tools", {}, box, count)] : []), holder, ...(note ? [fk.el("p.note", {}, note)] : []));
+  place.append(
+    ...(search ? [fk.el("div.tools", {}, box, count)] : []),
+    holder,
+    ...(note ? [fk.el("p.note", {}, note)] : []),
+  );
   const most = options.height || 420;
   const table = new Tabulator(holder, {
     data: rows,
@@ -87,7 +126,8 @@ fk.table = (place, options) => {
     placeholder: "nothing",
     rowHeight: 30,
     columnDefaults: { resizable: "header" },
-    rowFormatter: (row) => row.getElement().classList.toggle("current", Boolean(options.current && options.current(row.getData()))),
+    rowFormatter: (row) =>
+      row.getElement().classList.toggle("current", Boolean(options.current && options.current(row.getData()))),
     columnHeaderSortMulti: false,
   });
   const walk = { row: null };
@@ -95,13 +135,22 @@ fk.table = (place, options) => {
     holder.classList.add("opens");
     table.on("rowClick", (_, row) => open(row.getData()));
   }
-  const said = () => { count.textContent = `${table.getDataCount("active")} of ${rows.length}`; };
+  const said = () => {
+    count.textContent = `${table.getDataCount("active")} of ${rows.length}`;
+  };
   const searched = (row) => (text ? text(row) : columns.map((column) => row[column.field]).join(" ")).toLowerCase();
   let built = false;
-  table.on("tableBuilt", () => { built = true; said(); });
+  table.on("tableBuilt", () => {
+    built = true;
+    said();
+  });
   box.addEventListener("input", () => {
     const words = box.value.toLowerCase().split(/\s+/).filter(Boolean);
-    if (words.length) table.setFilter((row) => { const all = searched(row); return words.every((word) => all.includes(word)); });
+    if (words.length)
+      table.setFilter((row) => {
+        const all = searched(row);
+        return words.every((word) => all.includes(word));
+      });
     else table.clearFilter();
     said();
   });
@@ -110,7 +159,9 @@ fk.table = (place, options) => {
     if (!built) return null;
     const active = table.getRows("active");
     if (!active.length) return null;
-    const from = active.findIndex((row) => row === walk.row || (walk.row === null && options.current && options.current(row.getData())));
+    const from = active.findIndex(
+      (row) => row === walk.row || (walk.row === null && options.current && options.current(row.getData())),
+    );
     const next = active[Math.max(0, Math.min(active.length - 1, from < 0 ? 0 : from + by))];
     if (walk.row && walk.row !== next) walk.row.getElement().classList.remove("walked");
     walk.row = next;
@@ -119,8 +170,21 @@ fk.table = (place, options) => {
     return next;
   };
   holder.addEventListener("keydown", (event) => {
-    if (event.key === "ArrowDown" || event.key === "ArrowUp") { step(event.key === "ArrowDown" ? 1 : -1); event.preventDefault(); }
+    if (event.key === "ArrowDown" || event.key === "ArrowUp") {
+      step(event.key === "ArrowDown" ? 1 : -1);
+      event.preventDefault();
+    }
     if (event.key === "Enter" && walk.row && open) open(walk.row.getData());
   });
-  return { table, step, box, forget() { walk.row = null; }, refresh() { if (built) table.getRows("visible").forEach((row) => row.reformat()); } };
+  return {
+    table,
+    step,
+    box,
+    forget() {
+      walk.row = null;
+    },
+    refresh() {
+      if (built) table.getRows("visible").forEach((row) => row.reformat());
+    },
+  };
 };

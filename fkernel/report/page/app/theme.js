@@ -3,13 +3,21 @@
 fk.RAISED = "#b2182b";
 fk.LOWERED = "#2166ac";
 fk.PALETTE = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#999999", "#f0e442"];
-fk.DIVERGING = [[0, "#053061"], [0.25, fk.LOWERED], [0.5, "#ffffff"], [0.75, fk.RAISED], [1, "#67001f"]];
+fk.DIVERGING = [
+  [0, "#053061"],
+  [0.25, fk.LOWERED],
+  [0.5, "#ffffff"],
+  [0.75, fk.RAISED],
+  [1, "#67001f"],
+];
 
 fk.prefersDark = matchMedia("(prefers-color-scheme: dark)");
 /** On paper it is light. */
 fk.printing = false;
 fk.isDark = () => !fk.printing && (fk.address.read().theme || (fk.prefersDark.matches ? "dark" : "light")) === "dark";
-fk.applyTheme = () => { document.documentElement.dataset.theme = fk.isDark() ? "dark" : "light"; };
+fk.applyTheme = () => {
+  document.documentElement.dataset.theme = fk.isDark() ? "dark" : "light";
+};
 
 /** A colour of the style sheet. */
 fk.css = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
