@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -216,7 +217,11 @@ def test_panels_of_a_real_study_hold_something(accounted):
     json.loads(as_json(data))
     panels = [*data["groups"][0]["panels"], *data["panels"]]
     names = {panel["key"] for panel in panels if panel.get("blocks")}
-    assert names == {*results["held_out"].analyses, *results.analyses}
+    assert names == {
+        *results["held_out"].analyses,
+        *results.analyses,
+        *(["self_kernel"] if results.self_kernel else []),
+    }
     for panel in panels:
         for block in panel["blocks"]:
             assert any(block.get(key) for key in ("rows", "values", "series", "x", "text")) or block["kind"] == "tokens"
@@ -245,6 +250,11 @@ def test_only_the_pages_own_scripts_may_run_and_nothing_is_fetched(study):
     assert not [given for given, _ in parts.scripts if "src" in given]
     assert not {"link", "iframe", "form"} & {*parts.tags}
     assert "sourceMappingURL" not in (study[1] / "report.html").read_text()
+
+
+def test_a_page_needs_no_library_of_pictures(study, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert write_page(study[0], tmp_path) == tmp_path / "report.html"
 
 
 def test_a_page_is_small(study):

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from fkernel.report.analysis_tables import REPORTS, UPDATE_REPORTS, AnalysisReport
-from fkernel.report.blocks import Block, printed
+from fkernel.report.blocks import Block, Column, facts, lines, printed, table
 from fkernel.report.units import Unit
 from fkernel.study import AnalysisResult, FisherKernelResults, RequestResult
 
@@ -43,6 +45,48 @@ def update_panels(results: FisherKernelResults, unit: Unit) -> list[dict[str, An
         for key, report in UPDATE_REPORTS.items()
         for each in _panels(key, report, results.analyses, lambda name, r=report: _update_blocks(r, results, unit))
     ]
+
+
+def selected_panels(result: RequestResult, unit: Unit) -> list[dict[str, Any]]:
+    """A panel of the entries that were asked for by id, if any were."""
+    if not result.selected:
+        return []
+    columns = (
+        Column("probe", "probe"), Column("sequence", "sequence"), Column("K", "signed"), Column("cosine", "signed"),
+        Column(f"contribution ({unit.name})", "signed"),
+    )  # fmt: skip
+    rows = [
+        (
+            each.row,
+            each.column,
+            each.kernel,
+            each.cosine,
+            None if each.contribution is None else unit.scale * each.contribution,
+        )
+        for each in result.selected
+    ]
+    blocks = [table("Entries of the kernel", columns, rows)]
+    return [panel("selected", "selected entries", "What are these pairs to each other?", blocks=blocks)]
+
+
+def self_kernel_panels(results: FisherKernelResults) -> list[dict[str, Any]]:
+    """A panel of K_UU's spectrum, if it was computed."""
+    own = results.self_kernel
+    if own is None:
+        return []
+    cosines = {"within a prompt": own.same_prompt[1], "across prompts": own.cross_prompt[1]}
+    shown = {
+        "effective rank": f"{own.effective_rank:.1f} of {len(own.ids)}",
+        "participation": f"{own.participation:.1f}",
+        **{f"mean |cosine| {where}": f"{value:.3f}" for where, value in cosines.items() if value is not None},
+    }
+    positive = np.where(own.eigenvalues > 0, own.eigenvalues, np.nan)
+    axes = ("eigenvalue, largest first", "λ")
+    blocks = [
+        facts(shown),
+        lines("Spectrum of K_UU", np.arange(1, len(positive) + 1), {"λ": positive}, axes, logarithmic=True),
+    ]
+    return [panel("self_kernel", "K_UU", "Along how many directions does the batch move?", blocks=blocks)]
 
 
 def _panels(

@@ -8,7 +8,7 @@ import numpy as np
 
 from fkernel.report.blocks import facts
 from fkernel.report.page.packing import info_rows, packed, packed_sequences
-from fkernel.report.page.panels import request_panels, update_panels
+from fkernel.report.page.panels import request_panels, selected_panels, self_kernel_panels, update_panels
 from fkernel.report.page.verdict import study_verdict
 from fkernel.report.units import Unit, labelled, study_unit
 from fkernel.study import AnalysisResult, FisherKernelResults, RequestResult
@@ -43,7 +43,7 @@ def study_page(results: FisherKernelResults, title: str) -> dict[str, Any]:
         "verdict": study_verdict(results),
         "sequences": packed_sequences(info_rows(results.update), NUMBERS),
         "groups": [_group(result, unit) for result in results.requests.values()],
-        "panels": update_panels(results, unit),
+        "panels": [*update_panels(results, unit), *self_kernel_panels(results)],
         "provenance": _provenance(results),
     }
 
@@ -63,7 +63,7 @@ def _group(result: RequestResult, unit: Unit) -> dict[str, Any]:
         "top": _top(result),
         "prompts": _prompts(result.analyses.get("uncertainty")),
         "tokens": _tokens(result.analyses.get("tokens")),
-        "panels": request_panels(result, unit),
+        "panels": [*request_panels(result, unit), *selected_panels(result, unit)],
     }
 
 
@@ -146,4 +146,5 @@ def _provenance(results: FisherKernelResults) -> list[dict[str, Any]]:
         facts(versions, "Versions"),
         facts(certificates, "Certificates: what was checked on this model"),
         {"kind": "json", "title": "The plan as it ran", "value": results.plan},
+        {"kind": "json", "title": "The step, and the audit in full", "value": results.step},
     ]
