@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from fkernel.cli import runs, study
+from fkernel.cli import page, runs, study
 from fkernel.cli.console import exit_on_error, importing, print_error, progress_and_log, wide
 
 app = typer.Typer(
@@ -47,7 +47,7 @@ def demo(
         raise typer.Exit(1)
 
 
-for command in (study.run, study.query, study.influence, study.show, runs.account, runs.replay):
+for command in (study.run, page.report, study.query, study.influence, study.show, runs.account, runs.replay):
     app.command()(command)
 app.add_typer(study.plan_app, name="plan")
 app.add_typer(runs.recording_app, name="recording")
@@ -109,7 +109,7 @@ def _demo(out: Path, cache: Path | None, seed: int, rows: int) -> list[str]:
     study.show_results(results, rows, "held_out")
     study.show_results(results, rows, "probes")
     study.say_step(results)
-    console.print(f"Wrote {out}. More: fkernel show {out}", highlight=False, soft_wrap=True)
+    console.print(f"Wrote {out}{page.pointer(out)}. More: fkernel show {out}", highlight=False, soft_wrap=True)
     missed, calibration = [], results["held_out"].calibration
     for name, bound in BOUNDS.items():
         value = calibration[name]

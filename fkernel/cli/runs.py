@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from fkernel.cli.console import exit_on_error, importing, progress_and_log, wide
+from fkernel.cli.page import Page, pointer
 from fkernel.cli.study import AsJson
 
 RecordingPath = Annotated[Path, typer.Argument(help="A recording: the directory that a Recorder wrote.")]
@@ -36,6 +37,7 @@ def account(
     base: Base = None,
     rows: Annotated[int, typer.Option(help="Probes, and sequences of each, to show.")] = 5,
     pictures: Annotated[bool, typer.Option(help="Draw pictures to OUT/pictures.")] = True,
+    page: Page = True,
     as_json: AsJson = False,
 ) -> None:
     """Account for a recorded run: what every sequence of every step did to each probe, to the end of the run.
@@ -61,13 +63,15 @@ def account(
             results = account_recording(
                 recording, probes, out, steps=_range(steps), path=path, on_progress=on_progress, **options
             )
+        if page:
+            report.write_page(results, out)
         if pictures:
             report.draw_account(results, out / "pictures")
         if as_json:
             typer.echo(json.dumps(results.summary(), indent=1))
             return
         show_account(results, rows)
-        Console().print(f"Wrote {out}", highlight=False, soft_wrap=True)
+        Console().print(f"Wrote {out}{pointer(out, page)}", highlight=False, soft_wrap=True)
 
 
 def show_account(results: Any, rows: int) -> None:

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from fkernel.cli.console import exit_on_error, importing, progress_and_log, wide
+from fkernel.cli.page import Page, pointer
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Workspace = Annotated[Path, typer.Argument(help="A workspace that `fkernel run` made: OUT/workspace.")]
@@ -23,6 +24,7 @@ def run(
     overwrite: Annotated[bool, typer.Option(help="Replace results that another plan left there.")] = False,
     rows: Annotated[int, typer.Option(help="Sequences to show of each request.")] = 5,
     log: Annotated[str, typer.Option(help="Log level: minimal, normal, detailed or debug.")] = "normal",
+    page: Page = True,
     as_json: AsJson = False,
 ) -> None:
     """Run a plan and save its results.
@@ -37,16 +39,16 @@ def run(
         loaded = as_recorded(read_plan(plan, FisherKernelPlan))
         if out is not None:
             loaded = loaded.model_copy(update={"out": str(out)})
-        results = execute(loaded, overwrite, log)
+        results = execute(loaded, overwrite, log, page)
         if as_json:
             typer.echo(json.dumps(summary(results, loaded.out), indent=1))
         else:
             show_results(results, rows)
-            Console().print(f"Wrote {loaded.out}", highlight=False, soft_wrap=True)
+            Console().print(f"Wrote {loaded.out}{pointer(loaded.out, page)}", highlight=False, soft_wrap=True)
 
 
-def execute(plan: Any, overwrite: bool, log: str) -> Any:
-    """Run a plan; write its results, log, batches and pictures."""
+def execute(plan: Any, overwrite: bool, log: str, page: bool = True) -> Any:
+    """Run a plan; write its results, log, batches, page and pictures."""
     from fkernel import report
     from fkernel.study import FisherKernelRunner, check_out, recorded
 
@@ -59,21 +61,24 @@ def execute(plan: Any, overwrite: bool, log: str) -> Any:
             runner.save_batches(out)
         _remove_pictures(out)
         results.save_results(out)
+        if page:
+            report.write_page(results, out)
         if plan.storage.pictures:
             report.draw_all(results, out / "pictures")
             for name, result in results.requests.items():
                 if "tokens" in result.analyses and result.analyses["tokens"].skipped is None:
-                    page = out / "pictures" / f"{name}_tokens.html"
-                    page.write_text(report.token_html(result), encoding="utf-8")
+                    tokens = out / "pictures" / f"{name}_tokens.html"
+                    tokens.write_text(report.token_html(result), encoding="utf-8")
     return results
 
 
 def _remove_pictures(out: Path) -> None:
-    """Remove the pictures of the results that will be replaced, and no other files."""
+    """Remove the page and the pictures of the results that will be replaced, and no other files."""
     try:
         names = [*json.loads((out / "results.json").read_text(encoding="utf-8"))["requests"], "update"]
     except (OSError, ValueError, KeyError, TypeError):
         return
+    (out / "report.html").unlink(missing_ok=True)
     for picture in (out / "pictures").glob("*"):
         known = picture.name == "spectrum.png" or any(picture.name.startswith(f"{name}_") for name in names)
         if known and picture.suffix in (".png", ".html"):

@@ -1,4 +1,4 @@
-"""Tables and pictures, from finished results, batches and estimates."""
+"""Tables, pictures and the page, from finished results, batches and estimates."""
 
 from fkernel.report.analysis_tables import ledger_table, request_tables, update_tables
 from fkernel.report.batch import batch_lines, batch_table
@@ -12,6 +12,7 @@ from fkernel.report.estimate import estimate_line, estimate_record, estimate_tab
 from fkernel.report.forecast import forecast_lines, forecast_record, forecast_table
 from fkernel.report.gallery import draw_all
 from fkernel.report.heatmaps import covariates_panel, tokens_panel
+from fkernel.report.page import load_results, write_page
 from fkernel.report.panels import ledger_panel, parts_panel, sweep_panel
 from fkernel.report.pictures import contributor_bars, heatmap, influence_histogram, predicted_vs_realised, spectrum
 from fkernel.report.replays import (
@@ -64,6 +65,7 @@ __all__ = [
     "influence_table",
     "ledger_panel",
     "ledger_table",
+    "load_results",
     "observable_panel",
     "pair_view",
     "parts_panel",
@@ -92,4 +94,5 @@ __all__ = [
     "tokens_panel",
     "uncertainty_panel",
     "update_tables",
+    "write_page",
 ]

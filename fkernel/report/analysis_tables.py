@@ -1,4 +1,4 @@
-"""Tables of analyses, for a terminal, and the registry of their tables and figures."""
+"""Tables of analyses, for a terminal, and the registry of their tables, figures and panels of the page."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from fkernel.report import analysis_blocks as pages
+from fkernel.report.blocks import Panel
 from fkernel.report.comparisons import (
     counterfactuals_panel,
     observable_panel,
@@ -19,6 +21,7 @@ from fkernel.report.comparisons import (
 from fkernel.report.heatmaps import covariates_panel, tokens_panel
 from fkernel.report.panels import ledger_panel, parts_panel, sweep_panel
 from fkernel.report.tokens import token_table
+from fkernel.report.units import PREDICTED
 from fkernel.report.update_panels import health_panel, structure_panel
 from fkernel.study import AnalysisResult, FisherKernelResults, RequestResult
 
@@ -26,8 +29,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 HEADS = {"unselected": "not selected", "floor": "± rounding"}
-PREDICTED = ("batch", "momentum", "decay", "arithmetic")
-"""What a prediction is the sum of, where it is known."""
 MOST_GROUPS = 12
 
 
@@ -229,11 +230,12 @@ def health_line(results: FisherKernelResults) -> str:
 
 
 class AnalysisReport(NamedTuple):
-    """The table and the figure of an analysis.
+    """The table, the figure and the page's panel of an analysis.
 
     Attributes:
         table: (result, rows) -> a table of one request; of an analysis of U, results -> a table, or a line.
         figure: result -> a figure.
+        page: what the page shows; None shows the table.
         each: for analyses with several named results, each with its figure(result, name): prefix of the file's name.
         in_units: whether the figure takes the contributions' units.
         skipped: format of the line for a skipped analysis of U, with a field for the reason.
@@ -241,26 +243,31 @@ class AnalysisReport(NamedTuple):
 
     table: Callable[..., RenderableType]
     figure: Callable[..., Figure]
+    page: Panel | None = None
     each: str | None = None
     in_units: bool = False
     skipped: str = "U: it was left out: {}."
 
 
 REPORTS: dict[str, AnalysisReport] = {
-    "ledger": AnalysisReport(ledger_table, ledger_panel),
-    "uncertainty": AnalysisReport(uncertainty_table, uncertainty_panel, in_units=True),
-    "tokens": AnalysisReport(token_table, tokens_panel),
-    "parts": AnalysisReport(parts_table, parts_panel),
-    "observables": AnalysisReport(observables_table, observable_panel, each="observable", in_units=True),
-    "counterfactuals": AnalysisReport(counterfactuals_table, counterfactuals_panel),
-    "preconditioners": AnalysisReport(preconditioners_table, preconditioners_panel),
-    "covariates": AnalysisReport(covariates_table, covariates_panel),
-    "sweep": AnalysisReport(sweep_table, sweep_panel),
+    "ledger": AnalysisReport(ledger_table, ledger_panel, pages.LEDGER),
+    "uncertainty": AnalysisReport(uncertainty_table, uncertainty_panel, pages.UNCERTAINTY, in_units=True),
+    "tokens": AnalysisReport(token_table, tokens_panel, pages.TOKENS),
+    "parts": AnalysisReport(parts_table, parts_panel, pages.PARTS),
+    "observables": AnalysisReport(
+        observables_table, observable_panel, pages.OBSERVABLES, each="observable", in_units=True
+    ),
+    "counterfactuals": AnalysisReport(counterfactuals_table, counterfactuals_panel, pages.COUNTERFACTUALS),
+    "preconditioners": AnalysisReport(preconditioners_table, preconditioners_panel, pages.PRECONDITIONERS),
+    "covariates": AnalysisReport(covariates_table, covariates_panel, pages.COVARIATES),
+    "sweep": AnalysisReport(sweep_table, sweep_panel, pages.SWEEP),
 }
 """Analyses of a request, in the order of their tables; keys are those of `fkernel.study.analyses.registry`."""
 UPDATE_REPORTS: dict[str, AnalysisReport] = {
-    "structure": AnalysisReport(structure_table, structure_panel, skipped="U: structure was left out: {}."),
-    "health": AnalysisReport(health_line, health_panel, skipped="P: {}"),
+    "structure": AnalysisReport(
+        structure_table, structure_panel, pages.STRUCTURE, skipped="U: structure was left out: {}."
+    ),
+    "health": AnalysisReport(health_line, health_panel, pages.HEALTH, skipped="P: {}"),
 }
 """Analyses of U."""
 

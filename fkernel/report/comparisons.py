@@ -23,6 +23,7 @@ from fkernel.report.style import (
     sequence_rows,
     tail,
 )
+from fkernel.report.units import UNITS
 from fkernel.study import AnalysisResult, RequestResult, SequenceInfo
 
 if TYPE_CHECKING:
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
 EFFECTS = ("momentum", "decay", "arithmetic")
 """What a prediction has beside the batch's part, where it is known."""
 COUNTERFACTUAL = "counterfactuals."
-UNITS = {"expected_reward": "of reward", "function": "of its unit"}
-"""Units of observables; nats by default."""
 
 
 def observable_panel(

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fkernel.analysis import turning_points
-from fkernel.report.run_tables import probe_text, sequence_text, told_apart, unit_of
+from fkernel.report.run_tables import probe_text, sequence_text, told_apart
 from fkernel.report.style import BLUE, GREY, PALE, PALETTE, RED, diverging, figure, finish, largest, plain
 from fkernel.report.table import CHANCE
+from fkernel.report.units import unit_of
 from fkernel.study import AccountResults
 
 if TYPE_CHECKING:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from rich.table import Table
 from rich.text import Text
 
-from fkernel.report.run_tables import probe_text, unit_of
+from fkernel.report.run_tables import probe_text
+from fkernel.report.units import unit_of
 from fkernel.study import AccountResults
 
 

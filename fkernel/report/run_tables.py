@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from rich.table import Table
 from rich.text import Text
 
 from fkernel.analysis import Recurrence, recurrences
-from fkernel.report.comparisons import UNITS
-from fkernel.report.style import largest, percent, signed, tail
+from fkernel.report.style import largest, percent, tail
 from fkernel.report.table import CHANCE
+from fkernel.report.units import Unit, unit_of
 from fkernel.study import AccountResults
 
 SIDE = ("before", "decay", "arithmetic", "unexplained", "remainder")
@@ -20,39 +20,6 @@ FLOORS = 3
 """Times its rounding floor that a number must have to be more than rounding."""
 LEFT_OVER = 0.05
 """Share of the realised change that what is left over may have."""
-
-
-class Unit(NamedTuple):
-    """What the numbers of an account are shown in: one unit for all its tables and pictures.
-
-    Attributes:
-        scale: that they are multiplied by.
-        name: of the unit.
-        digits: after the point.
-    """
-
-    scale: float
-    name: str
-    digits: int
-
-    def __call__(self, value: float | np.floating) -> str:
-        """Format a change with its sign."""
-        return signed(self.scale * float(value), self.digits)
-
-
-def unit_of(results: AccountResults) -> Unit:
-    """The unit of an account: thousandths, or the unit itself where the largest number is above 1.
-
-    Args:
-        results: the account.
-    """
-    own = UNITS.get(results.about["observable"], "nats")
-    own = UNITS["function"] if "." in results.about["observable"] else own
-    given = (*results.ledger.values(), results["contributions"])
-    most = max(float(np.abs(values).max(initial=0.0)) for values in given)
-    scale, name = (1.0, own.removeprefix("of ")) if most > 1 else (1e3, f"10⁻³ {own}")
-    places = 4 - int(np.floor(np.log10(scale * most))) if most > 0 else 2
-    return Unit(scale, name, min(max(places, 2), 6))
 
 
 def account_table(results: AccountResults, rows: int = 10) -> Table:

@@ -135,9 +135,9 @@ MUTATIONS = [
     Mutation(
         "nats in thousandths' name",
         f"{REPORT}::test_an_account_is_in_one_unit_which_depends_on_its_largest_number",
-        "report/run_tables.py",
-        "if most > 1 else (1e3,",
-        "if most > 1 else (1.0,",
+        "report/units.py",
+        'if most > 1 or own == "bare" else (1e3,',
+        'if most > 1 or own == "bare" else (1.0,',
     ),
     Mutation(
         "everything is told apart from chance",

@@ -87,4 +87,34 @@ MUTATIONS = [
         'report/style.py', '.replace("$", r"\\$")',
         '',
     ),
+    Mutation(
+        "a prompt ends the page's script",
+        "tests/report/test_page.py::test_texts_of_users_are_texts",
+        'report/page/packing.py', 'for character in "<>&\\u2028\\u2029":',
+        'for character in "":',
+    ),
+    Mutation(
+        'the page may fetch what it likes',
+        "tests/report/test_page.py::test_only_the_pages_own_scripts_may_run_and_nothing_is_fetched",
+        'report/page/document.py', "default-src 'none'; ",
+        '',
+    ),
+    Mutation(
+        "the page's measured change is the predicted one",
+        "tests/report/test_page.py::test_the_numbers_of_a_study_are_those_of_results_json",
+        'report/page/study.py', '"measured": packed(result.realised)',
+        '"measured": packed(result.predicted)',
+    ),
+    Mutation(
+        'every ledger closes',
+        "tests/report/test_page.py::test_a_ledger_that_does_not_close_comes_first",
+        'report/page/verdict.py', 'return bool(np.isfinite(rest) and ',
+        'return bool(True or ',
+    ),
+    Mutation(
+        'what was not asked for is not there',
+        "tests/report/test_page.py::test_an_analysis_that_was_not_asked_for_says_how_to_ask",
+        'report/page/panels.py', 'if not names:',
+        'if not names and False:',
+    ),
 ]  # fmt: skip

@@ -1,0 +1,33 @@
+"""The command of the page: `fkernel report`, and what other commands say of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from fkernel.cli.console import exit_on_error, importing
+
+Page = Annotated[bool, typer.Option(help="Write report.html, a page with all results, beside them.")]
+
+
+def report(
+    results: Annotated[Path, typer.Argument(help="A directory that `fkernel run`, `demo` or `account` wrote.")],
+    out: Annotated[Path | None, typer.Option(help="The file to write (default: report.html in the directory).")] = None,
+) -> None:
+    """Write one HTML page with everything that finished results hold; it opens from a file, offline.
+
+    Example: fkernel report study
+    """
+    with exit_on_error():
+        with importing():
+            from fkernel.report import load_results, write_page
+        path = write_page(load_results(results), out or results, results.resolve().name)
+        Console().print(f"Wrote {path}", highlight=False, soft_wrap=True)
+
+
+def pointer(out: str | Path, page: bool = True) -> str:
+    """Where the page is, to be added to a line that names a directory; nothing where none was written."""
+    return f"; look at {Path(out) / 'report.html'}" if page else ""

@@ -1,0 +1,194 @@
+"use strict";
+/* Who moved a probe: sequences of the update batch or of the run, and prompts. */
+
+/** Contributions to a probe: [{u, value, p}], all of them where they were kept, or else the largest. */
+fk.contributionsTo = (group, e) => {
+  const top = group.top && {
+    columns: fk.array(group.top.columns).row(e),
+    values: fk.array(group.top.values).row(e),
+    p: group.top.p && fk.array(group.top.p).row(e),
+  };
+  if (group.contributions) {
+    const values = fk.array(group.contributions).row(e),
+      p = group.p && fk.array(group.p).row(e);
+    const known = new Map(top && top.p ? Array.from(top.columns, (u, k) => [u, top.p[k]]) : []);
+    return Array.from(values, (value, u) => ({ u, value, p: p ? p[u] : (known.get(u) ?? null) }));
+  }
+  return top ? Array.from(top.columns, (u, k) => ({ u, value: top.values[k], p: top.p ? top.p[k] : null })) : [];
+};
+
+/** Sequences with the same prompt and response as one, with sums of what they did and the smallest p. */
+fk.groupIdentical = (contributions, sums = []) => {
+  const groups = new Map();
+  for (const each of contributions) {
+    const key = `${fk.update.prompt[each.u]}\u0000${fk.update.responses[each.u]}`;
+    const own = groups.get(key);
+    if (own) {
+      own.value += each.value;
+      own.count += 1;
+      for (const name of sums) own[name] += each[name];
+      own.p = own.p === null || each.p === null ? null : Math.min(own.p, each.p);
+      if (Math.abs(each.value) > own.most) {
+        own.most = Math.abs(each.value);
+        own.u = each.u;
+      }
+    } else groups.set(key, { ...each, count: 1, most: Math.abs(each.value) });
+  }
+  return [...groups.values()];
+};
+
+/** The choice whether identical sequences are one line. */
+fk.alike = (state) =>
+  fk.choice(
+    "identical sequences",
+    [
+      ["yes", "identical as one"],
+      ["no", "each alone"],
+    ],
+    state.alike === "no" ? "no" : "yes",
+    (value) => fk.address.write({ alike: value === "no" ? "no" : null }, true),
+  );
+
+/** Contributors as rows of a table: largest first, of one sign or both, of one step or all. */
+fk.contributorRows = (group, e, { identical, sign, step }) => {
+  let given = fk.contributionsTo(group, e);
+  if (step !== null) given = given.filter(({ u }) => String(fk.update.numbers.step[u]) === step);
+  if (identical) given = fk.groupIdentical(given);
+  const kept = given.filter(({ value }) =>
+    sign === "raised" ? value > 0 : sign === "lowered" ? value < 0 : value !== 0,
+  );
+  kept.sort((a, b) => Math.abs(b.value) - Math.abs(a.value) || a.u - b.u);
+  return kept.map(({ u, value, p, count }) => {
+    const rewards = Object.fromEntries(
+      Object.entries(fk.update.rewards || {}).map(([, values], r) => [`reward${r}`, values[u]]),
+    );
+    return {
+      ...fk.sequence(fk.update, u),
+      ...rewards,
+      value,
+      p,
+      text: fk.line(fk.update, u, 60),
+      times: count > 1 ? `× ${count}` : "",
+    };
+  });
+};
+
+fk.contributorColumns = (rows, identical) => {
+  const has = (name) => rows.some((row) => row[name] !== null && row[name] !== undefined);
+  const single = Object.keys(fk.update.rewards || {});
+  return [
+    { title: "contribution", field: "value", kind: "change", note: `${fk.unit}; what it did to the probe` },
+    ...(has("p")
+      ? [
+          {
+            title: "p",
+            field: "p",
+            kind: "p",
+            note: identical
+              ? "smallest of the identical ones, against permuted advantages"
+              : "against permuted advantages",
+          },
+        ]
+      : []),
+    { title: "prompt → response", field: "text", kind: "text", grow: 3 },
+    ...(identical && rows.some((row) => row.times)
+      ? [
+          {
+            title: "alike",
+            field: "times",
+            kind: "text",
+            width: 76,
+            note: "identical sequences: the contribution is their sum, the rest is of the one that did most",
+          },
+        ]
+      : []),
+    ...(has("reward") ? [{ title: "reward", field: "reward", kind: "number" }] : []),
+    ...(single.length > 1 ? single.map((name, r) => ({ title: name, field: `reward${r}`, kind: "number" })) : []),
+    ...(has("advantage") ? [{ title: "advantage", field: "advantage", kind: "signed", digits: 3 }] : []),
+    ...(fk.isRun ? [{ title: "step", field: "step", kind: "number" }] : []),
+    { title: "sequence", field: "id", kind: "text", width: fk.isRun ? 132 : 100 },
+  ];
+};
+
+/** The table of contributors, with its choices; `open` takes the id of a sequence. */
+fk.contributors = (place, group, e, state, open) => {
+  const options = { identical: state.alike !== "no", sign: state.sign || "both", step: state.step ?? null };
+  const rows = fk.contributorRows(group, e, options);
+  const all = Boolean(group.contributions);
+  const tools = fk.el(
+    "div.tools",
+    {},
+    fk.choice(
+      "which contributors",
+      [
+        ["both", "both"],
+        ["raised", "raised it"],
+        ["lowered", "lowered it"],
+      ],
+      options.sign,
+      (value) => fk.address.write({ sign: value === "both" ? null : value }, true),
+    ),
+    fk.alike(state),
+    options.step === null
+      ? null
+      : fk.el(
+          "button",
+          { type: "button", click: () => fk.address.write({ step: null }, true) },
+          `only step ${options.step} ✕`,
+        ),
+  );
+  place.append(tools);
+  if (!rows.length) {
+    place.append(fk.el("p.note", {}, "No sequence did anything to it here."));
+    return;
+  }
+  fk.table(place, {
+    columns: fk.contributorColumns(rows, options.identical),
+    rows,
+    open: (row) => open(row.id),
+    label: "contributors",
+    height: 400,
+    search: true,
+    text: (row) => `${row.prompt} ${row.response} ${row.id} ${row.promptId}`,
+    current: (row) => row.id === fk.address.read().pair,
+    note: all ? null : "Only the largest were kept; all of them with capture: {kernel: true} in the plan.",
+  });
+};
+
+/** Sums over prompts, largest first, with p-values where they are known. */
+fk.promptRows = (group, e) => {
+  const known = group.prompts && new Map(group.prompts.ids.map((id, i) => [id, fk.array(group.prompts.p).row(e)[i]]));
+  const sums = new Map();
+  for (const { u, value } of fk.contributionsTo(group, e)) {
+    const g = fk.update.prompt_id[u],
+      own = sums.get(g) || { value: 0, count: 0, steps: new Set(), prompt: fk.update.prompts[fk.update.prompt[u]] };
+    own.value += value;
+    own.count += 1;
+    if (fk.isRun) own.steps.add(fk.update.numbers.step[u]);
+    sums.set(g, own);
+  }
+  const rows = [...sums].map(([g, own]) => ({
+    id: fk.update.prompt_ids[g],
+    prompt: own.prompt,
+    value: own.value,
+    count: own.count,
+    steps: own.steps.size,
+    p: known ? (known.get(fk.update.prompt_ids[g]) ?? null) : null,
+  }));
+  return rows.filter((row) => row.value !== 0).sort((a, b) => Math.abs(b.value) - Math.abs(a.value));
+};
+
+fk.promptTable = (place, group, e) => {
+  const rows = fk.promptRows(group, e);
+  const columns = [
+    { title: "sum", field: "value", kind: "change" },
+    ...(group.prompts
+      ? [{ title: "p", field: "p", kind: "p", note: "against advantages permuted within prompts" }]
+      : []),
+    { title: "prompt", field: "prompt", kind: "text", grow: 3 },
+    { title: "sequences", field: "count", kind: "number" },
+    ...(fk.isRun ? [{ title: "steps", field: "steps", kind: "number", note: "that trained on it" }] : []),
+    { title: "id", field: "id", kind: "text" },
+  ];
+  fk.table(place, { columns, rows, label: "prompts", height: 300 });
+};

@@ -1,0 +1,364 @@
+"""The page in a browser: what is clicked is what the results say, nothing is fetched, and no text is executed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fkernel.report import write_page
+from fkernel.study import AccountResults, FisherKernelResults
+from tests.report.made import HOSTILE, made_account, made_study
+
+VIEWS = ("overview", "probes", "map", "sequences", "analyses", "about")
+FIRST_PAINT, ACTION = 2000, 100
+"""Milliseconds: until something is seen, and what one action may keep the page busy."""
+SLACK = 3
+"""Times that a machine of continuous integration, with other tests beside this one, may be slower."""
+
+
+class Watched:
+    """A page, and what it complained of or tried to fetch."""
+
+    def __init__(self, page: Any, path: Path) -> None:
+        self.page, self.path = page, path
+        self.complaints: list[str] = []
+        self.requests: list[str] = []
+        page.on("console", lambda m: self.complaints.append(m.text) if m.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        page.on("request", lambda request: self.requests.append(request.url))
+
+    def open(self, fragment: str = "") -> Any:
+        self.page.goto("about:blank")
+        self.page.goto(f"{self.path.as_uri()}{fragment}")
+        self.page.wait_for_selector("html[data-ready]", state="attached")
+        return self.page
+
+    @property
+    def fetched(self) -> list[str]:
+        own = ("data:", "blob:", "about:", self.path.as_uri())
+        return [url for url in self.requests if not url.startswith(own)]
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[FisherKernelResults, Path]:
+    results = made_study()
+    return results, write_page(results, tmp_path_factory.mktemp("study") / "report.html", "a study")
+
+
+@pytest.fixture(scope="module")
+def account(tmp_path_factory: pytest.TempPathFactory) -> tuple[AccountResults, Path]:
+    results = made_account()
+    return results, write_page(results, tmp_path_factory.mktemp("account") / "report.html", "an account")
+
+
+@pytest.fixture
+def watch(browser: Any) -> Iterator[Any]:
+    context = browser.new_context(viewport={"width": 1440, "height": 900}, color_scheme="light")
+    yield lambda made: Watched(context.new_page(), made[1])
+    context.close()
+
+
+def until(told: Callable[[], bool], seconds: float = 15.0) -> None:
+    """Wait until something is so; the page's policy lets nothing wait inside of it."""
+    end = time.monotonic() + seconds
+    while not told():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def heading(page: Any, text: str) -> None:
+    """Wait until the probe or sequence that is shown is this one."""
+    until(lambda: page.locator(".detail h2").inner_text() == text)
+
+
+def rows_of(page: Any, table: str) -> int:
+    return page.locator(table).first.locator(".tabulator-row").count()
+
+
+def shown(nats: float, scale: float = 1e3, digits: int = 3) -> str:
+    """A change as the page writes it."""
+    text = f"{scale * nats:+.{digits}f}"
+    return "0" if float(text) == 0 else text.replace("-", "−")
+
+
+def unit_of(page: Any) -> tuple[float, int]:
+    unit = page.evaluate("fk.data.unit")
+    return unit["scale"], unit["digits"]
+
+
+# ---------------------------------------------------------------------------------------------- nothing leaves it
+
+
+@pytest.mark.parametrize("kind", ["study", "account"])
+def test_every_view_opens_without_an_error_a_request_or_a_script_of_a_text(kind, watch, request):
+    watched = watch(request.getfixturevalue(kind))
+    page = watched.open()
+    for theme in ("light", "dark"):
+        for view in VIEWS:
+            watched.open(f"#view={view}&theme={theme}")
+            page.wait_for_timeout(300)
+            assert page.locator("main").inner_text().strip()
+            assert page.evaluate("document.documentElement.dataset.theme") == theme
+            page.evaluate("scrollTo(0, document.body.scrollHeight)")
+            page.wait_for_timeout(100)
+    assert page.title() == f"{'a study' if kind == 'study' else 'an account'} – fkernel"
+    assert page.locator("main img, main a[href]").count() == 0
+    assert not watched.complaints
+    assert not watched.fetched
+
+
+def test_a_text_that_would_be_a_script_is_shown_as_it_is(watch, study):
+    watched = watch(study)
+    page = watched.open("#view=probes&probe=E-000")
+    assert page.locator(".detail .prompt").inner_text() == HOSTILE[0]
+    assert not watched.complaints
+
+
+# ------------------------------------------------------------------------------------- what is clicked is what is
+
+
+def test_a_click_on_a_probe_shows_its_numbers(watch, study):
+    results, _ = study
+    held_out = results["held_out"]
+    page = watch(study).open("#view=probes")
+    scale, digits = unit_of(page)
+    for info in held_out.evaluation[:3]:
+        page.locator(".list .tabulator-row", has_text=info.id).click()
+        heading(page, info.id)
+        e = held_out.row(info.id)
+        nats = page.locator(".detail .numbers b[data-nats]").evaluate_all("each => each.map((b) => +b.dataset.nats)")
+        assert nats == [float(held_out.realised[e]), float(held_out.predicted[e])]
+        first = page.locator(".detail .numbers b").first.inner_text()
+        assert first == shown(held_out.realised[e], scale, digits)
+        assert f"probe={info.id}" in page.url
+
+
+def test_tokens_have_their_nats(watch, study):
+    analysis = study[0]["held_out"].analysis("tokens")
+    page = watch(study).open("#view=probes&probe=E-001")
+    given = page.locator(".detail .token").evaluate_all("each => each.map((token) => +token.dataset.nats)")
+    assert given == analysis["logprob"][1][analysis["response"][1]].astype(float).tolist()
+    assert page.locator(".detail .token").all_inner_texts() == analysis.facts["tokens"][1]
+    page.locator(".detail .token").nth(1).hover()
+    tip = page.locator(".tip").inner_text()
+    assert f"Δ log π {shown(given[1], 1, 6)} nats" in tip
+
+
+def test_the_waterfall_has_the_ledgers_terms(watch, study):
+    ledger = study[0]["held_out"].analysis("ledger")
+    page = watch(study).open("#view=probes&probe=E-002")
+    page.wait_for_selector(".detail .chart .bartext")
+    scale, _ = unit_of(page)
+    bars = page.evaluate("(() => { const t = document.querySelector('.detail .chart').data[0]; return [t.x, t.y]; })()")
+    assert bars[0] == ["batch", "momentum", "remainder", "measured"]
+    names = ("batch", "momentum", "remainder", "realised")
+    np.testing.assert_allclose(bars[1], [scale * ledger[name][2] for name in names], rtol=1e-6)
+
+
+def test_contributors_are_those_of_the_results_and_a_click_shows_both_texts(watch, study):
+    held_out = study[0]["held_out"]
+    page = watch(study).open("#view=probes&probe=E-000&alike=no")
+    page.wait_for_selector(".detail .tabulator-row")
+    scale, digits = unit_of(page)
+    u, C = int(held_out.top[0, 0]), held_out.contributions[0]
+    cells = page.locator(".detail .tabulator-row").first.locator(".tabulator-cell").all_inner_texts()
+    assert cells[0] == shown(C[u], scale, digits)
+    assert cells[1] == f"{held_out.analysis('uncertainty')['top_p'][0, 0]:.3f}"
+    assert cells[-1] == held_out.update[u].id
+    page.locator(".detail .tabulator-row").first.click()
+    dialog = page.locator("dialog.pair")
+    dialog.wait_for()
+    assert [*dialog.locator(".text .prompt").all_inner_texts()] == [
+        held_out.evaluation[0].prompt,
+        held_out.update[u].prompt,
+    ]
+    assert f"{held_out.cosines[0, u]:+.4f}".replace("-", "−") in dialog.inner_text()
+    page.keyboard.press("Escape")
+    dialog.wait_for(state="hidden")
+    assert "pair=" not in page.url
+
+
+def test_identical_sequences_are_one_line_with_their_sum(watch, account):
+    results, _ = account
+    page = watch(account).open("#view=probes&probe=probe-0")
+    page.wait_for_selector(".detail .tabulator-row")
+    scale, digits = unit_of(page)
+    sums, counts = dict[tuple[str, str], float](), dict[tuple[str, str], int]()
+    for sequence, value in zip(results.sequences, results["contributions"][0].tolist(), strict=True):
+        key = (sequence["prompt"], sequence["response"])
+        sums[key], counts[key] = sums.get(key, 0.0) + value, counts.get(key, 0) + 1
+    most = max(sums, key=lambda key: abs(sums[key]))
+    cells = page.locator(".detail .tabulator-row").first.locator(".tabulator-cell").all_inner_texts()
+    assert cells[0] == shown(sums[most], scale, digits)
+    assert f"× {counts[most]}" in cells
+    page.get_by_role("button", name="lowered it").first.click()
+    first = page.locator(".detail .tabulator-row").first.locator(".tabulator-cell").first
+    until(lambda: first.inner_text() == shown(min(sums.values()), scale, digits))
+
+
+def test_a_token_kernel_is_there_where_it_was_computed(watch, study):
+    pair = study[0]["held_out"].analysis("tokens")["pair_0"]
+    page = watch(study).open("#view=probes&probe=E-000&pair=U-001")
+    page.wait_for_selector("dialog.pair .js-plotly-plot")
+    scale, _ = unit_of(page)
+    given = page.evaluate("document.querySelector('dialog.pair > div:last-child .chart').data[0].z")
+    np.testing.assert_allclose(given, scale * pair, rtol=1e-6)
+    page = watch(study).open("#view=probes&probe=E-000&pair=U-002")
+    assert 'tokens: {pairs: [["E-000", "U-002"]]}' in page.locator("dialog.pair").inner_text()
+
+
+def test_the_map_opens_the_pair_that_is_clicked(watch, study):
+    held_out = study[0]["held_out"]
+    watched = watch(study)
+    page = watched.open("#view=map&order=given&rows=given")
+    page.wait_for_selector(".matrix .js-plotly-plot")
+    scale, digits = unit_of(page)
+    e, u = 3, 7
+    place = page.evaluate(
+        """([i, k]) => { const box = fk.map.chart.getBoundingClientRect(), l = fk.map.chart._fullLayout;
+        return [box.x + l._size.l + l.xaxis.d2p(k), box.y + l._size.t + l.yaxis.d2p(i)]; }""",
+        [e, u],
+    )
+    page.mouse.move(*place)
+    page.wait_for_selector(".tip:not([hidden])")
+    tip = page.locator(".tip").inner_text()
+    assert held_out.evaluation[e].id in tip
+    assert held_out.update[u].id in tip
+    assert f"{scale * held_out.contributions[e, u]:+.2f}".replace("-", "−")[:5] in tip
+    page.mouse.click(*place)
+    page.locator("dialog.pair").wait_for()
+    assert f"probe={held_out.evaluation[e].id}&pair={held_out.update[u].id}" in page.url
+    assert shown(held_out.contributions[e, u], scale, digits) in page.locator("dialog.pair").inner_text()
+    assert not watched.complaints
+
+
+def test_the_map_of_a_run_is_what_each_step_did(watch, account):
+    results, _ = account
+    page = watch(account).open("#view=map&rows=given")
+    page.wait_for_selector(".matrix .js-plotly-plot")
+    scale, _ = unit_of(page)
+    z = page.evaluate("fk.map.chart.data[0].z.map((row) => Array.from(row))")
+    np.testing.assert_allclose(z, scale * results["by_step"], rtol=1e-6)
+    assert page.evaluate("fk.map.chart.data[0].zmin === -fk.map.chart.data[0].zmax")
+    colours = page.evaluate("fk.map.chart.data[0].colorscale")
+    assert [0.5, "#ffffff"] in colours
+
+
+def test_sequences_are_sorted_by_what_they_did_in_total(watch, account):
+    results, _ = account
+    page = watch(account).open("#view=sequences&alike=no")
+    page.wait_for_selector(".list .tabulator-row")
+    totals = np.abs(results["contributions"].astype(float)).sum(0)
+    first = page.locator(".list .tabulator-row").first.locator(".tabulator-cell").all_inner_texts()
+    assert first[-1] == results.sequence_ids[int(totals.argmax())]
+
+
+def test_a_search_leaves_what_it_finds(watch, study):
+    page = watch(study).open("#view=probes")
+    page.locator(".detail input.search").first.fill("U-003")
+    until(lambda: rows_of(page, ".detail .table") == 1)
+    assert "U-003" in page.locator(".detail .tabulator-row").first.inner_text()
+    page.locator(".list input.search").fill("E-002")
+    until(lambda: rows_of(page, ".list .table") == 1)
+    assert page.locator(".list .count").inner_text() == "1 of 5"
+
+
+def test_panels_say_how_to_ask(watch, study):
+    page = watch(study).open("#view=analyses")
+    assert "not asked for" in page.locator("#panel-parts").inner_text()
+    assert "parts: true" in page.locator("#panel-parts").inner_text()
+    assert "there is no <step>" in page.locator("#panel-sweep").inner_text()
+
+
+# ------------------------------------------------------------------------------------ address, keys, theme, print
+
+
+def test_the_address_says_what_is_seen_and_back_goes_back(watch, study):
+    page = watch(study).open("#view=probes&probe=E-003")
+    heading(page, "E-003")
+    page.get_by_role("button", name="Map").click()
+    assert page.locator(".tab[aria-current]").inner_text() == "Map"
+    page.go_back()
+    heading(page, "E-003")
+
+
+def test_it_can_be_used_by_keys(watch, study):
+    results, _ = study
+    held_out = results["held_out"]
+    page = watch(study).open()
+    page.keyboard.press("2")
+    page.wait_for_selector(".detail h2")
+    order = [held_out.evaluation[e].id for e in np.argsort(-np.abs(held_out.realised), kind="stable")]
+    heading(page, order[0])
+    page.wait_for_selector(".list .tabulator-row")
+    page.keyboard.press("j")
+    heading(page, order[1])
+    page.keyboard.press("k")
+    heading(page, order[0])
+    page.keyboard.press("3")
+    page.wait_for_selector(".matrix .js-plotly-plot")
+    page.locator(".matrix").focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowDown")
+    assert "probe" in page.locator(".status").inner_text()
+    page.keyboard.press("Enter")
+    page.locator("dialog.pair").wait_for()
+    page.keyboard.press("Escape")
+    page.keyboard.press("?")
+    page.locator("dialog.help").wait_for()
+
+
+def test_it_prints_on_white_without_buttons(watch, study):
+    page = watch(study).open("#theme=dark")
+    page.emulate_media(media="print")
+    assert not page.locator("header nav").is_visible()
+    assert page.evaluate("getComputedStyle(document.documentElement).getPropertyValue('--ground').trim()") == "#fff"
+    assert page.locator("#verdict h1").is_visible()
+    page.emulate_media(media="screen")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.evaluate("document.documentElement.dataset.theme") == "light"
+    assert page.locator("table.printed").count() > 0
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.locator("table.printed").count() == 0
+
+
+# ------------------------------------------------------------------------------------------------------------ size
+
+
+@pytest.mark.slow
+def test_two_hundred_probes_and_five_thousand_sequences_are_quick(browser, tmp_path):
+    texts = tuple(f"Question {i}: {'how much is it? ' * 20}{i}" for i in range(997))
+    path = write_page(made_account(200, 160, 32, texts), tmp_path / "report.html")
+    page = browser.new_page(viewport={"width": 1440, "height": 900})
+    session = page.context.new_cdp_session(page)
+    session.send("Performance.enable", {"timeDomain": "threadTicks"})  # other processes do not count
+
+    def busy() -> float:
+        metrics = {each["name"]: each["value"] for each in session.send("Performance.getMetrics")["metrics"]}
+        return 1000 * metrics["TaskDuration"]
+
+    page.goto(path.as_uri())
+    page.wait_for_selector("html[data-ready]", state="attached")
+    painted = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
+    assert painted < SLACK * FIRST_PAINT
+    actions = {
+        "search": "(() => { const b = document.querySelector('.list input.search'); b.value = 'question 12'; "
+        "b.dispatchEvent(new Event('input')); })()",
+        "sort": "document.querySelector('.list .tabulator-col').click()",
+        "zoom": "fk.map.show([1000, 2500], [10, 150])",
+        "all of it": "fk.map.show([0, 5120], [0, 200])",
+    }
+    for view, names in (("probes", ("search", "sort")), ("map&map=sequences", ("zoom", "all of it"))):
+        page.evaluate(f"location.hash = '#view={view}'")
+        page.wait_for_timeout(1500)
+        for name in names:
+            before = busy()
+            page.evaluate(actions[name])
+            page.wait_for_timeout(300)
+            assert busy() - before < SLACK * ACTION, name
+    page.close()
