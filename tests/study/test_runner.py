@@ -338,7 +338,9 @@ def test_every_kind_of_request_and_its_filters(run, study, tmp_path):
         {"kind": "custom_sequence", "prompt": "3+4=", "response": "7"},
         {"kind": "custom_sequence", "prompt": "3+4=", "response": "8", "metadata": {"why": "wrong on purpose"}},
         {"kind": "from_file", "path": str(run.update), "sequence_ids": ["U-002-00"]},
-        {"kind": "payload", "name": "written", "samples": [{"prompt": "a", "response": x} for x in "bc"]},
+        {"kind": "payload", "name": "written", "samples": [
+            {"prompt": "a", "response": "b"}, {"prompt": "a", "response": "c", "name": "good-one"}
+        ]},
         {"kind": "payload", "name": "called", "callback": "tests.study.test_runner.callback"},
         {"kind": "payload", "name": "handed", "batch": given},
     ]  # fmt: skip
@@ -351,9 +353,11 @@ def test_every_kind_of_request_and_its_filters(run, study, tmp_path):
     assert ids["prompt_ids"] == ["P-000-00", "P-000-01", "P-001-00", "P-001-01"]
     assert len(ids["custom_prompts"]) == 2
     assert ids["from_file"] == ["U-002-00"]
-    assert len(ids["written"]) == 2
-    assert ids["called"] == ids["custom_sequence-2"]
-    assert ids["custom_sequence-1"] != ids["custom_sequence-2"]
+    assert ids["written"] == ["probe-1", "good-one"]
+    assert [ids["probe-1"], ids["probe-2"]] == [["probe-1"], ["probe-2"]]
+    called, second = results["called"].evaluation[0], results["probe-2"].evaluation[0]
+    assert called.id == f"C-{called.content_hash}-00"
+    assert called.content_hash == second.content_hash
     assert ids["handed"] == ["U-000-00", "U-000-01"]
     own = FisherKernelResults.load(plan["out"])["self"]
     np.testing.assert_allclose(results["own"].kept("kernel"), own.kept("kernel")[3:6], rtol=1e-3, atol=1e-7)

@@ -13,6 +13,7 @@ from fkernel.study.config.base import SourcePlan, Strict
 from fkernel.study.config.capture import CapturePlan
 from fkernel.study.config.requests import AnyRequest, BatchRequest, UpdateSource
 from fkernel.study.config.step import PreconditionerPlan, StepPlan
+from fkernel.study.draws import probe_name
 
 
 class StoragePlan(Strict):
@@ -111,6 +112,8 @@ class FisherKernelPlan(SourcePlan):
             if name is None:
                 seen[request.kind] += 1
                 name = request.kind if kinds[request.kind] == 1 else f"{request.kind}-{seen[request.kind]}"
+                if request.kind == "custom_sequence":
+                    name = probe_name(seen[request.kind] - 1)
             named.append(request.model_copy(update={"name": name}))
         twice = [name for name, times in Counter(request.name for request in named).items() if times > 1]
         if any(request.name == "update_batch" for request in named):
