@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from fkernel.cli import runs, study
+from fkernel.cli import explaining, runs, study
 from fkernel.cli.console import exit_on_error, importing, print_error, progress_and_log, wide
 
 app = typer.Typer(
@@ -47,6 +47,7 @@ def demo(
         raise typer.Exit(1)
 
 
+app.command(cls=explaining.WithPairs)(explaining.explain)
 for command in (study.run, study.query, study.influence, study.show, runs.account, runs.replay):
     app.command()(command)
 app.add_typer(study.plan_app, name="plan")

@@ -37,12 +37,16 @@ def run(
         loaded = as_recorded(read_plan(plan, FisherKernelPlan))
         if out is not None:
             loaded = loaded.model_copy(update={"out": str(out)})
-        results = execute(loaded, overwrite, log)
-        if as_json:
-            typer.echo(json.dumps(summary(results, loaded.out), indent=1))
-        else:
-            show_results(results, rows)
-            Console().print(f"Wrote {loaded.out}", highlight=False, soft_wrap=True)
+        finish(execute(loaded, overwrite, log), Path(loaded.out), rows, as_json)
+
+
+def finish(results: Any, out: Path, rows: int, as_json: bool) -> None:
+    """Print what a finished run found."""
+    if as_json:
+        typer.echo(json.dumps(summary(results, str(out)), indent=1))
+        return
+    show_results(results, rows)
+    Console().print(f"Wrote {out}", highlight=False, soft_wrap=True)
 
 
 def execute(plan: Any, overwrite: bool, log: str) -> Any:

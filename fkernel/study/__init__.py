@@ -18,6 +18,7 @@ from fkernel.study.config.plan import TEMPLATE, FisherKernelPlan, NumericsPlan, 
 from fkernel.study.config.requests import AnyRequest, BatchRequest
 from fkernel.study.config.step import PreconditionerPlan, StepPlan
 from fkernel.study.diagnostics import Blocks, Spectrum, cosines, spectrum, top_contributors
+from fkernel.study.explaining import Explanation, explanation
 from fkernel.study.from_recording import as_recorded
 from fkernel.study.gradients import GradientCache
 from fkernel.study.log import LEVELS, recorded
@@ -43,6 +44,7 @@ __all__ = [
     "CapturePlan",
     "ClippedRatioLoss",
     "Entry",
+    "Explanation",
     "FisherKernelPlan",
     "FisherKernelResults",
     "FisherKernelRunner",
@@ -77,6 +79,7 @@ __all__ = [
     "cosines",
     "entry_of",
     "environment",
+    "explanation",
     "forecast",
     "influence_of",
     "load_workspace",
