@@ -125,7 +125,16 @@ def build(shape: str) -> Subject:
 
 def model_of(shape: str, attention: str) -> Any:
     """Build the module of a shape."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import Qwen2ForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Qwen2ForCausalLM(config_of(shape, attention)).float().eval()
+
+
+def config_of(shape: str, attention: str) -> Any:
+    """Make the configuration of a shape."""
+    from transformers import Qwen2Config
 
     sizes = SHAPES[shape]
     config = Qwen2Config(
@@ -136,9 +145,7 @@ def model_of(shape: str, attention: str) -> Any:
         eos_token_id=0,
     )
     config._attn_implementation = attention
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return Qwen2ForCausalLM(config).float().eval()
+    return config
 
 
 def rows(widths: dict[str, int], n: int, seed: int) -> dict[str, Tensor]:

@@ -93,6 +93,8 @@ def load_policy(
         model = load_model(_there(base or about["base"], directory, dtypes), trust_remote_code=trust_remote_code)
     else:
         model = architecture(place, trust_remote_code)
+        for leaf in model.parameters():
+            leaf.data = torch.zeros(leaf.shape, dtype=leaf.dtype)  # an architecture's weights have no memory
     model.set_attn_implementation(attention or about["attention"] or "eager")
     if (place / ADAPTER).is_file():
         model = _adapted(model, place)
