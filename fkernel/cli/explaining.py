@@ -19,7 +19,7 @@ def pair(value: Any) -> Any:
 
 
 Probe = Annotated[
-    list[str] | None,
+    list[Any] | None,
     typer.Option(
         "--probe", parser=pair, metavar='"PROMPT" "RESPONSE"', help="What is asked about; may be given several times."
     ),
