@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import typer
@@ -18,6 +20,8 @@ def exit_on_error() -> Iterator[None]:
     """Print an error in one line and exit: 2 for user errors, 1 for a failed demo, 130 after Ctrl-C."""
     from fkernel.errors import DemoError, FKernelError  # imported here to keep --help fast
 
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # for rewards and other functions that a plan names; installed packages come first
     try:
         yield
     except KeyboardInterrupt:
@@ -31,6 +35,15 @@ def exit_on_error() -> Iterator[None]:
 def print_error(text: str) -> None:
     """Print an error message to stderr."""
     Console(stderr=True).print(f"fkernel: {text}", style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+def can_draw() -> bool:
+    """Whether pictures can be drawn; else say in a line that they are left out."""
+    there = find_spec("matplotlib") is not None
+    if not there:
+        text = "pictures are left out: matplotlib is not installed (pip install 'fkernel[report]')"
+        Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+    return there
 
 
 def wide(least: int) -> Console:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from fkernel.cli.console import exit_on_error, importing, progress_and_log, wide
+from fkernel.cli.console import can_draw, exit_on_error, importing, progress_and_log, wide
 from fkernel.cli.study import AsJson
 
 RecordingPath = Annotated[Path, typer.Argument(help="A recording: the directory that a Recorder wrote.")]
@@ -61,7 +61,7 @@ def account(
             results = account_recording(
                 recording, probes, out, steps=_range(steps), path=path, on_progress=on_progress, **options
             )
-        if pictures:
+        if pictures and can_draw():
             report.draw_account(results, out / "pictures")
         if as_json:
             typer.echo(json.dumps(results.summary(), indent=1))

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from fkernel.cli.console import exit_on_error, importing, progress_and_log, wide
+from fkernel.cli.console import can_draw, exit_on_error, importing, progress_and_log, wide
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Workspace = Annotated[Path, typer.Argument(help="A workspace that `fkernel run` made: OUT/workspace.")]
@@ -63,7 +63,7 @@ def execute(plan: Any, overwrite: bool, log: str) -> Any:
             runner.save_batches(out)
         _remove_pictures(out)
         results.save_results(out)
-        if plan.storage.pictures:
+        if plan.storage.pictures and can_draw():
             report.draw_all(results, out / "pictures")
             for name, result in results.requests.items():
                 if "tokens" in result.analyses and result.analyses["tokens"].skipped is None:
@@ -309,15 +309,16 @@ def check(
     path: Annotated[Path, typer.Argument(help="A plan, YAML or JSON.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan with every default filled in.")] = False,
 ) -> None:
-    """Check a plan and the files it names, without loading a model.
+    """Check a plan and everything that it names, without loading a model.
 
     Example: fkernel plan check study.yaml
     """
     with exit_on_error():
         with importing():
-            from fkernel.study import FisherKernelPlan, check_inputs, read_plan
-        plan = read_plan(path, FisherKernelPlan)
+            from fkernel.study import FisherKernelPlan, as_recorded, check_inputs, check_out, read_plan
+        plan = as_recorded(read_plan(path, FisherKernelPlan))
         check_inputs(plan)
+        check_out(plan)
         if as_json:
             typer.echo(json.dumps(plan.record(), indent=1))
             return
