@@ -84,7 +84,7 @@ def progress_and_log(level: str) -> Iterator[Callable[[str, int, int], Any]]:
             def on_progress(what: str, n: int, total: int) -> None:
                 if what not in bars:
                     bars[what] = progress.add_task(what, total=total or None)
-                progress.advance(bars[what], n)
+                progress.update(bars[what], advance=n, total=total or None)
 
             yield on_progress
     finally:

@@ -58,7 +58,7 @@ def explain(
     unended: Annotated[bool, typer.Option("--unended", help="Responses do not end with the EOS token.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace results that another plan left there.")] = False,
     log: Annotated[str, typer.Option(help="Log level: minimal, normal, detailed or debug.")] = "minimal",
-    rows: Annotated[int, typer.Option(help="Probes to show.")] = 5,
+    rows: Annotated[int, typer.Option(help="Print tables, too, of so many probes.")] = 0,
     as_json: study.AsJson = False,
 ) -> None:
     """Explain what one step did to sequences written by hand: nothing is sampled, and no plan is needed.

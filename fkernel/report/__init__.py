@@ -32,6 +32,7 @@ from fkernel.report.run_pictures import (
 )
 from fkernel.report.run_shares import ages_table, parts_table
 from fkernel.report.run_tables import account_lines, account_table, culprits_table, prompts_table, rewards_table
+from fkernel.report.summary import count, findings, request_lines
 from fkernel.report.table import calibration_table, effects_table, influence_table, pair_view, study_lines
 from fkernel.report.tokens import token_html, token_table, token_text
 from fkernel.report.update_panels import health_panel, structure_panel
@@ -44,6 +45,7 @@ __all__ = [
     "batch_table",
     "calibration_table",
     "contributor_bars",
+    "count",
     "counterfactuals_panel",
     "covariates_panel",
     "culprit_bars",
@@ -54,6 +56,7 @@ __all__ = [
     "estimate_line",
     "estimate_record",
     "estimate_table",
+    "findings",
     "forecast_lines",
     "forecast_record",
     "forecast_table",
@@ -77,6 +80,7 @@ __all__ = [
     "replay_lines",
     "replay_record",
     "replay_table",
+    "request_lines",
     "request_tables",
     "rewards_table",
     "rewards_timeline",

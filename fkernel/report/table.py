@@ -58,11 +58,14 @@ def effects_table(result: RequestResult, rows: int = 10) -> Table:
         info = result.evaluation[row]
         changes = [f"{1e3 * values[row]:+.2f}" for values in effects.values()]
         contributors = [
-            f"{1e3 * nats:+.2f}{_mark(uncertainty, int(row), k, u)}  {_text(u)}"
+            f"{1e3 * nats:+.2f}{_mark(uncertainty, int(row), k, u)}  {sequence_text(u, result)}"
             for k, (u, nats) in enumerate(result.top_contributors(int(row)))
         ]
         table.add_row(
-            f"{_text(info)}\nS = {info.logprob:.2f} nats", *changes, "\n".join(contributors), end_section=True
+            f"{sequence_text(info, result)}\nS = {info.logprob:.2f} nats",
+            *changes,
+            "\n".join(contributors),
+            end_section=True,
         )
     return table
 
@@ -177,9 +180,11 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def _text(info: SequenceInfo) -> str:
-    reward = "" if info.reward is None else (" ✓" if info.reward > 0 else " ✗")
-    return escape(f"{info.id} {_cut(info.prompt)}{_cut(info.response)}{reward}")
+def sequence_text(info: SequenceInfo, result: RequestResult) -> str:
+    """A sequence's id and the end of its text, with ✓ or ✗ where the plan says which rewards are of right answers."""
+    right, reward = result.facts.get("correct"), info.reward
+    mark = "" if right is None or reward is None else " ✓" if reward >= right else " ✗"
+    return escape(f"{info.id} {_cut(info.prompt)}{_cut(info.response)}{mark}")
 
 
 def _cut(text: str, most: int = 28) -> str:

@@ -119,7 +119,9 @@ def _wrapped(run: Run) -> Any:
     """Shard the policy as verl's `_build_fsdp_module` does."""
     utils = _verl("verl.utils.fsdp_utils")
     model, world = _policy(run), dist.get_world_size()
-    shape, names = ((world,), ("fsdp",)) if run.fsdp_size < 0 else ((world // run.fsdp_size, run.fsdp_size), ("ddp", "fsdp"))
+    shape, names = (
+        ((world,), ("fsdp",)) if run.fsdp_size < 0 else ((world // run.fsdp_size, run.fsdp_size), ("ddp", "fsdp"))
+    )
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
     if run.strategy == "fsdp2":
         policy = MixedPrecisionPolicy(param_dtype=run.compute, reduce_dtype=torch.float32, cast_forward_inputs=True)
@@ -140,9 +142,7 @@ def _wrapped(run: Run) -> Any:
 
 def _optimizer(model: Any) -> torch.optim.Optimizer:
     options = _verl("verl.workers.config.optimizer")
-    config = options.FSDPOptimizerConfig(
-        lr=LR, betas=BETAS, weight_decay=DECAY, override_optimizer_config={"eps": EPS}
-    )
+    config = options.FSDPOptimizerConfig(lr=LR, betas=BETAS, weight_decay=DECAY, override_optimizer_config={"eps": EPS})
     return options.build_optimizer(model.parameters(), config)
 
 
