@@ -15,6 +15,7 @@ from rich.console import Console
 
 from fkernel.cli import explaining, questions, runs, study
 from fkernel.cli.console import exit_on_error, importing, print_error, progress_and_log, wide
+from fkernel.cli.pairs import WithPairs
 
 app = typer.Typer(
     help="fkernel: why did this sequence's probability move? One AdamW step, explained in nats.",
@@ -47,8 +48,9 @@ def demo(
         raise typer.Exit(1)
 
 
-app.command(cls=explaining.WithPairs)(explaining.explain)
-for command in (study.run, questions.query, questions.influence, study.show, runs.account, runs.replay):
+for command in (explaining.explain, questions.ask, questions.query):
+    app.command(cls=WithPairs)(command)
+for command in (study.run, questions.influence, study.show, runs.account, runs.replay):
     app.command()(command)
 app.add_typer(study.plan_app, name="plan")
 app.add_typer(runs.recording_app, name="recording")

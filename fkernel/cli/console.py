@@ -70,11 +70,12 @@ def progress_and_log(level: str) -> Iterator[Callable[[str, int, int], Any]]:
     logger.setLevel(min(LEVELS[level], logging.INFO))
     showwarning, logged = warnings.showwarning, set[str]()
 
-    def log_once(message: Warning | str, *where: Any, **more: Any) -> None:
-        """Log a warning once, without its source line."""
+    def log_once(message: Warning | str, category: Any = None, *where: Any, **more: Any) -> None:
+        """Log a warning once, without its source line; one of another library is for debugging."""
         if str(message) not in logged:
             logged.add(str(message))
-            logger.warning("%s", message)
+            own = getattr(category, "__module__", "").startswith("fkernel")
+            logger.log(logging.WARNING if own else logging.DEBUG, "%s", message)
 
     warnings.showwarning = log_once
     try:

@@ -7,34 +7,10 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from typer.core import TyperCommand
 
 from fkernel.cli import study
 from fkernel.cli.console import exit_on_error, importing
-
-
-def pair(value: Any) -> Any:
-    """Take the two values of a --probe as they are."""
-    return value
-
-
-Probe = Annotated[
-    list[Any] | None,
-    typer.Option(
-        "--probe", parser=pair, metavar='"PROMPT" "RESPONSE"', help="What is asked about; may be given several times."
-    ),
-]
-
-
-class WithPairs(TyperCommand):
-    """A command whose option --probe takes two values."""
-
-    def __init__(self, *given: Any, **more: Any) -> None:
-        """As TyperCommand."""
-        super().__init__(*given, **more)
-        for parameter in self.params:
-            if parameter.name == "probe":
-                parameter.nargs = 2
+from fkernel.cli.pairs import Probe
 
 
 def explain(

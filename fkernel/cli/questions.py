@@ -1,4 +1,4 @@
-"""Commands that ask more of a finished study's workspace: `fkernel query | influence`."""
+"""Commands that ask more of a finished study's workspace: `fkernel ask | query | influence`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,44 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from fkernel.cli.console import exit_on_error, importing, wide
+from fkernel.cli.console import exit_on_error, importing, progress_and_log, wide
+from fkernel.cli.pairs import Probe
 from fkernel.cli.study import AsJson
 
 Workspace = Annotated[Path, typer.Argument(help="A workspace that `fkernel run` made: OUT/workspace.")]
+
+PlanFile = Annotated[Path | None, typer.Option(help="The plan that ran (default: plan.json beside the workspace).")]
+
+
+def ask(
+    workspace: Workspace,
+    probe: Probe = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Prompts are whole texts, and not put into the template.")] = False,
+    unended: Annotated[bool, typer.Option("--unended", help="Responses do not end with the EOS token.")] = False,
+    plan: PlanFile = None,
+    rows: Annotated[int, typer.Option(help="Print tables, too, of so many probes.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Explain what a finished study's step did to one more probe; nothing of U is computed again.
+
+    Example: fkernel ask study/workspace --probe "40+41=" "88"
+    """
+    with exit_on_error():
+        with importing():
+            from fkernel import report
+            from fkernel.cli.study import record_of, show_request
+            from fkernel.study import ask as ask_study
+        keys = {"raw": raw, "ended": not unended}
+        probes = [{"prompt": prompt, "response": response, **keys} for prompt, response in probe or []]
+        with progress_and_log("minimal") as on_progress:
+            result = ask_study(workspace, probes, plan, on_progress)
+        if as_json:
+            typer.echo(json.dumps(record_of(result), indent=1))
+            return
+        if rows:
+            show_request(result, rows)
+        for line in report.probe_lines(result, "bare" if result.momentum is None else "nats"):
+            wide(100).print(line, highlight=False)
 
 
 def query(
@@ -22,14 +56,15 @@ def query(
     batch: Annotated[
         list[Path] | None, typer.Option(help="Saved batches to look ids up in, beside U; NAME/ID is of one of them.")
     ] = None,
-    plan: Annotated[
-        Path | None, typer.Option(help="The plan that ran (OUT/plan.json); needed for sequences outside of U.")
-    ] = None,
+    probe: Probe = None,
+    plan: PlanFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Print the kernel's entry of any two sequences.
 
     Example: fkernel query study/workspace U-000-01 U-003-00
+
+    Example: fkernel query study/workspace probe-1 U-003-00 --probe "40+41=" "88"
     """
     with exit_on_error():
         with importing():
@@ -39,7 +74,9 @@ def query(
         with load_workspace(workspace) as opened:
             if plan is not None and opened.gradients.walked:
                 FisherKernelRunner(read_plan(plan, FisherKernelPlan)).adopt(opened)
-            entry = entry_of(opened, *(_cache(opened, name, batch or [], plan, workspace) for name in (one, other)))
+            given = [(each[0], each[1]) for each in probe or []]
+            caches = (_cache(opened, name, batch or [], given, plan, workspace) for name in (one, other))
+            entry = entry_of(opened, *caches)
         if as_json:
             typer.echo(json.dumps(asdict(entry), indent=1))
             return
@@ -50,12 +87,17 @@ def query(
             console.print(f"{entry.column} moves {entry.row} by {entry.contribution:+.6g} {unit}")
 
 
-def _cache(workspace: Any, name: str, batches: list[Path], plan: Path | None, place: Path) -> Any:
+def _cache(
+    workspace: Any, name: str, batches: list[Path], probes: list[tuple[str, str]], plan: Path | None, place: Path
+) -> Any:
     """A sequence's gradient: of U it is read, else it is computed with the plan's checkpoint."""
     from fkernel.errors import PlanError
     from fkernel.rollout import load_batch
-    from fkernel.study import FisherKernelPlan, FisherKernelRunner, check_saved_batch, read_plan
+    from fkernel.study import check_saved_batch, probes_batch, runner_of
 
+    if probes and name.startswith("probe-"):
+        runner = runner_of(workspace, place, plan)
+        return runner.external(probes_batch(probes, runner).clone_with_subset([name]))
     folder, _, own = name.rpartition("/")
     loaded = [(path, load_batch(path)) for path in batches if folder in ("", path.resolve().name)]
     matches = [(path, batch) for path, batch in loaded if own in batch.ids]
@@ -72,12 +114,7 @@ def _cache(workspace: Any, name: str, batches: list[Path], plan: Path | None, pl
     if not matches:
         workspace.batch.by_id(name)  # raises, and lists similar ids
     check_saved_batch(*matches[0])
-    where = plan or place.parent / "plan.json"
-    if not where.is_file():
-        raise PlanError(f"{name} is outside of U, so its gradient needs the checkpoint; say --plan OUT/plan.json.")
-    runner = FisherKernelRunner(read_plan(where, FisherKernelPlan))
-    runner.adopt(workspace)
-    return runner.external(matches[0][1].clone_with_subset([own]), name=name)
+    return runner_of(workspace, place, plan).external(matches[0][1].clone_with_subset([own]), name=name)
 
 
 def influence(

@@ -157,17 +157,22 @@ def show(
 
 def show_results(results: Any, rows: int, request: str | None = None) -> None:
     """Print tables of some requests."""
+    for result in [*results.requests.values()] if request is None else [results[request]]:
+        show_request(result, rows)
+    if request is None:
+        say_step(results)
+
+
+def show_request(result: Any, rows: int) -> None:
+    """Print the tables of one request."""
     from fkernel import report
 
     console = wide(132)
-    for result in [*results.requests.values()] if request is None else [results[request]]:
-        console.print(report.effects_table(result, rows))
-        if result.calibration:
-            console.print(report.calibration_table(result))
-        for table in report.request_tables(result, rows):
-            console.print(table, highlight=False)
-    if request is None:
-        say_step(results)
+    console.print(report.effects_table(result, rows))
+    if result.calibration:
+        console.print(report.calibration_table(result))
+    for table in report.request_tables(result, rows):
+        console.print(table, highlight=False)
 
 
 def say_step(results: Any) -> None:
@@ -180,6 +185,25 @@ def say_step(results: Any) -> None:
         wide(132).print(table, highlight=False, soft_wrap=isinstance(table, str))
 
 
+def record_of(result: Any) -> dict[str, Any]:
+    """The main results of a request as JSON."""
+    return {
+        "sequences": len(result.evaluation),
+        "calibration": {key: value._asdict() for key, value in result.calibration.items()},
+        "realised_on": result.facts.get("realised_on"),
+        "analyses": {key: analysis.facts for key, analysis in result.analyses.items()},
+        "evaluation": [
+            {
+                "id": info.id,
+                "predicted": float(result.predicted[row]),
+                "realised": None if result.realised is None else float(result.realised[row]),
+                "top": [[u.id, v] for u, v in result.top_contributors(row)],
+            }
+            for row, info in enumerate(result.evaluation)
+        ],
+    }
+
+
 def summary(results: Any, out: str, request: str | None = None) -> dict[str, Any]:
     """The main results as JSON."""
     chosen = results.requests if request is None else {request: results[request]}
@@ -187,24 +211,7 @@ def summary(results: Any, out: str, request: str | None = None) -> dict[str, Any
         "out": out,
         "units": results.units,
         "step": results.step,
-        "requests": {
-            name: {
-                "sequences": len(result.evaluation),
-                "calibration": {key: value._asdict() for key, value in result.calibration.items()},
-                "realised_on": result.facts.get("realised_on"),
-                "analyses": {key: analysis.facts for key, analysis in result.analyses.items()},
-                "evaluation": [
-                    {
-                        "id": info.id,
-                        "predicted": float(result.predicted[row]),
-                        "realised": None if result.realised is None else float(result.realised[row]),
-                        "top": [[u.id, v] for u, v in result.top_contributors(row)],
-                    }
-                    for row, info in enumerate(result.evaluation)
-                ],
-            }
-            for name, result in chosen.items()
-        },
+        "requests": {name: record_of(result) for name, result in chosen.items()},
     }
 
 

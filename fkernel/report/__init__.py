@@ -32,7 +32,7 @@ from fkernel.report.run_pictures import (
 )
 from fkernel.report.run_shares import ages_table, parts_table
 from fkernel.report.run_tables import account_lines, account_table, culprits_table, prompts_table, rewards_table
-from fkernel.report.summary import count, findings, request_lines
+from fkernel.report.summary import count, findings, probe_lines, request_lines
 from fkernel.report.table import calibration_table, effects_table, influence_table, pair_view, study_lines
 from fkernel.report.tokens import token_html, token_table, token_text
 from fkernel.report.update_panels import health_panel, structure_panel
@@ -74,6 +74,7 @@ __all__ = [
     "parts_timeline",
     "preconditioners_panel",
     "predicted_vs_realised",
+    "probe_lines",
     "prompts_table",
     "recording_lines",
     "recording_table",

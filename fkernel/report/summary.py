@@ -99,11 +99,38 @@ def _moved_most(requests: list[RequestResult], units: str) -> list[str]:
     written = [result for result in requests if result.kind in ("payload", "custom_sequence")]
     result = max(written or requests, key=lambda one: float(np.abs(_moved(one)).max()))
     row = int(np.abs(_moved(result)).argmax())
-    info = result.evaluation[row]
-    line = f"{sequence_text(info, result)} moved most: {_nats(_moved(result)[row], units)}."
+    line = f"{sequence_text(result.evaluation[row], result)} moved most: {_nats(_moved(result)[row], units)}."
+    culprits = culprit_lines(result, row, units)
+    return [f"{line} Of the batch, most by", *culprits] if culprits else [line]
+
+
+def probe_lines(result: RequestResult, units: str = "nats") -> list[str]:
+    """Say of each sequence how it moved, by which parts, and which sequences of U moved it most; markup of rich.
+
+    Args:
+        result: of one request.
+        units: of the contributions, "nats" or "bare".
+    """
+    lines = []
+    for row, info in enumerate(result.evaluation):
+        what = "predicted" if result.realised is None else "moved"
+        parts = [
+            f"{name} {_nats(values[row], units)}" for name in PARTS if (values := getattr(result, name)) is not None
+        ]
+        lines.append(f"{sequence_text(info, result)}: {what} {_nats(_moved(result)[row], units)}: {', '.join(parts)}")
+        lines += culprit_lines(result, row, units)
+    return lines
+
+
+def culprit_lines(result: RequestResult, row: int, units: str = "nats") -> list[str]:
+    """Name the three sequences of U that moved a sequence most, and whether that could be chance.
+
+    Args:
+        result: of one request.
+        row: of a sequence of E.
+        units: of the contributions.
+    """
     culprits = result.top_contributors(row, 3)
-    if not culprits:
-        return [line]
     p = result.analyses.get("uncertainty")
     named = []
     for k, (u, nats) in enumerate(culprits):
@@ -112,7 +139,7 @@ def _moved_most(requests: list[RequestResult], units: str) -> list[str]:
             value = float(p["top_p"][row, k])
             chance = f", p {value:.2g}" + ("" if value <= CHANCE else " (could be chance)")
         named.append(f"{sequence_text(u, result)}: {_nats(nats, units)}{chance}")
-    return [f"{line} Of the batch, most by", *(f"  {each}" for each in named)]
+    return [f"  {each}" for each in named]
 
 
 def _made_of(requests: list[RequestResult]) -> str:
@@ -133,6 +160,6 @@ def _moved(result: RequestResult) -> np.ndarray:
     return result.predicted if result.realised is None else result.realised
 
 
-def _nats(value: float, units: str, sign: bool = True) -> str:
+def _nats(value: float | np.floating, units: str, sign: bool = True) -> str:
     size = f"{1e3 * value:+.2f}" if sign else f"{1e3 * value:.2f}"
     return f"{size} · 10⁻³ nats" if units == "nats" else f"{value:+.3g} (bare)"

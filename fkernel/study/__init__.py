@@ -10,6 +10,7 @@ from fkernel.study.accounts.counterfactual import ReplayResults, replay_probes
 from fkernel.study.accounts.probes import read_probes
 from fkernel.study.accounts.results import AccountResults, Share
 from fkernel.study.analyses.registry import AnalysesPlan, RequestAnalyses
+from fkernel.study.asking import ask, probes_batch, runner_of
 from fkernel.study.checks import check_inputs, check_out
 from fkernel.study.config.capture import CapturePlan
 from fkernel.study.config.io import read_plan
@@ -73,6 +74,7 @@ __all__ = [
     "StoragePlan",
     "account_recording",
     "as_recorded",
+    "ask",
     "check_inputs",
     "check_out",
     "check_saved_batch",
@@ -83,10 +85,12 @@ __all__ = [
     "forecast",
     "influence_of",
     "load_workspace",
+    "probes_batch",
     "read_plan",
     "read_probes",
     "recorded",
     "replay_probes",
+    "runner_of",
     "sampled",
     "self_kernel_of",
     "serialize_workspace",
