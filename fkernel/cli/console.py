@@ -12,7 +12,10 @@ from importlib.util import find_spec
 from typing import Any
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 
 @contextmanager
@@ -46,10 +49,31 @@ def can_draw() -> bool:
     return there
 
 
+class Tables(Console):
+    """A console whose tables never cut a number: texts give way, and then the line grows beyond the terminal."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print, with the columns of numbers as wide as their numbers."""
+        super().print(*map(uncut, objects), **{"crop": False, **options})
+
+
+def uncut(shown: Any) -> Any:
+    """A table whose right-aligned columns keep their width; anything else as it is."""
+    if isinstance(shown, Table):
+        for column in shown.columns:
+            cells = [Text.from_markup(cell) if isinstance(cell, str) else cell for cell in column.cells]
+            texts = [cell for cell in cells if isinstance(cell, Text)]
+            if column.justify == "right":
+                column.no_wrap, column.min_width = True, max((cell_len(text.plain) for text in texts[1:]), default=1)
+            else:
+                column.no_wrap, column.overflow = False, "fold"
+    return shown
+
+
 def wide(least: int) -> Console:
     """A console for tables: as wide as the terminal; at least `least` where the output is a file."""
-    console = Console()
-    return console if console.width >= least or console.is_terminal else Console(width=least)
+    console = Tables()
+    return console if console.width >= least or console.is_terminal else Tables(width=least)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from fkernel.report.run_pictures import (
 )
 from fkernel.report.run_shares import ages_table, parts_table
 from fkernel.report.run_tables import account_lines, account_table, culprits_table, prompts_table, rewards_table
-from fkernel.report.summary import count, findings, probe_lines, request_lines
+from fkernel.report.summary import findings, probe_lines, request_lines
 from fkernel.report.table import calibration_table, effects_table, influence_table, pair_view, study_lines
 from fkernel.report.tokens import token_html, token_table, token_text
 from fkernel.report.update_panels import health_panel, structure_panel
@@ -45,7 +45,6 @@ __all__ = [
     "batch_table",
     "calibration_table",
     "contributor_bars",
-    "count",
     "counterfactuals_panel",
     "covariates_panel",
     "culprit_bars",

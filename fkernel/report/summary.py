@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from rich.markup import escape
 
-from fkernel.report.table import CHANCE, sequence_text
+from fkernel.report.style import count
+from fkernel.report.table import CHANCE, p_value, sequence_text
 from fkernel.study import FisherKernelResults, RequestResult
 
 PARTS = ("batch", "momentum", "decay", "arithmetic", "unexplained")
@@ -58,16 +59,6 @@ def warnings_of(results: FisherKernelResults) -> list[str]:
                 skipped.setdefault(f"{analysis} was left out: {made.skipped}", []).append(name)
     lines += [f"Left out ({', '.join(names)}): {why}" for why, names in skipped.items()]
     return [escape(line) for line in dict.fromkeys(lines)]
-
-
-def count(n: int, what: str) -> str:
-    """A number of things, in the singular for one.
-
-    Example:
-        >>> count(1, "sequence"), count(2, "sequence")
-        ('1 sequence', '2 sequences')
-    """
-    return f"{n:,} {what}" + ("" if n == 1 else "s")
 
 
 def _truth(requests: list[RequestResult]) -> str:
@@ -130,16 +121,12 @@ def culprit_lines(result: RequestResult, row: int, units: str = "nats") -> list[
         row: of a sequence of E.
         units: of the contributions.
     """
-    culprits = result.top_contributors(row, 3)
-    p = result.analyses.get("uncertainty")
     named = []
-    for k, (u, nats) in enumerate(culprits):
-        chance = ""
-        if p is not None and "top_p" in p.arrays:
-            value = float(p["top_p"][row, k])
-            chance = f", p {value:.2g}" + ("" if value <= CHANCE else " (could be chance)")
-        named.append(f"{sequence_text(u, result)}: {_nats(nats, units)}{chance}")
-    return [f"  {each}" for each in named]
+    for u, nats in result.top_contributors(row, 3, group_identical=True):
+        p = p_value(result.analyses.get("uncertainty"), result, row, u)
+        chance = "" if p is None else f", p {p:.2g}" + ("" if p <= CHANCE else " (could be chance)")
+        named.append(f"  {sequence_text(u, result)}: {_nats(nats, units)}{chance}")
+    return named
 
 
 def _made_of(requests: list[RequestResult]) -> str:

@@ -32,6 +32,7 @@ from fkernel.study.outcome import (
     asked_for,
     info_of,
 )
+from fkernel.study.shown import results_text
 from fkernel.study.tables import to_frame, to_xarray
 
 SCHEMA = 4
@@ -44,7 +45,7 @@ _ARRAYS = ("batch", *EFFECTS, "squared_norms", "diagonal", "top", "top_contribut
 _OWN = ("eigenvalues", "squared_norms", "diagonal", "kernel")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class FisherKernelResults:
     """The results of a plan.
 
@@ -65,6 +66,12 @@ class FisherKernelResults:
     self_kernel: SelfKernel | None
     requests: dict[str, RequestResult]
     analyses: dict[str, AnalysisResult] = field(default_factory=dict)
+
+    __repr__ = results_text
+
+    def _repr_html_(self) -> str:
+        """The requests' tables, for notebooks."""
+        return "".join(result._repr_html_() for result in self.requests.values())
 
     def __getitem__(self, name: str) -> RequestResult:
         """The result of one request.
@@ -300,7 +307,7 @@ def _read(
     arrays: Mapping[str, np.ndarray],
     kind: type[FisherKernelResults],
 ) -> FisherKernelResults:
-    names = [field.name for field in fields(SequenceInfo)]
+    names = [field.name for field in fields(SequenceInfo) if field.name != "times"]
 
     def infos(rows: Any, ids: np.ndarray) -> tuple[SequenceInfo, ...]:
         sequences = tuple(SequenceInfo(**{name: row[name] for name in names}) for row in rows)

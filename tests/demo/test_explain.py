@@ -99,7 +99,7 @@ def test_demo_meets_its_required_calibration(tmp_path):
     agreement = results["held_out"].analysis("preconditioners").facts["agreement"]
     assert agreement["post-step"]["of_batch"] == max(row["of_batch"] for row in agreement.values()) > 0.999
     assert results["probes"].analysis("observables.right-over-wrong")["realised"].shape == (1,)
-    assert 0.4 <= results.step["sampling"]["accuracy"] <= 0.8
+    assert 0.4 <= results.step["sampling"]["mean_reward"] <= 0.8
     assert results.step["step"] >= 3
     data = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {len(row["top_contributors"]) for row in data["requests"]["held_out"]["evaluation"]} == {10}
