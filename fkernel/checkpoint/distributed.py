@@ -40,6 +40,8 @@ CLASSES = {
         "_MEM_FORMAT_ENCODING",
     ),
     "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    # Megatron keeps the plans by which its ranks saved.
+    "torch.distributed.checkpoint.planner": ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"),
     "torch.serialization": ("_get_layout",),
     "torch": ("Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))),
     "collections": ("OrderedDict",),
@@ -149,6 +151,8 @@ def _read_file(path: Path, items: list[Item], found: dict[str, Any], steps: dict
                     _place(found[item.key], value, item, path)
                 if STEP.search(item.key):
                     steps.setdefault(path.name, set()).add(float(value))
+    except CheckpointError:
+        raise
     except FileNotFoundError:
         raise CheckpointError(
             f"There is no file {path}, which the checkpoint's {METADATA} names: a rank's file is missing. Copy the "

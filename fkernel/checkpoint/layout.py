@@ -25,8 +25,17 @@ from fkernel.checkpoint.model import ADAPTER
 from fkernel.errors import CheckpointError, listing
 
 Kind = Literal[
-    *("huggingface", "adapter", "nested", "accelerate", "fsdp", "distributed", "file"),
-    *("deepspeed", "fsdp ranks", "nemo", "megatron"),
+    "huggingface",
+    "adapter",
+    "nested",
+    "accelerate",
+    "fsdp",
+    "distributed",
+    "file",
+    "deepspeed",
+    "fsdp ranks",
+    "nemo",
+    "megatron",
 ]
 NAMES = "optimizer_param_names.json"
 TRAINER_STATE = "trainer_state.json"

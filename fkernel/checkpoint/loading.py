@@ -14,7 +14,7 @@ import torch
 from fkernel.checkpoint.conditions import Condition, unread_condition, weights_only_condition
 from fkernel.checkpoint.evidence import conditions_of, trained_dtypes
 from fkernel.checkpoint.files import read_json, read_tensors
-from fkernel.checkpoint.formats import find_layout, read
+from fkernel.checkpoint.formats import FORMATS, find_layout, read, wrapped
 from fkernel.checkpoint.layout import Layout, is_inner
 from fkernel.checkpoint.model import ADAPTER, HUB, load_adapter, load_model, load_tokenizer
 from fkernel.checkpoint.optimizer import Names, names_of, stored_optimizer_state
@@ -144,7 +144,7 @@ def load(
         known_by = fingerprint(dict(policy.named_parameters()))
         return Checkpoint(policy, tokenizer, None, None, Provenance(str(path), "generator", known_by))
     layout = find_layout(path)
-    if layout.needs_model and model is None:
+    if layout.needs_model and model is None and base is None:
         raise ModelError(
             f"{path} holds weights and says nothing about the architecture ({layout.kind} layout); give model=, a "
             f"directory with config.json or a model."
@@ -164,7 +164,7 @@ def load(
         )  # Trainer has AdamW, and no other Adam
         recognise(saved.optimizer, known)  # before names are looked for: what is not modelled is said first
         names = names_of(saved.optimizer, _trained(policy), policy, names, order)
-        frozen = _freeze(policy, names, path)
+        frozen = _freeze(policy, names, path, [] if layout.kind in FORMATS else unread_optimizers(path))
         stored = stored_optimizer_state(saved.optimizer, _trained(policy), names=names, decoupled=known)
         _check_schedule(layout.scheduler, saved.optimizer)
     elif optimizer and (unread := unread_optimizers(path)) and not is_inner(path):
@@ -206,7 +206,9 @@ def _policy(
         return load_adapter(layout.model, base, dtype=dtype, trust_remote_code=trust_remote_code, name=layout.adapter)
     if layout.pretrained:
         return load_model(layout.model, dtype=dtype, trust_remote_code=trust_remote_code)
-    return architecture(layout.config if model is None else model, trust_remote_code)
+    if base is not None:  # an adapter's, of a layout that may not keep it
+        return wrapped(layout, load_model(base, dtype=dtype, trust_remote_code=trust_remote_code))
+    return wrapped(layout, architecture(layout.config if model is None else model, trust_remote_code))
 
 
 def _take_masters(policy: Any, stored: StoredState, dtypes: Mapping[str, torch.dtype]) -> Tree:
@@ -225,8 +227,11 @@ def _trained(model: torch.nn.Module) -> Tree:
     return {name: leaf for name, leaf in model.named_parameters() if leaf.requires_grad}
 
 
-def _freeze(model: torch.nn.Module, names: Any, path: str | Path) -> list[str]:
-    """Mark the parameters that the optimizer does not have as not trained; they are returned."""
+def _freeze(model: torch.nn.Module, names: Any, path: str | Path, files: list[Path]) -> list[str]:
+    """Mark the parameters that the optimizer does not have as not trained; they are returned.
+
+    Where several files of optimizers lie there, and they are not one's that a format brings together, it is refused.
+    """
     own = {name for group in names for name in group}
     foreign = sorted(own - {name for name, _ in model.named_parameters(remove_duplicate=False)})
     if foreign:
@@ -235,10 +240,10 @@ def _freeze(model: torch.nn.Module, names: Any, path: str | Path) -> list[str]:
             f"of model.named_parameters()."
         )
     frozen = [name for name in _trained(model) if name not in own]
-    if frozen and len(unread_optimizers(path)) > 1:
+    if frozen and len(files) > 1:
         raise CheckpointError(
             f"The optimizer at {path} does not have {listing(frozen)}, and several files of optimizers lie there: "
-            f"{listing([str(item) for item in unread_optimizers(path)])}. One step of one optimizer is explained; "
+            f"{listing([str(item) for item in files])}. One step of one optimizer is explained; "
             f"remove the others, or say optimizer=False to go on without any."
         )
     for name, leaf in model.named_parameters():

@@ -54,7 +54,15 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, trust_re
         if names:  # transformers would go on with random weights
             shown = sorted(map(str, names))
             raise ModelError(f"The weights at {path} {what} {len(shown)} parameter(s), such as {shown[0]!r}.")
-    return model.eval()
+    return _of_its_own(model.eval())
+
+
+def _of_its_own(model: Any) -> Any:
+    """Copy weights out of the mapped file: a training may write it anew while they are used."""
+    for leaf in (*model.parameters(), *model.buffers()):
+        if type(leaf) in (torch.Tensor, torch.nn.Parameter):
+            leaf.data = leaf.data.clone()
+    return model
 
 
 @libraries_quiet()
@@ -104,6 +112,7 @@ def load_adapter(
         adapted = PeftModel.from_pretrained(
             model, str(path), adapter_name=name, is_trainable=True, autocast_adapter_dtype=False
         )
+        _of_its_own(adapted)
     except Exception as error:
         raise ModelError(
             f"The adapter at {path} does not fit its base model {base or recorded}: {plain(error)}"

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from transformers.utils import logging
+from transformers.utils import logging as bars_of
 
 LIBRARIES = (
     "accelerate", "bitsandbytes", "huggingface_hub", "numpy", "peft", "safetensors", "sentencepiece", "tokenizers",
     "torch", "transformers",
 )  # fmt: skip
 """Those that are called while a checkpoint is loaded."""
+MESH = logging.getLogger("torch.distributed.device_mesh")
+"""Warns that a tensor's mesh has no process group: one process reads what several wrote, and needs none."""
 DEPRECATIONS = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
 
 
 @contextmanager
 def libraries_quiet() -> Iterator[None]:
-    """Keep deprecations that other libraries' own code causes, and transformers' progress bars, off; nothing else.
+    """Keep off what libraries say to each other: deprecations, progress bars, meshes without process groups.
 
     A warning whose cause is a line of ours, or of the caller's, is of another module and stays, and so does every
     warning of another kind. Usable as a decorator.
@@ -30,13 +33,15 @@ def libraries_quiet() -> Iterator[None]:
         >>> [str(one.message) for one in seen]
         ['old call']
     """
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    bars, disabled = bars_of.is_progress_bar_enabled(), MESH.disabled
+    bars_of.disable_progress_bar()
+    MESH.disabled = True
     try:
         with warnings.catch_warnings():
             for kind in DEPRECATIONS:
                 warnings.filterwarnings("ignore", category=kind, module=rf"({'|'.join(LIBRARIES)})(\.|$)")
             yield
     finally:
+        MESH.disabled = disabled
         if bars:
-            logging.enable_progress_bar()
+            bars_of.enable_progress_bar()

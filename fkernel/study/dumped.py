@@ -76,10 +76,10 @@ def streams(batch: GeneratedBatch, name: str) -> Tensor | None:
     rows = [record.metadata.get(PER_TOKEN, {}).get(name) for record in batch]
     if all(row is None for row in rows):
         return None
-    fill = {"loss_mask": 1.0, "weights": 1.0}
+    fill = {"loss_mask": 1.0, "weights": 1.0, "advantages": 0.0}  # what is left out where it says nothing new
     if name not in fill and None in rows:
         at = batch.ids[rows.index(None)]
-        raise RolloutError(f"{at} has no {name}, and other sequences of the dump have; is a file of two runs?")
+        raise RolloutError(f"{at} has no {name}, and other sequences of the dump have; is it a dump of two runs?")
     filled = [[fill[name]] * len(r.response_ids) if row is None else row for r, row in zip(batch, rows, strict=True)]
     return laid_out(batch.sequences.response_mask, filled)
 

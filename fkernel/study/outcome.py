@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -48,6 +48,11 @@ class SequenceInfo:
     prompt_id: str = ""
     content_hash: str = ""
     times: int = 1
+
+
+def as_record(info: SequenceInfo) -> dict[str, Any]:
+    """The sequence as files hold it: one sequence each."""
+    return {name: value for name, value in asdict(info).items() if name != "times"}
 
 
 def info_of(record: SequenceRecord) -> SequenceInfo:

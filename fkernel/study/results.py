@@ -29,6 +29,7 @@ from fkernel.study.outcome import (
     RequestResult,
     SelfKernel,
     SequenceInfo,
+    as_record,
     asked_for,
     info_of,
 )
@@ -213,7 +214,7 @@ class FisherKernelResults:
             "schema": SCHEMA,
             "units": f"{self.units}; positive raises the log-probability of the row's sequence",
             "step": self.step,
-            "update": [asdict(info) for info in self.update],
+            "update": [as_record(info) for info in self.update],
             "self_kernel": None if own is None else {name: getattr(own, name) for name in scalars},
             "analyses": {name: result.facts for name, result in self.analyses.items()},
             "requests": {name: _request(result) for name, result in self.requests.items()},
@@ -264,7 +265,7 @@ def _request(result: RequestResult) -> dict[str, Any]:
     given = {name: values for name in effects if (values := getattr(result, name)) is not None}
     given |= {PART + part: values for part, values in result.parts.items()}
     rows = [
-        asdict(info)
+        as_record(info)
         | {name: float(values[row]) for name, values in given.items()}
         | {"top_contributors": [{"id": u.id, "value": v} for u, v in result.top_contributors(row, _width(result))]}
         for row, info in enumerate(result.evaluation)

@@ -1,4 +1,4 @@
-"""Packed runs: each is a directory with checkpoint/ (as its writer left it) and truth.safetensors, kept as one .tar.xz."""
+"""Packed runs: checkpoint/, as its writer left it, and truth.safetensors, as one .tar.xz."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from tests.mutations import (
     analysis,
     audit,
     checkpoint,
+    dumps,
     engine,
     loss_plan,
     models,
@@ -33,6 +34,7 @@ QUICK = [
     *audit.MUTATIONS,
     *account.MUTATIONS,
     *record.MUTATIONS,
+    *dumps.MUTATIONS,
     *runs.MUTATIONS,
     *objectives.MUTATIONS,
     *optimizers.MUTATIONS,
@@ -42,5 +44,13 @@ QUICK = [
     *models.MUTATIONS,
     *engine.MUTATIONS,
 ]
-SLOW = [report.MUTATIONS, record.TRAINERS, runs.REAL, loss_plan.MUTATIONS, trl.MUTATIONS, preconditioners.STUDIES]
+SLOW = [
+    report.MUTATIONS,
+    record.TRAINERS,
+    dumps.TRAINED,
+    runs.REAL,
+    loss_plan.MUTATIONS,
+    trl.MUTATIONS,
+    preconditioners.STUDIES,
+]
 ALL = [*QUICK, *(mutation for kind in SLOW for mutation in kind)]

@@ -1,6 +1,11 @@
 """Where trainers keep what, and how it becomes one state: a module for each family of writers.
 
     common       one process: save_pretrained, Trainer, accelerate, torch.save; torch.distributed.checkpoint
+    deepspeed    ZeRO-0 to 3, as DeepSpeed, OpenRLHF, open-instruct, Trainer and accelerate lay it
+    fsdp         rank files of FSDP: verl's, accelerate's
+    nemo         NeMo-RL's step_N/policy/
+    prime        prime-rl's step_N/trainer/
+    megatron     Megatron-Core's distributed checkpoints: verl's, NeMo-RL's, slime's
 
 Each has `find(root) -> Layout | None`, which looks at names of files, and `read(layout, model, optimizer) -> Saved`,
 which brings the files together: whole tensors under the model's own parameter names. What a state then means is the
@@ -13,11 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fkernel.checkpoint.formats import common
+from fkernel.checkpoint.formats import common, deepspeed, fsdp, megatron, nemo, prime
 from fkernel.checkpoint.formats.saved import Saved
 from fkernel.checkpoint.layout import Layout, common_layout
 
-__all__ = ["FORMATS", "STATE_PLACES", "Format", "Saved", "find_layout", "read"]
+__all__ = ["FORMATS", "STATE_PLACES", "Format", "Saved", "find_layout", "read", "wrapped"]
 
 
 class Format(NamedTuple):
@@ -26,13 +31,21 @@ class Format(NamedTuple):
     Attributes:
         find: a directory or file → its layout, or None where it is not of this family.
         read: (layout, the model's architecture, whether the optimizer's state is wanted) → what was saved.
+        wrap: (layout, the base model or its architecture) → the same with the adapters that the training put around it.
     """
 
     find: Callable[[Path], Layout | None]
     read: Callable[[Layout, Any, bool], Saved]
+    wrap: Callable[[Layout, Any], Any] = lambda layout, model: model
 
 
-FORMATS: dict[str, Format] = {}
+FORMATS: dict[str, Format] = {
+    "deepspeed": Format(deepspeed.find, deepspeed.read),
+    "fsdp ranks": Format(fsdp.find, fsdp.read, fsdp.adapted),
+    "nemo": Format(nemo.find, nemo.read),
+    "prime": Format(prime.find, prime.read),
+    "megatron": Format(megatron.find, megatron.read),
+}
 """{kind of layout: its format}, tried in this order; what none finds is `common`."""
 
 
@@ -52,6 +65,15 @@ def find_layout(path: str | Path) -> Layout:
     """
     found = (each.find(Path(path)) for each in FORMATS.values())
     return next((layout for layout in found if layout is not None), None) or common_layout(path)
+
+
+def wrapped(layout: Layout, model: Any) -> Any:
+    """Put around a base model, or its architecture, what the training put around its own: LoRA's adapters.
+
+    Raises:
+        ModelError, CheckpointError: they cannot be made from what the checkpoint tells.
+    """
+    return FORMATS[layout.kind].wrap(layout, model) if layout.kind in FORMATS else model
 
 
 def read(layout: Layout, model: Any, optimizer: bool = True) -> Saved:

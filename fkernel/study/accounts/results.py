@@ -8,7 +8,7 @@ Contributions are of every sequence of every step, to the end of the run: its ow
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ import numpy as np
 
 from fkernel.errors import ResultsError
 from fkernel.io import atomic_file, checksum, checksummed_json, read_checksummed
-from fkernel.study.outcome import SequenceInfo
+from fkernel.study.outcome import SequenceInfo, as_record
 from fkernel.study.shown import html_of, plural, text_of
 from fkernel.study.tables import account_dataset, account_frame
 
@@ -214,7 +214,7 @@ class AccountResults:
 
     def summary(self) -> dict[str, Any]:
         """JSON: what the account is about, its steps, and each probe's ledger and largest contributors."""
-        probes = [asdict(info) | self._columns(e) for e, info in enumerate(self.probes)]
+        probes = [as_record(info) | self._columns(e) for e, info in enumerate(self.probes)]
         return {"about": self.about, "facts": self.facts, "probes": probes, "steps": [*self.steps]}
 
     def _columns(self, e: int) -> dict[str, Any]:

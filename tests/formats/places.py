@@ -1,0 +1,64 @@
+"""What a user points at in each packed run, and what he says besides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fkernel import checkpoint
+from tests.formats.policy import tiny
+
+INSIDE = {
+    "deepspeed_trainer": "checkpoint-2",
+    "verl": "global_step_2",
+    "nemo": "step_2",
+    "prime": "step_2",
+    "torchtitan": "step-2",
+    "megatron_qwen3": "global_step_2",
+    "megatron": "iter_0000002",
+}
+"""{the beginning of a run's name: the directory inside that the user names}; else the whole."""
+ARCHITECTURE = ("deepspeed_trainer", "verl", "megatron_qwen3", "accelerate_trainer", "quantised")
+"""Runs that keep a configuration."""
+UNTIED = (
+    *(
+        "deepspeed_zero2_aligned",
+        "deepspeed_zero2_round_robin",
+        "deepspeed_zero3_subgroups",
+        "nemo_v2",
+        "megatron_qwen2",
+    ),
+    *(
+        "accelerate_fsdp2_ranks",
+        "accelerate_trainer_fsdp2_sharded",
+        "prime_fsdp2",
+        "prime_offload",
+        "torchtitan_fsdp2",
+        "megatron_dp_reshardable",
+    ),
+)
+UNSAID = ("deepspeed_openrlhf", "deepspeed_zero0_fused", "deepspeed_zero0_fused_fp32", "deepspeed_zero3_fused")
+"""Whether weight decay is AdamW's, no file says."""
+
+
+def place_of(run: str, root: Path) -> Path:
+    """What a user points at."""
+    return root / next((inside for begin, inside in INSIDE.items() if run.startswith(begin)), ".")
+
+
+def options_of(run: str, root: Path) -> dict[str, Any]:
+    """What he says besides."""
+    said: dict[str, Any] = {"decoupled": True} if run in UNSAID else {}
+    if not run.startswith(ARCHITECTURE) or run.endswith("sharded"):
+        said["model"] = tiny(seed=7, tied=run not in UNTIED)
+    if run == "deepspeed_trainer_lora":
+        said["base"] = root / "base"
+    if run == "verl_fsdp2_lora_only":
+        said["base"] = root.parent / "base"
+        tiny().save_pretrained(said["base"])
+    return said
+
+
+def load(run: str, root: Path) -> checkpoint.Checkpoint:
+    """Load a run's checkpoint."""
+    return checkpoint.load(place_of(run, root), **options_of(run, root))
