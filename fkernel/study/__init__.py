@@ -11,7 +11,7 @@ from fkernel.study.accounts.probes import read_probes
 from fkernel.study.accounts.results import AccountResults, Share
 from fkernel.study.analyses.registry import AnalysesPlan, RequestAnalyses
 from fkernel.study.asking import ask, probes_batch, runner_of
-from fkernel.study.checks import check_inputs, check_out
+from fkernel.study.checks import check_inputs, check_out, check_saved_batch
 from fkernel.study.config.capture import CapturePlan
 from fkernel.study.config.io import read_plan
 from fkernel.study.config.loss import ClippedRatioLoss, KLPlan, PolicyGradientLoss, PreferenceLoss, SequenceRatioLoss
@@ -28,7 +28,7 @@ from fkernel.study.outcome import AnalysisResult, Entry, RequestResult, SelfKern
 from fkernel.study.phases import Forecast, Phase, forecast
 from fkernel.study.provenance import environment
 from fkernel.study.questions import entry_of, influence_of, self_kernel_of
-from fkernel.study.results import FisherKernelResults, check_saved_batch
+from fkernel.study.results import FisherKernelResults
 from fkernel.study.runner import FisherKernelRunner
 from fkernel.study.sample import SamplePlan, sampled
 from fkernel.study.workspace import KernelWorkspace, load_workspace, serialize_workspace

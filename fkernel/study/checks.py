@@ -8,13 +8,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from fkernel.checkpoint import STATE_PLACES, find_layout, has_no_optimizer
-from fkernel.errors import FKernelError, PlanError, listing
-from fkernel.rollout import dotted
+from fkernel.errors import FKernelError, PlanError, ResultsError, listing
+from fkernel.rollout import GeneratedBatch, dotted
 from fkernel.study.config.base import CheckpointPlan
 from fkernel.study.config.plan import FisherKernelPlan
 from fkernel.study.config.requests import UpdateBatch
 from fkernel.study.known_ids import ids_of, unknown_ids
-from fkernel.study.outcome import RequestResult
+from fkernel.study.outcome import RequestResult, info_of
+from fkernel.study.results import BATCHES, OWN, FisherKernelResults
 from fkernel.study.sources import dotted_names
 
 
@@ -187,4 +188,28 @@ def check_out(plan: FisherKernelPlan, overwrite: bool = False) -> None:
         raise PlanError(
             f"{out} holds results of another plan (hash {str(before)[:12]}, this one's is {plan.hash[:12]}); choose "
             f"another directory (out:), or say --overwrite."
+        )
+
+
+def check_saved_batch(place: str | Path, batch: GeneratedBatch) -> None:
+    """Check that a saved batch is the one that the results beside it are about, by content and not only by ids.
+
+    Args:
+        place: where the batch was read from; outside a study's directory nothing is checked.
+        batch: the batch.
+
+    Raises:
+        ResultsError: the results cannot be read, have no such request, or are about other sequences.
+    """
+    folder = Path(place).resolve()
+    out, name = folder.parent.parent, folder.name
+    if folder.parent.name != BATCHES or not (out / "plan.json").is_file():
+        return
+    results = FisherKernelResults.load(out)
+    about = results.update if name == OWN else results.requests[name].evaluation if name in results.requests else ()
+    if about != tuple(map(info_of, batch)):
+        what = "are about other sequences" if about else f"have no request {name!r}"
+        raise ResultsError(
+            f"The batch at {place} is of another run than the results at {out}, which {what}. Run the plan again, and "
+            f"both are of one run; or copy the batch elsewhere, to ask of it alone."
         )

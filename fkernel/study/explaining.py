@@ -169,7 +169,7 @@ def _recording(place: Path) -> Recording | None:
 
 
 def _sample(probe: tuple[str, str] | Mapping[str, Any], raw: bool) -> dict[str, Any]:
-    row = {**probe} if isinstance(probe, Mapping) else dict(zip(("prompt", "response"), probe, strict=True))
+    row = dict(probe) if isinstance(probe, Mapping) else {"prompt": probe[0], "response": probe[1]}
     return {**({"raw": True} if raw else {}), **row}
 
 

@@ -20,7 +20,6 @@ import numpy as np
 
 from fkernel.errors import ResultsError
 from fkernel.io import atomic_file, checksum
-from fkernel.rollout import GeneratedBatch
 from fkernel.study.loss_terms import PART
 from fkernel.study.outcome import (
     EFFECTS,
@@ -31,7 +30,6 @@ from fkernel.study.outcome import (
     SequenceInfo,
     as_record,
     asked_for,
-    info_of,
 )
 from fkernel.study.shown import results_text
 from fkernel.study.tables import to_frame, to_xarray
@@ -68,7 +66,9 @@ class FisherKernelResults:
     requests: dict[str, RequestResult]
     analyses: dict[str, AnalysisResult] = field(default_factory=dict)
 
-    __repr__ = results_text
+    def __repr__(self) -> str:
+        """One screen: the requests."""
+        return results_text(self)
 
     def _repr_html_(self) -> str:
         """The requests' tables, for notebooks."""
@@ -219,30 +219,6 @@ class FisherKernelResults:
             "analyses": {name: result.facts for name, result in self.analyses.items()},
             "requests": {name: _request(result) for name, result in self.requests.items()},
         }
-
-
-def check_saved_batch(place: str | Path, batch: GeneratedBatch) -> None:
-    """Check that a saved batch is the one that the results beside it are about, by content and not only by ids.
-
-    Args:
-        place: where the batch was read from; outside a study's directory nothing is checked.
-        batch: the batch.
-
-    Raises:
-        ResultsError: the results cannot be read, have no such request, or are about other sequences.
-    """
-    folder = Path(place).resolve()
-    out, name = folder.parent.parent, folder.name
-    if folder.parent.name != BATCHES or not (out / "plan.json").is_file():
-        return
-    results = FisherKernelResults.load(out)
-    about = results.update if name == OWN else results.requests[name].evaluation if name in results.requests else ()
-    if about != tuple(map(info_of, batch)):
-        what = "are about other sequences" if about else f"have no request {name!r}"
-        raise ResultsError(
-            f"The batch at {place} is of another run than the results at {out}, which {what}. Run the plan again, and "
-            f"both are of one run; or copy the batch elsewhere, to ask of it alone."
-        )
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
