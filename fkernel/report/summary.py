@@ -10,6 +10,8 @@ from fkernel.report.table import CHANCE, p_value, sequence_text
 from fkernel.study import FisherKernelResults, RequestResult
 
 PARTS = ("batch", "momentum", "decay", "arithmetic", "unexplained")
+FEW = 4
+"""Probes of which each is told."""
 WORTH = 0.005
 """Share of a change below which a part is not mentioned."""
 
@@ -86,8 +88,10 @@ def _one(result: RequestResult) -> str:
 
 
 def _moved_most(requests: list[RequestResult], units: str) -> list[str]:
-    """The sequence that moved most, and what moved it; hand-written probes come before sampled sequences."""
+    """The sequence that moved most, and what moved it; of a few probes written by hand, all of them."""
     written = [result for result in requests if result.kind in ("payload", "custom_sequence")]
+    if 0 < sum(len(result.evaluation) for result in written) <= FEW:
+        return [line for result in written for line in probe_lines(result, units)]
     result = max(written or requests, key=lambda one: float(np.abs(_moved(one)).max()))
     row = int(np.abs(_moved(result)).argmax())
     line = f"{sequence_text(result.evaluation[row], result)} moved most: {_nats(_moved(result)[row], units)}."
