@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 
 from fkernel.checkpoint.distributed import METADATA
 from fkernel.checkpoint.model import ADAPTER
-from fkernel.errors import CheckpointError
+from fkernel.errors import CheckpointError, listing
 
 Kind = Literal[
     "huggingface",
@@ -157,8 +157,9 @@ def _unknown(root: Path) -> str:
     inside = sorted(item.name for item in root.iterdir())
     steps = [name for name in inside if name.startswith("checkpoint-")]
     if steps:
-        latest = max(steps, key=lambda name: (len(name), name))
-        return f"{root} holds {len(steps)} checkpoint(s); name one of them, such as {root / latest}."
+        steps = sorted(steps, key=lambda name: (len(name), name))
+        several = "" if len(steps) == 1 else "s"
+        return f"{root} holds {len(steps)} checkpoint{several}, {listing(steps)}; name one, such as {root / steps[-1]}."
     pickled = [name for name in inside if name.startswith("pytorch_model") and name.endswith(".bin")]
     if pickled:
         return f"{root} holds weights as {pickled[0]} and no config.json; save them with save_pretrained()."

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from fkernel.checkpoint.layout import Layout
+
 NAMED = re.compile(r"(^|[_.-])(optim(izers?|s)?|opt_states?)([_.-]|\d|$)", re.IGNORECASE)
 FOLDER = re.compile(r"(optim(izers?)?|opt(im(izer)?)?_states?)([_-]?\d+)?", re.IGNORECASE)
 """Of a folder that holds nothing else; another one that has the word in its name may be of runs."""
@@ -44,3 +46,14 @@ def _is_optimizer(item: Path) -> bool:
     return FOLDER.fullmatch(item.name) is not None and any(
         file.suffix in KINDS or file.name == ".metadata" or NAMED.search(file.name) for file in _items(item)
     )
+
+
+def has_no_optimizer(layout: Layout, path: str | Path) -> bool:
+    """Whether no optimizer's state lies in or beside a checkpoint; False where only reading its files tells.
+
+    Args:
+        layout: of the checkpoint.
+        path: of the checkpoint.
+    """
+    apart = layout.kind in ("huggingface", "adapter", "nested", "accelerate")
+    return apart and layout.optimizer is None and not unread_optimizers(path)

@@ -13,8 +13,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from fkernel.cli import page, runs, study
+from fkernel.cli import explaining, page, questions, runs, study
 from fkernel.cli.console import exit_on_error, importing, print_error, progress_and_log, wide
+from fkernel.cli.pairs import WithPairs
 
 app = typer.Typer(
     help="fkernel: why did this sequence's probability move? One AdamW step, explained in nats.",
@@ -33,7 +34,7 @@ def demo(
         Path | None, typer.Option(help="Cache of policies (default: $FKERNEL_CACHE or ~/.cache/fkernel).")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the policy, its training and its sampling.")] = 0,
-    rows: Annotated[int, typer.Option(help="Sequences to show in the table.")] = 10,
+    rows: Annotated[int, typer.Option(help="Print tables, too, with so many sequences of each request.")] = 0,
 ) -> None:
     """Train a small policy, take real RL steps with AdamW, and explain the last one.
 
@@ -47,7 +48,9 @@ def demo(
         raise typer.Exit(1)
 
 
-for command in (study.run, page.report, study.query, study.influence, study.show, runs.account, runs.replay):
+for command in (explaining.explain, questions.ask, questions.query):
+    app.command(cls=WithPairs)(command)
+for command in (study.run, page.report, questions.influence, study.show, runs.account, runs.replay):
     app.command()(command)
 app.add_typer(study.plan_app, name="plan")
 app.add_typer(runs.recording_app, name="recording")
@@ -102,14 +105,10 @@ def _demo(out: Path, cache: Path | None, seed: int, rows: int) -> list[str]:
     with importing():
         from fkernel.demo import demo_plan, prepare, seeded, visible
 
-    console = Console()
     with visible(Console(stderr=True)) as progress:
         directory = prepare(seeded(seed), cache, progress)
     results = study.execute(demo_plan(directory, out, seed), overwrite=False, log="minimal")
-    study.show_results(results, rows, "held_out")
-    study.show_results(results, rows, "probes")
-    study.say_step(results)
-    console.print(f"Wrote {out}{page.pointer(out)}. More: fkernel show {out}", highlight=False, soft_wrap=True)
+    study.finish(results, out, rows, as_json=False)
     missed, calibration = [], results["held_out"].calibration
     for name, bound in BOUNDS.items():
         value = calibration[name]

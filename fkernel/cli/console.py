@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 
 @contextmanager
@@ -18,6 +23,8 @@ def exit_on_error() -> Iterator[None]:
     """Print an error in one line and exit: 2 for user errors, 1 for a failed demo, 130 after Ctrl-C."""
     from fkernel.errors import DemoError, FKernelError  # imported here to keep --help fast
 
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # for rewards and other functions that a plan names; installed packages come first
     try:
         yield
     except KeyboardInterrupt:
@@ -33,10 +40,40 @@ def print_error(text: str) -> None:
     Console(stderr=True).print(f"fkernel: {text}", style="red", markup=False, highlight=False, soft_wrap=True)
 
 
+def can_draw() -> bool:
+    """Whether pictures can be drawn; else say in a line that they are left out."""
+    there = find_spec("matplotlib") is not None
+    if not there:
+        text = "pictures are left out: matplotlib is not installed (pip install 'fkernel[report]')"
+        Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+    return there
+
+
+class Tables(Console):
+    """A console whose tables never cut a number: texts give way, and then the line grows beyond the terminal."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print, with the columns of numbers as wide as their numbers."""
+        super().print(*map(uncut, objects), **{"crop": False, **options})
+
+
+def uncut(shown: Any) -> Any:
+    """A table whose right-aligned columns keep their width; anything else as it is."""
+    if isinstance(shown, Table):
+        for column in shown.columns:
+            cells = [Text.from_markup(cell) if isinstance(cell, str) else cell for cell in column.cells]
+            texts = [cell for cell in cells if isinstance(cell, Text)]
+            if column.justify == "right":
+                column.no_wrap, column.min_width = True, max((cell_len(text.plain) for text in texts[1:]), default=1)
+            else:
+                column.no_wrap, column.overflow = False, "fold"
+    return shown
+
+
 def wide(least: int) -> Console:
     """A console for tables: as wide as the terminal; at least `least` where the output is a file."""
-    console = Console()
-    return console if console.width >= least or console.is_terminal else Console(width=least)
+    console = Tables()
+    return console if console.width >= least or console.is_terminal else Tables(width=least)
 
 
 @contextmanager
@@ -57,11 +94,12 @@ def progress_and_log(level: str) -> Iterator[Callable[[str, int, int], Any]]:
     logger.setLevel(min(LEVELS[level], logging.INFO))
     showwarning, logged = warnings.showwarning, set[str]()
 
-    def log_once(message: Warning | str, *where: Any, **more: Any) -> None:
-        """Log a warning once, without its source line."""
+    def log_once(message: Warning | str, category: Any = None, *where: Any, **more: Any) -> None:
+        """Log a warning once, without its source line; one of another library is for debugging."""
         if str(message) not in logged:
             logged.add(str(message))
-            logger.warning("%s", message)
+            own = getattr(category, "__module__", "").startswith("fkernel")
+            logger.log(logging.WARNING if own else logging.DEBUG, "%s", message)
 
     warnings.showwarning = log_once
     try:
@@ -71,7 +109,7 @@ def progress_and_log(level: str) -> Iterator[Callable[[str, int, int], Any]]:
             def on_progress(what: str, n: int, total: int) -> None:
                 if what not in bars:
                     bars[what] = progress.add_task(what, total=total or None)
-                progress.advance(bars[what], n)
+                progress.update(bars[what], advance=n, total=total or None)
 
             yield on_progress
     finally:

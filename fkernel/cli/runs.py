@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from fkernel.cli.console import exit_on_error, importing, progress_and_log, wide
+from fkernel.cli.console import can_draw, exit_on_error, importing, progress_and_log, wide
 from fkernel.cli.page import Page, pointer
 from fkernel.cli.study import AsJson
 
@@ -65,7 +65,7 @@ def account(
             )
         if page:
             report.write_page(results, out)
-        if pictures:
+        if pictures and can_draw():
             report.draw_account(results, out / "pictures")
         if as_json:
             typer.echo(json.dumps(results.summary(), indent=1))

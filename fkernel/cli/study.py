@@ -1,4 +1,4 @@
-"""Commands of studies: `fkernel run | query | influence | show | plan`."""
+"""Commands of studies: `fkernel run | show | plan`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from fkernel.cli.console import exit_on_error, importing, progress_and_log, wide
-from fkernel.cli.page import Page, pointer
+from fkernel.cli.console import can_draw, exit_on_error, importing, progress_and_log, wide
+from fkernel.cli.page import Page
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Workspace = Annotated[Path, typer.Argument(help="A workspace that `fkernel run` made: OUT/workspace.")]
 
 plan_app = typer.Typer(help="Write, check and describe plans.", no_args_is_help=True)
 
@@ -22,8 +21,8 @@ def run(
     plan: Annotated[Path, typer.Argument(help="A plan, YAML or JSON; `fkernel plan init` writes one.")],
     out: Annotated[Path | None, typer.Option(help="Directory for the results, instead of the plan's.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace results that another plan left there.")] = False,
-    rows: Annotated[int, typer.Option(help="Sequences to show of each request.")] = 5,
-    log: Annotated[str, typer.Option(help="Log level: minimal, normal, detailed or debug.")] = "normal",
+    rows: Annotated[int, typer.Option(help="Print tables, too, with so many sequences of each request.")] = 0,
+    log: Annotated[str, typer.Option(help="Log level: minimal, normal, detailed or debug.")] = "minimal",
     page: Page = True,
     as_json: AsJson = False,
 ) -> None:
@@ -39,12 +38,29 @@ def run(
         loaded = as_recorded(read_plan(plan, FisherKernelPlan))
         if out is not None:
             loaded = loaded.model_copy(update={"out": str(out)})
-        results = execute(loaded, overwrite, log, page)
-        if as_json:
-            typer.echo(json.dumps(summary(results, loaded.out), indent=1))
-        else:
-            show_results(results, rows)
-            Console().print(f"Wrote {loaded.out}{pointer(loaded.out, page)}", highlight=False, soft_wrap=True)
+        finish(execute(loaded, overwrite, log, page), Path(loaded.out), rows, as_json)
+
+
+def finish(results: Any, out: Path, rows: int, as_json: bool) -> None:
+    """Print what a finished run found."""
+    from fkernel import report
+
+    if as_json:
+        typer.echo(json.dumps(summary(results, str(out)), indent=1))
+        return
+    if rows:
+        show_results(results, rows)
+    console, page, workspace = wide(100), out / "report.html", results.plan["storage"]["workspace"] or out / "workspace"
+    for line in (*report.request_lines(results), *report.findings(results)):
+        console.print(line, highlight=False)
+    Console().print(
+        f"Wrote {out}" + (f"; the page is {page}" if page.exists() else "") + ". Next:", highlight=False, soft_wrap=True
+    )
+    following = [f"fkernel show {out}"]
+    if results.plan["storage"]["persist"]:
+        following.append(f'fkernel ask {workspace} --probe "PROMPT" "RESPONSE"')
+    for command in following:
+        Console().print(f"  {command}", highlight=False, soft_wrap=True, markup=False)
 
 
 def execute(plan: Any, overwrite: bool, log: str, page: bool = True) -> Any:
@@ -56,6 +72,7 @@ def execute(plan: Any, overwrite: bool, log: str, page: bool = True) -> Any:
     check_out(plan, overwrite)
     with recorded(out / "log.jsonl"), progress_and_log(log) as on_progress:
         runner = FisherKernelRunner(plan, on_progress=on_progress)
+        say_estimate(runner)
         results = runner.run()
         if plan.storage.batches:
             runner.save_batches(out)
@@ -63,13 +80,27 @@ def execute(plan: Any, overwrite: bool, log: str, page: bool = True) -> Any:
         results.save_results(out)
         if page:
             report.write_page(results, out)
-        if plan.storage.pictures:
+        if plan.storage.pictures and can_draw():
             report.draw_all(results, out / "pictures")
             for name, result in results.requests.items():
                 if "tokens" in result.analyses and result.analyses["tokens"].skipped is None:
                     tokens = out / "pictures" / f"{name}_tokens.html"
                     tokens.write_text(report.token_html(result), encoding="utf-8")
     return results
+
+
+def say_estimate(runner: Any) -> None:
+    """Print in a line what a run will take, after what can be found wrong without it."""
+    from fkernel import report
+    from fkernel.errors import FKernelError
+    from fkernel.study import check_inputs, forecast
+
+    check_inputs(runner.plan)
+    try:
+        line = report.forecast_lines(forecast(runner.plan, runner.checkpoint))[0]
+    except FKernelError as error:  # batches of callbacks have no length yet; what is wrong with others the run says
+        line = f"unknown: {error}"
+    Console(stderr=True).print(f"Estimate: {line}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _remove_pictures(out: Path) -> None:
@@ -106,113 +137,6 @@ def say_forecast(path: Path, memory: str | None, as_json: bool) -> None:
         console.print(line, highlight=False, soft_wrap=True)
 
 
-def query(
-    workspace: Workspace,
-    one: Annotated[str, typer.Argument(help="Id of a sequence of U, or of a batch given with --batch.")],
-    other: Annotated[str, typer.Argument(help="The same; its contribution is printed where it is of U.")],
-    batch: Annotated[
-        list[Path] | None, typer.Option(help="Saved batches to look ids up in, beside U; NAME/ID is of one of them.")
-    ] = None,
-    plan: Annotated[
-        Path | None, typer.Option(help="The plan that ran (OUT/plan.json); needed for sequences outside of U.")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Print the kernel's entry of any two sequences.
-
-    Example: fkernel query study/workspace U-000-01 U-003-00
-    """
-    with exit_on_error():
-        with importing():
-            from dataclasses import asdict
-
-            from fkernel.study import FisherKernelPlan, FisherKernelRunner, entry_of, load_workspace, read_plan
-        with load_workspace(workspace) as opened:
-            if plan is not None and opened.gradients.walked:
-                FisherKernelRunner(read_plan(plan, FisherKernelPlan)).adopt(opened)
-            entry = entry_of(opened, *(_cache(opened, name, batch or [], plan, workspace) for name in (one, other)))
-        if as_json:
-            typer.echo(json.dumps(asdict(entry), indent=1))
-            return
-        console = Console(highlight=False, soft_wrap=True)
-        console.print(f"K({entry.row}, {entry.column}) = {entry.kernel:.6g}    cosine {entry.cosine:+.4f}")
-        if entry.contribution is not None:
-            unit = "nats" if opened.spec["preconditioner"]["calibrated"] else "(bare)"
-            console.print(f"{entry.column} moves {entry.row} by {entry.contribution:+.6g} {unit}")
-
-
-def _cache(workspace: Any, name: str, batches: list[Path], plan: Path | None, place: Path) -> Any:
-    """A sequence's gradient: of U it is read, else it is computed with the plan's checkpoint."""
-    from fkernel.errors import PlanError
-    from fkernel.rollout import load_batch
-    from fkernel.study import FisherKernelPlan, FisherKernelRunner, check_saved_batch, read_plan
-
-    folder, _, own = name.rpartition("/")
-    loaded = [(path, load_batch(path)) for path in batches if folder in ("", path.resolve().name)]
-    matches = [(path, batch) for path, batch in loaded if own in batch.ids]
-    of_U = not folder and own in workspace.index
-    candidates = [workspace.batch] * of_U + [batch for _, batch in matches]
-    contents = {batch.by_id(own).content_hash for batch in candidates}
-    if len(contents) > 1:
-        raise PlanError(
-            f"{own!r} is the id of {len(contents)} different sequences, of U or of the batches that are given; say "
-            f"which one: NAME/{own}, where NAME is the batch's folder, or leave its --batch out for U's."
-        )
-    if of_U:
-        return workspace.cache(own)
-    if not matches:
-        workspace.batch.by_id(name)  # raises, and lists similar ids
-    check_saved_batch(*matches[0])
-    where = plan or place.parent / "plan.json"
-    if not where.is_file():
-        raise PlanError(f"{name} is outside of U, so its gradient needs the checkpoint; say --plan OUT/plan.json.")
-    runner = FisherKernelRunner(read_plan(where, FisherKernelPlan))
-    runner.adopt(workspace)
-    return runner.external(matches[0][1].clone_with_subset([own]), name=name)
-
-
-def influence(
-    workspace: Workspace,
-    ids: Annotated[list[str] | None, typer.Option("--id", help="Sequences of U to show; * matches any.")] = None,
-    advantages: Annotated[
-        str | None, typer.Option(help="Another advantage rule: group_mean, grpo, rloo, raw or module.function.")
-    ] = None,
-    change: Annotated[list[str] | None, typer.Option("--set", help="Another advantage: ID=VALUE.")] = None,
-    rows: Annotated[int, typer.Option(help="Sequences to show, largest first.")] = 20,
-    as_json: AsJson = False,
-) -> None:
-    """Print what U's step does to U's own sequences, also under other advantages; no gradient is computed.
-
-    Example: fkernel influence study/workspace --advantages rloo --set U-003-01=0
-    """
-    with exit_on_error():
-        with importing():
-            from fkernel import report
-            from fkernel.study import influence_of, load_workspace
-        with load_workspace(workspace) as opened:
-            patterns = tuple(ids) if ids else None
-            after = influence_of(opened, patterns, opened.advantages_of(advantages, _changes(change or [])))
-            before = influence_of(opened, patterns)
-            batch, calibrated = opened.batch, opened.spec["preconditioner"]["calibrated"]
-        if as_json:
-            typer.echo(json.dumps(after, indent=1))
-        else:
-            wide(100).print(report.influence_table(batch, before, after, rows, "nats" if calibrated else "bare"))
-
-
-def _changes(given: list[str]) -> dict[str, float]:
-    from fkernel.errors import PlanError
-
-    changes = {}
-    for text in given:
-        name, _, value = text.partition("=")
-        try:
-            changes[name] = float(value)
-        except ValueError:
-            raise PlanError(f"--set {text}: expected ID=NUMBER, such as U-003-01=0.5.") from None
-    return changes
-
-
 def show(
     results: Annotated[Path, typer.Argument(help="A directory that `fkernel run` wrote.")],
     request: Annotated[str | None, typer.Option(help="One request only, by name.")] = None,
@@ -238,17 +162,22 @@ def show(
 
 def show_results(results: Any, rows: int, request: str | None = None) -> None:
     """Print tables of some requests."""
+    for result in [*results.requests.values()] if request is None else [results[request]]:
+        show_request(result, rows)
+    if request is None:
+        say_step(results)
+
+
+def show_request(result: Any, rows: int) -> None:
+    """Print the tables of one request."""
     from fkernel import report
 
     console = wide(132)
-    for result in [*results.requests.values()] if request is None else [results[request]]:
-        console.print(report.effects_table(result, rows))
-        if result.calibration:
-            console.print(report.calibration_table(result))
-        for table in report.request_tables(result, rows):
-            console.print(table, highlight=False)
-    if request is None:
-        say_step(results)
+    console.print(report.effects_table(result, rows))
+    if result.calibration:
+        console.print(report.calibration_table(result))
+    for table in report.request_tables(result, rows):
+        console.print(table, highlight=False)
 
 
 def say_step(results: Any) -> None:
@@ -261,6 +190,25 @@ def say_step(results: Any) -> None:
         wide(132).print(table, highlight=False, soft_wrap=isinstance(table, str))
 
 
+def record_of(result: Any) -> dict[str, Any]:
+    """The main results of a request as JSON."""
+    return {
+        "sequences": len(result.evaluation),
+        "calibration": {key: value._asdict() for key, value in result.calibration.items()},
+        "realised_on": result.facts.get("realised_on"),
+        "analyses": {key: analysis.facts for key, analysis in result.analyses.items()},
+        "evaluation": [
+            {
+                "id": info.id,
+                "predicted": float(result.predicted[row]),
+                "realised": None if result.realised is None else float(result.realised[row]),
+                "top": [[u.id, v] for u, v in result.top_contributors(row)],
+            }
+            for row, info in enumerate(result.evaluation)
+        ],
+    }
+
+
 def summary(results: Any, out: str, request: str | None = None) -> dict[str, Any]:
     """The main results as JSON."""
     chosen = results.requests if request is None else {request: results[request]}
@@ -268,24 +216,7 @@ def summary(results: Any, out: str, request: str | None = None) -> dict[str, Any
         "out": out,
         "units": results.units,
         "step": results.step,
-        "requests": {
-            name: {
-                "sequences": len(result.evaluation),
-                "calibration": {key: value._asdict() for key, value in result.calibration.items()},
-                "realised_on": result.facts.get("realised_on"),
-                "analyses": {key: analysis.facts for key, analysis in result.analyses.items()},
-                "evaluation": [
-                    {
-                        "id": info.id,
-                        "predicted": float(result.predicted[row]),
-                        "realised": None if result.realised is None else float(result.realised[row]),
-                        "top": [[u.id, v] for u, v in result.top_contributors(row)],
-                    }
-                    for row, info in enumerate(result.evaluation)
-                ],
-            }
-            for name, result in chosen.items()
-        },
+        "requests": {name: record_of(result) for name, result in chosen.items()},
     }
 
 
@@ -310,16 +241,17 @@ def check(
     path: Annotated[Path, typer.Argument(help="A plan, YAML or JSON.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan with every default filled in.")] = False,
 ) -> None:
-    """Check a plan and the files it names, without loading a model.
+    """Check a plan and everything that it names, without loading a model.
 
     Example: fkernel plan check study.yaml
     """
     with exit_on_error():
         with importing():
-            from fkernel.study import FisherKernelPlan, as_recorded, check_inputs, read_plan
+            from fkernel.study import FisherKernelPlan, as_recorded, check_inputs, check_out, read_plan
         plan = read_plan(path, FisherKernelPlan)
         check_inputs(plan)
-        as_recorded(plan)  # a recorded or dumped batch is there, and all that a dump lacks is said
+        plan = as_recorded(plan)  # a recorded or dumped batch is there, and all that a dump lacks is said
+        check_out(plan)
         if as_json:
             typer.echo(json.dumps(plan.record(), indent=1))
             return

@@ -13,6 +13,7 @@ from fkernel.engine.low_precision import Rounded, low_precision_kernel
 from fkernel.engine.path import NODES, Nodes, mean_of, nodes_of
 from fkernel.engine.planning import Estimate, Option, Strategy, estimate
 from fkernel.engine.problem import Problem, blocks
+from fkernel.engine.progress import listening, part_done
 from fkernel.engine.recycling import reuse_memory
 from fkernel.engine.run import RunAccount, Sweep, account
 from fkernel.engine.state_certificate import state_against_step
@@ -59,11 +60,13 @@ __all__ = [
     "gradient_sum",
     "influence",
     "kernel",
+    "listening",
     "loss_gradient",
     "low_precision_kernel",
     "mean_of",
     "mean_ranks",
     "nodes_of",
+    "part_done",
     "pearson",
     "realised_change",
     "reuse_memory",

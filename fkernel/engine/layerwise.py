@@ -22,6 +22,7 @@ from fkernel.engine.path import NODES, check_path
 from fkernel.engine.planning.estimates import Walking, walking_of
 from fkernel.engine.planning.walking import tiles_of
 from fkernel.engine.planning.workloads import LONG
+from fkernel.engine.progress import part_done
 from fkernel.engine.streaming import KernelBlock, arranged
 from fkernel.errors import ModelError
 from fkernel.func import evaluate_in_float64
@@ -117,6 +118,7 @@ def _alone(
         part = _part(side, some, len(E))
         for shard in shards(side.cut, part, part, every=how.every, tokens=how.tokens, dense=not how.tokens):
             products.add(shard.held, shard.held, own_y=False)
+            part_done()
         yield some, products
 
 
@@ -133,6 +135,7 @@ def _contract(x: Side, y: Side, products: Products, start: int, how: Walking) ->
             columns = slice(start + rows.start, start + rows.stop)
             products.add(shard.held, handles, columns, own_x=k == 0 and start == 0)
             del handles  # frees them before the next are computed
+            part_done()
 
 
 def along_of(
@@ -145,6 +148,7 @@ def along_of(
             for some, handles in walk.back():
                 rows = slice(start + some.start, start + some.stop)
                 products.add(handles, handles, rows=rows, own_y=False)
+                part_done()
     values = products.whole("x", "along")
     return torch.empty_like(values).index_copy_(0, side.order, values)
 

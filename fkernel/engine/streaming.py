@@ -14,6 +14,7 @@ import torch
 
 from fkernel.engine.batching import SortedBatch
 from fkernel.engine.gradients import Gradients
+from fkernel.engine.progress import part_done
 from fkernel.func.handles import Products, ProductSpec, RowSpec, device_of
 from fkernel.shapes import Tensor, Tree
 
@@ -128,18 +129,21 @@ def _walk(
 ) -> Iterator[tuple[slice, Products]]:
     """Hold a tile of x and contract it with the blocks of y, both in sorted order."""
     if y is None:
-        for own in x.blocks(tile):
+        tiles = [*x.blocks(tile)]
+        for own in tiles:
             rows, held = x.rows(own), x.gathered(own)
             products = Products(spec, rows.stop - rows.start, 0, device_of(held))
             products.add(held, held, own_y=False)
             del held
+            part_done(len(tiles))
             yield rows, products
         return
     shares: list[Sequence[str] | None] = [None] if x.shares is None or y.shares is None else [*x.shares]
-    for k, own in enumerate(x.blocks(tile)):
+    tiles, passing = [*x.blocks(tile)], [*y.blocks(block)]
+    for k, own in enumerate(tiles):
         rows, products = x.rows(own), None
         held = x.gathered(own) if shares == [None] else None
-        for j, others in enumerate(y.blocks(block)):
+        for j, others in enumerate(passing):
             same = x is y and y.rows(others) == rows
             for names in shares:
                 left = x.gathered(own, names) if held is None else held
@@ -148,6 +152,7 @@ def _walk(
                     products = Products(spec, rows.stop - rows.start, len(y), device_of(left))
                 products.add(left, right, y.rows(others), own_x=j == 0, own_y=k == 0)
                 del left, right  # frees them before the next are computed
+                part_done(len(tiles) * len(passing) * len(shares))
         assert products is not None
         del held
         yield rows, products
@@ -194,5 +199,6 @@ def self_kernel(U: Gradients, D: Tree | None, tile: int | None = None) -> tuple[
             if others == own:
                 norms[rows] = products.whole("x", "norm").cpu()
             del right
+            part_done(len(tiles) * (len(tiles) + 1) // 2)
         del left
     return (K + K.T) / 2, norms  # a tile with itself is symmetric only up to rounding

@@ -33,6 +33,7 @@ from fkernel.report.run_pictures import (
 )
 from fkernel.report.run_shares import ages_table, parts_table
 from fkernel.report.run_tables import account_lines, account_table, culprits_table, prompts_table, rewards_table
+from fkernel.report.summary import findings, probe_lines, request_lines
 from fkernel.report.table import calibration_table, effects_table, influence_table, pair_view, study_lines
 from fkernel.report.tokens import token_html, token_table, token_text
 from fkernel.report.update_panels import health_panel, structure_panel
@@ -55,6 +56,7 @@ __all__ = [
     "estimate_line",
     "estimate_record",
     "estimate_table",
+    "findings",
     "forecast_lines",
     "forecast_record",
     "forecast_table",
@@ -73,12 +75,14 @@ __all__ = [
     "parts_timeline",
     "preconditioners_panel",
     "predicted_vs_realised",
+    "probe_lines",
     "prompts_table",
     "recording_lines",
     "recording_table",
     "replay_lines",
     "replay_record",
     "replay_table",
+    "request_lines",
     "request_tables",
     "rewards_table",
     "rewards_timeline",

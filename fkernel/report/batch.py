@@ -7,6 +7,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from fkernel.report.style import count
 from fkernel.rollout import GeneratedBatch
 
 
@@ -17,7 +18,7 @@ def batch_table(batch: GeneratedBatch, rows: int = 8) -> Table:
         batch: the batch.
         rows: sequences to show.
     """
-    table = Table(title=f"{min(rows, len(batch))} of {len(batch)} sequences")
+    table = Table(title=f"{min(rows, len(batch))} of {count(len(batch), 'sequence')}")
     for name in ("sequence", "prompt", "response", "tokens", "log π", "reward", "advantage", "ended by"):
         number = name in ("tokens", "log π", "reward", "advantage")
         table.add_column(name, justify="right" if number else "left", no_wrap=True)
@@ -41,10 +42,12 @@ def batch_lines(diagnostics: dict[str, Any]) -> list[str]:
     def share(name: str) -> str:
         return "–" if diagnostics[name] is None else f"{diagnostics[name]:.0%}"
 
+    mean = "–" if diagnostics["mean_reward"] is None else f"{diagnostics['mean_reward']:.3g}"
     length, entropy = diagnostics["length"], diagnostics["entropy"]
     return [
-        f"{diagnostics['sequences']} sequences of {diagnostics['prompts']} prompts, {diagnostics['groups']} groups; "
-        f"accuracy {share('accuracy')}, without signal {share('without_signal')}, truncated {share('truncated')}",
+        f"{count(diagnostics['sequences'], 'sequence')} of {count(diagnostics['prompts'], 'prompt')}, "
+        f"{count(diagnostics['groups'], 'group')}; "
+        f"mean reward {mean}, without signal {share('without_signal')}, truncated {share('truncated')}",
         f"tokens {length['min']:.0f} to {length['max']:.0f}, median {length['median']:.0f}; mean entropy "
         f"{entropy['mean']:.2f} nats a token",
     ]

@@ -12,6 +12,7 @@ from fkernel.report.style import (
     PALE,
     SMALL,
     analysis_result,
+    count,
     diverging,
     figure,
     finish,
@@ -163,7 +164,7 @@ def covariates_panel(result: RequestResult, path: str | Path | None = None) -> F
         axes.set_title(title, loc="left", fontsize=9)
         if axes is shown[-1]:
             drawn.colorbar(image, ax=list(shown), pad=0.01).set_label("correlation  (no unit)", fontsize=8.5)
-    title = f"{result.name}: what changes go with, over {len(result.evaluation)} sequences"
+    title = f"{result.name}: what changes go with, over {count(len(result.evaluation), 'sequence')}"
     drawn.suptitle(title, x=0.01, ha="left", fontsize=10)
     return _clean(finish(drawn, None, 8), path)
 

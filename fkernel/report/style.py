@@ -119,3 +119,13 @@ def signed(value: float, digits: int = 2) -> str:
     """Format a change with its sign; "0" where it rounds to 0."""
     text = f"{value:+.{digits}f}"
     return text.replace("-", "−") if float(text) else "0"
+
+
+def count(n: int, what: str) -> str:
+    """A number of things, in the singular for one.
+
+    Example:
+        >>> count(1, "sequence"), count(2, "sequence")
+        ('1 sequence', '2 sequences')
+    """
+    return f"{n:,} {what}" + ("" if n == 1 else "s")

@@ -45,7 +45,8 @@ def effects_table(result: RequestResult, rows: int = 10) -> Table:
         if name == "batch" and not listed:
             effects |= {f"of it: {part}": values for part, values in result.parts.items()}
     shown = min(rows, len(result.evaluation))
-    table = Table(title=f"{result.name}: the {shown} sequences that moved most (10⁻³ nats)")
+    which = "the sequence that moved" if shown == 1 else f"the {shown} sequences that moved most"
+    table = Table(title=f"{result.name}: {which} (10⁻³ nats)")
     table.add_column("sequence", no_wrap=True)
     for title in effects:
         table.add_column(title, justify="right", style="bold" if "ΔS" in title else None)
@@ -58,11 +59,14 @@ def effects_table(result: RequestResult, rows: int = 10) -> Table:
         info = result.evaluation[row]
         changes = [f"{1e3 * values[row]:+.2f}" for values in effects.values()]
         contributors = [
-            f"{1e3 * nats:+.2f}{_mark(uncertainty, int(row), k, u)}  {_text(u)}"
-            for k, (u, nats) in enumerate(result.top_contributors(int(row)))
+            f"{1e3 * nats:+.2f}{_mark(uncertainty, result, int(row), u)}  {sequence_text(u, result)}"
+            for u, nats in result.top_contributors(int(row), group_identical=True)
         ]
         table.add_row(
-            f"{_text(info)}\nS = {info.logprob:.2f} nats", *changes, "\n".join(contributors), end_section=True
+            f"{sequence_text(info, result)}\nS = {info.logprob:.2f} nats",
+            *changes,
+            "\n".join(contributors),
+            end_section=True,
         )
     return table
 
@@ -163,11 +167,20 @@ def study_lines(results: FisherKernelResults) -> list[str]:
     return lines
 
 
-def _mark(analysis: AnalysisResult | None, row: int, k: int, u: SequenceInfo) -> str:
-    """Significance of the k-th contributor to a row: "*" of itself, "†" of its prompt, or neither."""
+def p_value(analysis: AnalysisResult | None, result: RequestResult, row: int, u: SequenceInfo) -> float | None:
+    """The p-value of a contributor to a row; None where it is not known, or several sequences were added up."""
+    if analysis is None or "top_p" not in analysis.arrays or u.times > 1 or result.top is None:
+        return None
+    ids = [result.update[column].id for column in result.top[row]][: analysis["top_p"].shape[1]]
+    return float(analysis["top_p"][row, ids.index(u.id)]) if u.id in ids else None
+
+
+def _mark(analysis: AnalysisResult | None, result: RequestResult, row: int, u: SequenceInfo) -> str:
+    """Significance of a contributor to a row: "*" of itself, "†" of its prompt, or neither."""
     if analysis is None or "top_p" not in analysis.arrays:
         return ""
-    if analysis["top_p"][row, k] <= CHANCE:
+    p = p_value(analysis, result, row, u)
+    if p is not None and p <= CHANCE:
         return "*"
     prompts = analysis.facts["prompts"]
     return "†" if u.prompt_id in prompts and analysis["prompt_p"][row, prompts.index(u.prompt_id)] <= CHANCE else " "
@@ -177,9 +190,12 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def _text(info: SequenceInfo) -> str:
-    reward = "" if info.reward is None else (" ✓" if info.reward > 0 else " ✗")
-    return escape(f"{info.id} {_cut(info.prompt)}{_cut(info.response)}{reward}")
+def sequence_text(info: SequenceInfo, result: RequestResult) -> str:
+    """A sequence's id and the end of its text, with ✓ or ✗ where the plan says which rewards are of right answers."""
+    right, reward = result.facts.get("correct"), info.reward
+    mark = "" if right is None or reward is None else " ✓" if reward >= right else " ✗"
+    times = "" if info.times == 1 else f" × {info.times}"
+    return escape(f"{info.id} {_cut(info.prompt)}{_cut(info.response)}{mark}{times}")
 
 
 def _cut(text: str, most: int = 28) -> str:

@@ -252,7 +252,7 @@ class GeneratedBatch:
     def diagnostics(self) -> dict[str, Any]:
         """Summary statistics of the batch, as JSON.
 
-        accuracy and without_signal (share of groups whose rewards are all equal, so that advantages relative to the
+        mean_reward and without_signal (share of groups whose rewards are all equal, so that advantages relative to the
         group vanish) are of the sequences that were judged, and None without rewards; abstained is the share of others.
         """
         rewards = [record.reward for record in self.records if record.reward is not None]
@@ -265,7 +265,7 @@ class GeneratedBatch:
             "sequences": len(self),
             "prompts": len({record.provenance.global_prompt_id for record in self.records}),
             "groups": len(by_group),
-            "accuracy": fmean(rewards) if known else None,
+            "mean_reward": fmean(rewards) if known else None,
             "abstained": fmean(abstained),
             "without_signal": fmean(len(each) < 2 for each in by_group.values()) if known else None,
             "truncated": fmean(record.truncated for record in self.records),

@@ -170,6 +170,7 @@ class SampleGenerator:
         *,
         raw: bool = False,
         ended: bool = True,
+        name: str | None = None,
     ) -> GeneratedBatch:
         """Score a prompt and a response that are given, word for word.
 
@@ -179,9 +180,10 @@ class SampleGenerator:
             metadata: whatever the caller adds; JSON.
             raw: whether the prompt is the whole text, read as the template's texts are.
             ended: whether the response ends with the tokenizer's EOS, as a sampled one does.
+            name: its id; None makes one of its content hash, so that two custom sequences differ wherever they meet.
 
         Returns:
-            A batch of one; its id is C- and the content hash, so that two custom sequences differ wherever they meet.
+            A batch of one.
 
         Raises:
             RolloutError: the response has no token, or there is no room for it.
@@ -192,13 +194,13 @@ class SampleGenerator:
             else CustomSample(prompt, response or "", metadata or {}, raw, ended)
         )
         (question,) = custom([given.prompt])
-        text, name = given.prompt if given.raw else render(self.template, question), question.global_prompt_id
-        prompt_ids = encode(self.tokenizer, text, name, self._adds)
+        text, own = given.prompt if given.raw else render(self.template, question), question.global_prompt_id
+        prompt_ids = encode(self.tokenizer, text, own, self._adds)
         words = list(self.tokenizer.encode(given.response, add_special_tokens=False)) if given.response else []
         if not words and not given.ended:
             raise RolloutError(f"The response {given.response!r} has no token; there is nothing to score.")
-        check_room(self.model, [len(prompt_ids)], len(words) + given.ended, [name])
-        check_concatenation(self.tokenizer, text, given.response, prompt_ids + words, name, self._adds)
+        check_room(self.model, [len(prompt_ids)], len(words) + given.ended, [own])
+        check_concatenation(self.tokenizer, text, given.response, prompt_ids + words, own, self._adds)
         response_ids = words + [end_of_sequence(self.tokenizer)] * given.ended
         scored = pad([prompt_ids], [response_ids], padding(self.tokenizer))
         (statistics,) = score(self.model, scored, self.sampling)
@@ -210,10 +212,10 @@ class SampleGenerator:
             response=given.response,
             **statistics._asdict(),
             finish="given",
-            provenance=Provenance(name, "custom", "custom", 0, 0, custom=True),
+            provenance=Provenance(own, "custom", "custom", 0, 0, custom=True),
             metadata=given.metadata,
         )
-        named = SequenceRecord(**{**vars(record), "sequence_id": f"C-{record.content_hash}-00"})
+        named = replace(record, sequence_id=name or f"C-{record.content_hash}-00")
         return GeneratedBatch((named,), self.fingerprint, None, padding(self.tokenizer))
 
     def rewards_of(

@@ -10,7 +10,8 @@ from fkernel.study.accounts.counterfactual import ReplayResults, replay_probes
 from fkernel.study.accounts.probes import read_probes
 from fkernel.study.accounts.results import AccountResults, Share
 from fkernel.study.analyses.registry import AnalysesPlan, RequestAnalyses
-from fkernel.study.checks import check_inputs, check_out
+from fkernel.study.asking import ask, probes_batch, runner_of
+from fkernel.study.checks import check_inputs, check_out, check_saved_batch
 from fkernel.study.config.capture import CapturePlan
 from fkernel.study.config.io import read_plan
 from fkernel.study.config.loss import ClippedRatioLoss, KLPlan, PolicyGradientLoss, PreferenceLoss, SequenceRatioLoss
@@ -18,6 +19,7 @@ from fkernel.study.config.plan import TEMPLATE, FisherKernelPlan, NumericsPlan, 
 from fkernel.study.config.requests import AnyRequest, BatchRequest
 from fkernel.study.config.step import PreconditionerPlan, StepPlan
 from fkernel.study.diagnostics import Blocks, Spectrum, cosines, spectrum, top_contributors
+from fkernel.study.explaining import Explanation, explanation
 from fkernel.study.from_recording import as_recorded
 from fkernel.study.gradients import GradientCache
 from fkernel.study.log import LEVELS, recorded
@@ -26,7 +28,7 @@ from fkernel.study.outcome import AnalysisResult, Entry, RequestResult, SelfKern
 from fkernel.study.phases import Forecast, Phase, forecast
 from fkernel.study.provenance import environment
 from fkernel.study.questions import entry_of, influence_of, self_kernel_of
-from fkernel.study.results import FisherKernelResults, check_saved_batch
+from fkernel.study.results import FisherKernelResults
 from fkernel.study.runner import FisherKernelRunner
 from fkernel.study.sample import SamplePlan, sampled
 from fkernel.study.workspace import KernelWorkspace, load_workspace, serialize_workspace
@@ -43,6 +45,7 @@ __all__ = [
     "CapturePlan",
     "ClippedRatioLoss",
     "Entry",
+    "Explanation",
     "FisherKernelPlan",
     "FisherKernelResults",
     "FisherKernelRunner",
@@ -71,19 +74,23 @@ __all__ = [
     "StoragePlan",
     "account_recording",
     "as_recorded",
+    "ask",
     "check_inputs",
     "check_out",
     "check_saved_batch",
     "cosines",
     "entry_of",
     "environment",
+    "explanation",
     "forecast",
     "influence_of",
     "load_workspace",
+    "probes_batch",
     "read_plan",
     "read_probes",
     "recorded",
     "replay_probes",
+    "runner_of",
     "sampled",
     "self_kernel_of",
     "serialize_workspace",

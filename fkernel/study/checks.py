@@ -4,22 +4,50 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
-from fkernel.errors import PlanError
-from fkernel.rollout import dotted
-from fkernel.study.analyses.observables import OBSERVABLE
+from fkernel.checkpoint import STATE_PLACES, find_layout, has_no_optimizer
+from fkernel.errors import FKernelError, PlanError, ResultsError, listing
+from fkernel.rollout import GeneratedBatch, dotted
+from fkernel.study.config.base import CheckpointPlan
 from fkernel.study.config.plan import FisherKernelPlan
-from fkernel.study.outcome import RequestResult
+from fkernel.study.config.requests import UpdateBatch
+from fkernel.study.known_ids import ids_of, unknown_ids
+from fkernel.study.outcome import RequestResult, info_of
+from fkernel.study.results import BATCHES, OWN, FisherKernelResults
+from fkernel.study.sources import dotted_names
 
 
 def check_inputs(plan: FisherKernelPlan) -> None:
-    """Check that the files and functions that a plan names exist.
+    """Find what can be found before anything is computed: files, functions, packages, checkpoints, batches, ids.
+
+    Args:
+        plan: as `as_recorded` returns it.
 
     Raises:
-        PlanError: files are missing; one line each, with the key in the plan.
-        RolloutError: a function cannot be imported.
+        PlanError: a line for everything that is wrong, with the key in the plan.
     """
+    wrong = [*_missing_files(plan), *_functions(plan), *_packages(plan)]
+    gone = {line.partition(":")[0] for line in wrong}
+    wrong += [line for line in _checkpoints(plan) if line.partition(":")[0] not in gone]
+    ids, unreadable = dict[str, list[str] | None](), list[str]()
+    sources = {"update": plan.update, **{f"requests.{i}": request for i, request in enumerate(plan.requests)}}
+    for place, source in sources.items():
+        ids[place] = None
+        if f"{place}.path" in gone:
+            continue
+        try:
+            ids[place] = ids_of(source, ids["update"])
+        except FKernelError as error:
+            unreadable.append(f"{place}: {error}")
+    wrong += unreadable
+    wrong += unknown_ids(plan, ids["update"], [ids[f"requests.{i}"] for i in range(len(plan.requests))])
+    if wrong:
+        raise PlanError("\n".join(wrong))
+
+
+def _missing_files(plan: FisherKernelPlan) -> list[str]:
     named = {"checkpoint.path": plan.checkpoint.place, "checkpoint.base": plan.checkpoint.base}
     named["checkpoint.model"] = plan.checkpoint.model
     named["checkpoint.names"] = names if isinstance(names := plan.checkpoint.names, str) else None
@@ -34,17 +62,103 @@ def check_inputs(plan: FisherKernelPlan) -> None:
         for observable in () if analyses is None else analyses.observables:
             if observable.reference is not None:
                 named[f"{place}.observables.{observable.name}.reference.path"] = observable.reference.place
-            if observable.function is not None:
-                dotted(observable.function, OBSERVABLE)
     named["update.path"] = getattr(plan.update, "path", None)
     named |= {f"requests.{i}.path": getattr(request, "path", None) for i, request in enumerate(plan.requests)}
-    missing = [
+    return [
         f"{place}: there is nothing at {path}; expected a file or a directory."
         for place, path in named.items()
         if path is not None and not str(path).startswith("hub:") and not Path(path).exists()
     ]
-    if missing:
-        raise PlanError("\n".join(missing))
+
+
+def _functions(plan: FisherKernelPlan) -> list[str]:
+    """Import the functions that a plan names, as the run will."""
+    lines = []
+    for name in sorted(dotted_names(plan.model_dump(mode="json"))):
+        try:
+            dotted(name, "a function that can be imported, as module.function, from the working directory or a package")
+        except FKernelError as error:
+            lines.append(str(error))
+    return lines
+
+
+def _packages(plan: FisherKernelPlan) -> list[str]:
+    """Packages beyond a plain install that a plan cannot do without."""
+    needed = dict[str, tuple[str, str]]()
+    for i, prompts in enumerate(plan.prompts):
+        if prompts.task is not None:
+            needed[f"prompts.{i}.task"] = ("reasoning_gym", "rollout")
+        if prompts.dataset is not None:
+            needed[f"prompts.{i}.dataset"] = ("datasets", "rollout")
+    drawn = {"update": plan.update, **{f"requests.{i}": request for i, request in enumerate(plan.requests)}}
+    for place, source in drawn.items():
+        own = isinstance(source, UpdateBatch) and source.is_own
+        rewards = None if own else getattr(source, "reward", None)
+        if rewards == "math" or (isinstance(rewards, dict) and "math" in rewards.values()):
+            needed[f"{place}.reward"] = ("math_verify", "rollout")
+    if (Path(plan.checkpoint.place) / "adapter_config.json").is_file():
+        needed["checkpoint.path"] = ("peft", "peft")
+    return [
+        f"{place}: needs {package.replace('_', '-')}, which is not installed: pip install 'fkernel[{extra}]'."
+        for place, (package, extra) in needed.items()
+        if find_spec(package) is None
+    ]
+
+
+def _checkpoints(plan: FisherKernelPlan) -> list[str]:
+    """What the files of checkpoints tell without being loaded."""
+    path, lines = plan.checkpoint.path, list[str]()
+    after = plan.step.after
+    if after is not None and after.path is not None:
+        lines += _unrecognised("step.after.path", after.path)
+    if path is None or path.startswith("hub:"):
+        return lines
+    if not Path(path).exists():
+        return lines
+    if found := _unrecognised("checkpoint.path", path):
+        return lines + found
+    layout, bare = find_layout(path), plan.preconditioner.form == "identity"
+    if not bare and plan.step.optimizer is None and (not plan.checkpoint.optimizer or has_no_optimizer(layout, path)):
+        inside = sorted((item.name for item in Path(path).glob("checkpoint-*") if item.is_dir()), key=_by_number)
+        below = f" In it are {listing(inside)}: name the one before the step." if inside else ""
+        lines.append(
+            f"checkpoint.path: {path} has no optimizer state, and the preconditioner {plan.preconditioner.form!r} "
+            f"needs one.{below} Expected {STATE_PLACES[0]} or the like; else give the optimizer of a run's first step "
+            f"(step.optimizer), or preconditioner: {{form: identity}}."
+        )
+    if plan.template == "chat" and _lacks_chat(layout.config or layout.model, plan.checkpoint):
+        lines.append(
+            f"template: the tokenizer at {layout.config or layout.model} has no chat template; choose gsm8k_r1 or bare."
+        )
+    return lines
+
+
+def _unrecognised(place: str, path: str) -> list[str]:
+    if path.startswith("hub:") or not Path(path).exists():
+        return []
+    try:
+        find_layout(path)
+    except FKernelError as error:
+        return [f"{place}: {error}"]
+    return []
+
+
+def _lacks_chat(place: Path, checkpoint: CheckpointPlan) -> bool:
+    """Whether there is a tokenizer's configuration, and no chat template in or beside it."""
+    folders = [place, *(Path(each) for each in (checkpoint.base, checkpoint.model) if each is not None)]
+    own = [folder for folder in folders if (folder / "tokenizer_config.json").is_file()]
+    if not own:
+        return False
+    try:
+        config = json.loads((own[0] / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    files = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
+    return not config.get("chat_template") and not any((own[0] / name).exists() for name in files)
+
+
+def _by_number(name: str) -> tuple[int, str]:
+    return len(name), name
 
 
 def missed_pairs(plan: FisherKernelPlan, requests: Mapping[str, RequestResult]) -> list[str]:
@@ -74,4 +188,28 @@ def check_out(plan: FisherKernelPlan, overwrite: bool = False) -> None:
         raise PlanError(
             f"{out} holds results of another plan (hash {str(before)[:12]}, this one's is {plan.hash[:12]}); choose "
             f"another directory (out:), or say --overwrite."
+        )
+
+
+def check_saved_batch(place: str | Path, batch: GeneratedBatch) -> None:
+    """Check that a saved batch is the one that the results beside it are about, by content and not only by ids.
+
+    Args:
+        place: where the batch was read from; outside a study's directory nothing is checked.
+        batch: the batch.
+
+    Raises:
+        ResultsError: the results cannot be read, have no such request, or are about other sequences.
+    """
+    folder = Path(place).resolve()
+    out, name = folder.parent.parent, folder.name
+    if folder.parent.name != BATCHES or not (out / "plan.json").is_file():
+        return
+    results = FisherKernelResults.load(out)
+    about = results.update if name == OWN else results.requests[name].evaluation if name in results.requests else ()
+    if about != tuple(map(info_of, batch)):
+        what = "are about other sequences" if about else f"have no request {name!r}"
+        raise ResultsError(
+            f"The batch at {place} is of another run than the results at {out}, which {what}. Run the plan again, and "
+            f"both are of one run; or copy the batch elsewhere, to ask of it alone."
         )

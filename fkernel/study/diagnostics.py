@@ -9,8 +9,11 @@ Source: O. Roy & M. Vetterli, "The effective rank" (2007), for the first; the pa
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from fkernel.shapes import Tensor
@@ -120,3 +123,22 @@ class BlockTally:
     @staticmethod
     def _mean(K: float, cosine: float, entries: float) -> tuple[float | None, float | None, int]:
         return (K / entries, cosine / entries, int(entries)) if entries else (None, None, 0)
+
+
+def grouped(values: np.ndarray, keys: Sequence[str]) -> tuple[list[int], list[float], list[int]]:
+    """Add up values that have one key: the place of its first one, the sum, how many there are; in the keys' order.
+
+    Args:
+        values: [n].
+        keys: [n].
+
+    Example:
+        >>> grouped(np.array([1.0, 2.0, 4.0]), ["a", "b", "a"])
+        ([0, 1], [5.0, 2.0], [2, 1])
+    """
+    first, sums, counts = dict[str, int](), dict[str, float](), Counter[str]()
+    for place, (key, value) in enumerate(zip(keys, values.tolist(), strict=True)):
+        first.setdefault(key, place)
+        sums[key] = sums.get(key, 0.0) + value
+        counts[key] += 1
+    return [*first.values()], [sums[key] for key in first], [counts[key] for key in first]

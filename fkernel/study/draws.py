@@ -10,6 +10,19 @@ from fkernel.errors import PlanError
 from fkernel.rollout import GeneratedBatch, SampleGenerator
 from fkernel.study.config.base import Strict
 
+NAME = r"^[\w.-]+$"
+"""What requests and sequences written by hand may be called."""
+
+
+def probe_name(place: int) -> str:
+    """Name a sequence written by hand by its place in a list, from 0.
+
+    Example:
+        >>> probe_name(0)
+        'probe-1'
+    """
+    return f"probe-{place + 1}"
+
 
 class BatchSource(Strict):
     """One batch to be sampled or scored; `seed: null` uses the plan's."""
@@ -172,9 +185,14 @@ class CustomPromptsDraw(BatchSource):
 
 
 class CustomSequenceDraw(BatchSource):
-    """A prompt and a response written by hand: `SampleGenerator.build_custom_sequence`."""
+    """A prompt and a response written by hand: `SampleGenerator.build_custom_sequence`.
+
+    Attributes:
+        name: of the sequence; "probe-1" by default.
+    """
 
     kind: Literal["custom_sequence"]
+    name: str | None = Field(None, min_length=1, pattern=NAME)
     prompt: str
     response: str
     metadata: dict[str, Any] = Field(default_factory=dict)
@@ -184,7 +202,7 @@ class CustomSequenceDraw(BatchSource):
     def generate(self, generator: SampleGenerator, seed: int = 0) -> GeneratedBatch:
         """Score it."""
         return generator.build_custom_sequence(
-            self.prompt, self.response, self.metadata, raw=self.raw, ended=self.ended
+            self.prompt, self.response, self.metadata, raw=self.raw, ended=self.ended, name=self.name or probe_name(0)
         )
 
 

@@ -27,6 +27,7 @@ from fkernel.study.analyses.registry import RequestAnalyses
 from fkernel.study.analyses.runner import AnalysisRunner
 from fkernel.study.config.capture import CapturePlan
 from fkernel.study.diagnostics import BlockTally, cosines, top_contributors
+from fkernel.study.log import doing
 from fkernel.study.loss_terms import PART, parts_of, with_parts
 from fkernel.study.outcome import Entry, RequestResult, info_of
 from fkernel.study.rows import MemoryBudget, Policy, walked
@@ -88,18 +89,20 @@ def evaluate(
     )
     effects, analyses = context.effects, AnalysisRunner(question.analyses, context)
     needs_K = not capture.influence_only or question.analyses.of_rows
-    with reuse_memory():
+    with reuse_memory(), doing(f"{question.name}: what is contracted"):
         spec = analyses.ask(_products(context, needs_K))
     with reuse_memory():  # a second block: memory freed while computing those vectors is returned first
         own = None if policy.through_detach or policy.path != "start" else workspace.rows_of(batch)
         blocks = walked(E, workspace, policy, grant, spec, own)
-        if needs_K:
-            effects |= _reduced(blocks, question, batch, workspace, weights, on_progress, analyses, context.dtype)
-        else:
-            effects |= _without_kernel(blocks, context, ("batch", *context.vectors))
-            on_progress(len(batch))
+        with doing(f"{question.name}: gradients and contraction"):
+            if needs_K:
+                effects |= _reduced(blocks, question, batch, workspace, weights, on_progress, analyses, context.dtype)
+            else:
+                effects |= _without_kernel(blocks, context, ("batch", *context.vectors))
+                on_progress(len(batch))
         effects |= with_parts(effects, workspace.loss)
-        effects |= context.measured(policy.f, E)
+        with doing(f"{question.name}: what really changed"):
+            effects |= context.measured(policy.f, E)
         answers = analyses.results()
     facts = effects.pop("facts", {}) | {"sampling": batch.diagnostics, "advantages": question.advantages}
     facts["path"] = policy.path

@@ -8,6 +8,7 @@ from fkernel.record.dumps import Dump, locate
 from fkernel.study.config.dump import TrainerDump
 from fkernel.study.config.loss import TokenWeightsLoss
 from fkernel.study.config.plan import FisherKernelPlan
+from fkernel.study.config.requests import Recorded
 
 TITLES = {
     "trl": "TRL",
@@ -86,7 +87,7 @@ def as_dumped(plan: FisherKernelPlan) -> FisherKernelPlan:
 
 
 def check_step(plan: FisherKernelPlan, checkpoint: Checkpoint) -> None:
-    """Check that a dumped batch is of the step that follows the checkpoint.
+    """Check that a dumped or recorded batch is of the step that follows the checkpoint.
 
     Args:
         plan: any, as `as_dumped` returns it.
@@ -96,6 +97,11 @@ def check_step(plan: FisherKernelPlan, checkpoint: Checkpoint) -> None:
         PlanError: it is another's.
     """
     update = plan.update
+    if isinstance(update, Recorded) and plan.checkpoint.path and checkpoint.step not in (None, update.step):
+        raise PlanError(
+            f"update.step: the recorded step {update.step} was taken after as many optimizer steps, and the plan's "
+            f"checkpoint is after {checkpoint.step}; name the checkpoint before the step, or the recording itself."
+        )
     if not isinstance(update, TrainerDump) or checkpoint.step is None:
         return
     dump = locate(update.path, update.step, update.trainer)

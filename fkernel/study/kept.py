@@ -23,6 +23,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from math import inf, isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -179,7 +180,11 @@ def results_of(
         update=tuple(map(info_of, workspace.batch)),
         step=facts,
         self_kernel=own.self_kernel,
-        requests={name: answer.request for name, answer in requests.items() if answer.request is not None},
+        requests={
+            name: replace(answer.request, facts={**answer.request.facts, "correct": plan.right_from})
+            for name, answer in requests.items()
+            if answer.request is not None
+        },
         analyses=dict(own.analyses),
     )
 

@@ -7,10 +7,13 @@ import logging
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
+
+from fkernel.engine import listening
 
 LOGGER = logging.getLogger("fkernel")
 LOGGER.addHandler(logging.NullHandler())
@@ -73,6 +76,50 @@ def phase(logger: logging.Logger, name: str, **facts: Any) -> Iterator[dict[str,
     seconds, peak = round(time.perf_counter() - started, 3), peak_mb()
     details = "".join(f", {value} {key.replace('_', ' ')}" for key, value in logged.items())
     say(logger, f"{name}: {seconds:.1f} s{details}", phase=name, event="end", seconds=seconds, peak_mb=peak, **logged)
+
+
+Tick = Callable[[str, int, int], Any]
+"""(what is being done, parts done since the last call, parts in all or 0 where that is not known)."""
+_TICK: ContextVar[Tick | None] = ContextVar("tick", default=None)
+
+
+@contextmanager
+def shown(tick: Tick) -> Iterator[None]:
+    """Tell a function what is being done within the block."""
+    token = _TICK.set(tick)
+    try:
+        yield
+    finally:
+        _TICK.reset(token)
+
+
+@contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Say what the block does, and how far the engine is with it, to whoever shows it.
+
+    Example:
+        >>> seen = []
+        >>> from fkernel.engine import part_done
+        >>> with shown(lambda *how: seen.append(how)), doing("the contraction"):
+        ...     part_done(2)
+        >>> seen
+        [('the contraction', 0, 0), ('the contraction', 1, 2), ('the contraction', 0, 1)]
+    """
+    tick = _TICK.get()
+    if tick is None:
+        yield
+        return
+    counted = 0
+
+    def part(total: int) -> None:
+        nonlocal counted
+        counted += 1
+        tick(what, 1, total)
+
+    tick(what, 0, 0)
+    with listening(part):
+        yield
+    tick(what, int(not counted), counted or 1)
 
 
 def peak_mb() -> float:

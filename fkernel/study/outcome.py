@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -11,7 +11,8 @@ import torch
 from fkernel.engine import Calibration, calibrate
 from fkernel.errors import ResultsError, listing
 from fkernel.rollout import SequenceRecord
-from fkernel.study.diagnostics import cosines
+from fkernel.study.diagnostics import cosines, grouped
+from fkernel.study.shown import request_html, request_text
 
 EFFECTS = ("momentum", "decay", "arithmetic", "unexplained", "curvature", "realised", "unselected")
 
@@ -34,6 +35,7 @@ class SequenceInfo:
         weight: w_u, the loss weight; None where there is none.
         prompt_id: its prompt's global_prompt_id.
         content_hash: of its tokens.
+        times: how many sequences of the same tokens this one stands for, where they were added up.
     """
 
     id: str
@@ -45,6 +47,12 @@ class SequenceInfo:
     weight: float | None = None
     prompt_id: str = ""
     content_hash: str = ""
+    times: int = 1
+
+
+def as_record(info: SequenceInfo) -> dict[str, Any]:
+    """The sequence as files hold it: one sequence each."""
+    return {name: value for name, value in asdict(info).items() if name != "times"}
 
 
 def info_of(record: SequenceRecord) -> SequenceInfo:
@@ -110,7 +118,7 @@ class AnalysisResult:
         return self.arrays[name]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class RequestResult:
     """What one optimizer step did to every sequence of a batch, by sequence of U.
 
@@ -252,12 +260,42 @@ class RequestResult:
         """
         return _place(self.update, sequence_id, "The update batch")
 
-    def top_contributors(self, row: int, k: int = 3) -> list[tuple[SequenceInfo, float]]:
-        """The k update sequences of largest |C| for one evaluation sequence, with their nats."""
+    def top_contributors(
+        self, row: int, k: int = 3, group_identical: bool = False, which: Literal["both", "raised", "lowered"] = "both"
+    ) -> list[tuple[SequenceInfo, float]]:
+        """The k update sequences of largest |C| for one evaluation sequence, with their nats.
+
+        Args:
+            row: of the evaluation sequence.
+            k: how many.
+            group_identical: whether sequences of the same tokens are one, with their sum; its `times` counts them.
+            which: those that raised the evaluation sequence, those that lowered it, or both. Sums and signs are over
+                all of U where contributions were captured, else over the stored top contributors.
+        """
         if self.top is None or self.top_contributions is None:
             return []
-        pairs = zip(self.top[row, :k], self.top_contributions[row, :k], strict=True)
-        return [(self.update[u], float(nats)) for u, nats in pairs]
+        places, values = self.top[row], self.top_contributions[row]
+        if self.contributions is not None and (group_identical or which != "both"):
+            values = self.contributions[row]
+            places = np.argsort(-np.abs(values), kind="stable")
+            values = values[places]
+        infos = [self.update[u] for u in places]
+        if group_identical:
+            first, sums, times = grouped(values, [info.content_hash or info.id for info in infos])
+            infos = [replace(infos[i], times=n) for i, n in zip(first, times, strict=True)]
+            order = np.argsort(-np.abs(sums), kind="stable")
+            infos, values = [infos[i] for i in order], np.array(sums)[order]
+        sign = {"both": 0, "raised": 1, "lowered": -1}[which]
+        pairs = [(info, float(v)) for info, v in zip(infos, values, strict=True) if not sign or sign * v > 0]
+        return pairs[:k]
+
+    def __repr__(self) -> str:
+        """One screen: what moved most."""
+        return request_text(self)
+
+    def _repr_html_(self) -> str:
+        """A table of what moved most, for notebooks."""
+        return request_html(self, EFFECTS)
 
 
 def asked_for(analyses: dict[str, AnalysisResult], name: str, whose: str) -> AnalysisResult:

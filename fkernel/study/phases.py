@@ -110,22 +110,23 @@ class Forecast(NamedTuple):
         return sum(phase.seconds for phase in self.phases)
 
 
-def forecast(plan: FisherKernelPlan) -> Forecast:
+def forecast(plan: FisherKernelPlan, loaded: Checkpoint | None = None) -> Forecast:
     """Predict memory, disk and time of a run.
 
     memory = θ + moments + step's vectors + max over phases,  seconds = Σ over phases
 
     Args:
         plan: the plan; nothing is sampled, differentiated or written.
+        loaded: its checkpoint; None to load its weights.
 
     Returns:
-        The forecast. The weights are loaded, and this machine's rates are measured if they are not cached.
+        The forecast; this machine's rates are measured if they are not cached.
 
     Raises:
         BatchError: `numerics.memory` is too small for a phase; the message says what would be enough.
         PlanError: a batch is returned by a callback, so that its lengths are unknown.
     """
-    loaded = plan.checkpoint.load_weights(getattr(torch, plan.numerics.dtype))
+    loaded = loaded or plan.checkpoint.load_weights(getattr(torch, plan.numerics.dtype))
     lengths, assumed = lengths_of(plan, loaded)
     return _forecast(plan, loaded, lengths, assumed)
 

@@ -33,6 +33,7 @@ from fkernel.study.config.plan import FisherKernelPlan
 from fkernel.study.directory import WorkspaceDirectory
 from fkernel.study.draws import UpdateDraw, check_rewards
 from fkernel.study.from_dump import check_step
+from fkernel.study.log import doing
 from fkernel.study.loss_terms import LossTerms
 from fkernel.study.losses import terms_of
 from fkernel.study.optimizer_step import check_needs_no_state, response
@@ -150,7 +151,8 @@ def _made(
         on_progress(n, len(batch))
 
     with named_errors(batch), reuse_memory():
-        check_side("U", policy.f, policy.params, tokens)
+        with doing("certifying the model on U"):
+            check_side("U", policy.f, policy.params, tokens)
         where = "memory" if directory is None else "disk"
         grant = grant_of(plan.numerics.memory, plan.numerics.microbatch, policy, tokens, where)
         loss = _terms(plan, checkpoint, policy, batch, tokens, grant.microbatch, directory)
@@ -169,7 +171,8 @@ def _made(
         if directory is not None and done:
             ascent = beside(directory.ascent(), policy.params)
         else:
-            ascent = total()
+            with doing("the batch's gradient"):
+                ascent = total()
             for part in () if loss is None else loss.beside_columns.values():
                 ascent = tree.add(ascent, part)
         unused = unused_parameters(f, policy.params, U)

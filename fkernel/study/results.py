@@ -20,7 +20,6 @@ import numpy as np
 
 from fkernel.errors import ResultsError
 from fkernel.io import atomic_file, checksum
-from fkernel.rollout import GeneratedBatch
 from fkernel.study.loss_terms import PART
 from fkernel.study.outcome import (
     EFFECTS,
@@ -29,9 +28,10 @@ from fkernel.study.outcome import (
     RequestResult,
     SelfKernel,
     SequenceInfo,
+    as_record,
     asked_for,
-    info_of,
 )
+from fkernel.study.shown import results_text
 from fkernel.study.tables import to_frame, to_xarray
 
 SCHEMA = 4
@@ -44,7 +44,7 @@ _ARRAYS = ("batch", *EFFECTS, "squared_norms", "diagonal", "top", "top_contribut
 _OWN = ("eigenvalues", "squared_norms", "diagonal", "kernel")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class FisherKernelResults:
     """The results of a plan.
 
@@ -65,6 +65,14 @@ class FisherKernelResults:
     self_kernel: SelfKernel | None
     requests: dict[str, RequestResult]
     analyses: dict[str, AnalysisResult] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """One screen: the requests."""
+        return results_text(self)
+
+    def _repr_html_(self) -> str:
+        """The requests' tables, for notebooks."""
+        return "".join(result._repr_html_() for result in self.requests.values())
 
     def __getitem__(self, name: str) -> RequestResult:
         """The result of one request.
@@ -206,35 +214,11 @@ class FisherKernelResults:
             "schema": SCHEMA,
             "units": f"{self.units}; positive raises the log-probability of the row's sequence",
             "step": self.step,
-            "update": [asdict(info) for info in self.update],
+            "update": [as_record(info) for info in self.update],
             "self_kernel": None if own is None else {name: getattr(own, name) for name in scalars},
             "analyses": {name: result.facts for name, result in self.analyses.items()},
             "requests": {name: _request(result) for name, result in self.requests.items()},
         }
-
-
-def check_saved_batch(place: str | Path, batch: GeneratedBatch) -> None:
-    """Check that a saved batch is the one that the results beside it are about, by content and not only by ids.
-
-    Args:
-        place: where the batch was read from; outside a study's directory nothing is checked.
-        batch: the batch.
-
-    Raises:
-        ResultsError: the results cannot be read, have no such request, or are about other sequences.
-    """
-    folder = Path(place).resolve()
-    out, name = folder.parent.parent, folder.name
-    if folder.parent.name != BATCHES or not (out / "plan.json").is_file():
-        return
-    results = FisherKernelResults.load(out)
-    about = results.update if name == OWN else results.requests[name].evaluation if name in results.requests else ()
-    if about != tuple(map(info_of, batch)):
-        what = "are about other sequences" if about else f"have no request {name!r}"
-        raise ResultsError(
-            f"The batch at {place} is of another run than the results at {out}, which {what}. Run the plan again, and "
-            f"both are of one run; or copy the batch elsewhere, to ask of it alone."
-        )
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -257,7 +241,7 @@ def _request(result: RequestResult) -> dict[str, Any]:
     given = {name: values for name in effects if (values := getattr(result, name)) is not None}
     given |= {PART + part: values for part, values in result.parts.items()}
     rows = [
-        asdict(info)
+        as_record(info)
         | {name: float(values[row]) for name, values in given.items()}
         | {"top_contributors": [{"id": u.id, "value": v} for u, v in result.top_contributors(row, _width(result))]}
         for row, info in enumerate(result.evaluation)
@@ -300,7 +284,7 @@ def _read(
     arrays: Mapping[str, np.ndarray],
     kind: type[FisherKernelResults],
 ) -> FisherKernelResults:
-    names = [field.name for field in fields(SequenceInfo)]
+    names = [field.name for field in fields(SequenceInfo) if field.name != "times"]
 
     def infos(rows: Any, ids: np.ndarray) -> tuple[SequenceInfo, ...]:
         sequences = tuple(SequenceInfo(**{name: row[name] for name in names}) for row in rows)

@@ -28,7 +28,7 @@ from fkernel.study.facts import facts_of_step
 from fkernel.study.from_recording import as_recorded
 from fkernel.study.gradients import GradientCache
 from fkernel.study.kept import answer_cache, answers, earlier, own_answer, results_of
-from fkernel.study.log import LOGGER, phase, say
+from fkernel.study.log import LOGGER, Tick, doing, phase, say, shown
 from fkernel.study.outcome import AnalysisResult, Entry, RequestResult, SelfKernel
 from fkernel.study.policy import after_of, policy_of
 from fkernel.study.prepare import adopted, prepared
@@ -38,9 +38,6 @@ from fkernel.study.results import FisherKernelResults
 from fkernel.study.rows import MemoryBudget, Policy, grant_of, self_strategy
 from fkernel.study.taken import StepTaken, step_taken
 from fkernel.study.workspace import KernelWorkspace, named_errors, selected, tokens_of
-
-Tick = Callable[[str, int, int], Any]
-"""(name of the phase, sequences done since the last call, total)."""
 
 
 class FisherKernelRunner:
@@ -84,7 +81,8 @@ class FisherKernelRunner:
     @cached_property
     def checkpoint(self) -> Checkpoint:
         """The checkpoint, loaded on first use."""
-        with phase(self.logger, "loading the checkpoint", path=self.plan.checkpoint.place) as facts:
+        name, place = "loading the checkpoint", self.plan.checkpoint.place
+        with shown(self.on_progress), doing(name), phase(self.logger, name, path=place) as facts:
             loaded = self.plan.checkpoint.load(getattr(torch, self.plan.numerics.dtype))
             loaded.model.to(self.plan.numerics.device)
             facts["fingerprint"] = loaded.provenance.fingerprint[:12]
@@ -114,7 +112,8 @@ class FisherKernelRunner:
     def _taken(self, step: AdamWStep) -> StepTaken:
         """The step as it was executed and really taken; made once."""
         if self._of_step is None:
-            self._of_step = step_taken(self.plan.step, self.policy, self.checkpoint, self._given(None), step)
+            with doing("the step as it was taken"):
+                self._of_step = step_taken(self.plan.step, self.policy, self.checkpoint, self._given(None), step)
         return self._of_step
 
     def prepare_update_workspace(self, plan: FisherKernelPlan | None = None) -> KernelWorkspace:
@@ -132,7 +131,7 @@ class FisherKernelRunner:
         if plan is not None:
             self._take(plan)
         plan = self.plan
-        with skipping(self.plan), phase(self.logger, "preparing the workspace") as facts:
+        with skipping(self.plan), shown(self.on_progress), phase(self.logger, "preparing the workspace") as facts:
             on_progress = partial(self.on_progress, "gradients of U")
             workspace, self._step, self._prepared = prepared(
                 plan, self.checkpoint, self._update, on_progress, lambda: self.generator
@@ -173,7 +172,7 @@ class FisherKernelRunner:
             RolloutError: a pattern names no sequence.
         """
         workspace = self._given(workspace)
-        with phase(self.logger, "kernel of U with itself"):
+        with shown(self.on_progress), doing("kernel of U with itself"), phase(self.logger, "kernel of U with itself"):
             how = self_strategy(self.plan.numerics.memory, workspace, self.policy)
             return self_kernel_of(workspace, sequence_ids, capture_full, how)
 
@@ -200,7 +199,7 @@ class FisherKernelRunner:
         capture = request.capture or plan.capture
         if capture_full is not None:
             capture = capture.model_copy(update={"kernel": capture_full})
-        with skipping(self.plan), phase(self.logger, f"request {name}") as facts:
+        with skipping(self.plan), shown(self.on_progress), phase(self.logger, f"request {name}") as facts:
             E = self._batch(request, workspace) if batch is None else batch
             if request.sequence_ids is not None:
                 E = E.clone_with_subset(selected(E.ids, request.sequence_ids, f"the request {name!r}"))
@@ -211,7 +210,8 @@ class FisherKernelRunner:
                 analyses, strict = request.analyses or plan.analyses, bool(request.capture or request.analyses)
                 question = Question(name, request.kind, capture, request.advantages, strict, analyses)
                 grant, size = self._grant(E), len(E)
-                policy = self._along(tokens)
+                with doing(f"{name}: certifying the step's path"):
+                    policy = self._along(tokens)
                 result = evaluate(
                     question, E, workspace, policy, self._step, grant, lambda n: self.on_progress(name, n, size)
                 )
@@ -227,7 +227,8 @@ class FisherKernelRunner:
         """
         workspace = self._given(workspace)
         grant, seed = self._grant(workspace.batch), self.plan.numerics.seed
-        return update_results(self.plan.analyses, UpdateContext(workspace, self.policy, grant, self._step, seed))
+        with shown(self.on_progress):
+            return update_results(self.plan.analyses, UpdateContext(workspace, self.policy, grant, self._step, seed))
 
     def query(self, one: str, other: str, workspace: KernelWorkspace | None = None) -> Entry:
         """Compute K of two sequences, of U or of evaluated batches (`NAME/E-000-00` where ids repeat).
@@ -255,8 +256,7 @@ class FisherKernelRunner:
         self, batch: GeneratedBatch, workspace: KernelWorkspace | None = None, name: str | None = None
     ) -> GradientCache:
         """Compute the gradient of a batch of one as requests do, over the step's path; `name` is its id."""
-        workspace = self._given(workspace)
-        E = tokens_of(batch, self.policy.params)
+        workspace, E = self._given(workspace), tokens_of(batch, self.policy.params)
         policy = self._along(E)
 
         def read() -> Any:

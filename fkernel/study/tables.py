@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,6 +64,38 @@ def to_frame(requests: Sequence[RequestResult]) -> Any:
                 entry |= {"top_contributor": u.id, "top_contribution": value}
             rows.append(entry)
     return pd.DataFrame(rows).set_index(["request", "id"])
+
+
+def account_frame(probes: Sequence[SequenceInfo], ledger: Mapping[str, np.ndarray], top: Sequence[Any]) -> Any:
+    """A pandas table of a run's probes, one row each."""
+    pd = _package("pandas")
+    rows = []
+    for e, (info, shares) in enumerate(zip(probes, top, strict=True)):
+        row: dict[str, Any] = {"id": info.id, "prompt": info.prompt, "response": info.response, "reward": info.reward}
+        row |= {name: float(values[e]) for name, values in ledger.items()}
+        row |= {"top_contributor": shares[0].id, "top_contribution": shares[0].value} if shares else {}
+        rows.append(row)
+    return pd.DataFrame(rows).set_index("id")
+
+
+def account_dataset(
+    probes: Sequence[SequenceInfo],
+    sequences: Sequence[Mapping[str, Any]],
+    ledger: Mapping[str, np.ndarray],
+    contributions: np.ndarray,
+) -> Any:
+    """An `xarray.Dataset` of a run's account, ids as coordinates; nats."""
+    xr = _package("xarray")
+    coordinates = {
+        "probe": [info.id for info in probes],
+        "sequence": [row["id"] for row in sequences],
+        "step": ("sequence", [row["step"] for row in sequences]),
+        "prompt": ("probe", [info.prompt for info in probes]),
+        "response": ("probe", [info.response for info in probes]),
+    }
+    variables: dict[str, Any] = {"contributions": (("probe", "sequence"), contributions, {"units": "nats"})}
+    variables |= {name: ("probe", values, {"units": "nats"}) for name, values in ledger.items()}
+    return xr.Dataset(variables, coordinates, {"units": "nats"})
 
 
 def _package(name: str) -> Any:

@@ -146,7 +146,7 @@ def test_sampled_batches_say_who_abstained(model, tokenizer, tmp_path):
     assert batch.weighted_advantages[::2].tolist() == [0.0] * 4
     tokens = sum(len(each.response_ids) for each in batch)  # theirs, too, as in TRL's loss
     assert {each.weight for each in batch} == {1 / tokens}
-    assert batch.diagnostics["accuracy"] == 5.0
+    assert batch.diagnostics["mean_reward"] == 5.0
     assert batch.diagnostics["abstained"] == 0.5
     assert batch.diagnostics["without_signal"] == 0.0
     save_batch(batch, tmp_path / "U")
@@ -163,7 +163,7 @@ def test_a_reward_that_judges_nothing(model, tokenizer):
     with pytest.warns(fk.RolloutWarning, match="returned None for 4 of 4 responses"):
         batch = hub_of(model, tokenizer).generate_update_batch(1, 4, reward_cfg=lambda p, r: None, advantage_cfg="rloo")
     assert not batch.weighted_advantages.any()
-    assert batch.diagnostics["accuracy"] is None
+    assert batch.diagnostics["mean_reward"] is None
 
 
 def test_files_without_abstentions_are_what_they_were(tmp_path):

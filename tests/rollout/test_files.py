@@ -155,7 +155,7 @@ def test_numbers_that_are_missing(batch):
 
 def test_diagnostics_and_frame(batch):
     found = batch.diagnostics
-    assert found["accuracy"] == 0.75
+    assert found["mean_reward"] == 0.75
     assert found["truncated"] == 0.0
     lengths = sorted(len(each.response_ids) for each in batch)
     assert found["length"]["min"] == lengths[0]

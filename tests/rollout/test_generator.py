@@ -144,7 +144,7 @@ def test_reasoning_gym_end_to_end(model, tokenizer):
     hub = generator(model, tokenizer, prompts=source, template="gsm8k_r1")
     batch = hub.generate_evaluation_batch(6, dataset_split="test", reward_cfg="gym")
     assert all(r.provenance.source == "basic_arithmetic" for r in batch)
-    assert batch.diagnostics["accuracy"] == batch.rewards.mean().item()
+    assert batch.diagnostics["mean_reward"] == batch.rewards.mean().item()
     score = rewards.gym(source)
     assert score(source[0], f"I see. <answer>{source[0].answer}</answer>") == 1.0
     scored = score(source[0], "I do not know")

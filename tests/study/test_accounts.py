@@ -326,7 +326,7 @@ def test_expected_reward(tmp_path):
         ("{", "Line 1 .* is no JSON"),
         ('{"prompt": "3"}', "expected prompt and response"),
         ('{"prompt": "3+5=", "response": "8", "temperature": 1}', "temperature"),
-        ('{"id": 1, "prompt": "3+5=", "response": "8"}\n' * 2, "Two probes have the id '1'"),
+        ('{"id": 1, "prompt": "3+5=", "response": "8"}\n' * 2, "Two probes have the name '1'"),
     ],
 )
 def test_wrong_probes(tmp_path, lines, said):

@@ -285,7 +285,7 @@ def test_mistakes_in_a_plan_are_said(run, tmp_path, spec, message):
 @pytest.mark.parametrize(
     ("spec", "error", "message"),
     [
-        ({"counterfactuals": [{"name": "a", "drop": ["U-9*"]}]}, fk.RolloutError, "'U-9\\*' names no sequence of U"),
+        ({"counterfactuals": [{"name": "a", "drop": ["U-9*"]}]}, fk.PlanError, "'U-9\\*' names no sequence of U"),
         ({"counterfactuals": [{"name": "a", "drop_prompts": ["x"]}]}, fk.RolloutError, "the prompts of U"),
         ({"structure": {"clusters": 99}}, fk.PlanError, "clusters is 99, and U has 9"),
         ({"observables": [{"name": "a", "kind": "function", "function": "no.such"}]}, fk.FKernelError, "no.such"),
@@ -329,5 +329,5 @@ def test_what_a_plan_names_is_looked_for_before_anything_is_computed(run, tmp_pa
         check_inputs(plan)
     request = {"kind": "evaluation", "batch_size_prompts": 1, "analyses": {"observables": [
         {"name": "own", "kind": "function", "function": "tests.study.accounted.no_such"}]}}  # fmt: skip
-    with pytest.raises(fk.RolloutError, match="no_such"):
+    with pytest.raises(fk.PlanError, match="no_such"):
         check_inputs(FisherKernelPlan.model_validate(run.plan(tmp_path / "out", requests=[request])))

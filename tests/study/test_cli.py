@@ -58,9 +58,20 @@ def test_run_writes_everything_and_prints_tables(study):
     for picture in ("held_out_heatmap", "held_out_influence", "held_out_contributors", "spectrum"):
         assert (out / "pictures" / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
     assert {"held_out", "self"} == {p.name for p in (out / "batches").iterdir()}
-    for word in ("held_out: the 2 sequences", "Pearson r", "momentum", "effective rank", "Wrote"):
+    for word in (
+        "held_out: 2 sequences",
+        "Predicted and realised changes",
+        "moved most",
+        "momentum",
+        "Wrote",
+        "fkernel ask",
+    ):
         assert word in result.stdout
-    assert "preparing the workspace" in result.stderr
+    assert len(result.stdout.splitlines()) <= 40
+    assert "Estimate: In all" in result.stderr
+    tables = told("show", out).stdout
+    for word in ("held_out: the 2 sequences", "Pearson r", "momentum", "effective rank"):
+        assert word in tables
 
 
 def test_run_again_gives_the_same_and_another_plan_does_not_overwrite(study, run):

@@ -52,6 +52,10 @@ def said(tmp_path, plan) -> str:
         ({"requests": [{"kind": "payload", "batch": 3}]}, "a batch is handed in from Python"),
         ({"requests": [{"kind": "update", "name": "a"}] * 2}, "two requests have the name 'a'"),
         ({"requests": [{"kind": "update", "name": "a b"}]}, "requests.0.update.name"),
+        (
+            {"requests": [{"kind": "payload", "samples": [{"name": "a", "prompt": "1", "response": "2"}] * 2}]},
+            "two samples have the name 'a'",
+        ),
         ({"requests": [{"kind": "update", "capture": {"topk": 3}}]}, "did you mean 'top_k'?"),
         ({"update": {"kind": "evaluation"}}, "update"),
         ({"out": 3}, "out: expected a valid string"),

@@ -338,7 +338,9 @@ def test_every_kind_of_request_and_its_filters(run, study, tmp_path):
         {"kind": "custom_sequence", "prompt": "3+4=", "response": "7"},
         {"kind": "custom_sequence", "prompt": "3+4=", "response": "8", "metadata": {"why": "wrong on purpose"}},
         {"kind": "from_file", "path": str(run.update), "sequence_ids": ["U-002-00"]},
-        {"kind": "payload", "name": "written", "samples": [{"prompt": "a", "response": x} for x in "bc"]},
+        {"kind": "payload", "name": "written", "samples": [
+            {"prompt": "a", "response": "b"}, {"prompt": "a", "response": "c", "name": "good-one"}
+        ]},
         {"kind": "payload", "name": "called", "callback": "tests.study.test_runner.callback"},
         {"kind": "payload", "name": "handed", "batch": given},
     ]  # fmt: skip
@@ -351,9 +353,11 @@ def test_every_kind_of_request_and_its_filters(run, study, tmp_path):
     assert ids["prompt_ids"] == ["P-000-00", "P-000-01", "P-001-00", "P-001-01"]
     assert len(ids["custom_prompts"]) == 2
     assert ids["from_file"] == ["U-002-00"]
-    assert len(ids["written"]) == 2
-    assert ids["called"] == ids["custom_sequence-2"]
-    assert ids["custom_sequence-1"] != ids["custom_sequence-2"]
+    assert ids["written"] == ["probe-1", "good-one"]
+    assert [ids["probe-1"], ids["probe-2"]] == [["probe-1"], ["probe-2"]]
+    called, second = results["called"].evaluation[0], results["probe-2"].evaluation[0]
+    assert called.id == f"C-{called.content_hash}-00"
+    assert called.content_hash == second.content_hash
     assert ids["handed"] == ["U-000-00", "U-000-01"]
     own = FisherKernelResults.load(plan["out"])["self"]
     np.testing.assert_allclose(results["own"].kept("kernel"), own.kept("kernel")[3:6], rtol=1e-3, atol=1e-7)
@@ -421,20 +425,18 @@ def test_selected_entries_are_kept_without_the_rest(study, tmp_path):
     best = np.abs(results["held_out"].kept("contributions")[0]).argsort()[::-1][:2]
     assert found.kept("top")[0].tolist() == best.tolist()
     own = {**plan["requests"][0], "capture": {"pairs": [["E-999-00", "U-000-00"]]}}
-    with pytest.raises(fk.RolloutError, match="names a row"):
+    with pytest.raises(fk.PlanError, match=r"requests\.0\.capture\.pairs: 'E-999-00' names no sequence of the request"):
         executed({**plan, "requests": [own], "out": str(tmp_path)})
 
 
-def test_a_pair_of_the_plan_that_no_request_has_is_said(study, tmp_path, caplog):
+def test_a_pair_of_the_plan_that_no_request_has_is_said(study, tmp_path):
     plan, _ = study
     capture = {"pairs": [["E-001-00", "U-000-02"], ["E-999-00", "U-000-00"]]}
-    with caplog.at_level("WARNING", logger="fkernel"):
-        results = executed({**plan, "capture": capture, "out": str(tmp_path)})
+    with pytest.raises(fk.PlanError, match=r"capture\.pairs: 'E-999-00' names no sequence of the request"):
+        executed({**plan, "capture": capture, "out": str(tmp_path)})
+    results = executed({**plan, "capture": {"pairs": capture["pairs"][:1]}, "out": str(tmp_path)})
     assert [entry.row for entry in results["held_out"].selected] == ["E-001-00"]
     assert results["self"].selected == ()
-    assert [record.getMessage() for record in caplog.records] == [
-        "capture.pairs: no request has a sequence 'E-999-00'; nothing was kept for it"
-    ]
 
 
 def test_a_workspace_in_memory_can_be_written(run, study, tmp_path):

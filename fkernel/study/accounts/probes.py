@@ -1,7 +1,7 @@
 """Probes of a run: sequences whose probability one asks about, from a file of prompts and responses or a saved batch.
 
 {"prompt": "3+5=", "response": "88"}                        a line; the prompt is the whole text, as a recording has it
-{"id": "eights", "prompt": …, "response": …, "ended": false, "reward": 0.0}
+{"name": "eights", "prompt": …, "response": …, "ended": false, "reward": 0.0}
 {"prompt_ids": [5, 3], "response_ids": [8, 1]}               tokens, where texts are not enough
 """
 
@@ -24,9 +24,10 @@ from fkernel.rollout import (
     load_batch,
     score,
 )
+from fkernel.study.draws import probe_name
 
 TEXTS, TOKENS = {"prompt", "response"}, {"prompt_ids", "response_ids"}
-KEYS = {"id", "ended", "raw", "reward", "metadata", *TEXTS, *TOKENS}
+KEYS = {"name", "id", "ended", "raw", "reward", "metadata", *TEXTS, *TOKENS}
 
 
 def read_probes(path: str | Path, generator: SampleGenerator) -> GeneratedBatch:
@@ -37,7 +38,7 @@ def read_probes(path: str | Path, generator: SampleGenerator) -> GeneratedBatch:
         generator: of the policy; texts go through its tokenizer, and with "raw": false through its template.
 
     Returns:
-        The probes; those without an "id" are named P-000, P-001, ….
+        The probes; those without a "name" (or "id") are named probe-1, probe-2, ….
 
     Raises:
         RolloutError: the file cannot be read, a line is no probe, or two have one id.
@@ -67,7 +68,7 @@ def probes_of(rows: list[dict[str, Any]], generator: SampleGenerator) -> Generat
     made = [_probe(row, i, generator) for i, row in enumerate(rows)]
     twice = [name for name, times in Counter(each.ids[0] for each in made).items() if times > 1]
     if twice:
-        raise RolloutError(f"Two probes have the id {twice[0]!r}; give each one of its own.")
+        raise RolloutError(f"Two probes have the name {twice[0]!r}; give each one of its own.")
     return GeneratedBatch.merge(made)
 
 
@@ -86,15 +87,15 @@ def _parsed(place: Path, number: int, line: str) -> dict[str, Any]:
 
 
 def _probe(row: dict[str, Any], i: int, generator: SampleGenerator) -> GeneratedBatch:
-    name = str(row.get("id", f"P-{i:03d}"))
+    name = str(row.get("name", row.get("id", probe_name(i))))
     if {*row} >= TOKENS:
         record = _of_tokens(row, name, generator)
         return GeneratedBatch((record,), None, None, generator.tokenizer.pad_token_id or 0)
     sample = CustomSample(
         row["prompt"], row["response"], row.get("metadata", {}), row.get("raw", True), row.get("ended", True)
     )
-    made = generator.build_custom_sequence(sample)
-    return replace(made, records=(replace(made.records[0], sequence_id=name, reward=row.get("reward")),))
+    made = generator.build_custom_sequence(sample, name=name)
+    return replace(made, records=(replace(made.records[0], reward=row.get("reward")),))
 
 
 def _of_tokens(row: dict[str, Any], name: str, generator: SampleGenerator) -> SequenceRecord:

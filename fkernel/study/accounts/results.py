@@ -8,7 +8,7 @@ Contributions are of every sequence of every step, to the end of the run: its ow
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,9 @@ import numpy as np
 
 from fkernel.errors import ResultsError
 from fkernel.io import atomic_file, checksum, checksummed_json, read_checksummed
-from fkernel.study.outcome import SequenceInfo
+from fkernel.study.outcome import SequenceInfo, as_record
+from fkernel.study.shown import html_of, plural, text_of
+from fkernel.study.tables import account_dataset, account_frame
 
 SCHEMA = 1
 ACCOUNT, ARRAYS = "account.json", "account.npz"
@@ -40,7 +42,7 @@ class Share(NamedTuple):
     p: float | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class AccountResults:
     """What happened to every probe over a run, and who did it.
 
@@ -71,6 +73,38 @@ class AccountResults:
             why = self.facts.get(name, f"it has {', '.join(self.arrays)}")
             raise ResultsError(f"The account has no {name!r}: {why}.")
         return self.arrays[name]
+
+    def __repr__(self) -> str:
+        """One screen: the probes."""
+        title = f"AccountResults: {plural(len(self.probes), 'probe')}, {plural(len(self.steps), 'step')}, "
+        lines = [f"{info.id}: {1e3 * value:+.3f}" for info, value in zip(self.probes, self["realised"], strict=True)]
+        return text_of(f"{title}{plural(len(self.sequences), 'sequence')}; realised change, 10⁻³ nats", lines)
+
+    def _repr_html_(self) -> str:
+        """A table of the probes, for notebooks."""
+        rows = []
+        for e, info in enumerate(self.probes):
+            top, ledger = self.top_sequences(e, 1), [1e3 * float(values[e]) for values in self.ledger.values()]
+            most = [top[0].id, 1e3 * top[0].value] if top else ["", ""]
+            rows.append([info.id, info.prompt[-40:], info.response[-40:], *ledger, *most])
+        heads = ["id", "prompt", "response", *self.ledger, "most by", "its effect"]
+        return html_of("The run's account, 10⁻³ nats", heads, rows)
+
+    def to_frame(self) -> Any:
+        """A pandas table of the probes, one row each: texts, what adds up to the change, the largest contributor.
+
+        Raises:
+            ResultsError: pandas is not installed.
+        """
+        return account_frame(self.probes, self.ledger, [self.top_sequences(e, 1) for e in range(len(self.probes))])
+
+    def to_xarray(self) -> Any:
+        """An `xarray.Dataset` of contributions over (probe, sequence), and of what adds up to each probe's change.
+
+        Raises:
+            ResultsError: xarray is not installed.
+        """
+        return account_dataset(self.probes, self.sequences, self.ledger, self["contributions"])
 
     @property
     def sequence_ids(self) -> list[str]:
@@ -180,7 +214,7 @@ class AccountResults:
 
     def summary(self) -> dict[str, Any]:
         """JSON: what the account is about, its steps, and each probe's ledger and largest contributors."""
-        probes = [asdict(info) | self._columns(e) for e, info in enumerate(self.probes)]
+        probes = [as_record(info) | self._columns(e) for e, info in enumerate(self.probes)]
         return {"about": self.about, "facts": self.facts, "probes": probes, "steps": [*self.steps]}
 
     def _columns(self, e: int) -> dict[str, Any]:
@@ -209,7 +243,7 @@ class AccountResults:
             raise ResultsError(f"{place} has schema {record.get('schema')}; this version of fkernel reads {SCHEMA}.")
         if not same:
             raise ResultsError(f"{place / ARRAYS} is not the file that was written with {ACCOUNT}.")
-        names = SequenceInfo.__dataclass_fields__
+        names = {*SequenceInfo.__dataclass_fields__} - {"times"}
         probes = tuple(SequenceInfo(**{key: row[key] for key in names}) for row in record["probes"])
         for name in ("sequence_ids", "probe_ids", "step_of", "steps"):
             del arrays[name]

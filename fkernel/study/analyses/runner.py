@@ -15,6 +15,7 @@ from fkernel.study.analyses.analysis import Accumulator
 from fkernel.study.analyses.context import RequestContext, UpdateContext
 from fkernel.study.analyses.failures import tried
 from fkernel.study.analyses.registry import ANALYSES, UPDATE_ANALYSES, AnalysesPlan, RequestAnalyses, spec_of
+from fkernel.study.log import doing
 from fkernel.study.outcome import AnalysisResult
 
 
@@ -49,7 +50,11 @@ class AnalysisRunner:
 
     def results(self) -> dict[str, AnalysisResult]:
         """The results of all analyses, skipped ones included."""
-        return {name: self.skipped.get(name) or self._result(name) for name in self.spec}
+        results = {}
+        for name in self.spec:
+            with doing(f"analysis {name}"):
+                results[name] = self.skipped.get(name) or self._result(name)
+        return results
 
     def _accumulating(self) -> Iterator[tuple[str, Accumulator]]:
         return ((name, a) for name, a in self.accumulators.items() if name not in self.skipped)
@@ -82,6 +87,7 @@ def update_results(plan: AnalysesPlan, context: UpdateContext) -> dict[str, Anal
     for name, analysis, config in spec_of(plan, UPDATE_ANALYSES):
         assert analysis.compute is not None
         make = partial(analysis.compute, context, config)
-        result, skipped = tried(name, "the update batch's", make, context.workspace.batch.ids)
+        with doing(f"analysis {name}"):
+            result, skipped = tried(name, "the update batch's", make, context.workspace.batch.ids)
         results[name] = skipped or result
     return results

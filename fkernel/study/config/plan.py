@@ -13,6 +13,7 @@ from fkernel.study.config.base import SourcePlan, Strict
 from fkernel.study.config.capture import CapturePlan
 from fkernel.study.config.requests import AnyRequest, BatchRequest, UpdateSource
 from fkernel.study.config.step import PreconditionerPlan, StepPlan
+from fkernel.study.draws import probe_name
 
 
 class StoragePlan(Strict):
@@ -85,6 +86,8 @@ class FisherKernelPlan(SourcePlan):
         analyses: the default analyses of requests, and the analyses of U.
         storage: what is written.
         numerics: dtype, memory, seed.
+        correct: the reward from which on a response is right; tables mark responses ✓ and ✗ by it. None: by the rewards
+            "math" and "exact", where every reward that the plan names is one of them, and by nothing else.
         out: directory of the results.
     """
 
@@ -98,6 +101,7 @@ class FisherKernelPlan(SourcePlan):
     analyses: AnalysesPlan = AnalysesPlan.model_validate({})
     storage: StoragePlan = StoragePlan()
     numerics: NumericsPlan = NumericsPlan.model_validate({})
+    correct: float | None = None
     out: str
 
     @field_validator("requests")
@@ -111,6 +115,8 @@ class FisherKernelPlan(SourcePlan):
             if name is None:
                 seen[request.kind] += 1
                 name = request.kind if kinds[request.kind] == 1 else f"{request.kind}-{seen[request.kind]}"
+                if request.kind == "custom_sequence":
+                    name = probe_name(seen[request.kind] - 1)
             named.append(request.model_copy(update={"name": name}))
         twice = [name for name, times in Counter(request.name for request in named).items() if times > 1]
         if any(request.name == "update_batch" for request in named):
@@ -132,6 +138,14 @@ class FisherKernelPlan(SourcePlan):
     def workspace_path(self) -> str:
         """Directory of U's gradients."""
         return self.storage.workspace or f"{self.out}/workspace"
+
+    @property
+    def right_from(self) -> float | None:
+        """The reward from which on a response is right; None where rewards do not say right or wrong."""
+        if self.correct is not None:
+            return self.correct
+        named = {str(reward) for one in (self.update, *self.requests) if (reward := _reward_of(one)) is not None}
+        return 1.0 if named and named <= {"math", "exact"} else None
 
     def seeded(self, seed: int) -> FisherKernelPlan:
         """The same plan with another seed."""
@@ -157,6 +171,13 @@ class FisherKernelPlan(SourcePlan):
     def hash(self) -> str:
         """Hash of the plan's record without its `out`."""
         return hash_json({key: value for key, value in self.record().items() if key != "out"})
+
+
+def _reward_of(source: Any) -> Any:
+    """The reward function of a batch that is sampled, or None."""
+    is_own = source.kind == "update" and source.size == 0
+    drawn = source.kind in ("update", "evaluation", "prompt_ids") and not is_own
+    return source.reward if drawn else None
 
 
 TEMPLATE = """\

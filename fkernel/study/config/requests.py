@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -9,12 +10,21 @@ from pydantic import Field, field_serializer, model_validator
 
 from fkernel.errors import PlanError
 from fkernel.record import Recording
-from fkernel.rollout import CustomSample, GeneratedBatch, SampleGenerator, check_recorded, dotted, load_batch, score
+from fkernel.rollout import (
+    CustomSample,
+    GeneratedBatch,
+    SampleGenerator,
+    check_recorded,
+    dotted,
+    load_batch,
+    score,
+)
 from fkernel.study.analyses.registry import RequestAnalyses
 from fkernel.study.config.base import Strict, one_of
 from fkernel.study.config.capture import CapturePlan
 from fkernel.study.config.dump import TrainerDump
 from fkernel.study.draws import (
+    NAME,
     BatchSource,
     CustomPromptsDraw,
     CustomSequenceDraw,
@@ -22,6 +32,7 @@ from fkernel.study.draws import (
     PromptIdsDraw,
     UpdateDraw,
     UpdateRules,
+    probe_name,
 )
 
 
@@ -66,8 +77,9 @@ class Recorded(BatchSource):
 
 
 class SamplePayload(Strict):
-    """A prompt and a response, as in `CustomSample`, and a reward."""
+    """A prompt and a response, as in `CustomSample`, a reward, and a name: "probe-1", … by default, in U U-000-00."""
 
+    name: str | None = Field(None, min_length=1, pattern=NAME)
     prompt: str
     response: str
     metadata: dict[str, Any] = Field(default_factory=dict)
@@ -89,7 +101,19 @@ class Payload(BatchSource):
         one_of(self, "samples", "callback", "batch")
         if not isinstance(self.batch, GeneratedBatch | None):
             raise ValueError("a batch is handed in from Python, as a GeneratedBatch; in a file, give samples")
+        twice = [name for name, times in Counter(self.names).items() if times > 1]
+        if twice:
+            raise ValueError(f"two samples have the name {twice[0]!r}; give each one of its own (name:)")
         return self
+
+    @property
+    def names(self) -> list[str]:
+        """The samples' ids."""
+        return [sample.name or self.numbered(i) for i, sample in enumerate(self.samples or ())]
+
+    def numbered(self, place: int) -> str:
+        """The id of a sample without a name, by its place from 0."""
+        return f"U-{place:03d}-00"
 
     @field_serializer("batch")
     def _shown(self, batch: GeneratedBatch | None) -> Any:
@@ -110,12 +134,14 @@ class Payload(BatchSource):
                 raise PlanError(f"{self.callback} returned a {type(batch).__name__}; expected a GeneratedBatch.")
             return batch
         assert self.samples is not None
-        return GeneratedBatch.merge([_scored(sample, generator) for sample in self.samples])
+        pairs = zip(self.samples, self.names, strict=True)
+        return GeneratedBatch.merge([_scored(sample, name, generator) for sample, name in pairs])
 
 
-def _scored(sample: SamplePayload, generator: SampleGenerator) -> GeneratedBatch:
+def _scored(sample: SamplePayload, name: str, generator: SampleGenerator) -> GeneratedBatch:
     """Score one sample."""
-    batch = generator.build_custom_sequence(CustomSample(**sample.model_dump(exclude={"reward"})))
+    given = CustomSample(**sample.model_dump(exclude={"reward", "name"}))
+    batch = generator.build_custom_sequence(given, name=name)
     return replace(batch, records=(replace(batch.records[0], reward=sample.reward),))
 
 
@@ -142,7 +168,8 @@ class BatchRequest(BatchSource):
     """Keys of all requests, beside those of their batch.
 
     Attributes:
-        name: its name in results; unique. By default its kind, numbered where there are several.
+        name: its name in results; unique. By default its kind, numbered where there are several; probe-1, … of
+            sequences written by hand (custom_sequence), whose id it is too.
         sequence_ids: keep these sequences only; `*` matches any characters.
         advantages: other advantages of U for this request: a rule's name, or {id: advantage} for some of U. P does not
             change, so that results are linear in them; there is no realised change to compare with.
@@ -150,7 +177,7 @@ class BatchRequest(BatchSource):
         analyses: instead of the plan's.
     """
 
-    name: str | None = Field(None, min_length=1, pattern=r"^[\w.-]+$")
+    name: str | None = Field(None, min_length=1, pattern=NAME)
     sequence_ids: tuple[str, ...] | None = Field(None, min_length=1)
     advantages: str | dict[str, float] | None = None
     capture: CapturePlan | None = None
@@ -207,6 +234,10 @@ class FromFileBatch(FromFile, BatchRequest):
 
 class PayloadBatch(Payload, BatchRequest):
     """A request of kind payload."""
+
+    def numbered(self, place: int) -> str:
+        """The id of a sample without a name, by its place from 0: "probe-1", …."""
+        return probe_name(place)
 
 
 AnyRequest = Annotated[

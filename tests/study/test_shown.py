@@ -1,0 +1,76 @@
+"""Results in a terminal and in a notebook: one screen, identical sequences as one, no number cut."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from rich.table import Table
+
+from fkernel.cli.console import Tables
+from fkernel.study import RequestResult, SequenceInfo
+from fkernel.study.results import FisherKernelResults
+
+
+def info(name: str, tokens: str, **more) -> SequenceInfo:
+    return SequenceInfo(name, "1+1=", tokens, -1.0, content_hash=tokens, **more)
+
+
+U = (info("a", "x"), info("b", "y"), info("c", "x"), info("d", "z"))
+C = np.array([[0.3, -0.5, 0.4, 0.1]])
+
+
+def result(contributions=C) -> RequestResult:
+    order = np.argsort(-np.abs(C), axis=1)
+    return RequestResult("probes", "payload", (info("<probe>", "w"),), U, C.sum(1), realised=np.array([0.3]),
+                         top=order, top_contributions=np.take_along_axis(C, order, 1),
+                         contributions=contributions)  # fmt: skip
+
+
+def named(pairs) -> list[tuple[str, int, float]]:
+    return [(u.id, u.times, pytest.approx(nats)) for u, nats in pairs]
+
+
+def test_identical_sequences_are_one_with_their_sum():
+    assert named(result().top_contributors(0, 4)) == [("b", 1, -0.5), ("c", 1, 0.4), ("a", 1, 0.3), ("d", 1, 0.1)]
+    grouped = [("c", 2, 0.7), ("b", 1, -0.5), ("d", 1, 0.1)]
+    assert named(result().top_contributors(0, 4, group_identical=True)) == grouped
+    assert named(result(None).top_contributors(0, 4, group_identical=True)) == grouped  # of the stored top alone
+
+
+def test_lists_of_what_raised_and_what_lowered():
+    assert named(result().top_contributors(0, 2, True, "raised")) == [("c", 2, 0.7), ("d", 1, 0.1)]
+    assert named(result().top_contributors(0, 2, which="lowered")) == [("b", 1, -0.5)]
+
+
+def test_a_result_is_one_screen_and_a_table_in_a_notebook():
+    one = result()
+    rows = replace(one, evaluation=one.evaluation * 50, batch=np.full(50, 0.3), realised=np.full(50, 0.3),
+                   top=np.repeat(one.top, 50, 0), top_contributions=np.repeat(one.top_contributions, 50, 0),
+                   contributions=np.repeat(C, 50, 0))  # fmt: skip
+    whole = FisherKernelResults({}, {}, U, {}, None, {f"r{i}": rows for i in range(30)})
+    for shown in (rows, whole):
+        lines = repr(shown).splitlines()
+        assert len(lines) <= 20
+        assert max(map(len, lines)) <= 120
+    assert "1 sequence," in repr(one)
+    html = one._repr_html_()
+    assert "&lt;probe&gt;" in html
+    assert "c × 2" in html
+    assert html.count("<tr>") == 2
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_no_number_is_cut(width):
+    table = Table()
+    table.add_column("sequence", no_wrap=True)
+    for name in ("batch", "momentum", "realised"):
+        table.add_column(name, justify="right")
+    table.add_row("a text that is much longer than it has to be, for a table", "-65.4321", "+1234.5678", "-0.0001")
+    file = io.StringIO()
+    Tables(width=width, file=file).print(table)
+    text = file.getvalue()
+    for number in ("-65.4321", "+1234.5678", "-0.0001"):
+        assert number in text
