@@ -15,6 +15,7 @@ from tests.mutations import (
     objectives,
     optimizers,
     preconditioners,
+    processes,
     record,
     report,
     rollout,
@@ -41,6 +42,7 @@ QUICK = [
     *checkpoint.MUTATIONS,
     *models.MUTATIONS,
     *engine.MUTATIONS,
+    *processes.MUTATIONS,
 ]
 SLOW = [report.MUTATIONS, record.TRAINERS, runs.REAL, loss_plan.MUTATIONS, trl.MUTATIONS, preconditioners.STUDIES]
 ALL = [*QUICK, *(mutation for kind in SLOW for mutation in kind)]
