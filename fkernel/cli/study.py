@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from fkernel.cli.console import exit_on_error, importing, progress_and_log, wide
+from fkernel.cli.ranks import joined, of_all_ranks, started
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Workspace = Annotated[Path, typer.Argument(help="A workspace that `fkernel run` made: OUT/workspace.")]
@@ -23,13 +24,16 @@ def run(
     overwrite: Annotated[bool, typer.Option(help="Replace results that another plan left there.")] = False,
     rows: Annotated[int, typer.Option(help="Sequences to show of each request.")] = 5,
     log: Annotated[str, typer.Option(help="Log level: minimal, normal, detailed or debug.")] = "normal",
+    processes: Annotated[
+        int | None, typer.Option(help="Ranks that compute together, on this machine (default: the plan's, or one).")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a plan and save its results.
 
     Example: fkernel run study.yaml
 
-    After an interruption the same command resumes the run.
+    After an interruption the same command resumes the run. Under torchrun it joins the ranks that are there.
     """
     with exit_on_error():
         with importing():
@@ -37,7 +41,11 @@ def run(
         loaded = as_recorded(read_plan(plan, FisherKernelPlan))
         if out is not None:
             loaded = loaded.model_copy(update={"out": str(out)})
-        results = execute(loaded, overwrite, log)
+        if started(processes or loaded.numerics.processes):
+            return
+        results = execute(loaded, overwrite, log, joined(loaded.numerics.device))
+        if results is None:
+            return
         if as_json:
             typer.echo(json.dumps(summary(results, loaded.out), indent=1))
         else:
@@ -45,26 +53,40 @@ def run(
             Console().print(f"Wrote {loaded.out}", highlight=False, soft_wrap=True)
 
 
-def execute(plan: Any, overwrite: bool, log: str) -> Any:
-    """Run a plan; write its results, log, batches and pictures."""
-    from fkernel import report
+def execute(plan: Any, overwrite: bool, log: str, mesh: Any = None) -> Any:
+    """Run a plan; write its results, log, batches and pictures. Of several ranks, rank 0 alone writes and returns."""
     from fkernel.study import FisherKernelRunner, check_out, recorded
 
+    if mesh is None:
+        check_out(plan, overwrite)
+        with recorded(Path(plan.out) / "log.jsonl"), progress_and_log(log) as on_progress:
+            runner = FisherKernelRunner(plan, on_progress=on_progress)
+            return _saved(plan, runner, runner.run())
+    with of_all_ranks(mesh, "fkernel run") as first:
+        if not first:
+            FisherKernelRunner(plan, mesh=mesh).run()
+            return None
+        check_out(plan, overwrite)
+        with recorded(Path(plan.out) / "log.jsonl"), progress_and_log(log) as on_progress:
+            runner = FisherKernelRunner(plan, on_progress=on_progress, mesh=mesh)
+            return _saved(plan, runner, runner.run())
+
+
+def _saved(plan: Any, runner: Any, results: Any) -> Any:
+    """Write results, batches and pictures."""
+    from fkernel import report
+
     out = Path(plan.out)
-    check_out(plan, overwrite)
-    with recorded(out / "log.jsonl"), progress_and_log(log) as on_progress:
-        runner = FisherKernelRunner(plan, on_progress=on_progress)
-        results = runner.run()
-        if plan.storage.batches:
-            runner.save_batches(out)
-        _remove_pictures(out)
-        results.save_results(out)
-        if plan.storage.pictures:
-            report.draw_all(results, out / "pictures")
-            for name, result in results.requests.items():
-                if "tokens" in result.analyses and result.analyses["tokens"].skipped is None:
-                    page = out / "pictures" / f"{name}_tokens.html"
-                    page.write_text(report.token_html(result), encoding="utf-8")
+    if plan.storage.batches:
+        runner.save_batches(out)
+    _remove_pictures(out)
+    results.save_results(out)
+    if plan.storage.pictures:
+        report.draw_all(results, out / "pictures")
+        for name, result in results.requests.items():
+            if "tokens" in result.analyses and result.analyses["tokens"].skipped is None:
+                page = out / "pictures" / f"{name}_tokens.html"
+                page.write_text(report.token_html(result), encoding="utf-8")
     return results
 
 

@@ -5,14 +5,25 @@ line all compute over the same group of ranks.
 """
 
 from fkernel.distributed.agreement import agree, from_first, together
-from fkernel.distributed.exchange import all_sum, exchange_rows, gather_shards, shard_of, shard_tree, share_of
+from fkernel.distributed.exchange import (
+    BUCKET,
+    all_sum,
+    buckets,
+    exchange_rows,
+    gather_shards,
+    shard_of,
+    shard_tree,
+    share_of,
+)
 from fkernel.distributed.group import Group, group_of
 from fkernel.distributed.launcher import join, launch, launched
 
 __all__ = [
+    "BUCKET",
     "Group",
     "agree",
     "all_sum",
+    "buckets",
     "exchange_rows",
     "from_first",
     "gather_shards",

@@ -4,7 +4,7 @@ A parameter [l, *rest] is split along its leading dimension as torch.chunk does,
 rows r⌈l/W⌉ … (r+1)⌈l/W⌉ − 1 of it, which may be none. Each rank computes rows of J for its own sequences; after the
 exchange it has all sequences' rows, of its shard:
 
-    J[own sequences, all of α]  →  J[all sequences, own α]          one `all_to_all_single` a parameter
+    J[own sequences, all of α]  →  J[all sequences, own α]          one `all_to_all_single` a bucket of parameters
 
 so that a sum over parameters, such as a kernel, is a local contraction and one sum over ranks.
 """
@@ -12,7 +12,8 @@ so that a sum over parameters, such as a kernel, is a local contraction and one 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,9 @@ import torch.distributed as dist
 from fkernel.distributed.agreement import meet, wait
 from fkernel.distributed.group import Group
 from fkernel.shapes import Tensor, Tree
+
+BUCKET = 32 << 20
+"""Bytes that one collective moves, at most, where they are of several parameters."""
 
 
 def shard_of(length: int, size: int, rank: int) -> slice:
@@ -53,42 +57,80 @@ def _rows(leaf: Tensor) -> Tensor:
     return leaf if leaf.ndim else leaf[None]
 
 
+def buckets(sizes: Mapping[str, int], most: int = BUCKET) -> list[list[str]]:
+    """Group successive parameters whose sizes add up to at most `most`; a larger one is a bucket by itself.
+
+    Example:
+        >>> buckets({"a": 3, "b": 2, "c": 9, "d": 1}, most=5)
+        [['a', 'b'], ['c'], ['d']]
+    """
+    groups, held = list[list[str]](), most + 1
+    for name, size in sizes.items():
+        if held + size > most:
+            groups, held = [*groups, []], 0
+        groups[-1].append(name)
+        held += size
+    return groups
+
+
 def exchange_rows(
     group: Group,
-    write: Callable[[Tensor, int], None] | None,
+    write: Callable[[str, Tensor, int], None],
     counts: Sequence[int],
-    shape: Sequence[int],
+    shapes: Mapping[str, Sequence[int]],
     like: Tensor,
-) -> Tensor:
-    """Exchange rows of one parameter's gradients: own sequences in whole → all sequences in this rank's shard.
+) -> Tree:
+    """Exchange rows of some parameters' gradients: own sequences in whole → all sequences in this rank's shards.
 
     Args:
         group: the ranks.
-        write: (out [n_own, r, *rest], start): writes rows start … start + r of the parameter's leading dimension;
-            None where this rank has no sequence.
-        counts: number of sequences of each rank.
-        shape: the parameter's, [l, *rest].
+        write: (name, out [n_own, r, *rest], start): writes rows start … start + r of a parameter's leading dimension.
+        counts: number of sequences of each rank; `write` is not called on a rank that has none.
+        shapes: {name: [l, *rest]}; a scalar's is [1].
         like: a tensor of the gradients' dtype and device.
 
     Returns:
-        [Σ counts, l_r, *rest], sequences in the order of ranks.
+        {name: [Σ counts, l_r, *rest]}, sequences in the order of ranks.
     """
-    l, rest = shape[0], list(shape[1:])
-    width = math.prod(rest)
-    shards = [shard_of(l, group.size, rank) for rank in range(group.size)]
-    lengths = [shard.stop - shard.start for shard in shards]
-    sent = [counts[group.rank] * length * width for length in lengths]
-    received = [count * lengths[group.rank] * width for count in counts]
+    own = counts[group.rank]
+    blocks = [[(name, _block(shape, group.size, rank)) for name, shape in shapes.items()] for rank in range(group.size)]
+    sent = [own * sum(block.numel for _, block in of) for of in blocks]
+    received = [count * sum(block.numel for _, block in blocks[group.rank]) for count in counts]
     out, result = like.new_empty(sum(sent)), like.new_empty(sum(received))
-    if write is not None:
-        for block, shard in zip(out.split(sent), shards, strict=True):
-            if block.numel():
-                write(block.view(counts[group.rank], shard.stop - shard.start, *rest), shard.start)
+    for part, of in zip(out.split(sent) if own else [], blocks, strict=bool(own)):
+        for (name, block), piece in zip(of, part.split([own * block.numel for _, block in of]), strict=True):
+            if piece.numel():
+                write(name, piece.view(own, *block.shape), block.start)
     meet(group)
     if group.size == 1:
-        return out.view(counts[0], l, *rest)
-    _finish(group, dist.all_to_all_single(result, out, received, sent, group=group.data, async_op=True))
-    return result.view(sum(counts), lengths[group.rank], *rest)
+        result = out
+    else:
+        _finish(group, dist.all_to_all_single(result, out, received, sent, group=group.data, async_op=True))
+    mine = blocks[group.rank]
+    if len(mine) == 1:
+        return {name: result.view(sum(counts), *block.shape) for name, block in mine}
+    parts = [
+        part.split([count * block.numel for _, block in mine])
+        for part, count in zip(result.split(received), counts, strict=True)
+    ]
+    return {
+        name: torch.cat([pieces[k].view(count, *block.shape) for pieces, count in zip(parts, counts, strict=True)])
+        for k, (name, block) in enumerate(mine)
+    }
+
+
+class _Block(NamedTuple):
+    """One rank's rows of a parameter: from `start` on, [l_r, *rest]."""
+
+    start: int
+    shape: tuple[int, ...]
+    numel: int
+
+
+def _block(shape: Sequence[int], size: int, rank: int) -> _Block:
+    rows = shard_of(shape[0], size, rank)
+    own = (rows.stop - rows.start, *shape[1:])
+    return _Block(rows.start, own, math.prod(own))
 
 
 def all_sum(group: Group, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -107,22 +149,26 @@ def all_sum(group: Group, tensors: Sequence[Tensor]) -> list[Tensor]:
     return [part.view(leaf.shape).to(leaf) for part, leaf in zip(parts, tensors, strict=True)]
 
 
-def gather_shards(group: Group, shard: Tensor, shape: Sequence[int]) -> Tensor:
-    """Gather the shards of one parameter from all ranks, [l, *rest].
+def gather_shards(group: Group, shards: Tree, shapes: Mapping[str, Sequence[int]]) -> Tree:
+    """Gather parameters from their shards on all ranks, {name: [l, *rest]}, in one collective.
 
     Args:
         group: the ranks.
-        shard: this rank's, [l_r, *rest].
-        shape: the parameter's.
+        shards: this rank's, {name: [l_r, *rest]}, of one dtype.
+        shapes: the parameters'.
     """
-    l, rest = (shape[0], shape[1:]) if len(shape) else (1, ())
-    step = math.ceil(l / group.size)
-    own = shard.new_zeros(step, *rest)
-    own[: len(shard)] = shard
-    result = shard.new_empty(step * group.size, *rest)
+    steps = {name: math.ceil((shape[0] if len(shape) else 1) / group.size) for name, shape in shapes.items()}
+    widths = {name: math.prod(shape[1:]) for name, shape in shapes.items()}
+    sizes = [steps[name] * widths[name] for name in shapes]
+    like = next(iter(shards.values()))
+    own = like.new_zeros(sum(sizes))
+    for name, part in zip(shapes, own.split(sizes), strict=True):
+        part[: shards[name].numel()] = shards[name].reshape(-1)
+    result = like.new_empty(group.size * sum(sizes))
     meet(group)
     _finish(group, dist.all_gather_into_tensor(result, own, group=group.data, async_op=True))
-    return result[:l].view(list(shape))
+    pieces = zip(shapes, result.view(group.size, -1).split(sizes, 1), strict=True)
+    return {name: part.reshape(-1)[: math.prod(shapes[name])].view(list(shapes[name])) for name, part in pieces}
 
 
 def _finish(group: Group, work: object) -> None:

@@ -6,6 +6,7 @@ torchrun --nproc-per-node 8 -m fkernel run …   each rank joins
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -50,19 +51,23 @@ def join(device: str = "cpu") -> Any:
     return init_device_mesh(kind, (dist.get_world_size(),))
 
 
-def launch(processes: int, command: Sequence[str]) -> None:
+def launch(processes: int, command: Sequence[str]) -> int:
     """Run a command on several ranks of this machine, and wait for them.
 
     Args:
         processes: their number.
         command: arguments of the Python interpreter, such as ["-m", "fkernel", "run", "study.yaml"].
 
+    Returns:
+        The exit status: 0, or that of the rank that failed first; the others were stopped.
+
     Raises:
-        ProcessError: a rank failed or was killed; the others were stopped.
+        ProcessError: a rank was killed.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, errors
     from torch.distributed.launcher import api
 
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its reports name no reasons
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     with tempfile.TemporaryDirectory(prefix="fkernel-") as logs:
         config = api.LaunchConfig(
@@ -79,7 +84,8 @@ def launch(processes: int, command: Sequence[str]) -> None:
             api.elastic_launch(config, sys.executable)(*command)
         except errors.ChildFailedError as error:
             rank, failure = error.get_first_failure()
-            how = f"exit status {failure.exitcode}"
-            if failure.exitcode < 0:
-                how = f"it was killed by {signal.Signals(-failure.exitcode).name}"
-            raise ProcessError(f"Rank {rank} of {processes} stopped, and the others with it: {how}.") from error
+            if failure.exitcode > 0:
+                return failure.exitcode  # it has said why
+            name = signal.Signals(-failure.exitcode).name
+            raise ProcessError(f"Rank {rank} of {processes} was killed by {name}; the others were stopped.") from error
+    return 0

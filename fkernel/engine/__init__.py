@@ -15,6 +15,7 @@ from fkernel.engine.planning import Estimate, Option, Strategy, estimate
 from fkernel.engine.problem import Problem, blocks
 from fkernel.engine.recycling import reuse_memory
 from fkernel.engine.run import RunAccount, Sweep, account
+from fkernel.engine.sharded_gradients import ShardedGradients
 from fkernel.engine.state_certificate import state_against_step
 from fkernel.engine.step import StepEffect, explain_step, loss_gradient, realised_change
 from fkernel.engine.streaming import KernelBlock, contraction, self_kernel
@@ -36,6 +37,7 @@ __all__ = [
     "Rounded",
     "RunAccount",
     "RunStep",
+    "ShardedGradients",
     "SortedBatch",
     "StepColumns",
     "StepEffect",

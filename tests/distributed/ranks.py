@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import socket
 import time
 import traceback
@@ -51,7 +52,7 @@ def on_ranks(
 
 def results(ranks: int, work: Callable[..., Any], *args: Any, **env: Any) -> list[Any]:
     """Run work(mesh, *args) on every rank, none of which may fail."""
-    outcomes = on_ranks(ranks, work, *args, **env)
+    outcomes = on_ranks(ranks, work, *args, seconds=280, **env)
     for rank, outcome in enumerate(outcomes):
         assert outcome is not None, f"rank {rank} did not end"
         assert outcome.error is None, f"rank {rank}: {outcome.error}"
@@ -60,7 +61,8 @@ def results(ranks: int, work: Callable[..., Any], *args: Any, **env: Any) -> lis
 
 def _received(pipe: Any, until: float) -> Outcome | None:
     try:
-        return pipe.recv() if pipe.poll(max(0.0, until - time.monotonic())) else None
+        ended = pipe.poll(max(0.0, until - time.monotonic()))
+        return pickle.loads(pipe.recv_bytes()) if ended else None
     except EOFError:
         return None
 
@@ -76,6 +78,6 @@ def _rank(pipe: Any, rank: int, ranks: int, port: int, work: Any, args: Any, env
     except Exception as error:
         trace = "" if type(error).__name__ == "ProcessError" else traceback.format_exc()
         outcome = Outcome(None, f"{type(error).__name__}: {error}{trace}", time.monotonic() - start)
-    pipe.send(outcome)
+    pipe.send_bytes(pickle.dumps(outcome))
     pipe.close()
     time.sleep(0.2 if outcome.error is None else 60)  # a rank that failed may live on: the test kills it

@@ -3,6 +3,7 @@
 from tests.mutants import Mutation
 
 FAILURES = "tests/distributed/test_failures.py"
+SAME = "tests/distributed/test_same_numbers.py::test_any_number_of_ranks_gives_the_same_on_each[few-4]"
 MUTATIONS = [
     Mutation(
         "a rank that differs is not noticed",
@@ -31,5 +32,40 @@ MUTATIONS = [
         "distributed/heartbeat.py",
         "beat.seconds > self._moved[rank][1].seconds + IDLE",
         "False",
+    ),
+    Mutation(
+        "shards dealt otherwise than the preconditioner's",
+        SAME,
+        "distributed/exchange.py",
+        "    return slice(min(rank * step, length), min((rank + 1) * step, length))",
+        "    return slice(min((size - 1 - rank) * step, length), min((size - rank) * step, length))",
+    ),
+    Mutation(
+        "a rank's own products taken for all",
+        SAME,
+        "engine/over_ranks.py",
+        "*pytree.tree_unflatten(all_sum(group, leaves), spec)",
+        "*block.sums",
+    ),
+    Mutation(
+        "every rank computes the same share",
+        SAME,
+        "engine/sums.py",
+        "else side.every(group.size, group.rank)",
+        "else side.every(group.size, 0)",
+    ),
+    Mutation(
+        "different parameters are not noticed",
+        "tests/distributed/test_same_numbers.py::test_ranks_that_were_given_different_things_compute_nothing[parameters]",
+        "engine/over_ranks.py",
+        ".sum(dtype=torch.int64)) if leaf.numel() else 0",
+        ".sum(dtype=torch.int64)) * 0",
+    ),
+    Mutation(
+        "adjoints along a rank's own shard alone",
+        "tests/distributed/test_account.py::test_any_number_of_ranks_gives_the_same_account[2-options1-False]",
+        "engine/adjoint.py",
+        'over_all(products.whole("x", "v"), self.passes.group)',
+        'products.whole("x", "v")',
     ),
 ]

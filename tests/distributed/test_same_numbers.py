@@ -1,0 +1,86 @@
+"""One process, two and four give the same numbers in float64: kernels, influence, a step explained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+import fkernel as fk
+from tests.distributed.cases import answers, diagonal, inputs
+from tests.distributed.ranks import results
+
+ROUNDING = 1e-12
+
+
+@cache
+def alone(name: str) -> dict[str, torch.Tensor]:
+    return answers(None, name)
+
+
+def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """‖found − expected‖ / ‖expected‖."""
+    assert found.shape == expected.shape
+    return float((found - expected).norm() / expected.norm().clamp_min(1e-300))
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("few", 1), ("own", 2), ("own", 4), ("gpt2", 4), ("few", 4), ("lora", 2)])
+def test_any_number_of_ranks_gives_the_same_on_each(name, ranks):
+    expected = alone(name)
+    for found in results(ranks, answers, name):
+        assert found.keys() == expected.keys()
+        errors = {what: apart(found[what], expected[what]) for what in expected}
+        assert max(errors.values()) <= ROUNDING, {what: e for what, e in errors.items() if e > ROUNDING}
+
+
+def refused(mesh: Any, change: str) -> str:
+    """What a rank raises where rank 1 is given something else, or all are given what no one takes."""
+    S, params, E, U, _ = inputs("few")
+    own, P = mesh.get_local_rank() == 1, fk.precond.diagonal(diagonal(params))
+    if change == "batch" and own:
+        U = U._replace(input_ids=U.input_ids + 1)
+    if change == "order" and own:
+        params = dict(reversed(params.items()))
+    if change == "parameters" and own:
+        params = {name: leaf + (name == "norm.weight") * 1e-9 for name, leaf in params.items()}
+    if change == "microbatch":
+        return error_of(lambda: fk.kernel(S, params, E, U, P, microbatch=1 + own, mesh=mesh))
+    if change == "D" and own:
+        P = fk.precond.diagonal(diagonal(params, 8))
+    if change == "everyone":
+        U = U._replace(input_ids=U.input_ids + 1000)
+    if change == "memory":
+        return error_of(lambda: fk.kernel(S, params, E, U, P, memory=1000, mesh=mesh))
+    if change == "store":
+        how = fk.Strategy("store", "E", 10, 10, 10)
+        return error_of(lambda: fk.kernel(S, params, E, U, P, strategy=how, mesh=mesh))
+    return error_of(lambda: fk.kernel(S, params, E, U, P, mesh=mesh))
+
+
+def error_of(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except fk.FKernelError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("batch", "ProcessError: The ranks disagree about U: rank 1 has"),
+        ("order", "ProcessError: The ranks disagree about params: rank 1 has"),
+        ("parameters", "ProcessError: The ranks disagree about params: rank 1 has"),
+        ("microbatch", "ProcessError: The ranks disagree about memory, microbatch and strategy: rank 1 has"),
+        ("D", "ProcessError: The ranks disagree about the preconditioner: rank 1 has"),
+        ("everyone", "BatchError: In U: "),
+        ("memory", "BatchError: memory=1000 bytes of each of 2 ranks is too small"),
+        ("store", 'BatchError: The strategy "store" is for one process'),
+    ],
+)
+def test_ranks_that_were_given_different_things_compute_nothing(change, message):
+    for error in results(2, refused, change):
+        assert error.startswith(message), error
