@@ -45,7 +45,8 @@ def together(group: Group, what: str) -> Iterator[None]:
         what: the work, for the message. Inside another `together` this one does nothing.
 
     Raises:
-        ProcessError: another rank failed, was killed, or hangs. Where all ranks raise the same error, that error.
+        ProcessError: another rank failed, was killed, or hangs. Where all ranks raise the same error, that error, with
+            an attribute `of_all_ranks`, so that one rank can tell of it.
     """
     progress = group.progress
     if progress.depth:
@@ -70,6 +71,7 @@ def _shared(group: Group, what: str, error: BaseException) -> ProcessError | Non
     try:
         meet(group, f"{what}: {type(error).__name__}: {error}")
     except ProcessError as shared:
+        error.__dict__["of_all_ranks"] = shared.unanimous
         return None if shared.unanimous else shared
     raise AssertionError("a meeting with a failure always raises")
 
