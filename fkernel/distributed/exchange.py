@@ -133,6 +133,15 @@ def _block(shape: Sequence[int], size: int, rank: int) -> _Block:
     return _Block(rows.start, own, math.prod(own))
 
 
+def gather_numbers(group: Group, numbers: Sequence[int]) -> list[list[int]]:
+    """Gather a few whole numbers from every rank, [ranks][numbers]; a meeting too."""
+    own = torch.tensor(numbers, dtype=torch.int64)
+    every = [torch.empty_like(own) for _ in range(group.size)]
+    meet(group)
+    wait(group, dist.all_gather(every, own, group=group.control, async_op=True))
+    return [each.tolist() for each in every]
+
+
 def all_sum(group: Group, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Sum tensors over all ranks, as one collective in float64 where any is; inputs are not changed.
 

@@ -175,23 +175,23 @@ def _exchanged(group: Group, handles: Handles, counts: Sequence[int], params: Tr
             out[:, 0] = handle
 
     shapes = {name: leaf.shape or (1,) for name, leaf in params.items()}
-    return exchange_rows(group, write, counts, shapes, _like(next(iter(params.values()))))
+    return exchange_rows(group, write, counts, shapes, like_of(next(iter(params.values()))))
 
 
-def _like(leaf: Tensor) -> Tensor:
+def like_of(leaf: Tensor) -> Tensor:
     """An empty tensor of a parameter's device, and of the dtype that its gradients are computed in."""
     return widened(leaf.detach().new_empty(0))
 
 
 def _nbytes(leaf: Tensor) -> int:
-    return leaf.numel() * _like(leaf).element_size()
+    return leaf.numel() * like_of(leaf).element_size()
 
 
 def _by_dtype(params: Tree) -> list[list[str]]:
     """Group the names by the dtype of their gradients, in their order."""
     groups: dict[torch.dtype, list[str]] = {}
     for name, leaf in params.items():
-        groups.setdefault(_like(leaf).dtype, []).append(name)
+        groups.setdefault(like_of(leaf).dtype, []).append(name)
     return [*groups.values()]
 
 
@@ -222,7 +222,7 @@ def _filled(J: Gradients, block: Sequence[int], rows: slice, group: Group, param
     for name, leaf in params.items():
         l, *rest = leaf.shape or (1,)
         shard = shard_of(l, group.size, group.rank)
-        held[name] = _like(leaf).new_empty(n, shard.stop - shard.start, *rest)
+        held[name] = like_of(leaf).new_empty(n, shard.stop - shard.start, *rest)
     for i in block:
         here = slice(J.cuts[i].start - rows.start, J.cuts[i].stop - rows.start)
         for names in J.shares or [[*params]]:

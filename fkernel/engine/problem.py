@@ -17,6 +17,7 @@ from fkernel.engine.batching import SortedBatch, cuts_of, error_context, transfo
 from fkernel.engine.from_store import kernel_from_store
 from fkernel.engine.gradients import Gradients, computed
 from fkernel.engine.layerwise import Walking, layered, sources_of
+from fkernel.engine.layerwise_over_ranks import layered_over_ranks
 from fkernel.engine.over_ranks import held_shards, ranked, sharded_spec, summed
 from fkernel.engine.path import nodes_of
 from fkernel.engine.planning import Strategy
@@ -72,6 +73,10 @@ def blocks(problem: Problem, strategy: Strategy) -> Iterator[KernelBlock]:
             )
         sources = sources_of(problem.path, problem.params, problem.step)
         how = Walking(strategy.tokens or 0, strategy.every)
+        if (group := problem.group) is not None:
+            sides = problem.E, problem.U, sources, problem.params, problem.spec
+            yield from layered_over_ranks(*sides, how, group, **strategy.loops)
+            return
         yield from layered(problem.E, problem.U, sources, problem.params, problem.spec, how, **strategy.loops)
         return
     if is_half(problem.params):

@@ -10,8 +10,13 @@ import pytest
 import torch
 
 import fkernel as fk
+from fkernel import Strategy
+from fkernel.distributed import group_of
+from fkernel.engine import Problem, SortedBatch, blocks
+from fkernel.func.handles import ProductSpec
 from tests.distributed.cases import answers, diagonal, inputs
 from tests.distributed.ranks import results
+from tests.test_layered import collected, spec
 
 ROUNDING = 1e-12
 
@@ -34,6 +39,40 @@ def test_any_number_of_ranks_gives_the_same_on_each(name, ranks):
         assert found.keys() == expected.keys()
         errors = {what: apart(found[what], expected[what]) for what in expected}
         assert max(errors.values()) <= ROUNDING, {what: e for what, e in errors.items() if e > ROUNDING}
+
+
+FORMS = {
+    "whole": Strategy("sequences", "E", None, None, 14),
+    "layers, E held": Strategy("layers", "E", None, None, 0),
+    "layers, tiles of U in blocks": Strategy("layers", "U", 14, 14, 14, 2),
+}
+
+
+def products(mesh: Any) -> dict[str, torch.Tensor]:
+    """Every product that a contraction knows, along a path, by every strategy; and of E alone."""
+    S, params, E, U, case = inputs("gpt2")
+    step, group = case.tree(23, 0.05), None if mesh is None else group_of(mesh)
+    sides = SortedBatch("E", E, S), SortedBatch("U", U, S)
+    forms = FORMS if mesh is not None else {"whole": Strategy("sequences", "E", None, None, None)}
+    found: dict[str, torch.Tensor] = {}
+    for name, how in forms.items():
+        problem = Problem(params, *sides, spec(case), "gauss2", step, group=group)
+        found |= {f"{name}: {what}": sums for what, sums in collected(problem, how).items()}
+        alone = ProductSpec(x=spec(case).x)
+        blocks_of_E = blocks(Problem(params, sides[0], None, alone, "midpoint", step, group=group), how)
+        rows = torch.full((len(sides[0]),), torch.nan, dtype=torch.float64)
+        for block in blocks_of_E:
+            rows[block.at] = block.rows("norm")
+        found[f"{name}: E alone"] = rows
+    return found
+
+
+def test_all_products_by_every_strategy_are_those_of_one_process():
+    expected = products(None)
+    for found in results(3, products):
+        assert len(found) == len(FORMS) * len(expected)
+        for name, sums in found.items():
+            assert apart(sums, expected[f"whole: {name.partition(': ')[2]}"]) <= ROUNDING, name
 
 
 def refused(mesh: Any, change: str) -> str:
