@@ -20,7 +20,7 @@ from fkernel.distributed import Group, exchange_rows, gather_numbers, share_of
 from fkernel.engine.batching import SortedBatch
 from fkernel.engine.by_layer import Side, shards
 from fkernel.engine.layerwise import Walking, must_cut
-from fkernel.engine.over_ranks import like_of, sharded_spec, summed
+from fkernel.engine.over_ranks import like_of, summed
 from fkernel.engine.planning.walking import tiles_of
 from fkernel.engine.streaming import KernelBlock, arranged
 from fkernel.func.handles import Handles, Products, ProductSpec, materialize_into
@@ -65,7 +65,7 @@ def layered_over_ranks(
         U: the columns; None for products of rows alone.
         nodes: where E's gradients are taken, (q_j, source).
         params: θ, where U's are.
-        spec: the products to compute.
+        spec: the products to compute, of this rank's shards: `over_ranks.sharded_spec`.
         how: sizes of blocks, and which layer inputs are kept.
         group: the ranks, which all have the same arguments.
         held: the batch whose gradients of a layer are held, "E" or "U".
@@ -95,7 +95,7 @@ def layered_over_ranks(
                     _contract(other_cut, x, y, products, passing.start == 0, how, group, params)
             yield some, products
 
-    for one in arranged(E, U, sharded_spec(spec, group), held, walk):
+    for one in arranged(E, U, spec, held, walk):
         yield summed(one, group)
 
 

@@ -45,6 +45,7 @@ class Problem:
         store: a directory for the gradients of both sides.
         promised: whether a memory budget was given.
         group: the ranks that compute it together, all with the same problem; None for this process alone.
+        sharded: whether the vectors of `spec` are this rank's shards already.
     """
 
     params: Tree
@@ -58,6 +59,7 @@ class Problem:
     store: Path | str | None = None
     promised: bool = False
     group: Group | None = None
+    sharded: bool = False
 
 
 def blocks(problem: Problem, strategy: Strategy) -> Iterator[KernelBlock]:
@@ -74,7 +76,8 @@ def blocks(problem: Problem, strategy: Strategy) -> Iterator[KernelBlock]:
         sources = sources_of(problem.path, problem.params, problem.step)
         how = Walking(strategy.tokens or 0, strategy.every)
         if (group := problem.group) is not None:
-            sides = problem.E, problem.U, sources, problem.params, problem.spec
+            own = problem.spec if problem.sharded else sharded_spec(problem.spec, group)
+            sides = problem.E, problem.U, sources, problem.params, own
             yield from layered_over_ranks(*sides, how, group, **strategy.loops)
             return
         yield from layered(problem.E, problem.U, sources, problem.params, problem.spec, how, **strategy.loops)
@@ -108,7 +111,8 @@ def _over_ranks(problem: Problem, strategy: Strategy, group: Group) -> Iterator[
         E = E if problem.kept is not None and held == "U" else held_shards(E, tile, group, params)
         U = E if same and tile is None else U
     # One round of the streamed batch at a time: its parameters are exchanged one after the other.
-    for block in contraction(E, U, sharded_spec(problem.spec, group), held=held, tile=tile, block=1):
+    spec = problem.spec if problem.sharded else sharded_spec(problem.spec, group)
+    for block in contraction(E, U, spec, held=held, tile=tile, block=1):
         yield summed(block, group)
 
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 import fkernel as fk
+from fkernel.distributed import group_of, shard_tree
+from fkernel.engine.over_ranks import whole_tree
 from tests.cases import Case
 
 LENGTHS_U = ((3, 4), (1, 6), (5, 2), (2, 2), (4, 5), (1, 1), (2, 3))
@@ -70,6 +76,37 @@ STRATEGIES = {
     "tiles of E": fk.Strategy("sequences", "E", 12, 20, 7),
     "tiles of U": fk.Strategy("sequences", "U", 12, 20, 7),
 }
+
+
+def step_of_shards(mesh: Any, name: str) -> dict[str, torch.Tensor]:
+    """A step explained with a state of shards; Δθ of shards put together. Without a mesh, of the whole state."""
+    S, params, E, U, _ = inputs(name)
+    state, found = state_of(params), dict[str, torch.Tensor]()
+    if mesh is not None:
+        group = group_of(mesh)
+        own = {each: shard_tree(group, getattr(state, each)) for each in ("exp_avg", "exp_avg_sq")}
+        state = replace(state, **own)
+    layers = fk.Strategy("layers", "E", None, None, 0)
+    for rows, columns, max_norm, how in ((E, U, 1e-2, None), (U, E, None, None), (E, U, 1.0, layers)):
+        weights = torch.linspace(-1, 2, len(columns.input_ids), dtype=torch.float64)
+        given = (rows, columns, weights, state)
+        with planned(how):
+            effect, step = fk.explain_step(S, params, *given, max_norm=max_norm, microbatch=2, mesh=mesh)
+        key = f"{len(rows.input_ids)} {max_norm}"
+        found |= {f"{key} {part}": torch.as_tensor(v) for part, v in effect._asdict().items() if part != "path"}
+        total = step.total if mesh is None else whole_tree(step.total, group_of(mesh), params)
+        found |= {f"{key} {part}": leaf for part, leaf in total.items()}
+    return found
+
+
+@contextmanager
+def planned(how: Any) -> Iterator[None]:
+    """Have `explain_step` compute by a strategy that it would choose for other inputs."""
+    if how is None:
+        yield
+        return
+    with patch("fkernel.engine.step.choose", lambda *args: how):
+        yield
 
 
 def answers(mesh: Any, name: str) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ from fkernel import Strategy
 from fkernel.distributed import group_of
 from fkernel.engine import Problem, SortedBatch, blocks
 from fkernel.func.handles import ProductSpec
-from tests.distributed.cases import answers, diagonal, inputs
+from tests.distributed.cases import answers, diagonal, inputs, step_of_shards
 from tests.distributed.ranks import results
 from tests.test_layered import collected, spec
 
@@ -39,6 +39,15 @@ def test_any_number_of_ranks_gives_the_same_on_each(name, ranks):
         assert found.keys() == expected.keys()
         errors = {what: apart(found[what], expected[what]) for what in expected}
         assert max(errors.values()) <= ROUNDING, {what: e for what, e in errors.items() if e > ROUNDING}
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_step_from_shards_of_the_optimizers_state_is_the_step(ranks):
+    expected = step_of_shards(None, "gpt2")
+    for found in results(ranks, step_of_shards, "gpt2"):
+        assert found.keys() == expected.keys()
+        for what, value in expected.items():
+            assert apart(found[what], value) <= ROUNDING, what
 
 
 FORMS = {
