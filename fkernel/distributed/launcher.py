@@ -56,7 +56,7 @@ def launch(processes: int, command: Sequence[str]) -> int:
 
     Args:
         processes: their number.
-        command: arguments of the Python interpreter, such as ["-m", "fkernel", "run", "study.yaml"].
+        command: arguments of the Python interpreter, such as ["-m", "module", "argument"].
 
     Returns:
         The exit status: 0, or that of the rank that failed first; the others were stopped.

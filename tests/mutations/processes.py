@@ -68,4 +68,18 @@ MUTATIONS = [
         'over_all(products.whole("x", "v"), self.passes.group)',
         'products.whole("x", "v")',
     ),
+    Mutation(
+        "a sharded gradient clipped by its own norm",
+        "tests/distributed/test_same_numbers.py::test_a_step_from_shards_of_the_optimizers_state_is_the_step[2]",
+        "engine/step_on_shards.py",
+        "    (total,) = all_sum(group, [tree.dot(shards, shards)])",
+        "    total = tree.dot(shards, shards)",
+    ),
+    Mutation(
+        "blocks of other ranks' sequences at one rank's columns",
+        "tests/distributed/test_same_numbers.py::test_all_products_by_every_strategy_are_those_of_one_process",
+        "engine/layerwise_over_ranks.py",
+        "yield slice(at + start, at + start + count)",
+        "yield slice(y.starts[0] + start, y.starts[0] + start + count)",
+    ),
 ]
