@@ -157,15 +157,12 @@ def _made(
         loss = _terms(plan, checkpoint, policy, batch, tokens, grant.microbatch, directory)
         f, U = policy.columns_for(tokens, loss)
         side = SortedBatch("U", U, f)
-        how, w = walking_alone(f, policy.params, side, plan.numerics.memory), _weights(batch, policy, loss)
+        alone, w = group is None, _weights(batch, policy, loss)
+        how = walking_alone(f, policy.params, side, plan.numerics.memory) if alone else None
         done = directory is not None and directory.complete is not None
-        if group is not None:
-            most, promised = grant.microbatch * side.tokens[0], grant.memory is not None
-            gradients = ShardedGradients(side, policy.params, most, group, promised)
-            total = partial(gradients.weighted_sum, w)
-            report_progress(len(batch))
-        elif how is None:
-            gradients, total = _kept(side, policy, w, grant, directory, report_progress)
+        if how is None:
+            keep = _kept if group is None else partial(_kept_by_ranks, group)
+            gradients, total = keep(side, policy, w, grant, directory, report_progress)
         else:
             gradients = WalkedGradients(side, policy.params, how, 0 if done else len(side))
             total = partial(gradient_sum, side, policy.params, w, how, on_progress=report_progress)
@@ -226,6 +223,23 @@ def _kept(
         stored = directory.gradients(side, cuts, summing.gradients.read, report_progress, device)
         gradients = stored.remembering(summing.held, held)
     return gradients, lambda: summing.whole(gradients)
+
+
+def _kept_by_ranks(
+    group: Group,
+    side: SortedBatch,
+    policy: Policy,
+    w: Tensor,
+    grant: MemoryBudget,
+    directory: WorkspaceDirectory | None,
+    report_progress: Callable[[int], Any],
+) -> tuple[Gradients, Callable[[], Tree]]:
+    """Compute U's gradients on all ranks, and keep each one's shards in memory; there is no directory."""
+    assert directory is None
+    tokens = grant.microbatch * side.tokens[0]
+    gradients = ShardedGradients(side, policy.params, tokens, group, grant.memory is not None)
+    report_progress(len(side))
+    return gradients, partial(gradients.weighted_sum, w)
 
 
 def adopted(plan: FisherKernelPlan, workspace: KernelWorkspace, policy: Policy) -> AdamWStep | None:

@@ -240,7 +240,7 @@ def _over_ranks(
     E, side = SortedBatch("E", batch, policy.f), U.side if spec.kernels else None
     tokens = grant.microbatch * E.tokens[0]
     how = Strategy("sequences", "E" if side is None else "U", tokens if side is None else None, None, tokens)
-    problem = Problem(policy.params, E, side, spec, policy.path, policy.step, U, group=U.group)
+    problem = Problem(policy.params, E, side, spec, path=policy.path, step=policy.step, kept=U, group=U.group)
     return blocks(problem, how)
 
 
