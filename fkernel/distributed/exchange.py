@@ -175,7 +175,8 @@ def gather_shards(group: Group, shards: Tree, shapes: Mapping[str, Sequence[int]
         part[: shards[name].numel()] = shards[name].reshape(-1)
     result = like.new_empty(group.size * sum(sizes))
     meet(group)
-    _finish(group, dist.all_gather_into_tensor(result, own, group=group.data, async_op=True))
+    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the newer name of the same
+    _finish(group, gather(result, own, group=group.data, async_op=True))
     pieces = zip(shapes, result.view(group.size, -1).split(sizes, 1), strict=True)
     return {name: part.reshape(-1)[: math.prod(shapes[name])].view(list(shapes[name])) for name, part in pieces}
 
