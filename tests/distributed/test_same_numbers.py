@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import fkernel as fk
 from fkernel import Strategy
@@ -132,3 +134,23 @@ def error_of(call: Callable[[], Any]) -> str:
 def test_ranks_that_were_given_different_things_compute_nothing(change, message):
     for error in results(2, refused, change):
         assert error.startswith(message), error
+
+
+def sent(mesh: Any) -> tuple[int, float]:
+    """Bytes that this rank sends to others for a kernel, and those that the formula says."""
+    S, params, E, U, case = inputs("own")
+    counted, exchange = [0], dist.all_to_all_single
+
+    def counting(out: Any, rows: torch.Tensor, received: Any, parts: Any, **more: Any) -> Any:
+        counted[0] += (sum(parts) - parts[mesh.get_local_rank()]) * rows.element_size()
+        return exchange(out, rows, received, parts, **more)
+
+    with patch.object(dist, "all_to_all_single", counting):
+        fk.kernel(S, params, E, U, fk.precond.identity(), microbatch=case.microbatch, mesh=mesh)
+    n, P, W = len(case.E) + len(case.U), fk.tree.size(params), mesh.size()
+    return counted[0], n * P * 8 * (W - 1) / W**2
+
+
+def test_the_bytes_on_the_wire_are_the_formulas():
+    every = results(2, sent)
+    assert sum(counted for counted, _ in every) == pytest.approx(sum(said for _, said in every), rel=0.05)
