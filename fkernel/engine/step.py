@@ -28,7 +28,7 @@ from fkernel.engine.planning import Strategy, choose, usual_microbatch
 from fkernel.engine.planning.passes import Fit, bytes_of, max_microbatch, reverse
 from fkernel.engine.problem import Problem, blocks, held_gradients
 from fkernel.engine.recycling import reuse_memory
-from fkernel.engine.step_on_shards import clipped_shards, is_sharded, shared_of, step_on_shards
+from fkernel.engine.step_on_shards import adamw_on_shards, clipped_shards, is_sharded, shared_of
 from fkernel.engine.sums import weighted_gradient
 from fkernel.errors import BatchError
 from fkernel.func import unused_parameters
@@ -273,7 +273,7 @@ def _explained(
     with error_context("U"):
         given: Grads = {**g, **dict.fromkeys(unused_parameters(f, θ, U))}
     if group is not None and isinstance(state, AdamWState) and sharded:
-        step, P = step_on_shards(shard_tree(group, θ), given, state)
+        step, P = adamw_on_shards(shard_tree(group, θ), given, state)
         total = whole_tree(step.total, group, params)
     else:
         step, P = optimizer_step(θ, given, state), response(state, given, θ)

@@ -48,7 +48,7 @@ def clipped_shards(ascent: Tree, max_norm: float | None, group: Group) -> tuple[
     return g, clip, norm
 
 
-def step_on_shards(params: Tree, given: Grads, state: AdamWState) -> tuple[AdamWStep, Diagonal]:
+def adamw_on_shards(params: Tree, given: Grads, state: AdamWState) -> tuple[AdamWStep, Diagonal]:
     """Compute Δθ in its parts, and P_step, of this rank's shards.
 
     Args:

@@ -130,6 +130,7 @@ def error_of(call: Callable[[], Any]) -> str:
         ("memory", "BatchError: memory=1000 bytes of each of 2 ranks is too small"),
         ("store", 'BatchError: The strategy "store" is for one process'),
     ],
+    ids=["batch", "order", "parameters", "microbatch", "D", "everyone", "memory", "store"],
 )
 def test_ranks_that_were_given_different_things_compute_nothing(change, message):
     for error in results(2, refused, change):
