@@ -38,7 +38,7 @@ default_role = "py:obj"
 
 # The rooms whose every public name must be documented; a new room is added here and in index.md (see CONTRIBUTING.md).
 coverage_rooms = ["fkernel", "fkernel.analysis", "fkernel.func", "fkernel.precond", "fkernel.tree", "fkernel.errors"]
-coverage_rooms += ["fkernel.func.objectives", "fkernel.precond.updates", "fkernel.io"]
+coverage_rooms += ["fkernel.func.objectives", "fkernel.precond.updates", "fkernel.io", "fkernel.distributed"]
 coverage_rooms += ["fkernel.checkpoint", "fkernel.rollout", "fkernel.record", "fkernel.study", "fkernel.report"]
 
 myst_enable_extensions = ["amsmath", "deflist", "dollarmath"]

@@ -65,6 +65,19 @@ class ResultsError(FKernelError, ValueError):
     """A results directory is missing, incomplete, or of another schema; or it does not hold what is asked."""
 
 
+class ProcessError(FKernelError, RuntimeError):
+    """Several processes cannot compute together: one failed, stopped or hangs, or they were given different things.
+
+    Attributes:
+        of_all_ranks: whether every rank raises it.
+        unanimous: whether every rank failed in the same way by itself.
+    """
+
+    def __init__(self, message: str, *, of_all_ranks: bool = False, unanimous: bool = False) -> None:
+        super().__init__(message)
+        self.of_all_ranks, self.unanimous = of_all_ranks, unanimous
+
+
 class DemoError(FKernelError, RuntimeError):
     """The demo could not make a policy worth explaining, and what to change."""
 

@@ -152,7 +152,7 @@ MUTATIONS = [
     ),
     Mutation(
         "an influence left in the engine's order", "influence_equals_kernel_times_weights",
-        "engine/fisher.py", "torch.empty_like(products).index_copy_(0, side.order, products).to(", "products.to(",
+        "engine/sums.py", "total.index_copy_(0, side.order.to(like.device), ", "total.copy_(",
     ),
     Mutation(
         "cotangents along a direction with other tokens' inputs", "influence_equals_kernel_times_weights",
@@ -200,7 +200,7 @@ MUTATIONS = [
     ),
     Mutation(
         "advantages normalised", "effects_are_linear_in_the_advantages",
-        "engine/fisher.py", "(params, U, weights)", "(params, U, weights / weights.norm())",
+        "engine/sums.py", "(params, U, weights)", "(params, U, weights / weights.norm())",
     ),
     Mutation(
         "missing bias correction of m", "three_terms_are_the_step_that_torch_takes",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fkernel as fk
 from fkernel import func, precond, tree
-from fkernel.engine import NODES, Executed, RunAccount, RunStep, Sweep, account, adjoint
+from fkernel.engine import NODES, Executed, RunAccount, RunStep, Sweep, account, adjoint, step_gradients
 from fkernel.engine import run as runs
 from fkernel.errors import BatchError, TreeError
 from fkernel.func.inputs import length
@@ -261,8 +261,9 @@ def test_an_account_goes_on_from_where_it_was_stopped(blocks):
 def test_long_sequences_are_walked_layer_by_layer(monkeypatch):
     taken = run("gpt2")._replace(steps=run("gpt2").steps[:3])
     whole = {path: accounted(taken, path=path) for path in ("midpoint", "gauss2")}
-    monkeypatch.setattr(adjoint, "LONG", 1)
-    monkeypatch.setattr(adjoint, "computed", None)
+    monkeypatch.setattr(step_gradients, "LONG", 1)
+    for module in (adjoint, step_gradients):
+        monkeypatch.setattr(module, "computed", None)
     for path, expected in whole.items():
         result = accounted(taken, path=path)
         for own, other in zip(result.contributions, expected.contributions, strict=True):

@@ -168,9 +168,11 @@ def _loaded(data: bytes, item: Item, path: Path) -> Any:
             f"{path} is cut off: {item.key!r} has {item.length} bytes at {item.offset}, and the file ends after "
             f"{len(data)} of them. Copy it again from where it was saved."
         )
-    check_sums(_Slice(data), path)
     try:
+        check_sums(_Slice(data), path)
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except Exception as error:  # what rebuilds a tensor raises whatever it likes
         raise CheckpointError(
             f"{path} has at {item.offset}, where its {METADATA} says {item.key!r} is, nothing that can be read as "

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Container
 
-WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-"""What DDP, torch.compile, FSDP and activation checkpointing put into the names of the parameters inside."""
+WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "module.")
+"""What torch.compile, FSDP, activation checkpointing and DDP put into the names of the parameters inside; DDP's is the
+end of two others."""
 
 
 def unwrapped(name: str, known: Container[str]) -> str:
@@ -13,6 +14,8 @@ def unwrapped(name: str, known: Container[str]) -> str:
 
     Example:
         >>> unwrapped("module._orig_mod.lm_head.weight", {"lm_head.weight"})
+        'lm_head.weight'
+        >>> unwrapped("_fsdp_wrapped_module.lm_head._checkpoint_wrapped_module.weight", {"lm_head.weight"})
         'lm_head.weight'
     """
     bare = name

@@ -16,6 +16,7 @@ from rich.console import Console
 from fkernel.cli import explaining, page, questions, runs, study
 from fkernel.cli.console import exit_on_error, importing, print_error, progress_and_log, wide
 from fkernel.cli.pairs import WithPairs
+from fkernel.cli.writing import execute
 
 app = typer.Typer(
     help="fkernel: why did this sequence's probability move? One AdamW step, explained in nats.",
@@ -67,11 +68,15 @@ def estimate(
     memory: Annotated[str | None, typer.Option(help="Grant beside the model, such as 8GiB (default: none).")] = None,
     store: Annotated[bool, typer.Option("--store", help="Gradients may be stored on disk.")] = False,
     dtype: Annotated[str, typer.Option(help="The parameters' dtype: float32 or float64.")] = "float32",
+    processes: Annotated[int | None, typer.Option(help="Ranks, for what a step costs each of them.")] = None,
+    gpu: Annotated[str, typer.Option(help="What each rank has: a100, h100 or h200.")] = "h100",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Predict memory, disk and time of a kernel, without loading any weights; or of `fkernel run PLAN`.
 
     Example: fkernel estimate path/to/model --n-u 32 --n-e 16 --tokens 128 --memory 8GiB
+
+    Example: fkernel estimate path/to/model --n-u 512 --n-e 64 --tokens 2048 --processes 64 --gpu h100
 
     Example: fkernel estimate study.yaml --memory 8GiB
 
@@ -80,6 +85,9 @@ def estimate(
     with exit_on_error():
         if Path(model).is_file():
             study.say_forecast(Path(model), memory, as_json)
+            return
+        if processes is not None:
+            _on_ranks(model, n_u, n_e, tokens, dtype, processes, gpu, as_json)
             return
         feasible = _estimate(model, n_u, n_e, tokens, memory, store, dtype, as_json)
     if not feasible:
@@ -107,7 +115,7 @@ def _demo(out: Path, cache: Path | None, seed: int, rows: int) -> list[str]:
 
     with visible(Console(stderr=True)) as progress:
         directory = prepare(seeded(seed), cache, progress)
-    results = study.execute(demo_plan(directory, out, seed), overwrite=False, log="minimal")
+    results = execute(demo_plan(directory, out, seed), overwrite=False, log="minimal")
     study.finish(results, out, rows, as_json=False)
     missed, calibration = [], results["held_out"].calibration
     for name, bound in BOUNDS.items():
@@ -132,6 +140,29 @@ def _sample(path: Path, rows: int, as_json: bool) -> None:
     wide(120).print(report.batch_table(batch, rows))
     for line in (*report.batch_lines(batch.diagnostics), f"Wrote {plan.out}"):
         console.print(line, highlight=False, soft_wrap=True)
+
+
+def _on_ranks(model: str, n_u: int, n_e: int, tokens: int, dtype: str, processes: int, gpu: str, as_json: bool) -> None:
+    """Print what a step costs each of several ranks."""
+    from fkernel.errors import ModelError
+
+    with Console(stderr=True).status("counting what the model does"):
+        import torch
+
+        from fkernel import report
+        from fkernel.checkpoint import estimate_model
+        from fkernel.engine.planning import GPUS, cost_on_ranks
+
+        if gpu not in GPUS:
+            raise ModelError(f"--gpu is {gpu!r}; expected {', '.join(GPUS)}.")
+        if dtype not in ("float32", "float64"):
+            raise ModelError(f"--dtype is {dtype!r}; fkernel differentiates in float32 or float64.")
+        prediction = estimate_model(model, n_u, n_e, tokens, dtype=getattr(torch, dtype))
+        cost = cost_on_ranks(prediction.workload, processes)
+    if as_json:
+        typer.echo(json.dumps(report.ranks_record(cost, GPUS[gpu]), indent=1))
+    else:
+        wide(80).print(report.ranks_table(cost, GPUS[gpu]))
 
 
 def _estimate(

@@ -31,7 +31,8 @@ def exit_on_error() -> Iterator[None]:
         print_error("stopped. What is complete is kept; the same command goes on from there.")
         raise typer.Exit(130) from None
     except (FKernelError, OSError) as error:
-        print_error(str(error))
+        if not (getattr(error, "of_all_ranks", False) and int(os.environ.get("RANK", "0"))):
+            print_error(str(error))  # of an error that all ranks raise, rank 0 tells
         raise typer.Exit(1 if isinstance(error, DemoError) else 2) from error
 
 

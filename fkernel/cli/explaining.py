@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from fkernel.cli import study
+from fkernel.cli.writing import execute
 from fkernel.cli.console import exit_on_error, importing
 from fkernel.cli.pairs import Probe
 
@@ -56,7 +57,7 @@ def explain(
         console = Console(stderr=True)
         for line in made.defaults:
             console.print(f"default: {line}", style="dim", markup=False, highlight=False, soft_wrap=True)
-        results = study.execute(made.plan, overwrite, log)
+        results = execute(made.plan, overwrite, log)
         (out / "plan.yaml").write_text(made.yaml(), encoding="utf-8")
         study.finish(results, out, rows, as_json)
 

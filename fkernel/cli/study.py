@@ -9,8 +9,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from fkernel.cli.console import can_draw, exit_on_error, importing, progress_and_log, wide
+from fkernel.cli.console import exit_on_error, importing, wide
 from fkernel.cli.page import Page
+from fkernel.cli.ranks import joined, started
+from fkernel.cli.writing import execute
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
@@ -24,13 +26,16 @@ def run(
     rows: Annotated[int, typer.Option(help="Print tables, too, with so many sequences of each request.")] = 0,
     log: Annotated[str, typer.Option(help="Log level: minimal, normal, detailed or debug.")] = "minimal",
     page: Page = True,
+    processes: Annotated[
+        int | None, typer.Option(help="Ranks that compute together, on this machine (default: the plan's, or one).")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a plan and save its results.
 
     Example: fkernel run study.yaml
 
-    After an interruption the same command resumes the run.
+    After an interruption the same command resumes the run. Under torchrun it joins the ranks that are there.
     """
     with exit_on_error():
         with importing():
@@ -38,7 +43,11 @@ def run(
         loaded = as_recorded(read_plan(plan, FisherKernelPlan))
         if out is not None:
             loaded = loaded.model_copy(update={"out": str(out)})
-        finish(execute(loaded, overwrite, log, page), Path(loaded.out), rows, as_json)
+        if started(processes or loaded.numerics.processes):
+            return
+        results = execute(loaded, overwrite, log, page, joined(loaded.numerics.device))
+        if results is not None:
+            finish(results, Path(loaded.out), rows, as_json)
 
 
 def finish(results: Any, out: Path, rows: int, as_json: bool) -> None:
@@ -61,59 +70,6 @@ def finish(results: Any, out: Path, rows: int, as_json: bool) -> None:
         following.append(f'fkernel ask {workspace} --probe "PROMPT" "RESPONSE"')
     for command in following:
         Console().print(f"  {command}", highlight=False, soft_wrap=True, markup=False)
-
-
-def execute(plan: Any, overwrite: bool, log: str, page: bool = True) -> Any:
-    """Run a plan; write its results, log, batches, page and pictures."""
-    from fkernel import report
-    from fkernel.study import FisherKernelRunner, check_out, recorded
-
-    out = Path(plan.out)
-    check_out(plan, overwrite)
-    with recorded(out / "log.jsonl"), progress_and_log(log) as on_progress:
-        runner = FisherKernelRunner(plan, on_progress=on_progress)
-        say_estimate(runner)
-        results = runner.run()
-        if plan.storage.batches:
-            runner.save_batches(out)
-        _remove_pictures(out)
-        results.save_results(out)
-        if page:
-            report.write_page(results, out)
-        if plan.storage.pictures and can_draw():
-            report.draw_all(results, out / "pictures")
-            for name, result in results.requests.items():
-                if "tokens" in result.analyses and result.analyses["tokens"].skipped is None:
-                    tokens = out / "pictures" / f"{name}_tokens.html"
-                    tokens.write_text(report.token_html(result), encoding="utf-8")
-    return results
-
-
-def say_estimate(runner: Any) -> None:
-    """Print in a line what a run will take, after what can be found wrong without it."""
-    from fkernel import report
-    from fkernel.errors import FKernelError
-    from fkernel.study import check_inputs, forecast
-
-    check_inputs(runner.plan)
-    try:
-        line = report.forecast_lines(forecast(runner.plan, runner.checkpoint))[0]
-    except FKernelError as error:  # batches of callbacks have no length yet; what is wrong with others the run says
-        line = f"unknown: {error}"
-    Console(stderr=True).print(f"Estimate: {line}", highlight=False, soft_wrap=True, markup=False)
-
-
-def _remove_pictures(out: Path) -> None:
-    """Remove the page and the pictures of the results that will be replaced, and no other files."""
-    try:
-        names = [*json.loads((out / "results.json").read_text(encoding="utf-8"))["requests"], "update"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    (out / "report.html").unlink(missing_ok=True)
-    for picture in (out / "pictures").glob("*"):
-        known = picture.name == "spectrum.png" or any(picture.name.startswith(f"{name}_") for name in names)
-        if known and picture.suffix in (".png", ".html"):
-            picture.unlink()
 
 
 def say_forecast(path: Path, memory: str | None, as_json: bool) -> None:

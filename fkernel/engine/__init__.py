@@ -16,6 +16,7 @@ from fkernel.engine.problem import Problem, blocks
 from fkernel.engine.progress import listening, part_done
 from fkernel.engine.recycling import reuse_memory
 from fkernel.engine.run import RunAccount, Sweep, account
+from fkernel.engine.sharded_gradients import ShardedGradients
 from fkernel.engine.state_certificate import state_against_step
 from fkernel.engine.step import StepEffect, explain_step, loss_gradient, realised_change
 from fkernel.engine.streaming import KernelBlock, contraction, self_kernel
@@ -37,6 +38,7 @@ __all__ = [
     "Rounded",
     "RunAccount",
     "RunStep",
+    "ShardedGradients",
     "SortedBatch",
     "StepColumns",
     "StepEffect",

@@ -30,30 +30,26 @@ Source: the path kernel of AdamW, F. Eichin et al., ExPLAIND (2025); the adjoint
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 
 from fkernel import tree
-from fkernel.engine.batching import SortedBatch, cuts_of, error_context
+from fkernel.engine.batching import SortedBatch, error_context
 from fkernel.engine.gradients import Gradients, Summing, computed
-from fkernel.engine.layerwise import Walking, gradient_sum, sources_of
-from fkernel.engine.path import nodes_of
-from fkernel.engine.planning import LONG, usual_microbatch
-from fkernel.engine.planning.passes import max_microbatch, reverse
+from fkernel.engine.layerwise import Walking
+from fkernel.engine.over_ranks import over_all, own_shard
+from fkernel.engine.step_gradients import Passes, gradients_of, long_cut, microbatches, whole
+from fkernel.engine.sums import weighted_gradient
 from fkernel.errors import BatchError
 from fkernel.func import unused_parameters
-from fkernel.func.handles import Handles, Products, ProductSpec, RowSpec, materialize_into
-from fkernel.func.inputs import Function, take, token_grant, trim
-from fkernel.func.layers import Cut, Walk, cut_of
+from fkernel.func.handles import Products, ProductSpec, RowSpec, materialize_into
+from fkernel.func.inputs import Function
 from fkernel.func.trust import true_derivative
 from fkernel.precond import AdamWState, Diagonal, Grads, adamw_response, adamw_step, clip_gradient
 from fkernel.shapes import Tensor, Tree
-
-VECTORS = 9
-"""Vectors of the parameters' size that a step needs, beside E's adjoints, the path's nodes and the step itself."""
 
 
 class Executed(NamedTuple):
@@ -126,22 +122,6 @@ class StepColumns(NamedTuple):
     older: Tensor
 
 
-class Passes(NamedTuple):
-    """How gradients are computed.
-
-    Attributes:
-        path: where E's are; of `fkernel.engine.path.NODES`.
-        microbatch: sequences of the greatest length in one pass; None for the default.
-        memory: budget in bytes; None for none.
-        kept: bytes of U's gradients that may be kept from the first pass to the second.
-    """
-
-    path: str
-    microbatch: int | None
-    memory: int | None
-    kept: int
-
-
 class _Start(NamedTuple):
     """Where a step began: θ, m, and the steps that had been taken."""
 
@@ -183,7 +163,8 @@ class Adjoints:
             for what in ("arithmetic", "unexplained")
         }
         if self._later is None:
-            zeros = {name: leaf.new_zeros(len(self.side), *leaf.shape) for name, leaf in step.params.items()}
+            own = own_shard(step.params, self.passes.group)
+            zeros = {name: leaf.new_zeros(len(self.side), *leaf.shape) for name, leaf in own.items()}
             self._begin(step.params, step.delta, zeros)
         else:
             _check_follows(step, self._later, g)
@@ -218,56 +199,62 @@ class Adjoints:
 
     def _begin(self, params: Tree, delta: Tree, rows: Tree) -> None:
         assert self.side.f is not None
-        self.rows, self._cuts = rows, _cuts(self.side, params, self.passes, len(self.side))
+        self.rows, self._cuts = rows, microbatches(self.side, params, self.passes, len(self.side))
         with error_context("E"):
             self.side.f = true_derivative(self.side.f, params, self.side.batch, delta)
 
     def along(self, vector: Tree) -> Tensor:
         """Compute ⟨β1 p_e, v⟩, [n_E] float64 in the caller's order."""
-        products = Products(ProductSpec(x=RowSpec({"v": vector})), len(self.side), 0, self.side.order.device)
+        spec = ProductSpec(x=RowSpec({"v": own_shard(vector, self.passes.group)}))
+        products = Products(spec, len(self.side), 0, self.side.order.device)
         products.add(self.rows, self.rows, own_y=False)
-        return self._in_order(products.whole("x", "v"))
+        return self._in_order(over_all(products.whole("x", "v"), self.passes.group))
 
     def _add_step(self, step: RunStep, vectors: dict[str, Tree], g: Grads) -> dict[str, Tensor]:
         """Add P ḡ to the rows; compute ḡ along the parts of Δθ, each [n_E]."""
         P = adamw_response(step.state, g)
         assert isinstance(P, Diagonal)
         assert P.d is not None
-        products = Products(ProductSpec(x=RowSpec(vectors)), len(self.side), 0, self.side.order.device)
+        group, D = self.passes.group, own_shard(P.d, self.passes.group)
+        own = {what: own_shard(vector, group) for what, vector in vectors.items()}
+        products = Products(ProductSpec(x=RowSpec(own)), len(self.side), 0, self.side.order.device)
         with error_context("E"):
-            for rows, handles in _gradients(self.side, self._cuts, step, self.passes):
+            for rows, handles in gradients_of(self.side, self._cuts, step.params, step.delta, self.passes):
                 for name, handle in handles.items():
                     mine = self.rows[name][rows]
                     J = torch.empty_like(mine)
                     materialize_into(handle, J)
                     products.add({name: J}, {name: J}, rows=rows, own_y=False)
-                    mine.addcmul_(P.d[name].to(J), J)
+                    mine.addcmul_(D[name].to(J), J)
                 del handles
-        return {what: self._in_order(products.whole("x", what)) for what in vectors}
+        sums = over_all(torch.stack([products.whole("x", what) for what in vectors]), group)
+        return {what: self._in_order(values) for what, values in zip(vectors, sums, strict=True)}
 
     def _contributions(self, step: RunStep, J: Gradients | None) -> Tensor:
         """Compute c w_u ⟨x_e, ∇f_u⟩, [n_E n_U] in the callers' orders."""
         U = SortedBatch("U", step.U, step.f)
         products = Products(ProductSpec({"": None}), len(self.side), len(U), U.order.device)
         if J is None:
-            cuts = _cuts(U, step.params, self.passes, len(self.side))
-            again = _gradients(U, cuts, step, self.passes._replace(path="start"))
+            cuts = microbatches(U, step.params, self.passes, len(self.side))
+            again = gradients_of(U, cuts, step.params, None, self.passes._replace(path="start"))
         else:
-            again = _whole(J)
+            again = whole(J)
         with error_context("U", U.order):
             for columns, handles in again:
                 products.add({name: self.rows[name] for name in handles}, handles, columns)
         K = torch.empty(len(self.side), len(U), dtype=torch.float64, device="cpu")
-        K[self.side.order.cpu()[:, None], U.order.cpu()] = products.kernel().cpu()
+        K[self.side.order.cpu()[:, None], U.order.cpu()] = over_all(products.kernel(), self.passes.group).cpu()
         return K * (step.clip * step.weights.to(K))
 
     def _gradient(self, step: RunStep) -> tuple[Grads, Gradients | None]:
         """Compute g = c ∇L, None where f never uses a parameter; and U's gradients, None where they are walked."""
         side, w, J = SortedBatch("U", step.U, step.f), step.weights.to(next(iter(step.params.values()))), None
-        if _long_cut(side, step.params) is not None:
-            ascent = gradient_sum(side, step.params, w, Walking())
+        group, walking = self.passes.group, long_cut(side, step.params) is not None
+        cuts = [] if walking else microbatches(side, step.params, self.passes, len(self.side))
+        if walking or group is not None:
+            how = Walking() if walking else cuts[0].stop
+            ascent = weighted_gradient(step.f, step.params, step.U, w, how, group)
         else:
-            cuts = _cuts(side, step.params, self.passes, len(self.side))
             J = computed(side, ((1.0, step.params),), cuts, self.passes.memory is not None)
             summing = Summing(J, w, self.passes.kept)
             for i in range(len(cuts)):
@@ -282,40 +269,6 @@ class Adjoints:
         return torch.empty(len(self.side), dtype=torch.float64, device="cpu").index_copy_(
             0, self.side.order.cpu(), values.cpu()
         )
-
-
-def _gradients(side: SortedBatch, cuts: list[slice], step: RunStep, passes: Passes) -> Iterator[tuple[slice, Handles]]:
-    """Iterate over (rows in sorted order, gradients of some parameters), which add up to ḡ = Σ_j q_j ∇f(θ_j)."""
-    cut, path = _long_cut(side, step.params), passes.path
-    if cut is None:
-        yield from _whole(computed(side, nodes_of(path, step.params, step.delta), cuts, passes.memory is not None))
-        return
-    for rows in cuts:
-        for q, source in sources_of(path, step.params, step.delta):
-            for some, handles in Walk(cut, source, trim(take(side.batch, rows)), weight=q).back():
-                yield slice(rows.start + some.start, rows.start + some.stop), handles
-
-
-def _whole(J: Gradients) -> Iterator[tuple[slice, Handles]]:
-    """Iterate over microbatches: (rows in sorted order, gradients)."""
-    return ((rows, J.read(i)) for i, rows in enumerate(J.cuts))
-
-
-def _cuts(side: SortedBatch, params: Tree, passes: Passes, adjoints: int) -> list[slice]:
-    """Cut a batch into microbatches whose passes fit the budget beside the adjoints."""
-    assert side.f is not None
-    m = usual_microbatch(passes.microbatch, side.batch)
-    if passes.memory is not None and side.tokens[0] <= LONG:
-        held = VECTORS + 1 + adjoints
-        m = max_microbatch(passes.memory, m, side.f, params, (side.batch,), (reverse,), vectors=held).microbatch
-    return cuts_of(side, token_grant(side.batch, m))
-
-
-def _long_cut(side: SortedBatch, params: Tree) -> Cut | None:
-    """Cut f at its layers where sequences are so long that they are computed layer by layer."""
-    assert side.f is not None
-    cut = cut_of(side.f, params, side.batch) if side.tokens[0] > LONG else "short"
-    return None if isinstance(cut, str) else cut
 
 
 def _next_moment(state: AdamWState, g: Grads) -> Tree:

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
+
+import torch
 
 from fkernel import tree
 from fkernel.errors import BatchError, NonFiniteError
@@ -53,6 +56,14 @@ class SortedBatch:
     def __len__(self) -> int:
         """Count its sequences."""
         return len(self.order)
+
+    def every(self, step: int, start: int) -> SortedBatch:
+        """Return every `step`-th sequence from `start` on, which may be none; `order` counts the caller's rows."""
+        part, rows = copy(self), torch.arange(len(self), device=self.order.device)[start::step]
+        part.order, part.tokens = self.order[rows], self.tokens[start::step]
+        part.batch = trim(take(self.batch, rows)) if len(rows) else None
+        part.alike = None if self.alike is None else self.alike[start::step]
+        return part
 
 
 def blocks(side: SortedBatch, cuts: Sequence[slice], tokens: int | None) -> Iterator[list[int]]:

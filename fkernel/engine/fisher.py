@@ -20,20 +20,22 @@ from typing import Any
 
 import torch
 
-from fkernel import func, tree
-from fkernel.engine.batching import SortedBatch, check_sides, cuts_of, error_context, transformed
-from fkernel.engine.gradients import computed
-from fkernel.engine.layerwise import along_of, gradient_sum
+from fkernel import tree
+from fkernel.distributed import Group
+from fkernel.engine.batching import SortedBatch, check_sides, error_context, transformed
+from fkernel.engine.layerwise import Walking
+from fkernel.engine.over_ranks import over, ranks_of
 from fkernel.engine.planning import Strategy, choose, usual_microbatch
 from fkernel.engine.planning.estimates import walking_of
 from fkernel.engine.planning.passes import max_microbatch, reverse
 from fkernel.engine.problem import Problem, blocks
 from fkernel.engine.recycling import reuse_memory
+from fkernel.engine.sums import along, weighted_gradient
 from fkernel.errors import BatchError
 from fkernel.func.handles import ProductSpec
-from fkernel.func.inputs import Function, bare, check_values, plain, token_grant, translate_errors, widened
+from fkernel.func.inputs import Function, bare, translate_errors, widened
 from fkernel.func.taps import handles_of
-from fkernel.func.trust import along_direction, plan_of
+from fkernel.func.trust import plan_of
 from fkernel.io import parse_bytes
 from fkernel.precond import Diagonal, Preconditioner
 from fkernel.shapes import Tensor, Tree
@@ -51,6 +53,7 @@ def kernel(
     strategy: Strategy | None = None,
     store: Path | str | None = None,
     rows: Function | None = None,
+    mesh: Any = None,
 ) -> Tensor:
     """Compute the kernel between two batches.
 
@@ -72,6 +75,9 @@ def kernel(
             from an earlier call (of the same f, θ, batch and microbatches) are read, not computed. Each batch has its
             own folder there, which may be deleted when no longer needed.
         rows: f of E, where it differs from U's: an observable, or `func.through_detach(f)`.
+        mesh: a one-dimensional `torch.distributed.DeviceMesh`: its ranks, each with the same arguments, compute the
+            result together, and each has it. Sequences are split over them (`fkernel.engine.over_ranks`). `memory` is
+            then each rank's.
 
     Returns:
         [n_E, n_U] in the parameters' dtype; positive where u's gradient raises f of e. Units: f², times P's.
@@ -79,6 +85,7 @@ def kernel(
     Raises:
         BatchError, TreeError, ModelError, NonFiniteError: invalid input, or a gradient is not finite; row numbers
             in messages count within the batch that is named.
+        ProcessError: with a mesh, ranks were given different things, or one of them failed, stopped or hangs.
 
     Example:
         >>> import torch
@@ -88,6 +95,26 @@ def kernel(
         tensor([[1., 1., 1.],
                 [1., 1., 1.]])
     """
+    D = precond.d if isinstance(precond, Diagonal) else None
+    plan = [str(each) for each in (memory, microbatch, strategy)]
+    given = {"E": E, "U": U, "params": params, "the preconditioner": D, "memory, microbatch and strategy": plan}
+    with over(mesh, "kernel", given) as group:
+        return _kernel(f, params, E, U, precond, memory, microbatch, strategy, store, rows, group)
+
+
+def _kernel(
+    f: Function,
+    params: Tree,
+    E: Any,
+    U: Any,
+    precond: Preconditioner,
+    memory: int | str | None,
+    microbatch: int | None,
+    strategy: Strategy | None,
+    store: Path | str | None,
+    rows: Function | None,
+    group: Group | None,
+) -> Tensor:
     f_E = f if rows is None else rows
     check_sides(f, params, E, U, f_E, layers=True)
     diagonal = isinstance(precond, Diagonal)
@@ -95,12 +122,12 @@ def kernel(
     if D is not None:
         tree.check_names(params, D, "the tree to precondition", "the preconditioner")
     size = usual_microbatch(microbatch, E, U)
-    how = strategy or choose(f, params, E, U, memory, size, not diagonal, store is not None)
+    how = strategy or choose(f, params, E, U, memory, size, not diagonal, store is not None, ranks=ranks_of(group))
     side_E = SortedBatch("E", E, f_E)
     side_U = side_E if E is U and f_E is f and diagonal else SortedBatch("U", U, f)
     promised = memory is not None or strategy is not None
     P = None if diagonal else precond
-    problem = Problem(params, side_E, side_U, ProductSpec({"": D}), P=P, store=store, promised=promised)
+    problem = Problem(params, side_E, side_U, ProductSpec({"": D}), P=P, store=store, promised=promised, group=group)
     K = torch.empty(len(side_E), len(side_U), dtype=torch.float64, device="cpu")
     with reuse_memory():
         for block in blocks(problem, how):
@@ -119,6 +146,7 @@ def influence(
     *,
     memory: int | str | None = None,
     microbatch: int | None = None,
+    mesh: Any = None,
 ) -> Tensor:
     """Compute the effect of a weighted update batch on every sequence of E, without per-sequence gradients of U.
 
@@ -134,6 +162,7 @@ def influence(
         memory: budget in bytes or as "8GiB" for three vectors of the parameters' size and a microbatch's activations,
             in addition to the model, P and the batches. The microbatch is lowered to fit it.
         microbatch: as in `kernel`.
+        mesh: as in `kernel`.
 
     Returns:
         [n_E]; equals `kernel(...) @ weights`. The peak memory does not depend on n_U.
@@ -148,16 +177,23 @@ def influence(
         >>> influence(f, {"w": torch.zeros(2)}, torch.eye(2), torch.ones(3, 2), precond.identity(), torch.ones(3))
         tensor([3., 3.])
     """
-    check_sides(f, params, E, U, layers=True)
-    microbatch = usual_microbatch(microbatch, E, U)
-    if how := walking_of(f, params, (E, U), memory):
+    given = {"E": E, "U": U, "weights": weights, "params": params, "memory and microbatch": [str(memory), microbatch]}
+    with over(mesh, "influence", given) as group:
+        check_sides(f, params, E, U, layers=True)
+        how, m = _passes(f, params, E, U, memory, usual_microbatch(microbatch, E, U))
         with reuse_memory():
-            with error_context("U"):
-                towards = gradient_sum(SortedBatch("U", U, f), params, widened(weights), how)
-            effect = along_of(
-                SortedBatch("E", E, f), ((1.0, plain(params)),), params, transformed(precond, towards), how
-            )
-            return effect.to(towards[next(iter(towards))].dtype)
+            towards = weighted_gradient(f, params, U, weights, how or m, group)
+            move = transformed(precond, towards)
+            del towards
+            return along(f, params, E, move, how or m, group)
+
+
+def _passes(
+    f: Function, params: Tree, E: Any, U: Any, memory: int | str | None, microbatch: int
+) -> tuple[Walking | None, int]:
+    """Plan the passes of `influence` within a budget: a walk by layers where sequences are long; a microbatch."""
+    if how := walking_of(f, params, (E, U), memory):
+        return how, microbatch
     with error_context("E"), translate_errors(params):
         plan = plan_of(f, params, E)
 
@@ -170,18 +206,4 @@ def influence(
             f"memory={memory!r} cannot hold three vectors of {tree.size(params)} parameters, and one sequence's "
             f"activations; give at least {needed} bytes, or shorten the sequences."
         )
-    with reuse_memory():
-        with error_context("U"):
-            towards = func.vjp(f, m)(params, U, weights)
-        move = transformed(precond, towards)
-        del towards
-        return _along(SortedBatch("E", E, f), params, move, m)
-
-
-def _along(side: SortedBatch, params: Tree, direction: Tree, microbatch: int) -> Tensor:
-    """Compute ⟨∇f, v⟩ of every sequence, [n] in the caller's order, holding one microbatch's handles at a time."""
-    J = computed(side, ((1.0, params),), cuts_of(side, token_grant(side.batch, microbatch)))
-    products = torch.cat([along_direction(handles, direction) for _, handles in J])
-    with error_context(side.name, side.order):
-        check_values(products, "the influence")
-    return torch.empty_like(products).index_copy_(0, side.order, products).to(next(iter(direction.values())).dtype)
+    return None, m

@@ -44,9 +44,10 @@ class Gradients:
         computed: number of sequences whose gradients this process computed; the others were read.
         shares: groups of parameters that can be read separately; None where a microbatch is read whole.
         walked: whether gradients are recomputed at every read instead of kept.
+        whole: whether a read has whole gradients, and not a rank's shards of them.
     """
 
-    walked = False
+    walked, whole = False, True
 
     def __init__(
         self,

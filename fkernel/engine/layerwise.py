@@ -142,6 +142,14 @@ def along_of(
     side: SortedBatch, nodes: tuple[tuple[float, Source], ...], params: Tree, vector: Tree, how: Walking
 ) -> Tensor:
     """Compute ⟨ḡ, v⟩ of every sequence layer by layer, [n] float64 in the caller's order; ḡ = Σ_j q_j ∇f(θ_j)."""
+    values = along_sorted(side, nodes, params, vector, how)
+    return torch.empty_like(values).index_copy_(0, side.order, values)
+
+
+def along_sorted(
+    side: SortedBatch, nodes: tuple[tuple[float, Source], ...], params: Tree, vector: Tree, how: Walking
+) -> Tensor:
+    """Compute the same in sorted order."""
     products = Products(ProductSpec(x=RowSpec({"along": vector})), len(side), 0, side.order.device)
     for q, source in nodes:
         for start, walk in _walks(side, source, params, how, weight=q):
@@ -149,8 +157,7 @@ def along_of(
                 rows = slice(start + some.start, start + some.stop)
                 products.add(handles, handles, rows=rows, own_y=False)
                 part_done()
-    values = products.whole("x", "along")
-    return torch.empty_like(values).index_copy_(0, side.order, values)
+    return products.whole("x", "along")
 
 
 def gradient_sum(

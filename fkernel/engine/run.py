@@ -18,14 +18,17 @@ from typing import Any, NamedTuple
 import torch
 
 from fkernel import tree
-from fkernel.engine.adjoint import VECTORS, Adjoints, Passes, RunStep, StepColumns
+from fkernel.distributed import Group, agree
+from fkernel.engine.adjoint import Adjoints, RunStep, StepColumns
 from fkernel.engine.batching import SortedBatch, check_sides, error_context
-from fkernel.engine.layerwise import evaluated
+from fkernel.engine.over_ranks import described, over, ranks_of
 from fkernel.engine.path import NODES, Path, check_path
 from fkernel.engine.planning import LONG, bytes_of, usual_microbatch, walk_of
 from fkernel.engine.planning.passes import max_microbatch, reverse
 from fkernel.engine.planning.strategy import USABLE
 from fkernel.engine.recycling import reuse_memory
+from fkernel.engine.step_gradients import VECTORS, Passes
+from fkernel.engine.sums import values
 from fkernel.errors import BatchError
 from fkernel.func.inputs import Function, bare, check_weights, length, take, translate_errors
 from fkernel.func.layers import cut_of
@@ -105,6 +108,7 @@ def account(
     microbatch: int | None = None,
     on_step: Callable[[Sweep], Any] | None = None,
     resume: Sweep | None = None,
+    mesh: Any = None,
 ) -> RunAccount:
     """Account for a run of AdamW steps: what each of its sequences did to E, momentum credited to those that made it.
 
@@ -123,6 +127,7 @@ def account(
         microbatch: as in `fkernel.kernel`.
         on_step: called after every step with the sweep as it stands. Its rows are changed in place by the next one.
         resume: a sweep to go on from; f, E, steps, path and memory are those that it was made with.
+        mesh: as in `fkernel.kernel`. A sweep's rows are then this rank's shards of the adjoints: keep each rank's own.
 
     Returns:
         RunAccount.
@@ -143,13 +148,29 @@ def account(
         tensor([[ 0.1000, -0.0000],
                 [ 0.0000, -0.1000]])
     """
+    given = {"E": E, "path, memory and microbatch": [path, str(memory), microbatch], "the sweep": _progress(resume)}
+    with over(mesh, "account", given) as group:
+        return _account(f, E, steps, path, memory, microbatch, on_step, resume, group)
+
+
+def _account(
+    f: Function,
+    E: Any,
+    steps: Iterable[RunStep],
+    path: Path,
+    memory: int | str | None,
+    microbatch: int | None,
+    on_step: Callable[[Sweep], Any] | None,
+    resume: Sweep | None,
+    group: Group | None,
+) -> RunAccount:
     check_path(path)
     again = iter(steps)
     last = next(again, None)
     if last is None:
         raise BatchError("steps holds no step; account needs at least one, the run's last first.")
     _check(f, E, last)
-    n, (block, passes) = length(E), _planned(f, E, last, path, memory, microbatch)
+    n, (block, passes) = length(E), _planned(f, E, last, path, memory, microbatch, group)
     if block < n and again is steps:
         raise BatchError(
             f"memory={memory!r} holds {block} of E's {n} sequences at a time, so that the run is swept over "
@@ -171,6 +192,11 @@ def account(
     return accounts[0] if len(accounts) == 1 else _joined(accounts)
 
 
+def _progress(sweep: Sweep | None) -> list[int]:
+    """How far a sweep has come: (parts of E, steps)."""
+    return [0, 0] if sweep is None else [len(sweep.done), sweep.taken]
+
+
 def _sweep(
     f: Function,
     E: Any,
@@ -182,7 +208,11 @@ def _sweep(
     """Walk the run backwards, from where it was begun."""
     adjoints, m = Adjoints(SortedBatch("E", E, f), passes), usual_microbatch(passes.microbatch, E)
     columns, start, after, seen = [*begun.columns], None, begun.after, 0
+    group = passes.group
     for step in steps:
+        if group is not None:
+            given = [step.U, step.weights, step.clip, step.params, vars(step.state)]
+            agree(group, f"step {step.number}", described(given))
         _check(f, E, step)
         start, seen = (step.params, step.state.exp_avg), seen + 1
         if seen == begun.taken:
@@ -192,13 +222,13 @@ def _sweep(
         with error_context(f"step {step.number}"):
             own, delta = adjoints.back(step)
         if seen == 1:
-            after = evaluated(f, tree.axpy(1.0, delta, step.params), E, m)
+            after = values(f, tree.axpy(1.0, delta, step.params), E, m, group)
         columns.append(own)
         del step, delta  # frees them before the next is loaded
         if on_step is not None:
             on_step(Sweep(begun.done, seen, adjoints.rows, (*columns,), after))
     assert start is not None
-    before, realised = -adjoints.along(start[1]), (after - evaluated(f, start[0], E, m)).cpu()
+    before, realised = -adjoints.along(start[1]), (after - values(f, start[0], E, m, group)).cpu()
     C, *others = zip(*reversed(columns), strict=True)
     own, momentum, decay, *rest = (torch.stack(each, 1) for each in others)
     arithmetic, unexplained, arithmetic_later, unexplained_later, older = rest
@@ -239,21 +269,27 @@ def _check(f: Function, E: Any, step: RunStep) -> None:
 
 
 def _planned(
-    f: Function, E: Any, step: RunStep, path: str, memory: int | str | None, microbatch: int | None
+    f: Function,
+    E: Any,
+    step: RunStep,
+    path: str,
+    memory: int | str | None,
+    microbatch: int | None,
+    group: Group | None,
 ) -> tuple[int, Passes]:
     """Choose how many sequences of E a sweep takes, by what the run's last step needs."""
-    n, P = length(E), bytes_of(step.params)
+    n, P, ranks = length(E), bytes_of(step.params), ranks_of(group) or 1
     if memory is None:
-        return n, Passes(path, microbatch, None, n * P)
+        return n, Passes(path, microbatch, None, n * P, group)
     budget, vectors = parse_bytes(memory), VECTORS + len(NODES[path]) + 2 * len(step.older)
     passing = max(_pass_bytes(f, step.params, E), _pass_bytes(step.f, step.params, step.U))
-    if (needed := ceil((passing + (vectors + 1) * P) / USABLE)) > budget:
+    if (needed := ceil((passing + vectors * P + P // ranks) / USABLE)) > budget:
         raise BatchError(
             f"memory={memory!r} cannot hold {vectors + 1} vectors of {tree.size(step.params)} parameters and one "
             f"sequence's passes; give at least {needed} bytes."
         )
-    sweeps = ceil(n / min(n, int(budget * USABLE - passing - vectors * P) // P))
-    return ceil(n / sweeps), Passes(path, microbatch, budget, 0)
+    sweeps = ceil(n / min(n, int(budget * USABLE - passing - vectors * P) * ranks // P))
+    return ceil(n / sweeps), Passes(path, microbatch, budget, 0, group)
 
 
 def _pass_bytes(f: Function, params: Tree, batch: Any) -> int:

@@ -19,20 +19,24 @@ import torch
 from einops import rearrange
 
 from fkernel import func, tree
-from fkernel.engine.batching import SortedBatch, check_sides, cuts_of, error_context
-from fkernel.engine.gradients import computed
-from fkernel.engine.layerwise import Walking, evaluated, gradient_sum
+from fkernel.distributed import Group, shard_tree
+from fkernel.engine.batching import SortedBatch, check_sides, error_context
+from fkernel.engine.layerwise import Walking, evaluated
+from fkernel.engine.over_ranks import over, ranks_of, whole_tree
 from fkernel.engine.path import NODES, Path, check_path
 from fkernel.engine.planning import Strategy, choose, usual_microbatch
 from fkernel.engine.planning.passes import Fit, bytes_of, max_microbatch, reverse
-from fkernel.engine.problem import Problem, blocks
+from fkernel.engine.problem import Problem, blocks, held_gradients
 from fkernel.engine.recycling import reuse_memory
+from fkernel.engine.step_on_shards import adamw_on_shards, clipped_shards, is_sharded, shared_of
+from fkernel.engine.sums import weighted_gradient
 from fkernel.errors import BatchError
 from fkernel.func import unused_parameters
 from fkernel.func.handles import ProductSpec, RowSpec
 from fkernel.func.inputs import Function, check_weights, length, translate_errors, widened
 from fkernel.func.trust import true_derivative
 from fkernel.precond import (
+    AdamWState,
     AdamWStep,
     Diagonal,
     Grads,
@@ -147,6 +151,7 @@ def explain_step(
     memory: int | str | None = None,
     microbatch: int | None = None,
     rows: Function | None = None,
+    mesh: Any = None,
 ) -> tuple[StepEffect, AdamWStep]:
     """Predict the effect of AdamW's step on U, sequence by sequence, before it is taken.
 
@@ -158,7 +163,8 @@ def explain_step(
         E: the sequences whose change is to be explained.
         U: the update batch.
         weights: [n_U], w_u·A_u: loss weight times advantage (1/n_U times the advantage where the loss is a mean).
-        state: the optimizer's before the step: `AdamWState`, or any of `fkernel.precond.updates`.
+        state: the optimizer's before the step: `AdamWState`, or any of `fkernel.precond.updates`. With a mesh an
+            `AdamWState` may be of this rank's shards (`fkernel.engine.step_on_shards`).
         path: where E's gradients are evaluated: "midpoint", halfway along the step, so that contributions add up to the
             change; "gauss2", at two nodes, more accurate for a large step at 1.5 times the cost; "start", at θ: first
             order.
@@ -166,10 +172,11 @@ def explain_step(
         memory: budget as in `kernel`, including the step's vectors, about seven of the parameters' size.
         microbatch: as in `fkernel.kernel`.
         rows: f of E, where it differs from U's: an observable; the effect is then in its unit.
+        mesh: as in `fkernel.kernel`; the result is on every rank.
 
     Returns:
         (StepEffect, AdamWStep): the effect on E in nats, and Δθ in its three parts; 0 of a parameter that f never uses,
-        which torch's optimizer skips, momentum and decay included.
+        which torch's optimizer skips, momentum and decay included. Of this rank's shards where the state is.
 
     Raises:
         BatchError, TreeError, ModelError, NonFiniteError, OptimizerStateError: invalid input.
@@ -185,24 +192,50 @@ def explain_step(
         tensor([[ 0.1000, -0.0000],
                 [ 0.0000, -0.1000]])
     """
-    check_path(path)
-    f_E = f if rows is None else rows
-    check_sides(f, params, E, U, rows, layers=True)
-    check_covers(state, list(params), params, "params")
-    check_weights(weights, length(U))
+    given = {
+        "E": E,
+        "U": U,
+        "weights": weights,
+        "params": params,
+        "the optimizer's state": shared_of(state, params),
+    }
+    given["path, max_norm, memory and microbatch"] = [path, max_norm, str(memory), microbatch]
+    with over(mesh, "explain_step", given) as group:
+        check_path(path)
+        check_sides(f, params, E, U, rows, layers=True)
+        sharded = group is not None and is_sharded(state, params)
+        check_covers(state, list(params), shard_tree(group, params) if group and sharded else params, "params")
+        check_weights(weights, length(U))
+        strategy, m = _planned(f, params, E, U, state, path, memory, usual_microbatch(microbatch, E, U), group)
+        f_E = f if rows is None else rows
+        promised = memory is not None
+        with reuse_memory():
+            return _explained(f, f_E, params, E, U, weights, state, path, max_norm, m, strategy, promised, group)
+
+
+def _planned(
+    f: Function,
+    params: Tree,
+    E: Any,
+    U: Any,
+    state: OptimizerState,
+    path: str,
+    memory: int | str | None,
+    microbatch: int,
+    group: Group | None,
+) -> tuple[Strategy, int]:
+    """Choose a strategy, and the microbatch of passes that hold no gradients."""
     # In memory beside the kernel: P_step, the three parts of Δθ and the nodes; before it g, and the sum of the parts.
     vectors = 5 + len(NODES[path])
-    microbatch = usual_microbatch(microbatch, E, U)
 
     def passes() -> Fit:
         return max_microbatch(memory, microbatch, f, params, (E, U), (reverse,), vectors=2, least=vectors + 1)
 
-    reserved = vectors * bytes_of(params)
-    dense = not acts_by_coordinate(state)
-    strategy = choose(f, params, E, U, memory, microbatch, dense, False, reserved, lambda: passes().needed)
-    m = microbatch if strategy.name == "layers" else passes().microbatch
-    with reuse_memory():
-        return _explained(f, f_E, params, E, U, weights, state, path, max_norm, m, strategy, memory is not None)
+    reserved, dense = vectors * bytes_of(params), not acts_by_coordinate(state)
+    strategy = choose(
+        f, params, E, U, memory, microbatch, dense, False, reserved, lambda: passes().needed, ranks_of(group)
+    )
+    return strategy, microbatch if strategy.name == "layers" else passes().microbatch
 
 
 def _explained(
@@ -218,31 +251,43 @@ def _explained(
     m: int,
     strategy: Strategy,
     promised: bool,
+    group: Group | None,
 ) -> tuple[StepEffect, AdamWStep]:
     side_U, kept, w = SortedBatch("U", U, f), None, widened(weights.to(next(iter(params.values())).device))
+    sharded = group is not None and is_sharded(state, params)
     if strategy.name == "layers":
-        ascent = gradient_sum(side_U, params, w, Walking(strategy.tokens or 0, strategy.every))
-        g, clip, norm = clip_gradient(ascent, max_norm)
-        del ascent
+        ascent = weighted_gradient(f, params, U, w, Walking(strategy.tokens or 0, strategy.every), group)
     elif strategy.held == "U" and strategy.tile is None:  # U's gradients are held anyway, and give g
-        kept = computed(side_U, ((1.0, params),), cuts_of(side_U, strategy.tokens), promised)
-        kept = kept.in_memory(together=promised)
-        g, clip, norm = clip_gradient(kept.weighted_sum(w), max_norm)
+        kept = held_gradients(side_U, params, strategy, promised, group)
+        ascent = kept.weighted_sum(w)
+        ascent = ascent if group is None or sharded else whole_tree(ascent, group, params)
     else:
-        g, clip, norm = loss_gradient(f, params, U, weights, max_norm=max_norm, microbatch=m)
+        ascent = weighted_gradient(f, params, U, weights, m, group)
+    if group is not None and sharded:
+        ascent = ascent if kept is not None else shard_tree(group, ascent)
+        g, clip, norm = clipped_shards(ascent, max_norm, group)
+    else:
+        g, clip, norm = clip_gradient(ascent, max_norm)
+    del ascent
     θ = {name: widened(leaf) for name, leaf in params.items()}
     with error_context("U"):
         given: Grads = {**g, **dict.fromkeys(unused_parameters(f, θ, U))}
-    step, P = optimizer_step(θ, given, state), response(state, given, θ)
+    if group is not None and isinstance(state, AdamWState) and sharded:
+        step, P = adamw_on_shards(shard_tree(group, θ), given, state)
+        total = whole_tree(step.total, group, params)
+    else:
+        step, P = optimizer_step(θ, given, state), response(state, given, θ)
+        total = step.total
     del g, given
-    total = step.total
     with error_context("E"), translate_errors(params):
         S = true_derivative(f_E, θ, E, total)
     del θ
     D, general = (P.d, None) if isinstance(P, Diagonal) else (None, P)
     spec = ProductSpec({"": D}, RowSpec({"momentum": step.momentum, "decay": step.decay}))
     side_E = SortedBatch("E", E, S)
-    problem = Problem(params, side_E, side_U, spec, path, total, kept, general, promised=promised)
+    problem = Problem(
+        params, side_E, side_U, spec, path, total, kept, general, promised=promised, group=group, sharded=sharded
+    )
     leaf = widened(next(iter(params.values()))[..., :0])
     K, momentum, decay = (each.to(leaf.device, leaf.dtype) for each in _contracted(problem, strategy))
     C = K * rearrange(clip * weights.to(K), "u -> 1 u")

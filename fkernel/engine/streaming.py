@@ -33,6 +33,11 @@ class KernelBlock:
         """Take sums by group: kernels [r n_U], products of rows alone [r], of U alone [n_U]."""
         self.at, self._kernels, self._rows, self._columns = at, kernels, rows, columns
 
+    @property
+    def sums(self) -> tuple[Sums, Sums, Sums]:
+        """All of them by product and group: kernels, products of rows alone, of U alone."""
+        return self._kernels, self._rows, self._columns
+
     def kernel(self, what: str = "") -> Tensor:
         """Return one of the kernels, [r n_U] float64, rows as in `at`, columns in the caller's order."""
         return _whole(self._kernels[what])

@@ -8,7 +8,7 @@ from fkernel.report.comparisons import (
     preconditioners_panel,
     uncertainty_panel,
 )
-from fkernel.report.estimate import estimate_line, estimate_record, estimate_table
+from fkernel.report.estimate import estimate_line, estimate_record, estimate_table, ranks_record, ranks_table
 from fkernel.report.forecast import forecast_lines, forecast_record, forecast_table
 from fkernel.report.gallery import draw_all
 from fkernel.report.heatmaps import covariates_panel, tokens_panel
@@ -77,6 +77,8 @@ __all__ = [
     "predicted_vs_realised",
     "probe_lines",
     "prompts_table",
+    "ranks_record",
+    "ranks_table",
     "recording_lines",
     "recording_table",
     "replay_lines",

@@ -7,6 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from fkernel.engine import Estimate, Option
+from fkernel.engine.planning import Gpu, RanksCost
 
 
 def estimate_table(estimate: Estimate) -> Table:
@@ -53,6 +54,34 @@ def estimate_record(estimate: Estimate) -> dict[str, Any]:
         "reason": estimate.reason,
         "rates": estimate.rates._asdict(),
     }
+
+
+def ranks_table(cost: RanksCost, gpu: Gpu) -> Table:
+    """Tabulate what an explained step costs each of several ranks, beside what a GPU has.
+
+    Args:
+        cost: what `cost_on_ranks` returned.
+        gpu: what one is taken to sustain.
+    """
+    memory, sent = sum(cost.memory.values()), sum(cost.sent.values())
+    table = Table(title=f"A step on {cost.ranks} ranks, layer by layer: each rank's")
+    for name in ("what", "of it", "amount"):
+        table.add_column(name, justify="right" if name == "amount" else "left", no_wrap=True)
+    for what, amount in cost.memory.items():
+        table.add_row("memory", what, size(amount))
+    fits = "fits" if memory <= gpu.memory else f"does not fit into {size(gpu.memory)}"
+    table.add_row("memory", f"in all: {fits}", size(memory), style="bold")
+    for what, amount in cost.sent.items():
+        table.add_row("on the wire", what, size(amount))
+    table.add_row("compute", f"at {gpu.flops / 1e12:.0f} TFLOP/s", duration(cost.flops / gpu.flops))
+    table.add_row("send", f"at {gpu.wire / 1e9:.0f} GB/s", duration(sent / gpu.wire))
+    return table
+
+
+def ranks_record(cost: RanksCost, gpu: Gpu) -> dict[str, Any]:
+    """The same as JSON; bytes, operations and seconds."""
+    fits = sum(cost.memory.values()) <= gpu.memory
+    return {**cost._asdict(), "gpu": gpu._asdict(), "seconds": cost.seconds(gpu), "fits": fits}
 
 
 def size(count: float) -> str:

@@ -11,8 +11,10 @@ import torch
 
 from fkernel import tree
 from fkernel.checkpoint import Checkpoint
+from fkernel.distributed import Group
 from fkernel.engine import (
     Gradients,
+    ShardedGradients,
     SortedBatch,
     Summing,
     WalkedGradients,
@@ -63,6 +65,7 @@ def prepared(
     make: Callable[[], GeneratedBatch],
     on_progress: Callable[[int, int], Any] = lambda n, total: None,
     generator: Callable[[], SampleGenerator] | None = None,
+    group: Group | None = None,
 ) -> WorkspaceAndStep:
     """Create U's workspace, resume an interrupted one, or open a complete one.
 
@@ -73,6 +76,7 @@ def prepared(
         on_progress: called with (sequences done since the last call, total).
         generator: makes the sample generator; a stored U is rewarded again, and compared, where the reward function's
             source has no file to hash.
+        group: the ranks that compute U's gradients together, and keep them in memory; None for this process alone.
 
     Raises:
         FKernelError: the batch, its rewards or the workspace's directory is invalid.
@@ -96,8 +100,8 @@ def prepared(
             preference = plan.step.loss is not None and plan.step.loss.kind == "preference"
             check_rewards(plan.update, generator(), batch, preference)
 
-    if not plan.storage.persist:
-        return _made(plan, checkpoint, policy, ready(), spec, None, on_progress)
+    if not plan.storage.persist or group is not None:
+        return _made(plan, checkpoint, policy, ready(), spec, None, on_progress, group)
     directory = WorkspaceDirectory(plan.workspace_path, spec)
     with ExitStack() as stack:
         stack.callback(directory.opened.close)
@@ -141,6 +145,7 @@ def _made(
     spec: Mapping[str, Any],
     directory: WorkspaceDirectory | None,
     on_progress: Callable[[int, int], Any],
+    group: Group | None = None,
 ) -> WorkspaceAndStep:
     """Compute the missing gradients of U and their weighted sum, then P and the step."""
     if batch.sampling is not None:
@@ -153,15 +158,17 @@ def _made(
     with named_errors(batch), reuse_memory():
         with doing("certifying the model on U"):
             check_side("U", policy.f, policy.params, tokens)
-        where = "memory" if directory is None else "disk"
-        grant = grant_of(plan.numerics.memory, plan.numerics.microbatch, policy, tokens, where)
+        where = "memory" if directory is None and group is None else "disk"
+        grant = grant_of(plan.numerics.memory, plan.numerics.microbatch, policy, tokens, where, group)
         loss = _terms(plan, checkpoint, policy, batch, tokens, grant.microbatch, directory)
         f, U = policy.columns_for(tokens, loss)
         side = SortedBatch("U", U, f)
-        how, w = walking_alone(f, policy.params, side, plan.numerics.memory), _weights(batch, policy, loss)
+        alone, w = group is None, _weights(batch, policy, loss)
+        how = walking_alone(f, policy.params, side, plan.numerics.memory) if alone else None
         done = directory is not None and directory.complete is not None
         if how is None:
-            gradients, total = _kept(side, policy, w, grant, directory, report_progress)
+            keep = _kept if group is None else partial(_kept_by_ranks, group)
+            gradients, total = keep(side, policy, w, grant, directory, report_progress)
         else:
             gradients = WalkedGradients(side, policy.params, how, 0 if done else len(side))
             total = partial(gradient_sum, side, policy.params, w, how, on_progress=report_progress)
@@ -223,6 +230,23 @@ def _kept(
         stored = directory.gradients(side, cuts, summing.gradients.read, report_progress, device)
         gradients = stored.remembering(summing.held, held)
     return gradients, lambda: summing.whole(gradients)
+
+
+def _kept_by_ranks(
+    group: Group,
+    side: SortedBatch,
+    policy: Policy,
+    w: Tensor,
+    grant: MemoryBudget,
+    directory: WorkspaceDirectory | None,
+    report_progress: Callable[[int], Any],
+) -> tuple[Gradients, Callable[[], Tree]]:
+    """Compute U's gradients on all ranks, and keep each one's shards in memory; there is no directory."""
+    assert directory is None
+    tokens = grant.microbatch * side.tokens[0]
+    gradients = ShardedGradients(side, policy.params, tokens, group, grant.memory is not None)
+    report_progress(len(side))
+    return gradients, partial(gradients.weighted_sum, w)
 
 
 def adopted(plan: FisherKernelPlan, workspace: KernelWorkspace, policy: Policy) -> AdamWStep | None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from fkernel import func
+from fkernel.distributed import Group, from_first
 from fkernel.engine import (
     ALONE,
     KernelBlock,
     Nodes,
     Problem,
+    ShardedGradients,
     SortedBatch,
     WalkedGradients,
     blocks,
@@ -133,7 +136,12 @@ class MemoryBudget(NamedTuple):
 
 
 def grant_of(
-    memory: int | str | None, microbatch: int | None, policy: Policy, batch: Any, where: Where = "disk"
+    memory: int | str | None,
+    microbatch: int | None,
+    policy: Policy,
+    batch: Any,
+    where: Where = "disk",
+    group: Group | None = None,
 ) -> MemoryBudget:
     """Choose the largest microbatch with which a batch's gradients fit a memory limit.
 
@@ -143,10 +151,15 @@ def grant_of(
         policy: the checkpoint.
         batch: U or E.
         where: the gradients go; "memory" counts all of them within the limit.
+        group: the ranks that compute together: rank 0 chooses, since choices depend on measured times.
 
     Raises:
         BatchError: one sequence at a time does not fit; the message says how much would.
     """
+    if group is not None:
+        alone = partial(grant_of, memory, microbatch, policy, batch, where)
+        chosen = from_first(group, "choosing a microbatch", lambda: alone().microbatch)
+        return MemoryBudget(chosen, None if memory is None else parse_bytes(memory))
     wanted, budget = usual_microbatch(microbatch, batch), None if memory is None else parse_bytes(memory)
     if walking_alone(policy.f, policy.params, SortedBatch("", batch), memory):  # long sequences: one at a time
         return MemoryBudget(1, budget)
@@ -186,6 +199,8 @@ def walked(
         own: [n_E] rows of U that hold E's gradients; nothing is recomputed then. None where E is not of U.
     """
     U = workspace.gradients
+    if isinstance(U, ShardedGradients):
+        return _over_ranks(batch, U, policy, grant, spec)
     # P and the step's parts are not counted in the limit; vectors made for this pass are.
     vectors = {**spec.kernels, **spec.x.along, **spec.x.squares}
     counted = {id(v) for name, v in vectors.items() if v is not None and name not in STEP} - {id(workspace.P.d)}
@@ -218,8 +233,21 @@ def _recomputed(
     return blocks(Problem(params, E, side, spec, policy.path, policy.step, kept), how)
 
 
-def self_strategy(memory: int | str | None, workspace: KernelWorkspace, policy: Policy) -> Strategy:
-    """Choose the tiles of K_UU."""
+def _over_ranks(
+    batch: Any, U: ShardedGradients, policy: Policy, grant: MemoryBudget, spec: ProductSpec
+) -> Iterator[KernelBlock]:
+    """Contract E's gradients, a round at a time, with U's that the ranks hold; K of all rows is one block."""
+    E, side = SortedBatch("E", batch, policy.f), U.side if spec.kernels else None
+    tokens = grant.microbatch * E.tokens[0]
+    how = Strategy("sequences", "E" if side is None else "U", tokens if side is None else None, None, tokens)
+    problem = Problem(policy.params, E, side, spec, path=policy.path, step=policy.step, kept=U, group=U.group)
+    return blocks(problem, how)
+
+
+def self_strategy(memory: int | str | None, workspace: KernelWorkspace, policy: Policy) -> Strategy | None:
+    """Choose the tiles of K_UU; None where U's gradients are over several ranks, whose shards are contracted whole."""
+    if not workspace.gradients.whole:
+        return None
     J, budget = workspace.gradients, None if memory is None else parse_bytes(memory)
     if isinstance(J, WalkedGradients):
         return choose_walk(J.side, J.side, policy.params, budget, 1)

@@ -12,6 +12,7 @@ import torch
 
 from fkernel import func
 from fkernel.checkpoint import Checkpoint
+from fkernel.distributed import from_first, group_of
 from fkernel.engine import check_side, mean_of
 from fkernel.errors import PlanError
 from fkernel.precond import AdamWStep
@@ -54,14 +55,18 @@ class FisherKernelRunner:
         config: FisherKernelPlan | Mapping[str, Any],
         logger: logging.Logger | None = None,
         on_progress: Tick = lambda what, n, total: None,
+        mesh: Any = None,
     ) -> None:
-        """Nothing is loaded yet.
+        """Take a plan, or its keys and values; nothing is loaded yet.
 
         Args:
-            config: a plan, or its keys and values.
+            config: the plan.
             logger: from `logging`; by default the one named `fkernel`.
             on_progress: called as sequences are done, for a progress bar.
+            mesh: a one-dimensional `torch.distributed.DeviceMesh`, whose ranks all run the same plan: rank 0 draws, all
+                compute, in memory, and each has the results.
         """
+        self.group = None if mesh is None else group_of(mesh)
         self.logger, self.on_progress = logger or LOGGER, on_progress
         self._take(config if isinstance(config, FisherKernelPlan) else FisherKernelPlan.model_validate(config))
 
@@ -134,7 +139,7 @@ class FisherKernelRunner:
         with skipping(self.plan), shown(self.on_progress), phase(self.logger, "preparing the workspace") as facts:
             on_progress = partial(self.on_progress, "gradients of U")
             workspace, self._step, self._prepared = prepared(
-                plan, self.checkpoint, self._update, on_progress, lambda: self.generator
+                plan, self.checkpoint, self._update, on_progress, lambda: self.generator, self.group
             )
             self.workspace, computed = workspace, workspace.gradients.computed
             facts |= {"sequences": len(workspace.batch), "gradients_computed": computed}
@@ -272,15 +277,9 @@ class FisherKernelRunner:
         advantages: Any = None,
         workspace: KernelWorkspace | None = None,
     ) -> dict[str, float]:
-        """Compute Σ_j C(t, j) for sequences t of U, from stored gradients.
+        """Compute Σ_j C(t, j) for sequences t of U, from stored gradients, as {id: nats} in U's order.
 
-        Args:
-            ids: patterns on ids; None for all of U.
-            advantages: other advantages: a rule's name, or {id: advantage}.
-            workspace: the one prepared last by default.
-
-        Returns:
-            {id: nats}, in U's order.
+        Arguments as in `influence_of`, of the workspace prepared last by default.
         """
         return influence_of(self._given(workspace), ids, advantages)
 
@@ -343,8 +342,9 @@ class FisherKernelRunner:
     ) -> GeneratedBatch:
         """Draw or read a batch; progress counts every drawn sequence twice, sampled and scored."""
         self._drawn = (f"sampling {what}", 2 * draw.size)
-        return (make or draw.generate)(self.generator, self.plan.numerics.seed)
+        drawn = lambda: (make or draw.generate)(self.generator, self.plan.numerics.seed)  # noqa: E731
+        return drawn() if self.group is None else from_first(self.group, f"drawing {what}", drawn)
 
     def _grant(self, batch: GeneratedBatch) -> MemoryBudget:
         numerics, tokens = self.plan.numerics, tokens_of(batch, self.policy.params)
-        return grant_of(numerics.memory, numerics.microbatch, self.policy, tokens)
+        return grant_of(numerics.memory, numerics.microbatch, self.policy, tokens, group=self.group)

@@ -101,7 +101,7 @@ def step_taken(
 def _cancellation(policy: Policy, workspace: KernelWorkspace) -> float | None:
     """Σ_α P_α Σ_u |g_uα| on coordinates where |g_α| is below a hundredth of Σ_u |g_uα|, over the whole."""
     J, d = workspace.gradients, workspace.P.d
-    if policy.state is None or isinstance(policy.state, AdamWState) or J.walked or d is None:
+    if policy.state is None or isinstance(policy.state, AdamWState) or J.walked or not J.whole or d is None:
         return None
     a, absolute = workspace.loss_weights.abs(), tree.zeros_like(policy.params)
     for i, rows in enumerate(J.cuts):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fkernel import func, tree
-from fkernel.engine import Gradients, SortedBatch, WalkedGradients, self_kernel
+from fkernel.engine import Gradients, ShardedGradients, SortedBatch, WalkedGradients, self_kernel
 from fkernel.engine.planning import Strategy
 from fkernel.errors import NonFiniteError, PlanError, RolloutError, listing
 from fkernel.func import Sequences
@@ -214,8 +214,12 @@ class KernelWorkspace:
         """K_UU [n_U n_U], computed on first use; `how` tiles it, by default it is computed in one tile."""
         if self._self_kernel is None:
             J, D = self.gradients, self.P.d
-            walks = isinstance(J, WalkedGradients)
-            K, norms = J.with_itself(D, how) if walks else self_kernel(J, D, None if how is None else how.tile)
+            if isinstance(J, WalkedGradients):
+                K, norms = J.with_itself(D, how)
+            elif isinstance(J, ShardedGradients):
+                K, norms = J.with_itself(D)
+            else:
+                K, norms = self_kernel(J, D, None if how is None else how.tile)
             self._self_kernel, self._norms = K.to(J.dtype), func.SquaredNorms(norms, K.diagonal())
         return self._self_kernel
 

@@ -124,6 +124,17 @@ def test_one_flipped_bit_is_seen(fresh):
     refused(lambda: loaded(path, model=model), f"{file.name} is damaged: Bad CRC-32")
 
 
+@pytest.mark.parametrize("fresh", ["torchtitan_fsdp2"], indirect=True)
+def test_an_archive_of_several_disks(fresh):
+    """A flipped bit in an archive's end, which Python's zipfile answers with an error of its own."""
+    path, model = fresh
+    file = shard(path, 0)
+    data = bytearray(file.read_bytes())
+    data[data.index(b"PK\x06\x07") + 16] ^= 2
+    file.write_bytes(data)
+    refused(lambda: loaded(path, model=model), f"{file.name} has at .*span multiple disks")
+
+
 @ALL
 def test_the_file_of_another_rank_is_seen(fresh):
     path, model = fresh

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import shutil
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,8 @@ def test_what_lies_beside_the_tensors_is_needed(fresh):
     refused(lambda: loaded(path, model=model), "There is no file .*common.pt")
     file.write_bytes(data[:-40])
     refused(lambda: loaded(path, model=model), "common.pt")
+    torch.save({"iteration": 2, "args": Fraction(1, 2)}, file)
+    refused(lambda: loaded(path, model=model), "GLOBAL fractions.Fraction was not an allowed", "nothing .* is executed")
     torch.save({"iteration": 2, "optimizer": {}}, file)
     refused(lambda: loaded(path, model=model), "holds no parameter groups with their steps of one optimizer")
 

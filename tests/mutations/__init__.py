@@ -16,6 +16,7 @@ from tests.mutations import (
     objectives,
     optimizers,
     preconditioners,
+    processes,
     record,
     report,
     rollout,
@@ -43,6 +44,7 @@ QUICK = [
     *checkpoint.MUTATIONS,
     *models.MUTATIONS,
     *engine.MUTATIONS,
+    *processes.MUTATIONS,
 ]
 SLOW = [
     report.MUTATIONS,

@@ -24,8 +24,8 @@ MUTATIONS = [
         "contributions before this step's own part is added",
         f"{RUN}::test_momentum_of_a_step_is_what_earlier_sequences_are_credited_with_in_it",
         "engine/adjoint.py",
-        "mine.addcmul_(P.d[name].to(J), J)",
-        "mine.addcmul_(P.d[name].to(J), J, value=0.0)",
+        "mine.addcmul_(D[name].to(J), J)",
+        "mine.addcmul_(D[name].to(J), J, value=0.0)",
     ),
     Mutation(
         "the gradient is not clipped in the contributions",
@@ -37,9 +37,9 @@ MUTATIONS = [
     Mutation(
         "E's gradients at the start of every step",
         f"{RUN}::test_the_error_falls_with_the_order_of_the_path",
-        "engine/adjoint.py",
-        "cut, path = _long_cut(side, step.params), passes.path",
-        'cut, path = _long_cut(side, step.params), "start"',
+        "engine/step_gradients.py",
+        "cut, path = long_cut(side, params), passes.path",
+        'cut, path = long_cut(side, params), "start"',
     ),
     Mutation(
         "what was in the optimizer before has the wrong sign",
@@ -52,8 +52,8 @@ MUTATIONS = [
         "U's columns in the order of their lengths",
         f"{RUN}::test_contributions_are_those_of_the_unrolled_run",
         "engine/adjoint.py",
-        "K[self.side.order.cpu()[:, None], U.order.cpu()] = products",
-        "K[self.side.order.cpu()] = products",
+        "K[self.side.order.cpu()[:, None], U.order.cpu()] = over_all",
+        "K[self.side.order.cpu()] = over_all",
     ),
     Mutation(
         "every part of E is its first",
@@ -65,9 +65,9 @@ MUTATIONS = [
     Mutation(
         "one node of two where sequences are walked",
         f"{RUN}::test_long_sequences_are_walked_layer_by_layer",
-        "engine/adjoint.py",
-        "sources_of(path, step.params, step.delta):",
-        "sources_of(path, step.params, step.delta)[:1]:",
+        "engine/step_gradients.py",
+        "sources_of(path, params, delta):",
+        "sources_of(path, params, delta)[:1]:",
     ),
     Mutation(
         "a moment that was rounded is taken for AdamW's",

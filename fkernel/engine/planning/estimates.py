@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from fkernel.engine.batching import check_sides
 from fkernel.engine.planning.machine import Rates, rates
+from fkernel.engine.planning.over_ranks import choose_over_ranks
 from fkernel.engine.planning.passes import bytes_of
 from fkernel.engine.planning.strategy import EVERY, USABLE, Option, Strategy, cost, default, options, usual_microbatch
 from fkernel.engine.planning.walking import walk_of
@@ -135,8 +136,9 @@ def choose(
     store: bool,
     reserved: int = 0,
     needed: Callable[[], int] = lambda: 0,
+    ranks: int | None = None,
 ) -> Strategy:
-    """Choose how to compute a kernel within a memory budget less `reserved` bytes.
+    """Choose how to compute a kernel within a memory budget less `reserved` bytes; with ranks, of each of them.
 
     Raises:
         BatchError: the budget is too small for every strategy, or below `needed()`, the bytes needed before or after;
@@ -152,6 +154,11 @@ def choose(
                 raise ModelError(f"{HALVES}, and f cannot be: {cut}. Convert them: fkernel.tree.cast.")
         return default(length(E), length(U), T, microbatch, dense_U)
     budget = parse_bytes(memory)
+    if ranks is not None:
+        with translate_errors(params):
+            load = workload(f, params, E, U, dense_U)
+        if load.curve is not None:
+            return choose_over_ranks(load, params, budget, microbatch, ranks, reserved, needed())
     predicted = estimated(f, params, E, U, max(0, budget - reserved), microbatch, dense_U, store)
     chosen = predicted.chosen
     if chosen is not None and chosen.name != "layers" and budget < needed():

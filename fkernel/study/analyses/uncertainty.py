@@ -125,7 +125,8 @@ def permuted_preconditioner(workspace: KernelWorkspace, policy: Policy) -> Diago
         advantages = workspace.advantages_with(None)
         weights = workspace.unit_weights.to(like.device, torch.promote_types(like.dtype, torch.float32))
         rms: Tree = {}
-        parts = 1 if workspace.gradients.walked else 8  # recomputed gradients come for all parameters
+        J = workspace.gradients
+        parts = 1 if J.walked or not J.whole else 8  # those come for all parameters
         for names in _shares(policy.params, parts):  # elementwise, in shares: five vectors of a share are small
             J = _part_of(workspace, names)
             beside = [] if loss is None else [*loss.beside_columns.values()]
@@ -156,7 +157,7 @@ def _shares(params: Tree, parts: int) -> Iterator[list[str]]:
 def _part_of(workspace: KernelWorkspace, names: Sequence[str]) -> Gradients:
     """U's gradients of some parameters; only these are read from disk."""
     U = workspace.gradients
-    if U.walked:
+    if U.walked or not U.whole:
         return U
     if workspace.directory is not None:
         return Gradients(U.side, U.cuts, lambda i: U.read(i, names))

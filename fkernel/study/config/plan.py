@@ -49,6 +49,7 @@ class NumericsPlan(Strict):
         memory: limit for activations and gradients, beside the model, the optimizer's state and the step; "8GiB".
         device: a torch device.
         seed: for all sampling without a seed of its own.
+        processes: ranks that compute together, each on its own processor or GPU; None for one process.
         skip_certificates: certificates to skip, by name: rows, values, company, forward, derivative.
     """
 
@@ -58,6 +59,7 @@ class NumericsPlan(Strict):
     memory: str | int | None = None
     device: str = "cpu"
     seed: int = 0
+    processes: int | None = Field(None, gt=0)
     skip_certificates: tuple[Literal["rows", "values", "company", "forward", "derivative"], ...] = ()
 
     @field_validator("memory")

@@ -1,0 +1,82 @@
+"""Run a plan and write what it found: results, log, batches, page, pictures; of several ranks, rank 0 alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from fkernel.cli.console import can_draw, progress_and_log
+from fkernel.cli.ranks import of_all_ranks
+
+
+def execute(plan: Any, overwrite: bool, log: str, page: bool = True, mesh: Any = None) -> Any:
+    """Run a plan; write its results, log, batches, page and pictures.
+
+    Of several ranks, rank 0 alone writes, prints and returns results; the others return None.
+    """
+    from fkernel.study import FisherKernelRunner, check_out, recorded
+
+    if mesh is None:
+        check_out(plan, overwrite)
+        with recorded(Path(plan.out) / "log.jsonl"), progress_and_log(log) as on_progress:
+            runner = FisherKernelRunner(plan, on_progress=on_progress)
+            say_estimate(runner)
+            return _saved(plan, runner, runner.run(), page)
+    with of_all_ranks(mesh, "fkernel run") as first:
+        if not first:
+            FisherKernelRunner(plan, mesh=mesh).run()
+            return None
+        check_out(plan, overwrite)
+        with recorded(Path(plan.out) / "log.jsonl"), progress_and_log(log) as on_progress:
+            runner = FisherKernelRunner(plan, on_progress=on_progress, mesh=mesh)
+            return _saved(plan, runner, runner.run(), page)
+
+
+def say_estimate(runner: Any) -> None:
+    """Print in a line what a run will take, after what can be found wrong without it."""
+    from fkernel import report
+    from fkernel.errors import FKernelError
+    from fkernel.study import check_inputs, forecast
+
+    check_inputs(runner.plan)
+    try:
+        line = report.forecast_lines(forecast(runner.plan, runner.checkpoint))[0]
+    except FKernelError as error:  # batches of callbacks have no length yet; what is wrong with others the run says
+        line = f"unknown: {error}"
+    Console(stderr=True).print(f"Estimate: {line}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _saved(plan: Any, runner: Any, results: Any, page: bool) -> Any:
+    """Write results, batches, page and pictures."""
+    from fkernel import report
+
+    out = Path(plan.out)
+    if plan.storage.batches:
+        runner.save_batches(out)
+    _remove_pictures(out)
+    results.save_results(out)
+    if page:
+        report.write_page(results, out)
+    if plan.storage.pictures and can_draw():
+        report.draw_all(results, out / "pictures")
+        for name, result in results.requests.items():
+            if "tokens" in result.analyses and result.analyses["tokens"].skipped is None:
+                tokens = out / "pictures" / f"{name}_tokens.html"
+                tokens.write_text(report.token_html(result), encoding="utf-8")
+    return results
+
+
+def _remove_pictures(out: Path) -> None:
+    """Remove the page and the pictures of the results that will be replaced, and no other files."""
+    try:
+        names = [*json.loads((out / "results.json").read_text(encoding="utf-8"))["requests"], "update"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    (out / "report.html").unlink(missing_ok=True)
+    for picture in (out / "pictures").glob("*"):
+        known = picture.name == "spectrum.png" or any(picture.name.startswith(f"{name}_") for name in names)
+        if known and picture.suffix in (".png", ".html"):
+            picture.unlink()

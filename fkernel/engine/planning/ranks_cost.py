@@ -1,0 +1,93 @@
+"""What a step explained on W ranks costs each of them, layer by layer, from counted work: a prediction, not a run.
+
+With n sequences in all, P parameters of b bytes, p of them in the largest layer, T tokens, d floats a token, L layers:
+
+    flops        (n passes + 2 n_E n_U P)/W
+    sent         rows n P b (W − 1)/W²,  Δθ and Jᵀw about 4 P b (W − 1)/W,  K 16 n_E n_U (W − 1)/W
+    memory       θ P b,  Δθ and the path's node 2 P b,  moments, D and the step's parts 6 P b/W
+                 held rows of a layer h p b/W, with h = n_E sequences, and 2 p b of a sequence's own and its exchange
+                 layer inputs (n/W) (L + 3) T d b,  the largest layer's pass
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from fkernel.engine.planning.workloads import Workload
+from fkernel.errors import ModelError
+
+
+class Gpu(NamedTuple):
+    """What a GPU is taken to sustain.
+
+    Attributes:
+        memory: bytes.
+        flops: of float32 matrix products, without TF32, a second.
+        wire: bytes that it sends a second.
+    """
+
+    memory: float
+    flops: float
+    wire: float
+
+
+GPUS = {
+    "a100": Gpu(80e9, 15e12, 20e9),
+    "h100": Gpu(80e9, 50e12, 40e9),
+    "h200": Gpu(141e9, 50e12, 40e9),
+}
+"""Assumptions: about three quarters of what their maker says, and one network adapter a GPU."""
+
+
+class RanksCost(NamedTuple):
+    """Each rank's cost.
+
+    Attributes:
+        ranks: W.
+        flops: floating-point operations.
+        sent: bytes on the wire, by what they are.
+        memory: bytes, by what holds them.
+    """
+
+    ranks: int
+    flops: float
+    sent: dict[str, float]
+    memory: dict[str, float]
+
+    def seconds(self, gpu: Gpu) -> float:
+        """Predict the time, computing and sending one after the other."""
+        return self.flops / gpu.flops + sum(self.sent.values()) / gpu.wire
+
+
+def cost_on_ranks(load: Workload, ranks: int) -> RanksCost:
+    """Predict what an explained step costs each of `ranks`.
+
+    Raises:
+        ModelError: the model cannot be computed layer by layer, or there is no rank.
+    """
+    walk = load.walk
+    if isinstance(walk, str):
+        raise ModelError(f"a step on several ranks is estimated layer by layer, and the model cannot be: {walk}.")
+    if ranks < 1:
+        raise ModelError(f"--processes is {ranks}; expected at least 1.")
+    b, P, counts = load.itemsize, load.size, load.tokens
+    n_E, n_U = len(counts["E"]), len(counts["U"])
+    each = [t for own in counts.values() for t in own]
+    passes = sum(walk.forward(t).flops + walk.backward(t).flops + 8.0 * t * walk.head for t in each)
+    passes += sum(walk.forward(t).flops + walk.backward(t).flops + 8.0 * t * walk.head for t in counts["U"])  # for g
+    away = (ranks - 1) / ranks
+    inputs = sum(each) / ranks * (walk.depth + 3) * walk.width * b
+    return RanksCost(
+        ranks,
+        (passes + 2.0 * n_E * n_U * P) / ranks,
+        {"rows": len(each) * P * b * away / ranks, "vectors": 4.0 * P * b * away, "K": 16.0 * n_E * n_U * away},
+        {
+            "parameters": P * b,
+            "step and path": 2.0 * P * b,
+            "state, in shards": 6.0 * P * b / ranks,
+            "held rows, in shards": n_E * walk.largest * b / ranks,
+            "own rows and exchange": 2.0 * (n_E / ranks + 1) * walk.largest * b,
+            "layer inputs": inputs,
+            "a layer's pass": float(walk.peak(load.longest).peak),
+        },
+    )

@@ -1,0 +1,85 @@
+"""Several processes: agreement, failure, exchange of rows."""
+
+from tests.mutants import Mutation
+
+FAILURES = "tests/distributed/test_failures.py"
+SAME = "tests/distributed/test_same_numbers.py::test_any_number_of_ranks_gives_the_same_on_each[few-4]"
+MUTATIONS = [
+    Mutation(
+        "a rank that differs is not noticed",
+        f"{FAILURES}::test_ranks_that_disagree_raise_before_anything_is_exchanged",
+        "distributed/agreement.py",
+        "if not torch.equal(every[rank], every[0])",
+        "if rank < 0",
+    ),
+    Mutation(
+        "an error that stays on its rank",
+        f"{FAILURES}::test_an_error_on_one_rank_is_one_error_on_all",
+        "distributed/agreement.py",
+        "        failures += 1\n",
+        "",
+    ),
+    Mutation(
+        "a hang is waited for",
+        f"{FAILURES}::test_a_rank_that_hangs_stops_all[sleep-hangs]",
+        "distributed/heartbeat.py",
+        "for rank in self.missing(size) if now",
+        "for rank in () if now",
+    ),
+    Mutation(
+        "a long computation is called a hang",
+        f"{FAILURES}::test_a_rank_that_computes_for_long_is_waited_for",
+        "distributed/heartbeat.py",
+        "beat.seconds > self._moved[rank][1].seconds + IDLE",
+        "False",
+    ),
+    Mutation(
+        "shards dealt otherwise than the preconditioner's",
+        SAME,
+        "distributed/exchange.py",
+        "    return slice(min(rank * step, length), min((rank + 1) * step, length))",
+        "    return slice(min((size - 1 - rank) * step, length), min((size - rank) * step, length))",
+    ),
+    Mutation(
+        "a rank's own products taken for all",
+        SAME,
+        "engine/over_ranks.py",
+        "*pytree.tree_unflatten(all_sum(group, leaves), spec)",
+        "*block.sums",
+    ),
+    Mutation(
+        "every rank computes the same share",
+        SAME,
+        "engine/sums.py",
+        "else side.every(group.size, group.rank)",
+        "else side.every(group.size, 0)",
+    ),
+    Mutation(
+        "different parameters are not noticed",
+        "tests/distributed/test_same_numbers.py::test_ranks_that_were_given_different_things_compute_nothing[parameters]",
+        "engine/over_ranks.py",
+        ".sum(dtype=torch.int64)) if leaf.numel() else 0",
+        ".sum(dtype=torch.int64)) * 0",
+    ),
+    Mutation(
+        "adjoints along a rank's own shard alone",
+        "tests/distributed/test_account.py::test_any_number_of_ranks_gives_the_same_account[2-options1-False]",
+        "engine/adjoint.py",
+        'over_all(products.whole("x", "v"), self.passes.group)',
+        'products.whole("x", "v")',
+    ),
+    Mutation(
+        "a sharded gradient clipped by its own norm",
+        "tests/distributed/test_same_numbers.py::test_a_step_from_shards_of_the_optimizers_state_is_the_step[2]",
+        "engine/step_on_shards.py",
+        "    (total,) = all_sum(group, [tree.dot(shards, shards)])",
+        "    total = tree.dot(shards, shards)",
+    ),
+    Mutation(
+        "blocks of other ranks' sequences at one rank's columns",
+        "tests/distributed/test_same_numbers.py::test_all_products_by_every_strategy_are_those_of_one_process",
+        "engine/layerwise_over_ranks.py",
+        "yield slice(at + start, at + start + count)",
+        "yield slice(y.starts[0] + start, y.starts[0] + start + count)",
+    ),
+]
