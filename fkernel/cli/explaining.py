@@ -9,9 +9,9 @@ import typer
 from rich.console import Console
 
 from fkernel.cli import study
-from fkernel.cli.writing import execute
 from fkernel.cli.console import exit_on_error, importing
 from fkernel.cli.pairs import Probe
+from fkernel.cli.writing import execute
 
 
 def explain(
