@@ -87,6 +87,28 @@ def test_nemo_v2_has_its_own_configuration(tmp_path):
     assert found.provenance.layout == "nemo"
 
 
+def test_nemo_v2_of_lora(tmp_path):
+    """The adapter is PEFT's; the optimizer names its parameters as NeMo's own model does."""
+    path, truth = copied("nemo_v2_lora", tmp_path / "run")
+    base = tiny(tied=False)
+    base.save_pretrained(tmp_path / "base")
+    for place in ("step_2", "step_2/policy", "step_2/policy/weights", "step_2/policy/weights/model"):
+        found = loaded(path / place, base=tmp_path / "base")
+        named = {
+            f"base_model.model.{name}".replace(".lora_A.", ".lora_A.default.").replace(
+                ".lora_B.", ".lora_B.default."
+            ): name
+            for name in truth.theta
+        }
+        trees = {
+            tree: {own: getattr(truth, tree)[name] for own, name in named.items()}
+            for tree in ("theta", "exp_avg", "exp_avg_sq", "grads", "after")
+        }
+        check_state(found, truth._replace(**trees))
+        check_next_step(found, truth._replace(**trees))
+    refused(lambda: loaded(path / "step_2"), "base=")
+
+
 def shard(path: Path, rank: int, where: str = "") -> Path:
     """One rank's file."""
     return next(each for each in sorted(path.rglob(f"__{rank}_0.distcp")) if where in str(each))

@@ -4,7 +4,9 @@
     step_N/policy/optimizer/            of {"optim": {"optim": {state, param_groups}, "sched": …}}
     step_N/policy/weights/model/    v2 (nemo_automodel): shard-*-model-*-of-*.safetensors with .hf_metadata/config.json,
                                         or torch.distributed.checkpoint, the names at its top
-    step_N/policy/optimizer/optim/      of {"optim": flattened, "sched": …}
+                                        or of LoRA, adapter_model.safetensors in PEFT's names
+    step_N/policy/optimizer/optim/      of {"optim": flattened, "sched": …}; of LoRA, in the names of its own model:
+                                        model.layers.0.self_attn.q_proj.lora_A.weight
 
 step_N/, its policy/ and the folder weights/ are the same checkpoint. Megatron workers write another format
 (`fkernel.checkpoint.formats.megatron`).
@@ -22,6 +24,7 @@ from fkernel.checkpoint.contents import optimizer_in, weights_in
 from fkernel.checkpoint.distributed import METADATA, read_distributed
 from fkernel.checkpoint.formats.saved import Saved
 from fkernel.checkpoint.layout import Layout
+from fkernel.checkpoint.model import ADAPTER
 from fkernel.checkpoint.shards import PATTERN, read_shards
 from fkernel.errors import CheckpointError
 
@@ -53,7 +56,9 @@ def read(layout: Layout, model: Any, optimizer: bool = True) -> Saved:
 
     Arguments and errors as in `fkernel.checkpoint.formats.read`.
     """
-    if (layout.model / METADATA).is_file():
+    if (layout.model / ADAPTER).is_file():
+        weights = {}  # which are loaded with their base model
+    elif (layout.model / METADATA).is_file():
         weights = weights_in(read_distributed(layout.model), layout.model)
     else:
         shapes = {name: tuple(leaf.shape) for name, leaf in model.state_dict().items()}
@@ -70,8 +75,22 @@ def read(layout: Layout, model: Any, optimizer: bool = True) -> Saved:
     state_dict = optimizer_in(found, place)
     if state_dict is None:
         raise CheckpointError(f"{place} holds {sorted(map(str, found))[:8]}; expected an optimizer's state, 'optim'.")
-    return Saved(weights, state_dict)
+    return Saved(weights, _in_pefts_names(state_dict, model) if not weights else state_dict)
+
+
+def _in_pefts_names(state_dict: Any, model: Any) -> Any:
+    """Name an adapter's parameters as PEFT does: base_model.model.….lora_A.default.weight."""
+    own = {
+        name.removeprefix("base_model.model.").replace(".default.", "."): name for name, _ in model.named_parameters()
+    }
+    groups = [
+        {**group, "params": [own.get(name, name) for name in group["params"]]} for group in state_dict["param_groups"]
+    ]
+    return {
+        "state": {own.get(name, name): entry for name, entry in state_dict["state"].items()},
+        "param_groups": groups,
+    }
 
 
 def _holds_weights(place: Path) -> bool:
-    return (place / METADATA).is_file() or next(place.glob(PATTERN), None) is not None
+    return any((place / name).is_file() for name in (METADATA, ADAPTER)) or next(place.glob(PATTERN), None) is not None
