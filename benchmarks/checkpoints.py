@@ -71,11 +71,11 @@ def read(layout: str, shape: str, place: str) -> dict[str, Any]:
     """Load a checkpoint; tell the peak beside the state and the largest file."""
     from fkernel import checkpoint
 
-    given = {} if layout == "rank files" else {"model": _architecture(shape, place)}
+    model = None if layout == "rank files" else _architecture(shape, place)
     files = [path.stat().st_size for path in Path(place).rglob("*") if path.is_file()]
     _forget_peak()
     before, start = _status("VmRSS"), time.perf_counter()
-    loaded = checkpoint.load(place, **given)
+    loaded = checkpoint.load(place, model=model)
     seconds, peak = time.perf_counter() - start, _status("VmHWM") - before
     state = 12 * sum(leaf.numel() for leaf in loaded.model.parameters()) / MB
     assert loaded.optimizer is not None

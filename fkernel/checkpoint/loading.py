@@ -208,7 +208,9 @@ def _policy(
         return load_model(layout.model, dtype=dtype, trust_remote_code=trust_remote_code)
     if base is not None:  # an adapter's, of a layout that may not keep it
         return wrapped(layout, load_model(base, dtype=dtype, trust_remote_code=trust_remote_code))
-    return wrapped(layout, architecture(layout.config if model is None else model, trust_remote_code))
+    given = layout.config if model is None else model
+    assert given is not None  # `load` has asked for it
+    return wrapped(layout, architecture(given, trust_remote_code))
 
 
 def _take_masters(policy: Any, stored: StoredState, dtypes: Mapping[str, torch.dtype]) -> Tree:

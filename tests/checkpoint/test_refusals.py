@@ -26,8 +26,6 @@ def touched(root: Path, *names: str) -> None:
 
 
 UNREAD = {
-    "DeepSpeed ZeRO": "run/global_step200/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt",
-    "DeepSpeed without ZeRO": "run/global_step200/mp_rank_00_model_states.pt",
     "verl, above": "optim_world_size_2_rank_0.pt",
     "NeMo-RL, beside": "optimizer/.metadata",
     "NeMo-RL 2, beside": "optimizer/optim/__0_0.distcp",

@@ -32,6 +32,7 @@ import fkernel as fk
 from fkernel.checkpoint import Checkpoint
 from tests.formats.archives import names, unpack
 from tests.formats.places import load
+from tests.formats.saving import save_again
 
 UNSUMMED = {".json", ".jinja", ".txt", ".model", ".yaml"}
 """Text: nothing tells a changed digit, or another run's. It is cut and deleted, and else left alone."""
@@ -209,10 +210,11 @@ def _edited(file: Path, change: str, draw: random.Random) -> bool:
         elif change == "nan" and isinstance(value, float):
             holder[key] = float("nan")
         elif change == "nan" and _plain(value) and value.is_floating_point() and value.numel():
-            value.view(-1)[draw.randrange(value.numel())] = float("nan")
+            with torch.no_grad():
+                value.view(-1)[draw.randrange(value.numel())] = float("nan")
         else:
             continue
-        torch.save(found, file)
+        save_again(found, file)
         return True
     return False
 

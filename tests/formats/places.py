@@ -37,7 +37,15 @@ UNTIED = (
         "megatron_dp_reshardable",
     ),
 )
-UNSAID = ("deepspeed_openrlhf", "deepspeed_zero0_fused", "deepspeed_zero0_fused_fp32", "deepspeed_zero3_fused")
+BASELESS = ("verl_fsdp2_lora_only", "nemo_v2_lora")
+"""Adapters without the model that they change."""
+UNSAID = (
+    "quantised_ao_fp8",
+    "deepspeed_openrlhf",
+    "deepspeed_zero0_fused",
+    "deepspeed_zero0_fused_fp32",
+    "deepspeed_zero3_fused",
+)
 """Whether weight decay is AdamW's, no file says."""
 
 
@@ -49,13 +57,13 @@ def place_of(run: str, root: Path) -> Path:
 def options_of(run: str, root: Path) -> dict[str, Any]:
     """What he says besides."""
     said: dict[str, Any] = {"decoupled": True} if run in UNSAID else {}
-    if not run.startswith(ARCHITECTURE) or run.endswith("sharded"):
+    if (not run.startswith(ARCHITECTURE) or run.endswith("sharded")) and run not in BASELESS:
         said["model"] = tiny(seed=7, tied=run not in UNTIED)
     if run == "deepspeed_trainer_lora":
         said["base"] = root / "base"
-    if run == "verl_fsdp2_lora_only":
+    if run in BASELESS:
         said["base"] = root.parent / "base"
-        tiny().save_pretrained(said["base"])
+        tiny(tied=run not in UNTIED).save_pretrained(said["base"])
     return said
 
 

@@ -42,8 +42,8 @@ MUTATIONS = [
     Mutation(
         'marks for everybody',
         'tests/study/test_tables.py::test_contributors_that_could_be_chance_are_told_from_those_that_could_not',
-        'report/table.py', 'if analysis["top_p"][row, k] <= CHANCE:',
-        'if sure["top_p"][row, k] >= CHANCE:',
+        'report/table.py', 'if p is not None and p <= CHANCE:',
+        'if p is not None and p >= CHANCE:',
     ),
     Mutation(
         'bars of the ledger over each other',

@@ -19,8 +19,8 @@ MUTATIONS = [
     Mutation(
         "a BOS before written chats alone",
         f"{TEMPLATES}::test_chat_prompts_are_those_of_apply_chat_template",
-        "rollout/generator.py", "prompt_ids = encode(self.tokenizer, text, name, self._adds)",
-        "prompt_ids = encode(self.tokenizer, text, name)",
+        "rollout/generator.py", "prompt_ids = encode(self.tokenizer, text, own, self._adds)",
+        "prompt_ids = encode(self.tokenizer, text, own)",
     ),
     Mutation(
         "no BOS before a text",
@@ -31,8 +31,8 @@ MUTATIONS = [
     Mutation(
         "a chat's boundary is looked for behind a BOS",
         f"{TEMPLATES}::test_a_chat_is_one_text_with_its_response",
-        "rollout/generator.py", "prompt_ids + words, name, self._adds)",
-        "prompt_ids + words, name)",
+        "rollout/generator.py", "prompt_ids + words, own, self._adds)",
+        "prompt_ids + words, own)",
     ),
     Mutation(
         "a second BOS before a text that has one",

@@ -163,7 +163,7 @@ MUTATIONS = [
     Mutation(
         "a batch of other sequences is asked, since its ids are the same",
         f"{STUDY}/test_cli.py::test_query_refuses_a_batch_that_the_results_are_not_about",
-        "study/results.py", "if about != tuple(map(info_of, batch)):", "if [one.id for one in about] != batch.ids:",
+        "study/checks.py", "if about != tuple(map(info_of, batch)):", "if [one.id for one in about] != batch.ids:",
     ),
     Mutation(
         "a sequence has the weight of U's that has its id",

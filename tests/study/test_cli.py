@@ -29,7 +29,7 @@ def kept(own):
     return own.kernel
 
 
-def told(*arguments: str, code: int = 0):
+def told(*arguments: object, code: int = 0):
     result = CliRunner().invoke(app, [*map(str, arguments)])
     assert result.exit_code == code, result.output
     assert "Traceback" not in result.output

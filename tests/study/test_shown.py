@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,14 +23,14 @@ U = (info("a", "x"), info("b", "y"), info("c", "x"), info("d", "z"))
 C = np.array([[0.3, -0.5, 0.4, 0.1]])
 
 
-def result(contributions=C) -> RequestResult:
+def result(contributions: Any = C) -> RequestResult:
     order = np.argsort(-np.abs(C), axis=1)
     return RequestResult("probes", "payload", (info("<probe>", "w"),), U, C.sum(1), realised=np.array([0.3]),
                          top=order, top_contributions=np.take_along_axis(C, order, 1),
                          contributions=contributions)  # fmt: skip
 
 
-def named(pairs) -> list[tuple[str, int, float]]:
+def named(pairs) -> list[tuple[str, int, Any]]:
     return [(u.id, u.times, pytest.approx(nats)) for u, nats in pairs]
 
 
@@ -46,7 +47,7 @@ def test_lists_of_what_raised_and_what_lowered():
 
 
 def test_a_result_is_one_screen_and_a_table_in_a_notebook():
-    one = result()
+    one: Any = result()
     rows = replace(one, evaluation=one.evaluation * 50, batch=np.full(50, 0.3), realised=np.full(50, 0.3),
                    top=np.repeat(one.top, 50, 0), top_contributions=np.repeat(one.top_contributions, 50, 0),
                    contributions=np.repeat(C, 50, 0))  # fmt: skip
