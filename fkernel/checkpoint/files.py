@@ -124,7 +124,7 @@ def saved_as(path: Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
             root = archive.namelist()[0].split("/")[0]
-    except (OSError, zipfile.BadZipFile, IndexError):
+    except Exception:  # whoever reads it says what is wrong with it
         return None
     return None if root == "archive" else root
 

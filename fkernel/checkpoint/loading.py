@@ -122,7 +122,7 @@ def load(
     Raises:
         CheckpointError: no layout is recognised, a file is missing or damaged, or an optimizer's files lie there that
             are not read.
-        ModelError: the weights do not fit the model, or there is none.
+        ModelError: the weights do not fit the model or are not finite, or there is none.
         OptimizerStateError, TreeError: see `adamw_state`; or the scheduler's learning rate is not the optimizer's.
 
     Warns:
@@ -153,6 +153,7 @@ def load(
     saved = read(layout, policy, optimizer)
     if saved.weights:
         policy = filled(policy, saved.weights, dtype, layout.model)
+    _check_finite(policy, layout.model)
     known_by = fingerprint(dict(policy.named_parameters()))
     trainer_state = None if layout.trainer_state is None else read_json(layout.trainer_state, "a trainer's state")
     if layout.names is not None and names is None:
@@ -191,7 +192,7 @@ def load(
     conditions = conditions_of(policy, layout, saved.weights, saved.optimizer, frozen, rounded)
     if state is None and optimizer and is_inner(path) and (unread := unread_optimizers(path)):
         conditions += (unread_condition(path, unread),)
-    elif state is None and optimizer and trainer_state is not None:
+    elif state is None and optimizer and (trainer_state is not None or layout.kind in FORMATS):
         conditions += (weights_only_condition(path),)
     for condition in conditions:
         warnings.warn(str(condition), CheckpointWarning, stacklevel=2)
@@ -211,6 +212,15 @@ def _policy(
     given = layout.config if model is None else model
     assert given is not None  # `load` has asked for it
     return wrapped(layout, architecture(given, trust_remote_code))
+
+
+def _check_finite(policy: torch.nn.Module, source: Path) -> None:
+    for name, leaf in policy.named_parameters():
+        if leaf.is_floating_point() and leaf.numel() and not all(bool(end.isfinite()) for end in leaf.aminmax()):
+            raise ModelError(
+                f"{source} has {name!r} with a NaN or an infinite number in it: the training diverged, or the file is "
+                f"damaged. Take an earlier checkpoint."
+            )
 
 
 def _take_masters(policy: Any, stored: StoredState, dtypes: Mapping[str, torch.dtype]) -> Tree:

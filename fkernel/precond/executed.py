@@ -109,7 +109,8 @@ def check_masters(masters: Tree, params: Tree) -> None:
     for name, master in masters.items():
         theta = params[name].detach().float()
         rounding = 2.0**-8  # bfloat16's, the coarsest
-        apart = (master - theta).abs() > rounding * master.abs() + torch.finfo(torch.float32).tiny
+        # NaN is not within anything
+        apart = ~((master - theta).abs() <= rounding * master.abs() + torch.finfo(torch.float32).tiny)
         if bool(apart.any()):
             raise OptimizerStateError(
                 f"The optimizer's master weights of {name!r} are not those that the weights are rounded from: "

@@ -232,6 +232,15 @@ def test_a_trainer_that_saved_weights_only_says_what_is_missing(tmp_path):
     assert "no optimizer" not in [condition.kind for condition in checkpoint.load(run.path, optimizer=False).conditions]
 
 
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    run = WRITERS["file"](tmp_path)
+    found = torch.load(run.path)
+    next(iter(found["model"].values()))[0, 0] = float("nan")
+    torch.save(found, run.path)
+    with pytest.raises(fk.ModelError, match=r"embed_tokens.weight' with a NaN or an infinite number"):
+        checkpoint.load(run.path, model=run.model)
+
+
 # -------------------------------------------------------------------------------------------------- sums and names
 
 

@@ -30,8 +30,8 @@ import torch
 
 import fkernel as fk
 from fkernel.checkpoint import Checkpoint
-from tests.formats.archives import names, unpack
-from tests.formats.places import load
+from tests.formats.archives import unpack
+from tests.formats.places import load, readable
 from tests.formats.saving import save_again
 
 UNSUMMED = {".json", ".jinja", ".txt", ".model", ".yaml"}
@@ -41,6 +41,10 @@ FILES = ("gone", "swap", "other")
 EDITS = ("key", "shape", "dtype", "nan", "kind")
 
 
+STATELESS = "no state"
+RIGHT = ("refused", "same", "said")
+
+
 class Trial(NamedTuple):
     """One change and what came of it.
 
@@ -48,7 +52,7 @@ class Trial(NamedTuple):
         run: which run.
         change: which of the changes above.
         file: the file, relative to the checkpoint.
-        outcome: "refused", "same", "OTHER NUMBERS" or "RAW <class>".
+        outcome: "refused", "same", "said" (that there is no state), "OTHER NUMBERS" or "RAW <class>".
         text: the message, or which numbers are others.
     """
 
@@ -65,14 +69,14 @@ def damage(count: int, seed: int = 0, runs: list[str] | None = None) -> dict[str
     Args:
         count: how many files are changed, one at a time.
         seed: of the changes.
-        runs: which runs; all by default.
+        runs: which runs; all that load here by default.
 
     Returns:
         {"files": count, "outcomes": {change: {outcome: how many}}, "wrong": trials that were neither refused nor the
         same}.
     """
     with tempfile.TemporaryDirectory() as place:
-        chosen = names() if runs is None else runs
+        chosen = readable() if runs is None else runs
         copies = {run: unpack(run, Path(place) / run) / "checkpoint" for run in chosen}
         trials: list[Trial] = []
         for number, run in enumerate(chosen):
@@ -80,7 +84,7 @@ def damage(count: int, seed: int = 0, runs: list[str] | None = None) -> dict[str
             others = [copy for name, copy in copies.items() if name != run]
             seeds = range(seed + number, seed + count, len(chosen))
             trials += [tried(run, copies[run], true, each, others) for each in seeds]
-    wrong = [trial._asdict() for trial in trials if trial.outcome not in ("refused", "same")]
+    wrong = [trial._asdict() for trial in trials if trial.outcome not in RIGHT]
     return {"files": len(trials), "runs": len(chosen), "outcomes": summary(trials), "wrong": wrong}
 
 
@@ -112,10 +116,12 @@ def tried(run: str, checkpoint: Path, true: dict[str, Any], seed: int, others: l
 
 
 def numbers(run: str, checkpoint: Path) -> dict[str, Any]:
-    """Load a run and give what a computation takes from it."""
+    """Load a run and give what a computation takes from it; that it has no state is a number, too, where it is said."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return dict(numbers_of(load(run, checkpoint)))
+        loaded = load(run, checkpoint)
+    said = any(condition.kind == "no optimizer" for condition in loaded.conditions)
+    return {**dict(numbers_of(loaded)), **({STATELESS: True} if said else {})}
 
 
 def numbers_of(loaded: Checkpoint) -> Iterator[tuple[str, Any]]:
@@ -129,6 +135,8 @@ def numbers_of(loaded: Checkpoint) -> Iterator[tuple[str, Any]]:
     for name in state.names:
         yield f"kind of {name}", state.kinds[name]
         for key, value in {**state.entries[name], **state.groups[name]}.items():
+            if key == "initial_lr":  # a scheduler's note
+                continue
             yield f"{key} of {name}", value
 
 
@@ -239,6 +247,8 @@ def _outcome(run: str, checkpoint: Path, true: dict[str, Any]) -> tuple[str, str
         return "refused", str(error)
     except Exception as error:
         return f"RAW {type(error).__name__}", str(error)
+    if STATELESS in changed:
+        return "said", "it has no optimizer's state, and a warning says so"
     apart = [key for key in {**true, **changed} if not _same(true.get(key), changed.get(key))]
     return ("OTHER NUMBERS", ", ".join(apart[:4])) if apart else ("same", "")
 

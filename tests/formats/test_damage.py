@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import copy
 import warnings
-from importlib.util import find_spec
 
 import pytest
 
 from tests.formats import damage
-from tests.formats.archives import names, unpack
-from tests.formats.places import load
+from tests.formats.archives import unpack
+from tests.formats.places import load, readable
 
-REFUSED = ("megatron_dp_reshardable",)
-READABLE = [run for run in names() if run not in REFUSED and (find_spec("torchao") or "_ao_" not in run)]
+READABLE = readable()
 
 
 @pytest.mark.parametrize("begin", sorted({run.split("_")[0] for run in READABLE}))

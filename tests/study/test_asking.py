@@ -30,7 +30,9 @@ def test_the_answer_is_that_of_a_plan_that_asks(study):
     asked = ask(out / "workspace", [SAMPLES[1], {**SAMPLES[0], "name": "right"}])
     assert [info.id for info in asked.evaluation] == ["probe-1", "right"]
     own: Any = results["probes"]
-    np.testing.assert_allclose(np.asarray(asked.kept("contributions")), own.kept("contributions")[::-1], rtol=2e-3, atol=1e-7)
+    np.testing.assert_allclose(
+        np.asarray(asked.kept("contributions")), own.kept("contributions")[::-1], rtol=2e-3, atol=1e-7
+    )
     np.testing.assert_allclose(asked.realised, own.realised[::-1], rtol=1e-3, atol=1e-7)
     after = {path: path.stat().st_mtime_ns for path in (out / "workspace").rglob("*") if path.is_file()}
     assert {path for path in before if after.get(path) != before[path] and path.name != "lock"} == set()
