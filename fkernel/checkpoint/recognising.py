@@ -4,7 +4,7 @@
     beta2_decay → Adafactor     ns_steps → Muon         scale_parameter → transformers' Adafactor
     use_muon → Muon where it is True, AdamW with it where not (K. Jordan's)
     state1, state2 → bitsandbytes' AdamW; state1 with eps 0 and a second beta → its Lion
-    betas without eps → Lion    decoupled_weight_decay without amsgrad → RAdam
+    betas without eps → Lion    decoupled_weight_decay without amsgrad and fused → RAdam
     amsgrad, bias_correction → Adam's family: AdamW in the plain, or AMSGrad, climbing, decay in the gradient
 
 Every other is refused by name (`fkernel.checkpoint.foreign`), and so is a name that none of the optimizer has.
@@ -123,7 +123,7 @@ def _writer(group: Mapping[str, Any], entries: Mapping[Any, dict[str, Any]], num
         said = True
     elif not kind and "betas" in group and "eps" not in group:
         kind, writer = "lion", "bitsandbytes.optim.Lion"
-    elif not kind and "amsgrad" not in group and "decoupled_weight_decay" in group:
+    elif not kind and not {"amsgrad", "fused"} & set(group) and "decoupled_weight_decay" in group:
         kind, writer = "radam", "torch.optim.RAdam"
     check_group(group, number, kind or "adamw")
     if kind and kind != "adamw":

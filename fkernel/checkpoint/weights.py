@@ -124,7 +124,8 @@ def _check_ties(model: torch.nn.Module, weights: Mapping[str, Any], source: Path
         if name not in weights:
             continue
         other = first.setdefault(id(leaf), name)
-        if other != name and not torch.equal(weights[other], weights[name]):
+        one, two = weights[other], weights[name]
+        if one.data_ptr() != two.data_ptr() and not torch.equal(one, two):
             raise ModelError(
                 f"{source} has two different weights {other!r} and {name!r}, which are tied in the model: is it the "
                 f"model that was trained (tie_word_embeddings)?"
