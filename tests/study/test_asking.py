@@ -33,7 +33,7 @@ def test_the_answer_is_that_of_a_plan_that_asks(study):
     np.testing.assert_allclose(
         np.asarray(asked.kept("contributions")), own.kept("contributions")[::-1], rtol=2e-3, atol=1e-7
     )
-    np.testing.assert_allclose(asked.realised, own.realised[::-1], rtol=1e-3, atol=1e-7)
+    np.testing.assert_allclose(np.asarray(asked.realised), own.realised[::-1], rtol=1e-3, atol=1e-7)
     after = {path: path.stat().st_mtime_ns for path in (out / "workspace").rglob("*") if path.is_file()}
     assert {path for path in before if after.get(path) != before[path] and path.name != "lock"} == set()
 
