@@ -62,7 +62,7 @@ def over(mesh: Any, what: str, given: dict[str, Any]) -> Iterator[Group | None]:
         return
     group = group_of(mesh)
     with together(group, what):
-        agree(group, "the versions of fkernel and torch", f"{metadata.version('fkernel')}, {torch.__version__}")
+        agree(group, "the versions of fkernel and torch", f"{_version()}, {torch.__version__}")
         for name, value in given.items():
             agree(group, name, described(value))
         yield group
@@ -271,3 +271,10 @@ def whole_tree(shards: Tree, group: Group, params: Tree) -> Tree:
 def in_buckets(params: Tree) -> list[list[str]]:
     """Group parameters for collectives over vectors of their size: of one dtype, in buckets."""
     return [own for names in _by_dtype(params) for own in buckets({name: _nbytes(params[name]) for name in names})]
+
+
+def _version() -> str:
+    try:
+        return metadata.version("fkernel")
+    except metadata.PackageNotFoundError:  # a source tree on the path
+        return "not installed"
