@@ -178,6 +178,7 @@ def test_makefile_lists_what_a_newcomer_needs():
         "calibration",
         "sweep",
         "runs",
+        "formats",
         "docs",
         "clean",
     }
