@@ -117,7 +117,7 @@ def test_observables_are_predicted(study, firsts, name):
 def test_a_pair_that_a_request_of_its_own_lacks_is_an_error(run, tmp_path):
     odds = {"name": "odds", "kind": "log_odds", "pairs": [["E-000-00", "E-9"]]}
     request = {"kind": "evaluation", "batch_size_prompts": 2, "analyses": {"observables": [odds]}}
-    with pytest.raises(fk.RolloutError, match=r"observables.odds: .E-9. is none of this request"):
+    with pytest.raises(fk.PlanError, match=r"observables.odds.pairs: 'E-9' names no sequence of this request"):
         FisherKernelRunner(run.plan(tmp_path / "out", requests=[request])).run()
 
 

@@ -53,7 +53,7 @@ def test_run_writes_everything_and_prints_tables(study):
         "plan.json", "results.json", "report.html", "kernel.npz", "environment.json", "log.jsonl", "pictures",
         "batches", "workspace",
     }  # fmt: skip
-    assert "look at" in result.stdout
+    assert "the page is" in result.stdout
     assert "<h1>" in (out / "report.html").read_text(encoding="utf-8")
     for picture in ("held_out_heatmap", "held_out_influence", "held_out_contributors", "spectrum"):
         assert (out / "pictures" / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
