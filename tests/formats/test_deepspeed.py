@@ -97,7 +97,7 @@ def test_openrlhf_exports_a_configuration_beside(tmp_path):
     check_state(loaded(fresh.path, decoupled=True), fresh.truth)
 
 
-@runs(*UNSAID)
+@runs(*(name for name in UNSAID if name.startswith("deepspeed")))
 def test_whose_decay_it_is_must_be_said(fresh):
     refused(lambda: fresh.load(decoupled=None), "does not say whose", "decoupled=True")
 
