@@ -241,6 +241,12 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
         checkpoint.load(run.path, model=run.model)
 
 
+def test_a_master_that_is_no_number_is_refused():
+    weights = {"w": torch.ones(2, dtype=torch.bfloat16)}
+    with pytest.raises(fk.OptimizerStateError, match=r"master weights of 'w' are not those"):
+        fk.precond.check_masters({"w": torch.tensor([1.0, float("nan")])}, weights)
+
+
 # -------------------------------------------------------------------------------------------------- sums and names
 
 
