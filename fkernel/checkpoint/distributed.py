@@ -126,12 +126,6 @@ class _Restricted(pickle.Unpickler):
         )
 
 
-class _Slice(io.BytesIO):
-    """A part of a file, as a file by itself."""
-
-    mode, name = "rb", ""  # pyright: ignore
-
-
 def _blank(about: Any) -> Any:
     """Make room for a tensor; None for what is no tensor."""
     chunks = getattr(about, "chunks", None)
@@ -169,7 +163,7 @@ def _loaded(data: bytes, item: Item, path: Path) -> Any:
             f"{len(data)} of them. Copy it again from where it was saved."
         )
     try:
-        check_sums(_Slice(data), path)
+        check_sums(io.BytesIO(data), path)
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except CheckpointError:
         raise

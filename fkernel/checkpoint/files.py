@@ -13,8 +13,9 @@ import re
 import zipfile
 from importlib import import_module
 from importlib.util import find_spec
+from io import IOBase
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -75,7 +76,7 @@ def read_tensors(path: Path, what: str, *, mmap: bool = False) -> Any:
         ) from error
 
 
-def check_sums(file: IO[bytes], path: Any) -> None:
+def check_sums(file: IOBase, path: Any) -> None:
     r"""Check the sums of a zip archive's entries; anything else, such as torch's format before 1.6, has none.
 
     Args:

@@ -31,7 +31,8 @@ def test_an_overflow_is_named_by_the_sequences_id(run, tmp_path, monkeypatch):
 
 
 def test_a_batch_of_another_checkpoint_is_refused(run, tmp_path):
-    plan = run.plan(tmp_path / "out", checkpoint={"path": str(run.after / "model")})
+    bare = {"form": "identity", "calibrated": False}
+    plan = run.plan(tmp_path / "out", checkpoint={"path": str(run.after / "model")}, preconditioner=bare, step={})
     with pytest.raises(fk.RolloutError, match="another policy's"):
         executed(plan)
 
