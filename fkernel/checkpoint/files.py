@@ -7,7 +7,6 @@ that a file that was renamed tells which one it was (`saved_as`).
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 import zipfile
@@ -21,6 +20,7 @@ import torch
 
 from fkernel.checkpoint.quiet import libraries_quiet
 from fkernel.errors import CheckpointError
+from fkernel.io import parse_json
 
 COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 UNPICKLER = "WeightsUnpickler error: "
@@ -161,7 +161,7 @@ def read_json(path: Path, what: str) -> Any:
         CheckpointError: it is missing or is no JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"There is no file {path}; expected {what}.") from None
     except (OSError, ValueError) as error:

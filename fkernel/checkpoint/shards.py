@@ -13,7 +13,6 @@ same of nemo_automodel 0.7.0.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from fkernel.checkpoint.chunks import Box, covers
 from fkernel.checkpoint.files import first_line
 from fkernel.errors import CheckpointError, listing
+from fkernel.io import parse_json
 from fkernel.shapes import Tree
 
 PATTERN = "shard-*.safetensors"
@@ -50,7 +50,7 @@ def read_shards(directory: Path, shapes: Mapping[str, tuple[int, ...]]) -> Tree:
     for path in files:
         try:
             with safe_open(path, framework="pt") as file:
-                info = json.loads((file.metadata() or {}).get(SHARDING, "{}"))
+                info = parse_json((file.metadata() or {}).get(SHARDING, "{}"))
                 for name in file.keys():  # noqa: SIM118
                     box = _copied(file.get_tensor(name), name, info, whole, shapes, path)
                     boxes.setdefault(name, []).append(box)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from fkernel.checkpoint.files import first_line
 from fkernel.checkpoint.names import unwrapped
 from fkernel.checkpoint.quiet import libraries_quiet
 from fkernel.errors import CheckpointError, ModelError, listing
+from fkernel.io import parse_json
 
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn"}
@@ -63,7 +63,7 @@ def read_safetensors(directory: Path) -> dict[str, Any]:
     """
     try:
         index = directory / INDEX
-        files = {*json.loads(index.read_text())["weight_map"].values()} if index.is_file() else {"model.safetensors"}
+        files = {*parse_json(index.read_text())["weight_map"].values()} if index.is_file() else {"model.safetensors"}
         return {name: leaf for file in sorted(files) for name, leaf in load_file(directory / file).items()}
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"The weights in {directory} cannot be read: {first_line(error)}") from error

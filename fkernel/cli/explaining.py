@@ -77,13 +77,14 @@ def _settings(given: list[str]) -> dict[str, Any]:
     import yaml
 
     from fkernel.errors import PlanError
+    from fkernel.study import parse_yaml
 
     settings = {}
     for text in given:
         key, equals, value = text.partition("=")
         try:
-            settings[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
+            settings[key] = parse_yaml(value)
+        except (ValueError, yaml.YAMLError):
             equals = ""
         if not equals or not key:
             raise PlanError(f"--set {text}: expected KEY=VALUE, such as update.weights=dapo.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +70,10 @@ def _saved(plan: Any, runner: Any, results: Any, page: bool) -> Any:
 
 def _remove_pictures(out: Path) -> None:
     """Remove the page and the pictures of the results that will be replaced, and no other files."""
+    from fkernel.io import parse_json
+
     try:
-        names = [*json.loads((out / "results.json").read_text(encoding="utf-8"))["requests"], "update"]
+        names = [*parse_json((out / "results.json").read_text(encoding="utf-8"))["requests"], "update"]
     except (OSError, ValueError, KeyError, TypeError):
         return
     (out / "report.html").unlink(missing_ok=True)

@@ -10,7 +10,6 @@
   complete.json     sizes of all other files; written last
 """
 
-import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from fkernel.demo.policy import PolicyConfig, SupervisionConfig, build_model, co
 from fkernel.demo.task import TaskConfig, splits
 from fkernel.demo.tokenizer import build_tokenizer
 from fkernel.demo.training import ReinforceConfig, reinforce
-from fkernel.io import atomic_directory, default_cache_root, hash_json
+from fkernel.io import atomic_directory, default_cache_root, hash_json, parse_json
 from fkernel.rollout import SampleGenerator, Sampling
 
 COMPLETE = "complete.json"
@@ -85,7 +84,7 @@ def cache_key(config: DemoConfig) -> str:
 def is_complete(directory: Path) -> bool:
     """Whether a prepared directory has all files of `COMPLETE`, with their sizes."""
     try:
-        sizes: dict[str, int] = json.loads((directory / COMPLETE).read_text(encoding="utf-8"))
+        sizes: dict[str, int] = parse_json((directory / COMPLETE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return all((directory / name).is_file() and (directory / name).stat().st_size == n for name, n in sizes.items())

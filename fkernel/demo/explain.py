@@ -7,9 +7,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-import yaml
-
-from fkernel.study import FisherKernelPlan
+from fkernel.study import FisherKernelPlan, parse_yaml
 
 
 def demo_plan(directory: Path, out: Path, seed: int = 0) -> FisherKernelPlan:
@@ -20,7 +18,7 @@ def demo_plan(directory: Path, out: Path, seed: int = 0) -> FisherKernelPlan:
         out: directory of the results.
         seed: for sampling.
     """
-    template = yaml.safe_load((resources.files("fkernel.demo") / "plan.yaml").read_text(encoding="utf-8"))
+    template = parse_yaml((resources.files("fkernel.demo") / "plan.yaml").read_text(encoding="utf-8"))
     filled = _filled(template, {"policy": str(directory), "out": str(out)})
     return FisherKernelPlan.model_validate(filled).seeded(seed)
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fkernel.io.documents import parse_json
 from fkernel.io.fingerprints import hash_json
 
 SEAL = "seal"
@@ -42,7 +43,7 @@ def read_checksummed(path: Path) -> dict[str, Any]:
         Traceback (most recent call last):
         ValueError: its checksum differs: it is not what was written
     """
-    content = json.loads(path.read_bytes())
+    content = parse_json(path.read_bytes())
     if not isinstance(content, dict):
         raise ValueError(f"expected an object, found a {type(content).__name__}")
     if content.pop(SEAL, None) != hash_json(content):

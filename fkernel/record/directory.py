@@ -35,6 +35,7 @@ from fkernel.io import (
     atomic_write,
     checksum,
     checksummed_json,
+    parse_json,
     plain_errors,
     read_checksummed,
 )
@@ -135,7 +136,7 @@ def read_step(place: Path) -> tuple[dict[str, Any], tuple[RecordedMicrobatch, ..
     """
     facts = _checked(place, STEP, (TOKENS, ROWS))
     tensors = load_file(place / TOKENS)
-    rows = tuple(json.loads(line) for line in (place / ROWS).read_text("utf-8").split("\n") if line)
+    rows = tuple(parse_json(line) for line in (place / ROWS).read_text("utf-8").split("\n") if line)
     passes = [_microbatch(tensors, i, each["loss"]) for i, each in enumerate(facts["microbatches"])]
     return facts, tuple(passes), rows
 

@@ -25,7 +25,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from fkernel.errors import RolloutError
-from fkernel.io import atomic_directory, checksummed_json, hash_json, read_checksummed
+from fkernel.io import atomic_directory, checksummed_json, hash_json, parse_json, read_checksummed
 from fkernel.rollout.batch import GeneratedBatch
 from fkernel.rollout.record import TOKEN_WEIGHTS, Provenance, SequenceRecord
 from fkernel.rollout.sampling import Sampling
@@ -111,7 +111,7 @@ def load_batch(directory: str | Path, checkpoint: str | None = None) -> Generate
             if hashlib.sha256(content).hexdigest() != manifest["sha256"][name]:
                 raise RolloutError(f"{place / name} is not what was written ({len(content)} bytes): it is damaged.")
         rows = [
-            json.loads(line) for line in contents[RECORDS].decode().split("\n") if line
+            parse_json(line) for line in contents[RECORDS].decode().split("\n") if line
         ]  # texts may hold other line ends
         columns = _columns(load_tensors(contents[TOKENS]), manifest.get("parts", []))
         records = tuple(_record(row, {name: columns[name][i] for name in columns}) for i, row in enumerate(rows))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from fkernel.errors import RolloutError
+from fkernel.io import parse_json
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def _objects(path: str | Path, lines: Iterable[str]) -> Iterator[dict[str, Any]]
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = parse_json(line)
         except ValueError as error:
             raise RolloutError(f"{path}, line {number}: no JSON ({error}).") from None
         if not isinstance(value, dict):

@@ -18,6 +18,7 @@ from fkernel.study.config.loss import ClippedRatioLoss, KLPlan, PolicyGradientLo
 from fkernel.study.config.plan import TEMPLATE, FisherKernelPlan, NumericsPlan, StoragePlan
 from fkernel.study.config.requests import AnyRequest, BatchRequest
 from fkernel.study.config.step import PreconditionerPlan, StepPlan
+from fkernel.study.config.yaml_text import parse_yaml
 from fkernel.study.diagnostics import Blocks, Spectrum, cosines, spectrum, top_contributors
 from fkernel.study.explaining import Explanation, explanation
 from fkernel.study.from_recording import as_recorded
@@ -85,6 +86,7 @@ __all__ = [
     "forecast",
     "influence_of",
     "load_workspace",
+    "parse_yaml",
     "probes_batch",
     "read_plan",
     "read_probes",

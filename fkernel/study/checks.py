@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
 from fkernel.checkpoint import STATE_PLACES, find_layout, has_no_optimizer
 from fkernel.errors import FKernelError, PlanError, ResultsError, listing
+from fkernel.io import parse_json
 from fkernel.rollout import GeneratedBatch, dotted
 from fkernel.study.config.base import CheckpointPlan
 from fkernel.study.config.plan import FisherKernelPlan
@@ -150,7 +150,7 @@ def _lacks_chat(place: Path, checkpoint: CheckpointPlan) -> bool:
     if not own:
         return False
     try:
-        config = json.loads((own[0] / "tokenizer_config.json").read_text(encoding="utf-8"))
+        config = parse_json((own[0] / "tokenizer_config.json").read_text(encoding="utf-8"))
     except ValueError:
         return False
     files = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
@@ -181,7 +181,7 @@ def check_out(plan: FisherKernelPlan, overwrite: bool = False) -> None:
     if overwrite or not recorded.is_file():
         return
     try:
-        before = json.loads(recorded.read_text(encoding="utf-8")).get("plan_hash")
+        before = parse_json(recorded.read_text(encoding="utf-8")).get("plan_hash")
     except ValueError:
         before = None
     if before != plan.hash:

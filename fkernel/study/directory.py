@@ -32,7 +32,16 @@ from fkernel.engine import Gradients, Read, SortedBatch, complete
 from fkernel.engine.store import MANIFEST, differences, open_store
 from fkernel.errors import StoreError, listing
 from fkernel.func import Weighted
-from fkernel.io import atomic_write, checksum, checksummed_json, fingerprint, locked, plain_errors, read_checksummed
+from fkernel.io import (
+    atomic_write,
+    checksum,
+    checksummed_json,
+    fingerprint,
+    locked,
+    parse_json,
+    plain_errors,
+    read_checksummed,
+)
 from fkernel.precond import Diagonal
 from fkernel.rollout import MANIFEST as MANIFEST_OF_BATCH
 from fkernel.rollout import GeneratedBatch, load_batch, save_batch
@@ -141,7 +150,7 @@ class WorkspaceDirectory:
         if not place.is_file():
             return None
         try:
-            return [slice(*rows) for rows in json.loads(place.read_text(encoding="utf-8"))["groups"]]
+            return [slice(*rows) for rows in parse_json(place.read_text(encoding="utf-8"))["groups"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StoreError(f"{place} cannot be read ({error}); delete {place.parent} to begin it anew.") from error
 

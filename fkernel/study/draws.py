@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fkernel.errors import PlanError
 from fkernel.rollout import GeneratedBatch, SampleGenerator
-from fkernel.study.config.base import Strict
-
-NAME = r"^[\w.-]+$"
-"""What requests and sequences written by hand may be called."""
+from fkernel.study.config.values import MANY, Name, Strict
 
 
 def probe_name(place: int) -> str:
@@ -31,6 +28,12 @@ class BatchSource(Strict):
     def size(self) -> int:
         """How many sequences are sampled; 0 for none or unknown."""
         return 0
+
+    @model_validator(mode="after")
+    def _countable(self) -> BatchSource:
+        if self.size > MANY:
+            raise ValueError(f"these are {self.size} sequences; a batch has at most {MANY}")
+        return self
 
     def generate(self, generator: SampleGenerator, seed: int = 0) -> GeneratedBatch:
         """Sample, score or read the batch."""
@@ -192,7 +195,7 @@ class CustomSequenceDraw(BatchSource):
     """
 
     kind: Literal["custom_sequence"]
-    name: str | None = Field(None, min_length=1, pattern=NAME)
+    name: Name | None = None
     prompt: str
     response: str
     metadata: dict[str, Any] = Field(default_factory=dict)

@@ -19,7 +19,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from fkernel.errors import ResultsError
-from fkernel.io import atomic_file, checksum
+from fkernel.io import atomic_file, checksum, parse_json
 from fkernel.study.loss_terms import PART
 from fkernel.study.outcome import (
     EFFECTS,
@@ -169,7 +169,7 @@ class FisherKernelResults:
         place = Path(directory)
         try:
             plan, environment, data = (
-                json.loads((place / name).read_text(encoding="utf-8"))
+                parse_json((place / name).read_text(encoding="utf-8"))
                 for name in ("plan.json", "environment.json", "results.json")
             )
             with np.load(place / "kernel.npz", allow_pickle=False) as file:

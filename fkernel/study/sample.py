@@ -11,6 +11,7 @@ from pydantic import Field
 from fkernel.errors import RolloutError
 from fkernel.rollout import GeneratedBatch, save_batch
 from fkernel.study.config.base import SourcePlan
+from fkernel.study.config.values import Place
 from fkernel.study.draws import AnyDraw
 
 
@@ -19,7 +20,7 @@ class SamplePlan(SourcePlan):
 
     microbatch: int = Field(32, gt=0)
     request: AnyDraw
-    out: str = Field(description="directory that the batch is saved to; it must not exist")
+    out: Place = Field(description="directory that the batch is saved to; it must not exist")
 
 
 def sampled(plan: SamplePlan, on_progress: Callable[[int], Any] = lambda n: None) -> GeneratedBatch:

@@ -9,7 +9,7 @@ import yaml
 
 import fkernel as fk
 from fkernel import checkpoint
-from fkernel.study import TEMPLATE, FisherKernelPlan, check_inputs, read_plan
+from fkernel.study import TEMPLATE, FisherKernelPlan, check_inputs, parse_yaml, read_plan
 from fkernel.study.config.base import CheckpointPlan
 
 
@@ -60,6 +60,38 @@ def said(tmp_path, plan) -> str:
         ({"update": {"kind": "evaluation"}}, "update"),
         ({"out": 3}, "out: expected a valid string"),
         ({"capture": {"top_k": -1}}, "capture.top_k: expected greater than or equal to 0"),
+        ({"out": ""}, "out: expected the path of a file or a directory"),
+        ({"out": "a\0b"}, "out: expected the path of a file or a directory"),
+        ({"storage": {"workspace": " "}}, "storage.workspace: expected the path"),
+        ({"numerics": {"seed": True}}, "numerics: seed is true; expected a number or a text"),
+        ({"step": {"microbatches": True}}, "step: microbatches is true"),
+        ({"numerics": {"seed": 2**64}}, "numerics.seed is a number of 65 bits; expected one below 2⁶³"),
+        ({"step": {"max_norm": float("inf")}}, "step.max_norm is inf; expected a finite number"),
+        ({"correct": float("nan")}, "correct is nan"),
+        (
+            {"requests": [{"kind": "update", "advantages": {"U-000-00": float("nan")}}]},
+            "requests.0.advantages.U-000-00 is nan",
+        ),
+        ({"analyses": {"sweep": {"scales": [1.0, float("inf")]}}}, "analyses.sweep.scales.1 is inf"),
+        (
+            {"analyses": {"counterfactuals": [{"name": "a", "scale": {"U-000-00": float("inf")}}]}},
+            "analyses.counterfactuals.0.scale.U-000-00 is inf",
+        ),
+        (
+            {
+                "requests": [
+                    {"kind": "custom_sequence", "prompt": "", "response": "1", "metadata": {"a": [float("nan")]}}
+                ]
+            },
+            "requests.0.metadata.a.0 is nan",
+        ),
+        ({"requests": [{"kind": "update", "name": "."}]}, "requests.0.update.name: String should match pattern"),
+        ({"requests": [{"kind": "update", "name": ".."}]}, "requests.0.update.name: String should match pattern"),
+        ({"requests": [{"kind": "update", "name": "a" * 300}]}, "expected a name of at most 120 bytes"),
+        (
+            {"requests": [{"kind": "evaluation", "batch_size_prompts": 9, "completions_per_prompt": 10**9}]},
+            "these are 9000000000 sequences; a batch has at most 1000000",
+        ),
     ],
 )
 def test_mistakes_are_said_in_one_line(tmp_path, base, changes, message):
@@ -67,6 +99,52 @@ def test_mistakes_are_said_in_one_line(tmp_path, base, changes, message):
     assert message in text, text
     assert len(text.splitlines()) == 1, text
     assert str(tmp_path / "plan.yaml") in text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("out: a\nout: b", "line 2, column 1: no YAML (the key 'out' is there twice)"),
+        ("step: {max_norm: 1, max_norm: 2}", "the key 'max_norm' is there twice"),
+        ("out: !!python/name:os.system", "no YAML (the tag 'tag:yaml.org,2002:python/name:os.system' is not read"),
+        ("a0: &a0 [1, 1]\n" + "\n".join(f"a{i + 1}: &a{i + 1} [{','.join([f'*a{i}'] * 9)}]" for i in range(9)),
+         "stands for more than 1000000 values"),
+        ("out: &a [*a]", "an alias stands inside of what it names"),
+        ("[" * 100_000, "no YAML (it is nested too deeply)"),
+        ("? [a]\n: b", "a key is a list"),
+    ],
+)  # fmt: skip
+def test_yaml_that_is_not_what_it_seems_is_refused(tmp_path, text, message):
+    file = tmp_path / "plan.yaml"
+    file.write_text(text)
+    with pytest.raises(fk.PlanError) as caught:
+        read_plan(file, FisherKernelPlan)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"out": 1, "out": 2}', "the key 'out' is there twice"),
+        ('{"a":' * 100_000, "it is nested too deeply"),
+        ("", ""),
+    ],
+)
+def test_json_that_is_not_what_it_seems_is_refused(tmp_path, text, message):
+    file = tmp_path / "plan.json"
+    file.write_text(text)
+    with pytest.raises(fk.PlanError) as caught:
+        read_plan(file, FisherKernelPlan)
+    assert f"no JSON ({message}" in str(caught.value)
+
+
+def test_numbers_and_dates_of_yaml_are_what_json_would_have():
+    assert parse_yaml("{lr: 1e-5, day: 2024-05-01, n: 3, yes: yes}") == {
+        "lr": 1e-5,
+        "day": "2024-05-01",
+        "n": 3,
+        True: True,
+    }
 
 
 def test_missing_files_are_said_with_their_place(base):

@@ -24,7 +24,7 @@ from fkernel.engine.recycling import reuse_memory
 from fkernel.engine.store import open_store
 from fkernel.func.handles import Factored, contract
 from fkernel.func.taps import handles_of, plan_of
-from fkernel.io import atomic_file, default_cache_root
+from fkernel.io import atomic_file, default_cache_root, parse_json
 from fkernel.shapes import Tree
 
 MB = 1 << 20
@@ -67,7 +67,7 @@ def rates(dtype: torch.dtype = torch.float32, directory: Path | None = None) -> 
     )
     known: Any = None
     with suppress(OSError, ValueError):
-        known = json.loads(path.read_text())
+        known = parse_json(path.read_text())
     with suppress(KeyError, TypeError):
         return Rates(*known[key])
     measured = measure_rates(dtype)

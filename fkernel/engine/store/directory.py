@@ -26,7 +26,7 @@ from fkernel.engine.store.manifest import SCHEMA, describe, differences
 from fkernel.engine.store.shards import Layout, layout, pack, unpack
 from fkernel.errors import StoreError, listing
 from fkernel.func.handles import Handle, Handles, count
-from fkernel.io import NO_ROOM, PARTIAL, atomic_write, checksum, locked, plain_errors
+from fkernel.io import NO_ROOM, PARTIAL, atomic_write, checksum, locked, parse_json, plain_errors
 
 MANIFEST, LOCK = "manifest.json", "lock"
 _BEGIN_ANEW = "choose another directory, or delete this one to begin anew"
@@ -231,7 +231,7 @@ def _settle(path: Path, wanted: dict[str, Any]) -> None:
         atomic_write(path, [json.dumps(wanted, indent=1).encode() + b"\n"])
         return
     try:
-        stored = json.loads(path.read_bytes())
+        stored = parse_json(path.read_bytes())
         schema = stored["schema"]
     except (ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{str(path)!r} is damaged ({error}); {_BEGIN_ANEW}.") from error

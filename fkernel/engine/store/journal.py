@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fkernel.errors import StoreError
-from fkernel.io import flush_to_disk
+from fkernel.io import flush_to_disk, parse_json
 
 NAME = "shards.jsonl"
 
@@ -102,7 +102,7 @@ def file_name(i: int) -> str:
 
 def _parsed(line: bytes) -> Record | None:
     try:
-        return Record(**json.loads(line)) if line.endswith(b"\n") else None
+        return Record(**parse_json(line)) if line.endswith(b"\n") else None
     except (ValueError, TypeError):
         return None
 

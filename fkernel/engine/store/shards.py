@@ -21,7 +21,7 @@ import torch
 
 from fkernel.errors import StoreError
 from fkernel.func.handles import Concat, Factored, Handle, Handles, Head, SparseRows, Sum
-from fkernel.io import open_direct, read_direct, tensor_chunks
+from fkernel.io import open_direct, parse_json, read_direct, tensor_chunks
 from fkernel.shapes import Tensor
 
 _DTYPES = {
@@ -113,8 +113,8 @@ def layout(path: Path) -> Layout:
     """
     with open_direct(path) as file:
         size = int.from_bytes(bytes(read_direct(file, 0, 8).numpy()), "little")
-        header = json.loads(bytes(read_direct(file, 8, 8 + size).numpy()))
-    structure = json.loads(header.pop("__metadata__")[_METADATA])
+        header = parse_json(bytes(read_direct(file, 8, 8 + size).numpy()))
+    structure = parse_json(header.pop("__metadata__")[_METADATA])
     named = {name: dtype for dtype, name in _DTYPES.items()}
     places = {
         name: (named[tensor["dtype"]], tensor["shape"], *(8 + size + place for place in tensor["data_offsets"]))

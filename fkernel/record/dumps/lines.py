@@ -5,13 +5,13 @@ A row that a killed process left half written, a NaN, and a row that is no objec
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fkernel.errors import RolloutError, listing
+from fkernel.io import parse_json
 
 
 class Line(NamedTuple):
@@ -113,7 +113,7 @@ def read_lines(path: Path) -> Iterator[Line]:
 
 def _line(text: str, place: str) -> Line:
     try:
-        values = json.loads(text, parse_constant=_refuse)
+        values = parse_json(text, parse_constant=_refuse)
     except _NotFiniteError as error:
         raise RolloutError(
             f"{place} holds {error}, which is no number; the training diverged there, or the file was edited."

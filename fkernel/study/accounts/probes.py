@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from fkernel.errors import RolloutError, listing
 from fkernel.func import pad
+from fkernel.io import parse_json
 from fkernel.rollout import (
     CustomSample,
     GeneratedBatch,
@@ -74,7 +74,7 @@ def probes_of(rows: list[dict[str, Any]], generator: SampleGenerator) -> Generat
 
 def _parsed(place: Path, number: int, line: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError as error:
         raise RolloutError(f"Line {number} of {str(place)!r} is no JSON: {error}.") from error
     if not isinstance(row, dict) or not ({*row} >= TEXTS or {*row} >= TOKENS) or {*row} - KEYS:

@@ -23,7 +23,6 @@ def _switched(value: Any) -> Any:
 
 
 Switch = BeforeValidator(_switched)
-NAME = r"^[\w.-]+$"
 
 
 class Accumulator:

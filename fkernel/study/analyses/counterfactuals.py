@@ -12,10 +12,10 @@ from fkernel.analysis import alternative_step, counterfactual
 from fkernel.errors import PlanError, listing
 from fkernel.precond import Grads
 from fkernel.shapes import Tensor, Tree
-from fkernel.study.analyses.analysis import NAME, Analysis, without_nan
+from fkernel.study.analyses.analysis import Analysis, without_nan
 from fkernel.study.analyses.context import RequestContext
 from fkernel.study.analyses.observables import ObservablePlan, observable_of
-from fkernel.study.config.base import Strict
+from fkernel.study.config.values import Name, Strict
 from fkernel.study.loss_terms import OWN, Columns, columns_of
 from fkernel.study.losses import clipped_ratio_of
 from fkernel.study.outcome import AnalysisResult
@@ -39,7 +39,7 @@ class CounterfactualPlan(Strict):
         lr: learning rate, relative to the step's own.
     """
 
-    name: str = Field(pattern=NAME)
+    name: Name
     advantages: str | dict[str, float] | None = None
     drop: tuple[str, ...] = ()
     drop_prompts: tuple[str, ...] = ()

@@ -16,10 +16,11 @@ from fkernel.func.handles import ProductSpec, RowSpec
 from fkernel.func.inputs import take
 from fkernel.rollout import GeneratedBatch, dotted
 from fkernel.shapes import Tensor
-from fkernel.study.analyses.analysis import NAME, Analysis
+from fkernel.study.analyses.analysis import Analysis
 from fkernel.study.analyses.context import RequestContext
 from fkernel.study.analyses.failures import AnalysisUnavailable
-from fkernel.study.config.base import CheckpointPlan, Strict
+from fkernel.study.config.base import CheckpointPlan
+from fkernel.study.config.values import Name, Strict
 from fkernel.study.diagnostics import top_contributors
 from fkernel.study.loss_terms import with_parts
 from fkernel.study.outcome import AnalysisResult
@@ -40,7 +41,7 @@ class ObservablePlan(Strict):
         function: dotted name, of kind function: (apply, temperature) -> f, and f: (params, Sequences[n t]) -> [n].
     """
 
-    name: str = Field(pattern=NAME)
+    name: Name
     kind: Literal["entropy", "kl", "log_odds", "expected_reward", "function"]
     reference: CheckpointPlan | None = None
     pairs: tuple[tuple[str, str], ...] | None = Field(None, min_length=1)

@@ -23,7 +23,7 @@ from fkernel.study.analyses.structure import STRUCTURE, StructurePlan
 from fkernel.study.analyses.sweep import SWEEP, SweepPlan
 from fkernel.study.analyses.tokens import TOKENS, TokensPlan
 from fkernel.study.analyses.uncertainty import UNCERTAINTY, UncertaintyPlan
-from fkernel.study.config.base import Strict
+from fkernel.study.config.values import Strict
 
 ANALYSES: Mapping[str, Analysis] = MappingProxyType({
     "ledger": LEDGER,

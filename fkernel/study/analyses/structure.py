@@ -10,7 +10,7 @@ from fkernel.engine import kernel
 from fkernel.errors import PlanError
 from fkernel.study.analyses.analysis import Analysis
 from fkernel.study.analyses.context import UpdateContext
-from fkernel.study.config.base import Strict
+from fkernel.study.config.values import Strict
 from fkernel.study.outcome import AnalysisResult
 from fkernel.study.rows import self_strategy
 from fkernel.study.workspace import tokens_of

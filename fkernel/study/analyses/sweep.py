@@ -9,7 +9,7 @@ from pydantic import Field
 from fkernel.analysis import DECADES, step_sweep
 from fkernel.study.analyses.analysis import Analysis
 from fkernel.study.analyses.context import RequestContext
-from fkernel.study.config.base import Strict
+from fkernel.study.config.values import Strict
 from fkernel.study.facts import settings_of
 from fkernel.study.outcome import AnalysisResult
 

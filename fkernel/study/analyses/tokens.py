@@ -20,7 +20,7 @@ from fkernel.func.inputs import take
 from fkernel.shapes import Tensor
 from fkernel.study.analyses.analysis import Analysis
 from fkernel.study.analyses.context import RequestContext
-from fkernel.study.config.base import Strict
+from fkernel.study.config.values import Strict
 from fkernel.study.outcome import AnalysisResult
 from fkernel.study.workspace import tokens_of
 

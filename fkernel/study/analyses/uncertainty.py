@@ -26,8 +26,8 @@ from fkernel.rollout import GeneratedBatch
 from fkernel.shapes import Tensor, Tree
 from fkernel.study.analyses.analysis import Accumulator, Analysis
 from fkernel.study.analyses.context import RequestContext
-from fkernel.study.config.base import Strict
 from fkernel.study.config.step import PreconditionerPlan, StepPlan
+from fkernel.study.config.values import Strict
 from fkernel.study.diagnostics import top_contributors
 from fkernel.study.optimizer_step import clipped, preconditioner_of
 from fkernel.study.outcome import AnalysisResult

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from fkernel import checkpoint, func
 from fkernel.checkpoint import read_json
@@ -15,12 +15,7 @@ from fkernel.errors import PlanError, listing
 from fkernel.record import Recording, checkpoint_before
 from fkernel.rollout import Gym, PromptSource, SampleGenerator, Sampling, dataset, jsonl
 from fkernel.shapes import Tree
-
-
-class Strict(BaseModel):
-    """Frozen; unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+from fkernel.study.config.values import Place, Strict
 
 
 class CheckpointPlan(Strict):
@@ -40,11 +35,11 @@ class CheckpointPlan(Strict):
         trust_remote_code: whether the model's own code may be executed.
     """
 
-    path: str | None = None
-    recording: str | None = Field(None, description="a recording's directory, instead of path")
+    path: Place | None = None
+    recording: Place | None = Field(None, description="a recording's directory, instead of path")
     step: int | None = Field(None, ge=0, description="the step of the recording that begins here")
-    model: str | None = Field(None, description="a directory with config.json, for layouts without an architecture")
-    base: str | None = Field(None, description="an adapter's base model")
+    model: Place | None = Field(None, description="a directory with config.json, for layouts without an architecture")
+    base: Place | None = Field(None, description="an adapter's base model")
     names: str | tuple[str, ...] | tuple[tuple[str, ...], ...] | None = Field(
         None, description="the parameters in the optimizer's order: names, one list per group, or a JSON file of either"
     )
@@ -110,8 +105,8 @@ class CheckpointPlan(Strict):
 class PromptsPlan(Strict):
     """Where prompts come from: exactly one of a file, a data set and a task."""
 
-    jsonl: str | None = None
-    dataset: str | None = Field(None, description="a directory of save_to_disk()")
+    jsonl: Place | None = None
+    dataset: Place | None = Field(None, description="a directory of save_to_disk()")
     task: str | None = Field(None, description="a reasoning-gym task")
     split: str = "train"
     question: str = Field("question", description="column, of a file or a data set")

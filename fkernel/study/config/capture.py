@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from fkernel.study.config.base import Strict
+from fkernel.study.config.values import Strict
 
 
 class Submatrix(Strict):

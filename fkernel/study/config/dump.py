@@ -18,6 +18,7 @@ from fkernel.study.config.loss import (
     SequenceRatioLoss,
     VespoLoss,
 )
+from fkernel.study.config.values import Place
 from fkernel.study.draws import BatchSource
 from fkernel.study.dumped import with_loss
 
@@ -118,7 +119,7 @@ class TrainerDump(BatchSource):
     """
 
     kind: Literal["trainer_dump"]
-    path: str
+    path: Place
     step: int | None = Field(None, ge=0)
     trainer: Literal["trl", "nemo_rl", "prime_rl", "open_instruct", "slime", "verl"] | None = None
     loss: DumpedLoss | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +10,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from fkernel.errors import PlanError
+from fkernel.io import parse_json
+from fkernel.study.config.yaml_text import parse_yaml
 
 Plan = TypeVar("Plan", bound=BaseModel)
 
@@ -31,7 +32,7 @@ def read_plan(path: str | Path, kind: type[Plan]) -> Plan:
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError(f"The plan {file} cannot be read: {error}") from error
     try:
-        content = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+        content = parse_json(text) if file.suffix == ".json" else parse_yaml(text)
     except (ValueError, yaml.YAMLError) as error:
         place = getattr(error, "problem_mark", None)
         where = "" if place is None else f", line {place.line + 1}, column {place.column + 1}"

@@ -6,7 +6,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from fkernel.study.config.base import CheckpointPlan, Strict
+from fkernel.study.config.base import CheckpointPlan
+from fkernel.study.config.values import Strict
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]

@@ -9,10 +9,11 @@ from pydantic import Field, field_validator, model_validator
 
 from fkernel.io import hash_json, parse_bytes
 from fkernel.study.analyses.registry import AnalysesPlan
-from fkernel.study.config.base import SourcePlan, Strict
+from fkernel.study.config.base import SourcePlan
 from fkernel.study.config.capture import CapturePlan
 from fkernel.study.config.requests import AnyRequest, BatchRequest, UpdateSource
 from fkernel.study.config.step import PreconditionerPlan, StepPlan
+from fkernel.study.config.values import Place, Strict
 from fkernel.study.draws import probe_name
 
 
@@ -27,7 +28,7 @@ class StoragePlan(Strict):
         pictures: whether pictures are drawn.
     """
 
-    workspace: str | None = None
+    workspace: Place | None = None
     persist: bool = True
     batches: bool = True
     pictures: bool = True
@@ -104,7 +105,7 @@ class FisherKernelPlan(SourcePlan):
     storage: StoragePlan = StoragePlan()
     numerics: NumericsPlan = NumericsPlan.model_validate({})
     correct: float | None = None
-    out: str
+    out: Place
 
     @field_validator("requests")
     @classmethod

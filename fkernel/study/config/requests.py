@@ -20,11 +20,11 @@ from fkernel.rollout import (
     score,
 )
 from fkernel.study.analyses.registry import RequestAnalyses
-from fkernel.study.config.base import Strict, one_of
+from fkernel.study.config.base import one_of
 from fkernel.study.config.capture import CapturePlan
 from fkernel.study.config.dump import TrainerDump
+from fkernel.study.config.values import Name, Place, Strict
 from fkernel.study.draws import (
-    NAME,
     BatchSource,
     CustomPromptsDraw,
     CustomSequenceDraw,
@@ -40,7 +40,7 @@ class FromFile(BatchSource):
     """A batch that `save_batch` wrote; sampled by the plan's checkpoint, except a U whose `step.loss` allows any."""
 
     kind: Literal["from_file"]
-    path: str
+    path: Place
 
     def generate(self, generator: SampleGenerator, seed: int = 0) -> GeneratedBatch:
         """Read it."""
@@ -58,7 +58,7 @@ class Recorded(BatchSource):
     """
 
     kind: Literal["recorded"]
-    recording: str | None = None
+    recording: Place | None = None
     step: int | None = Field(None, ge=0)
 
     def generate(self, generator: SampleGenerator, seed: int = 0) -> GeneratedBatch:
@@ -79,7 +79,7 @@ class Recorded(BatchSource):
 class SamplePayload(Strict):
     """A prompt and a response, as in `CustomSample`, a reward, and a name: "probe-1", … by default, in U U-000-00."""
 
-    name: str | None = Field(None, min_length=1, pattern=NAME)
+    name: Name | None = None
     prompt: str
     response: str
     metadata: dict[str, Any] = Field(default_factory=dict)
@@ -177,7 +177,7 @@ class BatchRequest(BatchSource):
         analyses: instead of the plan's.
     """
 
-    name: str | None = Field(None, min_length=1, pattern=NAME)
+    name: Name | None = None
     sequence_ids: tuple[str, ...] | None = Field(None, min_length=1)
     advantages: str | dict[str, float] | None = None
     capture: CapturePlan | None = None

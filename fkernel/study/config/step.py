@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from fkernel.study.config.base import CheckpointPlan, Strict
+from fkernel.study.config.base import CheckpointPlan
 from fkernel.study.config.loss import LossPlan
+from fkernel.study.config.values import Strict
 
 
 class PreconditionerPlan(Strict):
