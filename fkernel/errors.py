@@ -6,11 +6,28 @@ heard of `fkernel` would try to catch.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+
+UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that move a cursor, set a title, make a link or turn a line around; and halves of characters."""
+
+
+def visible_text(text: str) -> str:
+    r"""Write a text's control characters as escapes, so that a terminal shows them and does not obey them.
+
+    Example:
+        >>> print(visible_text("\x1b]0;title\x07 and 7 × 8\n"), end="")
+        \x1b]0;title\x07 and 7 × 8
+    """
+    return UNSEEN.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 class FKernelError(Exception):
-    """Base of every error that `fkernel` raises on purpose."""
+    """Base of every error that `fkernel` raises on purpose; control characters in its message are visible."""
+
+    def __str__(self) -> str:
+        return visible_text(super().__str__())
 
 
 class BatchError(FKernelError, ValueError):

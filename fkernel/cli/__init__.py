@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from fkernel.cli import explaining, page, questions, runs, study
-from fkernel.cli.console import exit_on_error, importing, print_error, progress_and_log, wide
+from fkernel.cli.console import Terminal, exit_on_error, importing, print_error, print_line, progress_and_log, wide
 from fkernel.cli.pairs import WithPairs
 from fkernel.cli.writing import execute
 
@@ -113,7 +112,7 @@ def _demo(out: Path, cache: Path | None, seed: int, rows: int) -> list[str]:
     with importing():
         from fkernel.demo import demo_plan, prepare, seeded, visible
 
-    with visible(Console(stderr=True)) as progress:
+    with visible(Terminal(stderr=True)) as progress:
         directory = prepare(seeded(seed), cache, progress)
     results = execute(demo_plan(directory, out, seed), overwrite=False, log="minimal")
     study.finish(results, out, rows, as_json=False)
@@ -136,17 +135,16 @@ def _sample(path: Path, rows: int, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps({"out": plan.out, **batch.diagnostics}, indent=1))
         return
-    console = Console()
     wide(120).print(report.batch_table(batch, rows))
     for line in (*report.batch_lines(batch.diagnostics), f"Wrote {plan.out}"):
-        console.print(line, highlight=False, soft_wrap=True)
+        print_line(line)
 
 
 def _on_ranks(model: str, n_u: int, n_e: int, tokens: int, dtype: str, processes: int, gpu: str, as_json: bool) -> None:
     """Print what a step costs each of several ranks."""
     from fkernel.errors import ModelError
 
-    with Console(stderr=True).status("counting what the model does"):
+    with Terminal(stderr=True).status("counting what the model does"):
         import torch
 
         from fkernel import report
@@ -176,7 +174,7 @@ def _estimate(
             raise BatchError(f"{option} is {given}; expected at least {least}.")
     if dtype not in ("float32", "float64"):
         raise ModelError(f"--dtype is {dtype!r}; fkernel differentiates in float32 or float64.")
-    with Console(stderr=True).status("counting what the model does, and measuring this machine once"):
+    with Terminal(stderr=True).status("counting what the model does, and measuring this machine once"):
         import torch
 
         from fkernel import report

@@ -14,8 +14,26 @@ from typing import Any
 import typer
 from rich.cells import cell_len
 from rich.console import Console
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
+
+from fkernel.errors import visible_text
+
+
+class Terminal(Console):
+    """A console that shows control characters of texts and paths as escapes, and makes links of none."""
+
+    def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
+        """Render something, with its control characters visible."""
+        for segment in super().render(renderable, options):
+            style = segment.style.update_link(None) if segment.style and segment.style.link else segment.style
+            yield segment if segment.control else Segment(visible_text(segment.text), style)
+
+
+def print_line(text: str, style: str = "", stderr: bool = False) -> None:
+    """Print a line that holds paths or texts: nothing in it is markup."""
+    Terminal(stderr=stderr).print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -38,7 +56,7 @@ def exit_on_error() -> Iterator[None]:
 
 def print_error(text: str) -> None:
     """Print an error message to stderr."""
-    Console(stderr=True).print(f"fkernel: {text}", style="red", markup=False, highlight=False, soft_wrap=True)
+    print_line(f"fkernel: {text}", style="red", stderr=True)
 
 
 def can_draw() -> bool:
@@ -46,11 +64,11 @@ def can_draw() -> bool:
     there = find_spec("matplotlib") is not None
     if not there:
         text = "pictures are left out: matplotlib is not installed (pip install 'fkernel[report]')"
-        Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+        print_line(text, stderr=True)
     return there
 
 
-class Tables(Console):
+class Tables(Terminal):
     """A console whose tables never cut a number: texts give way, and then the line grows beyond the terminal."""
 
     def print(self, *objects: Any, **options: Any) -> None:
@@ -71,7 +89,7 @@ def uncut(shown: Any) -> Any:
     return shown
 
 
-def wide(least: int) -> Console:
+def wide(least: int) -> Tables:
     """A console for tables: as wide as the terminal; at least `least` where the output is a file."""
     console = Tables()
     return console if console.width >= least or console.is_terminal else Tables(width=least)
@@ -88,7 +106,7 @@ def progress_and_log(level: str) -> Iterator[Callable[[str, int, int], Any]]:
 
     if level not in LEVELS:
         raise PlanError(f"--log is {level!r}; expected {', '.join(LEVELS)}.")
-    console, logger = Console(stderr=True), logging.getLogger("fkernel")
+    console, logger = Terminal(stderr=True), logging.getLogger("fkernel")
     handler = RichHandler(console=console, show_path=False, show_level=False, log_time_format="%H:%M:%S", markup=False)
     handler.setLevel(LEVELS[level])
     logger.addHandler(handler)
@@ -120,4 +138,4 @@ def progress_and_log(level: str) -> Iterator[Callable[[str, int, int], Any]]:
 
 def importing() -> Any:
     """Show a status line during slow imports."""
-    return Console(stderr=True, quiet=not sys.stderr.isatty()).status("importing torch and transformers")
+    return Terminal(stderr=True, quiet=not sys.stderr.isatty()).status("importing torch and transformers")

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from fkernel.cli import study
-from fkernel.cli.console import exit_on_error, importing
+from fkernel.cli.console import exit_on_error, importing, print_line
 from fkernel.cli.pairs import Probe
 from fkernel.cli.writing import execute
 
@@ -54,9 +53,8 @@ def explain(
         if max_norm is not None:
             settings["step.max_norm"] = _number(max_norm)
         made = explanation(checkpoint, batch, probes, out, settings)
-        console = Console(stderr=True)
         for line in made.defaults:
-            console.print(f"default: {line}", style="dim", markup=False, highlight=False, soft_wrap=True)
+            print_line(f"default: {line}", style="dim", stderr=True)
         results = execute(made.plan, overwrite, log)
         (out / "plan.yaml").write_text(made.yaml(), encoding="utf-8")
         study.finish(results, out, rows, as_json)

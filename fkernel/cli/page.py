@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from fkernel.cli.console import exit_on_error, importing
+from fkernel.cli.console import exit_on_error, importing, print_line
 
 Page = Annotated[bool, typer.Option(help="Write report.html, a page with all results, beside them.")]
 
@@ -25,7 +24,7 @@ def report(
         with importing():
             from fkernel.report import load_results, write_page
         path = write_page(load_results(results), out or results, results.resolve().name)
-        Console().print(f"Wrote {path}", highlight=False, soft_wrap=True)
+        print_line(f"Wrote {path}")
 
 
 def pointer(out: str | Path, page: bool = True) -> str:

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from fkernel.cli.console import exit_on_error, importing, progress_and_log, wide
+from fkernel.cli.console import exit_on_error, importing, print_line, progress_and_log, wide
 from fkernel.cli.pairs import Probe
 from fkernel.cli.study import AsJson
 
@@ -80,11 +79,10 @@ def query(
         if as_json:
             typer.echo(json.dumps(asdict(entry), indent=1))
             return
-        console = Console(highlight=False, soft_wrap=True)
-        console.print(f"K({entry.row}, {entry.column}) = {entry.kernel:.6g}    cosine {entry.cosine:+.4f}")
+        print_line(f"K({entry.row}, {entry.column}) = {entry.kernel:.6g}    cosine {entry.cosine:+.4f}")
         if entry.contribution is not None:
             unit = "nats" if opened.spec["preconditioner"]["calibrated"] else "(bare)"
-            console.print(f"{entry.column} moves {entry.row} by {entry.contribution:+.6g} {unit}")
+            print_line(f"{entry.column} moves {entry.row} by {entry.contribution:+.6g} {unit}")
 
 
 def _cache(

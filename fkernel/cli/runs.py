@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from fkernel.cli.console import can_draw, exit_on_error, importing, progress_and_log, wide
+from fkernel.cli.console import can_draw, exit_on_error, importing, print_line, progress_and_log, wide
 from fkernel.cli.page import Page, pointer
 from fkernel.cli.study import AsJson
 
@@ -71,7 +70,7 @@ def account(
             typer.echo(json.dumps(results.summary(), indent=1))
             return
         show_account(results, rows)
-        Console().print(f"Wrote {out}{pointer(out, page)}", highlight=False, soft_wrap=True)
+        print_line(f"Wrote {out}{pointer(out, page)}")
 
 
 def show_account(results: Any, rows: int) -> None:
@@ -93,7 +92,7 @@ def show_account(results: Any, rows: int) -> None:
         if "older" in results.arrays:
             console.print(report.ages_table(results, e))
     for line in report.account_lines(results):
-        Console().print(line, highlight=False, soft_wrap=True, markup=False)
+        print_line(line)
 
 
 def replay(
@@ -133,7 +132,7 @@ def replay(
             return
         wide(100).print(report.replay_table(results))
         for line in report.replay_lines(results):
-            Console().print(line, highlight=False, soft_wrap=True)
+            print_line(line)
 
 
 @recording_app.command("show")
@@ -152,7 +151,7 @@ def show_recording(recording: RecordingPath, as_json: AsJson = False) -> None:
             return
         wide(100).print(report.recording_table(summary))
         for line in report.recording_lines(summary):
-            Console().print(line, highlight=False, soft_wrap=True)
+            print_line(line)
 
 
 def _range(given: str | None) -> range | None:

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from fkernel.cli.console import exit_on_error, importing, wide
+from fkernel.cli.console import Terminal, exit_on_error, importing, print_line, wide
 from fkernel.cli.page import Page
 from fkernel.cli.ranks import joined, started
 from fkernel.cli.writing import execute
@@ -62,14 +61,12 @@ def finish(results: Any, out: Path, rows: int, as_json: bool) -> None:
     console, page, workspace = wide(100), out / "report.html", results.plan["storage"]["workspace"] or out / "workspace"
     for line in (*report.request_lines(results), *report.findings(results)):
         console.print(line, highlight=False)
-    Console().print(
-        f"Wrote {out}" + (f"; the page is {page}" if page.exists() else "") + ". Next:", highlight=False, soft_wrap=True
-    )
+    print_line(f"Wrote {out}" + (f"; the page is {page}" if page.exists() else "") + ". Next:")
     following = [f"fkernel show {out}"]
     if results.plan["storage"]["persist"]:
         following.append(f'fkernel ask {workspace} --probe "PROMPT" "RESPONSE"')
     for command in following:
-        Console().print(f"  {command}", highlight=False, soft_wrap=True, markup=False)
+        print_line(f"  {command}")
 
 
 def say_forecast(path: Path, memory: str | None, as_json: bool) -> None:
@@ -82,7 +79,7 @@ def say_forecast(path: Path, memory: str | None, as_json: bool) -> None:
         numerics = type(plan.numerics).model_validate({**plan.numerics.model_dump(), "memory": memory})
         plan = plan.model_copy(update={"numerics": numerics})
     check_inputs(plan)
-    with Console(stderr=True).status("counting what the run does, and measuring this machine once"):
+    with Terminal(stderr=True).status("counting what the run does, and measuring this machine once"):
         prediction = forecast(plan)
     if as_json:
         typer.echo(json.dumps(report.forecast_record(prediction), indent=1))
@@ -90,7 +87,7 @@ def say_forecast(path: Path, memory: str | None, as_json: bool) -> None:
     console = wide(100)
     console.print(report.forecast_table(prediction))
     for line in report.forecast_lines(prediction):
-        console.print(line, highlight=False, soft_wrap=True)
+        print_line(line)
 
 
 def show(
@@ -141,7 +138,7 @@ def say_step(results: Any) -> None:
     from fkernel import report
 
     for line in report.study_lines(results):
-        Console().print(line, highlight=False, soft_wrap=True)
+        print_line(line)
     for table in report.update_tables(results):
         wide(132).print(table, highlight=False, soft_wrap=isinstance(table, str))
 
@@ -189,7 +186,7 @@ def init(path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path
         if path.exists():
             raise PlanError(f"There is something at {path} already; choose another name.")
         path.write_text(TEMPLATE, encoding="utf-8")
-        Console().print(f"Wrote {path}; next: edit it, then fkernel plan check {path}", highlight=False, soft_wrap=True)
+        print_line(f"Wrote {path}; next: edit it, then fkernel plan check {path}")
 
 
 @plan_app.command()
@@ -212,9 +209,7 @@ def check(
             typer.echo(json.dumps(plan.record(), indent=1))
             return
         requests = ", ".join(f"{request.name} ({request.kind})" for request in plan.requests) or "none"
-        Console().print(
-            f"{path} is a plan (hash {plan.hash[:12]}). Requests: {requests}.", highlight=False, soft_wrap=True
-        )
+        print_line(f"{path} is a plan (hash {plan.hash[:12]}). Requests: {requests}.")
 
 
 @plan_app.command()

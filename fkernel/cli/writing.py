@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from fkernel.cli.console import can_draw, progress_and_log
+from fkernel.cli.console import can_draw, print_line, progress_and_log
 from fkernel.cli.ranks import of_all_ranks
 
 
@@ -16,11 +14,10 @@ def execute(plan: Any, overwrite: bool, log: str, page: bool = True, mesh: Any =
 
     Of several ranks, rank 0 alone writes, prints and returns results; the others return None.
     """
-    from fkernel.study import FisherKernelRunner, check_out, recorded
+    from fkernel.study import FisherKernelRunner, claimed, recorded
 
     if mesh is None:
-        check_out(plan, overwrite)
-        with recorded(Path(plan.out) / "log.jsonl"), progress_and_log(log) as on_progress:
+        with claimed(plan, overwrite) as out, recorded(out / "log.jsonl"), progress_and_log(log) as on_progress:
             runner = FisherKernelRunner(plan, on_progress=on_progress)
             say_estimate(runner)
             return _saved(plan, runner, runner.run(), page)
@@ -28,8 +25,7 @@ def execute(plan: Any, overwrite: bool, log: str, page: bool = True, mesh: Any =
         if not first:
             FisherKernelRunner(plan, mesh=mesh).run()
             return None
-        check_out(plan, overwrite)
-        with recorded(Path(plan.out) / "log.jsonl"), progress_and_log(log) as on_progress:
+        with claimed(plan, overwrite) as out, recorded(out / "log.jsonl"), progress_and_log(log) as on_progress:
             runner = FisherKernelRunner(plan, on_progress=on_progress, mesh=mesh)
             return _saved(plan, runner, runner.run(), page)
 
@@ -45,7 +41,7 @@ def say_estimate(runner: Any) -> None:
         line = report.forecast_lines(forecast(runner.plan, runner.checkpoint))[0]
     except FKernelError as error:  # batches of callbacks have no length yet; what is wrong with others the run says
         line = f"unknown: {error}"
-    Console(stderr=True).print(f"Estimate: {line}", highlight=False, soft_wrap=True, markup=False)
+    print_line(f"Estimate: {line}", stderr=True)
 
 
 def _saved(plan: Any, runner: Any, results: Any, page: bool) -> Any:

@@ -25,7 +25,7 @@ def checksummed_json(content: Mapping[str, Any]) -> bytes:
         {'clip': 0.5, 'seal': 'b5ae123915f3...'}
     """
     plain = json.loads(json.dumps(dict(content), allow_nan=False))
-    return (json.dumps({**plain, SEAL: hash_json(plain)}, indent=1) + "\n").encode()
+    return (json.dumps({**plain, SEAL: hash_json(plain)}, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def read_checksummed(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from fkernel.study.accounts.probes import read_probes
 from fkernel.study.accounts.results import AccountResults, Share
 from fkernel.study.analyses.registry import AnalysesPlan, RequestAnalyses
 from fkernel.study.asking import ask, probes_batch, runner_of
-from fkernel.study.checks import check_inputs, check_out, check_saved_batch
+from fkernel.study.checks import check_inputs, check_out, check_saved_batch, claimed
 from fkernel.study.config.capture import CapturePlan
 from fkernel.study.config.io import read_plan
 from fkernel.study.config.loss import ClippedRatioLoss, KLPlan, PolicyGradientLoss, PreferenceLoss, SequenceRatioLoss
@@ -79,6 +79,7 @@ __all__ = [
     "check_inputs",
     "check_out",
     "check_saved_batch",
+    "claimed",
     "cosines",
     "entry_of",
     "environment",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 from fkernel.checkpoint import STATE_PLACES, find_layout, has_no_optimizer
 from fkernel.errors import FKernelError, PlanError, ResultsError, listing
-from fkernel.io import parse_json
+from fkernel.io import locked, parse_json, plain_errors
 from fkernel.rollout import GeneratedBatch, dotted
 from fkernel.study.config.base import CheckpointPlan
 from fkernel.study.config.plan import FisherKernelPlan
@@ -189,6 +190,30 @@ def check_out(plan: FisherKernelPlan, overwrite: bool = False) -> None:
             f"{out} holds results of another plan (hash {str(before)[:12]}, this one's is {plan.hash[:12]}); choose "
             f"another directory (out:), or say --overwrite."
         )
+
+
+@contextmanager
+def claimed(plan: FisherKernelPlan, overwrite: bool = False) -> Iterator[Path]:
+    """Hold a plan's `out` against other processes, and check that it does not hold another plan's results.
+
+    Args:
+        plan: whose.
+        overwrite: whether other results may be replaced.
+
+    Yields:
+        The directory; it exists, and is locked within the block.
+
+    Raises:
+        PlanError: as `check_out`.
+        StoreError: another process holds it, or it cannot be made.
+    """
+    check_out(plan, overwrite)
+    out = Path(plan.out)
+    with plain_errors("write to", out):
+        out.mkdir(parents=True, exist_ok=True)
+    with locked(out, "lock"):
+        check_out(plan, overwrite)  # another process may have finished in between
+        yield out
 
 
 def check_saved_batch(place: str | Path, batch: GeneratedBatch) -> None:

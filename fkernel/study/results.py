@@ -9,17 +9,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 
 from fkernel.errors import ResultsError
-from fkernel.io import atomic_file, checksum, parse_json
+from fkernel.io import atomic_file
 from fkernel.study.loss_terms import PART
 from fkernel.study.outcome import (
     EFFECTS,
@@ -31,15 +29,15 @@ from fkernel.study.outcome import (
     as_record,
     asked_for,
 )
+from fkernel.study.sealed import RECORD, check_agrees, check_arrays, read_files, write_files
 from fkernel.study.shown import results_text
 from fkernel.study.tables import to_frame, to_xarray
 
-SCHEMA = 4
+SCHEMA = 5
 BATCHES = "batches"
 """Folder beside the results with every request's batch."""
 OWN = "update_batch"
 """Prefix of K_UU's arrays; no request may have this name."""
-FILES = ("kernel.npz", "plan.json", "environment.json", "results.json")
 _ARRAYS = ("batch", *EFFECTS, "squared_norms", "diagonal", "top", "top_contributions", "kernel", "contributions")
 _OWN = ("eigenvalues", "squared_norms", "diagonal", "kernel")
 
@@ -144,20 +142,15 @@ class FisherKernelResults:
         return [*self.requests.values()] if request is None else [self[request]]
 
     def save_results(self, directory: str | Path) -> Path:
-        """Write the four files atomically, results.json last.
+        """Write the four files atomically, results.json last, with checksums of the others and its own.
 
         Returns:
             The directory.
+
+        Raises:
+            ResultsError: something is no JSON or no finite number; what was there before is kept.
         """
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "results.json").unlink(missing_ok=True)  # missing while the others are being replaced
-        with atomic_file(directory / "kernel.npz") as temporary, temporary.open("wb") as file:
-            np.savez(file, allow_pickle=False, **self._arrays())
-        for name, content in (("plan.json", self.plan), ("environment.json", self.environment)):
-            _write_json(directory / name, content)
-        _write_json(directory / "results.json", self._record() | {"sha256": _checksums(directory)})
-        return directory
+        return write_files(Path(directory), self.plan, self.environment, self._record(), self._arrays())
 
     @classmethod
     def load(cls, directory: str | Path) -> FisherKernelResults:
@@ -167,29 +160,15 @@ class FisherKernelResults:
             ResultsError: a file is missing, unreadable, or of another schema than this version's.
         """
         place = Path(directory)
+        written = read_files(place, SCHEMA)
         try:
-            plan, environment, data = (
-                parse_json((place / name).read_text(encoding="utf-8"))
-                for name in ("plan.json", "environment.json", "results.json")
-            )
-            with np.load(place / "kernel.npz", allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-        except (OSError, ValueError, KeyError, BadZipFile) as error:
-            raise ResultsError(
-                f"{place} holds no readable results.json, plan.json, environment.json and kernel.npz: {error}"
-            ) from error
-        if data.get("schema") != SCHEMA:
-            raise ResultsError(f"{place} was written with schema {data.get('schema')}; this fkernel reads {SCHEMA}.")
-        actual = _checksums(place)
-        if wrong := [name for name, sha256 in data.get("sha256", {}).items() if actual[name] != sha256]:
-            raise ResultsError(
-                f"{place / wrong[0]} is not the file that was written with {place / 'results.json'}; put that one "
-                f"back, or run the plan again."
-            )
-        try:
-            return _read(plan, environment, data, arrays, cls)
-        except (KeyError, TypeError) as error:
+            results = _read(*written, cls)
+            check_agrees(results._record(), written.record, place / RECORD)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            if isinstance(error, ResultsError):
+                raise
             raise ResultsError(f"{place} is damaged: {type(error).__name__} {error}.") from error
+        return results
 
     def _arrays(self) -> dict[str, np.ndarray]:
         arrays = {"update_ids": _ids(self.update)}
@@ -219,17 +198,6 @@ class FisherKernelResults:
             "analyses": {name: result.facts for name, result in self.analyses.items()},
             "requests": {name: _request(result) for name, result in self.requests.items()},
         }
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with atomic_file(path) as temporary:
-        text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
-
-
-def _checksums(directory: Path) -> dict[str, str]:
-    """Hashes that bind results.json to the other files of its run."""
-    return {name: checksum(directory / name) for name in ("kernel.npz", "plan.json")}
 
 
 def _ids(sequences: tuple[SequenceInfo, ...]) -> np.ndarray:
@@ -296,6 +264,7 @@ def _read(
     requests = {}
     for name, row in data["requests"].items():
         given = {key: arrays[f"{name}/{key}"] for key in _ARRAYS if f"{name}/{key}" in arrays}
+        check_arrays(given, name, len(update))
         start = f"{name}/{PART}"
         parts = {key.removeprefix(start): values for key, values in arrays.items() if key.startswith(start)}
         if "diagonal" in given:

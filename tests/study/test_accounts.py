@@ -174,7 +174,7 @@ def test_states_between_snapshots_are_replayed(tmp_path, whole, snapshots):
     made = account_recording(recording_of("dapo", snapshots), PROBES, tmp_path, disk="400KB")
     assert size(made["contributions"] - whole["contributions"]) <= 1e-3 * size(whole["contributions"])
     assert size(made["realised"] - whole["realised"]) <= 1e-4 * size(whole["realised"])
-    assert {file.name for file in tmp_path.iterdir()} == {"account.json", "account.npz"}
+    assert {file.name for file in tmp_path.iterdir()} == {"account.json", "account.npz", "lock"}
 
 
 def test_some_steps(tmp_path, whole):
@@ -210,7 +210,7 @@ def test_an_account_that_was_stopped_goes_on(tmp_path, monkeypatch, whole):
     assert seen == [*range(1, 13)]
     assert np.array_equal(made["contributions"], whole["contributions"])
     assert np.array_equal(made["by_step"], whole["by_step"])
-    assert {file.name for file in tmp_path.iterdir()} == {"account.json", "account.npz"}
+    assert {file.name for file in tmp_path.iterdir()} == {"account.json", "account.npz", "lock"}
 
 
 def test_a_stopped_account_of_several_parts_still_knows_what_was_executed(tmp_path, monkeypatch):

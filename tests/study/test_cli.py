@@ -51,7 +51,7 @@ def test_run_writes_everything_and_prints_tables(study):
     out = place / "out"
     assert {p.name for p in out.iterdir()} == {
         "plan.json", "results.json", "report.html", "kernel.npz", "environment.json", "log.jsonl", "pictures",
-        "batches", "workspace",
+        "batches", "workspace", "lock",
     }  # fmt: skip
     assert "the page is" in result.stdout
     assert "<h1>" in (out / "report.html").read_text(encoding="utf-8")

@@ -3,13 +3,18 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
+import yaml
 from rich.console import Console
+from typer.testing import CliRunner
 
 from fkernel import report
-from fkernel.errors import ResultsError
+from fkernel.cli import app
+from fkernel.errors import ResultsError, StoreError
+from fkernel.io import checksum, checksummed_json
 from fkernel.study import (
     AnalysisResult,
     Entry,
@@ -19,6 +24,7 @@ from fkernel.study import (
     RequestResult,
     SelfKernel,
     SequenceInfo,
+    claimed,
 )
 
 VECTORS = ("batch", "momentum", "decay", "curvature", "realised", "squared_norms", "diagonal")
@@ -194,11 +200,27 @@ def test_labelled_arrays_tell_what_is_missing(results):
     assert frame.loc[("held_out", "E-000-00"), "top_contributor"] == results["held_out"].top_contributors(0)[0][0].id
 
 
-def test_saving_over_results_never_leaves_old_and_new_together(results, tmp_path):
+@pytest.mark.parametrize(
+    "broken", [{"step": {"clip": float("nan")}}, {"environment": {"a": "\ud800"}}, {"environment": {"a": {1}}}]
+)
+def test_results_that_cannot_be_written_leave_the_old_ones(results, tmp_path, broken):
     results.save_results(tmp_path)
-    broken = dataclasses.replace(results, step={"clip": float("nan")})
-    with pytest.raises(ValueError, match="JSON"):
-        broken.save_results(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ResultsError, match="cannot be written"):
+        dataclasses.replace(results, **broken).save_results(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_saving_over_results_never_leaves_old_and_new_together(results, tmp_path, monkeypatch):
+    results.save_results(tmp_path)
+
+    def stopped(*_: object, **__: object) -> None:
+        raise OSError("stopped")
+
+    monkeypatch.setattr(np, "savez", stopped)
+    with pytest.raises(OSError, match="stopped"):
+        results.save_results(tmp_path)
+    monkeypatch.undo()
     with pytest.raises(ResultsError, match=r"no readable results\.json"):
         FisherKernelResults.load(tmp_path)
     results.save_results(tmp_path)
@@ -206,28 +228,96 @@ def test_saving_over_results_never_leaves_old_and_new_together(results, tmp_path
     assert len(list(tmp_path.iterdir())) == 4
 
 
-@pytest.mark.parametrize("fault", ["no json", "no arrays", "newer", "other ids", "truncated", "lacking"])
+def edited(place, change, sealed=True):
+    """Change results.json, and seal it again."""
+    path = place / "results.json"
+    data = json.loads(path.read_text())
+    change(data)
+    del data["seal"]
+    path.write_bytes(checksummed_json(data) if sealed else json.dumps(data).encode())
+
+
+@pytest.mark.parametrize("fault", ["no json", "no arrays", "empty", "newer", "other ids", "truncated", "lacking"])
 def test_unfit_directories_are_refused(results, tmp_path, fault):
     results.save_results(tmp_path)
-    path = tmp_path / "results.json"
-    data = json.loads(path.read_text())
+    arrays = tmp_path / "kernel.npz"
     if fault == "no json":
-        path.unlink()
+        (tmp_path / "results.json").unlink()
     elif fault == "no arrays":
-        (tmp_path / "kernel.npz").unlink()
+        arrays.unlink()
+    elif fault == "empty":
+        arrays.write_bytes(b"")
     elif fault == "truncated":
-        (tmp_path / "kernel.npz").write_bytes((tmp_path / "kernel.npz").read_bytes()[:100])
+        arrays.write_bytes(arrays.read_bytes()[:100])
+    elif fault == "newer":
+        edited(tmp_path, lambda data: data.update(schema=99))
+    elif fault == "other ids":
+        edited(tmp_path, lambda data: data["update"][0].update(id="U-999-99"))
     else:
-        data["schema"] = 99 if fault == "newer" else data["schema"]
-        data["update"][0]["id"] = "U-999-99" if fault == "other ids" else data["update"][0]["id"]
-        if fault == "lacking":
-            del data["requests"]["held_out"]["kind"]
-        path.write_text(json.dumps(data))
+        edited(tmp_path, lambda data: data["requests"]["held_out"].pop("kind"))
     expected = {"newer": "schema 99", "other ids": "different sequences", "lacking": "damaged"}.get(
         fault, "no readable"
     )
     with pytest.raises(ResultsError, match=expected):
         FisherKernelResults.load(tmp_path)
+
+
+def test_an_edited_number_is_refused(results, tmp_path):
+    """By the seal; and, where it is sealed again, since the arrays say another one."""
+    results.save_results(tmp_path)
+    row = "requests", "held_out", "evaluation", 0
+
+    def doubled(data):
+        for key in row:
+            data = data[key]
+        data["realised"] *= 2
+
+    edited(tmp_path, doubled, sealed=False)
+    with pytest.raises(ResultsError, match="checksum differs"):
+        FisherKernelResults.load(tmp_path)
+    results.save_results(tmp_path)
+    edited(tmp_path, doubled)
+    with pytest.raises(ResultsError, match=r"differ in requests\.held_out\.evaluation\.0\.realised"):
+        FisherKernelResults.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["kernel.npz", "plan.json", "environment.json"])
+def test_a_file_of_another_run_is_refused(results, tmp_path, name):
+    results.save_results(tmp_path / "one")
+    own = dataclasses.replace(results.self_kernel, kernel=2 * np.eye(4))
+    other = dataclasses.replace(results, plan={**results.plan, "seed": 1}, environment={"torch": "3"}, self_kernel=own)
+    other.save_results(tmp_path / "two")
+    shutil.copy(tmp_path / "two" / name, tmp_path / "one")
+    with pytest.raises(ResultsError, match=rf"{name} is not the file that was written with"):
+        FisherKernelResults.load(tmp_path / "one")
+
+
+@pytest.mark.parametrize(("name", "value"), [("top", -1), ("top", 4), ("realised", np.nan), ("kernel", np.inf)])
+def test_arrays_that_no_run_writes_are_refused(results, result, tmp_path, name, value):
+    """Whoever wrote them sealed them."""
+    array = getattr(result, name).copy()
+    array.flat[0] = value
+    wrong = dataclasses.replace(results, requests={"held_out": result})
+    wrong.save_results(tmp_path)
+    with np.load(tmp_path / "kernel.npz") as file:
+        arrays = {**file, f"held_out/{name}": array}
+    np.savez(tmp_path / "kernel.npz", **arrays)
+    edited(tmp_path, lambda data: data["sha256"].update({"kernel.npz": checksum(tmp_path / "kernel.npz")}))
+    with pytest.raises(ResultsError, match=f"{name} of the request 'held_out'"):
+        FisherKernelResults.load(tmp_path)
+
+
+def test_two_runs_into_one_directory_are_refused(run, tmp_path):
+    plan = FisherKernelPlan.model_validate(run.plan(tmp_path / "out"))
+    with claimed(plan):
+        with pytest.raises(StoreError, match="is in use by process"), claimed(plan):
+            pass
+        (tmp_path / "plan.yaml").write_text(yaml.safe_dump(run.plan(tmp_path / "out")))
+        refused = CliRunner().invoke(app, ["run", str(tmp_path / "plan.yaml")])
+    assert refused.exit_code == 2
+    assert "is in use by process" in refused.output
+    with claimed(plan):
+        pass
 
 
 def test_tables_show_every_part_and_the_culprits(results, result):

@@ -15,7 +15,7 @@ from fkernel import func
 from fkernel.analysis import rounding_floor
 from fkernel.engine import Sweep, account
 from fkernel.errors import PlanError
-from fkernel.io import hash_json, parse_bytes
+from fkernel.io import hash_json, locked, parse_bytes, plain_errors
 from fkernel.record import Recording, RunSteps, States, fill, training_of
 from fkernel.rollout import GeneratedBatch, SampleGenerator, Sampling, dotted
 from fkernel.shapes import Tree
@@ -125,29 +125,31 @@ def account_recording(
             "ages": [*inputs.steps.ages],
         },
     }
-    if (place / ACCOUNT).exists():
-        there = AccountResults.load(place)
-        if there.about["request"] == request:
-            return there
-        raise PlanError(f"{str(place)!r} holds another account; choose another directory (out), or delete it.")
-    place.mkdir(parents=True, exist_ok=True)
-    kept = KeptSweep(place, request | {"fkernel": own_code()})
-    begun = kept.found()
-    inputs.steps.skip = 0 if begun is None else begun.taken
-    on_progress("steps", inputs.steps.skip, len(chosen))
+    with plain_errors("write to", place):
+        place.mkdir(parents=True, exist_ok=True)
+    with locked(place, "lock"):
+        if (place / ACCOUNT).exists():
+            there = AccountResults.load(place)
+            if there.about["request"] == request:
+                return there
+            raise PlanError(f"{str(place)!r} holds another account; choose another directory (out), or delete it.")
+        kept = KeptSweep(place, request | {"fkernel": own_code()})
+        begun = kept.found()
+        inputs.steps.skip = 0 if begun is None else begun.taken
+        on_progress("steps", inputs.steps.skip, len(chosen))
 
-    def on_step(sweep: Sweep) -> None:
-        on_progress("steps", 1, len(chosen))
-        kept(sweep)
+        def on_step(sweep: Sweep) -> None:
+            on_progress("steps", 1, len(chosen))
+            kept(sweep)
 
-    made = account(f, E, inputs.steps, path=path, memory=memory, on_step=on_step, resume=begun)  # pyright: ignore
-    named = [info_of(record) for record in inputs.probes] if rows == inputs.probes.ids else [*map(unnamed, rows)]
-    taken = Taken.of(recording, chosen)
-    results = assembled(made, rounding_floor(f, inputs.params, E), taken, named, request, p_values)
-    results.save(place)
-    inputs.steps.states.clear()
-    kept.forget()
-    return results
+        made = account(f, E, inputs.steps, path=path, memory=memory, on_step=on_step, resume=begun)  # pyright: ignore
+        named = [info_of(record) for record in inputs.probes] if rows == inputs.probes.ids else [*map(unnamed, rows)]
+        taken = Taken.of(recording, chosen)
+        results = assembled(made, rounding_floor(f, inputs.params, E), taken, named, request, p_values)
+        results.save(place)
+        inputs.steps.states.clear()
+        kept.forget()
+        return results
 
 
 def _chosen(recording: Recording, steps: range | None) -> range:

@@ -19,6 +19,7 @@ import numpy as np
 from fkernel.errors import ResultsError
 from fkernel.io import atomic_file, checksum, checksummed_json, read_checksummed
 from fkernel.study.outcome import SequenceInfo, as_record
+from fkernel.study.sealed import check_agrees
 from fkernel.study.shown import html_of, plural, text_of
 from fkernel.study.tables import account_dataset, account_frame
 
@@ -237,12 +238,24 @@ class AccountResults:
             with np.load(place / ARRAYS, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
             same = checksum(place / ARRAYS) == record["sha256"][ARRAYS]
-        except (OSError, ValueError, KeyError, BadZipFile) as error:
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
             raise ResultsError(f"{str(place)!r} holds no readable {ACCOUNT} and {ARRAYS}: {error}") from error
         if record.get("schema") != SCHEMA:
             raise ResultsError(f"{place} has schema {record.get('schema')}; this version of fkernel reads {SCHEMA}.")
         if not same:
             raise ResultsError(f"{place / ARRAYS} is not the file that was written with {ACCOUNT}.")
+        try:
+            results = cls._of(record, arrays)
+            made = {"schema": SCHEMA, **results.summary(), "sequences": [*results.sequences]}
+            check_agrees(made, {key: value for key, value in record.items() if key != "sha256"}, place / ACCOUNT)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            if isinstance(error, ResultsError):
+                raise
+            raise ResultsError(f"{place} is damaged: {type(error).__name__} {error}.") from error
+        return results
+
+    @classmethod
+    def _of(cls, record: dict[str, Any], arrays: dict[str, np.ndarray]) -> AccountResults:
         names = {*SequenceInfo.__dataclass_fields__} - {"times"}
         probes = tuple(SequenceInfo(**{key: row[key] for key in names}) for row in record["probes"])
         for name in ("sequence_ids", "probe_ids", "step_of", "steps"):
