@@ -29,7 +29,7 @@ class Condition:
 
     Attributes:
         kind: "dropout", "router loss", "embedding noise", "autocast", "half precision", "rounded weights",
-            "rounded moments", "half precision base", "masters", "frozen" or "no optimizer".
+            "rounded moments", "half precision base", "masters", "frozen", "unstepped" or "no optimizer".
         found: what was found.
         where: in which file or part of the checkpoint.
         effect: how much it may matter, with numbers where they were measured.
@@ -141,6 +141,20 @@ def frozen_condition(names: list[str], total: int) -> Condition:
         "the optimizer's state",
         "Kernels and steps are about what it has.",
         "If a second optimizer trained them, its part of the step is missing here.",
+    )
+
+
+def unstepped_condition(names: list[str], total: int) -> Condition:
+    """Tell that the optimizer keeps nothing of some parameters while it has stepped others."""
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return Condition(
+        "unstepped",
+        f"The optimizer's state has nothing of {len(names)} of its {total} parameters, which are taken as never "
+        f"stepped: {shown}",
+        "the optimizer's state",
+        "A first step moves a weight by the whole learning rate.",
+        "Right where they never had a gradient, as experts that no token reached; if they had, the state lost them: "
+        "take another checkpoint.",
     )
 
 

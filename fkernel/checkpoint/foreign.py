@@ -109,7 +109,7 @@ def check_entry(entry: Mapping[str, Any], index: Any, kind: str) -> None:
             f"The state of parameter {index} has {listing([*entry])} but no {missing[0]}: not an AdamW state."
         )
     for key, moment in entry.items():
-        if key in (*state.MOMENTS, *state.OPTIONAL, *KEPT["bitsandbytes"]):
+        if key in (*state.MOMENTS, *state.OPTIONAL, *KEPT["bitsandbytes"], "master_param"):
             _check_readable(moment, key, index)
 
 
@@ -184,9 +184,18 @@ def check_bitsandbytes(group: Mapping[str, Any], keys: set[str], number: int) ->
 
 def _check_readable(moment: Any, key: str, index: Any) -> None:
     """Raise unless a moment is a tensor of torch's own, or one that gives its numbers (torchao's)."""
-    plain = type(moment) in (torch.Tensor, torch.nn.Parameter)
-    if moment is None or plain or type(moment).__module__.startswith("torchao."):
+    if moment is None or type(moment).__module__.startswith("torchao."):
         return
+    if type(moment) in (torch.Tensor, torch.nn.Parameter):
+        dense = moment.layout == torch.strided and not moment.is_meta and not moment.is_quantized
+        codes = key in ("state1", "state2") and moment.dtype == torch.uint8
+        if dense and (moment.is_floating_point() or codes):
+            return
+        of = "no numbers (meta)" if moment.is_meta else f"{moment.dtype}, {moment.layout}"
+        raise OptimizerStateError(
+            f"{key} of parameter {index} is a tensor of {of}; expected real numbers in a dense tensor, as an optimizer "
+            f"keeps them. Save the state again from the training."
+        )
     raise OptimizerStateError(
         f"{key} of parameter {index} is a {type(moment).__name__}; expected a plain tensor, or one of torchao's. One "
         f"rank's part of a sharded one (DTensor) is not the whole: save the full state."
@@ -194,17 +203,24 @@ def _check_readable(moment: Any, key: str, index: Any) -> None:
 
 
 def _check_numbers(group: Mapping[str, Any], number: int) -> None:
-    """Raise unless lr, ε and decay are numbers, and the betas two of them."""
+    """Raise unless lr, ε and decay are numbers, the betas two of them, and flags true or false."""
     betas = group.get("betas", (0.0, 0.0))
     if not isinstance(betas, list | tuple) or len(betas) != 2:
         raise OptimizerStateError(
             f"Parameter group {number} has betas={betas}; AdamW has two, and another number is another optimizer's."
         )
+    for key in FLAGS:
+        if not isinstance(group.get(key), bool | int | None):
+            raise OptimizerStateError(f"Parameter group {number} has {key}={group[key]!r}; expected true or false.")
     pairs = ("scale_parameter", "beta2_decay")  # Adafactor's ε are two, and its lr may be none
-    for key in () if any(pair in group for pair in pairs) else ("lr", "eps", "weight_decay"):
+    settings = () if any(pair in group for pair in pairs) else ("lr", "eps", "weight_decay")
+    for key, value in [*((key, group.get(key, 0.0)) for key in settings), *(("betas", beta) for beta in betas)]:
         try:
-            float(group.get(key, 0.0))
-        except (TypeError, ValueError, RuntimeError):
+            is_number = not isinstance(value, bool | str) and float(value) == float(value)
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            is_number = False
+        if not is_number:
+            expected = "two numbers" if key == "betas" else "one number"
             raise OptimizerStateError(
-                f"Parameter group {number} has {key}={group[key]!r}; expected one number, as AdamW has."
-            ) from None
+                f"Parameter group {number} has {key}={group[key]!r}; expected {expected}, as AdamW has."
+            )

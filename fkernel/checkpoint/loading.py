@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fkernel.checkpoint.conditions import Condition, unread_condition, weights_only_condition
+from fkernel.checkpoint.conditions import Condition, unread_condition, unstepped_condition, weights_only_condition
 from fkernel.checkpoint.evidence import conditions_of, trained_dtypes
 from fkernel.checkpoint.files import read_json, read_tensors
 from fkernel.checkpoint.formats import FORMATS, find_layout, read, wrapped
@@ -190,6 +190,10 @@ def load(
         rounded=rounded,
     )
     conditions = conditions_of(policy, layout, saved.weights, saved.optimizer, frozen, rounded)
+    entries = {} if stored is None else stored.entries
+    unstepped = [name for name, entry in entries.items() if not entry]
+    if 0 < len(unstepped) < len(entries) and any("step" in entry for entry in entries.values()):
+        conditions += (unstepped_condition(unstepped, len(entries)),)
     if state is None and optimizer and is_inner(path) and (unread := unread_optimizers(path)):
         conditions += (unread_condition(path, unread),)
     elif state is None and optimizer and (trainer_state is not None or layout.kind in FORMATS):

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fkernel.checkpoint.foreign import check_bitsandbytes, check_entry, check_group, check_settings
-from fkernel.errors import OptimizerStateError
+from fkernel.errors import OptimizerStateError, listing
 
 WRAPPED = "__bnb_optimizer_quant_state__"
 """Where newer versions of bitsandbytes keep state1 and state2, so that FSDP does not gather them."""
@@ -67,11 +67,17 @@ def recognise(state_dict: Any, decoupled: bool | None = None) -> list[Written]:
         raise OptimizerStateError("This is no optimizer state_dict: it lacks 'state' and 'param_groups'.")
     states, groups = state_dict["state"], state_dict["param_groups"]
     whole = isinstance(states, Mapping) and all(isinstance(entry, Mapping) for entry in states.values())
-    whole = whole and isinstance(groups, Sequence) and all(isinstance(g, Mapping) and "params" in g for g in groups)
+    whole = whole and isinstance(groups, Sequence) and bool(groups) and all(map(_is_group, groups))
     if not whole:
         raise OptimizerStateError(
             "This is no optimizer state_dict of torch: expected state as {number: {…}} and param_groups as a list of "
-            "{'params': […], …}."
+            "{'params': [number, …], …}, each with as many param_names where it has any."
+        )
+    orphans = [index for index in states if not any(index in group["params"] for group in groups)]
+    if orphans:
+        raise OptimizerStateError(
+            f"The state is of parameters {listing([str(index) for index in orphans])}, which no parameter group has: "
+            f"state and groups are of two optimizers, or were edited. Save the state again from the training."
         )
     written: list[Written] = []
     for number, group in enumerate(groups):
@@ -80,6 +86,15 @@ def recognise(state_dict: Any, decoupled: bool | None = None) -> list[Written]:
         for index, entry in entries.items():
             check_entry(entry, index, written[-1].kind)
     return _alike(written, [type(entry.get("exp_avg")) for entry in states.values()])
+
+
+def _is_group(group: Any) -> bool:
+    """Whether a parameter group has its parameters' numbers or names, and as many param_names where it has any."""
+    params = group.get("params") if isinstance(group, Mapping) else None
+    if not isinstance(params, list | tuple) or not all(isinstance(index, int | str | tuple) for index in params):
+        return False
+    names = group.get("param_names", [""] * len(params))
+    return isinstance(names, list | tuple) and len(names) == len(params) and all(isinstance(n, str) for n in names)
 
 
 def merged(state_dict: Any) -> Any:

@@ -73,9 +73,15 @@ def _moved(entry: Mapping[str, Any]) -> bool:
 
 def _whole(value: Any, whose: str) -> int:
     try:
+        if isinstance(value, bool) or (isinstance(value, torch.Tensor) and not _is_real(value)):
+            raise ValueError
         number = float(value)
         if number == int(number) >= 0:
             return int(number)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         pass
     raise OptimizerStateError(f"The step of {whose} is {value!r}; expected a whole number of steps taken, 0 or more.")
+
+
+def _is_real(value: torch.Tensor) -> bool:
+    return value.layout == torch.strided and not value.is_complex() and not value.is_meta
