@@ -8,6 +8,7 @@ import torch
 from jaxtyping import install_import_hook
 
 import tests.typecheck  # noqa: F401 - the hook below finds it as an attribute of `tests`
+from tests import offline
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # The tensors here are small: a second thread gains nothing, and beside another process it costs ten times the time.
@@ -25,6 +26,16 @@ hypothesis.settings.register_profile("thorough", parent=hypothesis.settings.get_
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "laws"))
 
 
+offline.watch()
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _offline():
+    offline.REACHED.clear()
+    yield
+    assert offline.REACHED == [], "the test reached for another machine"

@@ -26,6 +26,7 @@ from fkernel.checkpoint.chunks import Item, items_of
 from fkernel.checkpoint.files import check_sums, first_line
 from fkernel.checkpoint.quiet import libraries_quiet
 from fkernel.errors import CheckpointError
+from fkernel.io import inside
 
 METADATA = ".metadata"
 CLASSES = {
@@ -85,10 +86,17 @@ def read_distributed(path: str | Path, wanted: Callable[[str], bool] = everythin
     except Exception as error:  # a damaged pickle that unpickles has anything in any place
         raise CheckpointError(f"{directory / METADATA} is damaged: {first_line(error)}") from error
     steps: dict[str, set[float]] = {}
-    for name, inside in groupby(items, key=lambda item: item.file):
-        _read_file(directory / name, [*inside], found, steps)
+    for name, own in groupby(items, key=lambda item: item.file):
+        _read_file(_path(directory, name), [*own], found, steps)
     _check_steps(directory, steps)
     return _nested(found, paths, directory / METADATA)
+
+
+def _path(directory: Path, name: str) -> Path:
+    try:
+        return inside(directory, name)
+    except ValueError as error:
+        raise CheckpointError(f"{directory / METADATA} is damaged: {error}.") from error
 
 
 def read_metadata(directory: Path) -> Metadata:

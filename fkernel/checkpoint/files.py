@@ -101,11 +101,15 @@ def check_sums(file: IOBase, path: Any) -> None:
     try:
         with zipfile.ZipFile(file) as archive:
             for entry in archive.infolist():
+                if entry.compress_type != zipfile.ZIP_STORED:  # torch.save compresses nothing, and a page may be a bomb
+                    raise CheckpointError(f"{path} has compressed entries; torch.save writes none. Save it with that.")
                 if entry.CRC == 0:  # not computed: torch.serialization.set_crc32_options(False)
                     continue
                 with archive.open(entry) as data:
                     while data.read(CHUNK):
                         pass
+    except CheckpointError:
+        raise
     except Exception as error:  # a damaged directory of entries raises whatever it likes
         raise CheckpointError(
             f"{path} is damaged: {first_line(error)}. Copy it again from where it was saved."

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fkernel.checkpoint.files import first_line, plain, read_json
 from fkernel.checkpoint.quiet import libraries_quiet
+from fkernel.checkpoint.weights import INDEX, shards_of
 from fkernel.errors import CheckpointError, ModelError
 
 HUB = "hub:"
@@ -37,6 +38,11 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, trust_re
         ModelError: no such directory, no model in it, weights that are not safetensors or not all the model's.
     """
     source = _source(path)
+    if isinstance(source, Path) and (source / INDEX).is_file():
+        try:
+            shards_of(source)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{source / INDEX} is no index of weights: {first_line(error)}.") from error
     try:
         found: Any = AutoModelForCausalLM.from_pretrained(
             source,

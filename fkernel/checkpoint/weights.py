@@ -16,7 +16,7 @@ from fkernel.checkpoint.files import first_line
 from fkernel.checkpoint.names import unwrapped
 from fkernel.checkpoint.quiet import libraries_quiet
 from fkernel.errors import CheckpointError, ModelError, listing
-from fkernel.io import parse_json
+from fkernel.io import inside, parse_json
 
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn"}
@@ -63,10 +63,20 @@ def read_safetensors(directory: Path) -> dict[str, Any]:
     """
     try:
         index = directory / INDEX
-        files = {*parse_json(index.read_text())["weight_map"].values()} if index.is_file() else {"model.safetensors"}
-        return {name: leaf for file in sorted(files) for name, leaf in load_file(directory / file).items()}
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        files = shards_of(directory) if index.is_file() else [directory / "model.safetensors"]
+        return {name: leaf for file in files for name, leaf in load_file(file).items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"The weights in {directory} cannot be read: {first_line(error)}") from error
+
+
+def shards_of(directory: Path) -> list[Path]:
+    """List the files that a directory's index names, all of them in it.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError, AttributeError: there is no index, it is none, or names others.
+    """
+    named = parse_json((directory / INDEX).read_bytes())["weight_map"].values()
+    return [inside(directory, name) for name in sorted({*named})]
 
 
 def stored_dtypes(directory: Path) -> dict[str, str]:

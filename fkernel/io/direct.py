@@ -69,6 +69,8 @@ def read_direct(file: int, start: int, stop: int) -> Tensor:
     Raises:
         ValueError: the file ends before.
     """
+    if stop > (end := os.fstat(file).st_size):  # before memory is taken for what a header claims
+        raise ValueError(f"it ends at byte {end}, before byte {stop}")
     low, high = start // ALIGNMENT * ALIGNMENT, -(-stop // ALIGNMENT) * ALIGNMENT
     buffer = torch.empty(high - low + ALIGNMENT, dtype=torch.uint8)
     buffer = buffer[-buffer.data_ptr() % ALIGNMENT :][: high - low]

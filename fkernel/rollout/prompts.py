@@ -114,7 +114,7 @@ def jsonl(path: str | Path, split: str = "train", question: str = "question", an
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise RolloutError(f"The prompts at {path} cannot be read: {error}") from error
     return TablePrompts(str(path), split, [*_objects(path, lines)], question, answer)
 

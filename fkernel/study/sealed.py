@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
-from zipfile import BadZipFile
+from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
 import numpy as np
 
@@ -22,6 +22,10 @@ ARRAYS, RECORD = "kernel.npz", "results.json"
 BESIDE = ("plan.json", "environment.json")
 ROUNDING = 1e-9
 """Relative difference of what two machines make of the same arrays."""
+
+
+DAMAGED = (OSError, ValueError, KeyError, EOFError, MemoryError, NotImplementedError, SyntaxError, BadZipFile)
+"""What reading a damaged file of arrays raises."""
 
 
 class Files(NamedTuple):
@@ -73,12 +77,10 @@ def read_files(directory: Path, schema: int) -> Files:
         _check_schema(parse_json((directory / RECORD).read_bytes()), directory, schema)
         record = read_checksummed(directory / RECORD)
         plan, environment = (parse_json((directory / name).read_bytes()) for name in BESIDE)
-        with np.load(directory / ARRAYS, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        actual = _checksums(directory)
+        arrays, actual = read_arrays(directory / ARRAYS), _checksums(directory)
     except ResultsError:
         raise
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+    except DAMAGED as error:
         raise ResultsError(
             f"{directory} holds no readable results.json, plan.json, environment.json and kernel.npz: {error}"
         ) from error
@@ -89,6 +91,22 @@ def read_files(directory: Path, schema: int) -> Files:
             f"run the plan again."
         )
     return Files(plan, environment, record, arrays)
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Read a file of `numpy.savez`; nothing is unpickled, and nothing takes more memory than the file.
+
+    Raises:
+        *DAMAGED: it is none.
+    """
+    with ZipFile(path) as archive:
+        if any(entry.compress_type != ZIP_STORED for entry in archive.infolist()):
+            raise ValueError(f"{path.name} has compressed entries, which are not written here")
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    if wrong := [name for name, values in arrays.items() if not isinstance(values, np.ndarray)]:
+        raise ValueError(f"{path.name} holds {wrong[0]!r}, which is no array")
+    return arrays
 
 
 def check_arrays(arrays: Mapping[str, np.ndarray], request: str, width: int) -> None:

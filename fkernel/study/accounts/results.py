@@ -12,14 +12,13 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 
 from fkernel.errors import ResultsError
 from fkernel.io import atomic_file, checksum, checksummed_json, read_checksummed
 from fkernel.study.outcome import SequenceInfo, as_record
-from fkernel.study.sealed import check_agrees
+from fkernel.study.sealed import DAMAGED, check_agrees, read_arrays
 from fkernel.study.shown import html_of, plural, text_of
 from fkernel.study.tables import account_dataset, account_frame
 
@@ -235,10 +234,9 @@ class AccountResults:
         place = Path(directory)
         try:
             record = read_checksummed(place / ACCOUNT)
-            with np.load(place / ARRAYS, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
+            arrays = read_arrays(place / ARRAYS)
             same = checksum(place / ARRAYS) == record["sha256"][ARRAYS]
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        except DAMAGED as error:
             raise ResultsError(f"{str(place)!r} holds no readable {ACCOUNT} and {ARRAYS}: {error}") from error
         if record.get("schema") != SCHEMA:
             raise ResultsError(f"{place} has schema {record.get('schema')}; this version of fkernel reads {SCHEMA}.")

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from fkernel.checkpoint.layout import TRAINER_STATE, Layout
 from fkernel.checkpoint.model import ADAPTER
 from fkernel.errors import CheckpointError, listing
+from fkernel.io import inside
 
 LATEST = "latest"
 SCRIPT = "zero_to_fp32.py"
@@ -47,7 +48,10 @@ def find(root: Path) -> Layout | None:
         return _layout(root.parent, root)
     for around in (root, root / "_actor"):
         if (around / LATEST).is_file():
-            tag = around / (around / LATEST).read_text(encoding="utf-8", errors="replace").strip()
+            try:
+                tag = inside(around, (around / LATEST).read_text(encoding="utf-8", errors="replace").strip())
+            except ValueError as error:
+                raise CheckpointError(f"{around / LATEST} is no name of a checkpoint: {error}.") from error
             return _layout(around, tag) if _is_tag(tag) or (around / SCRIPT).is_file() else None
     tags = sorted(item for item in root.iterdir() if _is_tag(item))
     if len(tags) > 1:
