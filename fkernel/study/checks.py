@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -126,10 +126,8 @@ def _checkpoints(plan: FisherKernelPlan) -> list[str]:
             f"needs one.{below} Expected {STATE_PLACES[0]} or the like; else give the optimizer of a run's first step "
             f"(step.optimizer), or preconditioner: {{form: identity}}."
         )
-    if plan.template == "chat" and _lacks_chat(layout.config or layout.model, plan.checkpoint):
-        lines.append(
-            f"template: the tokenizer at {layout.config or layout.model} has no chat template; choose gsm8k_r1 or bare."
-        )
+    if plan.template == "chat" and (place := _without_chat(layout.places, plan.checkpoint)):
+        lines.append(f"template: the tokenizer at {place} has no chat template; choose gsm8k_r1 or bare.")
     return lines
 
 
@@ -143,18 +141,18 @@ def _unrecognised(place: str, path: str) -> list[str]:
     return []
 
 
-def _lacks_chat(place: Path, checkpoint: CheckpointPlan) -> bool:
-    """Whether there is a tokenizer's configuration, and no chat template in or beside it."""
-    folders = [place, *(Path(each) for each in (checkpoint.base, checkpoint.model) if each is not None)]
+def _without_chat(places: Iterable[Path], checkpoint: CheckpointPlan) -> Path | None:
+    """Find the tokenizer's configuration where there is no chat template in or beside it; None where there is one."""
+    folders = [*places, *(Path(each) for each in (checkpoint.base, checkpoint.model) if each is not None)]
     own = [folder for folder in folders if (folder / "tokenizer_config.json").is_file()]
     if not own:
-        return False
+        return None
     try:
         config = json.loads((own[0] / "tokenizer_config.json").read_text(encoding="utf-8"))
     except ValueError:
-        return False
+        return None
     files = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
-    return not config.get("chat_template") and not any((own[0] / name).exists() for name in files)
+    return None if config.get("chat_template") or any((own[0] / name).exists() for name in files) else own[0]
 
 
 def _by_number(name: str) -> tuple[int, str]:
