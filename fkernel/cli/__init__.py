@@ -112,7 +112,9 @@ def _demo(out: Path, cache: Path | None, seed: int, rows: int) -> list[str]:
     """Prepare the policy and run the package's plan; returns the bounds that the prediction missed."""
     with importing():
         from fkernel.demo import demo_plan, prepare, seeded, visible
+        from fkernel.io import check_writable
 
+    check_writable(out)  # before minutes of training
     with visible(Console(stderr=True)) as progress:
         directory = prepare(seeded(seed), cache, progress)
     results = execute(demo_plan(directory, out, seed), overwrite=False, log="minimal")

@@ -46,6 +46,7 @@ def explain(
     """
     with exit_on_error():
         with importing():
+            from fkernel.io import atomic_write
             from fkernel.study import explanation
         more = {"ended": False} if unended else {}
         probes = [{"prompt": prompt, "response": response, **more} for prompt, response in probe or []]
@@ -58,7 +59,7 @@ def explain(
         for line in made.defaults:
             console.print(f"default: {line}", style="dim", markup=False, highlight=False, soft_wrap=True)
         results = execute(made.plan, overwrite, log)
-        (out / "plan.yaml").write_text(made.yaml(), encoding="utf-8")
+        atomic_write(out / "plan.yaml", [made.yaml().encode()])
         study.finish(results, out, rows, as_json)
 
 

@@ -11,7 +11,6 @@
 """
 
 import json
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ from fkernel.demo.policy import PolicyConfig, SupervisionConfig, build_model, co
 from fkernel.demo.task import TaskConfig, splits
 from fkernel.demo.tokenizer import build_tokenizer
 from fkernel.demo.training import ReinforceConfig, reinforce
-from fkernel.io import atomic_directory, default_cache_root, hash_json
+from fkernel.io import atomic_directory, check_writable, default_cache_root, hash_json, make_directory, remove_directory
 from fkernel.rollout import SampleGenerator, Sampling
 
 COMPLETE = "complete.json"
@@ -112,13 +111,13 @@ def prepare(config: DemoConfig, cache_root: Path | None = None, progress: Progre
     final = root / key
     if is_complete(final):
         return final
-    root.mkdir(parents=True, exist_ok=True)
+    check_writable(make_directory(root))
     try:
         with atomic_directory(final) as work:
             with _threads(config.threads):
                 _make(config, work, key, progress)
             if final.exists() and not is_complete(final):  # damaged
-                shutil.rmtree(final)
+                remove_directory(final)
     except OSError:  # another process may have completed it meanwhile
         if not is_complete(final):
             raise

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fkernel.checkpoint import STATE_PLACES, find_layout, has_no_optimizer
 from fkernel.errors import FKernelError, PlanError, ResultsError, listing
+from fkernel.io import check_writable
 from fkernel.rollout import GeneratedBatch, dotted
 from fkernel.study.config.base import CheckpointPlan
 from fkernel.study.config.plan import FisherKernelPlan
@@ -167,14 +168,18 @@ def missed_pairs(plan: FisherKernelPlan, requests: Mapping[str, RequestResult]) 
 
 
 def check_out(plan: FisherKernelPlan, overwrite: bool = False) -> None:
-    """Check that `out` does not hold another plan's results.
+    """Check that `out` does not hold another plan's results, and that it and the workspace can be written to.
 
     Raises:
         PlanError: the plan's `out` is a file, or holds results of another plan.
+        StoreError: the disk is full, or does not let us write.
     """
     out = Path(plan.out)
     if out.exists() and not out.is_dir():
         raise PlanError(f"{out} is a file; results need a directory (out:).")
+    check_writable(out)
+    if plan.storage.persist:
+        check_writable(Path(plan.workspace_path))
     recorded = out / "environment.json"
     if overwrite or not recorded.is_file():
         return
