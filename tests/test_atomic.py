@@ -27,6 +27,7 @@ from fkernel.io import (
 )
 from fkernel.io.temporary import DAY, temporary_beside
 from tests.torture.leftovers import dead_beside
+from tests.torture.operations import watched
 
 
 def content(directory):
@@ -94,6 +95,26 @@ def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path, write):
             assert (tmp_path / "elsewhere" / "target").read_text() == text
         assert (tmp_path / "link").is_symlink()
         assert os.listdir(tmp_path / "elsewhere") == ["target"]
+
+
+def test_what_gets_a_name_is_on_the_disk_before(tmp_path):
+    """A power cut leaves the old or the new, and never an empty file: nothing that is not flushed is renamed."""
+    with watched(tmp_path) as disk:
+        make_directory(tmp_path / "a" / "b")
+        atomic_write(tmp_path / "a" / "file", [b"x"])
+        with atomic_file(tmp_path / "other") as temporary:
+            temporary.write_text("x")
+        with atomic_directory(tmp_path / "folder") as temporary:
+            (temporary / "inside").mkdir()
+            (temporary / "inside" / "file").write_text("x")
+        append_line(tmp_path / "lines", b"one\n")
+    assert {"open", "write", "mkdir", "replace", "rename", "fsync"} == {*disk.names}
+    assert not disk.unsafe
+    assert not disk.dirty
+    with watched(tmp_path) as disk:
+        (tmp_path / "new").write_text("x")
+        (tmp_path / "new").rename(tmp_path / "renamed")
+    assert disk.unsafe == [str(tmp_path / "renamed")]
 
 
 # ------------------------------------------------------------------------------------------------ what others have left
