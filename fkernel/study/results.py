@@ -19,7 +19,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from fkernel.errors import ResultsError
-from fkernel.io import atomic_file, checksum
+from fkernel.io import atomic_file, checksum, make_directory
 from fkernel.study.loss_terms import PART
 from fkernel.study.outcome import (
     EFFECTS,
@@ -149,8 +149,7 @@ class FisherKernelResults:
         Returns:
             The directory.
         """
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
+        directory = make_directory(Path(directory))
         (directory / "results.json").unlink(missing_ok=True)  # missing while the others are being replaced
         with atomic_file(directory / "kernel.npz") as temporary, temporary.open("wb") as file:
             np.savez(file, allow_pickle=False, **self._arrays())

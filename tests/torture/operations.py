@@ -60,9 +60,11 @@ class Disk:
             if stop.at and number >= stop.at and name in stop.refused:
                 raise OSError(stop.error, os.strerror(stop.error), path)
         elif number == stop.at:
-            if stop.how == "middle":
-                half()
-            os.kill(os.getpid(), signal.SIGKILL)
+            try:
+                if stop.how == "middle":
+                    half()
+            finally:
+                os.kill(os.getpid(), signal.SIGKILL)
 
     def _note(self, name: str, path: str, target: str | None) -> None:
         """Keep account of what is flushed to disk."""
