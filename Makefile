@@ -14,7 +14,7 @@ export HF_HUB_OFFLINE := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test mutants lint bench scale peers calibration runs sweep formats docs clean
+.PHONY: help demo test mutants lint bench scale peers calibration runs sweep torture formats docs clean
 .DELETE_ON_ERROR:
 
 help: ## List these targets
@@ -51,6 +51,9 @@ runs: $(READY) $(PEERS) ## Accounts of whole runs: do they add up, predict, find
 
 sweep: $(READY) ## Every causal language model in transformers against plain autograd, save JSON and a page (2 minutes)
 	@$(BIN)/python -m benchmarks.sweep $(ARGS)
+
+torture: $(READY) ## Stop what writes at every operation and at random, save JSON (an hour; goes on where it was stopped)
+	@$(BIN)/python -W ignore -m tests.torture $(ARGS)
 
 formats: $(WRITERS) ## Write the tests' checkpoints with the trainers' own packages again (some minutes)
 	@.venv-formats/bin/python -m tests.formats $(ARGS)

@@ -3,8 +3,10 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -105,8 +107,40 @@ def test_nothing_is_read_from_the_meta_device():
     assert not is_readable(bones.params)
 
 
+@pytest.mark.parametrize("length", [64, 1030], ids=["eager", "fused"])
+def test_a_layer_too_large_to_be_built_is_counted_as_one_that_is_built(length):
+    shape = TINY_SHAPE.replace("=32", "=256").replace("num_attention_heads=4", "num_attention_heads=16")
+    built, counted = (
+        _counted_with(limit, shape.replace("num_key_value_heads=2", "num_key_value_heads=8"), length)
+        for limit in (1 << 28, 1000)
+    )
+    assert not isinstance(built, str)
+    assert counted == built
+
+
+def _counted_with(limit: int, shape: str, length: int) -> Any:
+    with patch("fkernel.checkpoint.skeleton.LARGEST", limit):
+        return workload_of(skeleton_of(shape, length), 2, 2, whole=False).walk
+
+
+def test_seventy_billion_parameters_on_64_ranks_take_seconds():
+    shape = "hidden_size=8192,intermediate_size=28672,num_hidden_layers=80,num_attention_heads=64"
+    shape += ",num_key_value_heads=8,vocab_size=128256,tie_word_embeddings=0"
+    start = time.process_time()
+    result = run(shape, "--n-u", "512", "--n-e", "64", "--tokens", "2048", "--processes", "64", "--json")
+    assert time.process_time() - start < 20
+    record = json.loads(result.stdout)
+    P, W = 70_553_706_496 + 80 * (8192 + 2 * 1024), 64  # Llama's, and the biases of Qwen2
+    assert record["sent"]["rows"] == pytest.approx(576 * P * 4 * (W - 1) / W**2)
+    layer = 2 * 8192 * (8192 + 1024) + 3 * 8192 * 28672  # multiplications of a token in its matrices
+    passes = 8 * 2048 * (80 * layer + 128256 * 8192) * (576 + 512)  # forward twice, both gradients
+    assert passes / W < record["flops"] < 1.15 * passes / W  # attention itself, and the products, are little
+    assert not record["fits"]
+
+
 _MEASURED = """
 import sys
+import time
 from benchmarks.memory import _status
 from fkernel.checkpoint import skeleton_of, workload_of
 load = workload_of(skeleton_of(sys.argv[1], 128), 32, 16)

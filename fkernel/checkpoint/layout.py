@@ -53,6 +53,7 @@ class Layout(NamedTuple):
         trainer_state: trainer_state.json, or None.
         adapter: the name that an adapter had in its training; its parameters' names hold it.
         config: a directory of config.json and a tokenizer, where the weights do not lie in one.
+        tokenizer: a directory of a tokenizer alone, or None.
     """
 
     kind: Kind
@@ -63,6 +64,13 @@ class Layout(NamedTuple):
     trainer_state: Path | None = None
     adapter: str = "default"
     config: Path | None = None
+    tokenizer: Path | None = None
+
+    @property
+    def places(self) -> tuple[Path, ...]:
+        """Directories in which its configuration and its tokenizer may lie, the nearest first."""
+        around = self.model.parent if self.kind in ("nested", "fsdp") else None
+        return tuple(place for place in (self.model, self.config, self.tokenizer, around) if place is not None)
 
     @property
     def pretrained(self) -> bool:

@@ -303,9 +303,7 @@ def _step(trainer_state: Any, saved: int | None, optimizer: StoredState | None) 
 
 def _tokenizer(layout: Layout, model: Any, base: str | Path | None, trust_remote_code: bool) -> Any:
     """Load the tokenizer from beside the checkpoint, its weights, its base model or its architecture."""
-    near = [layout.model, layout.config, layout.model.parent if layout.kind in ("nested", "fsdp") else None, base]
-    near.append(None if isinstance(model, torch.nn.Module) else model)
-    for place in near:
+    for place in (*layout.places, base, None if isinstance(model, torch.nn.Module) else model):
         if place is not None and (str(place).startswith(HUB) or Path(place).is_dir()):
             found = load_tokenizer(place, trust_remote_code=trust_remote_code)
             if found is not None:

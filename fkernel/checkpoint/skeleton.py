@@ -46,6 +46,9 @@ FEW = 8
 """Tokens of the vocabulary that the first layer is counted with."""
 LARGEST = 1 << 28
 """Parameters of a layer that is built, at most."""
+NARROW = 8
+"""What widths are divided by, of a larger one."""
+WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 OPTIONAL = ("num_key_value_heads", "tie_word_embeddings")
 
@@ -101,8 +104,14 @@ def skeleton_of(model: str | Path, tokens: int, dtype: torch.dtype = torch.float
     return Skeleton(sequence_logprob(apply), params, Sequences(ids, ids.bool(), ids.bool()))
 
 
-def workload_of(bones: Skeleton, n_U: int, n_E: int) -> Workload:
+def workload_of(bones: Skeleton, n_U: int, n_E: int, whole: bool = True) -> Workload:
     """Count what a kernel of n_U × n_E such sequences has to do.
+
+    Args:
+        bones: the model.
+        n_U: update sequences.
+        n_E: evaluation sequences.
+        whole: whether whole gradients of short sequences are counted, too, and not the walk by layers alone.
 
     Raises:
         BatchError: a side has no sequence.
@@ -114,7 +123,7 @@ def workload_of(bones: Skeleton, n_U: int, n_E: int) -> Workload:
     f, params, one = bones
     T = one.input_ids.shape[1]
     tokens = {"E": [T] * n_E, "U": [T] * n_U}
-    if T > LONG and not isinstance(walk := _walk(f.apply.module, T), str):
+    if (T > LONG or not whole) and not (isinstance(walk := _walk(f.apply.module, T), str) and whole):
         leaf = next(iter(params.values()))
         return Workload(tokens, tree.size(params), leaf.element_size(), 0.0, None, walk=walk)
     try:
@@ -184,23 +193,47 @@ def _walk(module: Any, T: int) -> Walk | str:
 def _first_layer_deepened(module: Any, T: int) -> Walk | str:
     config = copy.deepcopy(module.config)
     depth, table = config.num_hidden_layers, module.get_output_embeddings()
-    if (sum(leaf.numel() for leaf in module.parameters()) - table.weight.numel()) / depth > LARGEST:
-        return f"a layer of more than {LARGEST:,} parameters is not built to be counted"
+    large = (sum(leaf.numel() for leaf in module.parameters()) - table.weight.numel()) / depth > LARGEST
     changes = {"num_hidden_layers": 1, "vocab_size": FEW, "layer_types": getattr(config, "layer_types", None)}
     for name, value in changes.items():
         if value is not None:
             setattr(config, name, value[:1] if isinstance(value, list) else value)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, None)
+    attention, dtype, wide = "sdpa" if T > FUSED else "eager", table.weight.dtype, None
+    if large:
+        with torch.device("meta"):
+            wide = _with_attention(attention, config, dtype)
+        config = _narrow(config)
     with torch.random.fork_rng(devices=[]):
-        model = _with_attention("sdpa" if T > FUSED else "eager", config, table.weight.dtype)
+        model = _with_attention(attention, config, dtype)
     apply, params = make_functional(model)
     cut = cut_of(sequence_logprob(apply), params, pad([[0, 1]], [[2, 3, 0]]))
     if isinstance(cut, str):
         return cut
-    one = walk_of(cut, params, {"E": [T], "U": [T]})
+    if wide is not None and (why := _unlike(wide, model)):
+        return why
+    one = walk_of(cut, params, {"E": [T], "U": [T]}, wide)
     forward, backward = (_deeper(curve, depth) for curve in (one.forward, one.backward))
     return one._replace(depth=depth, head=table.weight.numel(), forward=forward, backward=backward)
+
+
+def _narrow(config: Any) -> Any:
+    """Return a configuration with narrower layers, of heads of the same size: what calls the layers stays the same."""
+    narrow = copy.deepcopy(config)
+    for name in WIDTHS:
+        if (width := getattr(config, name, None)) is not None:
+            setattr(narrow, name, max(1, width // NARROW))
+    return narrow
+
+
+def _unlike(wide: Any, narrow: Any) -> str:
+    """Say why a narrow model does not stand for a wide one; empty where it does."""
+    heads = [model.config.hidden_size // model.config.num_attention_heads for model in (wide, narrow)]
+    names = [[name for name, _ in model.named_parameters()] for model in (wide, narrow)]
+    buffers = [name for name, _ in wide.named_buffers() if "0" in name.split(".")]  # a layer's, which has no values
+    alike = heads[0] == heads[1] and names[0] == names[1] and not buffers
+    return "" if alike else f"a layer of more than {LARGEST:,} parameters is not built, and no narrower one is like it"
 
 
 def _with_attention(attention: str, config: Any, dtype: torch.dtype) -> Any:

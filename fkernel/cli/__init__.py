@@ -111,7 +111,9 @@ def _demo(out: Path, cache: Path | None, seed: int, rows: int) -> list[str]:
     """Prepare the policy and run the package's plan; returns the bounds that the prediction missed."""
     with importing():
         from fkernel.demo import demo_plan, prepare, seeded, visible
+        from fkernel.io import check_writable
 
+    check_writable(out)  # before minutes of training
     with visible(Terminal(stderr=True)) as progress:
         directory = prepare(seeded(seed), cache, progress)
     results = execute(demo_plan(directory, out, seed), overwrite=False, log="minimal")
@@ -148,15 +150,15 @@ def _on_ranks(model: str, n_u: int, n_e: int, tokens: int, dtype: str, processes
         import torch
 
         from fkernel import report
-        from fkernel.checkpoint import estimate_model
+        from fkernel.checkpoint import skeleton_of, workload_of
         from fkernel.engine.planning import GPUS, cost_on_ranks
 
         if gpu not in GPUS:
             raise ModelError(f"--gpu is {gpu!r}; expected {', '.join(GPUS)}.")
         if dtype not in ("float32", "float64"):
             raise ModelError(f"--dtype is {dtype!r}; fkernel differentiates in float32 or float64.")
-        prediction = estimate_model(model, n_u, n_e, tokens, dtype=getattr(torch, dtype))
-        cost = cost_on_ranks(prediction.workload, processes)
+        bones = skeleton_of(model, tokens, getattr(torch, dtype))
+        cost = cost_on_ranks(workload_of(bones, n_u, n_e, whole=False), processes)
     if as_json:
         typer.echo(json.dumps(report.ranks_record(cost, GPUS[gpu]), indent=1))
     else:

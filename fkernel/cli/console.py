@@ -40,6 +40,7 @@ def print_line(text: str, style: str = "", stderr: bool = False) -> None:
 def exit_on_error() -> Iterator[None]:
     """Print an error in one line and exit: 2 for user errors, 1 for a failed demo, 130 after Ctrl-C."""
     from fkernel.errors import DemoError, FKernelError  # imported here to keep --help fast
+    from fkernel.io import explained
 
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # for rewards and other functions that a plan names; installed packages come first
@@ -50,7 +51,8 @@ def exit_on_error() -> Iterator[None]:
         raise typer.Exit(130) from None
     except (FKernelError, OSError) as error:
         if not (getattr(error, "of_all_ranks", False) and int(os.environ.get("RANK", "0"))):
-            print_error(str(error))  # of an error that all ranks raise, rank 0 tells
+            # Of an error that all ranks raise, rank 0 tells.
+            print_error(explained(error) if isinstance(error, OSError) else str(error))
         raise typer.Exit(1 if isinstance(error, DemoError) else 2) from error
 
 

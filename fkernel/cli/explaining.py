@@ -45,6 +45,7 @@ def explain(
     """
     with exit_on_error():
         with importing():
+            from fkernel.io import atomic_write
             from fkernel.study import explanation
         more = {"ended": False} if unended else {}
         probes = [{"prompt": prompt, "response": response, **more} for prompt, response in probe or []]
@@ -56,7 +57,7 @@ def explain(
         for line in made.defaults:
             print_line(f"default: {line}", style="dim", stderr=True)
         results = execute(made.plan, overwrite, log)
-        (out / "plan.yaml").write_text(made.yaml(), encoding="utf-8")
+        atomic_write(out / "plan.yaml", [made.yaml().encode()])
         study.finish(results, out, rows, as_json)
 
 

@@ -181,11 +181,12 @@ def init(path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path
     """
     with exit_on_error():
         from fkernel.errors import PlanError
+        from fkernel.io import atomic_write
         from fkernel.study import TEMPLATE
 
         if path.exists():
             raise PlanError(f"There is something at {path} already; choose another name.")
-        path.write_text(TEMPLATE, encoding="utf-8")
+        atomic_write(path, [TEMPLATE.encode()])
         print_line(f"Wrote {path}; next: edit it, then fkernel plan check {path}")
 
 

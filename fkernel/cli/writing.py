@@ -47,6 +47,7 @@ def say_estimate(runner: Any) -> None:
 def _saved(plan: Any, runner: Any, results: Any, page: bool) -> Any:
     """Write results, batches, page and pictures."""
     from fkernel import report
+    from fkernel.io import atomic_write
 
     out = Path(plan.out)
     if plan.storage.batches:
@@ -60,7 +61,7 @@ def _saved(plan: Any, runner: Any, results: Any, page: bool) -> Any:
         for name, result in results.requests.items():
             if "tokens" in result.analyses and result.analyses["tokens"].skipped is None:
                 tokens = out / "pictures" / f"{name}_tokens.html"
-                tokens.write_text(report.token_html(result), encoding="utf-8")
+                atomic_write(tokens, [report.token_html(result).encode()])
     return results
 
 

@@ -10,7 +10,6 @@
   complete.json     sizes of all other files; written last
 """
 
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +25,15 @@ from fkernel.demo.policy import PolicyConfig, SupervisionConfig, build_model, co
 from fkernel.demo.task import TaskConfig, splits
 from fkernel.demo.tokenizer import build_tokenizer
 from fkernel.demo.training import ReinforceConfig, reinforce
-from fkernel.io import atomic_directory, default_cache_root, hash_json, parse_json
+from fkernel.io import (
+    atomic_directory,
+    check_writable,
+    default_cache_root,
+    hash_json,
+    make_directory,
+    parse_json,
+    remove_directory,
+)
 from fkernel.rollout import SampleGenerator, Sampling
 
 COMPLETE = "complete.json"
@@ -111,13 +118,13 @@ def prepare(config: DemoConfig, cache_root: Path | None = None, progress: Progre
     final = root / key
     if is_complete(final):
         return final
-    root.mkdir(parents=True, exist_ok=True)
+    check_writable(make_directory(root))
     try:
         with atomic_directory(final) as work:
             with _threads(config.threads):
                 _make(config, work, key, progress)
             if final.exists() and not is_complete(final):  # damaged
-                shutil.rmtree(final)
+                remove_directory(final)
     except OSError:  # another process may have completed it meanwhile
         if not is_complete(final):
             raise

@@ -10,7 +10,6 @@ import logging
 import os
 import signal
 import sys
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from fkernel.errors import ProcessError
+from fkernel.io import scratch_directory
 
 
 def launched() -> bool:
@@ -69,7 +69,7 @@ def launch(processes: int, command: Sequence[str]) -> int:
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its reports name no reasons
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    with tempfile.TemporaryDirectory(prefix="fkernel-") as logs:
+    with scratch_directory("fkernel-ranks") as logs:
         config = api.LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -78,7 +78,7 @@ def launch(processes: int, command: Sequence[str]) -> int:
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",
             max_restarts=0,
-            logs_specs=DefaultLogsSpecs(log_dir=logs),
+            logs_specs=DefaultLogsSpecs(log_dir=str(logs)),
         )
         try:
             api.elastic_launch(config, sys.executable)(*command)

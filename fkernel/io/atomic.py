@@ -1,30 +1,47 @@
-"""Writes to a temporary file or directory beside the target and renames it: a reader sees the old or the new one."""
+"""Writes to a temporary file or directory beside the target and renames it: a reader sees the old or the new one.
+
+What is renamed was flushed to disk before, and so is the directory that names it: after a power cut, too, the old or
+the new one is there, and whole. A symbolic link is followed: what it leads to is replaced, not the link.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fkernel.io.direct import NEW, open_direct, write_direct
+from fkernel.io.refusals import plain_errors
+from fkernel.io.temporary import temporary_beside
 
-PARTIAL = ".tmp"
-"""Suffix of temporary names, which start with the target's."""
+_BLOCK = 4096
 
 
 def atomic_write(path: Path, chunks: Iterable[bytes | memoryview]) -> str:
-    """Write or replace a file atomically; return the SHA-256 of its content. One writer per directory.
+    """Write or replace a file atomically; return the SHA-256 of its content.
 
-    The temporary name is fixed, so that the next write replaces a killed process's leftovers.
+    Raises:
+        StoreError: the disk is full, or does not let us write; nothing is changed.
 
     Example:
         >>> with tempfile.TemporaryDirectory() as directory:
         ...     atomic_write(Path(directory) / "file", [b"some ", b"bytes"])[:12], os.listdir(directory)
         ('0d22cdcc10e6', ['file'])
+    """
+    with atomic_file(path) as temporary:
+        return write_file(temporary, chunks)
+
+
+def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> str:
+    """Write a file in a directory that is not there yet under its own name; return the SHA-256 of its content.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     write_file(Path(directory) / "file", [b"some ", b"bytes"])[:12]
+        '0d22cdcc10e6'
     """
     digest = hashlib.sha256()
 
@@ -33,14 +50,17 @@ def atomic_write(path: Path, chunks: Iterable[bytes | memoryview]) -> str:
             digest.update(chunk)
             yield chunk
 
-    with _renamed(path.with_name(path.name + PARTIAL), path) as temporary, open_direct(temporary, NEW) as file:
+    with open_direct(path, NEW) as file:
         write_direct(file, hashed())
     return digest.hexdigest()
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary path, unique to this process, that is renamed to `path` when the block succeeds.
+    """A temporary path that is renamed to `path` when the block succeeds, for what others write to a path.
+
+    Raises:
+        StoreError: the disk is full, or does not let us write; nothing is changed.
 
     Example:
         >>> with tempfile.TemporaryDirectory() as directory:
@@ -49,8 +69,18 @@ def atomic_file(path: Path) -> Iterator[Path]:
         ...     os.listdir(directory)
         ['file']
     """
-    with _renamed(path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}"), path) as temporary:
-        yield temporary
+    with plain_errors("write", path):
+        place = _followed(path)
+        temporary = temporary_beside(place)
+        try:
+            yield temporary
+            flush_to_disk(temporary)
+            os.replace(temporary, place)
+        except BaseException:  # Ctrl-C, too
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+        flush_to_disk(place.parent)  # makes the new name durable, too
 
 
 @contextmanager
@@ -59,6 +89,9 @@ def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
 
     With `replace` an existing directory is replaced; without it, one that is not empty is an OSError.
 
+    Raises:
+        StoreError: the disk is full, or does not let us write; nothing is changed.
+
     Example:
         >>> with tempfile.TemporaryDirectory() as directory:
         ...     with atomic_directory(Path(directory) / "folder") as temporary:
@@ -66,22 +99,79 @@ def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
         ...     os.listdir(directory), os.listdir(f"{directory}/folder")
         (['folder'], ['file'])
     """
-    temporary = Path(tempfile.mkdtemp(prefix=f"{path.name}.", suffix=PARTIAL, dir=path.parent))
-    before = temporary.with_name(f"{temporary.name}-replaced")
-    try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            flush_to_disk(file)
-        temporary.chmod(0o755)  # mkdtemp's mode is 0o700
-        if replace and path.exists():  # rename cannot replace a directory that is not empty
-            os.rename(path, before)
-        os.rename(temporary, path)
-    except BaseException:
-        if before.exists() and not path.exists():
-            os.rename(before, path)
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    shutil.rmtree(before, ignore_errors=True)
+    with plain_errors("write", path):
+        place = _followed(path)
+        temporary, before = temporary_beside(place), temporary_beside(place, old=True)
+        temporary.mkdir()
+        try:
+            yield temporary
+            for each in (temporary, *temporary.rglob("*")):
+                flush_to_disk(each)
+            if replace and place.exists():  # rename cannot replace a directory that is not empty
+                os.rename(place, before)
+            os.rename(temporary, place)
+        except BaseException:
+            if before.exists() and not place.exists():
+                os.rename(before, place)
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        flush_to_disk(place.parent)
+        shutil.rmtree(before, ignore_errors=True)
+
+
+def make_directory(path: Path) -> Path:
+    """Make a directory and its parents, where they are missing, and flush their names to disk.
+
+    Raises:
+        StoreError: there is a file, or the system refuses.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     make_directory(Path(directory) / "a" / "b").is_dir()
+        True
+    """
+    with plain_errors("create", path):
+        missing = [each for each in (path, *path.parents) if not each.exists()]
+        path.mkdir(parents=True, exist_ok=True)
+        for each in missing:
+            flush_to_disk(each.parent)
+    return path
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a directory and what it holds: a kill meanwhile leaves it as it was, or what the next sweep removes.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     remove_directory(make_directory(Path(directory) / "a" / "b").parent)
+        ...     os.listdir(directory)
+        []
+    """
+    with plain_errors("remove", path), suppress(FileNotFoundError):
+        gone = temporary_beside(path)
+        os.rename(path, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def check_writable(path: Path) -> None:
+    """Raise StoreError unless files can be written into a directory, or where it would be made.
+
+    It is asked before hours of work, whose results would be lost there.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     check_writable(Path(directory) / "results")
+        ...     os.listdir(directory)
+        []
+    """
+    with plain_errors("write to", path):
+        there = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
+        probe = temporary_beside(_followed(there) / "probe")
+        try:
+            write_file(probe, [bytes(_BLOCK)])
+        finally:
+            with suppress(OSError):
+                probe.unlink()
 
 
 def flush_to_disk(path: Path) -> None:
@@ -93,14 +183,5 @@ def flush_to_disk(path: Path) -> None:
         os.close(file)
 
 
-@contextmanager
-def _renamed(temporary: Path, path: Path) -> Iterator[Path]:
-    try:
-        yield temporary
-        flush_to_disk(temporary)
-        os.replace(temporary, path)
-    except BaseException:  # Ctrl-C, too
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-    flush_to_disk(path.parent)  # makes the new name durable, too
+def _followed(path: Path) -> Path:
+    return Path(os.path.realpath(path))

@@ -1,4 +1,4 @@
-"""Directory locks, and readable errors for directories."""
+"""Locks of directories: one process that writes, or several that read."""
 
 from __future__ import annotations
 
@@ -7,48 +7,25 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from fkernel.errors import StoreError
+from fkernel.io.refusals import plain_errors
 
-NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-"""Error numbers of a full disk, a used-up quota and a limit on file sizes."""
-_YOURS = "choose a directory that you may write to"
-_PLAIN = {
-    errno.ENOTDIR: ("it, or a part of its path, is a file", "name a directory"),
-    errno.EEXIST: ("it is a file", "name a directory"),
-    errno.EACCES: ("permission is denied", _YOURS),
-    errno.EPERM: ("permission is denied", _YOURS),
-    errno.EROFS: ("its file system is read-only", _YOURS),
-    errno.ENOSPC: ("the disk is full", "make room, or choose another disk"),
-}
+_NOT_OURS = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 
 
 @contextmanager
-def plain_errors(doing: str, directory: Path) -> Iterator[None]:
-    """Turn an OSError about a directory into a StoreError with the reason and advice.
-
-    Example:
-        >>> with plain_errors("open", Path("folder")):
-        ...     raise OSError(errno.ENOTDIR, "Not a directory")
-        Traceback (most recent call last):
-        fkernel.errors.StoreError: Cannot open 'folder': it, or a part of its path, is a file; name a directory.
-    """
-    try:
-        yield
-    except StoreError:
-        raise
-    except OSError as error:
-        what, todo = _PLAIN.get(error.errno or 0, (error.strerror or str(error), "choose another directory"))
-        raise StoreError(f"Cannot {doing} {str(directory)!r}: {what}; {todo}.") from error
-
-
-@contextmanager
-def locked(directory: Path, name: str) -> Iterator[None]:
+def locked(directory: Path, name: str, shared: bool = False) -> Iterator[None]:
     """Lock a directory against other processes, or raise StoreError with the id of the one that holds the lock.
+
+    The system frees the lock of a process that ends, however it ends.
 
     Args:
         directory: an existing one.
         name: the lock file in it, which has the holder's process id. It is not removed.
+        shared: whether other readers may hold it, too. A place that cannot be written to is read without a lock file,
+            where it has none.
 
     Example:
         >>> import tempfile
@@ -59,22 +36,47 @@ def locked(directory: Path, name: str) -> Iterator[None]:
     import fcntl  # not on every system
 
     with plain_errors("lock", directory):
-        lock = open(directory / name, "a+b", buffering=0)  # noqa: SIM115 - closed below
+        lock = _opened(directory / name, shared)
+    if lock is None:
+        yield
+        return
     with lock:
         with plain_errors("lock", directory):
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                lock.seek(0)
-                holder = lock.read(32).decode(errors="replace").strip()
                 raise StoreError(
-                    f"{str(directory)!r} is in use by process {holder}; wait until that ends, or choose another "
+                    f"{str(directory)!r} is in use by {_holder(lock)}; wait until that ends, or choose another "
                     f"directory."
                 ) from error
-            lock.truncate(0)
-            lock.write(f"{os.getpid()}\n".encode())
+            if not shared:
+                lock.truncate(0)
+                lock.write(f"{os.getpid()}\n".encode())
         try:
             yield
         finally:
             # Explicit, since a forked process that has the file open would keep the lock after close.
             fcntl.flock(lock, fcntl.LOCK_UN)
+
+
+def _opened(path: Path, shared: bool) -> Any:
+    """The lock file, made where it is missing; for a reader who may not write, as it is, or None."""
+    try:
+        return open(path, "a+b", buffering=0)
+    except OSError as error:
+        if not shared or error.errno not in _NOT_OURS:
+            raise
+    return open(path, "rb", buffering=0) if path.exists() else None
+
+
+def _holder(lock: Any) -> str:
+    """Who holds a lock: readers leave no name, and a process that was killed leaves its own."""
+    lock.seek(0)
+    said = lock.read(32).decode(errors="replace").strip()
+    try:
+        os.kill(int(said), 0)
+    except (ValueError, ProcessLookupError, OverflowError):
+        return "another process"
+    except PermissionError:
+        pass
+    return f"process {said}"

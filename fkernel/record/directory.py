@@ -20,24 +20,26 @@ A step or snapshot is written to a temporary directory and renamed. Nothing is p
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from fkernel.errors import StoreError
 from fkernel.io import (
-    PARTIAL,
     atomic_directory,
     atomic_write,
     checksum,
     checksummed_json,
+    flush_to_disk,
+    make_directory,
     parse_json,
-    plain_errors,
     read_checksummed,
+    safetensors_chunks,
+    sweep,
+    write_file,
 )
 from fkernel.record.layout import RecordedMicrobatch
 from fkernel.shapes import Tensor, Tree
@@ -70,8 +72,7 @@ def place_of(directory: Path, kind: str, number: int) -> Path:
 def remove_partial(directory: Path) -> None:
     """Delete what a killed process left half-written."""
     for kind in (STEPS, SNAPSHOTS):
-        for each in (directory / kind).glob(f"*{PARTIAL}*"):
-            shutil.rmtree(each, ignore_errors=True)
+        sweep(directory / kind)
 
 
 def write_about(directory: Path, about: Mapping[str, Any]) -> None:
@@ -90,8 +91,7 @@ def write_about(directory: Path, about: Mapping[str, Any]) -> None:
                 f"another directory, or resume with what the run began with."
             )
         return
-    with plain_errors("write", directory):
-        atomic_write(path, [checksummed_json(given)])
+    atomic_write(path, [checksummed_json(given)])
 
 
 def read_about(directory: Path) -> dict[str, Any]:
@@ -168,24 +168,24 @@ def read_snapshot(place: Path) -> tuple[dict[str, Any], Tree, Tree]:
 def set_aside(directory: Path, kind: str, number: int) -> Path:
     """Move a step or snapshot to `replaced/`, under a name that is free."""
     place, target = place_of(directory, kind, number), directory / REPLACED
-    target.mkdir(exist_ok=True)
+    make_directory(target)
     i = 0
     while (free := target / f"{kind}-{place.name}-{i}").exists():
         i += 1
-    return place.rename(free)
+    place.rename(free)
+    flush_to_disk(target)
+    flush_to_disk(place.parent)
+    return free
 
 
 def _write(place: Path, name: str, facts: Mapping[str, Any], contents: Mapping[str, Tree | str]) -> None:
-    with plain_errors("write", place):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_directory(place) as work:
-            for file, content in contents.items():
-                if isinstance(content, str):
-                    (work / file).write_text(content, "utf-8")
-                else:
-                    save_file(_separate(content), work / file)
-            sums = {file: checksum(work / file) for file in contents}
-            (work / name).write_bytes(checksummed_json({**facts, "sha256": sums}))
+    make_directory(place.parent)
+    with atomic_directory(place) as work:
+        sums = dict[str, str]()
+        for file, content in contents.items():
+            chunks = [content.encode()] if isinstance(content, str) else safetensors_chunks(content)
+            sums[file] = write_file(work / file, chunks)
+        write_file(work / name, [checksummed_json({**facts, "sha256": sums})])
 
 
 def _checked(place: Path, name: str, files: Sequence[str]) -> dict[str, Any]:
@@ -222,14 +222,3 @@ def _microbatch(tensors: Tree, i: int, loss: float | None) -> RecordedMicrobatch
     numbers = {name: own.get(name) for name in ("token_weights", "logprobs", *OPTIONAL)}
     others = {name.partition("/")[2]: leaf for name, leaf in own.items() if name.startswith("others/")}
     return RecordedMicrobatch(own["input_ids"].long(), **masks, **numbers, others=others, loss=loss)  # pyright: ignore
-
-
-def _separate(tensors: Tree) -> Tree:
-    """Contiguous tensors on the CPU of which no two share memory, as safetensors asks for."""
-    seen, made = set[int](), dict[str, Tensor]()
-    for name, leaf in tensors.items():
-        plain = leaf.detach().cpu().contiguous()
-        place = plain.untyped_storage().data_ptr()
-        made[name] = plain.clone() if place in seen else plain
-        seen.add(place)
-    return made

@@ -19,7 +19,7 @@ from torch import nn
 
 from fkernel.checkpoint import architecture, load_model, load_tokenizer
 from fkernel.errors import ModelError, StoreError, listing
-from fkernel.io import atomic_directory, checksummed_json, plain_errors, read_checksummed
+from fkernel.io import atomic_directory, checksummed_json, read_checksummed, write_file
 from fkernel.record.gradients import leaf_norm
 from fkernel.shapes import Tensor, Tree
 
@@ -48,7 +48,7 @@ def keep_policy(directory: Path, model: nn.Module, trained: Mapping[str, Tensor]
         "dtypes": {name: str(leaf.dtype)[6:] for name, leaf in rest.items()},
         "norms": {name: float(leaf_norm(leaf)) for name, leaf in rest.items()},
     }
-    with plain_errors("write", place), atomic_directory(place) as work:
+    with atomic_directory(place) as work:
         assert config is not None
         config.save_pretrained(work)
         if adapters is not None:
@@ -56,7 +56,7 @@ def keep_policy(directory: Path, model: nn.Module, trained: Mapping[str, Tensor]
             next(iter(adapters.values())).save_pretrained(str(work))
         if tokenizer is not None:
             tokenizer.save_pretrained(str(work))
-        (work / POLICY).write_bytes(checksummed_json(about))
+        write_file(work / POLICY, [checksummed_json(about)])
 
 
 def load_policy(

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from fkernel.errors import ModelError, StoreError
-from fkernel.io import locked, plain_errors
+from fkernel.io import check_writable, locked, make_directory
 from fkernel.record.bound import Bound
 from fkernel.record.directory import (
     SNAPSHOTS,
@@ -109,8 +109,7 @@ class Recorder:
         self._bound: Bound | None = None
         self._handles, self._resources, self._ranks = list[Any](), ExitStack(), Ranks()
         if self._ranks.first:
-            with plain_errors("record in", self.directory):
-                self.directory.mkdir(parents=True, exist_ok=True)
+            check_writable(make_directory(self.directory))
             self._resources.enter_context(locked(self.directory, "lock"))
             remove_partial(self.directory)
         try:

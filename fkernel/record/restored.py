@@ -9,7 +9,6 @@ the smallest that the grant allows. What is kept is found again by an account th
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from math import ceil, isqrt
 from pathlib import Path
@@ -18,9 +17,13 @@ from typing import Any
 import torch
 
 from fkernel.errors import StoreError
+from fkernel.io import atomic_write, checksummed_json, hash_json, make_directory, read_checksummed, remove_directory
 from fkernel.precond import StoredState
 from fkernel.record.directory import SNAPSHOTS, numbered, place_of, read_snapshot, remove_partial, write_snapshot
 from fkernel.record.replaying import State, Training, next_state, placed, state_of
+
+OF = "of.json"
+"""Beside the states that are kept: which run they are of."""
 
 
 class States:
@@ -29,7 +32,7 @@ class States:
     Args:
         training: of the run.
         steps: whose states.
-        scratch: a directory for states that no snapshot holds, of nobody else.
+        scratch: a directory for states that no snapshot holds, of nobody else; those of another run are deleted there.
         disk: bytes that they may take at a time; None for as many as there are.
 
     Raises:
@@ -47,6 +50,10 @@ class States:
                 f"{min(recording.snapshots, default='–')}. Ask for steps from there on."
             )
         self._bounds = [before[-1], *(n for n in recording.snapshots if steps.start < n <= steps.stop)]
+        numbers = [n for n in recording.steps if before[-1] <= n < steps.stop]
+        self._of = hash_json([dict(recording.about), str(training.device), *map(recording.checksums, numbers)])
+        if self._found() != self._of:
+            remove_directory(scratch)
         remove_partial(scratch)
 
     def __iter__(self) -> Iterator[State]:
@@ -70,7 +77,14 @@ class States:
 
     def clear(self) -> None:
         """Delete all states that were kept."""
-        shutil.rmtree(self.scratch, ignore_errors=True)
+        remove_directory(self.scratch)
+
+    def _found(self) -> str | None:
+        """Which run the states are of that are there; None where that is not said."""
+        try:
+            return read_checksummed(self.scratch / OF)["run"]
+        except (OSError, ValueError, KeyError):
+            return None
 
     def _segment(self, begin: int, end: int) -> Iterator[State]:
         """States end − 1 … max(begin, the first step), from the snapshot at begin."""
@@ -135,6 +149,8 @@ class States:
         for name, key, value in entries:
             if not isinstance(value, torch.Tensor):
                 rest.setdefault(name, {})[key] = value
+        if self._found() is None:
+            atomic_write(make_directory(self.scratch) / OF, [checksummed_json({"run": self._of})])
         facts = {"kinds": stored.kinds, "writers": stored.writers, "groups": stored.groups, "state": rest}
         write_snapshot(place_of(self.scratch, SNAPSHOTS, state.number), facts, state.params, tensors)
 
@@ -152,4 +168,4 @@ class States:
         return placed(state, self.training.device)
 
     def _forget(self, number: int) -> None:
-        shutil.rmtree(place_of(self.scratch, SNAPSHOTS, number), ignore_errors=True)
+        remove_directory(place_of(self.scratch, SNAPSHOTS, number))

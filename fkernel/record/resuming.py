@@ -59,12 +59,13 @@ def step_is_new(
             f"goes another way from here. Recorder(…, resume='replace') moves the old step, and all after it, to "
             f"'replaced/'; or choose another directory."
         )
-    for later in numbered(directory, STEPS):
-        if later >= number:
-            set_aside(directory, STEPS, later)
-    for later in numbered(directory, SNAPSHOTS):
+    # The last one first, and the step that differs last of all: after a kill the next run finds it, and goes on.
+    for later in reversed(numbered(directory, SNAPSHOTS)):
         if later > number:
             set_aside(directory, SNAPSHOTS, later)
+    for later in reversed(numbered(directory, STEPS)):
+        if later >= number:
+            set_aside(directory, STEPS, later)
     return True
 
 

@@ -7,8 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fkernel.io import make_directory
 from fkernel.report.analysis_tables import REPORTS, UPDATE_REPORTS
 from fkernel.report.pictures import contributor_bars, heatmap, influence_histogram, predicted_vs_realised, spectrum
+from fkernel.report.style import saved
 from fkernel.study import FisherKernelResults, RequestResult
 
 if TYPE_CHECKING:
@@ -29,9 +31,9 @@ def draw_all(results: FisherKernelResults, directory: str | Path) -> list[Path]:
         The files.
     """
     place, files = Path(directory), list[Path]()
-    place.mkdir(parents=True, exist_ok=True)
+    make_directory(place)
     for name, draw in _pictures(results):
-        draw().savefig(place / f"{name}.png")
+        saved(draw(), place / f"{name}.png")
         files.append(place / f"{name}.png")
     return files
 

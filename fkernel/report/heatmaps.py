@@ -19,6 +19,7 @@ from fkernel.report.style import (
     ink,
     largest,
     plain,
+    saved,
     signed,
 )
 from fkernel.study import AnalysisResult, RequestResult
@@ -192,9 +193,7 @@ def _clean(drawn: Figure, path: str | Path | None) -> Figure:
         if axes.images:
             axes.spines[:].set_visible(False)
             axes.tick_params(length=0)
-    if path is not None:
-        drawn.savefig(path)
-    return drawn
+    return saved(drawn, path)
 
 
 def seen(text: str, most: int = 7) -> str:

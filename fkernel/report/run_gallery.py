@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fkernel.io import make_directory
 from fkernel.report.run_pictures import (
     culprit_bars,
     influence_over_steps,
@@ -42,7 +43,7 @@ def draw_account(results: AccountResults, directory: str | Path) -> list[Path]:
         ModelError: matplotlib is not installed.
     """
     place, files = Path(directory), list[Path]()
-    place.mkdir(parents=True, exist_ok=True)
+    make_directory(place)
     for name, draw in _pictures(results):
         files.append(place / f"{name}.png")
         draw(path=files[-1])

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fkernel.errors import ModelError, ResultsError
+from fkernel.io import atomic_file
 from fkernel.study import AnalysisResult, FisherKernelResults, RequestResult, SequenceInfo
 
 if TYPE_CHECKING:
@@ -44,8 +45,14 @@ def finish(figure: Figure, path: str | Path | None, size: float = 7) -> Figure:
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=size)
+    return saved(figure, path)
+
+
+def saved(figure: Figure, path: str | Path | None) -> Figure:
+    """Write a figure to a file, whose suffix says its format; None writes none."""
     if path is not None:
-        figure.savefig(path)
+        with atomic_file(Path(path)) as temporary:
+            figure.savefig(temporary, format=Path(path).suffix[1:] or "png")
     return figure
 
 

@@ -22,10 +22,18 @@ from typing import Any
 
 import torch
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 
 from fkernel.errors import RolloutError
-from fkernel.io import atomic_directory, checksummed_json, hash_json, parse_json, read_checksummed
+from fkernel.io import (
+    atomic_directory,
+    checksummed_json,
+    hash_json,
+    make_directory,
+    parse_json,
+    read_checksummed,
+    safetensors_chunks,
+    write_file,
+)
 from fkernel.rollout.batch import GeneratedBatch
 from fkernel.rollout.record import TOKEN_WEIGHTS, Provenance, SequenceRecord
 from fkernel.rollout.sampling import Sampling
@@ -52,7 +60,7 @@ def save_batch(batch: GeneratedBatch, directory: str | Path, *, replace: bool = 
 
     Raises:
         RolloutError: there is something at that place already, or a record's metadata is no JSON.
-        OSError: no room, or no permission; nothing is left behind.
+        StoreError: no room, or no permission; nothing is left behind.
     """
     place = Path(directory)
     if replace and _holds(place, batch):
@@ -61,7 +69,7 @@ def save_batch(batch: GeneratedBatch, directory: str | Path, *, replace: bool = 
     if place.exists() and not replaced:
         raise RolloutError(f"There is something at {place} already; choose another directory, or delete it.")
     lines = "".join(_line(record) for record in batch)
-    contents = {RECORDS: lines.encode(), TOKENS: save_tensors(_tensors(batch))}
+    contents = {RECORDS: lines.encode(), TOKENS: b"".join(safetensors_chunks(_tensors(batch)))}
     manifest = {
         "schema": SCHEMA,
         "sequences": len(batch),
@@ -73,10 +81,10 @@ def save_batch(batch: GeneratedBatch, directory: str | Path, *, replace: bool = 
         "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()},
     }
     contents[MANIFEST] = checksummed_json(manifest)
-    place.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(place.parent)
     with atomic_directory(place, replaced) as work:
         for name, content in contents.items():
-            (work / name).write_bytes(content)
+            write_file(work / name, [content])
     return place
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 from fkernel.checkpoint import STATE_PLACES, find_layout, has_no_optimizer
 from fkernel.errors import FKernelError, PlanError, ResultsError, listing
-from fkernel.io import locked, parse_json, plain_errors
+from fkernel.io import check_writable, locked, make_directory, parse_json
 from fkernel.rollout import GeneratedBatch, dotted
 from fkernel.study.config.base import CheckpointPlan
 from fkernel.study.config.plan import FisherKernelPlan
@@ -127,10 +127,8 @@ def _checkpoints(plan: FisherKernelPlan) -> list[str]:
             f"needs one.{below} Expected {STATE_PLACES[0]} or the like; else give the optimizer of a run's first step "
             f"(step.optimizer), or preconditioner: {{form: identity}}."
         )
-    if plan.template == "chat" and _lacks_chat(layout.config or layout.model, plan.checkpoint):
-        lines.append(
-            f"template: the tokenizer at {layout.config or layout.model} has no chat template; choose gsm8k_r1 or bare."
-        )
+    if plan.template == "chat" and (place := _without_chat(layout.places, plan.checkpoint)):
+        lines.append(f"template: the tokenizer at {place} has no chat template; choose gsm8k_r1 or bare.")
     return lines
 
 
@@ -144,18 +142,18 @@ def _unrecognised(place: str, path: str) -> list[str]:
     return []
 
 
-def _lacks_chat(place: Path, checkpoint: CheckpointPlan) -> bool:
-    """Whether there is a tokenizer's configuration, and no chat template in or beside it."""
-    folders = [place, *(Path(each) for each in (checkpoint.base, checkpoint.model) if each is not None)]
+def _without_chat(places: Iterable[Path], checkpoint: CheckpointPlan) -> Path | None:
+    """Find the tokenizer's configuration where there is no chat template in or beside it; None where there is one."""
+    folders = [*places, *(Path(each) for each in (checkpoint.base, checkpoint.model) if each is not None)]
     own = [folder for folder in folders if (folder / "tokenizer_config.json").is_file()]
     if not own:
-        return False
+        return None
     try:
         config = parse_json((own[0] / "tokenizer_config.json").read_text(encoding="utf-8"))
     except ValueError:
-        return False
+        return None
     files = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
-    return not config.get("chat_template") and not any((own[0] / name).exists() for name in files)
+    return None if config.get("chat_template") or any((own[0] / name).exists() for name in files) else own[0]
 
 
 def _by_number(name: str) -> tuple[int, str]:
@@ -170,14 +168,18 @@ def missed_pairs(plan: FisherKernelPlan, requests: Mapping[str, RequestResult]) 
 
 
 def check_out(plan: FisherKernelPlan, overwrite: bool = False) -> None:
-    """Check that `out` does not hold another plan's results.
+    """Check that `out` does not hold another plan's results, and that it and the workspace can be written to.
 
     Raises:
         PlanError: the plan's `out` is a file, or holds results of another plan.
+        StoreError: the disk is full, or does not let us write.
     """
     out = Path(plan.out)
     if out.exists() and not out.is_dir():
         raise PlanError(f"{out} is a file; results need a directory (out:).")
+    check_writable(out)
+    if plan.storage.persist:
+        check_writable(Path(plan.workspace_path))
     recorded = out / "environment.json"
     if overwrite or not recorded.is_file():
         return
@@ -208,10 +210,7 @@ def claimed(plan: FisherKernelPlan, overwrite: bool = False) -> Iterator[Path]:
         StoreError: another process holds it, or it cannot be made.
     """
     check_out(plan, overwrite)
-    out = Path(plan.out)
-    with plain_errors("write to", out):
-        out.mkdir(parents=True, exist_ok=True)
-    with locked(out, "lock"):
+    with locked(out := make_directory(Path(plan.out)), "lock"):
         check_out(plan, overwrite)  # another process may have finished in between
         yield out
 

@@ -1,4 +1,4 @@
-"""A workspace's files: complete, or resumable by the next run; locked by one process at a time.
+"""A workspace's files: complete, or resumable by the next run; locked by one process that writes, or several that read.
 
 <directory>/
   asked.json             everything that determines the contents; written first, compared whenever it is opened
@@ -10,7 +10,7 @@
   loss.safetensors       the plan's loss evaluated on U: ρ, κ [n t], its parts {name: [*shape]}
   complete.json          c, ‖∇L‖, the loss's facts, checksums of U and of the three files above; written last
   kept/                  cached answers (`fkernel.study.kept`); may be deleted
-  lock                   names the process that has it open
+  lock                   names the process that writes to it; those that read share it
 
 Files are written to a temporary name and renamed, and shards are recorded one by one: the run after an interrupted one
 resumes at the microbatch that was interrupted.
@@ -26,10 +26,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from safetensors.torch import save as save_tensors
 
 from fkernel.engine import Gradients, Read, SortedBatch, complete
-from fkernel.engine.store import MANIFEST, differences, open_store
+from fkernel.engine.store import MANIFEST, differences, open_store, read_store
 from fkernel.errors import StoreError, listing
 from fkernel.func import Weighted
 from fkernel.io import (
@@ -37,10 +36,13 @@ from fkernel.io import (
     checksum,
     checksummed_json,
     fingerprint,
+    is_temporary,
     locked,
+    make_directory,
     parse_json,
     plain_errors,
     read_checksummed,
+    safetensors_chunks,
 )
 from fkernel.precond import Diagonal
 from fkernel.rollout import MANIFEST as MANIFEST_OF_BATCH
@@ -55,14 +57,15 @@ ASCENT = "ascent.safetensors"
 
 
 class WorkspaceDirectory:
-    """A workspace's files, locked by this process; the module's docstring lists them."""
+    """A workspace's files, locked by this process, or by those that only read; the module's docstring lists them."""
 
     def __init__(self, path: str | Path, spec: Mapping[str, Any] | None) -> None:
         """Open and lock a directory; create it where it does not exist.
 
         Args:
             path: where.
-            spec: what its contents must be of; None accepts any workspace.
+            spec: what its contents must be of; None accepts any workspace, and writes nothing, so that it can be opened
+                beside other readers, and where it cannot be written to.
 
         Raises:
             StoreError: another process holds its lock, its spec differs, it holds foreign files, or there is none.
@@ -71,14 +74,15 @@ class WorkspaceDirectory:
         if spec is None and not (self.path / ASKED).is_file():
             raise StoreError(f"There is no workspace at {self.path}: it has no {ASKED}. `fkernel run` makes one.")
         with plain_errors("open", self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            foreign = sorted({p.name for p in self.path.iterdir()} - {LOCK, ASKED + ".tmp"})
+            if spec is not None:
+                make_directory(self.path)
+            foreign = sorted(p.name for p in self.path.iterdir() if p.name != LOCK and not is_temporary(p.name))
             if foreign and not (self.path / ASKED).exists():
                 raise StoreError(
                     f"{self.path} is no workspace, and it is not empty: it holds {listing(foreign)}. Nothing was "
                     f"touched; choose another directory."
                 )
-        self.opened.enter_context(locked(self.path, LOCK))
+        self.opened.enter_context(locked(self.path, LOCK, shared=spec is None))
         try:
             self.spec = self._settle(spec)
         except BaseException:
@@ -167,7 +171,8 @@ class WorkspaceDirectory:
         identity |= {key: self.spec[key] for key in ("loss", "padding") if key in self.spec}
         batch = side.batch
         identity["batch"] = fingerprint(batch.sequences if isinstance(batch, Weighted) else batch)
-        store = self.opened.enter_context(open_store(self.path / GRADIENTS, identity, cuts))
+        opened = open_store if pieces is not None else read_store
+        store = self.opened.enter_context(opened(self.path / GRADIENTS, identity, cuts))
         if pieces is None and not store.complete:
             raise self.unfinished()
         computed = 0 if pieces is None else complete(store, pieces, on_progress)
@@ -205,7 +210,7 @@ class WorkspaceDirectory:
         facts |= {"sha256": self._vector(RESPONSE, P.d or {}), "ascent": {"sha256": self._vector(ASCENT, ascent)}}
         facts["batch"] = checksum(self.path / BATCH / MANIFEST_OF_BATCH)
         if loss is not None:
-            sha256 = atomic_write(self.path / LOSS, [save_tensors(loss.tensors())])
+            sha256 = atomic_write(self.path / LOSS, safetensors_chunks(loss.tensors()))
             facts["loss"] = {**loss.record(), "sha256": sha256}
         self._write(COMPLETE, facts)
 
@@ -243,7 +248,7 @@ class WorkspaceDirectory:
 
     def _vector(self, name: str, vector: Tree) -> str:
         """Write {name: [*shape]}; returns its checksum."""
-        return atomic_write(self.path / name, [save_tensors({k: v.cpu().contiguous() for k, v in vector.items()})])
+        return atomic_write(self.path / name, safetensors_chunks(vector))
 
     def _tensors(self, name: str, facts: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         place = self.path / name
@@ -261,5 +266,4 @@ class WorkspaceDirectory:
             ) from error
 
     def _write(self, name: str, content: Mapping[str, Any]) -> None:
-        with plain_errors("write to", self.path):
-            atomic_write(self.path / name, [checksummed_json(content)])
+        atomic_write(self.path / name, [checksummed_json(content)])

@@ -19,7 +19,6 @@ computed again. It may be deleted.
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -30,7 +29,16 @@ from typing import Any, NamedTuple
 
 from fkernel import func
 from fkernel.errors import FKernelError, RolloutError
-from fkernel.io import PARTIAL, atomic_directory, checksummed_json, checksums, hash_json, plain_errors, read_checksummed
+from fkernel.io import (
+    atomic_directory,
+    checksummed_json,
+    checksums,
+    hash_json,
+    make_directory,
+    read_checksummed,
+    sweep,
+    write_file,
+)
 from fkernel.rollout import GeneratedBatch, content_of_batch, load_batch, save_batch
 from fkernel.study.analyses.registry import UPDATE_ANALYSES
 from fkernel.study.config.plan import FisherKernelPlan
@@ -234,7 +242,7 @@ def kept_or_computed(cache: AnswerCache, key: Mapping[str, Any] | None, compute:
         answer = compute()
         if _failed(answer):
             return answer  # not cached: the next run tries again
-        with plain_errors("write to", cache.place), suppress(RolloutError):  # raised for metadata that is not JSON
+        with suppress(RolloutError):  # raised for metadata that is not JSON
             _write(cache, place, whole, answer)
     return answer
 
@@ -247,9 +255,7 @@ def _failed(answer: Answer) -> bool:
 
 def _write(cache: AnswerCache, place: Path, key: Mapping[str, Any], answer: Answer) -> None:
     assert cache.place is not None
-    cache.place.mkdir(exist_ok=True)
-    for partial in cache.place.glob(f"*{PARTIAL}"):  # of a killed run; this process holds the workspace's lock
-        shutil.rmtree(partial)
+    sweep(make_directory(cache.place))
     with atomic_directory(place, replace=True) as work:  # an existing folder is damaged
         request, U = answer.request, tuple(map(info_of, cache.workspace.batch))
         requests = {} if request is None else {request.name: request}
@@ -265,7 +271,7 @@ def _write(cache: AnswerCache, place: Path, key: Mapping[str, Any], answer: Answ
             ],
             "sha256": _checksums(work),
         }
-        (work / RECORD).write_bytes(checksummed_json(record))
+        write_file(work / RECORD, [checksummed_json(record)])
 
 
 def _read(cache: AnswerCache, place: Path, key: Mapping[str, Any]) -> Answer | None:

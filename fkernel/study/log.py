@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fkernel.engine import listening
+from fkernel.io import append_line, cut_partial_line, make_directory, plain_errors
 
 LOGGER = logging.getLogger("fkernel")
 LOGGER.addHandler(logging.NullHandler())
@@ -26,20 +27,17 @@ class JsonLines(logging.Handler):
 
     def __init__(self, path: Path) -> None:
         super().__init__(logging.DEBUG)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = make_directory(path.parent) / path.name
+        with plain_errors("write to", path):
+            cut_partial_line(path)
+            append_line(path, b"", durable=False)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record."""
         line = {"time": round(record.created, 3), "level": record.levelname.lower(), "message": record.getMessage()}
         line |= getattr(record, "facts", {})
-        self._file.write(json.dumps(line, default=str, ensure_ascii=False) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-        super().close()
+        with plain_errors("write to", self._path):
+            append_line(self._path, (json.dumps(line, default=str, ensure_ascii=False) + "\n").encode(), durable=False)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import Field
 
 from fkernel.errors import RolloutError
+from fkernel.io import check_writable
 from fkernel.rollout import GeneratedBatch, save_batch
 from fkernel.study.config.base import SourcePlan
 from fkernel.study.config.values import Place
@@ -27,10 +28,11 @@ def sampled(plan: SamplePlan, on_progress: Callable[[int], Any] = lambda n: None
     """Sample and save a plan's batch.
 
     Raises:
-        FKernelError: the checkpoint, the prompts or `out` is invalid.
+        FKernelError: the checkpoint, the prompts or `out` is invalid, or `out` cannot be written.
     """
     if Path(plan.out).exists():  # checked before sampling
         raise RolloutError(f"There is something at {plan.out} already; choose another directory (out:), or delete it.")
+    check_writable(Path(plan.out).parent)
     sources = plan.sources()  # read before the checkpoint is loaded
     generator = plan.generator(plan.checkpoint.load(), sources, plan.microbatch, on_progress)
     batch = plan.request.generate(generator)

@@ -16,7 +16,15 @@ from zipfile import ZIP_STORED, BadZipFile, ZipFile
 import numpy as np
 
 from fkernel.errors import ResultsError
-from fkernel.io import atomic_file, checksum, checksummed_json, parse_json, read_checksummed
+from fkernel.io import (
+    atomic_file,
+    atomic_write,
+    checksum,
+    checksummed_json,
+    make_directory,
+    parse_json,
+    read_checksummed,
+)
 
 ARRAYS, RECORD = "kernel.npz", "results.json"
 BESIDE = ("plan.json", "environment.json")
@@ -57,13 +65,13 @@ def write_files(
         checksummed_json(record)
     except (TypeError, ValueError) as error:
         raise ResultsError(f"These results cannot be written, and {directory} is left as it was: {error}.") from error
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     (directory / RECORD).unlink(missing_ok=True)  # missing while the others are being replaced
     with atomic_file(directory / ARRAYS) as temporary, temporary.open("wb") as file:
         np.savez(file, allow_pickle=False, **arrays)  # pyright: ignore[reportArgumentType]
     for name, text in texts.items():
-        _write(directory / name, text)
-    _write(directory / RECORD, checksummed_json({**record, "sha256": _checksums(directory)}))
+        atomic_write(directory / name, [text])
+    atomic_write(directory / RECORD, [checksummed_json({**record, "sha256": _checksums(directory)})])
     return directory
 
 
@@ -165,11 +173,6 @@ def _check_schema(record: Any, directory: Path, schema: int) -> None:
 
 def _json(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
-
-
-def _write(path: Path, content: bytes) -> None:
-    with atomic_file(path) as temporary:
-        temporary.write_bytes(content)
 
 
 def _checksums(directory: Path) -> dict[str, str]:

@@ -28,6 +28,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from fkernel.checkpoint import find_layout
 from fkernel.errors import PlanError
 from fkernel.io import checksum, checksums, hash_json
 from fkernel.rollout import dotted
@@ -94,11 +95,16 @@ def describing_files(one: CheckpointPlan) -> dict[str, str]:
         {file name: SHA-256}; those of `base` and `model` are under base/ and model/.
     """
     patterns = (*DESCRIBING, "*.py") if one.trust_remote_code else DESCRIBING
-    places = [("", f"{one.place}/model"), ("", one.place), ("base/", one.base), ("model/", one.model)]
+    own = (Path(one.place), Path(one.place, "model"))  # of a recording
+    if one.path is not None:
+        own = (*reversed(find_layout(one.path).places),) if Path(one.path).exists() else ()
+    given = [
+        (f"{name}/", Path(place)) for name, place in (("base", one.base), ("model", one.model)) if place is not None
+    ]
     return {
         f"{start}{file.name}": checksum(file)
-        for start, place in places
-        if place is not None and Path(place).is_dir()
+        for start, place in (*(("", place) for place in own), *given)
+        if place.is_dir()
         for pattern in patterns
         for file in sorted(Path(place).glob(pattern))
         if file.is_file()

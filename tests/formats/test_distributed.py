@@ -85,6 +85,7 @@ def test_nemo_v2_has_its_own_configuration(tmp_path):
     check_state(found, truth)
     assert {*truth.meta["frozen"]} == {name for name, leaf in found.model.named_parameters() if not leaf.requires_grad}
     assert found.provenance.layout == "nemo"
+    assert found.tokenizer is not None
 
 
 def test_nemo_v2_of_lora(tmp_path):

@@ -9,6 +9,7 @@ from tests.mutations import (
     analysis,
     audit,
     checkpoint,
+    crashes,
     dumps,
     engine,
     formats,
@@ -47,6 +48,7 @@ QUICK = [
     *models.MUTATIONS,
     *engine.MUTATIONS,
     *processes.MUTATIONS,
+    *crashes.MUTATIONS,
 ]
 SLOW = [
     report.MUTATIONS,

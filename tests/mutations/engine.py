@@ -59,7 +59,7 @@ MUTATIONS = [
         "a directory is lost where its successor cannot be renamed",
         "tests/test_atomic.py::test_a_directory_comes_back_where_its_successor_cannot_be_renamed",
         "io/atomic.py",
-        "            os.rename(before, path)\n",
+        "            os.rename(before, place)\n",
         "            pass\n",
     ),
 ]

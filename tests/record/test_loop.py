@@ -17,6 +17,7 @@ from fkernel.precond import AdamWState
 from fkernel.record import Recorder, Recording
 from fkernel.record.gradients import leaf_norm
 from tests.record.loops import MAX_NORM, adamw, backward, gpt2, loss_of, statistics, take, tensors, train
+from tests.torture.leftovers import dead_beside
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +198,7 @@ def test_a_failure_within_a_step_leaves_nothing(tmp_path):
         with pytest.raises(KeyboardInterrupt):
             take(recorder, model, optimizer, interrupt)
         (tmp_path / "steps").mkdir()
-        (tmp_path / "steps" / "000000.abc.tmp").mkdir()
+        dead_beside(tmp_path / "steps" / "000000").mkdir()
         assert Recording.open(tmp_path).steps == ()
     with Recorder(tmp_path, model, optimizer):
         assert not [*(tmp_path / "steps").iterdir()]

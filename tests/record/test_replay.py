@@ -73,6 +73,20 @@ def test_states_are_restored_within_a_grant(tmp_path, recorded, disk):
         assert most <= (disk or STEPS)
 
 
+def test_states_of_another_run_are_not_taken_for_this_ones(tmp_path):
+    """An account that was killed leaves states; the next one in the same directory may be of another recording."""
+    last = []
+    for name, lr in (("one", 0.01), ("another", 0.02)):
+        model = gpt2()
+        train(tmp_path / name, range(3), model, adamw(model, lr), snapshots="first")
+        for scratch in (tmp_path / "scratch", tmp_path / f"scratch of {name}"):
+            states = States(training_of(Recording.open(tmp_path / name)), range(3), scratch)
+            last.append(next(iter(states)).params["transformer.wte.weight"])
+    assert torch.equal(last[0], last[1])
+    assert torch.equal(last[2], last[3])
+    assert not torch.equal(last[0], last[2])
+
+
 def test_a_grant_that_is_too_small_is_refused(tmp_path):
     model = gpt2().double()
     train(tmp_path / "sparse", range(STEPS), model, adamw(model), snapshots="first")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import time
 from pathlib import Path
 
 import pytest
@@ -56,11 +57,26 @@ def test_a_damaged_shard_is_named_and_not_served(full, damage, when):
 
 def test_a_shard_that_is_good_is_hashed_once(full, monkeypatch):
     hashed = []
+    os.utime(shard(full, 1), (0, 0))
     with open_store(full, IDENTITY, GROUPS) as store:
         monkeypatch.setattr(module, "checksum", lambda path: hashed.append(path) or checksum(path))
         for _ in range(3):
             store.read(1)
     assert hashed == [shard(full, 1)]
+
+
+def test_a_change_within_the_tick_of_a_coarse_clock_is_seen(full, monkeypatch):
+    """A file system without sub-second times, on which a shard is damaged in the second in which it was read."""
+    monkeypatch.setattr(module, "_state", lambda path: (path.stat().st_ino, path.stat().st_size, NOW, NOW))
+    with open_store(full, IDENTITY, GROUPS) as store:
+        assert_same(store.read(1), handles(1))
+        flip(shard(full, 1), -1)
+        with refused("Shard 1"):
+            store.read(1)
+
+
+NOW = time.time_ns() + 10**11
+"""Later than these tests."""
 
 
 def test_the_advice_for_a_damaged_shard_works(full):
@@ -93,6 +109,8 @@ def test_every_cut_of_the_journal_leaves_whole_shards(full, monkeypatch):
     for end in range(len(content) + 1):
         path.write_bytes(content[:end])
         kept = journal.Journal(full, [[0, 3], [3, 6], [6, 8]])
+        assert path.read_bytes() == content[:end]
+        kept.cut()
         assert len(kept) == content[:end].count(b"\n")
         assert path.read_bytes() == b"".join(content.splitlines(keepends=True)[: len(kept)])
 

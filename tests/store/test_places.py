@@ -19,18 +19,18 @@ from tests.store.common import GROUPS, IDENTITY, ROOT, fail, handles, on_linux, 
 
 def test_a_file_is_no_directory(tmp_path):
     (tmp_path / "file").write_text("mine")
-    with refused(f"Cannot open '{tmp_path / 'file'}': it is a file; name a directory"):
+    with refused(f"Cannot create '{tmp_path / 'file'}': it is a file; name a directory"):
         open_store(tmp_path / "file", IDENTITY, GROUPS).__enter__()
-    with refused("Cannot open", "it, or a part of its path, is a file; name a directory"):
+    with refused("Cannot create", "it, or a part of its path, is a file; name a directory"):
         open_store(tmp_path / "file" / "store", IDENTITY, GROUPS).__enter__()
-    with refused("Cannot open", "File name too long; choose another directory"):
+    with refused("Cannot create", "File name too long; choose another directory"):
         open_store(tmp_path / ("x" * 300), IDENTITY, GROUPS).__enter__()
     assert (tmp_path / "file").read_text() == "mine"
 
 
 @on_linux
 def test_a_place_that_refuses_even_root():
-    with refused("Cannot open '/proc/fkernel'", "choose another directory"):
+    with refused("Cannot create '/proc/fkernel'", "choose another directory"):
         open_store("/proc/fkernel", IDENTITY, GROUPS).__enter__()
 
 
@@ -52,7 +52,7 @@ def test_a_directory_that_turns_read_only(full, monkeypatch, number, what):
     with open_store(full.with_name("new"), IDENTITY, GROUPS) as store:
         monkeypatch.setattr(locks, "open", no_file, raising=False)
         monkeypatch.setattr(atomic, "open_direct", no_direct_file)
-        with refused(f"Cannot write to '{store.directory}'", what, "choose"):
+        with refused(f"Cannot write '{store.directory}/shard-", what, "choose"):
             store.write(0, handles(0))
         assert not store.has(0)
     with refused(f"Cannot lock '{full}'", what, "choose"):
@@ -84,4 +84,4 @@ def test_a_read_only_directory_for_those_whom_permissions_bind(tmp_path):
     command = [sys.executable, "-c", UNPRIVILEGED, str(tmp_path / "place")]
     out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
     todo = "permission is denied; choose a directory that you may write to."
-    assert out == [f"Cannot lock 'read-only': {todo}", f"Cannot open 'read-only/new': {todo}"]
+    assert out == [f"Cannot lock 'read-only': {todo}", f"Cannot create 'read-only/new': {todo}"]

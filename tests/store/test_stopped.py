@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from fkernel.engine.store import Store, journal, open_store, shards
-from fkernel.io import atomic, atomic_write, flush_to_disk, tensor_chunks
+from fkernel.io import atomic, atomic_write, flush_to_disk, lines, tensor_chunks
 from tests.store.common import GROUPS, IDENTITY, ROOT, assert_same, fail, fill, handles, refused, values
 
 KILLS = """
@@ -117,7 +117,7 @@ def test_a_killed_writer_leaves_every_shard_complete_or_absent(tmp_path):
     )
     assert out.returncode == 0, out.stderr
     steps, kills, partial = map(int, out.stdout.split())
-    assert steps == 2 * (3 + 4 * 4)  # the manifest's three steps and each shard's four
+    assert steps == 2 * (1 + 3 + 4 * 4 + 1)  # the folder's name, the manifest, each shard, and the journal's name
     assert kills >= 25
     assert partial >= 1
 
@@ -160,7 +160,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: str, stop: Any) -> None:
     elif step == "when it is moved":
         monkeypatch.setattr(os, "replace", lambda *paths: stop())
     else:
-        monkeypatch.setattr(journal, "flush_to_disk", lambda path: stop())
+        monkeypatch.setattr(lines, "flush_to_disk", lambda path: stop())
 
 
 STEPS = ["in a tensor", "at the end of the file", "when it is moved", "when it is recorded"]
@@ -212,9 +212,9 @@ def test_a_record_of_what_was_written_over_does_not_survive(tmp_path, monkeypatc
             store.write(0, content)
 
     with open_store(tmp_path / "store", IDENTITY, GROUPS) as store:
-        monkeypatch.setattr(journal, "flush_to_disk", lambda path: ctrl_c())
+        monkeypatch.setattr(lines, "flush_to_disk", lambda path: ctrl_c())
         write(handles(0))  # recorded, but the store does not know
-        monkeypatch.setattr(journal, "flush_to_disk", flush_to_disk)
+        monkeypatch.setattr(lines, "flush_to_disk", flush_to_disk)
         monkeypatch.setattr(journal.Journal, "add", lambda *args: ctrl_c())
         write(handles(5))  # moved into place, but not recorded
     with open_store(tmp_path / "store", IDENTITY, GROUPS) as store:
@@ -249,7 +249,7 @@ def test_a_disk_without_room_is_not_filled_up(tmp_path, monkeypatch):
     with open_store(tmp_path / "store", IDENTITY, GROUPS) as store:
         before = sorted(store.directory.iterdir())
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=999))
-        with refused(f"it needs {needed} bytes and 999 are free (the disk is full)", "0 of 3 shards"):
+        with refused(f"it needs {needed} bytes and 999 are free ({os.strerror(errno.ENOSPC)})", "0 of 3 shards"):
             store.write(0, handles(0))
         assert sorted(store.directory.iterdir()) == before
 

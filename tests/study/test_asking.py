@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from typing import Any
 
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 
 from fkernel.errors import PlanError
-from fkernel.study import FisherKernelRunner, ask
+from fkernel.study import FisherKernelResults, FisherKernelRunner, ask, influence_of, load_workspace
 from tests.study.test_cli import told
+from tests.torture.operations import READ_ONLY, Stop, watched
 
 SAMPLES = [{"prompt": "3+4=", "response": "7"}, {"prompt": "3+4=", "response": "8"}]
 
@@ -36,6 +38,17 @@ def test_the_answer_is_that_of_a_plan_that_asks(study):
     np.testing.assert_allclose(np.asarray(asked.realised), own.realised[::-1], rtol=1e-3, atol=1e-7)
     after = {path: path.stat().st_mtime_ns for path in (out / "workspace").rglob("*") if path.is_file()}
     assert {path for path in before if after.get(path) != before[path] and path.name != "lock"} == set()
+
+
+def test_questions_need_no_right_to_write(study):
+    """As on a read-only file system, where two ask at the same time."""
+    out, results = study
+    with watched(out, Stop(1, "error", errno.EROFS, READ_ONLY)), load_workspace(out / "workspace") as opened:
+        asked = ask(out / "workspace", [SAMPLES[0]])
+        assert influence_of(opened).keys() == {info.id for info in results.update}
+        assert opened.cache("U-000-00").norm > 0
+    np.testing.assert_allclose(np.asarray(asked.realised), results["probes"].realised[:1], rtol=1e-3, atol=1e-7)
+    FisherKernelResults.load(out)
 
 
 def test_the_commands(study):

@@ -16,6 +16,7 @@ from tests.study.conftest import Run
 from tests.study.test_runner import same
 from tests.study.test_sources import REWARD, edit, folder  # noqa: F401 - a fixture
 from tests.study.test_workspace import asking
+from tests.torture.leftovers import dead_beside
 
 HELD = {"kind": "evaluation", "name": "held_out", "batch_size_prompts": 2}
 PROBE = {"kind": "custom_sequence", "name": "probe", "prompt": "3+4=", "response": "7"}
@@ -196,7 +197,7 @@ def test_what_a_killed_run_left_half_written_is_removed(run, tmp_path):
     plan = full(run, tmp_path / "out", requests=[PROBE], self_kernel=False, analyses={})
     executed(plan)
     kept = tmp_path / "out" / "workspace" / "kept"
-    (kept / "x.0.tmp").mkdir()
+    dead_beside(kept / "x").mkdir()
     executed({**plan, "requests": [HELD]})
     assert not list(kept.glob("*.tmp"))
     assert len(list(kept.iterdir())) == 2

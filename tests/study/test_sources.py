@@ -14,9 +14,12 @@ from typing import Any
 import pytest
 
 import fkernel as fk
+from fkernel.checkpoint import find_layout
 from fkernel.study import FisherKernelRunner
 from fkernel.study.config.base import CheckpointPlan
 from fkernel.study.sources import code_of, describing_files, dotted_names, own_code
+from tests.formats.family import copied
+from tests.formats.places import place_of
 from tests.study.conftest import Run
 from tests.study.test_workspace import asking
 
@@ -138,6 +141,21 @@ def test_a_models_own_code_counts_where_it_may_be_executed(run, tmp_path):
     before = describing_files(spec)["modeling_own.py"]
     (tmp_path / "before" / "model" / "modeling_own.py").write_text("x = 2\n")
     assert describing_files(spec)["modeling_own.py"] != before
+
+
+@pytest.mark.parametrize(("kind", "beside"), [("verl_fsdp2", "huggingface"), ("nemo_v2", "../../tokenizer")])
+def test_a_trainers_folders_count(kind, beside, tmp_path):
+    """The configuration and the tokenizer lie elsewhere than the weights; and count there too."""
+    root, _ = copied(kind, tmp_path)
+    spec = CheckpointPlan.model_validate({"path": str(place_of(kind, root))})
+    folder = find_layout(spec.place).model / beside
+    folder.mkdir(exist_ok=True)
+    file = folder / "tokenizer_config.json"
+    file.write_text("{}")
+    before = describing_files(spec)
+    file.write_text('{"eos_token": "."}')
+    after = describing_files(spec)
+    assert [name for name in after if after[name] != before[name]] == ["tokenizer_config.json"]
 
 
 def test_rewards_and_weights_of_a_given_u_count(run, tmp_path):

@@ -1,5 +1,6 @@
 """NeMo-RL's checkpoints of its DTensor workers: weights and optimizer's state lie in folders beside each other.
 
+    step_N/policy/tokenizer/        save_pretrained of it
     step_N/policy/weights/          v1: torch.distributed.checkpoint of {"model": …}
     step_N/policy/optimizer/            of {"optim": {"optim": {state, param_groups}, "sched": …}}
     step_N/policy/weights/model/    v2 (nemo_automodel): shard-*-model-*-of-*.safetensors with .hf_metadata/config.json,
@@ -46,8 +47,10 @@ def find(root: Path) -> Layout | None:
         places = [place for place in (policy / "weights", policy / "weights" / "model") if _holds_weights(place)]
         if places:
             config = next((places[0] / name for name in CONFIGS if (places[0] / name / "config.json").is_file()), None)
-            optimizer = policy / "optimizer"
-            return Layout("nemo", places[0], optimizer if optimizer.is_dir() else None, config=config)
+            optimizer, tokenizer = (
+                each if each.is_dir() else None for each in (policy / "optimizer", policy / "tokenizer")
+            )
+            return Layout("nemo", places[0], optimizer, config=config, tokenizer=tokenizer)
     return None
 
 

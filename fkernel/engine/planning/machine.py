@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import platform
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -24,7 +23,7 @@ from fkernel.engine.recycling import reuse_memory
 from fkernel.engine.store import open_store
 from fkernel.func.handles import Factored, contract
 from fkernel.func.taps import handles_of, plan_of
-from fkernel.io import atomic_file, default_cache_root, parse_json
+from fkernel.io import atomic_write, default_cache_root, make_directory, parse_json, scratch_directory
 from fkernel.shapes import Tree
 
 MB = 1 << 20
@@ -72,9 +71,8 @@ def rates(dtype: torch.dtype = torch.float32, directory: Path | None = None) -> 
         return Rates(*known[key])
     measured = measure_rates(dtype)
     with suppress(OSError):  # a machine without a writable cache measures again next time
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as temporary:
-            temporary.write_text(json.dumps({**(known if isinstance(known, dict) else {}), key: measured}, indent=1))
+        rates_of = {**(known if isinstance(known, dict) else {}), key: measured}
+        atomic_write(make_directory(path.parent) / path.name, [json.dumps(rates_of, indent=1).encode()])
     return measured
 
 
@@ -143,8 +141,8 @@ def _disk() -> tuple[float, float]:
     size, writes, reads = 64 * MB, list[float](), list[float]()
     handles = {"w": torch.ones(1, size // 4)}
     with (
-        tempfile.TemporaryDirectory() as directory,
-        open_store(Path(directory) / "rates", {}, [slice(i, i + 1) for i in range(3)]) as store,
+        scratch_directory("fkernel-rates") as directory,
+        open_store(directory / "rates", {}, [slice(i, i + 1) for i in range(3)]) as store,
     ):
         for i in range(3):
             start = time.perf_counter()

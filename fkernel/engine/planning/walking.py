@@ -10,18 +10,20 @@ them in the largest layer, V tokens in the vocabulary, h sequences of one batch 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from math import ceil
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from fkernel.engine.planning.curve import Curve
 from fkernel.engine.planning.machine import Rates
 from fkernel.engine.planning.work import Work, count_cost
 from fkernel.func.handles import LOGITS_BYTES
 from fkernel.func.inputs import plain
-from fkernel.func.layers import Cut, before, constants_of, layer
+from fkernel.func.layers import Call, Cut, before, constants_of, layer
 from fkernel.shapes import Tensor, Tree
 
 HOLES = 1.3
@@ -133,26 +135,52 @@ def tiles_of(tokens: Sequence[int], tile: int | None) -> list[slice]:
     return [*tiles, slice(start, len(tokens))]
 
 
-def walk_of(cut: Cut, params: Tree, tokens: dict[str, list[int]]) -> Walk:
-    """Count one layer of each kind, on the greatest length and, for ragged batches, on two shorter ones."""
+def walk_of(cut: Cut, params: Tree, tokens: dict[str, list[int]], wide: nn.Module | None = None) -> Walk:
+    """Count one layer of each kind, on the greatest length and, for ragged batches, on two shorter ones.
+
+    Args:
+        cut: the model in pieces.
+        params: θ.
+        tokens: {"E": tokens of each sequence, "U": …}, longest first.
+        wide: the model that is counted, on the meta device, where `cut` and `params` are of one of its kind with
+            narrower layers: what calls the layers does not depend on their width, so that it is run on the narrow one.
+    """
     T = max(tokens["E"][0], tokens["U"][0])
     lengths = [T] if len({*tokens["E"], *tokens["U"]}) == 1 else [T, max(2, T // 2), max(2, T // 4)]
-    counted = {t: _counted(cut, params, t) for t in sorted({*lengths}, reverse=True)}
+    counted = {t: _counted(*_called(cut, params, t, wide)) for t in sorted({*lengths}, reverse=True)}
     forward, backward, peak = (Curve(tuple((t, each[k]) for t, each in counted.items())) for k in range(3))
-    sizes = [sum(params[name].numel() for name in names) for names in cut.names]
-    table = cut.head.weight
+    sized: Tree = params if wide is None else dict(wide.named_parameters())
+    sizes = [sum(sized[name].numel() for name in names) for names in cut.names]
+    table = (cut if wide is None else _widened(cut, wide)).head.weight
     return Walk(
         table.shape[1], len(cut.layers), max(sizes, default=0), table.numel(), forward, backward, peak, all(cut.plans)
     )
 
 
-def _counted(cut: Cut, params: Tree, t: int) -> tuple[Work, Work, Work]:
-    """Count the work of all layers forward, of all forward and backward, and of the one with the largest peak."""
+def _widened(cut: Cut, wide: nn.Module) -> Cut:
+    """Return the same cut through a model of the same modules."""
+    paths = {id(part): path for path, part in cut.module.named_modules()}
+    layers = tuple(wide.get_submodule(paths[id(part)]) for part in cut.layers)
+    head: Any = wide.get_submodule(paths[id(cut.head)])
+    return replace(cut, module=wide, layers=layers, head=head)
+
+
+def _called(cut: Cut, params: Tree, t: int, wide: nn.Module | None) -> tuple[Cut, Tree, Tensor, list[Call]]:
+    """Run what comes before the layers on t tokens: the cut, its parameters, h_0, how each layer is called."""
     source = plain(params)
     ids = torch.zeros(1, t, dtype=torch.int64, device=next(iter(params.values())).device)
     outer = {**constants_of(cut, None), **source(name for name in cut.before if name not in cut.tables)}
     with torch.no_grad():
         h, calls, _ = before(cut, source, outer, ids, torch.ones_like(ids))
+    if wide is None:
+        return cut, params, h, calls
+    there = _widened(cut, wide)
+    return there, dict(wide.named_parameters()), h.new_empty(1, t, there.head.in_features), calls
+
+
+def _counted(cut: Cut, params: Tree, h: Tensor, calls: list[Call]) -> tuple[Work, Work, Work]:
+    """Count the work of all layers forward, of all forward and backward, and of the one with the largest peak."""
+    source = plain(params)
     known: dict[Any, tuple[Work, Work]] = {}
     each = []
     for i, call in enumerate(calls):
@@ -173,7 +201,7 @@ def _counted(cut: Cut, params: Tree, t: int) -> tuple[Work, Work, Work]:
                     out = layer(cut, i, given, x.view_as(x), call)
                 return torch.autograd.grad(out, [x, *leaves], torch.ones_like(out), allow_unused=True)
 
-            known[kind] = count_cost(forward, own, h), count_cost(backward, own, h)
+            known[kind] = count_cost(forward, own, h, place=h.device), count_cost(backward, own, h, place=h.device)
         each.append(known[kind])
     return _added([a for a, _ in each]), _added([b for _, b in each]), max((b for _, b in each), key=lambda w: w.peak)
 

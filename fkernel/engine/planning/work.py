@@ -43,8 +43,14 @@ class Work(NamedTuple):
         return Work(self.flops * k, self.weights, self.moved * k, self.calls, int(self.peak * k), int(self.kept * k))
 
 
-def count_cost(fn: Callable[..., Any], params: Tree, *rest: Any) -> Work:
+def count_cost(fn: Callable[..., Any], params: Tree, *rest: Any, place: torch.device | None = None) -> Work:
     """Count the cost of fn(params, *rest).
+
+    Args:
+        fn: the function.
+        params: its parameters.
+        rest: what else it takes.
+        place: where tensors on the meta device are taken to be; None for there, which knows no fused attention.
 
     Example:
         >>> work = count_cost(lambda p, x: x @ p["w"], {"w": torch.ones(8, 4)}, torch.ones(2, 8))
@@ -53,7 +59,7 @@ def count_cost(fn: Callable[..., Any], params: Tree, *rest: Any) -> Work:
     """
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         leaves, spec = pytree.tree_flatten((params, *rest))
-        args = pytree.tree_unflatten([_faked(fake, leaf) for leaf in leaves], spec)
+        args = pytree.tree_unflatten([_faked(fake, leaf, place) for leaf in leaves], spec)
         inside = {leaf.untyped_storage()._cdata for leaf in args[0].values()}
         given = {leaf.untyped_storage()._cdata for leaf in _tensors(args[1:])}
         counting, flops = _Count(inside, given), FlopCounterMode(display=False)
@@ -64,7 +70,9 @@ def count_cost(fn: Callable[..., Any], params: Tree, *rest: Any) -> Work:
     return Work(flops.get_total_flops(), counting.weights, counting.moved, counting.calls, counting.peak, kept)
 
 
-def _faked(fake: FakeTensorMode, leaf: Any) -> Any:
+def _faked(fake: FakeTensorMode, leaf: Any, place: torch.device | None) -> Any:
+    if isinstance(leaf, Tensor) and leaf.is_meta and place is not None:
+        return torch.empty_like(leaf, device=place)
     return fake.from_tensor(leaf) if isinstance(leaf, Tensor) and not fake.is_our_fake(leaf) else leaf
 
 

@@ -3,7 +3,7 @@
     manifest.json              identity of the gradients (`fkernel.engine.store.manifest`); written once
     shards.jsonl               which shards are complete, with their checksums (`fkernel.engine.store.journal`)
     shard-00000.safetensors …  the handles of one group each (`fkernel.engine.store.shards`)
-    lock                       held by the one process that has the store open
+    lock                       held by the one process that writes to the store, or by those that read it
 
 A shard is written to a temporary file, flushed to disk, renamed and only then recorded, so an interrupted program
 leaves it complete or absent. Its checksum is verified before its first read: SHA-256 costs about as much as reading
@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fkernel.engine.store import journal
 from fkernel.engine.store.journal import Journal, Record
@@ -26,10 +28,29 @@ from fkernel.engine.store.manifest import SCHEMA, describe, differences
 from fkernel.engine.store.shards import Layout, layout, pack, unpack
 from fkernel.errors import StoreError, listing
 from fkernel.func.handles import Handle, Handles, count
-from fkernel.io import NO_ROOM, PARTIAL, atomic_write, checksum, locked, parse_json, plain_errors
+from fkernel.io import (
+    NO_ROOM,
+    atomic_write,
+    checksum,
+    is_temporary,
+    locked,
+    make_directory,
+    parse_json,
+    plain_errors,
+    sweep,
+)
 
 MANIFEST, LOCK = "manifest.json", "lock"
+COARSE = 2 * 10**9
+"""Nanoseconds between two times that any file system tells apart: FAT's and some network's clocks tick every 2 s."""
 _BEGIN_ANEW = "choose another directory, or delete this one to begin anew"
+
+
+class _Verified(NamedTuple):
+    """A version of a shard's file whose checksum was right, and its header."""
+
+    state: tuple[int, ...]
+    layout: Layout
 
 
 class Store:
@@ -44,8 +65,13 @@ class Store:
         """Read the journal; `open_store` has checked the manifest."""
         self.directory, self.groups = directory, groups
         self._journal = Journal(directory, groups)
-        self._verified: dict[int, tuple[tuple[int, ...], Layout]] = {}
+        self._verified: dict[int, _Verified] = {}
         self._open = True
+
+    def clean(self) -> None:
+        """Remove what a killed writer left: temporary files, and a partial line of the journal."""
+        sweep(self.directory)
+        self._journal.cut()
 
     def close(self) -> None:
         """Refuse further reads and writes; handles that were read stay valid."""
@@ -94,7 +120,7 @@ class Store:
             self._journal.cut()
             sha256 = atomic_write(path, packed.chunks())
             self._journal.add(Record(i, [start, stop], path.name, packed.nbytes, sha256))
-            self._verified[i] = _state(path), layout(path)
+            self._verified[i] = _Verified(_state(path), layout(path))
 
     def read(self, i: int, names: Collection[str] | None = None) -> dict[str, Handle]:
         """Read shard i, after verifying its checksum unless that was done and the file is unchanged.
@@ -115,10 +141,13 @@ class Store:
             raise StoreError(f"Shard {i} of {str(self.directory)!r} is not there; compute it and write it first.")
         try:
             state = _state(path)
-            if i not in self._verified or self._verified[i][0] != state:
+            known = self._verified.get(i)
+            if known is None or known.state != state:
                 self._verify(record, path)
-                self._verified[i] = state, layout(path)
-            return unpack(path, self._verified[i][1], names)
+                known = _Verified(state, layout(path))
+                if time.time_ns() - state[2] > COARSE:  # else a change within the tick of a coarse clock would not show
+                    self._verified[i] = known
+            return unpack(path, known.layout, names)
         except StoreError:
             raise
         except FileNotFoundError as error:
@@ -160,12 +189,12 @@ class Store:
         with plain_errors("write to", self.directory):
             try:
                 if shutil.disk_usage(self.directory).free < needed:
-                    raise OSError(errno.ENOSPC, "the disk is full")
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 yield
             except OSError as error:
                 if error.errno not in NO_ROOM:
                     raise
-                free, why = shutil.disk_usage(self.directory).free, error.strerror or "the disk is full"
+                free, why = shutil.disk_usage(self.directory).free, os.strerror(error.errno or errno.ENOSPC)
                 raise StoreError(
                     f"No room for shard {i} in {str(self.directory)!r}: it needs {needed} bytes and {free} are free "
                     f"({why}). Make room, or lift the quota or the limit on file sizes where there is one. What is "
@@ -200,13 +229,38 @@ def open_store(directory: Path | str, identity: Mapping[str, Any], groups: Seque
     """
     directory, wanted = Path(directory), describe(identity, groups)
     with plain_errors("open", directory):
-        directory.mkdir(parents=True, exist_ok=True)
+        make_directory(directory)
         _refuse_strangers(directory)
     with locked(directory, LOCK):
         with plain_errors("open", directory):
-            for leftover in [*directory.glob(f"shard-*{PARTIAL}"), *directory.glob(MANIFEST + PARTIAL)]:
-                leftover.unlink()
-            _settle(directory / MANIFEST, wanted)
+            if (directory / MANIFEST).exists():
+                _compare(directory / MANIFEST, wanted)
+            else:
+                atomic_write(directory / MANIFEST, [json.dumps(wanted, indent=1).encode() + b"\n"])
+            store = Store(directory, wanted["groups"])
+            store.clean()
+        try:
+            yield store
+        finally:
+            store.close()
+
+
+@contextmanager
+def read_store(directory: Path | str, identity: Mapping[str, Any], groups: Sequence[slice]) -> Iterator[Store]:
+    """Open a store that is there beside others who read it, also where it cannot be written to.
+
+    Args:
+        directory: its path.
+        identity: as of `open_store`.
+        groups: as of `open_store`.
+
+    Raises:
+        StoreError: there is none, a process writes to it, or as `open_store`.
+    """
+    directory, wanted = Path(directory), describe(identity, groups)
+    with locked(directory, LOCK, shared=True):
+        with plain_errors("open", directory):
+            _compare(directory / MANIFEST, wanted)
             store = Store(directory, wanted["groups"])
         try:
             yield store
@@ -216,7 +270,7 @@ def open_store(directory: Path | str, identity: Mapping[str, Any], groups: Seque
 
 def _refuse_strangers(directory: Path) -> None:
     """Raise StoreError where a directory without a manifest holds other files."""
-    strangers = sorted({path.name for path in directory.iterdir()} - {LOCK, MANIFEST + PARTIAL})
+    strangers = sorted(path.name for path in directory.iterdir() if path.name != LOCK and not is_temporary(path.name))
     # Checked after the listing: another process that creates the store writes the manifest before all other files.
     if strangers and not (directory / MANIFEST).exists():
         raise StoreError(
@@ -225,11 +279,8 @@ def _refuse_strangers(directory: Path) -> None:
         )
 
 
-def _settle(path: Path, wanted: dict[str, Any]) -> None:
-    """Write the manifest, or refuse a store with another one."""
-    if not path.exists():
-        atomic_write(path, [json.dumps(wanted, indent=1).encode() + b"\n"])
-        return
+def _compare(path: Path, wanted: dict[str, Any]) -> None:
+    """Refuse a store with another manifest."""
     try:
         stored = parse_json(path.read_bytes())
         schema = stored["schema"]

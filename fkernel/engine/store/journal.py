@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fkernel.errors import StoreError
-from fkernel.io import flush_to_disk, parse_json
+from fkernel.io import append_line, cut_to, parse_json
 
 NAME = "shards.jsonl"
 
@@ -35,12 +35,11 @@ class Record:
 class Journal:
     """The records of a store, in the order in which they were written.
 
-    Only whole lines count. A partial line after a crash or a full disk is truncated, at the latest before another line
-    is appended.
+    Only whole lines count. A partial line after a crash or a full disk is truncated before another one is appended.
     """
 
     def __init__(self, directory: Path, groups: list[list[int]]) -> None:
-        """Read the records of a store with these groups, and truncate a partial last line."""
+        """Read the records of a store with these groups; nothing is changed."""
         self._path = directory / NAME
         self._records: dict[int, Record] = {}
         self._end = 0
@@ -56,7 +55,6 @@ class Journal:
                 )
             self._records[record.index] = record
             self._end += len(line)
-        self.cut()
 
     def __len__(self) -> int:
         return len(self._records)
@@ -76,18 +74,13 @@ class Journal:
         """Record a shard that is flushed to disk."""
         self.cut()
         line = json.dumps(asdict(record)).encode() + b"\n"
-        with open(self._path, "ab") as file:
-            file.write(line)
-        flush_to_disk(self._path)
+        append_line(self._path, line)
         self._records[record.index] = record
         self._end += len(line)
 
     def cut(self) -> None:
         """Truncate after the last record: a partial line, or a whole one whose writing was interrupted."""
-        if self._path.exists() and self._path.stat().st_size != self._end:
-            with open(self._path, "r+b") as file:
-                file.truncate(self._end)
-            flush_to_disk(self._path)
+        cut_to(self._path, self._end)
 
 
 def file_name(i: int) -> str:

@@ -21,23 +21,10 @@ import torch
 
 from fkernel.errors import StoreError
 from fkernel.func.handles import Concat, Factored, Handle, Handles, Head, SparseRows, Sum
-from fkernel.io import open_direct, parse_json, read_direct, tensor_chunks
+from fkernel.io import DTYPES, open_direct, parse_json, read_direct, tensor_chunks, tensors_header
 from fkernel.shapes import Tensor
 
-_DTYPES = {
-    torch.bool: "BOOL",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.int16: "I16",
-    torch.int32: "I32",
-    torch.int64: "I64",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float32: "F32",
-    torch.float64: "F64",
-}
 _METADATA = "handles"
-_ALIGNMENT = 64
 
 
 class Packed(NamedTuple):
@@ -79,15 +66,7 @@ def pack(handles: Handles) -> Packed:
     """
     stored = _Stored()
     structure = {name: stored.describe(handle, name) for name, handle in handles.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", _METADATA: json.dumps(structure)}}
-    ordered = sorted(stored.tensors.items(), key=lambda item: -item[1].element_size())
-    end = 0
-    for name, tensor in ordered:
-        start, end = end, end + _nbytes(tensor)
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-    return Packed(len(text).to_bytes(8, "little") + text, tuple(tensor for _, tensor in ordered))
+    return Packed(*tensors_header(stored.tensors, {_METADATA: json.dumps(structure)}))
 
 
 class Layout(NamedTuple):
@@ -115,7 +94,7 @@ def layout(path: Path) -> Layout:
         size = int.from_bytes(bytes(read_direct(file, 0, 8).numpy()), "little")
         header = parse_json(bytes(read_direct(file, 8, 8 + size).numpy()))
     structure = parse_json(header.pop("__metadata__")[_METADATA])
-    named = {name: dtype for dtype, name in _DTYPES.items()}
+    named = {name: dtype for dtype, name in DTYPES.items()}
     places = {
         name: (named[tensor["dtype"]], tensor["shape"], *(8 + size + place for place in tensor["data_offsets"]))
         for name, tensor in header.items()
@@ -176,10 +155,10 @@ class _Stored:
 
     def tensor(self, tensor: Tensor, place: str) -> dict[str, Any]:
         """Add a tensor unless it is present; return its name, dimension order and shape."""
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in DTYPES:
             raise StoreError(
                 f"{place!r} is {tensor.dtype}, which cannot be stored; store one of "
-                f"{', '.join(str(dtype).removeprefix('torch.') for dtype in _DTYPES)}."
+                f"{', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES)}."
             )
         # An expanded dimension (stride 0) is stored with size 1.
         base = tensor.detach()[tuple(slice(0, 1) if step == 0 else slice(None) for step in tensor.stride())]

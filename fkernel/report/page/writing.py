@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fkernel.errors import ResultsError
-from fkernel.io import atomic_file
+from fkernel.io import atomic_write, make_directory
 from fkernel.report.page.account import account_page
 from fkernel.report.page.document import page_html
 from fkernel.report.page.study import study_page
@@ -30,9 +30,8 @@ def write_page(results: FisherKernelResults | AccountResults, path: str | Path, 
     place = Path(path) / PAGE if Path(path).is_dir() else Path(path)
     name = title or place.resolve().parent.name
     data = account_page(results, name) if isinstance(results, AccountResults) else study_page(results, name)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(place) as temporary:
-        temporary.write_text(page_html(data), encoding="utf-8")
+    make_directory(place.parent)
+    atomic_write(place, [page_html(data).encode()])
     return place
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +15,8 @@ from torch import nn
 from fkernel import func
 from fkernel.analysis import rounding_floor
 from fkernel.engine import Sweep, account
-from fkernel.errors import PlanError
-from fkernel.io import hash_json, locked, parse_bytes, plain_errors
+from fkernel.errors import PlanError, StoreError
+from fkernel.io import check_writable, hash_json, locked, make_directory, parse_bytes
 from fkernel.record import Recording, RunSteps, States, fill, training_of
 from fkernel.rollout import GeneratedBatch, SampleGenerator, Sampling, dotted
 from fkernel.shapes import Tree
@@ -102,6 +103,8 @@ def account_recording(
     recording = recording if isinstance(recording, Recording) else Recording.open(recording)
     chosen = _chosen(recording, steps)
     place = Path(out)
+    if not (place / ACCOUNT).exists():
+        check_writable(place)
     if dtype not in ("float32", "float64"):
         raise PlanError(f"dtype is {dtype!r}; an account is computed in float32 or float64.")
     net = recording.policy(base=base) if model is None else copy.deepcopy(model)
@@ -125,15 +128,12 @@ def account_recording(
             "ages": [*inputs.steps.ages],
         },
     }
-    with plain_errors("write to", place):
-        place.mkdir(parents=True, exist_ok=True)
-    with locked(place, "lock"):
-        if (place / ACCOUNT).exists():
-            there = AccountResults.load(place)
-            if there.about["request"] == request:
-                return there
-            raise PlanError(f"{str(place)!r} holds another account; choose another directory (out), or delete it.")
-        kept = KeptSweep(place, request | {"fkernel": own_code()})
+    kept = KeptSweep(place, request | {"fkernel": own_code()})
+    if (place / ACCOUNT).exists():
+        return _finished(place, request, inputs, kept)
+    with locked(make_directory(place), "lock"):
+        if (place / ACCOUNT).exists():  # another process may have finished in between
+            return _finished(place, request, inputs, kept)
         begun = kept.found()
         inputs.steps.skip = 0 if begun is None else begun.taken
         on_progress("steps", inputs.steps.skip, len(chosen))
@@ -147,9 +147,24 @@ def account_recording(
         taken = Taken.of(recording, chosen)
         results = assembled(made, rounding_floor(f, inputs.params, E), taken, named, request, p_values)
         results.save(place)
-        inputs.steps.states.clear()
-        kept.forget()
+        _clear(inputs, kept)
         return results
+
+
+def _finished(place: Path, request: dict[str, Any], inputs: Inputs, kept: KeptSweep) -> AccountResults:
+    """Read the account that is there, if it is this request's."""
+    there = AccountResults.load(place)
+    if there.about["request"] != request:
+        raise PlanError(f"{str(place)!r} holds another account; choose another directory (out), or delete it.")
+    with suppress(StoreError):  # a finished account is read where nothing can be written, too
+        _clear(inputs, kept)
+    return there
+
+
+def _clear(inputs: Inputs, kept: KeptSweep) -> None:
+    """Delete what an account needs no more once it is written."""
+    inputs.steps.states.clear()
+    kept.forget()
 
 
 def _chosen(recording: Recording, steps: range | None) -> range:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fkernel.errors import ResultsError
-from fkernel.io import atomic_file, checksum, checksummed_json, read_checksummed
+from fkernel.io import atomic_file, atomic_write, checksum, checksummed_json, make_directory, read_checksummed
 from fkernel.study.outcome import SequenceInfo, as_record
 from fkernel.study.sealed import DAMAGED, check_agrees, read_arrays
 from fkernel.study.shown import html_of, plural, text_of
@@ -195,7 +195,7 @@ class AccountResults:
             The directory.
         """
         place = Path(directory)
-        place.mkdir(parents=True, exist_ok=True)
+        make_directory(place)
         made = {
             **self.arrays,
             "sequence_ids": np.array(self.sequence_ids, dtype=np.str_),
@@ -208,8 +208,7 @@ class AccountResults:
         with atomic_file(place / ARRAYS) as temporary, temporary.open("wb") as file:
             np.savez(file, allow_pickle=False, **made)
         record["sha256"] = {ARRAYS: checksum(place / ARRAYS)}
-        with atomic_file(place / ACCOUNT) as temporary:
-            temporary.write_bytes(checksummed_json(record))
+        atomic_write(place / ACCOUNT, [checksummed_json(record)])
         return place
 
     def summary(self) -> dict[str, Any]:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from fkernel.engine import RunAccount, StepColumns, Sweep
 from fkernel.errors import ResultsError
-from fkernel.io import PARTIAL, atomic_directory, checksum, checksummed_json, read_checksummed
+from fkernel.io import (
+    atomic_directory,
+    checksum,
+    checksummed_json,
+    read_checksummed,
+    remove_directory,
+    safetensors_chunks,
+    sweep,
+    write_file,
+)
 from fkernel.shapes import Tensor
 
 SWEEP, REQUEST, TENSORS = "sweep", "sweep.json", "sweep.safetensors"
@@ -32,8 +40,7 @@ class KeptSweep:
     def __init__(self, directory: Path, request: Mapping[str, Any], every: float = EVERY) -> None:
         self.place, self.request, self.every = directory / SWEEP, dict(request), every
         self._last = time.monotonic()
-        for left in directory.glob(f"{SWEEP}.*{PARTIAL}*"):
-            shutil.rmtree(left, ignore_errors=True)
+        sweep(directory)
 
     def found(self) -> Sweep | None:
         """The sweep that was kept of this request; None where there is none, or another request's."""
@@ -68,15 +75,13 @@ class KeptSweep:
         about = {"request": self.request, "taken": sweep.taken, "columns": len(sweep.columns)}
         about |= {"done": len(sweep.done), "paths": [account.path for account in sweep.done]}
         with atomic_directory(self.place, replace=True) as work:
-            save_file(
-                {name: leaf.detach().cpu().contiguous().clone() for name, leaf in tensors.items()}, work / TENSORS
-            )
-            (work / REQUEST).write_bytes(checksummed_json({**about, "sha256": checksum(work / TENSORS)}))
+            sha256 = write_file(work / TENSORS, safetensors_chunks(tensors))
+            write_file(work / REQUEST, [checksummed_json({**about, "sha256": sha256})])
         self._last = time.monotonic()
 
     def forget(self) -> None:
         """Delete what was kept."""
-        shutil.rmtree(self.place, ignore_errors=True)
+        remove_directory(self.place)
 
 
 def _tensors(account: RunAccount, start: str) -> dict[str, Tensor]:

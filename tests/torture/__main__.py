@@ -1,0 +1,8 @@
+"""The whole torture: `make torture`. Each part goes on where it was stopped, and saves JSON to benchmarks/results/."""
+
+import sys
+
+from tests.torture import crashes
+
+if __name__ == "__main__":
+    sys.exit(crashes.main())
