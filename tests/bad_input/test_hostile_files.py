@@ -103,9 +103,10 @@ OWN = {
     "distributed/agreement.py": "what rank 0 sent, through the group that the ranks made",
     "engine/planning/machine.py": "its own rates, read by the same parser; /proc",
     "io/atomic.py": "opens to flush",
+    "io/lines.py": "looks for the end of its own lines",
     "io/locks.py": "a lock's process id",
+    "io/temporary.py": "/proc",
     "report/page/document.py": "its own scripts",
-    "study/log.py": "opens to write",
     "study/accounts/results.py": "opens to write",
     "study/sources.py": "hashes Python files",
 }
@@ -165,6 +166,11 @@ def place(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def cases(place) -> dict[str, Case]:
+    return made_cases(place)
+
+
+def made_cases(place: Path) -> dict[str, Case]:
+    """Each reader, with files as they should be."""
     (place / "run").mkdir()
     run = made(place / "run")
     WRITERS["distributed"](place / "distributed")
