@@ -10,6 +10,7 @@ from fkernel.distributed.exchange import (
     all_sum,
     buckets,
     exchange_rows,
+    fetch_rows,
     gather_numbers,
     gather_shards,
     shard_of,
@@ -18,21 +19,27 @@ from fkernel.distributed.exchange import (
 )
 from fkernel.distributed.group import Group, group_of
 from fkernel.distributed.launcher import join, launch, launched
+from fkernel.distributed.sharded import ShardedTree, gather_tree, is_distributed, local_tree
 
 __all__ = [
     "BUCKET",
     "Group",
+    "ShardedTree",
     "agree",
     "all_sum",
     "buckets",
     "exchange_rows",
+    "fetch_rows",
     "from_first",
     "gather_numbers",
     "gather_shards",
+    "gather_tree",
     "group_of",
+    "is_distributed",
     "join",
     "launch",
     "launched",
+    "local_tree",
     "shard_of",
     "shard_tree",
     "share_of",

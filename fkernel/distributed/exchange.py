@@ -101,11 +101,11 @@ def exchange_rows(
         for (name, block), piece in zip(of, part.split([own * block.numel for _, block in of]), strict=True):
             if piece.numel():
                 write(name, piece.view(own, *block.shape), block.start)
-    meet(group)
     if group.size == 1:
+        meet(group)
         result = out
     else:
-        _finish(group, dist.all_to_all_single(result, out, received, sent, group=group.data, async_op=True))
+        _all_to_all(group, result, out, received, sent)
     mine = blocks[group.rank]
     if len(mine) == 1:
         return {name: result.view(sum(counts), *block.shape) for name, block in mine}
@@ -156,6 +156,41 @@ def all_sum(group: Group, tensors: Sequence[Tensor]) -> list[Tensor]:
     _finish(group, dist.all_reduce(flat, group=group.data, async_op=True))
     parts = flat.split([leaf.numel() for leaf in tensors])
     return [part.view(leaf.shape).to(leaf) for part, leaf in zip(parts, tensors, strict=True)]
+
+
+def fetch_rows(group: Group, shard: Tensor, length: int, rows: Tensor) -> Tensor:
+    """Fetch some rows of a parameter from the ranks that have them; every rank its own, which may be none.
+
+    Args:
+        group: the ranks.
+        shard: this rank's of the parameter, [l_r, *rest].
+        length: l, of the parameter's leading dimension.
+        rows: ids of any shape.
+
+    Returns:
+        [*rows.shape, *rest].
+
+    Raises:
+        IndexError: an id is outside of the parameter, as torch says it.
+    """
+    wanted, place = rows.reshape(-1).unique(return_inverse=True)
+    if wanted.numel() and (int(wanted[0]) < 0 or int(wanted[-1]) >= length):
+        raise IndexError(f"index {int(wanted[-1])} is out of range of {length} rows")
+    shares = [shard_of(length, group.size, rank) for rank in range(group.size)]
+    asked = [int(((wanted >= share.start) & (wanted < share.stop)).sum()) for share in shares]
+    given = [counts[group.rank] for counts in gather_numbers(group, asked)]
+    device = _device(group, [shard])
+    ids = wanted.new_empty(sum(given), device=device)
+    _all_to_all(group, ids, wanted.to(device), given, asked)
+    own = shard[ids.to(shard.device) - shares[group.rank].start].to(device)
+    found = own.new_empty(len(wanted), *shard.shape[1:])
+    _all_to_all(group, found, own, asked, given)
+    return found.to(shard.device)[place.to(shard.device)].view(*rows.shape, *shard.shape[1:])
+
+
+def _all_to_all(group: Group, result: Tensor, sent: Tensor, received: list[int], counts: list[int]) -> None:
+    meet(group)
+    _finish(group, dist.all_to_all_single(result, sent, received, counts, group=group.data, async_op=True))
 
 
 def gather_shards(group: Group, shards: Tree, shapes: Mapping[str, Sequence[int]]) -> Tree:

@@ -21,10 +21,11 @@ from typing import Any
 import torch
 
 from fkernel import tree
-from fkernel.distributed import Group
+from fkernel.distributed import Group, ShardedTree
 from fkernel.engine.batching import SortedBatch, check_sides, error_context, transformed
 from fkernel.engine.layerwise import Walking
 from fkernel.engine.over_ranks import over, ranks_of
+from fkernel.engine.params_in_shards import agreed_params, own_preconditioner
 from fkernel.engine.planning import Strategy, choose, usual_microbatch
 from fkernel.engine.planning.estimates import walking_of
 from fkernel.engine.planning.passes import max_microbatch, reverse
@@ -32,7 +33,7 @@ from fkernel.engine.problem import Problem, blocks
 from fkernel.engine.recycling import reuse_memory
 from fkernel.engine.sums import along, weighted_gradient
 from fkernel.errors import BatchError
-from fkernel.func.handles import ProductSpec
+from fkernel.func.handles import ProductSpec, RowSpec
 from fkernel.func.inputs import Function, bare, translate_errors, widened
 from fkernel.func.taps import handles_of
 from fkernel.func.trust import plan_of
@@ -61,7 +62,9 @@ def kernel(
 
     Args:
         f: (params, batch) -> [n], such as `func.sequence_logprob(apply)`.
-        params: {name: tensor}, θ.
+        params: {name: tensor}, θ. With a mesh they may be in shards: `DTensor`s, as those of an FSDP2 model, or this
+            rank's part of `fkernel.distributed.shard_tree`; a rank then gathers one layer at a time, f is one of a
+            model made within `func.without_weights`, and P is in shards or whole.
         E: the evaluation batch, n_E sequences (the rows).
         U: the update batch, n_U sequences (the columns).
         precond: P, any linear map tree → tree; it is given rows {name: [n, *shape]} of U's gradients.
@@ -95,11 +98,12 @@ def kernel(
         tensor([[1., 1., 1.],
                 [1., 1., 1.]])
     """
-    D = precond.d if isinstance(precond, Diagonal) else None
     plan = [str(each) for each in (memory, microbatch, strategy)]
-    given = {"E": E, "U": U, "params": params, "the preconditioner": D, "memory, microbatch and strategy": plan}
+    given = {"E": E, "U": U, "memory, microbatch and strategy": plan}
     with over(mesh, "kernel", given) as group:
-        return _kernel(f, params, E, U, precond, memory, microbatch, strategy, store, rows, group)
+        θ = agreed_params(f, params, group)
+        P = own_preconditioner(precond, θ, group)
+        return _kernel(f, θ, E, U, P, memory, microbatch, strategy, store, rows, group)
 
 
 def _kernel(
@@ -127,7 +131,8 @@ def _kernel(
     side_U = side_E if E is U and f_E is f and diagonal else SortedBatch("U", U, f)
     promised = memory is not None or strategy is not None
     P = None if diagonal else precond
-    problem = Problem(params, side_E, side_U, ProductSpec({"": D}), P=P, store=store, promised=promised, group=group)
+    spec, sharded = ProductSpec({"": D}), isinstance(params, ShardedTree)
+    problem = Problem(params, side_E, side_U, spec, P=P, store=store, promised=promised, group=group, sharded=sharded)
     K = torch.empty(len(side_E), len(side_U), dtype=torch.float64, device="cpu")
     with reuse_memory():
         for block in blocks(problem, how):
@@ -177,15 +182,31 @@ def influence(
         >>> influence(f, {"w": torch.zeros(2)}, torch.eye(2), torch.ones(3, 2), precond.identity(), torch.ones(3))
         tensor([3., 3.])
     """
-    given = {"E": E, "U": U, "weights": weights, "params": params, "memory and microbatch": [str(memory), microbatch]}
+    given = {"E": E, "U": U, "weights": weights, "memory and microbatch": [str(memory), microbatch]}
     with over(mesh, "influence", given) as group:
-        check_sides(f, params, E, U, layers=True)
-        how, m = _passes(f, params, E, U, memory, usual_microbatch(microbatch, E, U))
+        θ = agreed_params(f, params, group)
+        P = own_preconditioner(precond, θ, group) if isinstance(θ, ShardedTree) else precond
+        check_sides(f, θ, E, U, layers=True)
+        how, m = _passes(f, θ, E, U, memory, usual_microbatch(microbatch, E, U))
         with reuse_memory():
-            towards = weighted_gradient(f, params, U, weights, how or m, group)
-            move = transformed(precond, towards)
+            towards = weighted_gradient(f, θ, U, weights, how or m, group)
+            move = transformed(P, towards)
             del towards
-            return along(f, params, E, move, how or m, group)
+            if isinstance(θ, ShardedTree):
+                return _along_in_shards(f, θ, E, move, how)
+            return along(f, θ, E, move, how or m, group)
+
+
+def _along_in_shards(f: Function, params: ShardedTree, E: Any, move: Tree, how: Walking | None) -> Tensor:
+    """Compute ⟨∇f, v⟩ of every sequence, [n] in the caller's order; v is this rank's shard."""
+    side, how = SortedBatch("E", E, f), how or Walking()
+    spec = ProductSpec(x=RowSpec({"along": move}))
+    problem = Problem(params, side, None, spec, group=params.group, sharded=True)
+    result = torch.empty(len(side), dtype=torch.float64, device="cpu")
+    for block in blocks(problem, Strategy("layers", "E", None, None, how.tokens, how.every)):
+        result[block.at] = block.rows("along")
+    leaf = widened(next(iter(params.values()))[..., :0])
+    return result.to(leaf.device, leaf.dtype)
 
 
 def _passes(

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from fkernel.distributed import ShardedTree
 from fkernel.engine.batching import SortedBatch, error_context
 from fkernel.engine.by_layer import Side, shards
 from fkernel.engine.path import NODES, check_path
@@ -31,6 +32,9 @@ from fkernel.func.inputs import Function, Source, moved, plain, take, trim, wide
 from fkernel.func.layers import Cut, Walk, cut_of
 from fkernel.shapes import Tensor, Tree
 
+ALONE = "Leave strategy= and memory= to the planner."
+WHOLE = "params are in shards, so that it has to be. Give them whole: leaf.full_tensor() of a DTensor."
+
 
 def must_cut(f: Function, params: Tree, batch: Any) -> Cut:
     """Cut a model at its layers.
@@ -40,7 +44,9 @@ def must_cut(f: Function, params: Tree, batch: Any) -> Cut:
     """
     cut = cut_of(f, params, batch)
     if isinstance(cut, str):
-        raise ModelError(f"f cannot be computed layer by layer: {cut}. Leave strategy= and memory= to the planner.")
+        raise ModelError(
+            f"f cannot be computed layer by layer: {cut}. {WHOLE if isinstance(params, ShardedTree) else ALONE}"
+        )
     return cut
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fkernel import tree
-from fkernel.distributed import Group, agree
+from fkernel.distributed import Group, agree, is_distributed
 from fkernel.engine.adjoint import Adjoints, RunStep, StepColumns
 from fkernel.engine.batching import SortedBatch, check_sides, error_context
 from fkernel.engine.over_ranks import described, over, ranks_of
@@ -29,7 +29,7 @@ from fkernel.engine.planning.strategy import USABLE
 from fkernel.engine.recycling import reuse_memory
 from fkernel.engine.step_gradients import VECTORS, Passes
 from fkernel.engine.sums import values
-from fkernel.errors import BatchError
+from fkernel.errors import BatchError, TreeError
 from fkernel.func.inputs import Function, bare, check_weights, length, take, translate_errors
 from fkernel.func.layers import cut_of
 from fkernel.func.taps import handles_of
@@ -257,6 +257,11 @@ def _joined(accounts: list[RunAccount]) -> RunAccount:
 
 def _check(f: Function, E: Any, step: RunStep) -> None:
     """Raise unless a step's inputs fit each other."""
+    if distributed := [name for name, leaf in step.params.items() if is_distributed(leaf)]:
+        raise TreeError(
+            f"params[{distributed[0]!r}] of step {step.number} is a DTensor; a run's account takes whole parameters: "
+            f"leaf.full_tensor()."
+        )
     with error_context(f"step {step.number}"):
         check_sides(step.f, step.params, E, step.U, f)
         check_weights(step.weights, length(step.U))

@@ -19,17 +19,18 @@ import torch
 from einops import rearrange
 
 from fkernel import func, tree
-from fkernel.distributed import Group, shard_tree
+from fkernel.distributed import Group, ShardedTree, shard_tree
 from fkernel.engine.batching import SortedBatch, check_sides, error_context
-from fkernel.engine.layerwise import Walking, evaluated
+from fkernel.engine.layerwise import Walking
 from fkernel.engine.over_ranks import over, ranks_of, whole_tree
+from fkernel.engine.params_in_shards import agreed_params, agreed_state, shards_of
 from fkernel.engine.path import NODES, Path, check_path
 from fkernel.engine.planning import Strategy, choose, usual_microbatch
 from fkernel.engine.planning.passes import Fit, bytes_of, max_microbatch, reverse
 from fkernel.engine.problem import Problem, blocks, held_gradients
 from fkernel.engine.recycling import reuse_memory
-from fkernel.engine.step_on_shards import adamw_on_shards, clipped_shards, is_sharded, shared_of
-from fkernel.engine.sums import weighted_gradient
+from fkernel.engine.step_on_shards import adamw_on_shards, clipped_shards, is_sharded
+from fkernel.engine.sums import values, weighted_gradient
 from fkernel.errors import BatchError
 from fkernel.func import unused_parameters
 from fkernel.func.handles import ProductSpec, RowSpec
@@ -192,19 +193,15 @@ def explain_step(
         tensor([[ 0.1000, -0.0000],
                 [ 0.0000, -0.1000]])
     """
-    given = {
-        "E": E,
-        "U": U,
-        "weights": weights,
-        "params": params,
-        "the optimizer's state": shared_of(state, params),
-    }
+    given = {"E": E, "U": U, "weights": weights}
     given["path, max_norm, memory and microbatch"] = [path, max_norm, str(memory), microbatch]
     with over(mesh, "explain_step", given) as group:
+        params = agreed_params(f, params, group)
+        state = agreed_state(state, params, group)
         check_path(path)
         check_sides(f, params, E, U, rows, layers=True)
         sharded = group is not None and is_sharded(state, params)
-        check_covers(state, list(params), shard_tree(group, params) if group and sharded else params, "params")
+        check_covers(state, list(params), shards_of(params, group) if group and sharded else params, "params")
         check_weights(weights, length(U))
         strategy, m = _planned(f, params, E, U, state, path, memory, usual_microbatch(microbatch, E, U), group)
         f_E = f if rows is None else rows
@@ -254,7 +251,7 @@ def _explained(
     group: Group | None,
 ) -> tuple[StepEffect, AdamWStep]:
     side_U, kept, w = SortedBatch("U", U, f), None, widened(weights.to(next(iter(params.values())).device))
-    sharded = group is not None and is_sharded(state, params)
+    sharded, in_shards = group is not None and is_sharded(state, params), isinstance(params, ShardedTree)
     if strategy.name == "layers":
         ascent = weighted_gradient(f, params, U, w, Walking(strategy.tokens or 0, strategy.every), group)
     elif strategy.held == "U" and strategy.tile is None:  # U's gradients are held anyway, and give g
@@ -264,17 +261,19 @@ def _explained(
     else:
         ascent = weighted_gradient(f, params, U, weights, m, group)
     if group is not None and sharded:
-        ascent = ascent if kept is not None else shard_tree(group, ascent)
+        ascent = ascent if kept is not None or in_shards else shard_tree(group, ascent)
         g, clip, norm = clipped_shards(ascent, max_norm, group)
     else:
         g, clip, norm = clip_gradient(ascent, max_norm)
     del ascent
-    θ = {name: widened(leaf) for name, leaf in params.items()}
+    θ = params if in_shards else {name: widened(leaf) for name, leaf in params.items()}
     with error_context("U"):
         given: Grads = {**g, **dict.fromkeys(unused_parameters(f, θ, U))}
     if group is not None and isinstance(state, AdamWState) and sharded:
-        step, P = adamw_on_shards(shard_tree(group, θ), given, state)
-        total = whole_tree(step.total, group, params)
+        own = {name: widened(leaf) for name, leaf in shards_of(θ, group).items()}
+        step, P = adamw_on_shards(own, given, state)
+        total = step.total if in_shards else whole_tree(step.total, group, params)
+        del own
     else:
         step, P = optimizer_step(θ, given, state), response(state, given, θ)
         total = step.total
@@ -305,7 +304,9 @@ def _contracted(problem: Problem, strategy: Strategy) -> tuple[Tensor, Tensor, T
     return K, along[0], along[1]
 
 
-def realised_change(f: Function, before: Tree, after: Tree, E: Any, *, microbatch: int | None = None) -> Tensor:
+def realised_change(
+    f: Function, before: Tree, after: Tree, E: Any, *, microbatch: int | None = None, mesh: Any = None
+) -> Tensor:
     """Compute the realised change of a step: ΔS_e = S_e(θ + Δθ) − S_e(θ).
 
     Args:
@@ -314,6 +315,7 @@ def realised_change(f: Function, before: Tree, after: Tree, E: Any, *, microbatc
         after: θ + Δθ; the same names, shapes and dtypes.
         E: the sequences.
         microbatch: as in `fkernel.kernel`.
+        mesh: as in `fkernel.kernel`; both trees may be in shards.
 
     Returns:
         [n_E] nats.
@@ -328,8 +330,10 @@ def realised_change(f: Function, before: Tree, after: Tree, E: Any, *, microbatc
         >>> realised_change(f, {"w": torch.zeros(2)}, {"w": torch.ones(2)}, torch.eye(2))
         tensor([1., 1.])
     """
-    tree.check_same(after, before, "after", "before")
     m = usual_microbatch(microbatch, E)
-    with error_context("E"):
-        change = evaluated(f, after, E, m) - evaluated(f, before, E, m)
-    return change.to(widened(next(iter(before.values()))[..., :0]))
+    with over(mesh, "realised_change", {"E": E, "microbatch": microbatch}) as group:
+        θ, moved = (agreed_params(f, params, group) for params in (before, after))
+        tree.check_same(moved, θ, "after", "before")
+        with error_context("E"):
+            change = values(f, moved, E, m, group) - values(f, θ, E, m, group)
+        return change.to(widened(next(iter(θ.values()))[..., :0]))

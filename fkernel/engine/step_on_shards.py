@@ -14,16 +14,18 @@ from dataclasses import fields
 from typing import Any
 
 from fkernel import tree
-from fkernel.distributed import Group, all_sum
+from fkernel.distributed import Group, ShardedTree, all_sum
 from fkernel.precond import AdamWState, AdamWStep, Diagonal, Grads, adamw_response, adamw_step, clip_gradient
 from fkernel.shapes import Tree
 
 
 def is_sharded(state: Any, params: Tree) -> bool:
-    """Tell whether a state is of a shard of the parameters: AdamW's, with moments of other shapes than theirs."""
+    """Tell whether a state is of a shard of the parameters: AdamW's, with θ in shards or moments of other shapes."""
     if not isinstance(state, AdamWState):
         return False
-    return any(name in params and m.shape != params[name].shape for name, m in state.exp_avg.items())
+    return isinstance(params, ShardedTree) or any(
+        name in params and m.shape != params[name].shape for name, m in state.exp_avg.items()
+    )
 
 
 def shared_of(state: Any, params: Tree) -> Any:

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from fkernel import func
-from fkernel.distributed import Group, all_sum
+from fkernel.distributed import Group, ShardedTree, all_sum
 from fkernel.engine.batching import SortedBatch, cuts_of, error_context
 from fkernel.engine.gradients import computed
 from fkernel.engine.layerwise import Walking, along_sorted, evaluated, gradient_sum
 from fkernel.engine.over_ranks import in_buckets
+from fkernel.engine.sums_in_shards import gradient_in_shards, values_in_shards
 from fkernel.func.inputs import Function, check_values, check_weights, length, plain, take, token_grant, widened
 from fkernel.func.trust import along_direction
 from fkernel.shapes import Tensor, Tree
@@ -24,7 +25,7 @@ from fkernel.shapes import Tensor, Tree
 def weighted_gradient(
     f: Function, params: Tree, U: Any, weights: Tensor, how: Walking | int | None, group: Group | None = None
 ) -> Tree:
-    """Compute Jᵀw, {name: [*shape]}, on every rank.
+    """Compute Jᵀw, {name: [*shape]}, on every rank; this rank's shards of it where θ is in shards.
 
     Args:
         f: (params, batch) -> [n].
@@ -38,6 +39,8 @@ def weighted_gradient(
     if group is None and not isinstance(how, Walking):
         with error_context("U"):
             return func.vjp(f, how)(params, U, weights)
+    if isinstance(params, ShardedTree):
+        return gradient_in_shards(SortedBatch("U", U, f), params, weights, _walking(how))
     side, vector = _share(SortedBatch("U", U, f), group), dict[str, Tensor]()
     if len(side):
         vector = _own(side, params, U, weights, how)
@@ -48,6 +51,10 @@ def weighted_gradient(
         mine = [vector.pop(name) if vector else torch.zeros_like(widened(params[name].detach())) for name in names]
         total |= zip(names, all_sum(group, mine), strict=True)
     return total
+
+
+def _walking(how: Walking | int | None) -> Walking:
+    return how if isinstance(how, Walking) else Walking()
 
 
 def _own(side: SortedBatch, params: Tree, U: Any, weights: Tensor, how: Walking | int | None) -> Tree:
@@ -75,6 +82,8 @@ def values(f: Function, params: Tree, E: Any, microbatch: int | None, group: Gro
     """Compute f of a batch, [n] float64 in the caller's order, on every rank."""
     if group is None:
         return evaluated(f, params, E, microbatch)
+    if isinstance(params, ShardedTree):
+        return values_in_shards(SortedBatch("E", E, f), params, Walking())
     side = SortedBatch("E", E, f).every(group.size, group.rank)
     total = torch.zeros(length(E), dtype=torch.float64, device=next(iter(params.values())).device)
     if len(side):

@@ -21,6 +21,7 @@ from fkernel.func.trust.comparisons import Certificate
 from fkernel.func.trust.memory import certificates, made_certificates, skip_certificates
 from fkernel.func.unused import unused_parameters
 from fkernel.func.weighted import Weighted, weighted_logprob
+from fkernel.func.weightless import without_weights
 
 __all__ = [
     "Answers",
@@ -72,4 +73,5 @@ __all__ = [
     "weighted_logprob",
     "weighted_sum",
     "with_masked_padding_grad",
+    "without_weights",
 ]

@@ -125,9 +125,11 @@ def make_functional(
         apply: (params, input_ids [n t], attention_mask [n t]) -> logits [n t v].
         params: {name: detached tensor}. Tied weights appear once, under the first of their names. The tensors share
             storage with the model: `fkernel.tree.map(torch.clone, params)` keeps them across an optimizer step.
+            Of a module without weights (`without_weights`) they are on the meta device, and have no values: give this
+            rank's shards of them instead, with a mesh.
 
     Raises:
-        ModelError: nothing to differentiate, an unknown name in `select`, or parameters on the meta device.
+        ModelError: nothing to differentiate, or an unknown name in `select`.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -139,9 +141,6 @@ def make_functional(
     """
     named = dict(model.named_parameters())
     chosen = _choose(named, select)
-    meta = [name for name, parameter in named.items() if parameter.is_meta]
-    if meta:
-        raise ModelError(f"{listing(meta)} lie on the meta device and hold no values; load the weights first.")
     apply, params = split(model, chosen)
     original = structural_copy(model).eval()
     return replace(apply, original=original, own_width=apply.own_width if own_width is None else own_width), params

@@ -8,15 +8,17 @@ A vjp of `torch.func` returns zeros in both cases, so a plain reverse pass is ne
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 
 from fkernel.func.inputs.batch import take, trim
+from fkernel.func.inputs.leaves import leaves_of
 from fkernel.func.inputs.objective import Function, bare
 from fkernel.func.inputs.validation import validated
 from fkernel.func.trust.checks import seen_of
-from fkernel.shapes import Tree
+from fkernel.shapes import Tensor, Tree
 
 
 def unused_parameters(f: Function, params: Tree, batch: Any) -> frozenset[str]:
@@ -42,10 +44,17 @@ def unused_parameters(f: Function, params: Tree, batch: Any) -> frozenset[str]:
         frozenset({'other'})
     """
     with validated(f, params, batch):
-        copies = {name: leaf.detach().requires_grad_() for name, leaf in params.items()}
+        leaves, used = leaves_of(params), set[str]()
         with torch.enable_grad():
-            value = bare(f)(copies, trim(take(seen_of(f, batch), slice(0, 1)))).sum()
+            value = leaves.value(bare(f), trim(take(seen_of(f, batch), slice(0, 1)))).sum()
         if not value.requires_grad:
             return frozenset(params)
-        grads = torch.autograd.grad(value, [*copies.values()], allow_unused=True)
-    return frozenset(name for name, g in zip(copies, grads, strict=True) if g is None)
+
+        def arrived(leaf: Tensor, name: str) -> None:
+            used.add(name)
+            leaf.grad = None  # one parameter's gradient is there at a time
+
+        for name, leaf in leaves.trained.items():
+            leaf.register_post_accumulate_grad_hook(partial(arrived, name=name))
+        torch.autograd.backward(value, inputs=[*leaves.trained.values()])
+    return frozenset(params) - used

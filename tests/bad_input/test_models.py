@@ -85,15 +85,26 @@ def test_selected_names_must_be_the_model_s(gpt2, select, pieces):
 def test_parameters_on_the_meta_device_hold_no_values(gpt2):
     with torch.device("meta"):
         model = GPT2LMHeadModel(copy.deepcopy(gpt2.config))
-    with clear_error(fk.ModelError, "'transformer.wte.weight'", "meta device", "load the weights"):
-        func.make_functional(model)
+    apply, params = func.make_functional(model)
+    batch = func.pad([[1]], [[2]])
+    with clear_error(fk.ModelError, "'transformer.wte.weight'", "meta device", "load the weights", "mesh="):
+        func.vjp(func.sequence_logprob(apply))(params, batch, torch.ones(1))
 
 
 def test_frozen_parameters_on_the_meta_device_are_found_too(gpt2):
     model = copy.deepcopy(gpt2)
     model.transformer.h[0].to("meta")
+    apply, params = func.make_functional(model, select=["transformer.ln_f.weight"])
     with clear_error(fk.ModelError, "transformer.h.0", "meta device"):
-        func.make_functional(model, select=["transformer.ln_f.weight"])
+        func.vjp(func.sequence_logprob(apply))(params, func.pad([[1]], [[2]]), torch.ones(1))
+
+
+def test_buffers_on_the_meta_device_are_in_no_checkpoint(llama):
+    model = copy.deepcopy(llama)
+    model.model.rotary_emb.to("meta")
+    apply, params = func.make_functional(model)
+    with clear_error(fk.ModelError, "rotary_emb.inv_freq", "meta device", "without_weights"):
+        func.vjp(func.sequence_logprob(apply))(params, func.pad([[1]], [[2]]), torch.ones(1))
 
 
 PADDING_ID = 10

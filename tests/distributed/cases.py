@@ -29,14 +29,14 @@ def inputs(name: str) -> tuple[Any, dict[str, torch.Tensor], Any, Any, Case]:
     """(S, params, E, U, case) of one of CASES; "lora" trains adapters alone."""
     if name == "lora":
         return _lora()
-    case = CASES[name]
+    case = replace(CASES[name])  # with a model of its own
     return *case.engine(fk), case
 
 
 def _lora() -> tuple[Any, dict[str, torch.Tensor], Any, Any, Case]:
     from peft import LoraConfig, get_peft_model
 
-    case = CASES["lora"]
+    case = replace(CASES["lora"])
     whole = case.model
     torch.manual_seed(4)
     config = LoraConfig(r=3, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 from unittest.mock import patch
@@ -16,8 +17,10 @@ from fkernel import Strategy
 from fkernel.distributed import group_of
 from fkernel.engine import Problem, SortedBatch, blocks
 from fkernel.func.handles import ProductSpec
-from tests.distributed.cases import answers, diagonal, inputs, step_of_shards
+from tests.distributed.cases import diagonal, inputs, state_of, step_of_shards, symmetric
 from tests.distributed.ranks import results
+from tests.distributed.shards import dealt, everything, weightless
+from tests.models import MODELS
 from tests.test_layered import collected, spec
 
 ROUNDING = 1e-12
@@ -25,7 +28,7 @@ ROUNDING = 1e-12
 
 @cache
 def alone(name: str) -> dict[str, torch.Tensor]:
-    return answers(None, name)
+    return everything(None, name)
 
 
 def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -34,10 +37,10 @@ def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm().clamp_min(1e-300))
 
 
-@pytest.mark.parametrize(("name", "ranks"), [("few", 1), ("own", 2), ("own", 4), ("gpt2", 4), ("few", 4), ("lora", 2)])
+@pytest.mark.parametrize(("name", "ranks"), [("few", 1), ("own", 2), ("own", 3), ("gpt2", 2), ("few", 4), ("lora", 2)])
 def test_any_number_of_ranks_gives_the_same_on_each(name, ranks):
     expected = alone(name)
-    for found in results(ranks, answers, name):
+    for found in results(ranks, everything, name):
         assert found.keys() == expected.keys()
         errors = {what: apart(found[what], expected[what]) for what in expected}
         assert max(errors.values()) <= ROUNDING, {what: e for what, e in errors.items() if e > ROUNDING}
@@ -135,6 +138,57 @@ def error_of(call: Callable[[], Any]) -> str:
 def test_ranks_that_were_given_different_things_compute_nothing(change, message):
     for error in results(2, refused, change):
         assert error.startswith(message), error
+
+
+def refused_in_shards(mesh: Any) -> dict[str, str]:
+    """What a rank raises where θ is in shards, and something else does not go with them; and what was certified."""
+    _, params, E, U, case = inputs("own")
+    S, own, group = weightless("own"), dealt(mesh, "own"), group_of(mesh)
+    P, w = fk.precond.identity(), case.weights
+    wide = fk.func.sequence_logprob(replace(S.apply, own_width=True))
+    cut = {**own, "norm.weight": own["norm.weight"][:1]}
+    sgd = fk.precond.fresh_state("sgd", params, lr=0.1)
+    with torch.device("meta"):
+        torch.manual_seed(0)
+        without = fk.func.sequence_logprob(fk.func.make_functional(MODELS["own"](1))[0])
+    few = {name: leaf for name, leaf in own.items() if name != "norm.weight"}
+    found = {
+        "P": error_of(lambda: fk.kernel(S, own, E, U, symmetric(params), mesh=mesh)),
+        "model": error_of(lambda: fk.kernel(wide, own, E, U, P, mesh=mesh)),
+        "shape": error_of(lambda: fk.kernel(S, cut, E, U, P, mesh=mesh)),
+        "state": error_of(lambda: fk.explain_step(S, own, E, U, w, sgd, mesh=mesh)),
+        "memory": error_of(lambda: fk.kernel(S, own, E, U, P, memory=1000, mesh=mesh)),
+        "missing": error_of(lambda: fk.kernel(without, few, E, U, P, mesh=mesh)),
+        "alone": error_of(lambda: fk.kernel(S, own, E, U, P)),
+    }
+    if group.rank == 1:
+        own = dict(reversed(own.items()))
+    found["order"] = error_of(lambda: fk.kernel(S, own, E, U, P, mesh=mesh))
+    if group.rank == 1:
+        own = {**dict(reversed(own.items())), "norm.bias": own["norm.bias"] * torch.nan}
+    found["values"] = error_of(lambda: fk.kernel(S, own, E, U, P, mesh=mesh))
+    fk.kernel(S, dealt(mesh, "own"), E, U, P, memory="80MiB", mesh=mesh)
+    fk.explain_step(S, dealt(mesh, "own"), E, U, w, state_of(params), mesh=mesh)
+    found["certified"] = ", ".join(sorted({one.name for one in fk.func.certificates(S) if one.passed}))
+    return found
+
+
+def test_what_does_not_go_with_shards_is_refused_by_name_and_the_rest_is_certified_on_every_rank():
+    for found in results(2, refused_in_shards):
+        assert found.pop("certified") == "derivative, rows, values"
+        messages = {
+            "P": "BatchError: params are in shards, and P (function) is no diagonal",
+            "model": "ModelError: params are in shards, so that f has to be computed layer by layer, and cannot",
+            "shape": "ProcessError: Rank 0 of 2 failed (1 more failed): kernel: TreeError: params['norm.weight'] has",
+            "state": "BatchError: params are in shards, and the optimizer's state is of SGDState",
+            "memory": "BatchError: memory=1000 bytes of each of 2 ranks is too small beside parameters in shards",
+            "missing": "ModelError: 'norm.weight' lie on the meta device and hold no values",
+            "alone": "TreeError: params['embed.weight'] has shape",
+            "order": "ProcessError: The ranks disagree about params: rank 1 has",
+            "values": "ProcessError: Rank 1 of 2 failed: kernel: NonFiniteError: params['norm.bias'] holds 4 non-finite",
+        }
+        for what, message in messages.items():
+            assert found[what].startswith(message), (what, found[what])
 
 
 def sent(mesh: Any) -> tuple[int, float]:

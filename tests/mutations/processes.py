@@ -4,6 +4,10 @@ from tests.mutants import Mutation
 
 FAILURES = "tests/distributed/test_failures.py"
 SAME = "tests/distributed/test_same_numbers.py::test_any_number_of_ranks_gives_the_same_on_each[few-4]"
+SHARDS = (
+    "tests/distributed/test_same_numbers.py::"
+    "test_what_does_not_go_with_shards_is_refused_by_name_and_the_rest_is_certified_on_every_rank"
+)
 MUTATIONS = [
     Mutation(
         "a rank that differs is not noticed",
@@ -81,5 +85,54 @@ MUTATIONS = [
         "engine/layerwise_over_ranks.py",
         "yield slice(at + start, at + start + count)",
         "yield slice(y.starts[0] + start, y.starts[0] + start + count)",
+    ),
+    Mutation(
+        "a path's node without its step, where θ is in shards",
+        SAME,
+        "func/inputs/source.py",
+        "return widened(θ) + s * widened(direction[name]).to(widened(θ)) if name in direction else θ",
+        "return θ",
+    ),
+    Mutation(
+        "rows of a table that another rank asked for",
+        SAME,
+        "distributed/exchange.py",
+        "ids.to(shard.device) - shares[group.rank].start",
+        "(ids.to(shard.device) - shares[group.rank].start).flip(0)",
+    ),
+    Mutation(
+        "a sequence of another rank's counted twice",
+        SAME,
+        "engine/sums_in_shards.py",
+        "mine = w[own.rows] if own.counts else torch.zeros_like(w[own.rows])",
+        "mine = w[own.rows]",
+    ),
+    Mutation(
+        "a vector's shard of one rank's sequences",
+        SAME,
+        "engine/sums_in_shards.py",
+        "each.sum(0)",
+        "each[0]",
+    ),
+    Mutation(
+        "parameters in shards that are not certified",
+        SHARDS,
+        "func/layers/cutting.py",
+        "        _probe(f, cut, params, pair)\n",
+        "        _ = params if type(params) is not dict else _probe(f, cut, params, pair)\n",
+    ),
+    Mutation(
+        "a derivative along a step of one rank's shard",
+        SHARDS,
+        "func/trust/directional.py",
+        "params.summed(every) if isinstance(params, ShardedTree) else every",
+        "every",
+    ),
+    Mutation(
+        "another parameter gathered for the way back",
+        SHARDS,
+        "func/inputs/leaves.py",
+        "        whole = self.source([kept.name])[kept.name]\n",
+        "        whole = 2.0 * self.source([kept.name])[kept.name]\n",
     ),
 ]

@@ -7,7 +7,9 @@ from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fkernel.distributed import ShardedTree
 from fkernel.engine.batching import check_sides
+from fkernel.engine.planning.in_shards import choose_in_shards
 from fkernel.engine.planning.machine import Rates, rates
 from fkernel.engine.planning.over_ranks import choose_over_ranks
 from fkernel.engine.planning.passes import bytes_of
@@ -20,6 +22,9 @@ from fkernel.func.layers import cut_of
 from fkernel.io import parse_bytes
 from fkernel.precond import Diagonal, Preconditioner
 from fkernel.shapes import Tree
+
+SHARDS = "params are in shards, so that f has to be computed layer by layer"
+GATHER = "Give whole params: leaf.full_tensor() of a DTensor."
 
 
 class Estimate(NamedTuple):
@@ -144,6 +149,8 @@ def choose(
         BatchError: the budget is too small for every strategy, or below `needed()`, the bytes needed before or after;
             the message says how much would suffice.
     """
+    if isinstance(params, ShardedTree):
+        return _in_shards(f, params, E, U, memory, reserved // params.group.size)
     if memory is None:
         T = max(1 if counts is None else int(counts.max()) for counts in (lengths(E), lengths(U)))
         if (T > LONG or is_half(params)) and not dense_U:
@@ -169,6 +176,20 @@ def choose(
             predicted.options, budget, predicted.workload, reserved, 0 if predicted.workload.curve is None else needed()
         )
     return chosen.strategy
+
+
+def _in_shards(f: Function, params: ShardedTree, E: Any, U: Any, memory: int | str | None, reserved: int) -> Strategy:
+    """Choose for θ in shards, which is computed layer by layer."""
+    cut = cut_of(f, params, U)
+    if isinstance(cut, str):
+        raise ModelError(f"{SHARDS}, and cannot be: {cut}. {GATHER}")
+    if memory is None:
+        return _by_layers(length(E), length(U))
+    tokens = {side: sorted(token_counts(batch), reverse=True) for side, batch in (("E", E), ("U", U))}
+    with translate_errors(params):
+        walk = walk_of(cut, params, tokens)
+    itemsize = widened(next(iter(params.values()))[..., :0]).element_size()
+    return choose_in_shards(walk, tokens, itemsize, params.group.size, parse_bytes(memory), reserved)
 
 
 def _by_layers(n_E: int, n_U: int) -> Strategy:
@@ -209,10 +230,13 @@ def walking_of(f: Function, params: Tree, batches: tuple[Any, ...], memory: int 
     for batch in batches:
         check_batch(batch)
     counts = [sorted(token_counts(batch), reverse=True) for batch in batches]
-    if max(each[0] for each in counts) <= LONG and not is_half(params):
+    in_shards = isinstance(params, ShardedTree)
+    if max(each[0] for each in counts) <= LONG and not is_half(params) and not in_shards:
         return None
     cut = cut_of(f, params, batches[0])
     if isinstance(cut, str):
+        if in_shards:
+            raise ModelError(f"{SHARDS}, and cannot be: {cut}. {GATHER}")
         return None
     if memory is None:
         return Walking()

@@ -169,7 +169,7 @@ def _called(cut: Cut, params: Tree, t: int, wide: nn.Module | None) -> tuple[Cut
     """Run what comes before the layers on t tokens: the cut, its parameters, h_0, how each layer is called."""
     source = plain(params)
     ids = torch.zeros(1, t, dtype=torch.int64, device=next(iter(params.values())).device)
-    outer = {**constants_of(cut, None), **source(name for name in cut.before if name not in cut.tables)}
+    outer = {**constants_of(cut, None, source), **source(name for name in cut.before if name not in cut.tables)}
     with torch.no_grad():
         h, calls, _ = before(cut, source, outer, ids, torch.ones_like(ids))
     if wide is None:
@@ -186,17 +186,18 @@ def _counted(cut: Cut, params: Tree, h: Tensor, calls: list[Call]) -> tuple[Work
     for i, call in enumerate(calls):
         kind = type(cut.layers[i]), tuple((local, params[name].shape) for name, local in cut.names[i].items())
         if kind not in known:
-            own = {local: source.leaf(name, None) for name, local in cut.names[i].items()}
+            own = {cut.names[i][name]: leaf for name, leaf in source(cut.names[i]).items()}
+            constants = constants_of(cut, i, source)
 
-            def forward(own: Tree, h: Tensor, i: int = i, call: Any = call) -> Tensor:
+            def forward(own: Tree, h: Tensor, i: int = i, call: Any = call, constants: Tree = constants) -> Tensor:
                 with torch.no_grad():
-                    return layer(cut, i, {**constants_of(cut, i), **own}, h, call)
+                    return layer(cut, i, {**constants, **own}, h, call)
 
-            def backward(own: Tree, h: Tensor, i: int = i, call: Any = call) -> Any:
+            def backward(own: Tree, h: Tensor, i: int = i, call: Any = call, constants: Tree = constants) -> Any:
                 leaves = [leaf.detach().requires_grad_() for leaf in own.values()]
                 x = h.detach().requires_grad_()
                 with torch.enable_grad():
-                    given = {**constants_of(cut, i), **dict(zip(own, leaves, strict=True))}
+                    given = {**constants, **dict(zip(own, leaves, strict=True))}
                     # torch's FlopCounterMode wraps module inputs, and accepts no leaf of the graph.
                     out = layer(cut, i, given, x.view_as(x), call)
                 return torch.autograd.grad(out, [x, *leaves], torch.ones_like(out), allow_unused=True)

@@ -3,16 +3,20 @@
     plain    θ                 half precision widened to float32
     moved    θ + s δ           computed on demand, for a table only the rows that are looked up
 
+Where θ is a `ShardedTree`, both are made of this rank's shards and gathered from all ranks when they are asked for: all
+ranks must then ask for the same names in the same order, for rows of a table each for its own.
+
 Any other function of a name and, for tables, of rows can be a `Source` too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
+from fkernel.distributed import ShardedTree
 from fkernel.shapes import Tensor, Tree
 
 HALF = (torch.bfloat16, torch.float16)
@@ -24,13 +28,41 @@ class Source:
 
     Attributes:
         leaf: (name, rows) -> the parameter, or some rows of it; None for all of them.
+        gather: names -> the parameters, which are no longer there once they are let go; None where each call of `leaf`
+            is cheap.
     """
 
     leaf: Callable[[str, slice | Tensor | None], Tensor]
+    gather: Callable[[list[str]], Tree] | None = None
 
     def __call__(self, names: Iterable[str]) -> Tree:
         """Return the parameters of these names."""
+        if self.gather is not None:
+            return self.gather([*names])
         return {name: self.leaf(name, None) for name in names}
+
+    def table(self, name: str) -> Callable[[slice | Tensor], Tensor]:
+        """Return a table by its rows; one that is gathered is whole as long as what is returned is held."""
+        if self.gather is None:
+            return lambda rows: self.leaf(name, rows)
+        return self.leaf(name, None).__getitem__
+
+    def with_rows(self, ids: Mapping[str, Tensor]) -> Source:
+        """Fetch rows of tables from the other ranks now, for lookups that no other rank takes part in."""
+        if self.gather is None:
+            return self
+        wanted = {name: each.reshape(-1).unique() for name, each in ids.items()}
+        there = {name: self.leaf(name, rows) for name, rows in wanted.items()}
+
+        def leaf(name: str, rows: slice | Tensor | None) -> Tensor:
+            if name not in there or not isinstance(rows, Tensor):
+                return self.leaf(name, rows)
+            place = torch.searchsorted(wanted[name], rows.reshape(-1)).clamp(max=max(0, len(wanted[name]) - 1))
+            if not torch.equal(wanted[name][place], rows.reshape(-1)):
+                raise IndexError(f"{name} is looked up in rows that the first pass over the sequences did not ask for")
+            return there[name][place].view(*rows.shape, *there[name].shape[1:])
+
+        return replace(self, leaf=leaf)
 
 
 def is_half(params: Tree) -> bool:
@@ -63,6 +95,8 @@ def plain(params: Tree) -> Source:
         >>> plain({"w": torch.ones(2, dtype=torch.bfloat16)})(["w"])
         {'w': tensor([1., 1.])}
     """
+    if isinstance(params, ShardedTree):
+        return _gathering(params, lambda name: params.shards[name])
     return Source(lambda name, rows: widened(params[name] if rows is None else params[name][rows]))
 
 
@@ -71,13 +105,20 @@ def moved(params: Tree, direction: Tree, s: float) -> Source:
 
     Args:
         params: θ.
-        direction: δ; parameters without an entry are unchanged.
+        direction: δ; parameters without an entry are unchanged. This rank's shards, where θ is in shards.
         s: the scale.
 
     Example:
         >>> moved({"w": torch.ones(2)}, {"w": torch.ones(2)}, 0.5)(["w"])
         {'w': tensor([1.5000, 1.5000])}
     """
+
+    def shard(name: str) -> Tensor:
+        θ = params.shards[name]  # pyright: ignore[reportAttributeAccessIssue]
+        return widened(θ) + s * widened(direction[name]).to(widened(θ)) if name in direction else θ
+
+    if isinstance(params, ShardedTree):
+        return _gathering(params, shard)
 
     def leaf(name: str, rows: slice | Tensor | None) -> Tensor:
         θ = widened(params[name] if rows is None else params[name][rows])
@@ -87,3 +128,19 @@ def moved(params: Tree, direction: Tree, s: float) -> Source:
         return θ + s * widened(δ).to(θ)
 
     return Source(leaf)
+
+
+def _gathering(params: ShardedTree, shard: Callable[[str], Tensor]) -> Source:
+    """Make a source of what is gathered from the ranks' shards; `shard` makes this rank's when it is asked for."""
+
+    def gather(names: list[str]) -> Tree:
+        whole = params.gathered({name: shard(name) for name in names})
+        return {name: widened(whole.pop(name)) for name in names}
+
+    def leaf(name: str, rows: slice | Tensor | None) -> Tensor:
+        if isinstance(rows, Tensor):
+            return widened(params.fetched(name, shard(name), rows))
+        whole = gather([name])[name]
+        return whole if rows is None else whole[rows]
+
+    return Source(leaf, gather)

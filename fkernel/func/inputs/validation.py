@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from fkernel import tree
-from fkernel.errors import BatchError, FKernelError, ModelError, NonFiniteError, TreeError
+from fkernel.distributed import ShardedTree
+from fkernel.errors import BatchError, FKernelError, ModelError, NonFiniteError, TreeError, listing
 from fkernel.func.inputs.batch import check_batch
 from fkernel.func.inputs.objective import Function, Objective
 from fkernel.func.inputs.source import HALF
@@ -115,6 +116,7 @@ def translate_errors(params: Tree) -> Iterator[None]:
 
 def check_inputs(f: Function, params: Tree, batch: Any, half: bool = False) -> None:
     """Check params and batch, also by f's own check; `half` allows half precision."""
+    check_values_are_there(f, params)
     check_params(params, half)
     check_batch(batch)
     if isinstance(f, Objective):
@@ -132,7 +134,38 @@ def check_params(params: Tree, half: bool = False) -> None:
                 f"params[{name!r}] is {leaf.dtype}. fkernel differentiates in float32 or float64: at half precision "
                 f"rounding exceeds what one optimizer step changes. Convert: fkernel.tree.cast(params, torch.float32)."
             )
-    tree.check_finite(params, "params")
+    tree.check_finite(params.shards if isinstance(params, ShardedTree) else params, "params")
+
+
+def check_values_are_there(f: Function, params: Tree) -> None:
+    """Raise ModelError where the model, or the tree of its parameters, has shapes without values.
+
+    Raises:
+        ModelError: parameters or buffers lie on the meta device; the message names them.
+        TreeError: a parameter has another shape than the model's.
+    """
+    without = [name for name, leaf in params.items() if leaf.is_meta]
+    module = getattr(getattr(f, "apply", None), "module", None)
+    given = params.shards if isinstance(params, ShardedTree) else params
+    if not without and module is not None:
+        without = [name for name, leaf in module.named_parameters() if leaf.is_meta and name not in given]
+    if without:
+        raise ModelError(
+            f"{listing(without)} lie on the meta device and hold no values; load the weights first, or give this "
+            f"rank's shards of them among params, with mesh=."
+        )
+    shapes = {} if module is None else {name: leaf.shape for name, leaf in module.named_parameters()}
+    for name, leaf in params.items():
+        if leaf.shape != shapes.get(name, leaf.shape):
+            raise TreeError(
+                f"params[{name!r}] has shape {list(leaf.shape)}, the model's is {list(shapes[name])}: is it of another "
+                f"model, or this rank's shard of it? Then say over which ranks: mesh=."
+            )
+    if module is not None and (lost := [name for name, leaf in module.named_buffers() if leaf.is_meta]):
+        raise ModelError(
+            f"The buffers {listing(lost)} lie on the meta device and hold no values, and are in no checkpoint. Make "
+            f"the model within fkernel.func.without_weights(), which leaves buffers their values."
+        )
 
 
 def check_direction(direction: Tree, params: Tree) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from fkernel.func.functional import Apply, logits_of
 from fkernel.func.inputs.batch import Sequences, take, trim
+from fkernel.func.inputs.leaves import leaves_of
 from fkernel.func.layers.cut import as_called, lookups
 from fkernel.shapes import Tensor, Tree
 
@@ -63,12 +64,18 @@ def observed(module: nn.Module, apply: Apply, params: Tree, sequences: Sequences
     hooks = [part.register_forward_hook(layer_hook, with_kwargs=True) for parts in lists for part in parts]
     hooks += [part.register_forward_hook(head_hook) for part in module.modules() if type(part) is nn.Linear]
     named: Tree = dict(module.named_parameters())
-    own = {name: params.get(name, leaf) for name, leaf in named.items()}
+    leaves = leaves_of(params)
+    own = {**named, **leaves.constants, **leaves.trained}
     watched = lookups({id(leaf): name for name, leaf in own.items()}, None)
     first = trim(take(sequences, slice(0, 1)))
+
+    def logits_now() -> Tensor:
+        with watched, as_called(apply):
+            return logits_of(module, own, first.input_ids, first.attention_mask)
+
     try:
-        with torch.no_grad(), watched, as_called(apply):
-            logits = logits_of(module, own, first.input_ids, first.attention_mask)
+        with torch.no_grad():
+            logits = leaves.run(logits_now)
     finally:
         for hook in hooks:
             hook.remove()

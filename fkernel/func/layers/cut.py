@@ -67,6 +67,8 @@ class Cut:
         tables: {name: table} of all tables that are only looked up in, trained or not; the module's own.
         table: the head's own name.
         trained: whether the head is trained.
+        frozen: {name: name within it} of each layer's parameters that are not trained and lie on the meta device, so
+            that their values are asked of the source; and last, of what is outside of layers, tables and head.
         plans: how each layer tells the sequences of a block apart; None where it cannot. See
             `fkernel.func.taps.batched`.
         tokens: which tokens f weighs, at what temperature.
@@ -85,6 +87,7 @@ class Cut:
     table: str
     trained: bool
     tokens: TokenWeights
+    frozen: tuple[dict[str, str], ...] = field(default=(), repr=False)
     plans: tuple[GradientPlan | None, ...] = field(default=(), repr=False)
     withholds: bool | None = None
     through_detach: bool = False
@@ -103,30 +106,37 @@ class Cut:
 
 
 def head_rows(cut: Cut, source: Source) -> TableRows:
-    """Make the head's table, by rows; where it is not trained it is the module's own."""
-    if cut.trained:
-        return lambda rows: source.leaf(cut.table, rows)
+    """Make the head's table, by rows; where it is not trained it is the module's own, if that has values."""
+    if cut.trained or cut.head.weight.is_meta:
+        return source.table(cut.table)
     return lambda rows: widened(cut.head.weight.detach()[rows])
 
 
-def constants_of(cut: Cut, piece: int | None) -> Tree:
-    """Widen what a piece holds in half precision and nobody differentiates: parameters and buffers, by its own names.
+def constants_of(cut: Cut, piece: int | None, source: Source) -> Tree:
+    """Return what a piece cannot run with as its module has it and nobody differentiates, by the piece's own names.
 
     Args:
         cut: the model.
         piece: a layer; None for all that is outside of layers, tables and head apart.
+        source: of what is frozen and lies on the meta device.
+
+    Returns:
+        Parameters and buffers in half precision, widened; parameters without values, from the source.
     """
+    frozen = cut.frozen[-1 if piece is None else piece] if cut.frozen else {}
+    given = source(frozen) if frozen else {}
     module = cut.module if piece is None else cut.layers[piece]
     trained = {*cut.before, *cut.after, cut.table} if piece is None else {*cut.names[piece].values()}
     elsewhere = set[int]()
     if piece is None:
         elsewhere = {id(leaf) for part in cut.layers for leaf in (*part.parameters(), *part.buffers())}
         elsewhere |= {id(leaf) for leaf in (*cut.tables.values(), cut.head.weight)}
-    return {
+    wide = {
         name: widened(leaf.detach())
         for name, leaf in (*module.named_parameters(), *module.named_buffers())
-        if leaf.dtype in HALF and id(leaf) not in elsewhere and name not in trained
+        if leaf.dtype in HALF and not leaf.is_meta and id(leaf) not in elsewhere and name not in trained
     }
+    return wide | {frozen[name]: leaf for name, leaf in given.items()}
 
 
 def before(
@@ -270,10 +280,10 @@ class lookups(TorchFunctionMode):
     def _looked_up(self, name: str, ids: Tensor, table: Tensor) -> Tensor:
         if self.source is None:
             rows = table[ids]
-        elif name not in self.trained:
-            rows = widened(table.detach()[ids])
-        else:
+        elif name in self.trained:
             rows = self.source.leaf(name, ids).requires_grad_(torch.is_grad_enabled())
+        else:
+            rows = self.source.leaf(name, ids) if table.is_meta else widened(table.detach()[ids])
         self.made.append(Lookup(name, ids, rows))
         return rows.clone() if rows.requires_grad else rows  # what a model overwrites must not be a leaf
 

@@ -25,6 +25,7 @@ from fkernel.errors import listing
 from fkernel.func.functional import Apply, structural_copy
 from fkernel.func.handles.forms import Handle, Handles, materialize_into, stack_handles
 from fkernel.func.inputs.batch import Sequences, find_sequences, take, token_counts, trim
+from fkernel.func.inputs.leaves import Leaves, leaves_of
 from fkernel.func.inputs.objective import Objective, bare, own_width
 from fkernel.func.inputs.source import plain, widened
 from fkernel.func.inputs.validation import first_line
@@ -178,14 +179,25 @@ def _of_parts(module: nn.Module, apply: Apply, params: Tree, tokens: Any, seen: 
     outer = [name for name in params if name not in inner and (name != table or table in seen.tables)]
     return Cut(
         module, seen.layers, seen.outputs, seen.head, names, tuple(outer), (), seen.tables, table, table in params,
-        tokens, withholds=apply.withholds, through_detach=apply.through_detach,
+        tokens, _frozen(module, seen, params), withholds=apply.withholds, through_detach=apply.through_detach,
     )  # fmt: skip
+
+
+def _frozen(module: nn.Module, seen: Anatomy, params: Tree) -> tuple[dict[str, str], ...]:
+    """Name what each layer, and last what is outside of them, has on the meta device and nobody trains."""
+    first = {id(leaf): name for name, leaf in module.named_parameters() if leaf.is_meta and name not in params}
+    layers = [
+        {first[id(leaf)]: local for local, leaf in p.named_parameters() if id(leaf) in first} for p in seen.layers
+    ]
+    apart = {name for own in layers for name in own} | seen.tables.keys() | {first.get(id(seen.head.weight))}
+    return (*layers, {name: name for name in first.values() if name not in apart})
 
 
 def _placed(cut: Cut, params: Tree, sequences: Sequences) -> Cut:
     """Ask autograd which parameters work before the layers and which behind them; none may do both."""
     one = trim(take(sequences, slice(0, 1)))
-    source, constants = plain(params), constants_of(cut, None)
+    source = plain(params)
+    constants = constants_of(cut, None, source)
     leaves = {name: source.leaf(name, None).detach().requires_grad_() for name in cut.before if name not in cut.tables}
     with torch.enable_grad():
         h, calls, made = before(cut, source, {**constants, **leaves}, one.input_ids, one.attention_mask)
@@ -206,13 +218,13 @@ def _planned(cut: Cut, params: Tree, sequences: Sequences) -> Cut:
     """Find out how each layer tells the sequences of a block apart, on a few tokens of one."""
     ids, mask = (leaf[:1, :FEW] for leaf in trim(take(sequences, slice(0, 1)))[:2])
     source = plain(params)
-    outer = {**constants_of(cut, None), **source(name for name in cut.before if name not in cut.tables)}
+    outer = {**constants_of(cut, None, source), **source(name for name in cut.before if name not in cut.tables)}
     plans: list[GradientPlan | None] = []
     with torch.no_grad():
         h, calls, _ = before(cut, source, outer, ids, mask)
     for i, call in enumerate(calls):
         leaves, spec = pytree.tree_flatten(call[:2])
-        constants = constants_of(cut, i)
+        constants = constants_of(cut, i, source)
 
         def fn(own: Tree, h: Tensor, *given: Any, i: int = i, spec: Any = spec, constants: Tree = constants) -> Tensor:
             args, kwargs = pytree.tree_unflatten([*given], spec)
@@ -232,7 +244,7 @@ def _probe(f: Objective, cut: Cut, params: Tree, pair: Any) -> None:
     """Hold values and gradients of the pieces against f's own, in the dtype that is computed in."""
     constants = {name: widened(leaf.detach()) for name, leaf in cut.module.named_parameters()}
     constants |= {name: widened(leaf) for name, leaf in cut.module.named_buffers()}
-    wide = {name: widened(leaf) for name, leaf in params.items()}
+    leaves = leaves_of(params)
     known = known_of(f, params, pair)
 
     def whole(own: Tree, batch: Any) -> Tensor:
@@ -241,20 +253,20 @@ def _probe(f: Objective, cut: Cut, params: Tree, pair: Any) -> None:
     walk = Walk(cut, plain(params), pair, tokens=None)
     if runs("values"):
         with torch.no_grad():
-            theirs = whole(wide, pair)
+            theirs = leaves.value(whole, pair)
         error = float(((walk.values - theirs).abs() / (1 + theirs.abs())).max())
         detail = f"f of {len(theirs)} sequences layer by layer and whole: {error:.1e} apart"
         if not error <= VALUES:
             raise Refusal(f"its pieces do not compute what it computes ({detail})")
         keep(known, Certificate("values", True, error, VALUES, detail))
     if runs("rows"):
-        certificate = _gradients(whole, wide, pair, walk)
+        certificate = _gradients(whole, leaves, pair, walk)
         if not certificate.passed:
             raise Refusal(f"its pieces have other gradients: {certificate.detail}")
         keep(known, certificate)
 
 
-def _gradients(f: Any, params: Tree, pair: Any, walk: Walk) -> Certificate:
+def _gradients(f: Any, leaves: Leaves, pair: Any, walk: Walk) -> Certificate:
     """Hold a walk's gradients against one plain reverse pass, as `rows_against_sum` does, and hold neither whole.
 
     error = max over parameters of ‖Σ_n w_n J_n − Jᵀw‖ / (‖Jᵀw‖ + 0.01 ‖Jᵀw of all parameters‖), w standard normal
@@ -262,8 +274,9 @@ def _gradients(f: Any, params: Tree, pair: Any, walk: Walk) -> Certificate:
     The reverse pass hands over a parameter's gradient as soon as it has it, from the last layer to the first; the walk
     is asked for the same one then, and both are let go. A head's is compared by ranges of its rows.
     """
-    w = torch.randn(len(walk.values), generator=torch.Generator().manual_seed(0)).to(next(iter(params.values())))
-    leaves = {name: leaf.detach().requires_grad_() for name, leaf in params.items()}
+    w = torch.randn(len(walk.values), generator=torch.Generator().manual_seed(0)).to(
+        next(iter(leaves.trained.values()))
+    )
     sizes: dict[str, tuple[float, float]] = {}
     shards, here = _shards(walk), dict[str, Handle]()
 
@@ -278,13 +291,13 @@ def _gradients(f: Any, params: Tree, pair: Any, walk: Walk) -> Certificate:
         compare(name, leaf.grad)
         leaf.grad = None
 
-    for name, leaf in leaves.items():
+    for name, leaf in leaves.trained.items():
         leaf.register_post_accumulate_grad_hook(partial(arrived, name=name))
     with torch.enable_grad():
-        value = f(leaves, pair)
-    torch.autograd.backward(value, w.to(value), inputs=[*leaves.values()])
-    for name in params.keys() - sizes.keys():  # what the pass did not reach
-        compare(name, torch.zeros_like(params[name]))
+        value = leaves.value(f, pair)
+    torch.autograd.backward(value, w.to(value), inputs=[*leaves.trained.values()])
+    for name in [name for name in leaves.trained if name not in sizes]:  # what the pass did not reach
+        compare(name, torch.zeros_like(leaves.trained[name]))
     whole = sum(size * size for _, size in sizes.values()) ** 0.5
     errors = {name: apart / (size + FLOOR * whole or 1.0) for name, (apart, size) in sizes.items()}
     worst = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))

@@ -95,14 +95,34 @@ class Walk:
         check_values(self.values, "log π")
 
     def _forward(self, calls: dict[Any, list[Call]]) -> None:
-        cut, constants = self.cut, constants_of(self.cut, None)
+        cut, constants = self.cut, constants_of(self.cut, None, self.source)
         leaves = {**constants, **self.source(name for name in cut.before if name not in cut.tables)}
+        self.source = self._with_rows(leaves)
         with torch.no_grad():
             for block in self.blocks:
                 block.kept[0], own, _ = before(cut, self.source, leaves, block.ids, block.mask)
                 block.calls = _shared(calls, block.ids.shape, own)
             for i in range(len(cut.layers)):
                 self._step(i, keep=not i % self.every)
+
+    def _with_rows(self, leaves: Tree) -> Source:
+        """Have the rows that the sequences look up, where tables are gathered; which, a first pass says."""
+        cut, source, device = self.cut, self.source, self.blocks[0].ids.device
+        if source.gather is None:
+            return source
+        nothing = torch.empty(0, dtype=torch.int64, device=device)
+        asked = [name for name, table in cut.tables.items() if name in cut.before or table.is_meta]
+        empty = {name: source.leaf(name, nothing) for name in asked}
+        ids: dict[str, list[Tensor]] = {name: [nothing] for name in asked}
+
+        def noted(name: str, rows: Any) -> Tensor:
+            ids[name].append(rows.reshape(-1))
+            return empty[name].new_zeros(*rows.shape, *empty[name].shape[1:])
+
+        with torch.no_grad():
+            for block in self.blocks:
+                before(cut, Source(noted), leaves, block.ids, block.mask)
+        return source.with_rows({name: torch.cat(each) for name, each in ids.items()})
 
     def _step(self, i: int, keep: bool) -> None:
         """Take every block through layer i without a graph."""
@@ -115,13 +135,14 @@ class Walk:
     def _leaves(self, i: int) -> Tree:
         names = self.cut.names[i]
         own = self.source(names)
-        return {**constants_of(self.cut, i), **{names[name]: leaf.detach() for name, leaf in own.items()}}
+        constants = constants_of(self.cut, i, self.source)
+        return {**constants, **{names[name]: leaf.detach() for name, leaf in own.items()}}
 
     def _through_head(self) -> Tree:
         """Score every token, and begin the way back: values, heads, dh; gradients of what is behind the layers."""
         cut, L = self.cut, len(self.cut.layers)
         leaves = {name: leaf.detach().requires_grad_() for name, leaf in self.source(cut.after).items()}
-        everything = {**constants_of(cut, None), **leaves}
+        everything = {**constants_of(cut, None, self.source), **leaves}
         found: dict[str, Tensor] = {}
         rows, size = head_rows(cut, self.source), len(cut.head.weight)
         for block in self.blocks:
@@ -145,7 +166,7 @@ class Walk:
                         J = found.setdefault(name, g.new_zeros(self.blocks[-1].rows.stop, *g.shape))
                         J[block.rows.start + n] = g
             if cut.trained:
-                self._heads.append(head)
+                self._heads.append(head._replace(rows=_let_go))
         n = len(self.values)
         return {
             name: found.get(name, leaf.detach().new_zeros(()).expand(n, *leaf.shape)) for name, leaf in leaves.items()
@@ -153,8 +174,11 @@ class Walk:
 
     def last(self) -> Handles:
         """All sequences' gradients of what is behind the layers: the head too, where it is no table of tokens."""
-        untied = {} if self.cut.tied or not self.cut.trained else {self.cut.table: stack([*self._heads])}
-        return {**self._after, **untied}
+        cut = self.cut
+        if cut.tied or not cut.trained:
+            return self._after
+        rows = head_rows(cut, self.source)
+        return {**self._after, cut.table: stack([head._replace(rows=rows) for head in self._heads])}
 
     def layer(self, i: int) -> Iterator[tuple[slice, Mapping[str, Piece]]]:
         """Each block's gradients of layer i, and its dh on the way."""
@@ -168,12 +192,17 @@ class Walk:
 
     def back(self) -> Iterator[tuple[slice, Handles]]:
         """Walk all the way: (which sequences, their gradients of some parameters), every parameter of each once."""
+        for piece in self.pieces():
+            yield from piece
+
+    def pieces(self) -> Iterator[Iterator[tuple[slice, Mapping[str, Handle]]]]:
+        """Walk all the way, piece by piece: what is behind the layers, each layer, what is before them."""
         everything = slice(0, len(self.values))
-        yield everything, self.last()
+        yield iter([(everything, self.last())])
         for i in range(len(self.cut.layers) - 1, max(self.cut.lowest, 0) - 1, -1):
-            yield from self.layer(i)
+            yield self.layer(i)
         if self.cut.lowest < 0:
-            yield everything, self.first()
+            yield iter([(everything, self.first())])
 
     def _one(self, i: int, leaves: Tree, h: Tensor, block: Block) -> Mapping[str, Piece]:
         """One sequence's gradients are autograd's own."""
@@ -212,7 +241,9 @@ class Walk:
         cut = self.cut
         dense = [name for name in cut.before if name not in cut.tables]
         leaves = {name: leaf.detach().requires_grad_() for name, leaf in self.source(dense).items()}
-        everything = {**constants_of(cut, None), **leaves}
+        everything = {**constants_of(cut, None, self.source), **leaves}
+        rows = head_rows(cut, self.source) if cut.tied else None
+        heads = [head if rows is None else head._replace(rows=rows) for head in self._heads]
         found: dict[str, list[Handle]] = {name: [] for name in cut.before}
         for k, block in enumerate(self.blocks):
             own: dict[str, list[list[Handle]]] = {name: [] for name in cut.before}
@@ -225,7 +256,7 @@ class Walk:
             for name, rows in own.items():
                 uses = [stack([*parts]) for parts in zip(*rows, strict=True)]
                 if cut.tied and name == cut.table:
-                    uses.insert(0, self._heads[k])
+                    uses.insert(0, heads[k])
                 found[name].append(uses[0] if len(uses) == 1 else Sum(tuple(uses)))  # pyright: ignore  # of tables: no Stack
         return {name: stack(parts) for name, parts in found.items()}
 
@@ -246,6 +277,11 @@ def _gradients(h: Tensor, dh: Tensor, leaves: Tree, made: list[Lookup], tables: 
     for (name, leaf), g in zip(leaves.items(), gradients[len(traced) :], strict=True):
         parts[name] = [(torch.zeros_like(leaf) if g is None else g)[None]]
     return parts
+
+
+def _let_go(rows: Any) -> Tensor:
+    """A head's table between its two uses: one that is gathered takes no memory meanwhile."""
+    raise AssertionError("a head's gradients are formed when `last` or `first` has returned them")
 
 
 def _blocks(sequences: Sequences, omega: Tensor, eta: Tensor | None, tokens: int | None) -> list[Block]:

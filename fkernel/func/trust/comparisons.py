@@ -20,12 +20,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fkernel import tree
 from fkernel.func.functional import Apply, logits_of
 from fkernel.func.handles.forms import Handles, count
 from fkernel.func.handles.reductions import weighted_sum
 from fkernel.func.inputs.batch import Sequences, length, take
+from fkernel.func.inputs.leaves import leaves_of
 from fkernel.func.inputs.objective import Function, bare, name_of
+from fkernel.func.inputs.source import moved
 from fkernel.func.trust.directional import Order, row_by_row, value_on
 from fkernel.shapes import Tensor, Tree
 
@@ -275,7 +276,8 @@ def derivative_against_difference(f: Function, params: Tree, batch: Any, directi
 
     def at(s: float) -> Tensor:
         with torch.no_grad():
-            return value_at(tree.axpy(s, direction, params)).double()
+            leaves = leaves_of(params, moved(params, direction, s))
+            return leaves.run(value_at, {**leaves.constants, **leaves.trained}).double()
 
     value, slope = (each.double() for each in row_by_row(value_at, params, direction))
     size = min(1.0, float(value.abs().max())) or 1.0  # below one nat, relative to f

@@ -14,14 +14,17 @@ Source: the "double backward" trick, J. Townsend, "A new trick for calculating J
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import func
 
+from fkernel.distributed import ShardedTree
 from fkernel.func.handles.forms import Concat, Factored, Handle, Handles, SparseRows, Sum, count, tensors
 from fkernel.func.handles.products import Products, ProductSpec, RowSpec
 from fkernel.func.inputs.batch import length
+from fkernel.func.inputs.leaves import leaves_of
 from fkernel.func.inputs.objective import Function, bare
 from fkernel.func.inputs.validation import check_output
 from fkernel.func.trust.primitives import elementary
@@ -145,18 +148,24 @@ def row_by_row(f: Callable[[Tree], Tensor], params: Tree, direction: Tree) -> tu
         >>> row_by_row(lambda p: p["w"] ** 2, {"w": torch.tensor([3.0])}, {"w": torch.tensor([0.5])})
         (tensor([9.]), tensor([3.], dtype=torch.float64))
     """
-    leaves = {name: leaf.detach().requires_grad_() for name, leaf in params.items()}
+    leaves, slopes = leaves_of(params), list[float]()
     with torch.enable_grad():
-        value = f(leaves)
+        value = leaves.run(f, {**leaves.constants, **leaves.trained})
 
-    def slope(one: Tensor) -> float:
-        if not one.requires_grad:
-            return 0.0
-        grads = torch.autograd.grad(one, [*leaves.values()], retain_graph=True, allow_unused=True)
-        pairs = [(g, direction[name]) for name, g in zip(params, grads, strict=True) if g is not None]
-        return sum(float((g * v).sum(dtype=torch.float64)) for g, v in pairs)
+    def arrived(leaf: Tensor, name: str) -> None:
+        assert leaf.grad is not None
+        g, v = params.part(leaf.grad) if isinstance(params, ShardedTree) else leaf.grad, direction[name]
+        slopes[-1] += float((g * v).sum(dtype=torch.float64))
+        leaf.grad = None  # one parameter's gradient is there at a time
 
-    return value.detach(), torch.tensor([slope(one) for one in value], dtype=torch.float64, device=value.device)
+    for name, leaf in leaves.trained.items():
+        leaf.register_post_accumulate_grad_hook(partial(arrived, name=name))
+    for one in value:
+        slopes.append(0.0)
+        if one.requires_grad:
+            torch.autograd.backward(one, retain_graph=True, inputs=[*leaves.trained.values()])
+    every = torch.tensor(slopes, dtype=torch.float64, device=value.device)
+    return value.detach(), params.summed(every) if isinstance(params, ShardedTree) else every
 
 
 def along_direction(handles: Handles, direction: Tree) -> Tensor:
