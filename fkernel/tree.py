@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import reduce
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -171,6 +172,7 @@ def check_same(given: Tree, expected: Tree, given_as: str, expected_as: str) -> 
         fkernel.errors.TreeError: direction['w'] has shape [2], params['w'] has [3].
     """
     check_names(given, expected, given_as, expected_as)
+    check_tensors(given, given_as)
     for name, want in expected.items():
         have = given[name]
         if have.shape != want.shape:
@@ -184,6 +186,22 @@ def check_same(given: Tree, expected: Tree, given_as: str, expected_as: str) -> 
             )
 
 
+def check_tensors(x: Mapping[str, Any], what: str) -> None:
+    """Raise TreeError naming the first leaf that is no dense tensor of real numbers.
+
+    Example:
+        >>> check_tensors({"w": [1.0]}, "params")
+        Traceback (most recent call last):
+        fkernel.errors.TreeError: params['w'] is a list; expected a dense tensor of real numbers.
+    """
+    for name, leaf in x.items():
+        given = "" if isinstance(leaf, Tensor) else f"a {type(leaf).__name__}"
+        if not given and (leaf.layout != torch.strided or leaf.is_complex() or leaf.is_quantized):
+            given = f"{leaf.dtype}, {leaf.layout}"
+        if given:
+            raise TreeError(f"{what}[{name!r}] is {given}; expected a dense tensor of real numbers.")
+
+
 def check_finite(x: Mapping[str, Tensor], what: str) -> None:
     """Raise NonFiniteError naming the first leaf that holds a NaN or an infinity.
 
@@ -192,7 +210,10 @@ def check_finite(x: Mapping[str, Tensor], what: str) -> None:
         Traceback (most recent call last):
         fkernel.errors.NonFiniteError: grads['w'] holds 1 non-finite value(s) of 2; nothing was computed from them.
     """
+    check_tensors(x, what)
     for name, leaf in x.items():
+        if leaf.is_meta:
+            raise TreeError(f"{what}[{name!r}] lies on the meta device and holds no values; expected numbers.")
         if not all_finite(leaf):
             bad = int((~torch.isfinite(leaf)).sum())
             raise NonFiniteError(

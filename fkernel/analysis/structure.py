@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 
+from fkernel import tree
 from fkernel.engine import mean_ranks, pearson, varies
 from fkernel.errors import BatchError, NonFiniteError, listing
 from fkernel.shapes import Tensor
@@ -225,6 +226,7 @@ def correlations(
 
 def _square(K: Tensor, name: str) -> Tensor:
     """Return K in float64, exactly symmetric."""
+    tree.check_tensors({name: K}, "kernel")
     if K.ndim != 2 or K.shape[0] != K.shape[1] or not len(K):
         raise BatchError(f"{name} has shape {list(K.shape)}; expected the kernel of a batch with itself, [n n].")
     bad = (~torch.isfinite(K)).any(1).nonzero()

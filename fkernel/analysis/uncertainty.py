@@ -44,6 +44,9 @@ from fkernel import tree
 from fkernel.errors import BatchError, NonFiniteError
 from fkernel.shapes import Tensor
 
+MOST = 10**9
+"""Prompts that are drawn in all."""
+
 
 class Resamplings(NamedTuple):
     """Prompts drawn with replacement, shared by all rows of a kernel.
@@ -112,13 +115,19 @@ def resamplings(groups: Tensor, draws: int = 1000, seed: int = 0) -> Resamplings
         (tensor([1, 1, 0]), tensor([2., 2.], dtype=torch.float64))
     """
     place, G = places(groups, draws)
+    if not isinstance(seed, int) or not 0 <= seed < 2**63 or draws * G > MOST:
+        raise BatchError(
+            f"{draws} resamplings of {G} prompts by the seed {seed!r}; expected at most {MOST} prompts drawn in all, "
+            f"and a seed of 0 or more, below 2⁶³."
+        )
     drawn = torch.randint(G, (draws, G), generator=torch.Generator().manual_seed(seed))
     return Resamplings(place, torch.zeros(draws, G).double().scatter_add_(1, drawn, torch.ones_like(drawn).double()))
 
 
 def places(groups: Tensor, draws: int) -> tuple[Tensor, int]:
     """Number prompts from 0: ([n] int64, G); raise BatchError where there is nothing to draw."""
-    if groups.ndim != 1 or not len(groups) or draws < 1:
+    tree.check_tensors({"groups": groups}, "prompts")
+    if not isinstance(draws, int) or groups.ndim != 1 or not len(groups) or draws < 1:
         raise BatchError(
             f"groups has shape {list(groups.shape)} and there are to be {draws} draws; expected [n], one prompt's "
             f"number a sequence, and at least one draw."

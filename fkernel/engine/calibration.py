@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from fkernel import tree
 from fkernel.engine.correlation import pearson, varies
 from fkernel.errors import BatchError
 from fkernel.shapes import Tensor
@@ -39,11 +40,14 @@ def calibrate(predicted: Tensor, realised: Tensor) -> Calibration:
         >>> calibrate(torch.tensor([2.0, 4.0, 6.0]), torch.tensor([1.0, 2.0, 3.0]))
         Calibration(pearson=1.0, slope=0.5, relative_error=1.0)
     """
+    changes = {"predicted": predicted, "realised": realised}
+    tree.check_tensors(changes, "changes")
     if predicted.shape != realised.shape or predicted.ndim != 1 or len(predicted) < 2:
         raise BatchError(
             f"predicted has shape {list(predicted.shape)}, realised {list(realised.shape)}; expected the same [n] with "
             f"at least two sequences."
         )
+    tree.check_finite(changes, "changes")
     p, r = predicted.double(), realised.double()
     p0, r0 = p - p.mean(), r - r.mean()
     if not varies(predicted) or not varies(realised):

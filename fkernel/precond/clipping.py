@@ -30,7 +30,7 @@ def clip_factor(grads: Tree, max_norm: float | None) -> float:
     tree.check_finite(grads, "grads")
     if max_norm is None or max_norm == math.inf:
         return 1.0
-    if not max_norm > 0:
+    if not isinstance(max_norm, int | float) or not max_norm > 0:
         raise OptimizerStateError(f"max_norm is {max_norm!r}; expected a positive number, or None for no clipping.")
     return min(1.0, max_norm / (float(tree.norm(grads)) + 1e-6))
 

@@ -88,6 +88,8 @@ def adamw_init(
         ({'w': 0}, {'w': 0.999})
     """
     check_tree(params, "params")
+    if not isinstance(betas, list | tuple) or len(betas) != 2:
+        raise OptimizerStateError(f"betas is {betas!r}; expected two numbers, (β1, β2).")
     zeros = tree.zeros_like(params)
 
     def each(value: float) -> dict[str, float]:
@@ -131,6 +133,7 @@ def check_state(state: Any, kind: type | None = None) -> None:
 def check_tree(x: Any, what: str) -> None:
     """Raise TreeError unless something is a tree, {name: tensor}; say which part of a tuple is one."""
     if isinstance(x, Mapping):
+        tree.check_tensors(x, what)
         return
     if isinstance(x, tuple) and x and isinstance(x[0], Mapping):
         parts = getattr(x, "_fields", None)
@@ -189,5 +192,5 @@ def _check_numbers(name: str, state: AdamWState) -> None:
     ranges["weight_decay"] = (0.0, finite)
     for field, (low, high) in ranges.items():
         value = getattr(state, field)[name]
-        if not low <= value < high:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value < high:
             raise OptimizerStateError(f"{field}[{name!r}] is {value!r}; expected {low} ≤ {field} < {high}.")

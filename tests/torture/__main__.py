@@ -2,7 +2,7 @@
 
 import sys
 
-from tests.torture import crashes
+from tests.torture import crashes, inputs
 
 if __name__ == "__main__":
-    sys.exit(crashes.main())
+    sys.exit(crashes.main() | inputs.main())

@@ -225,7 +225,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="for the stops of a scenario, at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=OUT)
-    given = parser.parse_args()
+    given, _ = parser.parse_known_args()
     settings = {"seed": given.seed, "every": given.every, "random": given.random}
     found: dict[str, Any] = {"settings": settings, "scenarios": {}}
     if given.out.is_file() and (before := json.loads(given.out.read_text()))["settings"] == settings:

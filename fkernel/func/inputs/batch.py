@@ -180,6 +180,10 @@ def check_batch(batch: Any) -> int:
         BatchError: see `length` and `check_sequences`.
     """
     n = length(batch)
+    for leaf in pytree.tree_leaves(batch):
+        if isinstance(leaf, Tensor) and (leaf.is_meta or leaf.layout != torch.strided):
+            given = "on the meta device, without values" if leaf.is_meta else leaf.layout
+            raise BatchError(f"A tensor of the batch is {given}; expected dense tensors of numbers.")
     for sequences in find_sequences(batch):
         check_sequences(sequences)
     return n

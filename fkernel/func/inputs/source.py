@@ -72,7 +72,7 @@ def is_half(params: Tree) -> bool:
         >>> is_half({"w": torch.ones(1, dtype=torch.bfloat16)})
         True
     """
-    return any(leaf.dtype in HALF for leaf in params.values())
+    return any(getattr(leaf, "dtype", None) in HALF for leaf in params.values())
 
 
 def widened(x: Tensor) -> Tensor:

@@ -144,6 +144,8 @@ def check_values_are_there(f: Function, params: Tree) -> None:
         ModelError: parameters or buffers lie on the meta device; the message names them.
         TreeError: a parameter has another shape than the model's.
     """
+    if not isinstance(params, ShardedTree):
+        tree.check_tensors(params, "params")
     without = [name for name, leaf in params.items() if leaf.is_meta]
     module = getattr(getattr(f, "apply", None), "module", None)
     given = params.shards if isinstance(params, ShardedTree) else params

@@ -12,6 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field, NonNegativeInt, ValidationError
+
 from fkernel.errors import RolloutError, listing
 from fkernel.func import pad
 from fkernel.io import parse_json
@@ -24,6 +26,8 @@ from fkernel.rollout import (
     load_batch,
     score,
 )
+from fkernel.study.config.io import explained
+from fkernel.study.config.values import Strict
 from fkernel.study.draws import probe_name
 
 TEXTS, TOKENS = {"prompt", "response"}, {"prompt_ids", "response_ids"}
@@ -65,7 +69,7 @@ def probes_of(rows: list[dict[str, Any]], generator: SampleGenerator) -> Generat
     Raises:
         RolloutError: as `read_probes`.
     """
-    made = [_probe(row, i, generator) for i, row in enumerate(rows)]
+    made = [_probe(_checked(row, i), i, generator) for i, row in enumerate(rows)]
     twice = [name for name, times in Counter(each.ids[0] for each in made).items() if times > 1]
     if twice:
         raise RolloutError(f"Two probes have the name {twice[0]!r}; give each one of its own.")
@@ -84,6 +88,31 @@ def _parsed(place: Path, number: int, line: str) -> dict[str, Any]:
             f"response_ids, and perhaps {listing(sorted(KEYS - TEXTS - TOKENS))}."
         )
     return row
+
+
+class _Row(Strict):
+    """A probe's keys."""
+
+    name: str | None = None
+    id: str | int | None = None
+    prompt: str = ""
+    response: str = ""
+    prompt_ids: tuple[NonNegativeInt, ...] = ()
+    response_ids: tuple[NonNegativeInt, ...] = ()
+    metadata: dict[str, Any] = Field(default_factory=dict)
+    raw: bool = True
+    ended: bool = True
+    reward: float | None = None
+
+
+def _checked(row: dict[str, Any], i: int) -> dict[str, Any]:
+    try:
+        return _Row.model_validate(row).model_dump(exclude_unset=True)
+    except ValidationError as error:
+        lines = "; ".join(explained(error, _Row))
+        raise RolloutError(
+            f"The probe number {i + 1}, {row.get('name', row.get('id', probe_name(i)))!r}: {lines}"
+        ) from None
 
 
 def _probe(row: dict[str, Any], i: int, generator: SampleGenerator) -> GeneratedBatch:
