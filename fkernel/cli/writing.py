@@ -19,12 +19,6 @@ def execute(plan: Any, overwrite: bool, log: str, page: bool = True, mesh: Any =
     """
     from fkernel.study import FisherKernelRunner, check_out, recorded
 
-    if mesh is None:
-        check_out(plan, overwrite)
-        with recorded(Path(plan.out) / "log.jsonl"), progress_and_log(log) as on_progress:
-            runner = FisherKernelRunner(plan, on_progress=on_progress)
-            say_estimate(runner)
-            return _saved(plan, runner, runner.run(), page)
     with of_all_ranks(mesh, "fkernel run") as first:
         if not first:
             FisherKernelRunner(plan, mesh=mesh).run()
@@ -32,6 +26,8 @@ def execute(plan: Any, overwrite: bool, log: str, page: bool = True, mesh: Any =
         check_out(plan, overwrite)
         with recorded(Path(plan.out) / "log.jsonl"), progress_and_log(log) as on_progress:
             runner = FisherKernelRunner(plan, on_progress=on_progress, mesh=mesh)
+            if mesh is None:  # of several ranks nothing is forecast
+                say_estimate(runner)
             return _saved(plan, runner, runner.run(), page)
 
 

@@ -71,7 +71,7 @@ def _closed() -> None:
 def on_ranks(
     ranks: int, work: Callable[..., Any], *args: Any, seconds: float = 60, lost: Collection[int] = (), **env: str
 ) -> list[Outcome | None]:
-    """Run work(mesh, *args) on ranks of its own, which may fail; None of those that are `lost` or do not end in time."""
+    """Run work(mesh, *args) on ranks of its own, which may fail; None of those that are `lost`, or late."""
     group = Ranks(ranks, **env)
     try:
         return group.run(work, *args, seconds=seconds, lost=lost)

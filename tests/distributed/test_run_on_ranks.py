@@ -70,10 +70,12 @@ def compared(alone: Path, ranks: Path, tolerance: float) -> None:
     """Hold every array, and what files there are, of a run on ranks against those of one process."""
     one, two = arrays(alone), arrays(ranks)
     assert one.keys() == two.keys()
+    errors = {}
     for name, expected in one.items():
-        size = max(float(np.linalg.norm(np.nan_to_num(expected))), 1e-3 if "remainder" in name else 1e-6)
-        error = float(np.linalg.norm(np.nan_to_num(two[name] - expected)))
-        assert error <= tolerance * size, (name, error / size)
+        nothing = name.endswith(("remainder", "unexplained"))  # what rounding makes of a difference of θ
+        size = max(float(np.linalg.norm(np.nan_to_num(expected))), 1e-3 if nothing else 1e-6)
+        errors[name] = float(np.linalg.norm(np.nan_to_num(two[name] - expected))) / size
+    assert max(errors.values()) <= tolerance, {name: error for name, error in errors.items() if error > tolerance}
     written = [{path.name for path in out.iterdir()} for out in (alone, ranks)]
     assert written[0] - written[1] == {"workspace"}  # over ranks U's gradients stay in memory
 
@@ -100,6 +102,7 @@ def test_the_next_run_goes_on_and_two_ranks_give_the_numbers_of_one_process(plac
 
 def test_under_torchrun_the_demos_plan_gives_the_demos_numbers(tmp_path):
     plan = demo_plan(prepare(TINY, tmp_path / "cache"), tmp_path / "out").record()
+    plan["requests"][0]["batch_size_prompts"] = 6
     (tmp_path / "demo.yaml").write_text(yaml.safe_dump(plan))
     alone(tmp_path / "demo.yaml", tmp_path / "one")
     done = command("run", tmp_path / "demo.yaml", "--out", tmp_path / "two", start=TORCHRUN)
