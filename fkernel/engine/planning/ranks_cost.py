@@ -3,7 +3,7 @@
 With n sequences in all, P parameters of b bytes, p of them in the largest layer, T tokens, d floats a token, L layers:
 
     flops        (n passes + 2 n_E n_U P)/W
-    sent         rows n P b (W − 1)/W²,  Δθ and Jᵀw about 4 P b (W − 1)/W,  K 16 n_E n_U (W − 1)/W
+    sent         rows n P b (W − 1)/W²,  Jᵀw 2 P b (W − 1)/W and Δθ P b (W − 1)/W,  K 16 n_E n_U (W − 1)/W
     memory       θ P b,  Δθ and the path's node 2 P b,  moments, D and the step's parts 6 P b/W
                  held rows of a layer h p b/W, with h = n_E sequences, and 2 p b of a sequence's own and its exchange
                  layer inputs (n/W) (L + 3) T d b,  the largest layer's pass
@@ -80,7 +80,7 @@ def cost_on_ranks(load: Workload, ranks: int) -> RanksCost:
     return RanksCost(
         ranks,
         (passes + 2.0 * n_E * n_U * P) / ranks,
-        {"rows": len(each) * P * b * away / ranks, "vectors": 4.0 * P * b * away, "K": 16.0 * n_E * n_U * away},
+        {"rows": len(each) * P * b * away / ranks, "vectors": 3.0 * P * b * away, "K": 16.0 * n_E * n_U * away},
         {
             "parameters": P * b,
             "step and path": 2.0 * P * b,
