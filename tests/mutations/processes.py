@@ -134,6 +134,8 @@ MUTATIONS = [
         "func/inputs/leaves.py",
         "        whole = self.source([kept.name])[kept.name]\n",
         "        whole = 2.0 * self.source([kept.name])[kept.name]\n",
+    ),
+    Mutation(
         "held sequences that are exchanged later overwrite the first",
         "tests/distributed/test_cost.py::test_products_are_the_same_where_sequences_are_exchanged_one_by_one",
         "engine/layerwise_over_ranks.py",
