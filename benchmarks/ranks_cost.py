@@ -104,14 +104,14 @@ def measured(shape: str, n_U: int, n_E: int, T: int) -> dict[str, Any]:
         explain, cost = prepared(shape, n_U, n_E, T, mesh)
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
+        before = _status("VmRSS") or 0.0
         with counting(ranks, rank) as sent:
             explain()
     held = cost.memory["parameters"] + 2 * cost.memory["parameters"] / ranks  # θ, and moments in shards
     return {
         "ranks": ranks,
         "rank": rank,
-        "memory": 1e6 * (_status("VmHWM") - before) + held,
+        "memory": 1e6 * ((_status("VmHWM") or 0.0) - before) + held,
         "sent": sent,
         "predicted": {"memory": cost.memory, "sent": cost.sent},
     }
