@@ -15,6 +15,7 @@ import typer
 from fkernel.cli import explaining, page, questions, runs, study
 from fkernel.cli.console import Terminal, exit_on_error, importing, print_error, print_line, progress_and_log, wide
 from fkernel.cli.pairs import WithPairs
+from fkernel.cli.ranks import Processes, joined, started
 from fkernel.cli.writing import execute
 
 app = typer.Typer(
@@ -35,13 +36,14 @@ def demo(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the policy, its training and its sampling.")] = 0,
     rows: Annotated[int, typer.Option(help="Print tables, too, with so many sequences of each request.")] = 0,
+    processes: Processes = None,
 ) -> None:
     """Train a small policy, take real RL steps with AdamW, and explain the last one.
 
     Example: fkernel demo --out demo-out
     """
     with exit_on_error():
-        missed = _demo(out, cache, seed, rows)
+        missed = _demo(out, cache, seed, rows, processes)
     for line in missed:
         print_error(f"the prediction missed its bounds: {line}")
     if missed:
@@ -107,16 +109,25 @@ def sample(
         _sample(plan, rows, as_json)
 
 
-def _demo(out: Path, cache: Path | None, seed: int, rows: int) -> list[str]:
+def _demo(out: Path, cache: Path | None, seed: int, rows: int, processes: int | None) -> list[str]:
     """Prepare the policy and run the package's plan; returns the bounds that the prediction missed."""
     with importing():
         from fkernel.demo import demo_plan, prepare, seeded, visible
+        from fkernel.distributed import from_first, group_of
         from fkernel.io import check_writable
 
     check_writable(out)  # before minutes of training
-    with visible(Terminal(stderr=True)) as progress:
-        directory = prepare(seeded(seed), cache, progress)
-    results = execute(demo_plan(directory, out, seed), overwrite=False, log="minimal")
+    mesh = joined("cpu")
+    if mesh is None:
+        with visible(Terminal(stderr=True)) as progress:
+            directory = prepare(seeded(seed), cache, progress)
+    else:
+        directory = from_first(group_of(mesh), "preparing the policy", lambda: prepare(seeded(seed), cache))
+    if started(processes):  # the ranks find the policy in the cache
+        return []
+    results = execute(demo_plan(directory, out, seed), overwrite=False, log="minimal", mesh=mesh)
+    if results is None:
+        return []
     study.finish(results, out, rows, as_json=False)
     missed, calibration = [], results["held_out"].calibration
     for name, bound in BOUNDS.items():

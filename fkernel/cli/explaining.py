@@ -10,6 +10,7 @@ import typer
 from fkernel.cli import study
 from fkernel.cli.console import exit_on_error, importing, print_line
 from fkernel.cli.pairs import Probe
+from fkernel.cli.ranks import Processes, joined, of_all_ranks, started
 from fkernel.cli.writing import execute
 
 
@@ -35,6 +36,7 @@ def explain(
     overwrite: Annotated[bool, typer.Option(help="Replace results that another plan left there.")] = False,
     log: Annotated[str, typer.Option(help="Log level: minimal, normal, detailed or debug.")] = "minimal",
     rows: Annotated[int, typer.Option(help="Print tables, too, of so many probes.")] = 0,
+    processes: Processes = None,
     as_json: study.AsJson = False,
 ) -> None:
     """Explain what one step did to sequences written by hand: nothing is sampled, and no plan is needed.
@@ -54,11 +56,16 @@ def explain(
         if max_norm is not None:
             settings["step.max_norm"] = _number(max_norm)
         made = explanation(checkpoint, batch, probes, out, settings)
-        for line in made.defaults:
-            print_line(f"default: {line}", style="dim", stderr=True)
-        results = execute(made.plan, overwrite, log)
-        atomic_write(out / "plan.yaml", [made.yaml().encode()])
-        study.finish(results, out, rows, as_json)
+        if started(processes or made.plan.numerics.processes):
+            return
+        mesh = joined(made.plan.numerics.device)
+        with of_all_ranks(mesh, "fkernel explain") as first:
+            for line in made.defaults if first else ():
+                print_line(f"default: {line}", style="dim", stderr=True)
+            results = execute(made.plan, overwrite, log, mesh=mesh)
+        if first:
+            atomic_write(out / "plan.yaml", [made.yaml().encode()])
+            study.finish(results, out, rows, as_json)
 
 
 def _number(given: str | None) -> float | None:

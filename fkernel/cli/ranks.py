@@ -7,11 +7,15 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 from fkernel.distributed import group_of, join, launch, launched, together
+
+Processes = Annotated[
+    int | None, typer.Option(help="Ranks that compute together, on this machine (default: one, or a plan's).")
+]
 
 
 def started(processes: int | None) -> bool:
@@ -35,7 +39,10 @@ def joined(device: str) -> Any:
 
 @contextmanager
 def of_all_ranks(mesh: Any, what: str) -> Iterator[bool]:
-    """Run work of all ranks, telling rank 0 that it is the first; the others give no warnings."""
+    """Run work of all ranks, telling rank 0 that it is the first, as one process is; the others give no warnings."""
+    if mesh is None:
+        yield True
+        return
     group = group_of(mesh)
     with together(group, what), warnings.catch_warnings():
         if group.rank:

@@ -10,6 +10,7 @@ import typer
 
 from fkernel.cli.console import can_draw, exit_on_error, importing, print_line, progress_and_log, wide
 from fkernel.cli.page import Page, pointer
+from fkernel.cli.ranks import Processes, joined, of_all_ranks, started
 from fkernel.cli.study import AsJson
 
 RecordingPath = Annotated[Path, typer.Argument(help="A recording: the directory that a Recorder wrote.")]
@@ -37,15 +38,18 @@ def account(
     rows: Annotated[int, typer.Option(help="Probes, and sequences of each, to show.")] = 5,
     pictures: Annotated[bool, typer.Option(help="Draw pictures to OUT/pictures.")] = True,
     page: Page = True,
+    processes: Processes = None,
     as_json: AsJson = False,
 ) -> None:
     """Account for a recorded run: what every sequence of every step did to each probe, to the end of the run.
 
     Example: fkernel account run/recording --probes probes.jsonl --out account
 
-    After an interruption the same command goes on.
+    After an interruption the same command goes on. Under torchrun it joins the ranks that are there.
     """
     with exit_on_error():
+        if started(processes):
+            return
         with importing():
             from fkernel import report
             from fkernel.study import account_recording
@@ -58,10 +62,14 @@ def account(
             "device": device,
             "base": base,
         }
-        with progress_and_log("minimal") as on_progress:
-            results = account_recording(
-                recording, probes, out, steps=_range(steps), path=path, on_progress=on_progress, **options
-            )
+        mesh = joined(device)
+        with of_all_ranks(mesh, "fkernel account") as first:
+            options |= {"steps": _range(steps), "path": path, "mesh": mesh}
+            if not first:
+                account_recording(recording, probes, out, **options)
+                return
+            with progress_and_log("minimal") as on_progress:
+                results = account_recording(recording, probes, out, on_progress=on_progress, **options)
         if page:
             report.write_page(results, out)
         if pictures and can_draw():

@@ -10,7 +10,7 @@ import typer
 
 from fkernel.cli.console import Terminal, exit_on_error, importing, print_line, wide
 from fkernel.cli.page import Page
-from fkernel.cli.ranks import joined, started
+from fkernel.cli.ranks import Processes, joined, started
 from fkernel.cli.writing import execute
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -25,9 +25,7 @@ def run(
     rows: Annotated[int, typer.Option(help="Print tables, too, with so many sequences of each request.")] = 0,
     log: Annotated[str, typer.Option(help="Log level: minimal, normal, detailed or debug.")] = "minimal",
     page: Page = True,
-    processes: Annotated[
-        int | None, typer.Option(help="Ranks that compute together, on this machine (default: the plan's, or one).")
-    ] = None,
+    processes: Processes = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a plan and save its results.

@@ -16,17 +16,14 @@ def execute(plan: Any, overwrite: bool, log: str, page: bool = True, mesh: Any =
     """
     from fkernel.study import FisherKernelRunner, claimed, recorded
 
-    if mesh is None:
-        with claimed(plan, overwrite) as out, recorded(out / "log.jsonl"), progress_and_log(log) as on_progress:
-            runner = FisherKernelRunner(plan, on_progress=on_progress)
-            say_estimate(runner)
-            return _saved(plan, runner, runner.run(), page)
     with of_all_ranks(mesh, "fkernel run") as first:
         if not first:
             FisherKernelRunner(plan, mesh=mesh).run()
             return None
         with claimed(plan, overwrite) as out, recorded(out / "log.jsonl"), progress_and_log(log) as on_progress:
             runner = FisherKernelRunner(plan, on_progress=on_progress, mesh=mesh)
+            if mesh is None:  # of several ranks nothing is forecast
+                say_estimate(runner)
             return _saved(plan, runner, runner.run(), page)
 
 

@@ -8,22 +8,35 @@
     K = Σ over ranks of sums
 
 Memory of a rank: of the held tile a share of one layer's gradients in whole, and all of them in its shard of the layer.
+What is exchanged at a time is as many sequences as fit `BUCKET`, at least one: a table's gradients are as large as many
+layers', and come of all sequences together.
+
 A rank without a sequence walks one of another's, and tells nothing of it, so that all ranks exchange alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from fkernel.distributed import Group, exchange_rows, gather_numbers, share_of
+from fkernel.distributed import BUCKET, Group, exchange_rows, gather_numbers, shard_of, share_of
 from fkernel.engine.batching import SortedBatch
 from fkernel.engine.by_layer import Side, shards
 from fkernel.engine.layerwise import Walking, must_cut
 from fkernel.engine.over_ranks import like_of, summed
 from fkernel.engine.planning.walking import tiles_of
 from fkernel.engine.streaming import KernelBlock, arranged
-from fkernel.func.handles import Handles, Products, ProductSpec, materialize_into
+from fkernel.func.handles import (
+    Concat,
+    Handle,
+    Handles,
+    Piece,
+    Products,
+    ProductSpec,
+    at,
+    count,
+    materialize_into,
+)
 from fkernel.func.inputs import Source, plain, take, trim
 from fkernel.func.layers import Cut
 from fkernel.shapes import Tensor, Tree
@@ -115,7 +128,7 @@ def _share(side: SortedBatch, nodes: Nodes, cut: Cut, rows: slice, group: Group)
 
 def _alone(cut: Cut, x: _Share, products: Products, how: Walking, group: Group, params: Tree) -> None:
     for shard in shards(cut, x.side, x.side, every=how.every, tokens=how.tokens):
-        own = _exchanged(shard.held, x.counts, group, params)
+        own = _held(shard.held, x.counts, group, params)
         products.add(own, own, own_y=False)
 
 
@@ -131,7 +144,7 @@ def _contract(
 ) -> None:
     """Hold x's shards of a layer, and contract those of y's sequences with them as they are exchanged."""
     for shard in shards(cut, x.side, y.side, every=how.every, tokens=how.tokens):
-        held, own_x = _exchanged(shard.held, x.counts, group, params), first
+        held, own_x = _held(shard.held, x.counts, group, params), first
         for columns, handles in _rounds(shard.streamed, y, group, params, [*shard.held]):
             products.add(held, handles, columns, own_x=own_x)
             own_x = False
@@ -142,6 +155,7 @@ def _rounds(
 ) -> Iterator[tuple[slice, Handles]]:
     """Exchange every rank's next block until all have ended: (columns of one rank's, this rank's shards of them)."""
     mine = y.counts[group.rank]
+    streamed = _few(streamed, _step(names, params))
     while True:
         rows, handles = next(streamed, (None, {}))
         own = slice(0, 0) if rows is None or not mine else rows
@@ -156,10 +170,59 @@ def _rounds(
         received = _exchanged({name: handles.get(name) for name in names}, counts, group, params)
         del handles
         place = 0
-        for (_, start, _), count, at in zip(told, counts, y.starts, strict=True):
-            if count:
-                yield slice(at + start, at + start + count), {n: r[place : place + count] for n, r in received.items()}
-            place += count
+        for (_, start, _), n, base in zip(told, counts, y.starts, strict=True):
+            if n:
+                yield slice(base + start, base + start + n), {key: r[place : place + n] for key, r in received.items()}
+            place += n
+
+
+def _step(names: Iterable[str], params: Tree) -> int:
+    """How many sequences of each rank are exchanged at a time."""
+    each = sum(params[name].numel() for name in names) * like_of(next(iter(params.values()))).element_size()
+    return max(1, BUCKET // max(1, each))
+
+
+def _few(streamed: Iterator[tuple[slice, Handles]], step: int) -> Iterator[tuple[slice, Handles]]:
+    """Split blocks of sequences into smaller ones."""
+    for rows, handles in streamed:
+        for start in range(rows.start, rows.stop, step):
+            some = slice(start, min(start + step, rows.stop))
+            own = slice(some.start - rows.start, some.stop - rows.start)
+            yield some, {name: _some(handle, own) for name, handle in handles.items()}
+        del handles  # frees them before the next are computed
+
+
+def _some(handle: Handle, rows: slice) -> Handle:
+    """Take successive sequences of a handle."""
+    if not isinstance(handle, Concat):
+        return at(handle, rows)
+    parts, start = list[Piece](), 0
+    for part in handle.parts:
+        first, last = max(rows.start - start, 0), min(rows.stop - start, count(part))
+        if first < last:
+            parts.append(at(part, slice(first, last)))
+        start += count(part)
+    return Concat(tuple(parts))
+
+
+def _held(handles: Any, counts: list[int], group: Group, params: Tree) -> Tree:
+    """Exchange one layer's gradients of all held sequences, a few at a time."""
+    step, like = _step(handles, params), like_of(next(iter(params.values())))
+    if max(counts) <= step:
+        return _exchanged(handles, counts, group, params)
+    starts, held = [sum(counts[:rank]) for rank in range(group.size)], dict[str, Tensor]()
+    for name in handles:
+        l, *rest = params[name].shape or (1,)
+        shard = shard_of(l, group.size, group.rank)
+        held[name] = like.new_empty(sum(counts), shard.stop - shard.start, *rest)
+    for first in range(0, max(counts), step):
+        some = [min(max(n - first, 0), step) for n in counts]
+        own = slice(first, first + some[group.rank])
+        mine = {name: _some(handle, own) if own.stop > own.start else handle for name, handle in handles.items()}
+        for name, rows in _exchanged(mine, some, group, params).items():
+            for start, n, part in zip(starts, some, rows.split(some), strict=True):
+                held[name][start + first : start + first + n] = part
+    return held
 
 
 def _exchanged(handles: Any, counts: list[int], group: Group, params: Tree) -> Tree:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import pickle
@@ -27,32 +28,65 @@ class Outcome(NamedTuple):
     seconds: float
 
 
+class Ranks:
+    """Processes joined in a group, which run one function after another until they are closed."""
+
+    def __init__(self, ranks: int, **env: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        pipes = [CONTEXT.Pipe() for _ in range(ranks)]
+        self.pipes = [own for own, _ in pipes]
+        self.processes = [
+            CONTEXT.Process(target=_rank, args=(theirs, rank, ranks, port, env), daemon=True)
+            for rank, (_, theirs) in enumerate(pipes)
+        ]
+        for process, (_, theirs) in zip(self.processes, pipes, strict=True):
+            process.start()
+            theirs.close()
+
+    def run(self, work: Callable[..., Any], *args: Any, seconds: float, lost: Collection[int]) -> list[Outcome | None]:
+        """Run work(mesh, *args) on every rank; None of those that are `lost`, killed, or do not end in time."""
+        until = time.monotonic() + seconds
+        for pipe in self.pipes:
+            pipe.send_bytes(pickle.dumps((work, args)))
+        return [None if rank in lost else _received(pipe, until) for rank, pipe in enumerate(self.pipes)]
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+_STANDING: dict[int, Ranks] = {}
+"""Groups in which nothing has failed, by their size."""
+
+
+@atexit.register
+def _closed() -> None:
+    while _STANDING:
+        _STANDING.popitem()[1].close()
+
+
 def on_ranks(
     ranks: int, work: Callable[..., Any], *args: Any, seconds: float = 60, lost: Collection[int] = (), **env: str
 ) -> list[Outcome | None]:
-    """Run work(mesh, *args) on every rank; None of those that are `lost`, killed, or do not end in time."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    pipes = [CONTEXT.Pipe(duplex=False) for _ in range(ranks)]
-    processes = [
-        CONTEXT.Process(target=_rank, args=(pipe[1], rank, ranks, port, work, args, env), daemon=True)
-        for rank, pipe in enumerate(pipes)
-    ]
-    start = time.monotonic()
-    for process, (_, send) in zip(processes, pipes, strict=True):
-        process.start()
-        send.close()
-    outcomes = [None if rank in lost else _received(pipe[0], start + seconds) for rank, pipe in enumerate(pipes)]
-    for process in processes:
-        process.kill()
-        process.join()
-    return outcomes
+    """Run work(mesh, *args) on ranks of its own, which may fail; None of those that are `lost`, or late."""
+    group = Ranks(ranks, **env)
+    try:
+        return group.run(work, *args, seconds=seconds, lost=lost)
+    finally:
+        group.close()
 
 
-def results(ranks: int, work: Callable[..., Any], *args: Any, **env: Any) -> list[Any]:
-    """Run work(mesh, *args) on every rank, none of which may fail."""
-    outcomes = on_ranks(ranks, work, *args, seconds=280, **env)
+def results(ranks: int, work: Callable[..., Any], *args: Any) -> list[Any]:
+    """Run work(mesh, *args) on every rank, none of which may fail; the group stays for the next."""
+    group = _STANDING.pop(ranks, None) or Ranks(ranks)
+    outcomes = group.run(work, *args, seconds=280, lost=())
+    if any(outcome is None or outcome.error is not None for outcome in outcomes):
+        group.close()
+    else:
+        _STANDING[ranks] = group
     for rank, outcome in enumerate(outcomes):
         assert outcome is not None, f"rank {rank} did not end"
         assert outcome.error is None, f"rank {rank}: {outcome.error}"
@@ -67,17 +101,17 @@ def _received(pipe: Any, until: float) -> Outcome | None:
         return None
 
 
-def _rank(pipe: Any, rank: int, ranks: int, port: int, work: Any, args: Any, env: dict[str, str]) -> None:
+def _rank(pipe: Any, rank: int, ranks: int, port: int, env: dict[str, str]) -> None:
     os.environ |= {"OMP_NUM_THREADS": "1", **env}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
     mesh = init_device_mesh("cpu", (ranks,))
-    start = time.monotonic()
-    try:
-        outcome = Outcome(work(mesh, *args), None, time.monotonic() - start)
-    except Exception as error:
-        trace = "" if type(error).__name__ == "ProcessError" else traceback.format_exc()
-        outcome = Outcome(None, f"{type(error).__name__}: {error}{trace}", time.monotonic() - start)
-    pipe.send_bytes(pickle.dumps(outcome))
-    pipe.close()
-    time.sleep(0.2 if outcome.error is None else 60)  # a rank that failed may live on: the test kills it
+    while True:  # until it is killed
+        work, args = pickle.loads(pipe.recv_bytes())
+        start = time.monotonic()
+        try:
+            outcome = Outcome(work(mesh, *args), None, time.monotonic() - start)
+        except Exception as error:
+            trace = "" if type(error).__name__ == "ProcessError" else traceback.format_exc()
+            outcome = Outcome(None, f"{type(error).__name__}: {error}{trace}", time.monotonic() - start)
+        pipe.send_bytes(pickle.dumps(outcome))

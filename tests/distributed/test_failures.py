@@ -90,8 +90,10 @@ def test_a_rank_that_hangs_stops_all(how, reason):
 
 
 def test_a_rank_that_computes_for_long_is_waited_for():
-    for total in results(2, fail_between_sums, [1], compute, FKERNEL_PATIENCE="3"):
-        assert total.tolist() == [2, 2, 2]
+    for outcome in on_ranks(2, fail_between_sums, [1], compute, FKERNEL_PATIENCE="3"):
+        assert outcome is not None
+        assert outcome.error is None
+        assert outcome.result.tolist() == [2, 2, 2]
 
 
 def disagree(mesh):

@@ -135,4 +135,25 @@ MUTATIONS = [
         "        whole = self.source([kept.name])[kept.name]\n",
         "        whole = 2.0 * self.source([kept.name])[kept.name]\n",
     ),
+    Mutation(
+        "held sequences that are exchanged later overwrite the first",
+        "tests/distributed/test_cost.py::test_products_are_the_same_where_sequences_are_exchanged_one_by_one",
+        "engine/layerwise_over_ranks.py",
+        "held[name][start + first : start + first + n] = part",
+        "held[name][start : start + n] = part",
+    ),
+    Mutation(
+        "a gathered vector counted as a summed one",
+        "tests/distributed/test_cost.py::test_ranks_send_the_bytes_that_are_predicted[2]",
+        "engine/planning/ranks_cost.py",
+        '"vectors": 3.0 * P * b * away',
+        '"vectors": 4.0 * P * b * away',
+    ),
+    Mutation(
+        "ranks that keep their shards of a sweep in one place",
+        "tests/study/test_accounts.py::test_two_ranks_give_the_account_of_one_process_and_go_on_where_they_stopped",
+        "study/accounts/stopped.py",
+        'f"{SWEEP}-{group.rank}-of-{group.size}"',
+        'f"{SWEEP}-of-{group.size}"',
+    ),
 ]

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from fkernel.errors import FKernelError, PlanError, ResultsError, RolloutError
 from fkernel.record import RecordedStep, Recording, distance, replay
 from fkernel.study import AccountResults, account_recording, replay_probes
 from fkernel.study.accounts import assembly, computing, stopped
+from tests.distributed.ranks import results
 from tests.study.recorded_runs import KINDS, PROBES, STEPS, probes_file, recording_of
 
 SMALL = "310KB"
@@ -192,8 +194,8 @@ def test_an_account_that_was_stopped_goes_on(tmp_path, monkeypatch, whole):
     kept, seen = stopped.KeptSweep, list[int]()
 
     class Stops(kept):
-        def __init__(self, directory: Path, request: Any) -> None:
-            super().__init__(directory, request, 0.0)
+        def __init__(self, directory: Path, request: Any, **more: Any) -> None:
+            super().__init__(directory, request, 0.0, **more)
 
         def __call__(self, sweep: Any) -> None:
             super().__call__(sweep)
@@ -213,14 +215,50 @@ def test_an_account_that_was_stopped_goes_on(tmp_path, monkeypatch, whole):
     assert {file.name for file in tmp_path.iterdir()} == {"account.json", "account.npz", "lock"}
 
 
+class StopsOnRanks(stopped.KeptSweep):
+    """Keeps every state, and fails on rank 1 after the fifth, once."""
+
+    def __init__(self, directory: Path, request: Any, **more: Any) -> None:
+        super().__init__(directory, request, 0.0, **more)
+
+    def __call__(self, sweep: Any) -> None:
+        super().__call__(sweep)
+        if sweep.taken == 5 and self.group and self.group.rank == 1:
+            raise PlanError("stopped")
+
+
+def accounted_on_ranks(mesh: Any, recording: Path, out: Path) -> tuple[str, list[int], dict[str, Any]]:
+    """What stops an account after five steps; the steps that the next one takes, and its arrays."""
+    taken, error = list[int](), ""
+    with patch.object(computing, "KeptSweep", StopsOnRanks):
+        try:
+            account_recording(recording, PROBES, out, mesh=mesh)
+        except FKernelError as raised:
+            error = str(raised)
+    made = account_recording(recording, PROBES, out, mesh=mesh, on_progress=lambda what, n, total: taken.append(n))
+    return error, taken, made.arrays
+
+
+def test_two_ranks_give_the_account_of_one_process_and_go_on_where_they_stopped(tmp_path, whole):
+    every = results(2, accounted_on_ranks, recording_of("dapo").directory, tmp_path)
+    for error, taken, arrays in every:
+        assert error == "Rank 1 of 2 failed: account: PlanError: stopped"
+        assert taken == [5, *[1] * 7]
+        assert arrays.keys() == whole.arrays.keys()
+        for name in ("contributions", "before", "decay", "momentum", "by_step", "realised"):
+            assert size(arrays[name] - whole[name]) <= 1e-4 * size(whole[name])
+    assert {file.name for file in tmp_path.iterdir()} == {"account.json", "account.npz"}
+    assert np.array_equal(AccountResults.load(tmp_path)["contributions"], every[1][2]["contributions"])
+
+
 def test_a_stopped_account_of_several_parts_still_knows_what_was_executed(tmp_path, monkeypatch):
     """The steps that are skipped where it goes on are skipped once, and not for the probes that come after."""
     recording, kept = recording_of("bf16 autocast"), stopped.KeptSweep
     whole = account_recording(recording, PROBES, tmp_path / "whole", memory=SMALL)
 
     class Stops(kept):
-        def __init__(self, directory: Path, request: Any) -> None:
-            super().__init__(directory, request, 0.0)
+        def __init__(self, directory: Path, request: Any, **more: Any) -> None:
+            super().__init__(directory, request, 0.0, **more)
 
         def __call__(self, sweep: Any) -> None:
             super().__call__(sweep)

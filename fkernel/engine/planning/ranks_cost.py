@@ -1,18 +1,22 @@
 """What a step explained on W ranks costs each of them, layer by layer, from counted work: a prediction, not a run.
 
-With n sequences in all, P parameters of b bytes, p of them in the largest layer, T tokens, d floats a token, L layers:
+With n sequences in all, P parameters of b bytes, p of them in the largest layer or table, T tokens, d floats a token, L
+layers, and collectives in buckets of B bytes, or of one sequence's gradients of a layer or table where those are more:
 
     flops        (n passes + 2 n_E n_U P)/W
-    sent         rows n P b (W − 1)/W²,  Δθ and Jᵀw about 4 P b (W − 1)/W,  K 16 n_E n_U (W − 1)/W
+    sent         rows n P b (W − 1)/W²,  Jᵀw 2 P b (W − 1)/W and Δθ P b (W − 1)/W,  K 16 n_E n_U (W − 1)/W
     memory       θ P b,  Δθ and the path's node 2 P b,  moments, D and the step's parts 6 P b/W
-                 held rows of a layer h p b/W, with h = n_E sequences, and 2 p b of a sequence's own and its exchange
+                 held rows of a layer h p b/W, with h = n_E sequences, and own ones of a layer in whole h p b/W
+                 what collectives copy 3 B
                  layer inputs (n/W) (L + 3) T d b,  the largest layer's pass
 """
 
 from __future__ import annotations
 
+from math import ceil
 from typing import NamedTuple
 
+from fkernel.distributed import BUCKET
 from fkernel.engine.planning.workloads import Workload
 from fkernel.errors import ModelError
 
@@ -76,17 +80,19 @@ def cost_on_ranks(load: Workload, ranks: int) -> RanksCost:
     passes = sum(walk.forward(t).flops + walk.backward(t).flops + 8.0 * t * walk.head for t in each)
     passes += sum(walk.forward(t).flops + walk.backward(t).flops + 8.0 * t * walk.head for t in counts["U"])  # for g
     away = (ranks - 1) / ranks
+    piece = max(walk.largest, walk.head) * b
     inputs = sum(each) / ranks * (walk.depth + 3) * walk.width * b
     return RanksCost(
         ranks,
         (passes + 2.0 * n_E * n_U * P) / ranks,
-        {"rows": len(each) * P * b * away / ranks, "vectors": 4.0 * P * b * away, "K": 16.0 * n_E * n_U * away},
+        {"rows": len(each) * P * b * away / ranks, "vectors": 3.0 * P * b * away, "K": 16.0 * n_E * n_U * away},
         {
             "parameters": P * b,
             "step and path": 2.0 * P * b,
             "state, in shards": 6.0 * P * b / ranks,
-            "held rows, in shards": n_E * walk.largest * b / ranks,
-            "own rows and exchange": 2.0 * (n_E / ranks + 1) * walk.largest * b,
+            "held rows, in shards": n_E * piece / ranks,
+            "own rows of a layer": float(ceil(n_E / ranks) * walk.largest * b),
+            "exchange": 3.0 * max(piece, min(BUCKET, P * b)) if ranks > 1 else 0.0,
             "layer inputs": inputs,
             "a layer's pass": float(walk.peak(load.longest).peak),
         },

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from torch import nn
 
 from fkernel import func
 from fkernel.analysis import rounding_floor
+from fkernel.distributed import Group, from_first, group_of
 from fkernel.engine import Sweep, account
 from fkernel.errors import PlanError, StoreError
 from fkernel.io import check_writable, hash_json, locked, make_directory, parse_bytes
@@ -69,6 +70,7 @@ def account_recording(
     model: nn.Module | None = None,
     base: str | Path | None = None,
     on_progress: Progress = lambda what, n, total: None,
+    mesh: Any = None,
 ) -> AccountResults:
     """Account for a recorded run: what every sequence of every step did to each probe.
 
@@ -92,9 +94,11 @@ def account_recording(
         model: the policy, for one whose architecture is not in the recording.
         base: the base model's directory, of an adapter, where it is no longer where the training read it.
         on_progress: called with (what, steps done, of how many).
+        mesh: a one-dimensional `torch.distributed.DeviceMesh`, whose ranks account together: each keeps a share of the
+            adjoints, and what it needs to go on after an interruption; rank 0 writes.
 
     Returns:
-        AccountResults, written to `out` as well.
+        AccountResults, on every rank, written to `out` as well.
 
     Raises:
         PlanError: out holds another account, or an argument is none of these.
@@ -108,8 +112,9 @@ def account_recording(
     if dtype not in ("float32", "float64"):
         raise PlanError(f"dtype is {dtype!r}; an account is computed in float32 or float64.")
     net = recording.policy(base=base) if model is None else copy.deepcopy(model)
-    net = net.to(device=device, dtype=getattr(torch, dtype))
-    inputs = _inputs(recording, chosen, probes, net, place, disk, template, model, base, device, AGES if ages else ())
+    net, group = net.to(device=device, dtype=getattr(torch, dtype)), None if mesh is None else group_of(mesh)
+    scratch = place / ("states" if group is None else f"states-{group.rank}")
+    inputs = _inputs(recording, chosen, probes, net, scratch, disk, template, model, base, device, AGES if ages else ())
     f, E, rows = _observed(observable, inputs, recording.about["temperature"])
     request = {
         "recording": str(recording.directory.resolve()),
@@ -128,12 +133,17 @@ def account_recording(
             "ages": [*inputs.steps.ages],
         },
     }
-    kept = KeptSweep(place, request | {"fkernel": own_code()})
-    if (place / ACCOUNT).exists():
-        return _finished(place, request, inputs, kept)
-    with locked(make_directory(place), "lock"):
-        if (place / ACCOUNT).exists():  # another process may have finished in between
-            return _finished(place, request, inputs, kept)
+    kept = KeptSweep(place, request | {"fkernel": own_code()}, group=group)
+    held = ExitStack()
+
+    def claimed() -> AccountResults | None:
+        held.enter_context(locked(make_directory(place), "lock"))
+        return _written(place)  # another process may have finished in between
+
+    there = _of_first(group, "reading the account", lambda: _written(place) or claimed())
+    with held:
+        if there is not None:
+            return _finished(there, place, request, inputs, kept)
         begun = kept.found()
         inputs.steps.skip = 0 if begun is None else begun.taken
         on_progress("steps", inputs.steps.skip, len(chosen))
@@ -142,18 +152,25 @@ def account_recording(
             on_progress("steps", 1, len(chosen))
             kept(sweep)
 
-        made = account(f, E, inputs.steps, path=path, memory=memory, on_step=on_step, resume=begun)  # pyright: ignore
+        where: Any = path  # checked below
+        made = account(f, E, inputs.steps, path=where, memory=memory, on_step=on_step, resume=begun, mesh=mesh)
         named = [info_of(record) for record in inputs.probes] if rows == inputs.probes.ids else [*map(unnamed, rows)]
-        taken = Taken.of(recording, chosen)
-        results = assembled(made, rounding_floor(f, inputs.params, E), taken, named, request, p_values)
-        results.save(place)
+
+        def written() -> AccountResults:
+            taken = Taken.of(recording, chosen)
+            results = assembled(made, rounding_floor(f, inputs.params, E), taken, named, request, p_values)
+            results.save(place)
+            return results
+
+        results = _of_first(group, "writing the account", written)
         _clear(inputs, kept)
         return results
 
 
-def _finished(place: Path, request: dict[str, Any], inputs: Inputs, kept: KeptSweep) -> AccountResults:
-    """Read the account that is there, if it is this request's."""
-    there = AccountResults.load(place)
+def _finished(
+    there: AccountResults, place: Path, request: dict[str, Any], inputs: Inputs, kept: KeptSweep
+) -> AccountResults:
+    """Take the account that is there, if it is this request's."""
     if there.about["request"] != request:
         raise PlanError(f"{str(place)!r} holds another account; choose another directory (out), or delete it.")
     with suppress(StoreError):  # a finished account is read where nothing can be written, too
@@ -165,6 +182,15 @@ def _clear(inputs: Inputs, kept: KeptSweep) -> None:
     """Delete what an account needs no more once it is written."""
     inputs.steps.states.clear()
     kept.forget()
+
+
+def _of_first(group: Group | None, what: str, make: Callable[[], Any]) -> Any:
+    """Return what `make` returns; over ranks it is run on rank 0 alone."""
+    return make() if group is None else from_first(group, what, make)
+
+
+def _written(place: Path) -> AccountResults | None:
+    return AccountResults.load(place) if (place / ACCOUNT).exists() else None
 
 
 def _chosen(recording: Recording, steps: range | None) -> range:
@@ -182,7 +208,7 @@ def _inputs(
     chosen: range,
     probes: Any,
     net: nn.Module,
-    place: Path,
+    scratch: Path,
     disk: int | str | None,
     template: str,
     model: nn.Module | None,
@@ -191,7 +217,7 @@ def _inputs(
     ages: tuple[int, ...],
 ) -> Inputs:
     grant = None if disk is None else parse_bytes(disk)
-    states = States(training_of(recording, model, base, device), chosen, place / "states", grant)
+    states = States(training_of(recording, model, base, device), chosen, scratch, grant)
     steps = RunSteps(states, net, ages=ages)
     apply, _ = func.make_functional(net, [*recording.about["shapes"]])
     params = steps.params_before()

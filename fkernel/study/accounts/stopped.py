@@ -9,6 +9,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
+from fkernel.distributed import Group, gather_numbers
 from fkernel.engine import RunAccount, StepColumns, Sweep
 from fkernel.errors import ResultsError
 from fkernel.io import (
@@ -35,15 +36,27 @@ class KeptSweep:
         directory: of the account.
         request: JSON that tells one account from another.
         every: seconds.
+        group: the ranks that sweep together, each of which keeps its shards; None for this process alone.
     """
 
-    def __init__(self, directory: Path, request: Mapping[str, Any], every: float = EVERY) -> None:
-        self.place, self.request, self.every = directory / SWEEP, dict(request), every
+    def __init__(
+        self, directory: Path, request: Mapping[str, Any], every: float = EVERY, group: Group | None = None
+    ) -> None:
+        name = SWEEP if group is None else f"{SWEEP}-{group.rank}-of-{group.size}"
+        self.place, self.request, self.every, self.group = directory / name, dict(request), every, group
         self._last = time.monotonic()
         sweep(directory)
 
     def found(self) -> Sweep | None:
-        """The sweep that was kept of this request; None where there is none, or another request's."""
+        """The sweep that all ranks kept of this request; None where there is none, or another request's."""
+        kept = self._found()
+        if self.group is not None:
+            own = [-1, -1] if kept is None else [len(kept.done), kept.taken]
+            if any(each != own for each in gather_numbers(self.group, own)):
+                return None  # stopped while some had kept a state and others had not: the sweep begins anew
+        return kept
+
+    def _found(self) -> Sweep | None:
         if not (self.place / REQUEST).is_file():
             return None
         try:
@@ -65,7 +78,10 @@ class KeptSweep:
 
     def __call__(self, sweep: Sweep) -> None:
         """Keep a sweep, if the last one is old enough."""
-        if time.monotonic() - self._last < self.every:
+        due = time.monotonic() - self._last >= self.every
+        if self.group is not None:
+            due = bool(gather_numbers(self.group, [int(due)])[0][0])  # all keep the same step: when rank 0 says
+        if not due:
             return
         tensors = {f"rows/{name}": leaf for name, leaf in sweep.rows.items()} | {"after": sweep.after}
         for t, columns in enumerate(sweep.columns):
