@@ -106,6 +106,8 @@ class DecayingState(OptimizerState):
 
 def check_moment(leaf: Tensor, what: str, square: bool = False) -> None:
     """Raise OptimizerStateError where a moment is not finite, or is negative and a mean of squares."""
+    if leaf.is_meta:
+        raise OptimizerStateError(f"{what} lies on the meta device and holds no values; load the state first.")
     if not tree.all_finite(leaf):
         bad = int((~torch.isfinite(leaf)).sum())
         raise OptimizerStateError(
