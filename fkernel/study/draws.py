@@ -7,21 +7,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from fkernel.errors import PlanError
-from fkernel.rollout import GeneratedBatch, SampleGenerator
+from fkernel.rollout import GeneratedBatch, SampleGenerator, probe_name
 from fkernel.study.config.base import Strict
 
 NAME = r"^[\w.-]+$"
 """What requests and sequences written by hand may be called."""
-
-
-def probe_name(place: int) -> str:
-    """Name a sequence written by hand by its place in a list, from 0.
-
-    Example:
-        >>> probe_name(0)
-        'probe-1'
-    """
-    return f"probe-{place + 1}"
 
 
 class BatchSource(Strict):

@@ -1,4 +1,4 @@
-"""Probes of a run: sequences whose probability one asks about, from a file of prompts and responses or a saved batch.
+"""Probes: sequences whose probability one asks about, from a file of prompts and responses or a saved batch.
 
 {"prompt": "3+5=", "response": "88"}                        a line; the prompt is the whole text, as a recording has it
 {"name": "eights", "prompt": …, "response": …, "ended": false, "reward": 0.0}
@@ -15,19 +15,24 @@ from typing import Any
 
 from fkernel.errors import RolloutError, listing
 from fkernel.func import pad
-from fkernel.rollout import (
-    CustomSample,
-    GeneratedBatch,
-    Provenance,
-    SampleGenerator,
-    SequenceRecord,
-    load_batch,
-    score,
-)
-from fkernel.study.draws import probe_name
+from fkernel.rollout.batch import GeneratedBatch
+from fkernel.rollout.files import load_batch
+from fkernel.rollout.generator import SampleGenerator
+from fkernel.rollout.record import CustomSample, Provenance, SequenceRecord
+from fkernel.rollout.scoring import score
 
 TEXTS, TOKENS = {"prompt", "response"}, {"prompt_ids", "response_ids"}
 KEYS = {"name", "id", "ended", "raw", "reward", "metadata", *TEXTS, *TOKENS}
+
+
+def probe_name(place: int) -> str:
+    """Name a sequence written by hand by its place in a list, from 0.
+
+    Example:
+        >>> probe_name(0)
+        'probe-1'
+    """
+    return f"probe-{place + 1}"
 
 
 def read_probes(path: str | Path, generator: SampleGenerator) -> GeneratedBatch:
