@@ -25,9 +25,9 @@ from fkernel import func
 from fkernel.precond import AdamWState, exact_state
 from fkernel.record import Recording, replay
 from fkernel.rollout import GeneratedBatch, SampleGenerator, Sampling
+from fkernel.rollout import probes_of as batch_of
 from fkernel.shapes import Tree
 from fkernel.study import account_recording
-from fkernel.study.accounts.probes import probes_of as batch_of
 
 SUBSETS = 50
 PROBES = probes_of(

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata
 
 from fkernel.checkpoint.chunks import Item, items_of
 from fkernel.checkpoint.files import check_sums, first_line
@@ -99,7 +98,7 @@ def _path(directory: Path, name: str) -> Path:
         raise CheckpointError(f"{directory / METADATA} is damaged: {error}.") from error
 
 
-def read_metadata(directory: Path) -> Metadata:
+def read_metadata(directory: Path) -> Any:
     """Unpickle the metadata, if it is made of what metadata is made of.
 
     Args:
@@ -108,6 +107,8 @@ def read_metadata(directory: Path) -> Metadata:
     Raises:
         CheckpointError: there is none, it is damaged, or it names another class.
     """
+    from torch.distributed.checkpoint.metadata import Metadata
+
     path = directory / METADATA
     try:
         metadata = _Restricted(io.BytesIO(path.read_bytes())).load()

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fkernel.checkpoint.files import first_line, plain, read_json
 from fkernel.checkpoint.quiet import libraries_quiet
@@ -37,6 +36,8 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, trust_re
     Raises:
         ModelError: no such directory, no model in it, weights that are not safetensors or not all the model's.
     """
+    from transformers import AutoModelForCausalLM
+
     source = _source(path)
     if isinstance(source, Path) and (source / INDEX).is_file():
         try:
@@ -136,6 +137,8 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     source = _source(path, "tokenizer_config.json")
     if isinstance(source, Path) and not any((source / name).is_file() for name in TOKENIZER):
         return None
+    from transformers import AutoTokenizer
+
     try:
         return AutoTokenizer.from_pretrained(
             source, local_files_only=isinstance(source, Path), trust_remote_code=trust_remote_code

@@ -24,7 +24,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers.trainer_pt_utils import get_parameter_names
 
 from fkernel.errors import OptimizerStateError
 
@@ -138,6 +137,8 @@ def _halves(model: torch.nn.Module, first: Callable[[str], bool]) -> Groups:
 
 
 def _as_trainer(model: torch.nn.Module, patterns: list[str]) -> Groups:
+    from transformers.trainer_pt_utils import get_parameter_names
+
     decaying = {*get_parameter_names(model, [torch.nn.LayerNorm], patterns)}
     return _halves(model, decaying.__contains__)
 

@@ -7,8 +7,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from transformers.utils import logging as bars_of
-
 LIBRARIES = (
     "accelerate", "bitsandbytes", "huggingface_hub", "numpy", "peft", "safetensors", "sentencepiece", "tokenizers",
     "torch", "transformers",
@@ -33,6 +31,8 @@ def libraries_quiet() -> Iterator[None]:
         >>> [str(one.message) for one in seen]
         ['old call']
     """
+    from transformers.utils import logging as bars_of
+
     bars, disabled = bars_of.is_progress_bar_enabled(), MESH.disabled
     bars_of.disable_progress_bar()
     MESH.disabled = True

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from fkernel import tree
 from fkernel.engine.planning import (
@@ -89,6 +88,8 @@ def skeleton_of(model: str | Path, tokens: int, dtype: torch.dtype = torch.float
     """
     if tokens < 2:
         raise BatchError(f"tokens is {tokens}; expected at least 2, one of a prompt and one of a response.")
+    from transformers import AutoModelForCausalLM
+
     config = _configuration(str(model))
     try:
         with torch.device("meta"):
@@ -238,6 +239,8 @@ def _unlike(wide: Any, narrow: Any) -> str:
 
 def _with_attention(attention: str, config: Any, dtype: torch.dtype) -> Any:
     """Build a model with fused attention, as long sequences are computed; with eager one, where it knows no other."""
+    from transformers import AutoModelForCausalLM
+
     try:
         given = {"attn_implementation": attention, "dtype": dtype, "trust_remote_code": False}
         return AutoModelForCausalLM.from_config(config, **given)
@@ -257,6 +260,8 @@ def _deeper(curve: Curve, depth: int) -> Curve:
 
 def _configuration(model: str) -> Any:
     """Read config.json, or a shape."""
+    from transformers import AutoConfig
+
     if os.path.isfile(os.path.join(model, "config.json")):
         try:
             return AutoConfig.from_pretrained(model, trust_remote_code=False, local_files_only=True)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from fkernel.checkpoint.files import first_line
 from fkernel.checkpoint.names import unwrapped
@@ -32,6 +31,8 @@ def architecture(model: str | Path | torch.nn.Module, trust_remote_code: bool = 
     Raises:
         ModelError: the directory holds no configuration of a causal language model.
     """
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
     if isinstance(model, torch.nn.Module):
         made: Any = copy.deepcopy(model)
         if isinstance(made, PreTrainedModel):

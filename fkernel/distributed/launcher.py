@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 
 from fkernel.errors import ProcessError
 from fkernel.io import scratch_directory
@@ -48,6 +47,8 @@ def join(device: str = "cpu") -> Any:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    from torch.distributed.device_mesh import init_device_mesh
+
     return init_device_mesh(kind, (dist.get_world_size(),))
 
 

@@ -4,6 +4,7 @@ from fkernel.engine.adjoint import Executed, RunStep, StepColumns
 from fkernel.engine.batching import SortedBatch, check_side, cuts_of
 from fkernel.engine.calibration import Calibration, calibrate
 from fkernel.engine.correlation import mean_ranks, pearson, varies
+from fkernel.engine.directions import effects_along
 from fkernel.engine.executed import Microbatch, gradient_in
 from fkernel.engine.fisher import influence, kernel
 from fkernel.engine.from_store import complete
@@ -55,6 +56,7 @@ __all__ = [
     "computed",
     "contraction",
     "cuts_of",
+    "effects_along",
     "estimate",
     "evaluated",
     "explain_step",

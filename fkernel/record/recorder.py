@@ -19,24 +19,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from fkernel.errors import ModelError, StoreError
+from fkernel.errors import ModelError
 from fkernel.io import check_writable, locked, make_directory
 from fkernel.record.bound import Bound
-from fkernel.record.directory import (
-    SNAPSHOTS,
-    STEPS,
-    numbered,
-    place_of,
-    remove_partial,
-    write_about,
-    write_step,
-)
+from fkernel.record.directory import SNAPSHOTS, STEPS, place_of, remove_partial, write_about, write_step
 from fkernel.record.gradients import Norms, Repeater
+from fkernel.record.live import LiveProbes, Log, Probes
 from fkernel.record.opened import OpenStep
 from fkernel.record.optimizers import settings_of
 from fkernel.record.policy import keep_policy
 from fkernel.record.ranks import Ranks
-from fkernel.record.resuming import step_is_new
+from fkernel.record.resuming import check_empty, step_is_new
 from fkernel.record.states import FIRST, check_arguments, snapshot_due, write_state
 from fkernel.record.tapping import Tap
 from fkernel.record.trainers import attach_to
@@ -60,6 +53,10 @@ class Recorder:
         resume: what happens to a step that is recorded already: "compare" keeps it where it is the same, and is an
             error where it is not; "replace" moves it, and all after it, to `replaced/`.
         tokenizer: for texts, where none are given.
+        probes: sequences to tell about while the run trains: a file or directory as `fkernel.rollout.read_probes` takes
+            it, rows of such a file, or a batch; `fkernel.record.live` says what is told.
+        every: steps from one such time to the next.
+        log: called with {"fkernel/<probe>/own": nats, …}, such as `wandb.log`; the trainer's own where one is attached.
 
     Raises:
         ModelError: an argument is none of these, or several processes train without DistributedDataParallel.
@@ -96,9 +93,12 @@ class Recorder:
         head: str = "linear",
         resume: str = "compare",
         tokenizer: Any = None,
+        probes: Probes | None = None,
+        every: int = 1,
+        log: Log | None = None,
     ) -> None:
         check_arguments(snapshots, resume)
-        self.directory, self.tokenizer, self.resume = Path(directory), tokenizer, resume
+        self.directory, self.tokenizer, self.resume, self.log = Path(directory), tokenizer, resume, log
         self.last: dict[str, Any] = {}
         """Facts of the step that was written last, as in its step.json."""
         self._snapshots, self._precision = snapshots, {"temperature": temperature, "autocast": autocast, "head": head}
@@ -106,6 +106,7 @@ class Recorder:
         self._next: int | None = None
         self._checked, self._closed = False, False
         self._repeater: Repeater | None = None
+        self._live = None if probes is None else LiveProbes(probes, every)
         self._bound: Bound | None = None
         self._handles, self._resources, self._ranks = list[Any](), ExitStack(), Ranks()
         if self._ranks.first:
@@ -151,6 +152,8 @@ class Recorder:
         ]
 
     def _write_about(self, bound: Bound, about: dict[str, Any]) -> None:
+        if self._live is not None:
+            self._live.bind(bound, self.tokenizer, self._precision["temperature"])
         write_about(self.directory, {**bound.about(), **self._precision, **about})
         keep_policy(self.directory, bound.model, bound.trained, self.tokenizer)
 
@@ -245,18 +248,10 @@ class Recorder:
         if self._open is not None:
             raise ModelError(f"Step {self._open.number} is still open; steps do not nest.")
         if number is None and self._next is None:
-            self._ranks.agree(self._check_empty)
+            self._ranks.agree(lambda: check_empty(self.directory))
         number = (self._next or 0) if number is None else number
         self._norms.clear()
         self._open = OpenStep(number, scaler, dict(facts or {}))
-
-    def _check_empty(self) -> None:
-        steps = numbered(self.directory, STEPS)
-        if steps:
-            raise StoreError(
-                f"{str(self.directory)!r} holds the steps {steps[0]} to {steps[-1]} already. If the run is resumed, "
-                f"say which step this is: recorder.step(number=…); else choose another directory."
-            )
 
     def end(self) -> None:
         """Write the open step, for callbacks; `step` does it for loops."""
@@ -267,6 +262,8 @@ class Recorder:
         self.last, self._next = self._ranks.agree(lambda: self._write(step, losses)), step.number + 1
 
     def _write(self, step: OpenStep, losses: list[list[float | None]]) -> dict[str, Any]:
+        if self._live is not None:
+            step.note(**self._live.told(step.number, self.log))
         facts, rows = step.contents(losses, self.tokenizer)
         if step_is_new(self.directory, step.number, facts, step.microbatches, self.resume):
             write_step(place_of(self.directory, STEPS, step.number), facts, step.microbatches, rows)
@@ -281,6 +278,8 @@ class Recorder:
             step.passes, step.norms = tuple(each for own in every for each in own), self._norms.taken(step.scale)
             self._ranks.agree(lambda: self._look(step, bound))
         i = bound.position(optimizer)
+        if (live := self._live) is not None and live.due(step.number):
+            self._ranks.agree(lambda: live.split(step.number, i))
         step.look(i, settings_of(optimizer), bound.own(i), getattr(optimizer, "grad_scale", None))
 
     def _look(self, step: OpenStep, bound: Bound) -> None:

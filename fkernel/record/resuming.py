@@ -29,6 +29,23 @@ SAME = 1e-4
 """Relative difference of ω, or of θ, up to which a repeated step is the same: another order of sums, no other step."""
 
 
+def check_empty(directory: Path) -> None:
+    """Check that there is no step yet, where nobody says which one comes next.
+
+    Args:
+        directory: of the recording.
+
+    Raises:
+        StoreError: there is one.
+    """
+    steps = numbered(directory, STEPS)
+    if steps:
+        raise StoreError(
+            f"{str(directory)!r} holds the steps {steps[0]} to {steps[-1]} already. If the run is resumed, say which "
+            f"step this is: recorder.step(number=…); else choose another directory."
+        )
+
+
 def step_is_new(
     directory: Path, number: int, facts: Mapping[str, Any], microbatches: Sequence[RecordedMicrobatch], resume: str
 ) -> bool:

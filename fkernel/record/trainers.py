@@ -53,6 +53,7 @@ def attach_to(recorder: Any, trainer: Any) -> None:
     attached = kind_of(trainer)(recorder, trainer)
     refuse_hidden(trainer, attached.hidden())
     recorder.tokenizer = recorder.tokenizer or text_tokenizer(trainer)
+    recorder.log = recorder.log or _log_of(trainer)
     for name in attached.methods:
         if hasattr(trainer, name):
             setattr(trainer, name, getattr(attached, name.lstrip("_"))(getattr(trainer, name)))
@@ -161,6 +162,22 @@ def precision_of(trainer: Any, head: str) -> dict[str, Any]:
         "autocast": "bfloat16" if mixed == "bf16" else None,
         "head": head,
     }
+
+
+def _log_of(trainer: Any) -> Any:
+    """The log of transformers' Trainer, beside what the trainer logs by itself.
+
+    TRL's own log ends the means that it logs next, so that it is not called between; and a log of any kind takes the
+    step's own for done.
+    """
+    from transformers import Trainer
+
+    def log(values: dict[str, float]) -> None:
+        due = trainer.control.should_log
+        Trainer.log(trainer, values)
+        trainer.control.should_log = due
+
+    return log
 
 
 def _callback(recorder: Any, trainer: Any, head: str) -> Any:

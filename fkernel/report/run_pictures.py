@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fkernel.analysis import turning_points
-from fkernel.report.run_tables import probe_text, sequence_text, told_apart
+from fkernel.report.run_tables import is_told_apart, probe_text, sequence_text
 from fkernel.report.style import BLUE, GREY, PALE, PALETTE, RED, diverging, figure, finish, largest, plain
 from fkernel.report.table import CHANCE
 from fkernel.report.units import unit_of
@@ -145,22 +145,24 @@ def culprit_bars(results: AccountResults, probe: str | int, k: int = 12, path: s
     Args and errors as in `timeline`; k: sequences.
     """
     e, unit = results.row(probe), unit_of(results)
-    order = largest(results["contributions"][e], k)
-    values = unit.scale * results["contributions"][e, order].astype(float)
-    marked = told_apart(results, e)[order]
-    drawn = figure(9.5, 1.6 + 0.27 * len(order))
+    rows, shares = {row["id"]: row for row in results.sequences}, results.top_sequences(e, k, group_identical=True)
+    values = np.array([unit.scale * share.value for share in shares])
+    marked = [is_told_apart(share) for share in shares]
+    drawn = figure(9.5, 1.6 + 0.27 * len(shares))
     axes = drawn.subplots()
-    _signed_bars(axes, np.arange(len(order)), values, across=True)
-    axes.set_yticks(range(len(order)), [_sequence_label(results.sequences[u], 46) for u in order])
-    axes.set_ylim(max(len(order), 1) - 0.4, -0.6)
-    for place, u in enumerate(order):
-        value = float(results["contributions"][e, u])
+    _signed_bars(axes, np.arange(len(shares)), values, across=True)
+    labels = [_sequence_label(rows[share.id], 46) for share in shares]
+    many = [f" × {share.times}" if share.times > 1 else "" for share in shares]
+    axes.set_yticks(range(len(shares)), [label + times for label, times in zip(labels, many, strict=True)])
+    axes.set_ylim(max(len(shares), 1) - 0.4, -0.6)
+    for place, share in enumerate(shares):
+        value = share.value
         side: dict[str, Any] = {"ha": "right" if value < 0 else "left", "va": "center", "fontsize": 7}
         aside = (-3 if value < 0 else 3, 0)
         mark = "*" if marked[place] else ""
         axes.annotate(unit(value) + mark, (values[place], place), aside, textcoords="offset points", **side)
     axes.margins(x=0.14)
-    chance = f";  * told apart from chance (p ≤ {CHANCE})" if marked.any() else ""
+    chance = f";  * told apart from chance (p ≤ {CHANCE})" if any(marked) else ""
     axes.set_xlabel(f"contribution to the end of the run  ({unit.name}; red raises){chance}", fontsize=8)
     _headline(drawn, f"{probe_text(results, e, 60)}: who moved it most")
     return _finished(drawn, path)

@@ -12,7 +12,7 @@ from fkernel.analysis import Recurrence, recurrences
 from fkernel.report.style import largest, percent, tail
 from fkernel.report.table import CHANCE
 from fkernel.report.units import Unit, unit_of
-from fkernel.study import AccountResults
+from fkernel.study import AccountResults, Share
 
 SIDE = ("before", "decay", "arithmetic", "unexplained", "remainder")
 """Columns of the ledger beside the sequences' own; left out where there is nothing to see in them."""
@@ -62,7 +62,8 @@ def culprits_table(results: AccountResults, probe: str | int, k: int = 10) -> Ta
         k: sequences to show, by the size of their contribution.
 
     Returns:
-        A rich table; contributions are to the end of the run.
+        A rich table; contributions are to the end of the run. Identical sequences of a step are one line, "× 4", with
+        their sum.
 
     Raises:
         ResultsError: there is no such probe.
@@ -72,13 +73,14 @@ def culprits_table(results: AccountResults, probe: str | int, k: int = 10) -> Ta
     for name in ("step", "sequence", "prompt→response", "reward", "advantage", "contribution"):
         left = name in ("sequence", "prompt→response")
         table.add_column(name, justify="left" if left else "right", no_wrap=True)
-    places, marked = {name: u for u, name in enumerate(results.sequence_ids)}, told_apart(results, e)
-    for share in results.top_sequences(e, k):
+    places = {name: u for u, name in enumerate(results.sequence_ids)}
+    for share in results.top_sequences(e, k, group_identical=True):
         row = results.sequences[places[share.id]]
-        mark = "" if share.p is None else "*" if marked[places[share.id]] else " "
+        mark = "" if share.p is None else "*" if is_told_apart(share) else " "
         numbers = (_number(row[name], sign) for name, sign in (("reward", ""), ("advantage", "+")))
         texts = Text(sequence_text(row["prompt"], row["response"]))
-        table.add_row(str(row["step"]), Text(share.id), texts, *numbers, unit(share.value) + mark)
+        name = Text(f"{share.id} × {share.times}" if share.times > 1 else share.id)
+        table.add_row(str(row["step"]), name, texts, *numbers, unit(share.value) + mark)
     table.caption = _chance(results, e)
     return table
 
@@ -195,6 +197,15 @@ def told_apart(results: AccountResults, e: int) -> np.ndarray:
     """
     p = results.arrays.get("p")
     return np.zeros(len(results.sequences), dtype=bool) if p is None else p[e] <= CHANCE
+
+
+def is_told_apart(share: Share) -> bool:
+    """Whether what a sequence did is told apart from chance; p is kept in float32.
+
+    Args:
+        share: of a sequence.
+    """
+    return share.p is not None and bool(np.float32(share.p) <= CHANCE)
 
 
 def probe_text(results: AccountResults, e: int, most: int = 32) -> str:

@@ -6,6 +6,7 @@ from fkernel.rollout.files import MANIFEST, content_of_batch, load_batch, save_b
 from fkernel.rollout.generator import SampleGenerator
 from fkernel.rollout.guards import check_recorded, check_temperature
 from fkernel.rollout.judging import BatchReward, RewardConfig
+from fkernel.rollout.probes import probe_name, probes_of, read_probes
 from fkernel.rollout.prompts import Gym, Prompt, PromptSource, TablePrompts, custom, dataset, jsonl
 from fkernel.rollout.record import CustomSample, Provenance, SequenceRecord
 from fkernel.rollout.reward_parts import split_advantages
@@ -41,6 +42,9 @@ __all__ = [
     "jsonl",
     "load_batch",
     "loss_weights",
+    "probe_name",
+    "probes_of",
+    "read_probes",
     "render",
     "save_batch",
     "score",

@@ -20,8 +20,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
-from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from fkernel.errors import RolloutError
 from fkernel.rollout.record import Finish
@@ -62,15 +60,17 @@ class Sampling:
                 raise RolloutError(f"{name} is {getattr(self, name)!r}; expected {expected}.")
 
     @property
-    def warpers(self) -> tuple[LogitsProcessor, ...]:
+    def warpers(self) -> tuple[Any, ...]:
         """What turns π's logits into q's, in the order in which transformers applies them."""
-        warpers: list[LogitsProcessor] = []
+        from transformers.generation import logits_process as warping
+
+        warpers: list[Any] = []
         if self.temperature != 1.0:
-            warpers.append(TemperatureLogitsWarper(self.temperature))
+            warpers.append(warping.TemperatureLogitsWarper(self.temperature))
         if self.top_k:
-            warpers.append(TopKLogitsWarper(self.top_k))
+            warpers.append(warping.TopKLogitsWarper(self.top_k))
         if self.top_p < 1.0:
-            warpers.append(TopPLogitsWarper(self.top_p))
+            warpers.append(warping.TopPLogitsWarper(self.top_p))
         return tuple(warpers)
 
 
@@ -157,6 +157,8 @@ def _together(
     model: Any, tokenizer: Any, prompts: list[Sequence[int]], seeds: list[int], sampling: Sampling
 ) -> list[Drawn]:
     """Draw one microbatch, prompts padded on the left; generate derives positions from the mask."""
+    from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), padding(tokenizer), device=model.device)
     mask = torch.zeros_like(ids)
@@ -187,10 +189,10 @@ def _together(
     return drawn
 
 
-class _Sampler(LogitsProcessor):
+class _Sampler:
     """Draws a token for every row from a generator of its own, and records its log-probability."""
 
-    def __init__(self, warpers: Sequence[LogitsProcessor], seeds: Sequence[int]) -> None:
+    def __init__(self, warpers: Sequence[Any], seeds: Sequence[int]) -> None:
         self.warpers = warpers
         self.streams = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.tokens, self.p, self.q = list[Tensor](), list[Tensor](), list[Tensor]()
@@ -210,7 +212,7 @@ class _Sampler(LogitsProcessor):
         return torch.full_like(log_q, -torch.inf).scatter_(1, token, 0.0)
 
 
-class _Ends(StoppingCriteria):
+class _Ends:
     """Tells `generate` which rows have ended, and records where and why."""
 
     def __init__(self, tokenizer: Any, model: Any, n: int, stop_strings: Sequence[str]) -> None:
@@ -240,6 +242,8 @@ class _Ends(StoppingCriteria):
 @contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
     """Put the model in eval mode, without generation defaults of its own (a repetition penalty would change q)."""
+    from transformers import GenerationConfig
+
     training, own = model.training, model.generation_config
     model.generation_config = GenerationConfig()
     model.eval()

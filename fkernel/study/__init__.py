@@ -7,7 +7,6 @@ from fkernel.engine import Gradients
 from fkernel.errors import ResultsError
 from fkernel.study.accounts.computing import account_recording
 from fkernel.study.accounts.counterfactual import ReplayResults, replay_probes
-from fkernel.study.accounts.probes import read_probes
 from fkernel.study.accounts.results import AccountResults, Share
 from fkernel.study.analyses.registry import AnalysesPlan, RequestAnalyses
 from fkernel.study.asking import ask, probes_batch, runner_of
@@ -90,7 +89,6 @@ __all__ = [
     "parse_yaml",
     "probes_batch",
     "read_plan",
-    "read_probes",
     "recorded",
     "replay_probes",
     "runner_of",

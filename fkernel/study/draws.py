@@ -7,18 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from fkernel.errors import PlanError
-from fkernel.rollout import GeneratedBatch, SampleGenerator
+from fkernel.rollout import GeneratedBatch, SampleGenerator, probe_name
 from fkernel.study.config.values import MANY, Name, Strict
-
-
-def probe_name(place: int) -> str:
-    """Name a sequence written by hand by its place in a list, from 0.
-
-    Example:
-        >>> probe_name(0)
-        'probe-1'
-    """
-    return f"probe-{place + 1}"
 
 
 class BatchSource(Strict):

@@ -8,10 +8,10 @@ from typing import Any
 
 from fkernel.errors import listing
 from fkernel.record import Recording
-from fkernel.rollout import load_batch
+from fkernel.rollout import load_batch, probe_name
 from fkernel.study.config.plan import FisherKernelPlan
 from fkernel.study.config.requests import FromFile, Payload, Recorded, UpdateBatch
-from fkernel.study.draws import CustomSequenceDraw, probe_name
+from fkernel.study.draws import CustomSequenceDraw
 
 PREFIXES = {"update": "U", "evaluation": "E", "prompt_ids": "P", "custom_prompts": "C"}
 """Of the ids of sampled batches, by kind."""

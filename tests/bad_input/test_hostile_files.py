@@ -33,7 +33,7 @@ from fkernel.engine.store import open_store
 from fkernel.record import Recording
 from fkernel.record.dumps import Options, locate
 from fkernel.report import load_results
-from fkernel.rollout import jsonl, load_batch
+from fkernel.rollout import jsonl, load_batch, read_probes
 from fkernel.study import (
     FisherKernelPlan,
     FisherKernelResults,
@@ -43,7 +43,6 @@ from fkernel.study import (
     entry_of,
     load_workspace,
     read_plan,
-    read_probes,
 )
 from tests import offline
 from tests.checkpoint.writers import WRITERS, qwen2
@@ -93,7 +92,7 @@ MODULES = {
     "store": ("engine/store/directory.py", "engine/store/journal.py", "io/direct.py"),
     "recording": ("record/directory.py",),
     "results": ("study/sealed.py",),
-    "plan": ("study/config/io.py", "study/checks.py", "study/accounts/probes.py"),
+    "plan": ("study/config/io.py", "study/checks.py", "rollout/probes.py"),
     "workspace": ("study/directory.py", "study/accounts/stopped.py"),
 }
 OWN = {

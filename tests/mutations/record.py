@@ -7,7 +7,29 @@ WRONG = "tests/record/test_wrong_records.py"
 SUPERVISED = "tests/record/test_supervised.py"
 PREFERENCE = "tests/record/test_preference.py"
 RANKS = "tests/record/test_ranks.py"
+LIVE = "tests/record/test_live.py"
 MUTATIONS = [
+    Mutation(
+        "a probe's parts are told where the step begins",
+        f"{LIVE}::test_what_happened_is_the_sum_of_the_parts_and_the_remainder",
+        "record/live.py",
+        "effects_along(self._f, before, self._E, delta, vectors)",
+        'effects_along(self._f, before, self._E, delta, vectors, path="start")',
+    ),
+    Mutation(
+        "what was remembered is told as the step's own",
+        f"{LIVE}::test_the_parts_are_those_of_the_steps_account",
+        "record/live.py",
+        "zip(PARTS, (step.batch, step.momentum, step.decay), strict=True)",
+        "zip(PARTS, (step.momentum, step.batch, step.decay), strict=True)",
+    ),
+    Mutation(
+        "probes are told at the steps between",
+        f"{LIVE}::test_what_is_told_stands_in_the_steps_facts",
+        "record/live.py",
+        "return number % self.every == 0",
+        "return number % self.every != 0",
+    ),
     Mutation(
         "the norm of a large gradient is added up one by one",
         "tests/record/test_loop.py::test_norms_of_large_gradients_are_exact",
@@ -80,6 +102,13 @@ MUTATIONS = [
     ),
 ]
 TRAINERS = [
+    Mutation(
+        "what is told takes the trainer's own log for done",
+        f"{LIVE}::test_a_grpo_run_logs_them_beside_its_reward",
+        "record/trainers.py",
+        "        trainer.control.should_log = due\n",
+        "",
+    ),
     Mutation(
         "a supervised loss is a mean over each pass",
         f"{SUPERVISED}::test_the_weights_of_a_mean_over_the_step_are_one_number",

@@ -171,6 +171,22 @@ def test_culprits_come_in_the_order_of_their_contributions():
         report.culprits_table(results, "P-9")
 
 
+def test_identical_sequences_of_a_step_are_one_line_with_their_sum():
+    results = account(scale=0.05)
+    twins = tuple(row | {"response": "61"} if row["step"] == 6 else row for row in results.sequences)
+    results = replace(results, sequences=tuple(row | {"prompt": "1+1="} if row["step"] == 6 else row for row in twins))
+    here = [u for u, row in enumerate(results.sequences) if row["step"] == 6]
+    results["contributions"][1, here] = [0.25, -0.5, 0.0, -0.25]
+    results["p"][1, here] = [1.0, 0.5, 1.0, 0.01]
+    share = results.top_sequences("P-1", 1, group_identical=True)[0]
+    assert share == (results.sequences[here[1]]["id"], -0.5, pytest.approx(0.01), 4)
+    assert results.top_sequences("P-1", 1)[0] == (share.id, -0.5, 0.5, 1)
+    rows = rows_of(report.culprits_table(results, "P-1", 16))
+    assert [row for row in rows if row[0] == "6"] == [["6", f"{share.id} × 4", "1+1=→61", *rows[0][3:5], "−500.00*"]]
+    assert len(rows) == len(results.sequences) - 3
+    assert "× 4" in PICTURE.culprit_bars(results, "P-1", 3).axes[0].get_yticklabels()[0].get_text()
+
+
 def test_prompts_are_counted_by_step_and_nothing_is_neither_for_nor_against():
     results = account()
     results["contributions"][0, [1, 5]] = 0.0  # in two of four steps its prompt had no advantage

@@ -23,8 +23,8 @@ from fkernel.errors import FKernelError
 from fkernel.io import checksummed_json
 from fkernel.record import Recording
 from fkernel.report import effects_table, load_results
-from fkernel.rollout import load_batch
-from fkernel.study import FisherKernelPlan, check_inputs, read_plan, read_probes
+from fkernel.rollout import load_batch, read_probes
+from fkernel.study import FisherKernelPlan, check_inputs, read_plan
 from tests.bad_input.common import DTYPE, ENTRIES, plain, vectors
 from tests.record import loops
 from tests.study.conftest import Run, made

@@ -19,10 +19,9 @@ from fkernel.engine import Sweep, account
 from fkernel.errors import PlanError, StoreError
 from fkernel.io import check_writable, hash_json, locked, make_directory, parse_bytes
 from fkernel.record import Recording, RunSteps, States, fill, training_of
-from fkernel.rollout import GeneratedBatch, SampleGenerator, Sampling, dotted
+from fkernel.rollout import GeneratedBatch, SampleGenerator, Sampling, dotted, probes_of, read_probes
 from fkernel.shapes import Tree
 from fkernel.study.accounts.assembly import Taken, assembled, unnamed
-from fkernel.study.accounts.probes import probes_of, read_probes
 from fkernel.study.accounts.results import ACCOUNT, AccountResults
 from fkernel.study.accounts.stopped import KeptSweep
 from fkernel.study.analyses.observables import OBSERVABLE, Observable, expected_rewards

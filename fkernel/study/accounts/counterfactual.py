@@ -17,9 +17,8 @@ from fkernel import func
 from fkernel.engine import evaluated
 from fkernel.errors import PlanError
 from fkernel.record import Change, Recording, State, distance, fill, replay
-from fkernel.rollout import GeneratedBatch, SampleGenerator, Sampling, SequenceRecord
+from fkernel.rollout import GeneratedBatch, SampleGenerator, Sampling, SequenceRecord, probes_of, read_probes
 from fkernel.shapes import Tensor, Tree
-from fkernel.study.accounts.probes import probes_of, read_probes
 from fkernel.study.workspace import tokens_of
 
 PLACES: dict[str, Callable[[str, SequenceRecord], str]] = {

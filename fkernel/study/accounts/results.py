@@ -17,6 +17,7 @@ import numpy as np
 
 from fkernel.errors import ResultsError
 from fkernel.io import atomic_file, atomic_write, checksum, checksummed_json, make_directory, read_checksummed
+from fkernel.study.diagnostics import grouped
 from fkernel.study.outcome import SequenceInfo, as_record
 from fkernel.study.sealed import DAMAGED, check_agrees, read_arrays
 from fkernel.study.shown import html_of, plural, text_of
@@ -35,11 +36,13 @@ class Share(NamedTuple):
         id: of a sequence, a prompt or a reward function.
         value: nats.
         p: against advantages permuted within prompts; None where that was not asked.
+        times: identical sequences that it is the sum of.
     """
 
     id: str
     value: float
     p: float | None = None
+    times: int = 1
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -134,12 +137,27 @@ class AccountResults:
             raise ResultsError(f"There is no probe {probe!r}; the account has {', '.join(ids[:8])}.")
         return ids.index(str(probe))
 
-    def top_sequences(self, probe: str | int, k: int = 10) -> list[Share]:
-        """The sequences that moved a probe most over the run, largest first."""
+    def top_sequences(self, probe: str | int, k: int = 10, group_identical: bool = False) -> list[Share]:
+        """The sequences that moved a probe most over the run, largest first.
+
+        Args:
+            probe: its id, or position.
+            k: how many.
+            group_identical: whether sequences of a step with the same prompt and response are one, with their sum and
+                their smallest p, named after the one that did most.
+        """
         e, p = self.row(probe), self.arrays.get("p")
         C = self["contributions"][e]
-        order = np.argsort(-np.abs(C), kind="stable")[:k]
-        return [Share(self.sequences[u]["id"], float(C[u]), None if p is None else float(p[e, u])) for u in order]
+        order = np.argsort(-np.abs(C), kind="stable")
+        ps = [None] * len(C) if p is None else p[e].tolist()
+        if not group_identical:
+            return [Share(self.sequences[u]["id"], float(C[u]), ps[u]) for u in order[:k]]
+        keys, least = [_texts(self.sequences[u]) for u in order], dict[str, float | None]()
+        for key, u in zip(keys, order, strict=True):
+            least[key] = ps[u] if ps[u] is None else min(least.get(key) or 1.0, ps[u])
+        alike = zip(*grouped(C[order].astype(np.float64), keys), strict=True)
+        most = sorted(alike, key=lambda each: -abs(each[1]))[:k]
+        return [Share(self.sequences[order[i]]["id"], sum_, least[keys[i]], times) for i, sum_, times in most]
 
     def top_prompts(self, probe: str | int, k: int = 10) -> list[Share]:
         """The prompts whose sequences moved a probe most, each over all steps, largest first."""
@@ -219,8 +237,9 @@ class AccountResults:
     def _columns(self, e: int) -> dict[str, Any]:
         """What account.json says of a probe, for those who read no arrays."""
         ledger = {name: float(values[e]) for name, values in self.ledger.items()}
-        top = [share._asdict() for share in self.top_sequences(e)]
-        prompts = [share._asdict() for share in self.top_prompts(e)]
+        top, prompts = ([share._asdict() for share in each] for each in (self.top_sequences(e), self.top_prompts(e)))
+        for share in (*top, *prompts):
+            del share["times"]
         return {"ledger": ledger, "top_sequences": top, "top_prompts": prompts}
 
     @classmethod
@@ -258,3 +277,9 @@ class AccountResults:
         for name in ("sequence_ids", "probe_ids", "step_of", "steps"):
             del arrays[name]
         return cls(record["about"], probes, tuple(record["sequences"]), tuple(record["steps"]), arrays, record["facts"])
+
+
+def _texts(row: dict[str, Any]) -> str:
+    """What identical sequences of a step have in common; one without texts is like no other."""
+    texts = [row["prompt"], row["response"]]
+    return json.dumps([row["step"], *texts] if any(texts) else row["id"])

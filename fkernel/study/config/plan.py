@@ -8,13 +8,13 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from fkernel.io import hash_json, parse_bytes
+from fkernel.rollout import probe_name
 from fkernel.study.analyses.registry import AnalysesPlan
 from fkernel.study.config.base import SourcePlan
 from fkernel.study.config.capture import CapturePlan
 from fkernel.study.config.requests import AnyRequest, BatchRequest, UpdateSource
 from fkernel.study.config.step import PreconditionerPlan, StepPlan
 from fkernel.study.config.values import Place, Strict
-from fkernel.study.draws import probe_name
 
 
 class StoragePlan(Strict):

@@ -17,6 +17,7 @@ from fkernel.rollout import (
     check_recorded,
     dotted,
     load_batch,
+    probe_name,
     score,
 )
 from fkernel.study.analyses.registry import RequestAnalyses
@@ -32,7 +33,6 @@ from fkernel.study.draws import (
     PromptIdsDraw,
     UpdateDraw,
     UpdateRules,
-    probe_name,
 )
 
 

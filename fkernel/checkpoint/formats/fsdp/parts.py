@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from fkernel.checkpoint.chunks import Box, covers
 from fkernel.checkpoint.files import Inert, check_saved_as, read_tensors
@@ -106,6 +105,8 @@ def part_of(leaf: Any, rank: int, name: Any, path: Path) -> Part | None:
         CheckpointError: it is laid out in a way that is not read, is another rank's, or its shape is another than its
             layout says.
     """
+    from torch.distributed.tensor import DTensor
+
     if isinstance(leaf, DTensor):
         return _of_dtensor(leaf, rank, name, path)
     if isinstance(leaf, ShardedTensor):
@@ -126,6 +127,8 @@ def copies(leaves: Iterable[Any], ranks: int) -> list[int]:
         >>> copies([torch.ones(2)], 2)
         [0, 1]
     """
+    from torch.distributed.tensor import DTensor, Replicate
+
     needed: set[int] = set()
     for leaf in leaves:
         if not isinstance(leaf, DTensor):
@@ -195,17 +198,19 @@ def _said(key: Any) -> str:
     return " of ".join(str(each) for each in reversed(key)) if isinstance(key, tuple) else str(key)
 
 
-def _spec(leaf: DTensor) -> Any:
+def _spec(leaf: Any) -> Any:
     return leaf._spec
 
 
-def _mesh(leaf: DTensor) -> torch.Tensor:
+def _mesh(leaf: Any) -> torch.Tensor:
     """The ranks of a DTensor's mesh; versions of torch before 2.9 saved them as an attribute."""
     saved = vars(_spec(leaf).mesh)
     return saved["mesh"] if "mesh" in saved else _spec(leaf).mesh.mesh  # the second may not be there
 
 
-def _of_dtensor(leaf: DTensor, rank: int, name: Any, path: Path) -> Part:
+def _of_dtensor(leaf: Any, rank: int, name: Any, path: Path) -> Part:
+    from torch.distributed.tensor import Replicate, Shard
+
     spec, mesh, local = _spec(leaf), _mesh(leaf), leaf._local_tensor
     place = (mesh == rank).nonzero().tolist()
     wrote = vars(spec.mesh).get("_coordinate_on_dim")  # of the rank that saved it

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch.distributed.tensor import DTensor
 
 from fkernel.checkpoint.files import first_line
 from fkernel.checkpoint.formats.fsdp.names import named_stretches, named_tensors, named_units
@@ -123,6 +122,8 @@ def _form(path: Path, version: int | None) -> tuple[list[dict[str, Any]], bool]:
     """Read the parameter groups, and whether moments are tensors that say where they belong."""
     found = checked(path)
     moments = [v for entry in found["state"].values() for v in entry.values() if isinstance(v, torch.Tensor) and v.ndim]
+    from torch.distributed.tensor import DTensor
+
     sharded = any(isinstance(leaf, DTensor | ShardedTensor) for leaf in moments)
     if version is not None and moments and sharded != (version == 2):
         raise CheckpointError(

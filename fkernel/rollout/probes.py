@@ -1,4 +1,4 @@
-"""Probes of a run: sequences whose probability one asks about, from a file of prompts and responses or a saved batch.
+"""Probes: sequences whose probability one asks about, from a file of prompts and responses or a saved batch.
 
 {"prompt": "3+5=", "response": "88"}                        a line; the prompt is the whole text, as a recording has it
 {"name": "eights", "prompt": …, "response": …, "ended": false, "reward": 0.0}
@@ -10,28 +10,31 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fkernel.errors import RolloutError, listing
 from fkernel.func import pad
 from fkernel.io import parse_json
-from fkernel.rollout import (
-    CustomSample,
-    GeneratedBatch,
-    Provenance,
-    SampleGenerator,
-    SequenceRecord,
-    load_batch,
-    score,
-)
-from fkernel.study.config.io import explained
-from fkernel.study.config.values import Strict
-from fkernel.study.draws import probe_name
+from fkernel.rollout.batch import GeneratedBatch
+from fkernel.rollout.files import load_batch
+from fkernel.rollout.generator import SampleGenerator
+from fkernel.rollout.record import CustomSample, Provenance, SequenceRecord
+from fkernel.rollout.scoring import score
 
 TEXTS, TOKENS = {"prompt", "response"}, {"prompt_ids", "response_ids"}
 KEYS = {"name", "id", "ended", "raw", "reward", "metadata", *TEXTS, *TOKENS}
+
+
+def probe_name(place: int) -> str:
+    """Name a sequence written by hand by its place in a list, from 0.
+
+    Example:
+        >>> probe_name(0)
+        'probe-1'
+    """
+    return f"probe-{place + 1}"
 
 
 def read_probes(path: str | Path, generator: SampleGenerator) -> GeneratedBatch:
@@ -90,15 +93,20 @@ def _parsed(place: Path, number: int, line: str) -> dict[str, Any]:
     return row
 
 
-class _Row(Strict):
+Token = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class _Row(BaseModel):
     """A probe's keys."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     name: str | None = None
     id: str | int | None = None
     prompt: str = ""
     response: str = ""
-    prompt_ids: tuple[NonNegativeInt, ...] = ()
-    response_ids: tuple[NonNegativeInt, ...] = ()
+    prompt_ids: list[Token] = Field(default_factory=list)
+    response_ids: list[Token] = Field(default_factory=list)
     metadata: dict[str, Any] = Field(default_factory=dict)
     raw: bool = True
     ended: bool = True
@@ -107,12 +115,12 @@ class _Row(Strict):
 
 def _checked(row: dict[str, Any], i: int) -> dict[str, Any]:
     try:
-        return _Row.model_validate(row).model_dump(exclude_unset=True)
+        given = {key: list(value) if isinstance(value, tuple) else value for key, value in row.items()}
+        return _Row.model_validate(given).model_dump(exclude_unset=True)
     except ValidationError as error:
-        lines = "; ".join(explained(error, _Row))
-        raise RolloutError(
-            f"The probe number {i + 1}, {row.get('name', row.get('id', probe_name(i)))!r}: {lines}"
-        ) from None
+        details = [(".".join(map(str, each["loc"])), each["msg"], each["input"]) for each in error.errors()]
+        lines = "; ".join(f"{place}: {text} (it is {str(value)[:60]!r})" for place, text, value in details)
+        raise RolloutError(f"The probe number {i + 1} is none: {lines}.") from None
 
 
 def _probe(row: dict[str, Any], i: int, generator: SampleGenerator) -> GeneratedBatch:
