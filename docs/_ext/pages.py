@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from fkernel.cli import app
 
-STYLE = "white-space: pre; overflow-x: auto; line-height: 1.2"
+STYLE = "overflow-x: auto; line-height: 1.2; white-space: "
 
 
 def begin(*examples: str) -> Path:
@@ -62,7 +62,7 @@ def shell(command: str, keep: slice = slice(None), width: int = 100, fails: bool
     shown = lines[keep]
     cut = ["  …"] if len(shown) < len(lines) else []
     text = "\n".join([f"$ {command}", *shown, *cut])
-    return HTML(f'<pre style="{STYLE}">{escape(text)}</pre>')
+    return HTML(f'<pre style="{STYLE}{"pre-wrap" if fails else "pre"}">{escape(text)}</pre>')
 
 
 def picture(path: str | Path, width: int = 760) -> Image:
