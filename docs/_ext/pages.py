@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import sys
+import warnings
 from html import escape
 from pathlib import Path
 from tempfile import mkdtemp
@@ -37,6 +38,7 @@ def begin(*examples: str) -> Path:
                 (place / each.name).symlink_to(each)
     os.chdir(place)
     sys.path.insert(0, str(place))
+    warnings.filterwarnings("ignore", "IProgress not found")  # of tqdm in a notebook without widgets
     return place
 
 
