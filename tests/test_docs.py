@@ -179,6 +179,7 @@ def test_makefile_lists_what_a_newcomer_needs():
         "sweep",
         "runs",
         "formats",
+        "torture",
         "docs",
         "clean",
     }
