@@ -264,8 +264,11 @@ class FromFileBatch(FromFile, BatchRequest):
 class RecordedBatch(Recorded, BatchRequest):
     """A request of kind recorded: the sequences of any recorded step, scored by the plan's checkpoint."""
 
-    recording: str
-    step: int = Field(ge=0)
+    @model_validator(mode="after")
+    def _which(self) -> RecordedBatch:
+        if self.recording is None or self.step is None:
+            raise ValueError("name the recording and the step: {kind: recorded, recording: DIR, step: 12}")
+        return self
 
     def generate(self, generator: SampleGenerator, seed: int = 0) -> GeneratedBatch:
         """Read it, and score it: another policy may have sampled it."""
