@@ -88,7 +88,7 @@ def read_distributed(
     try:
         items = [item for item in items_of(metadata, directory / METADATA) if wanted(item.key)]
         keys = {item.key for item in items}
-        about_all = metadata.state_dict_metadata
+        about_all: Mapping[str, Any] = metadata.state_dict_metadata
         rows = {key: rows_of(key, tuple(about_all[key].size)) for key in keys if hasattr(about_all[key], "size")}
         found = {key: _blank(about, rows.get(key)) for key, about in about_all.items() if key in keys}
         items = [item for item in items if item.box is None or _inside(item.box, rows[item.key])]

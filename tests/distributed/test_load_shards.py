@@ -27,8 +27,8 @@ SHAPE: Any = {
 
 def save(mesh: Any, folder: Path) -> None:
     """Train a Qwen2 under FSDP2 for two steps of AdamW, and save it as torch.distributed.checkpoint does."""
-    from torch.distributed.checkpoint import save as save_distributed
     from torch.distributed.checkpoint.state_dict import get_state_dict
+    from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
     from torch.distributed.fsdp import fully_shard
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
