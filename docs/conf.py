@@ -9,6 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from executed_pages import folder_of_outputs
 from jupyter_client.manager import KernelManager
 
 import fkernel
@@ -32,8 +33,10 @@ extensions = [
     "sphinx.ext.mathjax",
     "plain_docstrings",
     "coverage_check",
+    "executed_pages",
+    "plan_keys",
 ]
-exclude_patterns = ["_build", "_ext", "jupyter_execute"]
+exclude_patterns = ["_build", "_ext", "examples", "jupyter_execute"]
 default_role = "py:obj"
 
 # The rooms whose every public name must be documented; a new room is added here and in index.md (see CONTRIBUTING.md).
@@ -43,9 +46,10 @@ coverage_rooms += ["fkernel.checkpoint", "fkernel.rollout", "fkernel.record", "f
 
 myst_enable_extensions = ["amsmath", "deflist", "dollarmath"]
 myst_heading_anchors = 3
-nb_execution_mode = "force"
+nb_execution_mode = "cache"
+nb_execution_cache_path = str(folder_of_outputs())  # a new one for every state of what pages execute
 nb_execution_raise_on_error = True
-nb_execution_timeout = 300  # the tutorial trains
+nb_execution_timeout = 300
 nb_output_stderr = "remove"  # notices of dependencies (progress bars, deprecations) are not what a page is about
 
 autodoc_member_order = "bysource"

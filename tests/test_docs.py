@@ -98,7 +98,7 @@ def test_docstrings_become_markup_without_losing_text(given, expected):
     assert _extension("plain_docstrings").plain(given) == expected
 
 
-@pytest.mark.parametrize("name", ["coverage_check", "plain_docstrings"])
+@pytest.mark.parametrize("name", ["coverage_check", "plain_docstrings", "executed_pages", "plan_keys"])
 def test_examples_of_the_extensions_run(name):
     import doctest
 
@@ -179,6 +179,7 @@ def test_makefile_lists_what_a_newcomer_needs():
         "sweep",
         "runs",
         "formats",
+        "torture",
         "docs",
         "clean",
     }
@@ -238,3 +239,25 @@ def test_the_published_schema_is_that_of_plans():
 
     published = json.loads((DOCS / "plan.schema.json").read_text("utf-8"))
     assert published == FisherKernelPlan.model_json_schema(), "fkernel plan schema > docs/plan.schema.json"
+
+
+def test_a_change_of_what_pages_execute_is_another_folder_of_outputs(tmp_path, monkeypatch):
+    pages = _extension("executed_pages")
+    monkeypatch.setattr(pages, "DOCS", tmp_path / "docs")
+    (tmp_path / "docs" / "examples").mkdir(parents=True)
+    script = tmp_path / "docs" / "examples" / "run.py"
+    script.write_text("a = 1\n", "utf-8")
+    before = pages.fingerprint([script.parent])
+    assert pages.fingerprint([script.parent]) == before
+    script.write_text("a = 2\n", "utf-8")
+    assert pages.fingerprint([script.parent]) != before
+
+
+def test_the_front_page_is_the_readmes_first_screen():
+    (marker,) = re.findall(r"^:end-before: (.+)$", (DOCS / "index.md").read_text("utf-8"), re.MULTILINE)
+    first, found, _ = (ROOT / "README.md").read_text("utf-8").partition(marker)
+    assert found
+    (picture,) = re.findall(r"^!\[.+\]\((.+)\)$", first, re.MULTILINE)
+    assert (ROOT / picture).is_file()
+    assert len(re.findall(r"^\$ ", first, re.MULTILINE)) == 3
+    assert len(re.findall(r"docs/answers\.md#", first)) == 10

@@ -3,6 +3,7 @@
 from fkernel.checkpoint.conditions import Condition
 from fkernel.checkpoint.files import read_json, read_tensors
 from fkernel.checkpoint.formats import STATE_PLACES, find_layout
+from fkernel.checkpoint.in_shards import ShardedCheckpoint, load_shards
 from fkernel.checkpoint.loading import Checkpoint, Provenance, load
 from fkernel.checkpoint.model import load_adapter, load_model, load_tokenizer
 from fkernel.checkpoint.optimizer import adamw_state, load_adamw_state, optimizer_state, stored_optimizer_state
@@ -17,6 +18,7 @@ __all__ = [
     "Checkpoint",
     "Condition",
     "Provenance",
+    "ShardedCheckpoint",
     "Skeleton",
     "adamw_state",
     "architecture",
@@ -27,6 +29,7 @@ __all__ = [
     "load_adamw_state",
     "load_adapter",
     "load_model",
+    "load_shards",
     "load_tokenizer",
     "optimizer_state",
     "read_json",

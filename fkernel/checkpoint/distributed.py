@@ -21,13 +21,15 @@ from typing import Any
 
 import torch
 
-from fkernel.checkpoint.chunks import Item, items_of
+from fkernel.checkpoint.chunks import Box, Item, items_of
 from fkernel.checkpoint.files import check_sums, first_line
 from fkernel.checkpoint.quiet import libraries_quiet
 from fkernel.errors import CheckpointError
 from fkernel.io import inside
 
 METADATA = ".metadata"
+Rows = Callable[[str, tuple[int, ...]], slice | None]
+"""(a stored tensor's key, its shape) -> which of its rows are wanted; None for all."""
 CLASSES = {
     "torch.distributed.checkpoint.metadata": (
         "BytesStorageMetadata",
@@ -56,18 +58,27 @@ ASIDE = re.compile(r"^(app\.)?(dataloaders?|rng_state|extra_state)(\.|$)")
 """Keys of what a trainer keeps for itself and nothing here needs: they are not read."""
 
 
+def whole(key: str, shape: tuple[int, ...]) -> slice | None:
+    """Want all rows of every tensor."""
+    return None
+
+
 def everything(key: str) -> bool:
     """Want all that is stored, but for the state of data loaders and of random numbers."""
     return ASIDE.match(key) is None
 
 
 @libraries_quiet()
-def read_distributed(path: str | Path, wanted: Callable[[str], bool] = everything) -> dict[str, Any]:
+def read_distributed(
+    path: str | Path, wanted: Callable[[str], bool] = everything, rows_of: Rows = whole
+) -> dict[str, Any]:
     """Read a directory of `torch.distributed.checkpoint.save` into one nested dictionary of tensors.
 
     Args:
         path: the directory.
         wanted: whether a key is read; a key joins what is nested by dots, "optimizer.state.w.exp_avg".
+        rows_of: (key, shape) -> which rows of a tensor are read, None for all; chunks without any of them are not
+            opened.
 
     Raises:
         CheckpointError: it is no such directory, it is damaged or lacks a file, its files are of several steps, or it
@@ -78,7 +89,10 @@ def read_distributed(path: str | Path, wanted: Callable[[str], bool] = everythin
     try:
         items = [item for item in items_of(metadata, directory / METADATA) if wanted(item.key)]
         keys = {item.key for item in items}
-        found = {key: _blank(about) for key, about in metadata.state_dict_metadata.items() if key in keys}
+        about_all: Mapping[str, Any] = metadata.state_dict_metadata
+        rows = {key: rows_of(key, tuple(about_all[key].size)) for key in keys if hasattr(about_all[key], "size")}
+        found = {key: _blank(about, rows.get(key)) for key, about in about_all.items() if key in keys}
+        items = [item for item in items if item.box is None or _inside(item.box, rows[item.key])]
         paths = metadata.planner_data or {}
     except CheckpointError:
         raise
@@ -86,7 +100,7 @@ def read_distributed(path: str | Path, wanted: Callable[[str], bool] = everythin
         raise CheckpointError(f"{directory / METADATA} is damaged: {first_line(error)}") from error
     steps: dict[str, set[float]] = {}
     for name, own in groupby(items, key=lambda item: item.file):
-        _read_file(_path(directory, name), [*own], found, steps)
+        _read_file(_path(directory, name), [*own], found, rows, steps)
     _check_steps(directory, steps)
     return _nested(found, paths, directory / METADATA)
 
@@ -135,13 +149,28 @@ class _Restricted(pickle.Unpickler):
         )
 
 
-def _blank(about: Any) -> Any:
-    """Make room for a tensor; None for what is no tensor."""
+def _blank(about: Any, rows: slice | None) -> Any:
+    """Make room for a tensor, or for some of its rows; None for what is no tensor."""
     chunks = getattr(about, "chunks", None)
-    return None if chunks is None else torch.empty(tuple(about.size), dtype=about.properties.dtype)
+    if chunks is None:
+        return None
+    shape = tuple(about.size) if rows is None else (rows.stop - rows.start, *about.size[1:])
+    return torch.empty(shape, dtype=about.properties.dtype)
 
 
-def _read_file(path: Path, items: list[Item], found: dict[str, Any], steps: dict[str, set[float]]) -> None:
+def _inside(box: Box, rows: slice | None) -> bool:
+    """Tell whether a chunk has any of the rows; one without numbers has what there is of it."""
+    (start, *_), (size, *_) = box if box[0] else ((0,), (1,))
+    return rows is None or (start < rows.stop and rows.start < start + size)
+
+
+def _read_file(
+    path: Path,
+    items: list[Item],
+    found: dict[str, Any],
+    rows: Mapping[str, slice | None],
+    steps: dict[str, set[float]],
+) -> None:
     """Read what is wanted of one file into its place."""
     try:
         with path.open("rb") as file:
@@ -151,7 +180,7 @@ def _read_file(path: Path, items: list[Item], found: dict[str, Any], steps: dict
                 if item.box is None:
                     found[item.key] = value
                 else:
-                    _place(found[item.key], value, item, path)
+                    _place(found[item.key], value, item, rows[item.key], path)
                 if STEP.search(item.key):
                     steps.setdefault(path.name, set()).add(float(value))
     except CheckpointError:
@@ -183,8 +212,8 @@ def _loaded(data: bytes, item: Item, path: Path) -> Any:
         ) from error
 
 
-def _place(whole: torch.Tensor, value: Any, item: Item, path: Path) -> None:
-    """Copy a chunk into its tensor."""
+def _place(whole: torch.Tensor, value: Any, item: Item, rows: slice | None, path: Path) -> None:
+    """Copy a chunk into its tensor, of which only some rows may be wanted."""
     assert item.box is not None
     start, shape = item.box
     what = f"{list(value.shape)} of {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
@@ -193,7 +222,12 @@ def _place(whole: torch.Tensor, value: Any, item: Item, path: Path) -> None:
             f"{path} has {what} where its {METADATA} says a part of {item.key!r} is, {list(shape)} of {whole.dtype}: "
             f"it is of another rank or of another checkpoint."
         )
-    whole[tuple(slice(begin, begin + extent) for begin, extent in zip(start, shape, strict=True))] = value.detach()
+    value = value.detach()
+    if rows is not None:
+        first, last = max(start[0], rows.start), min(start[0] + shape[0], rows.stop)
+        value = value[first - start[0] : last - start[0]]
+        start = (first - rows.start, *start[1:])
+    whole[tuple(slice(begin, begin + extent) for begin, extent in zip(start, value.shape, strict=True))] = value
 
 
 def _check_steps(directory: Path, steps: Mapping[str, set[float]]) -> None:

@@ -71,6 +71,7 @@ def estimate(
     dtype: Annotated[str, typer.Option(help="The parameters' dtype: float32 or float64.")] = "float32",
     processes: Annotated[int | None, typer.Option(help="Ranks, for what a step costs each of them.")] = None,
     gpu: Annotated[str, typer.Option(help="What each rank has: a100, h100 or h200.")] = "h100",
+    sharded: Annotated[bool, typer.Option(help="With --processes: the parameters are in shards too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Predict memory, disk and time of a kernel, without loading any weights; or of `fkernel run PLAN`.
@@ -88,7 +89,7 @@ def estimate(
             study.say_forecast(Path(model), memory, as_json)
             return
         if processes is not None:
-            _on_ranks(model, n_u, n_e, tokens, dtype, processes, gpu, as_json)
+            _on_ranks(model, n_u, n_e, tokens, dtype, processes, gpu, sharded, as_json)
             return
         feasible = _estimate(model, n_u, n_e, tokens, memory, store, dtype, as_json)
     if not feasible:
@@ -153,7 +154,9 @@ def _sample(path: Path, rows: int, as_json: bool) -> None:
         print_line(line)
 
 
-def _on_ranks(model: str, n_u: int, n_e: int, tokens: int, dtype: str, processes: int, gpu: str, as_json: bool) -> None:
+def _on_ranks(
+    model: str, n_u: int, n_e: int, tokens: int, dtype: str, processes: int, gpu: str, sharded: bool, as_json: bool
+) -> None:
     """Print what a step costs each of several ranks."""
     from fkernel.errors import ModelError
 
@@ -162,14 +165,15 @@ def _on_ranks(model: str, n_u: int, n_e: int, tokens: int, dtype: str, processes
 
         from fkernel import report
         from fkernel.checkpoint import skeleton_of, workload_of
-        from fkernel.engine.planning import GPUS, cost_on_ranks
+        from fkernel.engine.planning import GPUS, cost_in_shards, cost_on_ranks
 
         if gpu not in GPUS:
             raise ModelError(f"--gpu is {gpu!r}; expected {', '.join(GPUS)}.")
         if dtype not in ("float32", "float64"):
             raise ModelError(f"--dtype is {dtype!r}; fkernel differentiates in float32 or float64.")
         bones = skeleton_of(model, tokens, getattr(torch, dtype))
-        cost = cost_on_ranks(workload_of(bones, n_u, n_e, whole=False), processes)
+        predicted = cost_in_shards if sharded else cost_on_ranks
+        cost = predicted(workload_of(bones, n_u, n_e, whole=False), processes)
     if as_json:
         typer.echo(json.dumps(report.ranks_record(cost, GPUS[gpu]), indent=1))
     else:

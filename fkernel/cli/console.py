@@ -47,7 +47,7 @@ def exit_on_error() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print_error("stopped. What is complete is kept; the same command goes on from there.")
+        print_error("stopped. What is complete is kept; the same command computes the rest.")
         raise typer.Exit(130) from None
     except (FKernelError, OSError) as error:
         if not (getattr(error, "of_all_ranks", False) and int(os.environ.get("RANK", "0"))):

@@ -45,7 +45,8 @@ def account(
 
     Example: fkernel account run/recording --probes probes.jsonl --out account
 
-    After an interruption the same command goes on. Under torchrun it joins the ranks that are there.
+    After an interruption the same command begins at the last step that was written to disk. Under torchrun it joins the
+    ranks that are there.
     """
     with exit_on_error():
         if started(processes):

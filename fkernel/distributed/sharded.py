@@ -86,7 +86,7 @@ def is_distributed(leaf: Any) -> bool:
 
 
 def local_tree(group: Group, given: Tree, shapes: Shapes, what: str) -> Tree:
-    """Return this rank's shards of leaves that are shards already, `DTensor`s, or whole.
+    """Return this rank's shards of leaves that are shards already (as of a `DTensor`), or whole.
 
     Args:
         group: the ranks.

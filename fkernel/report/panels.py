@@ -113,6 +113,7 @@ def _left_over(axes: Axes, analysis: AnalysisResult, order: list[int]) -> None:
     axes.barh(places, np.clip(floor - low, 0, None), left=low, height=0.74, color=PALE, label=next(caption))
     axes.plot(_above(rest), places, "o", color=BLUE, markersize=6, label=next(caption))
     axes.set_xscale("log")
+    axes.xaxis.set_minor_formatter("")  # within a decade, labels of 2, 3, … would overlap
     axes.set_xlim(low, None)
     axes.set_xlabel("size  (nats)", fontsize=9)
     axes.set_title("what is left over", loc="left", fontsize=11)

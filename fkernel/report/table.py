@@ -168,8 +168,10 @@ def study_lines(results: FisherKernelResults) -> list[str]:
 
 
 def p_value(analysis: AnalysisResult | None, result: RequestResult, row: int, u: SequenceInfo) -> float | None:
-    """The p-value of a contributor to a row; None where it is not known, or several sequences were added up."""
+    """The p-value of a contributor to a row; None where there is none: nothing to permute, or several added up."""
     if analysis is None or "top_p" not in analysis.arrays or u.times > 1 or result.top is None:
+        return None
+    if not any(analysis.facts["informative"]):
         return None
     ids = [result.update[column].id for column in result.top[row]][: analysis["top_p"].shape[1]]
     return float(analysis["top_p"][row, ids.index(u.id)]) if u.id in ids else None

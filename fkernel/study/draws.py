@@ -38,8 +38,15 @@ class UpdateRules(BatchSource):
     """How an update batch is rewarded and weighted.
 
     Attributes:
-        reward: the reward function, or {name: function} of several, whose values are recorded.
+        dataset_split: of the plan's prompts.
+        seed: of the draw; None for the plan's.
+        reward: the reward function: math, exact, gym or a dotted name; or {name: function} of several, whose values are
+            recorded.
         reward_weights: {name: weight} of several; 1 each by default.
+        advantage: the rule by which rewards become advantages: group_mean, grpo, rloo, raw or a dotted name.
+        weights: the rule by which the loss divides, of `fkernel.rollout.loss_weights`: sequence, grpo, group_token,
+            bnpo, dapo or dr_grpo.
+        weight_options: of that rule.
     """
 
     kind: Literal["update"]
@@ -53,7 +60,12 @@ class UpdateRules(BatchSource):
 
 
 class UpdateDraw(UpdateRules):
-    """U: `SampleGenerator.generate_update_batch`."""
+    """An update batch that is sampled from the checkpoint.
+
+    Attributes:
+        batch_size_prompts: prompts.
+        completions_per_prompt: responses to each.
+    """
 
     batch_size_prompts: int = Field(gt=0)
     completions_per_prompt: int = Field(gt=0)
@@ -108,7 +120,16 @@ def check_rewards(draw: UpdateDraw, generator: SampleGenerator, batch: Generated
 
 
 class EvaluationDraw(BatchSource):
-    """E: `SampleGenerator.generate_evaluation_batch`."""
+    """Responses to prompts of a split, sampled from the checkpoint.
+
+    Attributes:
+        batch_size_prompts: prompts.
+        completions_per_prompt: responses to each.
+        with_replacement: whether a prompt may be drawn twice.
+        dataset_split: of the plan's prompts.
+        seed: of the draw; None for the plan's.
+        reward: the reward function, as of an update batch; None for none.
+    """
 
     kind: Literal["evaluation"]
     batch_size_prompts: int = Field(gt=0)
@@ -136,7 +157,15 @@ class EvaluationDraw(BatchSource):
 
 
 class PromptIdsDraw(BatchSource):
-    """Certain prompts: `SampleGenerator.generate_from_prompt_ids`."""
+    """Responses to certain prompts of a split, sampled from the checkpoint.
+
+    Attributes:
+        prompt_ids: global_prompt_ids, or positions in the split.
+        dataset_split: of the plan's prompts.
+        completions_per_prompt: responses to each.
+        seed: of the draw; None for the plan's.
+        reward: the reward function, as of an update batch; None for none.
+    """
 
     kind: Literal["prompt_ids"]
     prompt_ids: tuple[str | int, ...] = Field(min_length=1)
@@ -159,7 +188,13 @@ class PromptIdsDraw(BatchSource):
 
 
 class CustomPromptsDraw(BatchSource):
-    """Prompts written by hand: `SampleGenerator.generate_from_custom_prompts`."""
+    """Responses to prompts written by hand, sampled from the checkpoint.
+
+    Attributes:
+        prompts: their texts, which are put into the template.
+        completions_per_prompt: responses to each.
+        seed: of the draw; None for the plan's.
+    """
 
     kind: Literal["custom_prompts"]
     prompts: tuple[str, ...] = Field(min_length=1)
@@ -178,10 +213,15 @@ class CustomPromptsDraw(BatchSource):
 
 
 class CustomSequenceDraw(BatchSource):
-    """A prompt and a response written by hand: `SampleGenerator.build_custom_sequence`.
+    """A prompt and a response written by hand.
 
     Attributes:
         name: of the sequence; "probe-1" by default.
+        prompt: is put into the template, unless raw.
+        response: its text.
+        metadata: kept with the sequence.
+        raw: whether the prompt is the whole text that the policy reads.
+        ended: whether the response ends with the end-of-sequence token.
     """
 
     kind: Literal["custom_sequence"]

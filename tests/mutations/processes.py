@@ -115,6 +115,13 @@ MUTATIONS = [
         "each[0]",
     ),
     Mutation(
+        "the first rows of a chunk for those of a shard",
+        "tests/distributed/test_load_shards.py",
+        "checkpoint/distributed.py",
+        "value = value[first - start[0] : last - start[0]]",
+        "value = value[: last - first]",
+    ),
+    Mutation(
         "parameters in shards that are not certified",
         SHARDS,
         "func/layers/cutting.py",

@@ -46,6 +46,12 @@ MUTATIONS = [
         'if p is not None and p >= CHANCE:',
     ),
     Mutation(
+        'a p-value where nothing was permuted',
+        'tests/study/test_shown.py::test_a_p_value_is_told_only_where_something_was_permuted',
+        'report/table.py', 'if not any(analysis.facts["informative"]):',
+        'if False:',
+    ),
+    Mutation(
         'bars of the ledger over each other',
         "tests/study/test_panels.py::test_bars_of_the_ledger_do_not_cover_each_other",
         'report/panels.py', 'start = np.where(values < 0, down, up)',

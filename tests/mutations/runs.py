@@ -178,4 +178,11 @@ REAL = [
         'fills["after"] = plan.checkpoint.model_copy(update={"step": number + 1})',
         'fills["after"] = plan.checkpoint.model_copy(update={"step": number + 2})',
     ),
+    Mutation(
+        "another step's sequences with the log-probabilities that its own policy gave them",
+        f"{STEP}::test_a_request_of_another_recorded_step_is_scored_by_the_plans_checkpoint",
+        "study/config/requests.py",
+        "        return replace(batch, records=tuple(records))\n\n\nclass PayloadBatch",
+        "        return batch\n\n\nclass PayloadBatch",
+    ),
 ]

@@ -244,7 +244,7 @@ def test_ctrl_c_leaves_a_workspace_that_the_same_command_finishes(run, tmp_path)
     _, err = process.communicate(timeout=120)
     assert process.returncode in (130, 0), err.decode()
     if process.returncode == 130:
-        assert b"the same command goes on from there" in err
+        assert b"the same command computes the rest" in err
         assert b"Traceback" not in err
     told("run", tmp_path / "study.yaml")
     assert FisherKernelResults.load(tmp_path / "out")["held_out"].kept("kernel").shape == (2, 9)

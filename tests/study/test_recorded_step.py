@@ -110,3 +110,25 @@ def test_what_is_not_there(tmp_path):
         )
     with pytest.raises(FKernelError, match="no step 40"):
         as_recorded(plan_of("dapo", tmp_path, update={"kind": "recorded", "step": 40}))
+
+
+def test_a_request_of_a_recorded_step_names_it(tmp_path):
+    with pytest.raises(ValueError, match="name the recording and the step"):
+        plan_of("dapo", tmp_path, requests=[{"kind": "recorded", "step": 3}])
+
+
+def test_a_request_of_another_recorded_step_is_scored_by_the_plans_checkpoint(tmp_path):
+    recording = recording_of("dapo")
+    request = {"kind": "recorded", "name": "later", "recording": str(recording.directory), "step": STEP + 2}
+    plan = plan_of("dapo", tmp_path / "out", requests=[request], storage={"persist": False, "pictures": False})
+    runner = FisherKernelRunner(plan)
+    later = runner.run()["later"]
+    batch = recording.step(STEP + 2).batch
+    assert [each.id for each in later.evaluation] == batch.ids
+    own = score(runner.checkpoint.model, batch.sequences, Sampling(temperature=1.0))
+    expected = [sum(each.logprobs) for each in own]
+    np.testing.assert_allclose([each.logprob for each in later.evaluation], expected, rtol=1e-5)
+    assert np.abs(np.subtract(expected, [sum(record.logprobs) for record in batch])).max() > 1e-3  # its own policy's
+    assert later.predicted is not None
+    assert later.realised is not None
+    np.testing.assert_allclose(later.predicted, later.realised, atol=0.02 * np.abs(later.realised).max())

@@ -11,7 +11,8 @@ import pytest
 from rich.table import Table
 
 from fkernel.cli.console import Tables
-from fkernel.study import RequestResult, SequenceInfo
+from fkernel.report.summary import culprit_lines
+from fkernel.study import AnalysisResult, RequestResult, SequenceInfo
 from fkernel.study.results import FisherKernelResults
 
 
@@ -75,3 +76,12 @@ def test_no_number_is_cut(width):
     text = file.getvalue()
     for number in ("-65.4321", "+1234.5678", "-0.0001"):
         assert number in text
+
+
+@pytest.mark.parametrize(("informative", "said"), [([True], ", p 0.3 (could be chance)"), ([False], "")])
+def test_a_p_value_is_told_only_where_something_was_permuted(informative, said):
+    facts = {"informative": informative, "prompts": ["p"]}
+    sure = AnalysisResult({"top_p": np.full((1, 4), 0.3), "prompt_p": np.ones((1, 1))}, facts)
+    lines = culprit_lines(replace(result(), analyses={"uncertainty": sure}), 0)
+    assert lines[0].endswith("+700.00 · 10⁻³ nats")  # two sequences added up have no p
+    assert lines[1].endswith(f"-500.00 · 10⁻³ nats{said}")

@@ -15,7 +15,7 @@ from fkernel.engine.planning.kept import (
 )
 from fkernel.engine.planning.machine import Rates, rates
 from fkernel.engine.planning.passes import bytes_of
-from fkernel.engine.planning.ranks_cost import GPUS, Gpu, RanksCost, cost_on_ranks
+from fkernel.engine.planning.ranks_cost import GPUS, Gpu, RanksCost, cost_in_shards, cost_on_ranks
 from fkernel.engine.planning.strategy import Option, Strategy, cost, usual_microbatch
 from fkernel.engine.planning.walking import Walk, walk_of
 from fkernel.engine.planning.work import Work
@@ -43,6 +43,7 @@ __all__ = [
     "choose_meeting",
     "choose_tile",
     "cost",
+    "cost_in_shards",
     "cost_on_ranks",
     "counted",
     "estimate",

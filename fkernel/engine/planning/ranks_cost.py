@@ -63,6 +63,24 @@ class RanksCost(NamedTuple):
         return self.flops / gpu.flops + sum(self.sent.values()) / gpu.wire
 
 
+def cost_in_shards(load: Workload, ranks: int) -> RanksCost:
+    """Predict the same where θ is in shards too.
+
+        memory    θ P b/W;  moments, D, g and the step's parts 7 P b/W;  a piece of θ, its copy, and a node's, 4 p b
+        sent      Jᵀw P b (W − 1)/W;  θ for each of three walks, forward and back, 6 P b (W − 1)/W
+
+    Raises:
+        ModelError: as `cost_on_ranks`.
+    """
+    cost, b = cost_on_ranks(load, ranks), load.itemsize
+    walk, P = load.walk, load.size
+    assert not isinstance(walk, str)
+    away, piece = (ranks - 1) / ranks, max(walk.largest, walk.head) * b
+    shards = {"parameters, in shards": P * b / ranks, "state, in shards": 7.0 * P * b / ranks, "gathered": 4.0 * piece}
+    others = {what: each for what, each in cost.memory.items() if what not in ("parameters", "step and path", *shards)}
+    return cost._replace(sent={**cost.sent, "vectors": 7.0 * P * b * away}, memory={**shards, **others})
+
+
 def cost_on_ranks(load: Workload, ranks: int) -> RanksCost:
     """Predict what an explained step costs each of `ranks`.
 

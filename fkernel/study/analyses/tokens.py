@@ -26,7 +26,11 @@ from fkernel.study.workspace import tokens_of
 
 
 class TokensPlan(Strict):
-    """The change of every token, and token × token kernels of some pairs."""
+    """The change of every token, and token × token kernels of some pairs.
+
+    Attributes:
+        pairs: [E id, U id].
+    """
 
     pairs: tuple[tuple[str, str], ...] = Field((), description="[E id, U id]")
 

@@ -36,7 +36,13 @@ from fkernel.study.workspace import KernelWorkspace
 
 
 class UncertaintyPlan(Strict):
-    """Resampled prompts and permuted advantages."""
+    """Resampled prompts and permuted advantages.
+
+    Attributes:
+        draws: how many of each.
+        coverage: of the intervals.
+        seed: of the draws.
+    """
 
     draws: int = Field(1000, ge=20)
     coverage: float = Field(0.9, gt=0, lt=1)

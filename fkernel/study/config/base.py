@@ -103,7 +103,19 @@ class CheckpointPlan(Strict):
 
 
 class PromptsPlan(Strict):
-    """Where prompts come from: exactly one of a file, a data set and a task."""
+    """Where prompts come from: exactly one of a file, a data set and a task.
+
+    Attributes:
+        jsonl: a file with an object a line.
+        dataset: a directory of `datasets`' save_to_disk().
+        task: a reasoning-gym task.
+        split: by which requests name it.
+        question: column with the question, of a file or a data set.
+        answer: column with the answer, for rewards.
+        size: questions, of a task.
+        seed: of a task.
+        options: of a task.
+    """
 
     jsonl: Place | None = None
     dataset: Place | None = Field(None, description="a directory of save_to_disk()")
@@ -131,7 +143,15 @@ class PromptsPlan(Strict):
 
 
 class SamplingPlan(Strict):
-    """How responses are sampled; see `fkernel.rollout.Sampling`."""
+    """How responses are sampled; see `fkernel.rollout.Sampling`.
+
+    Attributes:
+        temperature: by which logits are divided.
+        top_p: the smallest set of tokens of this probability is kept; 1 for all.
+        top_k: so many tokens are kept; 0 for all.
+        max_new_tokens: the most tokens of a response.
+        stop_strings: texts that end a response.
+    """
 
     temperature: float = Field(default=1.0, gt=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -149,7 +169,14 @@ def one_of(model: BaseModel, *names: str) -> None:
 
 
 class SourcePlan(Strict):
-    """A checkpoint, prompts and sampling: the arguments of `SampleGenerator`."""
+    """A checkpoint, prompts and sampling: the arguments of `SampleGenerator`.
+
+    Attributes:
+        checkpoint: the policy.
+        prompts: prompt sources, one per split.
+        template: from a question to the prompt's text: gsm8k_r1, chat (the tokenizer's), or bare for the text itself.
+        sampling: how responses are sampled.
+    """
 
     checkpoint: CheckpointPlan
     prompts: tuple[PromptsPlan, ...] = Field((), description="one per split")

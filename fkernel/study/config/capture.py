@@ -8,7 +8,12 @@ from fkernel.study.config.values import Strict
 
 
 class Submatrix(Strict):
-    """Entries of K to store: every pair of some rows and columns, by id; `*` matches any characters."""
+    """Entries of K to store: every pair of some rows and columns, by id; `*` matches any characters.
+
+    Attributes:
+        rows: ids of E.
+        columns: ids of U.
+    """
 
     rows: tuple[str, ...] = Field(min_length=1)
     columns: tuple[str, ...] = Field(min_length=1)

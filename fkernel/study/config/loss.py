@@ -133,7 +133,11 @@ class SequenceRatioLoss(ClippedLoss):
 
 
 class LuspoLoss(ClippedLoss):
-    """LUSPO's surrogate: GSPO's, times the response's length."""
+    """LUSPO's surrogate: GSPO's, times the response's length.
+
+    Attributes:
+        level: whose ratio.
+    """
 
     kind: Literal["luspo"]  # pyright: ignore[reportIncompatibleVariableOverride]
     level: Level = "sequence"

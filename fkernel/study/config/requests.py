@@ -37,7 +37,11 @@ from fkernel.study.draws import (
 
 
 class FromFile(BatchSource):
-    """A batch that `save_batch` wrote; sampled by the plan's checkpoint, except a U whose `step.loss` allows any."""
+    """A batch that `save_batch` wrote; sampled by the plan's checkpoint, except a U whose `step.loss` allows any.
+
+    Attributes:
+        path: its directory.
+    """
 
     kind: Literal["from_file"]
     path: Place
@@ -55,6 +59,10 @@ class Recorded(BatchSource):
     """The batch of a recorded step, as it was used; where both are left out, that of the plan's checkpoint.
 
     What the recording knows of the step is filled in where the plan's `step` is silent.
+
+    Attributes:
+        recording: a directory that a Recorder wrote.
+        step: optimizer steps taken before it.
     """
 
     kind: Literal["recorded"]
@@ -77,7 +85,17 @@ class Recorded(BatchSource):
 
 
 class SamplePayload(Strict):
-    """A prompt and a response, as in `CustomSample`, a reward, and a name: "probe-1", … by default, in U U-000-00."""
+    """A prompt and a response written by hand.
+
+    Attributes:
+        name: its id in results; "probe-1", … by default, in U "U-000-00", ….
+        prompt: is put into the template, unless raw.
+        response: its text.
+        metadata: kept with the sequence.
+        raw: whether the prompt is the whole text that the policy reads.
+        ended: whether the response ends with the end-of-sequence token.
+        reward: shown with it; in U advantages are made of it.
+    """
 
     name: Name | None = None
     prompt: str
@@ -89,12 +107,18 @@ class SamplePayload(Strict):
 
 
 class Payload(BatchSource):
-    """Sequences that are passed in: exactly one of samples, a callback, or (from Python) a batch."""
+    """Sequences that are passed in: exactly one of samples, a callback, or (from Python) a batch.
+
+    Attributes:
+        samples: written by hand.
+        callback: dotted name of a function: SampleGenerator → GeneratedBatch.
+        batch: a GeneratedBatch, from Python only.
+    """
 
     kind: Literal["payload"]
     samples: tuple[SamplePayload, ...] | None = Field(None, min_length=1)
-    callback: str | None = Field(None, description="dotted name of a function: SampleGenerator -> GeneratedBatch")
-    batch: Any = Field(None, description="from Python only")
+    callback: str | None = None
+    batch: Any = None
 
     @model_validator(mode="after")
     def _one(self) -> Payload:
@@ -185,7 +209,12 @@ class BatchRequest(BatchSource):
 
 
 class UpdateBatch(UpdateRules, BatchRequest):
-    """U itself, with the workspace's gradients; or another update batch, where sizes are given."""
+    """U itself, with the workspace's gradients; or another update batch, where sizes are given.
+
+    Attributes:
+        batch_size_prompts: prompts of another update batch.
+        completions_per_prompt: responses to each.
+    """
 
     batch_size_prompts: int | None = Field(None, gt=0)
     completions_per_prompt: int | None = Field(None, gt=0)
@@ -232,6 +261,23 @@ class FromFileBatch(FromFile, BatchRequest):
     """A request of kind from_file."""
 
 
+class RecordedBatch(Recorded, BatchRequest):
+    """A request of kind recorded: the sequences of any recorded step, scored by the plan's checkpoint."""
+
+    @model_validator(mode="after")
+    def _which(self) -> RecordedBatch:
+        if self.recording is None or self.step is None:
+            raise ValueError("name the recording and the step: {kind: recorded, recording: DIR, step: 12}")
+        return self
+
+    def generate(self, generator: SampleGenerator, seed: int = 0) -> GeneratedBatch:
+        """Read it, and score it: another policy may have sampled it."""
+        batch = super().generate(generator, seed)
+        scored = score(generator.model, batch.sequences, generator.sampling)
+        records = (replace(record, **own._asdict()) for record, own in zip(batch, scored, strict=True))
+        return replace(batch, records=tuple(records))
+
+
 class PayloadBatch(Payload, BatchRequest):
     """A request of kind payload."""
 
@@ -247,6 +293,7 @@ AnyRequest = Annotated[
     | CustomPromptsBatch
     | CustomSequenceBatch
     | FromFileBatch
+    | RecordedBatch
     | PayloadBatch,
     Field(discriminator="kind"),
 ]

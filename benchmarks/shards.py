@@ -1,0 +1,198 @@
+"""`python -m benchmarks.shards`: memory of each rank where θ, the optimizer's state and the step are in shards.
+
+A step of AdamW is explained, on one process whole and on 2 and 4 ranks in shards, each in processes of their own. Of
+each rank: the resident memory before θ is there, and its peak until the effect is there, so that θ, the state, the step
+and the passes count, and libraries do not. And of a distributed checkpoint of θ, m and v, loaded whole by one process
+and in shards by each rank. Results go to stdout as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from benchmarks.environment import environment
+from fkernel import checkpoint, explain_step, func, precond
+from fkernel.distributed import group_of, shard_of
+from fkernel.shapes import Tree
+
+SHAPE: Any = {
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 14,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "vocab_size": 8192,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
+"""Of Qwen2's architecture, 49M parameters; its largest layer has 7 % of them, its table 9 %."""
+SEQUENCES = {"E": 8, "U": 16}
+TOKENS = 64
+
+
+def bytes_resident() -> int:
+    """Read the resident memory."""
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_resident() -> int:
+    """Read the largest resident memory so far, of this program: `ru_maxrss` also counts what its parent had."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024
+
+
+def leaves(shapes: dict[str, torch.Size], seed: int, scale: float, group: Any) -> Tree:
+    """Draw a vector, this rank's shard of it; each rank draws a parameter at a time."""
+    draw, found = torch.Generator().manual_seed(seed), dict[str, torch.Tensor]()
+    for name, shape in shapes.items():
+        rows = slice(None) if group is None else shard_of(shape[0], group.size, group.rank)
+        found[name] = (scale * torch.randn(shape, generator=draw))[rows].clone()
+        if "norm" in name and scale == 0.02:
+            found[name] += 1.0
+    return found
+
+
+def batch(n: int, seed: int) -> func.Sequences:
+    """Draw sequences."""
+    draw = torch.Generator().manual_seed(seed)
+    rows = torch.randint(SHAPE["vocab_size"], (n, TOKENS), generator=draw).tolist()
+    return func.pad([row[: TOKENS // 2] for row in rows], [row[TOKENS // 2 :] for row in rows])
+
+
+def explained(mesh: Any) -> dict[str, Any]:
+    """Explain a step, and say what it took."""
+    torch.set_num_threads(1)
+    group = None if mesh is None else group_of(mesh)
+    with func.without_weights():
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2", **SHAPE), attn_implementation="eager")
+    E, U = (batch(n, seed) for seed, n in enumerate(SEQUENCES.values()))
+    shapes = {name: leaf.shape for name, leaf in model.named_parameters()}
+    before = bytes_resident()
+    params = leaves(shapes, 1, 0.02, group)
+    if group is None:
+        for name, leaf in params.items():
+            owner, _, own = name.rpartition(".")
+            model.get_submodule(owner)._parameters[own] = torch.nn.Parameter(leaf)
+        model.tie_weights()
+    S = func.sequence_logprob(func.make_functional(model)[0])
+    m, v = (
+        leaves(shapes, 2, 1e-3, group),
+        {name: leaf.square_() for name, leaf in leaves(shapes, 3, 1e-3, group).items()},
+    )
+    state = precond.adamw_init(params, lr=1e-4)
+    state = precond.AdamWState(**{**vars(state), "exp_avg": m, "exp_avg_sq": v, "step": dict.fromkeys(params, 7)})
+    w = torch.linspace(-1, 2, SEQUENCES["U"])
+    effect, _ = explain_step(S, params, E, U, w, state, max_norm=1.0, mesh=mesh)
+    peak = peak_resident()
+    return {
+        "bytes": peak - before,
+        "predicted": effect.predicted.tolist(),
+        "parameters": sum(s.numel() for s in shapes.values()),
+    }
+
+
+def write(folder: Path) -> None:
+    """Write θ, m and v as torch.distributed.checkpoint does, from one process, and the configuration beside it."""
+    config = AutoConfig.for_model("qwen2", **SHAPE)
+    with func.without_weights():
+        model = AutoModelForCausalLM.from_config(config)
+    shapes = {name: leaf.shape for name, leaf in model.named_parameters()}
+    entries = {name: {"step": torch.tensor(7.0)} for name in shapes}
+    for seed, moment in enumerate(("exp_avg", "exp_avg_sq")):
+        for name, leaf in leaves(shapes, seed + 2, 1e-3, None).items():
+            entries[name][moment] = leaf.square()
+    group = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01, "amsgrad": False, "maximize": False}
+    group |= {"foreach": None, "capturable": False, "differentiable": False, "fused": None, "params": [*shapes]}
+    optimizer = {"state": entries, "param_groups": [{**group, "decoupled_weight_decay": True}]}
+    save({"model": leaves(shapes, 1, 0.02, None), "optimizer": optimizer}, checkpoint_id=folder / "dcp", no_dist=True)
+    config.save_pretrained(folder)
+
+
+def loaded(mesh: Any, folder: Path) -> dict[str, Any]:
+    """Load a checkpoint, whole or this rank's shards, and say what it took."""
+    torch.set_num_threads(1)
+    before = bytes_resident()
+    if mesh is None:
+        kept = checkpoint.load(folder / "dcp", model=folder).optimizer
+    else:
+        kept = checkpoint.load_shards(folder / "dcp", mesh, model=folder).optimizer
+    assert kept is not None
+    return {
+        "bytes": peak_resident() - before,
+        "kept": bytes_resident() - before,
+    }
+
+
+def work(rank: int, ranks: int, folder: Path | None, queue: Any) -> None:
+    """Run on one rank."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29741", "RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    mesh = None
+    if ranks > 1:
+        dist.init_process_group("gloo", rank=rank, world_size=ranks)
+        mesh = init_device_mesh("cpu", (ranks,))
+    queue.put((rank, explained(mesh) if folder is None else loaded(mesh, folder)))
+    if ranks > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def measured(ranks: int, folder: Path | None = None) -> list[dict[str, Any]]:
+    """Run on some ranks, in new processes."""
+    context = mp.get_context("spawn")
+    queue = context.Queue()
+    processes = [context.Process(target=work, args=(rank, ranks, folder, queue)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    found = dict(queue.get(timeout=900) for _ in processes)
+    for process in processes:
+        process.join()
+    return [found[rank] for rank in range(ranks)]
+
+
+def main() -> None:
+    """Measure one process, then each number of ranks."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ranks", type=int, nargs="*", default=[2, 4])
+    options = parser.parse_args()
+    (alone,) = measured(1)
+    P = alone["parameters"]
+    result: dict[str, Any] = {"environment": environment(), "parameters": P, "tokens": TOKENS, "sequences": SEQUENCES}
+    result["ranks"] = {"1": {"bytes": [alone["bytes"]], "vectors of θ": alone["bytes"] / 4 / P, "relative": 1.0}}
+    for ranks in options.ranks:
+        every = measured(ranks)
+        most = max(each["bytes"] for each in every)
+        apart = max(abs(a - b) for each in every for a, b in zip(each["predicted"], alone["predicted"], strict=True))
+        size = max(abs(value) for value in alone["predicted"])
+        result["ranks"][str(ranks)] = {
+            "bytes": [each["bytes"] for each in every],
+            "vectors of θ": most / 4 / P,
+            "relative": most / alone["bytes"],
+            "predicted change, largest difference": apart / size,
+        }
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder))
+        every = {ranks: measured(ranks, Path(folder)) for ranks in (1, *options.ranks)}
+    whole = every[1][0]["bytes"]
+    result["loading θ, m and v"] = {"bytes of them": 12 * P} | {
+        str(ranks): {"bytes": [one["bytes"] for one in each], "relative": max(one["bytes"] for one in each) / whole}
+        for ranks, each in every.items()
+    }
+    json.dump(result, sys.stdout, indent=2, ensure_ascii=False)
+
+
+if __name__ == "__main__":
+    main()
