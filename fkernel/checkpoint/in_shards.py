@@ -9,7 +9,6 @@ Results are, bit for bit, slices of what `load` gives.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +30,7 @@ from fkernel.checkpoint.weights import INDEX
 from fkernel.distributed import Group, agree, group_of, shard_of, together
 from fkernel.errors import CheckpointError, ModelError, listing
 from fkernel.func import without_weights
+from fkernel.io import parse_json
 from fkernel.precond import OptimizerState, exact_state
 from fkernel.shapes import Tensor, Tree
 
@@ -164,7 +164,7 @@ def _safetensors(directory: Path, rows_of: Rows) -> Tree:
     found: Tree = {}
     try:
         index = directory / INDEX
-        files = {*json.loads(index.read_text())["weight_map"].values()} if index.is_file() else {"model.safetensors"}
+        files = {*parse_json(index.read_text())["weight_map"].values()} if index.is_file() else {"model.safetensors"}
         for name in sorted(files):
             with safe_open(directory / name, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118

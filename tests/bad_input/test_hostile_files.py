@@ -81,7 +81,10 @@ class Case(NamedTuple):
 
 MODULES = {
     "checkpoint": ("checkpoint/files.py", "checkpoint/model.py", "checkpoint/weights.py", "checkpoint/arguments.py"),
-    "distributed": ("checkpoint/distributed.py", "checkpoint/skeleton.py", "checkpoint/shards.py"),
+    "distributed": (
+        *("checkpoint/distributed.py", "checkpoint/skeleton.py"),
+        *("checkpoint/shards.py", "checkpoint/in_shards.py"),
+    ),
     "formats": (
         *("checkpoint/formats/deepspeed/places.py", "checkpoint/formats/fsdp/places.py"),
         *("checkpoint/formats/fsdp/reading.py", "record/policy.py"),
