@@ -26,11 +26,10 @@ from fkernel.checkpoint.model import ADAPTER
 from fkernel.checkpoint.names import unwrapped
 from fkernel.checkpoint.optimizer import Names, stored_optimizer_state
 from fkernel.checkpoint.quiet import libraries_quiet
-from fkernel.checkpoint.weights import INDEX
+from fkernel.checkpoint.weights import INDEX, shards_of
 from fkernel.distributed import Group, agree, group_of, shard_of, together
 from fkernel.errors import CheckpointError, ModelError, listing
 from fkernel.func import without_weights
-from fkernel.io import parse_json
 from fkernel.precond import OptimizerState, exact_state
 from fkernel.shapes import Tensor, Tree
 
@@ -164,9 +163,9 @@ def _safetensors(directory: Path, rows_of: Rows) -> Tree:
     found: Tree = {}
     try:
         index = directory / INDEX
-        files = {*parse_json(index.read_text())["weight_map"].values()} if index.is_file() else {"model.safetensors"}
-        for name in sorted(files):
-            with safe_open(directory / name, framework="pt") as file:
+        files = shards_of(directory) if index.is_file() else [directory / "model.safetensors"]
+        for path in files:
+            with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118
                     stored = file.get_slice(key)
                     rows = rows_of(key, tuple(stored.get_shape()))

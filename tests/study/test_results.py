@@ -281,7 +281,7 @@ def test_an_edited_number_is_refused(results, tmp_path):
         FisherKernelResults.load(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["kernel.npz", "plan.json", "environment.json"])
+@pytest.mark.parametrize("name", ["kernel.npz", "plan.json"])
 def test_a_file_of_another_run_is_refused(results, tmp_path, name):
     results.save_results(tmp_path / "one")
     own = dataclasses.replace(results.self_kernel, kernel=2 * np.eye(4))
