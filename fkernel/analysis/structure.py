@@ -98,7 +98,12 @@ def kernel_pca(K: Tensor, components: int = 2) -> KernelPCA:
     centred = _centred(_square(K, "K"))
     if not 1 <= components <= len(K):
         raise BatchError(f"components is {components}; a kernel of {len(K)} sequences has 1 to {len(K)}.")
-    values, vectors = torch.linalg.eigh(centred)
+    try:
+        values, vectors = torch.linalg.eigh(centred)
+    except torch.linalg.LinAlgError as error:
+        raise BatchError(
+            f"K, whose largest entry is {float(K.abs().max()):.3g}, has no spectrum in float64 ({error})."
+        ) from error
     values, vectors = values.flip(0).clamp_min(0)[:components], vectors.flip(1)[:, :components]
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
     whole = centred.diagonal().sum().clamp_min(0)
@@ -227,6 +232,8 @@ def correlations(
 def _square(K: Tensor, name: str) -> Tensor:
     """Return K in float64, exactly symmetric."""
     tree.check_tensors({name: K}, "kernel")
+    if K.is_meta:
+        raise BatchError(f"{name} lies on the meta device and holds no values.")
     if K.ndim != 2 or K.shape[0] != K.shape[1] or not len(K):
         raise BatchError(f"{name} has shape {list(K.shape)}; expected the kernel of a batch with itself, [n n].")
     bad = (~torch.isfinite(K)).any(1).nonzero()

@@ -115,7 +115,7 @@ def resamplings(groups: Tensor, draws: int = 1000, seed: int = 0) -> Resamplings
         (tensor([1, 1, 0]), tensor([2., 2.], dtype=torch.float64))
     """
     place, G = places(groups, draws)
-    if not isinstance(seed, int) or not 0 <= seed < 2**63 or draws * G > MOST:
+    if type(seed) is not int or not 0 <= seed < 2**63 or draws * G > MOST:
         raise BatchError(
             f"{draws} resamplings of {G} prompts by the seed {seed!r}; expected at most {MOST} prompts drawn in all, "
             f"and a seed of 0 or more, below 2⁶³."
@@ -127,7 +127,7 @@ def resamplings(groups: Tensor, draws: int = 1000, seed: int = 0) -> Resamplings
 def places(groups: Tensor, draws: int) -> tuple[Tensor, int]:
     """Number prompts from 0: ([n] int64, G); raise BatchError where there is nothing to draw."""
     tree.check_tensors({"groups": groups}, "prompts")
-    if not isinstance(draws, int) or groups.ndim != 1 or not len(groups) or draws < 1:
+    if type(draws) is not int or groups.is_meta or groups.ndim != 1 or not len(groups) or draws < 1:
         raise BatchError(
             f"groups has shape {list(groups.shape)} and there are to be {draws} draws; expected [n], one prompt's "
             f"number a sequence, and at least one draw."

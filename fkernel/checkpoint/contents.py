@@ -140,8 +140,10 @@ def _with_masters(state_dict: Mapping[str, Any], source: Any) -> Mapping[str, An
     if not isinstance(state, Mapping) or not all(isinstance(entry, Mapping) for entry in state.values()):
         return state_dict  # which `recognise` refuses
     if isinstance(groups, list | tuple) and all(isinstance(group, Mapping) and "params" in group for group in groups):
-        known = {name for group in groups for name in group["params"]}
-        strange = [name for name in state if name not in known]
+        known = [name for group in groups for name in group["params"]]
+        if not all(isinstance(name, int | str | tuple) for name in known):
+            return state_dict  # which `recognise` refuses, too
+        strange = [name for name in state if name not in {*known}]
         if strange:
             raise CheckpointError(
                 f"{source} holds the optimizer's state of {listing(list(map(str, strange)))}, which none of its "

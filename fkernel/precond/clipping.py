@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from fkernel import tree
-from fkernel.errors import OptimizerStateError
+from fkernel.errors import NonFiniteError, OptimizerStateError
 from fkernel.precond.state import check_tree
 from fkernel.shapes import Tree
 
@@ -30,7 +30,7 @@ def clip_factor(grads: Tree, max_norm: float | None) -> float:
     tree.check_finite(grads, "grads")
     if max_norm is None or max_norm == math.inf:
         return 1.0
-    if not isinstance(max_norm, int | float) or not max_norm > 0:
+    if not isinstance(max_norm, int | float) or not 0 < max_norm < 2**1000:
         raise OptimizerStateError(f"max_norm is {max_norm!r}; expected a positive number, or None for no clipping.")
     return min(1.0, max_norm / (float(tree.norm(grads)) + 1e-6))
 
@@ -56,5 +56,7 @@ def clip_gradient(
         >>> clip_gradient({"w": torch.tensor([-3.0, -4.0])}, clip=0.5)
         ({'w': tensor([1.5000, 2.0000])}, 0.5, 5.0)
     """
-    c = clip_factor(ascent, max_norm) if clip is None else clip
-    return tree.scale(-c, ascent), c, float(tree.norm(ascent))
+    c, norm = clip_factor(ascent, max_norm) if clip is None else clip, float(tree.norm(ascent))
+    if not math.isfinite(norm):
+        raise NonFiniteError("The gradient is finite, and its norm is not: it is too large for its own dtype.")
+    return tree.scale(-c, ascent), c, norm

@@ -192,5 +192,5 @@ def _check_numbers(name: str, state: AdamWState) -> None:
     ranges["weight_decay"] = (0.0, finite)
     for field, (low, high) in ranges.items():
         value = getattr(state, field)[name]
-        if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value < high:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value < min(high, 2.0**1000):
             raise OptimizerStateError(f"{field}[{name!r}] is {value!r}; expected {low} ≤ {field} < {high}.")

@@ -20,9 +20,10 @@ A step or snapshot is written to a temporary directory and renamed. Nothing is p
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file
@@ -44,6 +45,7 @@ from fkernel.io import (
 from fkernel.record.layout import RecordedMicrobatch
 from fkernel.shapes import Tensor, Tree
 
+Read = TypeVar("Read", bound=Callable[..., Any])
 SCHEMA = 1
 ABOUT, STEPS, SNAPSHOTS, REPLACED = "recording.json", "steps", "snapshots", "replaced"
 STEP, TOKENS, ROWS = "step.json", "tokens.safetensors", "sequences.jsonl"
@@ -107,6 +109,21 @@ def read_about(directory: Path) -> dict[str, Any]:
             f"{SCHEMA}. Update it."
         )
     return about
+
+
+def damage_told(read: Read) -> Read:
+    """Raise StoreError where whole files of a recording do not say what they should: edited, and sealed again."""
+
+    @wraps(read)
+    def told(self: Any, *args: Any) -> Any:
+        try:
+            return read(self, *args)
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            raise StoreError(
+                f"The recording at {str(self.directory)!r} is damaged: {type(error).__name__} {error}. Copy it again."
+            ) from error
+
+    return told  # pyright: ignore[reportReturnType]
 
 
 def write_step(

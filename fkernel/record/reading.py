@@ -20,6 +20,7 @@ from fkernel.precond import OptimizerState
 from fkernel.record.directory import (
     SNAPSHOTS,
     STEPS,
+    damage_told,
     numbered,
     place_of,
     read_about,
@@ -262,6 +263,7 @@ class Recording:
         """The tokenizer, or None where there was none."""
         return tokenizer_of(self.directory)
 
+    @damage_told
     def step(self, number: int) -> RecordedStep:
         """Read a step, its checksums verified.
 
@@ -283,6 +285,7 @@ class Recording:
             self.about["temperature"],
         )
 
+    @damage_told
     def snapshot(self, number: int) -> Snapshot:
         """Read the state before a step, its checksums verified.
 
@@ -296,6 +299,7 @@ class Recording:
         dicts = tuple(state_dict_of(groups, names, tensors, facts["state"]) for groups, names in pairs)
         return Snapshot(number, params, dicts)
 
+    @damage_told
     def summary(self) -> dict[str, Any]:
         """Facts of the recording, JSON: steps, sizes, losses, learning rates, norms, what is missing.
 

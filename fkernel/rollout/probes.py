@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -115,12 +116,15 @@ class _Row(BaseModel):
 
 def _checked(row: dict[str, Any], i: int) -> dict[str, Any]:
     try:
+        json.dumps(row, allow_nan=False, ensure_ascii=False).encode()  # a text of half a pair is none
         given = {key: list(value) if isinstance(value, tuple) else value for key, value in row.items()}
         return _Row.model_validate(given).model_dump(exclude_unset=True)
     except ValidationError as error:
         details = [(".".join(map(str, each["loc"])), each["msg"], each["input"]) for each in error.errors()]
         lines = "; ".join(f"{place}: {text} (it is {str(value)[:60]!r})" for place, text, value in details)
         raise RolloutError(f"The probe number {i + 1} is none: {lines}.") from None
+    except (TypeError, ValueError) as error:
+        raise RolloutError(f"The probe number {i + 1} cannot be written as JSON: {error}.") from None
 
 
 def _probe(row: dict[str, Any], i: int, generator: SampleGenerator) -> GeneratedBatch:

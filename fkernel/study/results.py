@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from fkernel.errors import ResultsError
 from fkernel.io import atomic_file
@@ -39,6 +40,7 @@ BATCHES = "batches"
 OWN = "update_batch"
 """Prefix of K_UU's arrays; no request may have this name."""
 _ARRAYS = ("batch", *EFFECTS, "squared_norms", "diagonal", "top", "top_contributions", "kernel", "contributions")
+INFO = TypeAdapter(SequenceInfo)
 _OWN = ("eigenvalues", "squared_norms", "diagonal", "kernel")
 
 
@@ -255,7 +257,7 @@ def _read(
     names = [field.name for field in fields(SequenceInfo) if field.name != "times"]
 
     def infos(rows: Any, ids: np.ndarray) -> tuple[SequenceInfo, ...]:
-        sequences = tuple(SequenceInfo(**{name: row[name] for name in names}) for row in rows)
+        sequences = tuple(INFO.validate_python({name: row[name] for name in names}) for row in rows)
         if [info.id for info in sequences] != ids.tolist():
             raise ResultsError("results.json and kernel.npz are about different sequences.")
         return sequences
@@ -265,6 +267,8 @@ def _read(
     for name, row in data["requests"].items():
         given = {key: arrays[f"{name}/{key}"] for key in _ARRAYS if f"{name}/{key}" in arrays}
         check_arrays(given, name, len(update))
+        if not isinstance(row["facts"], dict):
+            raise TypeError(f"the facts of {name!r} are a {type(row['facts']).__name__}")
         start = f"{name}/{PART}"
         parts = {key.removeprefix(start): values for key, values in arrays.items() if key.startswith(start)}
         if "diagonal" in given:

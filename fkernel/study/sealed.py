@@ -92,7 +92,8 @@ def read_files(directory: Path, schema: int) -> Files:
         raise ResultsError(
             f"{directory} holds no readable results.json, plan.json, environment.json and kernel.npz: {error}"
         ) from error
-    written = record.pop("sha256", {})
+    written = record.pop("sha256", None)
+    written = written if isinstance(written, dict) else {}
     if wrong := [name for name in actual if actual[name] != written.get(name)]:
         raise ResultsError(
             f"{directory / wrong[0]} is not the file that was written with {directory / RECORD}; put that one back, or "

@@ -201,24 +201,23 @@ def checkpoints(place: Path) -> Family:
 def probes(place: Path) -> Family:
     """A file of probes, of texts and of tokens."""
     run = _run(place)
-    rows = [
-        {
-            "name": "a",
-            "prompt": "1+1=",
-            "response": "2",
-            "raw": True,
-            "ended": True,
-            "reward": 1.0,
-            "metadata": {"k": 1},
-        },
-        {"id": "b", "prompt_ids": [40, 41], "response_ids": [42, 1], "reward": 0.5},
-    ]
+    texts = {
+        "name": "a",
+        "prompt": "1+1=",
+        "response": "2",
+        "raw": True,
+        "ended": True,
+        "reward": 1,
+        "metadata": {"k": 1},
+    }
+    tokens = {"id": "a", "prompt_ids": [40, 41], "response_ids": [42, 1], "reward": 0.5}
     plan = FisherKernelPlan.model_validate(run.plan(place / "out"))
     generator = plan.generator(plan.checkpoint.load(), plan.sources())
     file = place / "probes.jsonl"
 
     def family(draw: random.Random) -> tuple[str, Callable[[], Any]]:
-        what, tree = spoilt(rows, draw)
+        row = draw.choice((texts, tokens))
+        what, tree = spoilt([row, {**row, "id" if "id" in row else "name": "b"}], draw)
         data = "\n".join(json.dumps(row) for row in tree).encode()
         if draw.random() < 0.2:
             what, data = spoilt_bytes(data, draw)
@@ -279,7 +278,8 @@ def commands(place: Path) -> Family:
 def _tensor(leaf: torch.Tensor, draw: random.Random) -> tuple[str, Any]:
     """Spoil a tensor: numbers, shape, dtype, kind."""
     changed = leaf.clone()
-    numbers = {"nan": math.nan, "inf": -math.inf, "huge": 1e308, "tiny": 1e-320}
+    most = torch.finfo(leaf.dtype).max if leaf.is_floating_point() else 0
+    numbers = {"nan": math.nan, "inf": -math.inf, "huge": most, "tiny": 1e-320}
     others: dict[str, Callable[[], Any]] = {
         "short": lambda: changed.reshape(-1)[:-1],
         "long": lambda: torch.cat([changed.reshape(-1)] * 2),

@@ -67,8 +67,8 @@ def trial(family: Family, name: str, number: int, seed: int) -> tuple[str, str, 
         where = traceback.extract_tb(error.__traceback__)[-1]
         if type(error).__name__ == "TypeCheckError":  # of annotations, which tests execute
             return what, "refused", str(error)
-        if where.name == "plain":  # the function under test is the user's own, and so is what it raises
-            return what, "the user's own", str(error)
+        if any(frame.name == "plain" for frame in traceback.extract_tb(error.__traceback__)):
+            return what, "the user's own", str(error)  # f is his
         return what, f"RAW {type(error).__name__}", f"{error} ({Path(where.filename).name}:{where.lineno})"
     finally:
         signal.alarm(0)

@@ -88,7 +88,8 @@ def _short(name: str) -> str:
 
 
 def _path(path: str) -> str:
-    if not path.strip() or "\0" in path:
+    long = any(len(part.encode()) > 255 for part in path.split("/"))  # no file system takes it
+    if not path.strip() or "\0" in path or long:
         raise ValueError("expected the path of a file or a directory")
     return path
 
