@@ -148,7 +148,7 @@ MUTATIONS = [
     ),
     Mutation(
         "influence without P", "influence_equals_kernel_times_weights",
-        "engine/fisher.py", "move = transformed(precond, towards)", "move = towards",
+        "engine/fisher.py", "move = transformed(P, towards)", "move = towards",
     ),
     Mutation(
         "an influence left in the engine's order", "influence_equals_kernel_times_weights",
@@ -341,7 +341,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a tied table counted once", "layers_give_what_the_whole_gives",
-        "func/layers/walk.py", "uses.insert(0, self._heads[k])", "assert self._heads",
+        "func/layers/walk.py", "uses.insert(0, heads[k])", "assert heads",
     ),
     Mutation(
         "an online sum that is not rescaled", "layers_give_what_the_whole_gives",

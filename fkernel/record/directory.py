@@ -37,6 +37,7 @@ from fkernel.io import (
     flush_to_disk,
     make_directory,
     parse_json,
+    plain_errors,
     read_checksummed,
     safetensors_chunks,
     sweep,
@@ -189,9 +190,10 @@ def set_aside(directory: Path, kind: str, number: int) -> Path:
     i = 0
     while (free := target / f"{kind}-{place.name}-{i}").exists():
         i += 1
-    place.rename(free)
-    flush_to_disk(target)
-    flush_to_disk(place.parent)
+    with plain_errors("move", place):
+        place.rename(free)
+        flush_to_disk(target)
+        flush_to_disk(place.parent)
     return free
 
 

@@ -27,6 +27,8 @@ from math import inf, isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from fkernel import func
 from fkernel.errors import FKernelError, RolloutError
 from fkernel.io import (
@@ -129,6 +131,9 @@ def own_answer(
     if plan.self_kernel:
         options = {"capture_full": plan.capture.kernel}
         answer = kept_or_computed(cache, {"self_kernel": options}, lambda: Answer(self_kernel=self_kernel(**options)))
+        own = answer.self_kernel
+        if own is not None and answer.written is not None:  # requests find the norms that they found in the run before
+            cache.workspace.learn(func.SquaredNorms(*map(torch.from_numpy, (own.squared_norms, own.diagonal))))
     configs = plan.analyses.model_dump(mode="json", include={*UPDATE_ANALYSES})
     if any(configs.values()):
         analysed = kept_or_computed(cache, {"analyses": configs}, lambda: Answer(analyses=analyses()))

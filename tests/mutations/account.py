@@ -143,7 +143,7 @@ MUTATIONS = [
         "everything is told apart from chance",
         f"{REPORT}::test_culprits_come_in_the_order_of_their_contributions",
         "report/run_tables.py",
-        '"*" if marked[places[share.id]] else " "',
+        '"*" if is_told_apart(share) else " "',
         '"*"',
     ),
     Mutation(

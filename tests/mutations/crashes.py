@@ -75,6 +75,20 @@ MUTATIONS = [
         "if True:",
     ),
     Mutation(
+        "norms of U are forgotten where its kernel is read",
+        "tests/study/test_kept.py::test_a_run_that_was_stopped_after_some_answers_has_the_bits_of_one_that_was_not",
+        "study/kept.py",
+        "if own is not None and answer.written is not None:",
+        "if False:",
+    ),
+    Mutation(
+        "the step by which an earlier run is known is moved first",
+        "tests/record/test_loop.py::test_an_earlier_run_is_set_aside_whole_however_often_that_is_stopped[4]",
+        "record/resuming.py",
+        "for later in reversed(numbered(directory, STEPS)):",
+        "for later in numbered(directory, STEPS):",
+    ),
+    Mutation(
         "states of another run are taken for this one's",
         "tests/record/test_replay.py::test_states_of_another_run_are_not_taken_for_this_ones",
         "record/restored.py",

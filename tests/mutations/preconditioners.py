@@ -94,8 +94,8 @@ MUTATIONS = [
     Mutation(
         "an expert that no token chose, left alone",
         f"{UNUSED}::test_a_step_leaves_alone_what_torch_leaves_alone",
-        "func/unused.py", "if g is None)",
-        "if g is None or not g.all())",
+        "func/unused.py", "used.add(name)",
+        "used.update([name] if leaf.grad.all() else [])",
     ),
     Mutation(
         "a study that moves what the loss never uses",

@@ -83,8 +83,8 @@ MUTATIONS = [
         "blocks of other ranks' sequences at one rank's columns",
         "tests/distributed/test_same_numbers.py::test_all_products_by_every_strategy_are_those_of_one_process",
         "engine/layerwise_over_ranks.py",
-        "yield slice(at + start, at + start + count)",
-        "yield slice(y.starts[0] + start, y.starts[0] + start + count)",
+        "yield slice(base + start, base + start + n)",
+        "yield slice(y.starts[0] + start, y.starts[0] + start + n)",
     ),
     Mutation(
         "a path's node without its step, where θ is in shards",

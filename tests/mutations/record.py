@@ -90,7 +90,7 @@ MUTATIONS = [
         "a directory with steps is begun again",
         f"{LOOP}::test_a_resumed_run_must_say_where_it_is",
         "record/recorder.py",
-        "self._ranks.agree(self._check_empty)",
+        "self._ranks.agree(lambda: check_empty(self.directory))",
         "pass",
     ),
     Mutation(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from fkernel.engine import gradient_in
 from fkernel.errors import StoreError
 from fkernel.func import make_functional, weighted_logprob
 from fkernel.precond import AdamWState
-from fkernel.record import Recorder, Recording
+from fkernel.record import Recorder, Recording, resuming
+from fkernel.record.directory import set_aside
 from fkernel.record.gradients import leaf_norm
 from tests.record.loops import MAX_NORM, adamw, backward, gpt2, loss_of, statistics, take, tensors, train
 from tests.torture.leftovers import dead_beside
@@ -185,6 +187,33 @@ def test_a_run_that_goes_another_way_is_no_silent_overwrite(tmp_path):
     assert recording.steps == (0, 1)
     assert recording.snapshots == (0, 1, 2)
     assert len([*(tmp_path / "replaced").iterdir()]) == 4
+
+
+@pytest.mark.parametrize("moved", range(5))
+def test_an_earlier_run_is_set_aside_whole_however_often_that_is_stopped(tmp_path, monkeypatch, moved):
+    """What would be left of it, a later snapshot or step, would be taken for the new run's."""
+    model, left = gpt2(), [moved]
+    train(tmp_path, range(3), model, adamw(model), snapshots="every")
+
+    def stopping(*given):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return set_aside(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(resuming, "set_aside", stopping)
+        with suppress(KeyboardInterrupt):
+            model = gpt2()
+            train(tmp_path, range(1), model, adamw(model, 0.02), resume="replace")
+    assert left[0] == -1  # three steps and the three snapshots behind the first
+    model = gpt2()
+    train(tmp_path, range(1), model, adamw(model, 0.02), resume="replace")
+    recording = Recording.open(tmp_path)
+    assert recording.step(0).lr == ((0.02,),)
+    assert recording.steps == (0,)
+    assert recording.snapshots == (0,)
+    assert len([*(tmp_path / "replaced").iterdir()]) == 6
 
 
 def test_a_failure_within_a_step_leaves_nothing(tmp_path):

@@ -203,6 +203,18 @@ def test_what_a_killed_run_left_half_written_is_removed(run, tmp_path):
     assert len(list(kept.iterdir())) == 2
 
 
+def test_a_run_that_was_stopped_after_some_answers_has_the_bits_of_one_that_was_not(run, tmp_path):
+    """Norms of U come with U's kernel, or with the first request that needs them: whichever a run computed itself."""
+    plan = full(run, tmp_path / "out", requests=[HELD, PROBE], analyses={})
+    executed(plan).save_results(tmp_path / "undisturbed")
+    for answer in (tmp_path / "out" / "workspace" / "kept").iterdir():
+        if (answer / "batch").exists():
+            shutil.rmtree(answer)
+    executed(plan).save_results(tmp_path / "stopped")
+    for name in ("kernel.npz", "results.json"):
+        assert (tmp_path / "undisturbed" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes()
+
+
 def test_nothing_is_kept_where_gradients_are_not(run, tmp_path, computed):
     plan = full(run, tmp_path / "out", requests=[PROBE], storage={"persist": False, "pictures": False})
     executed(plan)

@@ -95,7 +95,7 @@ def _recorded(inputs: Path) -> None:
 
 
 def _account(inputs: Path, root: Path, **more: Any) -> None:
-    KeptSweep.__init__.__defaults__ = (0.0,)  # after every step, and not every 30 seconds
+    KeptSweep.__init__.__defaults__ = (0.0, None)  # after every step, and not every 30 seconds
     recording = Recording.open(inputs / "recording")
     account_recording(recording, recording.step(0).batch, root / "account", p_values=False, **more)
 

@@ -1,0 +1,39 @@
+"""Everything that is written goes through `fkernel.io`: whole or absent, flushed, swept where its writer died."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import fkernel
+
+ROOT = Path(fkernel.__file__).parent
+WRITING = {"write_text", "write_bytes", "mkdir", "makedirs", "rmtree", "touch", "savefig", "save_file", "symlink_to"}
+WITHIN = {
+    ("report/style.py", "savefig"): "to the temporary path of atomic_file",
+    ("study/results.py", "write_text"): "to the temporary path of atomic_file",
+    ("demo/export.py", "write_text"): "into the folder of atomic_directory",
+}
+"""What writes within a block of `fkernel.io`."""
+
+
+def writes(source: str) -> set[str]:
+    """Names of methods and functions called in a source that write past `fkernel.io`."""
+    calls = [node.func for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    names = {call.attr if isinstance(call, ast.Attribute) else getattr(call, "id", "") for call in calls}
+    return names & WRITING
+
+
+def test_nothing_is_written_past_the_layer() -> None:
+    found = {
+        (str(path.relative_to(ROOT)), name)
+        for path in ROOT.rglob("*.py")
+        if path.parent != ROOT / "io"
+        for name in writes(path.read_text(encoding="utf-8"))
+    }
+    assert found <= {*WITHIN}
+
+
+def test_the_check_sees_a_breach() -> None:
+    assert writes("from pathlib import Path\nPath('x').write_text('y')\n") == {"write_text"}
+    assert writes("import shutil\nshutil.rmtree('x')") == {"rmtree"}
