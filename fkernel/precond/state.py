@@ -88,6 +88,7 @@ def adamw_init(
         ({'w': 0}, {'w': 0.999})
     """
     check_tree(params, "params")
+    tree.check_tensors(params, "params")
     if not isinstance(betas, list | tuple) or len(betas) != 2:
         raise OptimizerStateError(f"betas is {betas!r}; expected two numbers, (β1, β2).")
     zeros = tree.zeros_like(params)
@@ -133,7 +134,7 @@ def check_state(state: Any, kind: type | None = None) -> None:
 def check_tree(x: Any, what: str) -> None:
     """Raise TreeError unless something is a tree, {name: tensor}; say which part of a tuple is one."""
     if isinstance(x, Mapping):
-        tree.check_tensors(x, what)
+        tree.check_tensors({name: leaf for name, leaf in x.items() if leaf is not None}, what)  # None: no gradient
         return
     if isinstance(x, tuple) and x and isinstance(x[0], Mapping):
         parts = getattr(x, "_fields", None)

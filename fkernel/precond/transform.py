@@ -125,6 +125,8 @@ def chain(*parts: Preconditioner) -> Preconditioner:
 
 
 def _fits(leaf: Tensor, d: Tensor, name: str) -> Tensor:
+    if leaf is None:
+        raise TreeError(f"The tree has no tensor for {name!r}, only None; give zeros where there is no gradient.")
     if leaf.is_meta != d.is_meta:
         raise TreeError(f"The tree's {name!r}, or the preconditioner's, lies on the meta device and holds no values.")
     if leaf.shape != d.shape and leaf.shape[1:] != d.shape:
