@@ -3,7 +3,8 @@
     nccl    one rank, NCCL: every exchange runs, with itself
     gloo    two ranks that share the accelerator: gloo moves their tensors
 
-K, influence and a step of AdamW in float64 over a mesh, against one process's. Results go to stdout as JSON.
+K, influence and a step of AdamW in float64 over a mesh, with θ whole on every rank and in shards, against one
+process's. Results go to stdout as JSON.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import json
 import os
 import traceback
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +24,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from benchmarks.device import on
 from benchmarks.models import build, model_of
 from fkernel import explain_step, func, influence, kernel, precond
+from fkernel.distributed import group_of, shard_tree
+from fkernel.shapes import Tensor, Tree
 
 
 def work(rank: int, ranks: int, backend: str, device: str, queue: Any) -> None:
@@ -33,15 +37,14 @@ def work(rank: int, ranks: int, backend: str, device: str, queue: Any) -> None:
         dist.init_process_group(backend, rank=rank, world_size=ranks)
         mesh = init_device_mesh(device, (ranks,))
         subject = build("tiny")
-        f = func.sequence_logprob(func.make_functional(model_of("tiny", "eager").to(device, torch.float64))[0])
+        f = func.sequence_logprob(func.make_functional(model_of("tiny", "sdpa").to(device, torch.float64))[0])
         params = on(subject.params, device, torch.float64)
         E, U = (on(subject.batch(n, 48, seed), device) for n, seed in ((5, 1), (7, 2)))
         P = precond.diagonal({name: 1.0 / (leaf.abs() + 0.1) for name, leaf in params.items()})
         weights = torch.linspace(-1, 1, 7, dtype=torch.float64, device=device)
         state = precond.adamw_init(params, lr=1e-4)
 
-        def of(mesh: Any) -> dict[str, Any]:
-            over = {} if mesh is None else {"mesh": mesh}
+        def of(params: Tree, state: precond.AdamWState, **over: Any) -> dict[str, Tensor]:
             effect, _ = explain_step(f, params, E, U, weights, state, **over)
             return {
                 "kernel": kernel(f, params, E, U, P, **over),
@@ -49,8 +52,16 @@ def work(rank: int, ranks: int, backend: str, device: str, queue: Any) -> None:
                 "explain_step": effect.predicted,
             }
 
-        one, many = of(None), of(mesh)
-        apart = {key: float((many[key] - one[key]).norm() / one[key].norm()) for key in one}
+        def shards(tree: Tree) -> Tree:
+            return shard_tree(group_of(mesh), tree)
+
+        own = replace(state, exp_avg=shards(state.exp_avg), exp_avg_sq=shards(state.exp_avg_sq))
+        one, whole = of(params, state), of(params, state, mesh=mesh)
+        found = {**whole, **{f"{key}, θ in shards": leaf for key, leaf in of(shards(params), own, mesh=mesh).items()}}
+        apart = {
+            key: float((leaf - one[key.split(",")[0]]).norm() / one[key.split(",")[0]].norm())
+            for key, leaf in found.items()
+        }
         queue.put((rank, apart))
     except BaseException:
         queue.put((rank, traceback.format_exc()[-1500:]))
