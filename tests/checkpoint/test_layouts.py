@@ -67,6 +67,8 @@ def test_what_libraries_say_to_each_other_does_not_reach_the_user(ran):
 
 
 def test_deprecations_of_the_callers_own_stay(monkeypatch):
+    from transformers import AutoModelForCausalLM
+
     from fkernel.checkpoint import model
 
     def loads(*given, **more):
@@ -75,7 +77,7 @@ def test_deprecations_of_the_callers_own_stay(monkeypatch):
         warnings.warn_explicit("something else", UserWarning, "peft/model.py", 1, module="peft.peft_model")
         raise OSError
 
-    monkeypatch.setattr(model.AutoModelForCausalLM, "from_pretrained", loads)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loads)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         with pytest.raises(fk.ModelError):
