@@ -27,6 +27,7 @@ def atomic_write(path: Path, chunks: Iterable[bytes | memoryview]) -> str:
         StoreError: the disk is full, or does not let us write; nothing is changed.
 
     Example:
+        >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as directory:
         ...     atomic_write(Path(directory) / "file", [b"some ", b"bytes"])[:12], os.listdir(directory)
         ('0d22cdcc10e6', ['file'])
@@ -39,6 +40,7 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> str:
     """Write a file in a directory that is not there yet under its own name; return the SHA-256 of its content.
 
     Example:
+        >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as directory:
         ...     write_file(Path(directory) / "file", [b"some ", b"bytes"])[:12]
         '0d22cdcc10e6'
@@ -63,6 +65,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         StoreError: the disk is full, or does not let us write; nothing is changed.
 
     Example:
+        >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as directory:
         ...     with atomic_file(Path(directory) / "file") as temporary:
         ...         temporary.touch()
@@ -93,6 +96,7 @@ def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
         StoreError: the disk is full, or does not let us write; nothing is changed.
 
     Example:
+        >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as directory:
         ...     with atomic_directory(Path(directory) / "folder") as temporary:
         ...         (temporary / "file").touch()
@@ -126,6 +130,7 @@ def make_directory(path: Path) -> Path:
         StoreError: there is a file, or the system refuses.
 
     Example:
+        >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as directory:
         ...     make_directory(Path(directory) / "a" / "b").is_dir()
         True
@@ -142,6 +147,7 @@ def remove_directory(path: Path) -> None:
     """Remove a directory and what it holds: a kill meanwhile leaves it as it was, or what the next sweep removes.
 
     Example:
+        >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as directory:
         ...     remove_directory(make_directory(Path(directory) / "a" / "b").parent)
         ...     os.listdir(directory)
@@ -159,6 +165,7 @@ def check_writable(path: Path) -> None:
     It is asked before hours of work, whose results would be lost there.
 
     Example:
+        >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as directory:
         ...     check_writable(Path(directory) / "results")
         ...     os.listdir(directory)
