@@ -100,7 +100,7 @@ def kernel_pca(K: Tensor, components: int = 2) -> KernelPCA:
         raise BatchError(f"components is {components}; a kernel of {len(K)} sequences has 1 to {len(K)}.")
     try:
         values, vectors = torch.linalg.eigh(centred)
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
         raise BatchError(
             f"K, whose largest entry is {float(K.abs().max()):.3g}, has no spectrum in float64 ({error})."
         ) from error
