@@ -116,7 +116,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the first rows of a chunk for those of a shard",
-        "tests/distributed/test_load_shards.py",
+        "tests/distributed/test_load_shards.py::test_shards_are_slices_of_the_whole_on_any_number_of_ranks",
         "checkpoint/distributed.py",
         "value = value[first - start[0] : last - start[0]]",
         "value = value[: last - first]",
