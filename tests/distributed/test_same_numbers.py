@@ -188,7 +188,7 @@ def test_what_does_not_go_with_shards_is_refused_by_name_and_the_rest_is_certifi
             "values": "ProcessError: Rank 1 of 2 failed: kernel: NonFiniteError: params['norm.bias'] holds 4",
         }
         for what, message in messages.items():
-            assert found[what].startswith(message), (what, found[what])
+            assert message in found[what], (what, found[what])  # of one rank, or as all of them make it
 
 
 def sent(mesh: Any) -> tuple[int, float]:
