@@ -247,7 +247,7 @@ def test_two_ranks_give_the_account_of_one_process_and_go_on_where_they_stopped(
         assert arrays.keys() == whole.arrays.keys()
         for name in ("contributions", "before", "decay", "momentum", "by_step", "realised"):
             assert size(arrays[name] - whole[name]) <= 1e-4 * size(whole[name])
-    assert {file.name for file in tmp_path.iterdir()} == {"account.json", "account.npz"}
+    assert {file.name for file in tmp_path.iterdir()} == {"account.json", "account.npz", "lock"}
     assert np.array_equal(AccountResults.load(tmp_path)["contributions"], every[1][2]["contributions"])
 
 
