@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
+import subprocess
+import sys
 import weakref
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -314,3 +318,30 @@ def test_gpt2_moves_its_positions_with_its_tokens():
     cut = cut_model(GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0)).double())
     assert isinstance(cut, Cut)
     assert set(cut.before) == {"transformer.wte.weight", "transformer.wpe.weight"}
+
+
+_TABLES = """
+import torch
+from fkernel import func
+from fkernel.func.layers.cutting import cut_of
+from tests.models import MODELS
+
+apply, params = func.make_functional(MODELS["gpt2"](0))
+print(*cut_of(func.sequence_logprob(apply), params, func.pad([[1, 2], [3]], [[4], [5]])).tables)
+"""
+
+
+def test_tables_come_in_the_order_of_their_lookup_in_every_process():
+    """Ranks gather them in that order; a set would have another one with this seed of hashes."""
+    environment = {**os.environ, "PYTHONHASHSEED": "2"}
+    command = [sys.executable, "-W", "ignore", "-c", _TABLES]
+    run = subprocess.run(
+        command,
+        cwd=Path(__file__).parents[1],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert run.stdout.split() == ["transformer.wte.weight", "transformer.wpe.weight"], run.stderr

@@ -14,6 +14,13 @@ MUTATIONS = [
         "side._replace(batch=trim(take(side.batch, slice(0, rows.stop - rows.start))))",
     ),
     Mutation(
+        "tables in the order of Python's hashes",
+        "tests/test_layers.py::test_tables_come_in_the_order_of_their_lookup_in_every_process",
+        "func/layers/anatomy.py",
+        "looked_up = dict.fromkeys(use.name for use in watched.made)",
+        "looked_up = {use.name for use in watched.made}",
+    ),
+    Mutation(
         "held sequences counted by themselves beside every block",
         f"{TILED}[E-start]",
         "engine/layerwise.py",

@@ -84,7 +84,7 @@ def observed(module: nn.Module, apply: Apply, params: Tree, sequences: Sequences
     head = heads[0][0]
     layers, outputs = _chain([calls[id(parts)] for parts in lists if len(calls[id(parts)]) == len(parts)], lists)
     table = next(name for name, leaf in named.items() if leaf is head.weight)
-    looked_up = {use.name for use in watched.made}
+    looked_up = dict.fromkeys(use.name for use in watched.made)  # in an order that is every rank's: they gather in it
     inner = {id(leaf) for part in layers for leaf in part.parameters()}
     tables = {
         name: named[name]
