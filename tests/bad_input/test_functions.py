@@ -42,6 +42,12 @@ def test_an_f_of_the_wrong_shape_is_a_model_error(params, entry, f, shape):
         ENTRIES[entry](f, params, vectors(), vectors())
 
 
+def test_a_row_a_sequence_of_e_alone_is_a_model_error(params):
+    """f is right for U: its batch has a dimension less."""
+    with clear_error(fk.ModelError, "f returned shape [1, ", "expected [n]"):
+        ENTRIES["explain_step, E"](plain, params, vectors()[None], vectors())
+
+
 @pytest.mark.parametrize("entry", [name for name in ENTRIES if name not in ("jvp", "curvature", "realised_change, E")])
 def test_an_f_with_a_row_a_sequence_has_no_single_gradient(params, entry):
     with clear_error(fk.ModelError, "f returned shape", "expected [n]"):

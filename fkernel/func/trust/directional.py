@@ -151,6 +151,7 @@ def row_by_row(f: Callable[[Tree], Tensor], params: Tree, direction: Tree) -> tu
     leaves, slopes = leaves_of(params), list[float]()
     with torch.enable_grad():
         value = leaves.run(f, {**leaves.constants, **leaves.trained})
+    check_output(value, len(value), per_sequence=True)
 
     def arrived(leaf: Tensor, name: str) -> None:
         assert leaf.grad is not None
