@@ -23,7 +23,7 @@ import torch
 from benchmarks.environment import ROOT
 from benchmarks.models import build, model_of
 from benchmarks.ratios import interleaved
-from benchmarks.runs_cost import N_U, THREADS, T, probes
+from benchmarks.runs_cost import N_U, THREADS, T, probes, step
 from fkernel.record import Recorder
 from fkernel.rollout import GeneratedBatch
 
@@ -49,12 +49,7 @@ def loop(
                 begun, mask = ids[:, : tokens // 2], attention[:, : tokens // 2]
                 length = {"max_length": tokens, "min_length": tokens, "pad_token_id": 0}
                 model.generate(begun, attention_mask=mask, do_sample=True, **length)
-            with recorder.step():
-                logp = model(ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-                logp = recorder.tap(logp, input_ids=ids, attention_mask=attention, response_mask=scored.long())
-                (-(logp * scored[:, 1:] * advantages[:, None]).sum() / scored.sum()).backward()
-                optimizer.step()
-                optimizer.zero_grad()
+            step(recorder, model, optimizer, (ids, attention, scored), advantages)
 
     return go_on
 

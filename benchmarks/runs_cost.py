@@ -25,6 +25,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.environment import ROOT
 from benchmarks.limits import plain_backward
@@ -41,6 +42,19 @@ THREADS = 1
 SNAPSHOTS = ("every", "first")
 
 
+def step(
+    recorder: Recorder, model: Any, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor, Tensor], A: Tensor
+) -> None:
+    """Take a recorded step of AdamW on −Σ A log π over the number of response tokens."""
+    ids, attention, scored = batch
+    with recorder.step():
+        logp = model(ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+        logp = recorder.tap(logp, input_ids=ids, attention_mask=attention, response_mask=scored.long())
+        (-(logp * scored[:, 1:] * A[:, None]).sum() / scored.sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 def recorded(place: Path, shape: str, steps: int, snapshots: str, tokens: int = T) -> Recording:
     """Record a loop of AdamW steps on random sequences with random advantages."""
     subject, model = build(shape), model_of(shape, "eager")
@@ -49,12 +63,7 @@ def recorded(place: Path, shape: str, steps: int, snapshots: str, tokens: int = 
     with Recorder(place, model, optimizer, snapshots=snapshots) as recorder:
         for number in range(steps):
             ids, attention, scored = subject.batch(N_U, tokens, 100 + number)
-            with recorder.step():
-                logp = model(ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-                logp = recorder.tap(logp, input_ids=ids, attention_mask=attention, response_mask=scored.long())
-                (-(logp * scored[:, 1:] * advantages[:, None]).sum() / scored.sum()).backward()
-                optimizer.step()
-                optimizer.zero_grad()
+            step(recorder, model, optimizer, (ids, attention, scored), advantages)
     return Recording.open(place)
 
 

@@ -133,11 +133,10 @@ def precision_conditions(weights: Dtypes, moments: Dtypes, base: Dtypes | None =
 
 def frozen_condition(names: list[str], total: int) -> Condition:
     """Tell that parameters are taken as frozen because the optimizer does not have them."""
-    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return Condition(
         "frozen",
         f"The optimizer has {total - len(names)} of the model's {total} trainable parameters; the others are taken as "
-        f"frozen: {shown}",
+        f"frozen: {listing(names, 3)}",
         "the optimizer's state",
         "Kernels and steps are about what it has.",
         "If a second optimizer trained them, its part of the step is missing here.",
@@ -146,11 +145,10 @@ def frozen_condition(names: list[str], total: int) -> Condition:
 
 def unstepped_condition(names: list[str], total: int) -> Condition:
     """Tell that the optimizer keeps nothing of some parameters while it has stepped others."""
-    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return Condition(
         "unstepped",
         f"The optimizer's state has nothing of {len(names)} of its {total} parameters, which are taken as never "
-        f"stepped: {shown}",
+        f"stepped: {listing(names, 3)}",
         "the optimizer's state",
         "A first step moves a weight by the whole learning rate.",
         "Right where they never had a gradient, as experts that no token reached; if they had, the state lost them: "

@@ -140,7 +140,7 @@ def test_a_lost_entry_beside_others_is_told(tmp_path):
     assert "unstepped" not in [condition.kind for condition in checkpoint.load(tmp_path).conditions]
     del state["state"][2]
     torch.save(state, tmp_path / "optimizer.pt")
-    with pytest.warns(fk.CheckpointWarning, match=f"has nothing of 1 of its .* never stepped: {name}"):
+    with pytest.warns(fk.CheckpointWarning, match=f"has nothing of 1 of its .* never stepped: '{name}'"):
         loaded = checkpoint.load(tmp_path)
     assert loaded.optimizer is not None
     assert loaded.optimizer.of(name).step == 0

@@ -120,7 +120,7 @@ def test_what_was_frozen_is_not_trained(name, tmp_path):
     first = next(name for name, _ in tiny().named_parameters())
     for path in rank_files(root / ACTOR, "optim"):
         edited(path, lambda found: found["state"].pop(0, None))
-    with pytest.warns(fk.CheckpointWarning, match=rf"taken as frozen: {first}"):
+    with pytest.warns(fk.CheckpointWarning, match=rf"taken as frozen: '{first}"):
         found = checkpoint.load(root / "global_step_2")
     assert not found.model.get_parameter(first).requires_grad
     assert found.optimizer is not None
