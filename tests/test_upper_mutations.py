@@ -61,8 +61,8 @@ class Bench(NamedTuple):
 
 
 def bench(place: Path) -> Bench:
-    for name in ("fkernel", "tests"):
-        shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("fkernel", "tests", "benchmarks"):
+        shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
     shutil.copy(ROOT / "pyproject.toml", place)
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     command, pipe = [sys.executable, str(ROOT / "tests" / "zygote.py")], subprocess.PIPE

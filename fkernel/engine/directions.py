@@ -9,10 +9,10 @@ error.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
-from fkernel import func
 from fkernel.engine.batching import SortedBatch, check_side
 from fkernel.engine.path import Path, check_path
 from fkernel.engine.planning import Strategy, usual_microbatch
@@ -27,7 +27,7 @@ from fkernel.shapes import Tensor, Tree
 def effects_along(
     f: Function,
     params: Tree,
-    E: func.Sequences,
+    E: Any,
     step: Tree,
     vectors: Mapping[str, Tree],
     *,

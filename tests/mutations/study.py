@@ -152,7 +152,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a damaged answer is served",
-        f"{STUDY}/test_kept.py::test_what_is_damaged_is_computed_again",
+        f"{STUDY}/test_kept.py::test_an_answer_beside_which_another_batch_lies_is_computed_again",
         "study/kept.py", ' or record["sha256"] != _checksums(place):', ":",
     ),
     Mutation(

@@ -176,6 +176,17 @@ def test_what_is_damaged_is_computed_again(run, tmp_path, computed, file):
     assert computed == []
 
 
+def test_an_answer_beside_which_another_batch_lies_is_computed_again(run, tmp_path, computed):
+    plan = full(run, tmp_path / "out", requests=[HELD], self_kernel=False, analyses={})
+    first = executed(plan)
+    (batch,) = (tmp_path / "out" / "workspace" / "kept").glob("*/batch")
+    shutil.rmtree(batch)
+    save_batch(run.batch.clone_with_subset(["U-000-00"]), batch)  # whole, but not the one that was evaluated
+    computed.clear()
+    same(executed(plan), first)
+    assert computed == ["held_out", "draw"]
+
+
 def test_an_analysis_that_failed_is_tried_again(run, tmp_path, computed, monkeypatch):
     from fkernel.errors import NonFiniteError
     from fkernel.study.analyses import sweep
