@@ -2,7 +2,7 @@
 
 The laws of the engine run inside a mutant (`tests/mutants.py`). Rooms that sample, keep, analyse and report are tested
 as a user meets them, so that here the test itself is run again, in a process of its own, on a copy that is changed.
-`make mutants` tries all of them, two copies at once; other runs try a third, which turns with every commit.
+`make mutants` tries all of them, two copies at once; other runs try a tenth, which turns with every commit.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.mutations import ALL, QUICK, SLOW
 
 ROOT = Path(__file__).parent.parent
 WHOLE = os.environ.get("FKERNEL_MUTANTS") == "all"
-SHARE = 3
+SHARE = 10
 UNCHANGED = Mutation("nothing", "tests/analysis/test_tokens.py", "analysis/tokens.py", "", "")
 AT_ONCE = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 

@@ -182,10 +182,8 @@ def prompts_of(results: AccountResults, e: int) -> list[Recurrence]:
         results: the account.
         e: row of the probe.
     """
-    C = results["contributions"][e]
-    there = np.flatnonzero(C)
-    ids = [results.sequences[u]["prompt_id"] for u in there]
-    return recurrences(ids, results.step_of[there].tolist(), C[there].tolist(), least=1)
+    ids = [sequence["prompt_id"] for sequence in results.sequences]
+    return recurrences(ids, results.step_of.tolist(), results["contributions"][e].tolist(), least=1)
 
 
 def told_apart(results: AccountResults, e: int) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Deliberate mistakes in what is tested as a user meets it; each names the test that must fail.
 
-A third of the QUICK ones is tried whenever tests run, another one with every commit. SLOW ones, whose tests make whole
+A tenth of the QUICK ones is tried whenever tests run, another one with every commit. SLOW ones, whose tests make whole
 studies and trainings, are tried by `make mutants`, and the first of each kind always, so that they cannot rot.
 """
 

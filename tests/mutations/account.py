@@ -149,9 +149,9 @@ MUTATIONS = [
     Mutation(
         "a prompt without advantages counts against the probe",
         f"{REPORT}::test_prompts_are_counted_by_step_and_nothing_is_neither_for_nor_against",
-        "report/run_tables.py",
-        "there = np.flatnonzero(C)",
-        "there = np.arange(len(C))",
+        "analysis/runs.py",
+        "for step, value in own.items() if value}",
+        "for step, value in own.items()}",
     ),
     Mutation(
         "a ledger that does not close is not loud",
