@@ -43,6 +43,12 @@ class ShardedTree(dict[str, Tensor]):
         """This rank's shards of the tree, constants apart."""
         return {name: self.shards[name] for name in self}
 
+    def moved(self, delta: Tree) -> ShardedTree:
+        """Return the tree θ + δ, constants as they are; δ is this rank's shards."""
+        constants = [name for name in self.shards if name not in self]
+        shards = {name: shard if name in constants else shard + delta[name] for name, shard in self.shards.items()}
+        return ShardedTree(self.group, shards, self.shapes, constants)
+
     def part(self, whole: Tensor) -> Tensor:
         """Return this rank's shard of a leaf that is whole."""
         rows = whole if whole.ndim else whole[None]

@@ -37,11 +37,14 @@ from typing import Any, NamedTuple
 import torch
 
 from fkernel import tree
+from fkernel.distributed import Group, ShardedTree
 from fkernel.engine.batching import SortedBatch, error_context
 from fkernel.engine.gradients import Gradients, Summing, computed
 from fkernel.engine.layerwise import Walking
 from fkernel.engine.over_ranks import over_all, own_shard
+from fkernel.engine.params_in_shards import own_part
 from fkernel.engine.step_gradients import Passes, gradients_of, long_cut, microbatches, whole
+from fkernel.engine.step_on_shards import norm_over
 from fkernel.engine.sums import weighted_gradient
 from fkernel.errors import BatchError
 from fkernel.func import unused_parameters
@@ -139,11 +142,12 @@ class Adjoints:
     """
 
     _later: _Start | None
+    _dealt: Group | None  # the ranks that vectors are split over; None where they are shards already, or one process's
 
     def __init__(self, side: SortedBatch, passes: Passes) -> None:
         """Start behind the last step, where nothing moves E any more."""
         self.side, self.passes, self.rows = side, passes, dict[str, Tensor]()
-        self._later, self._cuts = None, list[slice]()
+        self._later, self._cuts, self._dealt = None, list[slice](), passes.group
 
     def back(self, step: RunStep) -> tuple[StepColumns, Tree]:
         """Take one step back; return its columns, and the Δθ that was accounted for.
@@ -153,7 +157,8 @@ class Adjoints:
             TreeError, ModelError, NonFiniteError, OptimizerStateError: as `fkernel.engine.step.explain_step`.
         """
         g, J = self._gradient(step)
-        described = adamw_step(step.params, g, step.state)
+        θ = own_part(step.params)
+        described = adamw_step(θ, g, step.state)
         exact = Executed(described.total, _next_moment(step.state, g))
         executed = step.executed or exact
         step = step if step.delta is not None else replace(step, delta=executed.delta)
@@ -163,9 +168,9 @@ class Adjoints:
             for what in ("arithmetic", "unexplained")
         }
         if self._later is None:
-            own = own_shard(step.params, self.passes.group)
-            zeros = {name: leaf.new_zeros(len(self.side), *leaf.shape) for name, leaf in own.items()}
-            self._begin(step.params, step.delta, zeros)
+            self._begin(step.params, step.delta, {})
+            own = own_shard(θ, self._dealt)
+            self.rows = {name: leaf.new_zeros(len(self.side), *leaf.shape) for name, leaf in own.items()}
         else:
             _check_follows(step, self._later, g)
             later["arithmetic"] = -self.along(_difference(exact.exp_avg, executed.exp_avg))
@@ -176,7 +181,7 @@ class Adjoints:
         own, momentum, decay = described
         vectors = {"own": own, "momentum": momentum, "decay": decay}
         aged = {f"older {age}": replace(step.state, exp_avg=m) for age, m in sorted(step.older.items())}
-        vectors |= {what: adamw_step(step.params, g, state).momentum for what, state in aged.items()}
+        vectors |= {what: adamw_step(θ, g, state).momentum for what, state in aged.items()}
         vectors["arithmetic"] = _difference(exact.delta, executed.delta)
         vectors["unexplained"] = _difference(executed.delta, step.delta)
         del exact, executed, described
@@ -193,19 +198,20 @@ class Adjoints:
     def resume(self, step: RunStep, rows: Tree) -> None:
         """Go on behind a step that was taken back before, with the rows that it left."""
         delta = step.delta if step.delta is not None or step.executed is None else step.executed.delta
-        delta = adamw_step(step.params, self._gradient(step)[0], step.state).total if delta is None else delta
+        delta = adamw_step(own_part(step.params), self._gradient(step)[0], step.state).total if delta is None else delta
         self._begin(step.params, delta, dict(rows))
         self._later = _Start(step.params, step.state.exp_avg, step.state.step)
 
     def _begin(self, params: Tree, delta: Tree, rows: Tree) -> None:
         assert self.side.f is not None
         self.rows, self._cuts = rows, microbatches(self.side, params, self.passes, len(self.side))
+        self._dealt = None if isinstance(params, ShardedTree) else self.passes.group
         with error_context("E"):
             self.side.f = true_derivative(self.side.f, params, self.side.batch, delta)
 
     def along(self, vector: Tree) -> Tensor:
         """Compute ⟨β1 p_e, v⟩, [n_E] float64 in the caller's order."""
-        spec = ProductSpec(x=RowSpec({"v": own_shard(vector, self.passes.group)}))
+        spec = ProductSpec(x=RowSpec({"v": own_shard(vector, self._dealt)}))
         products = Products(spec, len(self.side), 0, self.side.order.device)
         products.add(self.rows, self.rows, own_y=False)
         return self._in_order(over_all(products.whole("x", "v"), self.passes.group))
@@ -215,8 +221,8 @@ class Adjoints:
         P = adamw_response(step.state, g)
         assert isinstance(P, Diagonal)
         assert P.d is not None
-        group, D = self.passes.group, own_shard(P.d, self.passes.group)
-        own = {what: own_shard(vector, group) for what, vector in vectors.items()}
+        group, D = self.passes.group, own_shard(P.d, self._dealt)
+        own = {what: own_shard(vector, self._dealt) for what, vector in vectors.items()}
         products = Products(ProductSpec(x=RowSpec(own)), len(self.side), 0, self.side.order.device)
         with error_context("E"):
             for rows, handles in gradients_of(self.side, self._cuts, step.params, step.delta, self.passes):
@@ -249,7 +255,8 @@ class Adjoints:
     def _gradient(self, step: RunStep) -> tuple[Grads, Gradients | None]:
         """Compute g = c ∇L, None where f never uses a parameter; and U's gradients, None where they are walked."""
         side, w, J = SortedBatch("U", step.U, step.f), step.weights.to(next(iter(step.params.values()))), None
-        group, walking = self.passes.group, long_cut(side, step.params) is not None
+        group, in_shards = self.passes.group, isinstance(step.params, ShardedTree)
+        walking = in_shards or long_cut(side, step.params) is not None
         cuts = [] if walking else microbatches(side, step.params, self.passes, len(self.side))
         if walking or group is not None:
             how = Walking() if walking else cuts[0].stop
@@ -297,7 +304,13 @@ def _check_follows(step: RunStep, later: _Start, g: Grads) -> None:
             raise BatchError(
                 f"it is the step after {t} of {name!r}, and the one after it follows {later.step[name]}; {advice}"
             )
-    gap = tree.axpy(-1.0, step.delta, tree.axpy(-1.0, step.params, later.params))
-    rounding = 4 * max(torch.finfo(leaf.dtype).eps for leaf in gap.values()) * float(tree.norm(step.params))
-    if (size := float(tree.norm(gap))) > 1e-3 * float(tree.norm(step.delta)) + rounding:
+    θ, group = own_part(step.params), step.params.group if isinstance(step.params, ShardedTree) else None
+    gap = tree.axpy(-1.0, step.delta, tree.axpy(-1.0, θ, own_part(later.params)))
+    size, moved, whole = (_norm(vector, group) for vector in (gap, step.delta, θ))
+    if size > 1e-3 * moved + 4 * max(torch.finfo(leaf.dtype).eps for leaf in gap.values()) * whole:
         raise BatchError(f"it ends at parameters {size:.2g} (norm) away from where the one after it begins; {advice}")
+
+
+def _norm(vector: Tree, group: Group | None) -> float:
+    """‖x‖; from this rank's shards of it, with a group."""
+    return float(tree.norm(vector)) if group is None else norm_over(vector, group)

@@ -16,7 +16,9 @@ A rank without a sequence walks one of another's, and tells nothing of it, so th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any, NamedTuple
 
 from fkernel.distributed import BUCKET, Group, exchange_rows, gather_numbers, shard_of, share_of
@@ -25,6 +27,7 @@ from fkernel.engine.by_layer import Side, shards
 from fkernel.engine.layerwise import Walking, must_cut
 from fkernel.engine.over_ranks import like_of, summed
 from fkernel.engine.planning.walking import tiles_of
+from fkernel.engine.planning.workloads import LONG
 from fkernel.engine.streaming import KernelBlock, arranged
 from fkernel.func.handles import (
     Concat,
@@ -38,7 +41,7 @@ from fkernel.func.handles import (
     materialize_into,
 )
 from fkernel.func.inputs import Source, plain, take, trim
-from fkernel.func.layers import Cut
+from fkernel.func.layers import Cut, Walk
 from fkernel.shapes import Tensor, Tree
 
 Nodes = tuple[tuple[float, Source], ...]
@@ -112,6 +115,33 @@ def layered_over_ranks(
         yield summed(one, group)
 
 
+def gradients_over_ranks(
+    side: SortedBatch, nodes: Nodes, params: Tree, how: Walking, group: Group
+) -> Iterator[tuple[slice, Handles]]:
+    """Iterate over gradients of one batch, layer by layer: (rows in sorted order, this rank's shards of a layer).
+
+    They add up to Σ_j q_j ∇f(θ_j), since each node of the path is walked by itself; every rank gets the same rows.
+
+    Args:
+        side: the sorted batch, with its f.
+        nodes: where gradients are taken, (q_j, source).
+        params: θ.
+        how: sizes of blocks, and which layer inputs are kept.
+        group: the ranks, which all have the same arguments.
+    """
+    cut, calls = _cut(side, params), dict[Any, Any]()
+    for tile in tiles_of(side.tokens, group.size * max(LONG, how.tokens)):
+        share = _share(side, nodes, cut, tile, group)
+        for q, source in nodes:
+            walk = Walk(cut, source, share.side.batch, weight=q, every=how.every, tokens=how.tokens, calls=calls)
+            for piece in walk.pieces():
+                first = next(piece)
+                if not first[1]:  # nothing is trained there; the walk must run on
+                    deque(piece, maxlen=0)
+                    continue
+                yield from _rounds(chain([first], piece), share, group, params, [*first[1]])
+
+
 def _cut(side: SortedBatch, params: Tree) -> Cut:
     assert side.f is not None
     return must_cut(side.f, params, side.batch)
@@ -151,7 +181,7 @@ def _contract(
 
 
 def _rounds(
-    streamed: Iterator[tuple[slice, Handles]], y: _Share, group: Group, params: Tree, names: list[str]
+    streamed: Iterator[tuple[slice, Mapping[str, Handle]]], y: _Share, group: Group, params: Tree, names: list[str]
 ) -> Iterator[tuple[slice, Handles]]:
     """Exchange every rank's next block until all have ended: (columns of one rank's, this rank's shards of them)."""
     mine = y.counts[group.rank]
@@ -182,7 +212,7 @@ def _step(names: Iterable[str], params: Tree) -> int:
     return max(1, BUCKET // max(1, each))
 
 
-def _few(streamed: Iterator[tuple[slice, Handles]], step: int) -> Iterator[tuple[slice, Handles]]:
+def _few(streamed: Iterator[tuple[slice, Mapping[str, Handle]]], step: int) -> Iterator[tuple[slice, Handles]]:
     """Split blocks of sequences into smaller ones."""
     for rows, handles in streamed:
         for start in range(rows.start, rows.stop, step):

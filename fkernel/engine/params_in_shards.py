@@ -18,7 +18,7 @@ from fkernel.precond import AdamWState, Diagonal, OptimizerState, Preconditioner
 from fkernel.shapes import Tree
 
 
-def agreed_params(f: Function, params: Tree, group: Group | None) -> Tree:
+def agreed_params(f: Function, params: Tree, group: Group | None, what: str = "params") -> Tree:
     """Return θ as the ranks hold it, after they agree on it: as it is, or in shards.
 
     Names in their order, shapes and dtypes must be equal on all ranks; so must the values of what each has whole.
@@ -28,6 +28,7 @@ def agreed_params(f: Function, params: Tree, group: Group | None) -> Tree:
         params: θ, as the caller gave it. Where some leaves require grad and others do not, those that do not are
             constants of the model, if θ is in shards.
         group: the ranks; None for this process alone.
+        what: what a message about ranks that disagree calls θ.
 
     Raises:
         ProcessError: the ranks have different things.
@@ -41,7 +42,7 @@ def agreed_params(f: Function, params: Tree, group: Group | None) -> Tree:
             raise TreeError(f"params[{distributed[0]!r}] is a DTensor; say over which ranks: mesh=.")
         return params
     θ = _held(f, params, group)
-    agree(group, "params", _described(params, θ) if isinstance(θ, ShardedTree) else described(params))
+    agree(group, what, _described(params, θ) if isinstance(θ, ShardedTree) else described(params))
     return θ
 
 
@@ -71,12 +72,25 @@ def own_preconditioner(P: Preconditioner, params: Tree, group: Group | None) -> 
     return Diagonal(d) if isinstance(P, Diagonal) and isinstance(params, ShardedTree) else P
 
 
+def own_part(params: Tree) -> Tree:
+    """Return what this rank has of θ: its shards, or all of it where θ is whole.
+
+    Example:
+        >>> import torch
+        >>> own_part({"w": torch.ones(1)})
+        {'w': tensor([1.])}
+    """
+    return params.own if isinstance(params, ShardedTree) else params
+
+
 def shards_of(x: Tree, group: Group) -> Tree:
     """Return this rank's shards of θ, or of a vector that is whole."""
     return x.own if isinstance(x, ShardedTree) else shard_tree(group, x)
 
 
-def agreed_state(state: OptimizerState, params: Tree, group: Group | None) -> OptimizerState:
+def agreed_state(
+    state: OptimizerState, params: Tree, group: Group | None, what: str = "the optimizer's state"
+) -> OptimizerState:
     """Return an optimizer's state of what this rank holds, after the ranks agree on it.
 
     Its shards where θ or the state is in shards; moments then may be shards, `DTensor`s or whole.
@@ -87,7 +101,7 @@ def agreed_state(state: OptimizerState, params: Tree, group: Group | None) -> Op
     if group is None:
         return state
     own = _own_state(state, params, group)
-    agree(group, "the optimizer's state", described(shared_of(own, params)))
+    agree(group, what, described(shared_of(own, params)))
     return own
 
 

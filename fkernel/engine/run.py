@@ -18,18 +18,21 @@ from typing import Any, NamedTuple
 import torch
 
 from fkernel import tree
-from fkernel.distributed import Group, agree, is_distributed
+from fkernel.distributed import Group, ShardedTree
 from fkernel.engine.adjoint import Adjoints, RunStep, StepColumns
 from fkernel.engine.batching import SortedBatch, check_sides, error_context
-from fkernel.engine.over_ranks import described, over, ranks_of
+from fkernel.engine.layerwise import must_cut
+from fkernel.engine.over_ranks import over, ranks_of
+from fkernel.engine.params_in_shards import own_part
 from fkernel.engine.path import NODES, Path, check_path
-from fkernel.engine.planning import LONG, bytes_of, usual_microbatch, walk_of
+from fkernel.engine.planning import LONG, Strategy, bytes_in_shards, bytes_of, usual_microbatch, walk_of
 from fkernel.engine.planning.passes import max_microbatch, reverse
 from fkernel.engine.planning.strategy import USABLE
 from fkernel.engine.recycling import reuse_memory
 from fkernel.engine.step_gradients import VECTORS, Passes
+from fkernel.engine.step_over_ranks import agreed_step
 from fkernel.engine.sums import values
-from fkernel.errors import BatchError, TreeError
+from fkernel.errors import BatchError
 from fkernel.func.inputs import Function, bare, check_weights, length, take, translate_errors
 from fkernel.func.layers import cut_of
 from fkernel.func.taps import handles_of
@@ -127,7 +130,8 @@ def account(
         microbatch: as in `fkernel.kernel`.
         on_step: called after every step with the sweep as it stands. Its rows are changed in place by the next one.
         resume: a sweep to go on from; f, E, steps, path and memory are those that it was made with.
-        mesh: as in `fkernel.kernel`. A sweep's rows are then this rank's shards of the adjoints: keep each rank's own.
+        mesh: as in `fkernel.kernel`; every vector of a step may be in shards. A sweep's rows are this rank's shards of
+            the adjoints: keep each rank's own.
 
     Returns:
         RunAccount.
@@ -169,8 +173,10 @@ def _account(
     last = next(again, None)
     if last is None:
         raise BatchError("steps holds no step; account needs at least one, the run's last first.")
-    _check(f, E, last)
-    n, (block, passes) = length(E), _planned(f, E, last, path, memory, microbatch, group)
+    first = agreed_step(last, group)
+    _check(f, E, first)
+    n, (block, passes) = length(E), _planned(f, E, first, path, memory, microbatch, group)
+    del first
     if block < n and again is steps:
         raise BatchError(
             f"memory={memory!r} holds {block} of E's {n} sequences at a time, so that the run is swept over "
@@ -209,10 +215,9 @@ def _sweep(
     adjoints, m = Adjoints(SortedBatch("E", E, f), passes), usual_microbatch(passes.microbatch, E)
     columns, start, after, seen = [*begun.columns], None, begun.after, 0
     group = passes.group
-    for step in steps:
-        if group is not None:
-            given = [step.U, step.weights, step.clip, step.params, vars(step.state)]
-            agree(group, f"step {step.number}", described(given))
+    for given in steps:
+        step = agreed_step(given, group)
+        del given
         _check(f, E, step)
         start, seen = (step.params, step.state.exp_avg), seen + 1
         if seen == begun.taken:
@@ -222,7 +227,7 @@ def _sweep(
         with error_context(f"step {step.number}"):
             own, delta = adjoints.back(step)
         if seen == 1:
-            after = values(f, tree.axpy(1.0, delta, step.params), E, m, group)
+            after = values(f, _moved(step.params, delta), E, m, group)
         columns.append(own)
         del step, delta  # frees them before the next is loaded
         if on_step is not None:
@@ -255,21 +260,22 @@ def _joined(accounts: list[RunAccount]) -> RunAccount:
     return RunAccount([torch.cat(parts) for parts in blocks], **rows, path=accounts[0].path)
 
 
+def _moved(params: Tree, delta: Tree) -> Tree:
+    """Return θ + Δθ, in shards where θ is."""
+    return params.moved(delta) if isinstance(params, ShardedTree) else tree.axpy(1.0, delta, params)
+
+
 def _check(f: Function, E: Any, step: RunStep) -> None:
     """Raise unless a step's inputs fit each other."""
-    if distributed := [name for name, leaf in step.params.items() if is_distributed(leaf)]:
-        raise TreeError(
-            f"params[{distributed[0]!r}] of step {step.number} is a DTensor; a run's account takes whole parameters: "
-            f"leaf.full_tensor()."
-        )
     with error_context(f"step {step.number}"):
         check_sides(step.f, step.params, E, step.U, f)
         check_weights(step.weights, length(step.U))
-    check_covers(step.state, list(step.params), step.params, "params")
+    θ = own_part(step.params)
+    check_covers(step.state, list(θ), θ, "params")
     if step.delta is not None:
-        tree.check_same(step.delta, step.params, "delta", "params")
+        tree.check_same(step.delta, θ, "delta", "params")
     if step.executed is not None:
-        tree.check_same(step.executed.delta, step.params, "executed.delta", "params")
+        tree.check_same(step.executed.delta, θ, "executed.delta", "params")
         check_covers(step.state, [*step.executed.exp_avg], step.executed.exp_avg, "executed.exp_avg")
 
 
@@ -283,7 +289,8 @@ def _planned(
     group: Group | None,
 ) -> tuple[int, Passes]:
     """Choose how many sequences of E a sweep takes, by what the run's last step needs."""
-    n, P, ranks = length(E), bytes_of(step.params), ranks_of(group) or 1
+    n, P, ranks = length(E), bytes_of(own_part(step.params)), ranks_of(group) or 1
+    ranks = 1 if isinstance(step.params, ShardedTree) else ranks  # whose vectors are shards, rows alike
     if memory is None:
         return n, Passes(path, microbatch, None, n * P, group)
     budget, vectors = parse_bytes(memory), VECTORS + len(NODES[path]) + 2 * len(step.older)
@@ -300,11 +307,14 @@ def _planned(
 def _pass_bytes(f: Function, params: Tree, batch: Any) -> int:
     """Estimate the bytes of the longest sequence's gradients and of the passes that compute them."""
     side = SortedBatch("the batch", batch, f)
+    longest, b = {"E": side.tokens[:1], "U": side.tokens[:1]}, next(iter(params.values())).element_size()
     with error_context("a step's batches"), translate_errors(params):
+        if isinstance(params, ShardedTree):
+            walk = walk_of(must_cut(f, params, side.batch), params, longest)
+            return bytes_in_shards(walk, longest, b, params.group.size, Strategy("layers", "E", None, None, 0))
         cut = cut_of(f, params, side.batch) if side.tokens[0] > LONG else "short"
         if not isinstance(cut, str):
-            longest = {"E": side.tokens[:1], "U": side.tokens[:1]}
-            return walk_of(cut, params, longest).memory(longest, next(iter(params.values())).element_size(), 1, 0)
+            return walk_of(cut, params, longest).memory(longest, b, 1, 0)
         plan = plan_of(f, params, side.batch)
 
     def handles(f: Function, params: Tree, batch: Any) -> Any:

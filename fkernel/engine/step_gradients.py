@@ -1,6 +1,7 @@
 """Gradients of one step of a run: of E along the step's path, and of U where it began.
 
-Whole, a microbatch at a time; layer by layer, where sequences are long; or over several ranks, in each one's shards.
+Whole, a microbatch at a time; layer by layer, where sequences are long; or over several ranks, in each one's shards,
+layer by layer too where θ is in shards.
 """
 
 from __future__ import annotations
@@ -8,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from fkernel.distributed import Group
+from fkernel.distributed import Group, ShardedTree
 from fkernel.engine.batching import SortedBatch, cuts_of
 from fkernel.engine.gradients import Gradients, computed
-from fkernel.engine.layerwise import sources_of
+from fkernel.engine.layerwise import Walking, sources_of
+from fkernel.engine.layerwise_over_ranks import gradients_over_ranks
 from fkernel.engine.over_ranks import ranked
 from fkernel.engine.path import nodes_of
 from fkernel.engine.planning import LONG, usual_microbatch
@@ -55,7 +57,11 @@ def gradients_of(
         delta: Δθ, for the path; None where it is not needed.
         passes: how they are computed; over ranks, the gradients are of this rank's shards.
     """
-    cut, path = long_cut(side, params), passes.path
+    path = passes.path
+    if isinstance(params, ShardedTree):
+        yield from gradients_over_ranks(side, sources_of(path, params, delta), params, Walking(), params.group)
+        return
+    cut = long_cut(side, params)
     if passes.group is not None:
         rows = cuts[0]
         tokens = (rows.stop - rows.start) * side.tokens[rows.start]
@@ -82,7 +88,7 @@ def microbatches(side: SortedBatch, params: Tree, passes: Passes, adjoints: int)
     """Cut a batch into microbatches whose passes fit the budget beside the adjoints."""
     assert side.f is not None
     m = usual_microbatch(passes.microbatch, side.batch)
-    if passes.memory is not None and side.tokens[0] <= LONG:
+    if passes.memory is not None and side.tokens[0] <= LONG and not isinstance(params, ShardedTree):
         held = VECTORS + 1 + adjoints
         m = max_microbatch(passes.memory, m, side.f, params, (side.batch,), (reverse,), vectors=held).microbatch
     return cuts_of(side, token_grant(side.batch, m))

@@ -67,10 +67,17 @@ MUTATIONS = [
     ),
     Mutation(
         "adjoints along a rank's own shard alone",
-        "tests/distributed/test_account.py::test_any_number_of_ranks_gives_the_same_account[2-options1-False]",
+        "tests/distributed/test_account.py::test_any_number_of_ranks_gives_the_same_account[2-options1-False-None]",
         "engine/adjoint.py",
         'over_all(products.whole("x", "v"), self.passes.group)',
         'products.whole("x", "v")',
+    ),
+    Mutation(
+        "an account in shards forgets the weights of its path",
+        "tests/distributed/test_account.py::test_any_number_of_ranks_gives_the_same_account[4-options2-True-shards]",
+        "engine/layerwise_over_ranks.py",
+        "weight=q, every=how.every",
+        "every=how.every",
     ),
     Mutation(
         "a sharded gradient clipped by its own norm",

@@ -2,6 +2,7 @@
 
 from fkernel.engine.planning.curve import Curve
 from fkernel.engine.planning.estimates import Estimate, choose, estimate, weighed
+from fkernel.engine.planning.in_shards import bytes_in_shards
 from fkernel.engine.planning.kept import (
     HELD,
     Where,
@@ -37,6 +38,7 @@ __all__ = [
     "Where",
     "Work",
     "Workload",
+    "bytes_in_shards",
     "bytes_of",
     "choose",
     "choose_making",
