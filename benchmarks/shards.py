@@ -24,8 +24,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.environment import environment
+from benchmarks.ranks_cost import counting
 from fkernel import checkpoint, explain_step, func, precond
+from fkernel.checkpoint import skeleton_of, workload_of
 from fkernel.distributed import group_of, shard_of
+from fkernel.engine.planning import cost_in_shards
 from fkernel.shapes import Tree
 
 SHAPE: Any = {
@@ -96,13 +99,24 @@ def explained(mesh: Any) -> dict[str, Any]:
     state = precond.adamw_init(params, lr=1e-4)
     state = precond.AdamWState(**{**vars(state), "exp_avg": m, "exp_avg_sq": v, "step": dict.fromkeys(params, 7)})
     w = torch.linspace(-1, 2, SEQUENCES["U"])
-    effect, _ = explain_step(S, params, E, U, w, state, max_norm=1.0, mesh=mesh)
+    ranks, rank = (1, 0) if group is None else (group.size, group.rank)
+    with counting(ranks, rank) as sent:
+        effect, _ = explain_step(S, params, E, U, w, state, max_norm=1.0, mesh=mesh)
     peak = peak_resident()
     return {
         "bytes": peak - before,
+        "sent": sum(sent.values()),
         "predicted": effect.predicted.tolist(),
         "parameters": sum(s.numel() for s in shapes.values()),
     }
+
+
+def predicted(ranks: int) -> dict[str, float]:
+    """Predict memory and bytes on the wire as `fkernel estimate --sharded` does."""
+    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    bones = skeleton_of(",".join(f"{key}={SHAPE[key]}" for key in keys) + ",tie_word_embeddings=1", TOKENS)
+    cost = cost_in_shards(workload_of(bones, SEQUENCES["U"], SEQUENCES["E"], whole=False), ranks)
+    return {"bytes": sum(cost.memory.values()), "sent": sum(cost.sent.values())}
 
 
 def write(folder: Path) -> None:
@@ -179,6 +193,8 @@ def main() -> None:
         size = max(abs(value) for value in alone["predicted"])
         result["ranks"][str(ranks)] = {
             "bytes": [each["bytes"] for each in every],
+            "sent": [each["sent"] for each in every],
+            "cost model": predicted(ranks),
             "vectors of θ": most / 4 / P,
             "relative": most / alone["bytes"],
             "predicted change, largest difference": apart / size,

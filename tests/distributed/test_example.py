@@ -46,9 +46,9 @@ def alone(folder: Path) -> Any:
     """Explain the step in this process."""
     whole: Any = checkpoint.load(folder / "step", model=folder / "base", dtype=torch.float64)
     apply, params = fk.func.make_functional(whole.model)
-    batches = [fk.func.pad([row[0] for row in rows], [row[1] for row in rows]) for rows in (E, U)]
+    e, u = (fk.func.pad([row[0] for row in rows], [row[1] for row in rows]) for rows in (E, U))
     weights = torch.tensor([w for *_, w in U], dtype=torch.float64)
-    return fk.explain_step(fk.func.sequence_logprob(apply), params, *batches, weights, whole.optimizer, max_norm=0.5)[0]
+    return fk.explain_step(fk.func.sequence_logprob(apply), params, e, u, weights, whole.optimizer, max_norm=0.5)[0]
 
 
 def test_torchrun_of_the_example_explains_the_step_of_one_process(tmp_path):
