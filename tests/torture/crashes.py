@@ -1,13 +1,13 @@
 """Every crash point of what writes: killed before and in the middle of each operation, and at random moments.
 
-    python -m tests.torture.crashes [--only run] [--random 300] [--every 1] [--seed 0] [--out FILE]
+    python -m tests.torture.crashes [--only run] [--part kills] [--random 120] [--every 1] [--seed 0] [--out FILE]
 
 After each kill the same call is made again. It must end; its files are those of an undisturbed call, to the last bit
 (files that differ between two undisturbed calls, such as logs with times, must be there); nothing lies about. A disk
 that is full from an operation on, and one that turns read-only, must be one error that names a file and what to do, and
 the same call goes on once there is room.
 
-What was done is kept in the output file after every scenario: a run that is stopped goes on from there.
+What was done is kept in the output file after every trial: a run that is stopped goes on from there.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +44,8 @@ NOT_FLUSHED = ("log.jsonl", "lock")
 """Files whose loss in a power cut loses nothing."""
 REFUSED = 17
 """Exit status of a call that ended with an error of ours."""
+PARTS = ("kills", "random", "refusals")
+KINDS = ("killed", "killed at random moments", "no room", "read-only")
 
 
 class Ended(NamedTuple):
@@ -93,6 +97,7 @@ class Tortured:
         self.inputs, self.log = work / "inputs", work / "log"
         self.inputs.mkdir(parents=True)
         self._need(in_child(lambda: scenario.make(self.inputs), self.log))
+        scenario.warm(self.inputs)
         first, second = self.fresh(), None
         began = time.perf_counter()
         self.names, self.unsafe = json.loads(self._need(in_child(lambda: self.acted(first), self.log)))
@@ -177,70 +182,102 @@ def stops_of(names: list[str], every: int, offset: int) -> list[Stop]:
     return stops[offset % every :: every]
 
 
-def tortured(name: str, scenario: Scenario, kills: int, every: int, seed: int, most: float) -> dict[str, Any]:
-    """Torture one scenario, for so many seconds at most; returns figures."""
-    rng, began = random.Random(f"{seed} {name}"), time.monotonic()
+def kind_of(stop: Stop) -> str:
+    """How a stop is called in the figures."""
+    return {0: "killed", errno.ENOSPC: "no room", errno.EROFS: "read-only"}[stop.error]
+
+
+def tried(one: Tortured, stops: list[Stop], found: dict[str, Any], part: str, keep: Callable[[], Any]) -> None:
+    """Try the stops of a part that were not tried yet, and count them."""
+    for stop in stops[found["tried"][part] :]:
+        problem = one.stopped(stop)
+        found["tried"][part] += 1
+        found[kind_of(stop)] += 1
+        if problem:
+            name = one.names[stop.at - 1]
+            found["wrong"].append(f"{stop.how} operation {stop.at} ({name}), {kind_of(stop)}: {problem}")
+            print(f"  {one.name}: {found['wrong'][-1]}", flush=True)
+        keep()
+
+
+def killed_at_random(one: Tortured, kills: int, seed: int, found: dict[str, Any], keep: Callable[[], Any]) -> None:
+    """Kill at random moments until there are so many kills."""
+    while found["killed at random moments"] < kills and found["tried"]["random"] < 4 * kills:
+        stopped, problem = one.killed(random.Random(f"{seed} {one.name} {found['tried']['random']}"))
+        found["tried"]["random"] += 1
+        found["killed at random moments"] += stopped
+        if problem:
+            found["wrong"].append(f"random kill: {problem}")
+            print(f"  {one.name}: {found['wrong'][-1]}", flush=True)
+        keep()
+
+
+class OutOfTimeError(Exception):
+    """A part has had its seconds."""
+
+
+def tortured(
+    name: str, part: str, given: argparse.Namespace, scenarios: dict[str, Any], save: Callable[[], Any]
+) -> None:
+    """Do one part of one scenario, from where it was stopped, for so many seconds at most."""
+    began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="fkernel-torture-") as work:
-        one = Tortured(name, scenario, Path(work))
-        stops = stops_of(one.names, every, rng.randrange(every))
+        one = Tortured(name, SCENARIOS[name], Path(work))
+        rng = random.Random(f"{given.seed} {name}")
+        stops = stops_of(one.names, given.every, rng.randrange(given.every))
         rng.shuffle(stops)
-        done, wrong, random_kills = {"killed": 0, "no room": 0, "read-only": 0}, list[str](), 0
-        kinds = {0: "killed", errno.ENOSPC: "no room", errno.EROFS: "read-only"}
-        for number, stop in enumerate(stops):
-            if time.monotonic() - began > most:
-                break
-            done[kinds[stop.error]] += 1
-            if problem := one.stopped(stop):
-                wrong.append(
-                    f"{stop.how} operation {stop.at} ({one.names[stop.at - 1]}), {kinds[stop.error]}: {problem}"
-                )
-                print(f"  {name}: {wrong[-1]}", flush=True)
-            if number % 100 == 99:
-                print(f"  {name}: {number + 1} of {len(stops)}", flush=True)
-        trials = 0
-        while random_kills < kills and time.monotonic() - began < 2 * most and trials < 4 * kills:
-            trials += 1
-            stopped, problem = one.killed(rng)
-            random_kills += stopped
-            if problem:
-                wrong.append(f"random kill: {problem}")
-                print(f"  {name}: {wrong[-1]}", flush=True)
-        return {
-            "operations": len(one.names),
-            "stops": len(stops),
-            **done,
-            "killed at random moments": random_kills,
-            "wrong": wrong,
-            "a power cut could lose": one.unsafe,
-            "differ between undisturbed calls": one.volatile,
-            "seconds of one call": round(one.seconds, 2),
-            "seconds": round(time.monotonic() - began),
-        }
+        found = scenarios.setdefault(name, {})
+        if found.get("operations") != len(one.names):  # or of other code
+            found.clear()
+            found |= {"operations": len(one.names), "places": Counter(map(kind_of, stops)), **dict.fromkeys(KINDS, 0)}
+            found |= {"killed at random moments": 0, "tried": dict.fromkeys(PARTS, 0), "wrong": [], "seconds": 0}
+        found["a power cut could lose"], found["differ between undisturbed calls"] = one.unsafe, one.volatile
+        found["seconds of one call"] = round(one.seconds, 2)
+        before = found["seconds"]
+
+        def keep() -> None:
+            found["seconds"] = before + round(time.monotonic() - began)
+            save()
+            if time.monotonic() - began > given.seconds:
+                raise OutOfTimeError
+
+        with suppress(OutOfTimeError):
+            if part == "random":
+                killed_at_random(one, given.random, given.seed, found, keep)
+            else:
+                tried(one, [stop for stop in stops if (stop.error == 0) == (part == "kills")], found, part, keep)
 
 
 def main() -> int:
-    """Torture all scenarios that the output file does not have yet."""
+    """Torture all scenarios with what was not tried yet: kills at operations, kills at random moments, refusals."""
     parser = argparse.ArgumentParser(prog="python -m tests.torture.crashes", description=__doc__)
     parser.add_argument("--only", action="append", choices=[*SCENARIOS], help="one scenario; may be repeated")
+    parser.add_argument("--part", action="append", choices=PARTS, help="one part; may be repeated")
     parser.add_argument("--random", type=int, default=120, help="kills at random moments of each")
     parser.add_argument("--every", type=int, default=1, help="every so many stops instead of all")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="for the stops of a scenario, at most")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="for a part of a scenario, at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=OUT)
     given, _ = parser.parse_known_args()
-    settings = {"seed": given.seed, "every": given.every, "random": given.random}
-    found: dict[str, Any] = {"settings": settings, "scenarios": {}}
+    torch.set_num_threads(1)
+    settings = {"seed": given.seed, "every": given.every}
+    whole: dict[str, Any] = {"settings": settings, "scenarios": {}}
     if given.out.is_file() and (before := json.loads(given.out.read_text()))["settings"] == settings:
-        found = before
-    for name in given.only or SCENARIOS:
-        if name in found["scenarios"]:
-            continue
-        made = tortured(name, SCENARIOS[name], given.random, given.every, given.seed, given.seconds)
-        found["scenarios"][name] = made
-        given.out.write_text(json.dumps(found, indent=1) + "\n")
-        short = {key: len(value) if isinstance(value, list) else value for key, value in made.items()}
-        print(f"{name}: {short}", flush=True)
-    return int(any(each["wrong"] or each["a power cut could lose"] for each in found["scenarios"].values()))
+        whole = before
+    scenarios = whole["scenarios"]
+
+    def save() -> None:
+        whole["in all"] = {kind: sum(each[kind] for each in scenarios.values()) for kind in KINDS}
+        whole["in all"]["wrong"] = sum(len(each["wrong"]) for each in scenarios.values())
+        given.out.write_text(json.dumps(whole, indent=1) + "\n")
+
+    for part in given.part or PARTS:
+        for name in given.only or SCENARIOS:
+            tortured(name, part, given, scenarios, save)
+            save()
+            found = {key: len(value) if isinstance(value, list) else value for key, value in scenarios[name].items()}
+            print(f"{part} of {name}: {found}", flush=True)
+    return int(any(each["wrong"] or each["a power cut could lose"] for each in scenarios.values()))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """What is stopped: every command and function that writes, on small inputs. Each takes a folder, and goes on there.
 
 `make` prepares inputs, once; `begin` a folder that is not empty; `act` is what is stopped and begun again. All run in
-processes of their own, so that the process that forks them has used nothing of torch.
+processes of their own. What needs long and decides no file (the hash of the package's code, a plan's estimate) `warm`
+computes once, in the process that forks them.
 """
 
 from __future__ import annotations
@@ -16,12 +17,16 @@ from fkernel.cli.writing import execute
 from fkernel.demo import prepare
 from fkernel.record import Recording
 from fkernel.report import draw_all, write_page
-from fkernel.study import FisherKernelPlan, FisherKernelResults, SamplePlan, account_recording, sampled
+from fkernel.study import FisherKernelPlan, FisherKernelResults, SamplePlan, account_recording, forecast, sampled
 from fkernel.study.accounts.stopped import KeptSweep
+from fkernel.study.sources import own_code
 from tests.demo.conftest import TINY
 from tests.record.loops import adamw, gpt2, train
 from tests.study.conftest import Run, made
 from tests.test_interrupted import STRATEGIES, computed, f
+
+HELD_OUT = {"kind": "evaluation", "name": "held_out", "batch_size_prompts": 2}
+PROBE = {"kind": "custom_sequence", "name": "probe", "prompt": "3+4=", "response": "7"}
 
 
 class Scenario(NamedTuple):
@@ -31,11 +36,13 @@ class Scenario(NamedTuple):
         act: (inputs, folder), what is stopped.
         make: prepares inputs in a folder.
         begin: (inputs, folder), what is there before.
+        warm: what the forks inherit.
     """
 
     act: Callable[[Path, Path], Any]
     make: Callable[[Path], Any] = lambda inputs: None
     begin: Callable[[Path, Path], Any] = lambda inputs, root: None
+    warm: Callable[[Path], Any] = lambda inputs: None
 
 
 def _training(inputs: Path) -> None:
@@ -43,15 +50,16 @@ def _training(inputs: Path) -> None:
     (inputs / "paths.json").write_text(json.dumps([str(each) for each in run[:5]]))
 
 
-def _plan(inputs: Path, root: Path, pictures: bool = False) -> FisherKernelPlan:
+def _plan(inputs: Path, root: Path) -> FisherKernelPlan:
     run = Run(*map(Path, json.loads((inputs / "paths.json").read_text())), batch=None)  # pyright: ignore
-    requests = [
-        {"kind": "evaluation", "name": "held_out", "batch_size_prompts": 2},
-        {"kind": "custom_sequence", "name": "probe", "prompt": "3+4=", "response": "7"},
-    ]
-    storage = {"pictures": pictures}
-    plan = run.plan(root / "out", requests=requests, analyses={"ledger": True}, self_kernel=True, storage=storage)
+    more = {"analyses": {"ledger": True}, "self_kernel": True, "storage": {"pictures": False}}
+    plan = run.plan(root / "out", requests=[HELD_OUT, PROBE], **more)
     return FisherKernelPlan.model_validate(plan)
+
+
+def _estimated(inputs: Path) -> None:
+    own_code()
+    forecast(_plan(inputs, inputs))
 
 
 def _run(inputs: Path, root: Path) -> None:
@@ -60,7 +68,8 @@ def _run(inputs: Path, root: Path) -> None:
 
 def _studied(inputs: Path) -> None:
     _training(inputs)
-    execute(_plan(inputs, inputs), overwrite=False, log="minimal", page=False)
+    plan = _plan(inputs, inputs)
+    execute(plan.model_copy(update={"requests": plan.requests[:1]}), overwrite=False, log="minimal", page=False)
 
 
 def _report(inputs: Path, root: Path) -> None:
@@ -122,9 +131,9 @@ SCENARIOS = {
     "record": Scenario(_record),
     "record, another run": Scenario(_record_another, lambda inputs: _record(inputs, inputs), _copied),
     "sample": Scenario(_sample, _training),
-    "account": Scenario(_account, _recorded),
-    "account, little room": Scenario(_account_in_little_room, _recorded),
+    "account": Scenario(_account, _recorded, warm=lambda inputs: own_code()),
+    "account, little room": Scenario(_account_in_little_room, _recorded, warm=lambda inputs: own_code()),
     "report": Scenario(_report, _studied),
-    "run": Scenario(_run, _training),
+    "run": Scenario(_run, _training, warm=_estimated),
     "demo": Scenario(_demo),
 }
