@@ -30,6 +30,10 @@ class FKernelError(Exception):
         return visible_text(super().__str__())
 
 
+class ArgumentError(FKernelError, TypeError, ValueError):
+    """A public function cannot use an argument: what it was given, and what it takes."""
+
+
 class BatchError(FKernelError, ValueError):
     """A batch cannot be scored: empty, ragged, left-padded, without response, with an unknown token."""
 

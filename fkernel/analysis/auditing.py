@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 from fkernel import tree
 from fkernel.analysis.step_fit import Fit, grouped
 from fkernel.analysis.verdicts import Clues, Finding, findings_of, merged, names_differ
+from fkernel.boundary import public
 from fkernel.errors import TreeError, listing
 from fkernel.precond import AdamWState, AdamWStep, adamw_response, adamw_step
 from fkernel.shapes import Tree
@@ -97,6 +98,7 @@ class Audit:
         }
 
 
+@public
 def audit(
     step: AdamWStep | Described,
     executed: Tree,
@@ -176,6 +178,7 @@ def audit(
     return Audit(overall, by_group, (*differing, *findings))
 
 
+@public
 def described_step(params: Tree, gradients: Mapping[str, Tree], state: AdamWState) -> Described:
     """Compute AdamW's step with the batch's part by parts of the loss.
 

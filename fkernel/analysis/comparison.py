@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from fkernel import func, tree
+from fkernel.boundary import public
 from fkernel.engine import mean_ranks, pearson
 from fkernel.engine.planning import usual_microbatch
 from fkernel.errors import BatchError
@@ -47,6 +48,7 @@ class Agreement(NamedTuple):
     rank: float
 
 
+@public
 def compare(
     f: Function,
     params: Tree,

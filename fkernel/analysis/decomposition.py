@@ -22,12 +22,14 @@ Source: N. Higham, "Accuracy and stability of numerical algorithms" (2002), chap
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 
-from fkernel import func
+from fkernel import func, tree
+from fkernel.boundary import public
 from fkernel.engine.planning import usual_microbatch
 from fkernel.errors import BatchError
 from fkernel.func.inputs import Function, take
@@ -67,6 +69,7 @@ class Ledger(NamedTuple):
         return torch.stack([*self.terms.values()]).sum(0)
 
 
+@public
 def ledger(
     *,
     batch: Tensor | Mapping[str, Tensor],
@@ -88,6 +91,7 @@ def ledger(
 
     Raises:
         BatchError: they are of different numbers of sequences.
+        NonFiniteError: one of them holds a NaN or an infinity.
 
     Example:
         >>> half, zero = torch.tensor([0.5]), torch.zeros(1)
@@ -97,6 +101,8 @@ def ledger(
     """
     parts = dict(batch) if isinstance(batch, Mapping) else {"batch": batch}
     others = dict(departures or {})
+    given = {**parts, "momentum": momentum, "decay": decay, **others, "realised": realised, "floor": floor}
+    tree.check_finite(given, "ledger")
     known = [*parts.values(), momentum, decay, *others.values()]
     sizes = [*map(len, (*known, realised, floor))]
     if len({*sizes}) > 1:
@@ -104,6 +110,7 @@ def ledger(
     return Ledger(parts, momentum, decay, others, realised - torch.stack(known).sum(0), realised, floor)
 
 
+@public
 def rounding_floor(f: Function, params: Tree, E: Any, *, microbatch: int | None = None) -> Tensor:
     """Estimate the rounding in a realised change, of parameters and of f: κ = 1.
 
@@ -134,6 +141,7 @@ def rounding_floor(f: Function, params: Tree, E: Any, *, microbatch: int | None 
     return floor_from(torch.cat(moved), value, next(iter(params.values())).dtype)
 
 
+@public
 def floor_from(moved: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
     """Estimate the same from known Σ_α (θ_α ∂_α f_e)².
 
@@ -149,9 +157,11 @@ def floor_from(moved: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
         >>> floor_from(torch.zeros(1), torch.zeros(1), torch.float32)
         tensor([0.], dtype=torch.float64)
     """
+    tree.check_finite({"moved": moved, "value": value}, "floor_from")
     return torch.finfo(dtype).eps / 2 * (2 * moved.double() + 2 * value.double().square()).sqrt()
 
 
+@public
 def floor_scale(changes: Tensor, exact: Tensor, floor: Tensor) -> float:
     """Measure κ, of sequences whose change was evaluated in float64 beside.
 
@@ -166,5 +176,9 @@ def floor_scale(changes: Tensor, exact: Tensor, floor: Tensor) -> float:
         >>> floor_scale(torch.tensor([3.0, -3.0]), torch.zeros(2), torch.ones(2))
         3.0
     """
+    tree.check_finite({"changes": changes, "exact": exact, "floor": floor}, "floor_scale")
     ratios = (changes.double() - exact.double()) / floor.double().clamp(min=torch.finfo(torch.float64).tiny)
-    return max(1.0, float(ratios.square().mean().sqrt()))
+    κ = max(1.0, float(ratios.square().mean().sqrt()))
+    if not math.isfinite(κ):
+        raise BatchError(f"floor is {floor.tolist()[:4]} …, no floor of these changes; expected `rounding_floor`'s.")
+    return κ

@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from fkernel import func, precond, tree
+from fkernel.boundary import public
 from fkernel.engine.planning import usual_microbatch
 from fkernel.errors import OptimizerStateError
 from fkernel.func.inputs import Function
@@ -59,6 +60,7 @@ class Alternative(NamedTuple):
     clip: float
 
 
+@public
 def alternative_step(
     params: Tree,
     ascent: Tree,
@@ -117,6 +119,7 @@ def at_rate(state: OptimizerState, lr: float) -> OptimizerState:
     return replace(single, lr=scaled)
 
 
+@public
 def counterfactual(
     f: Function, params: Tree, E: Any, alternative: Alternative, *, microbatch: int | None = None
 ) -> Counterfactual:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 
 from fkernel import func, tree
+from fkernel.boundary import public
 from fkernel.errors import TreeError, listing
 from fkernel.func import by_kind, by_layer
 from fkernel.shapes import Tensor
@@ -25,6 +26,7 @@ ENDS = ("embedding", "positions", "head")
 """Kinds that common methods leave out."""
 
 
+@public
 def by_part(name: str) -> str:
     """Group parameters by layer and kind at once: "layer 3 · MLP".
 
@@ -39,6 +41,7 @@ def by_part(name: str) -> str:
     return kind if layer == kind else f"{layer} · {kind}"
 
 
+@public
 def summed(parts: Mapping[str, Tensor], names: Iterable[str], key: Callable[[str], str]) -> dict[str, Tensor]:
     """Sum parts into coarser groups.
 
@@ -57,6 +60,7 @@ def summed(parts: Mapping[str, Tensor], names: Iterable[str], key: Callable[[str
         >>> summed({by_part(name): torch.ones(1) for name in names}, names, by_kind)
         {'MLP': tensor([2.])}
     """
+    tree.check_finite(parts, "parts")
     sums: dict[str, Tensor] = {}
     for part, group in _groups(parts, names, key).items():  # in the model's order, whatever the order of gradients
         sums[group] = sums[group] + parts[part] if group in sums else parts[part]
@@ -77,6 +81,7 @@ def _groups(parts: Mapping[str, Tensor], names: Iterable[str], key: Callable[[st
     return {part: groups[0] for part, groups in groups_of.items()}
 
 
+@public
 def shares(groups: Mapping[str, Tensor]) -> dict[str, float]:
     """Compute each group's share of the absolute effect; shares add up to 1.
 
@@ -89,11 +94,13 @@ def shares(groups: Mapping[str, Tensor]) -> dict[str, float]:
         >>> shares({"MLP": torch.tensor([1.0, -1.0]), "norm": torch.tensor([0.0, 2.0])})
         {'MLP': 0.5, 'norm': 0.5}
     """
+    tree.check_finite(groups, "groups")
     sizes = {group: float(value.double().abs().sum()) for group, value in groups.items()}
     whole = sum(sizes.values())
     return {group: size / whole if whole else 0.0 for group, size in sizes.items()}
 
 
+@public
 def missed(groups: Mapping[str, Tensor], left_out: Iterable[str] = ENDS) -> float:
     """Compute the relative error of a method that leaves some kinds out.
 
@@ -110,6 +117,7 @@ def missed(groups: Mapping[str, Tensor], left_out: Iterable[str] = ENDS) -> floa
         >>> missed({"MLP": torch.tensor([3.0]), "head": torch.tensor([1.0])})
         0.25
     """
+    tree.check_finite(groups, "groups")
     values = [value.double() for value in groups.values()]
     whole, gone = torch.stack(values).sum(0), torch.zeros_like(values[0])
     for group in left_out:

@@ -56,7 +56,8 @@ from typing import NamedTuple
 import torch
 
 from fkernel import tree
-from fkernel.analysis.uncertainty import check_kernel, group_sums, places
+from fkernel.analysis.uncertainty import check_kernel, check_seed, group_sums, places
+from fkernel.boundary import public
 from fkernel.errors import BatchError
 from fkernel.shapes import Tensor, Tree
 
@@ -96,6 +97,7 @@ class Significance(NamedTuple):
     informative: Tensor
 
 
+@public
 def permutations(groups: Tensor, draws: int = 1000, seed: int = 0, permuted: Tensor | None = None) -> Permutations:
     """Draw permutations within prompts.
 
@@ -116,6 +118,7 @@ def permutations(groups: Tensor, draws: int = 1000, seed: int = 0, permuted: Ten
         tensor([[0, 1],
                 [0, 1]])
     """
+    check_seed(seed)
     place, G = places(groups, draws)
     cells = _cells(place, G, permuted)
     chance = torch.rand(draws, len(place), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -138,6 +141,7 @@ def _cells(place: Tensor, G: int, permuted: Tensor | None) -> Tensor:
     return torch.where(permuted.to(place.device), place, G + torch.arange(len(place), device=place.device))
 
 
+@public
 def significance(K: Tensor, scale: Tensor, advantages: Tensor, draws: Permutations) -> Significance:
     """Compute p-values of sequences and prompts of U, and of influences, against advantages without information.
 
@@ -192,6 +196,7 @@ def significance(K: Tensor, scale: Tensor, advantages: Tensor, draws: Permutatio
     )
 
 
+@public
 def permutation_rms(
     weighted_sum: Callable[[Tensor], Tree],
     squared_sum: Callable[[Tensor], Tree],

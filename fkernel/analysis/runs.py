@@ -12,8 +12,10 @@ from typing import NamedTuple
 
 import torch
 
+from fkernel.boundary import public
 from fkernel.errors import BatchError
 from fkernel.shapes import Tensor
+from fkernel.tree import check_finite
 
 CANCELLED = 1e-6
 """Share of a sequence's rewards below which its advantage is their rounding."""
@@ -39,6 +41,7 @@ class Recurrence(NamedTuple):
     p: float
 
 
+@public
 def reward_shares(rewards: Tensor, weights: Tensor, groups: Tensor) -> Tensor:
     """Split advantages that are centred in groups by reward function.
 
@@ -75,6 +78,7 @@ def reward_shares(rewards: Tensor, weights: Tensor, groups: Tensor) -> Tensor:
     return torch.where(known, apart / torch.where(known, whole, 1.0), 0.0)
 
 
+@public
 def turning_points(timeline: Sequence[float], least: float = TURN) -> list[int]:
     """Find the steps after which a running sum turned: it came back from there by a share of its whole range.
 
@@ -89,6 +93,7 @@ def turning_points(timeline: Sequence[float], least: float = TURN) -> list[int]:
         >>> turning_points([1.0, 1.0, -0.1, 1.0, -2.0, -2.0])
         [3]
     """
+    check_finite({"timeline": torch.as_tensor(timeline, dtype=torch.float64)}, "turning_points")
     values, total = [0.0], 0.0
     for each in timeline:
         total += each
@@ -106,6 +111,7 @@ def turning_points(timeline: Sequence[float], least: float = TURN) -> list[int]:
     return [i - 1 for i in turns if i > 0]
 
 
+@public
 def recurrences(ids: Sequence[str], steps: Sequence[int], values: Sequence[float], least: int = 2) -> list[Recurrence]:
     """Tell what was trained on in several steps, and was for or against a probe in how many of them.
 
@@ -124,6 +130,7 @@ def recurrences(ids: Sequence[str], steps: Sequence[int], values: Sequence[float
         >>> recurrences(["a", "a", "a", "b"], [0, 0, 1, 1], [1.0, 1.0, 0.5, -1.0])
         [Recurrence(id='a', steps=2, up=2, total=2.5, p=0.5)]
     """
+    check_finite({"values": torch.as_tensor(values, dtype=torch.float64)}, "recurrences")
     sums = dict[str, dict[int, float]]()
     for name, step, value in zip(ids, steps, values, strict=True):
         own = sums.setdefault(name, {})

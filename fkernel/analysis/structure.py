@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 
 from fkernel import tree
+from fkernel.boundary import public
 from fkernel.engine import mean_ranks, pearson, varies
 from fkernel.errors import BatchError, NonFiniteError, listing
 from fkernel.shapes import Tensor
@@ -74,6 +75,7 @@ class Correlation(NamedTuple):
     partial: float | None
 
 
+@public
 def kernel_pca(K: Tensor, components: int = 2) -> KernelPCA:
     """Compute principal components of the centred kernel.
 
@@ -111,6 +113,7 @@ def kernel_pca(K: Tensor, components: int = 2) -> KernelPCA:
     return KernelPCA(vectors * largest.sign() * values.sqrt(), shares)
 
 
+@public
 def clusters(K: Tensor, k: int, seed: int = 0, restarts: int = 10) -> Clusters:
     """Cluster sequences by gradient direction: kernel k-means on cosines.
 
@@ -153,6 +156,7 @@ def clusters(K: Tensor, k: int, seed: int = 0, restarts: int = 10) -> Clusters:
     return Clusters(labels, mean.argmax(0), min(1.0, left / scatter) if scatter > ROUNDING * n else 0.0)
 
 
+@public
 def alignment(K1: Tensor, K2: Tensor) -> float | None:
     """Compute the centred kernel alignment of two kernels of the same sequences, without bias.
 
@@ -190,6 +194,7 @@ def alignment(K1: Tensor, K2: Tensor) -> float | None:
     return min(1.0, max(-1.0, float((x / x.norm() * (y / y.norm())).sum())))
 
 
+@public
 def correlations(
     values: Tensor, covariates: Mapping[str, Tensor], given: str | None = "length"
 ) -> dict[str, Correlation]:

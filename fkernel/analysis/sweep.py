@@ -17,6 +17,7 @@ import torch
 
 from fkernel import func, tree
 from fkernel.analysis.decomposition import rounding_floor
+from fkernel.boundary import public
 from fkernel.engine import reuse_memory
 from fkernel.engine.planning import usual_microbatch
 from fkernel.errors import BatchError, NonFiniteError
@@ -68,6 +69,7 @@ class Sweep(NamedTuple):
         return None if low == high else (float(self.scales[low]), float(self.scales[high - 1]))
 
 
+@public
 def step_sweep(
     f: Function, params: Tree, E: Any, step: Tree, scales: Sequence[float] = DECADES, *, microbatch: int | None = None
 ) -> Sweep:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fkernel import func
+from fkernel.boundary import public
 from fkernel.engine import kernel
 from fkernel.engine.planning import usual_microbatch
 from fkernel.errors import BatchError
@@ -35,6 +36,7 @@ class TokenChange(NamedTuple):
     entropy: Tensor
 
 
+@public
 def token_change(
     apply: Any, params: Tree, E: Sequences, step: Tree, temperature: float = 1.0, *, microbatch: int | None = None
 ) -> TokenChange:
@@ -62,6 +64,7 @@ def token_change(
     return TokenChange(*(func.jvp(f, m)(params, E, step) for f in quantities))
 
 
+@public
 def apart(sequence: Sequences) -> Sequences:
     """Repeat one sequence for each of its response tokens, each copy scored on one of them.
 
@@ -85,6 +88,7 @@ def apart(sequence: Sequences) -> Sequences:
     return Sequences(ids, attention, masks)
 
 
+@public
 def token_kernel(
     S: Any, params: Tree, e: Sequences, u: Sequences, precond: Preconditioner, *, microbatch: int | None = None
 ) -> Tensor:

@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 
 from fkernel import tree
+from fkernel.boundary import public
 from fkernel.errors import OptimizerStateError, PreconditionerWarning
 from fkernel.precond import AdamWState, check_covers
 from fkernel.shapes import Tensor, Tree
@@ -65,6 +66,7 @@ class Health(NamedTuple):
     dominated: bool
 
 
+@public
 def health(state: AdamWState, diagonal: Tree, squares: Tree, smallest: float = 0.01) -> Health:
     """Compute which coordinates a kernel's trace comes from, and warn if those with little data dominate.
 

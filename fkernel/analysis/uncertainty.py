@@ -34,18 +34,18 @@ Gelbach & D. Miller, "Bootstrap-based improvements for inference with clustered 
 
 from __future__ import annotations
 
-import math
-from functools import cache
 from typing import NamedTuple
 
 import torch
 
 from fkernel import tree
+from fkernel.analysis.student import student_quantile
+from fkernel.boundary import described, public
 from fkernel.errors import BatchError, NonFiniteError
 from fkernel.shapes import Tensor
 
-MOST = 10**9
-"""Prompts that are drawn in all."""
+MOST_DRAWN = 1 << 28
+"""Numbers that are drawn in all: 2 GiB, of which a few copies are made."""
 
 
 class Resamplings(NamedTuple):
@@ -95,6 +95,7 @@ class Ranks(NamedTuple):
     high: Tensor
 
 
+@public
 def resamplings(groups: Tensor, draws: int = 1000, seed: int = 0) -> Resamplings:
     """Draw prompts with replacement, as many as there are.
 
@@ -115,11 +116,7 @@ def resamplings(groups: Tensor, draws: int = 1000, seed: int = 0) -> Resamplings
         (tensor([1, 1, 0]), tensor([2., 2.], dtype=torch.float64))
     """
     place, G = places(groups, draws)
-    if type(seed) is not int or not 0 <= seed < 2**63 or draws * G > MOST:
-        raise BatchError(
-            f"{draws} resamplings of {G} prompts by the seed {seed!r}; expected at most {MOST} prompts drawn in all, "
-            f"and a seed of 0 or more, below 2⁶³."
-        )
+    check_seed(seed)
     drawn = torch.randint(G, (draws, G), generator=torch.Generator().manual_seed(seed))
     return Resamplings(place, torch.zeros(draws, G).double().scatter_add_(1, drawn, torch.ones_like(drawn).double()))
 
@@ -132,10 +129,22 @@ def places(groups: Tensor, draws: int) -> tuple[Tensor, int]:
             f"groups has shape {list(groups.shape)} and there are to be {draws} draws; expected [n], one prompt's "
             f"number a sequence, and at least one draw."
         )
+    if draws * len(groups) > MOST_DRAWN:
+        raise BatchError(
+            f"{draws} draws of {len(groups)} sequences are {draws * len(groups):.3g} numbers; expected at most "
+            f"{MOST_DRAWN:.3g}. Ask for fewer draws: 1,000 tell p-values of 0.01 apart, 100,000 of 0.0001."
+        )
     names, place = torch.unique(groups.cpu(), return_inverse=True)
     return place, len(names)
 
 
+def check_seed(seed: int) -> None:
+    """Raise BatchError unless a seed is a whole number that torch takes."""
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise BatchError(f"seed is {described(seed)}; expected a whole number of 0 or more, below 2⁶³.")
+
+
+@public
 def group_sums(x: Tensor, place: Tensor, prompts: int) -> Tensor:
     """Sum the columns of each prompt.
 
@@ -160,6 +169,7 @@ def group_sums(x: Tensor, place: Tensor, prompts: int) -> Tensor:
     return x.new_zeros(len(x), prompts, dtype=torch.float64).index_add_(1, place.to(x.device), x.double())
 
 
+@public
 def influence_interval(C: Tensor, draws: Resamplings, coverage: float = 0.9) -> Interval:
     """Compute intervals of influences, resampling prompts of U.
 
@@ -190,43 +200,7 @@ def influence_interval(C: Tensor, draws: Resamplings, coverage: float = 0.9) -> 
     return Interval(x, x - half, x + half, error)
 
 
-@cache
-def student_quantile(coverage: float, freedom: int) -> float:
-    """Find t with P(|T| ≤ t) = coverage, of Student's T.
-
-    With θ = arctan(t/√ν) and ν degrees of freedom, the chance is a finite sum:
-
-        (2/π) (θ + sin θ cos θ (1 + 2/3 cos²θ + (2·4)/(3·5) cos⁴θ + …))      ν odd, (ν−1)/2 terms
-        sin θ (1 + 1/2 cos²θ + (1·3)/(2·4) cos⁴θ + …)                        ν even, ν/2 terms
-
-    Args:
-        coverage: in (0, 1).
-        freedom: ν, 1 or more.
-
-    Example:
-        >>> round(student_quantile(0.9, 1), 3), round(student_quantile(0.9, 15), 3)
-        (6.314, 1.753)
-
-    Source: M. Abramowitz & I. Stegun, "Handbook of mathematical functions" (1964), 26.7.3 and 26.7.4.
-    """
-    low, high = 0.0, math.pi / 2
-    while low < (middle := (low + high) / 2) < high:  # bisection: the probability increases with θ
-        low, high = (middle, high) if _student_chance(middle, freedom) < coverage else (low, middle)
-    return math.sqrt(freedom) * math.tan(low)
-
-
-def _student_chance(theta: float, freedom: int) -> float:
-    """P(|T| ≤ √ν tan θ)."""
-    odd, square = freedom % 2, math.cos(theta) ** 2
-    term, total = 1.0, 0.0
-    for j in range(1, freedom // 2 + 1):
-        total += term
-        term *= square * ((2 * j) / (2 * j + 1) if odd else (2 * j - 1) / (2 * j))
-    if odd:
-        return 2 / math.pi * (theta + math.sin(theta) * math.cos(theta) * total)
-    return math.sin(theta) * total
-
-
+@public
 def rank_interval(C: Tensor, draws: Resamplings, top: int = 10, coverage: float = 0.9) -> tuple[Tensor, Interval]:
     """Compute intervals of the ranks of the largest contributors to each row, resampling prompts of U.
 
@@ -262,6 +236,7 @@ def rank_interval(C: Tensor, draws: Resamplings, top: int = 10, coverage: float 
     return columns, Interval(*(torch.stack(field, 1) for field in zip(*each, strict=True)))
 
 
+@public
 def total_ranks(sums: Tensor, draws: Resamplings, coverage: float = 0.9) -> Ranks:
     """Compute intervals of the ranks of contributors to the whole of E, resampling prompts of E.
 

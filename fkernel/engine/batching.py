@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fkernel import tree
+from fkernel.boundary import public
 from fkernel.distributed import ShardedTree
 from fkernel.errors import BatchError, NonFiniteError
 from fkernel.func.inputs import (
@@ -81,8 +82,14 @@ def blocks(side: SortedBatch, cuts: Sequence[slice], tokens: int | None) -> Iter
     yield block
 
 
+@public
 def cuts_of(side: SortedBatch, tokens: int | None) -> list[slice]:
-    """Cut a sorted batch into microbatches."""
+    """Cut a sorted batch into microbatches of at most so many tokens; None for one microbatch.
+
+    Example:
+        >>> cuts_of(SortedBatch("U", torch.ones(3, 2)), 2)
+        [slice(0, 2, None), slice(2, 3, None)]
+    """
     return cut(side.tokens, tokens, side.alike)
 
 
@@ -107,8 +114,16 @@ def check_sides(
             certify_values(own, params, batch)
 
 
+@public
 def check_side(side: str, f: Function, params: Tree, batch: Any) -> None:
-    """Validate one batch; errors name it."""
+    """Validate one batch; errors name it.
+
+    Example:
+        >>> check_side("E", lambda params, x: x @ params["w"], {"w": torch.ones(2)}, torch.ones(3, 2))
+        >>> check_side("E", lambda params, x: x @ params["w"], {"w": torch.ones(2)}, torch.ones(0, 2))
+        Traceback (most recent call last):
+        fkernel.errors.BatchError: In E: ...
+    """
     with error_context(side), translate_errors(params):
         check_inputs(f, params, batch)
         certify_values(f, params, batch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from fkernel import tree
+from fkernel.boundary import public
 from fkernel.engine.correlation import pearson, varies
 from fkernel.errors import BatchError
 from fkernel.shapes import Tensor
@@ -24,6 +25,7 @@ class Calibration(NamedTuple):
     relative_error: float
 
 
+@public
 def calibrate(predicted: Tensor, realised: Tensor) -> Calibration:
     """Compare a prediction with the realised change.
 

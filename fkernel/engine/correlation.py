@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import torch
 
+from fkernel import tree
+from fkernel.boundary import public
+from fkernel.errors import BatchError
 from fkernel.shapes import Tensor
 
 ROUNDING = 8
 """Spread of x, in roundoffs of its dtype relative to ‖x‖, that still counts as rounding."""
 
 
+@public
 def varies(x: Tensor) -> bool:
     """Return whether numbers differ by more than rounding.
 
@@ -27,6 +31,7 @@ def varies(x: Tensor) -> bool:
     return bool((wide - wide.mean()).norm() > ROUNDING * unit * wide.norm())
 
 
+@public
 def pearson(x: Tensor, y: Tensor) -> float:
     """Compute Pearson's r of two [n]; NaN where one does not vary. Spearman's is that of their `mean_ranks`.
 
@@ -34,12 +39,16 @@ def pearson(x: Tensor, y: Tensor) -> float:
         >>> pearson(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 4.0, 6.0]))
         1.0
     """
+    tree.check_finite({"x": x, "y": y}, "pearson")
+    if x.shape != y.shape or x.ndim != 1 or not len(x):
+        raise BatchError(f"x and y have shapes {list(x.shape)} and {list(y.shape)}; expected two [n] of one n.")
     if not (varies(x) and varies(y)):
         return float("nan")
     x, y = ((each.double() - each.double().mean()) for each in (x, y))
     return round(float((x / x.norm()) @ (y / y.norm())), 12)
 
 
+@public
 def mean_ranks(x: Tensor) -> Tensor:
     """Return ranks from 0, [n] float64; equal values share the mean of theirs, and all do where only rounding differs.
 

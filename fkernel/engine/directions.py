@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fkernel.boundary import public
 from fkernel.engine.batching import SortedBatch, check_side
 from fkernel.engine.path import Path, check_path
 from fkernel.engine.planning import Strategy, usual_microbatch
@@ -24,6 +25,7 @@ from fkernel.func.inputs import Function
 from fkernel.shapes import Tensor, Tree
 
 
+@public
 def effects_along(
     f: Function,
     params: Tree,

@@ -28,6 +28,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from fkernel import tree
+from fkernel.boundary import public
 from fkernel.errors import BatchError, ModelError
 from fkernel.func import Sequences
 from fkernel.func.inputs import Function, Objective, check_weights, length, take, translate_errors
@@ -51,6 +52,7 @@ class Microbatch(NamedTuple):
     width: int | None = None
 
 
+@public
 def gradient_in(
     f: Function,
     params: Tree,

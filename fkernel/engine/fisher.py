@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from fkernel import tree
+from fkernel.boundary import public
 from fkernel.distributed import Group, ShardedTree
 from fkernel.engine.batching import SortedBatch, check_sides, error_context, transformed
 from fkernel.engine.layerwise import Walking
@@ -42,6 +43,7 @@ from fkernel.precond import Diagonal, Preconditioner
 from fkernel.shapes import Tensor, Tree
 
 
+@public
 def kernel(
     f: Function,
     params: Tree,
@@ -141,6 +143,7 @@ def _kernel(
     return K.to(leaf.device, leaf.dtype)
 
 
+@public
 def influence(
     f: Function,
     params: Tree,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fkernel import func
+from fkernel.boundary import public
 from fkernel.engine.batching import SortedBatch
 from fkernel.engine.gradients import Gradients, Read, computed
 from fkernel.engine.store import Store, open_store
@@ -51,6 +52,7 @@ def kernel_from_store(
         yield Gradients(side, cuts, store.read, shares=shares)
 
 
+@public
 def complete(store: Store, pieces: Read, on_progress: Callable[[int], Any] = lambda n: None) -> int:
     """Compute and write the missing microbatches, each written while the next one is computed.
 
@@ -61,6 +63,13 @@ def complete(store: Store, pieces: Read, on_progress: Callable[[int], Any] = lam
 
     Returns:
         The number of sequences whose gradients were computed.
+
+    Example:
+        >>> import torch
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as place, open_store(f"{place}/store", {"f": "f"}, [slice(0, 2)]) as store:
+        ...     complete(store, lambda i: {"w": torch.ones(2, 3)})
+        2
     """
     writing: Future[None] | None = None
     missing = [i for i in range(len(store.groups)) if not store.has(i)]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fkernel import func
+from fkernel.boundary import public
 from fkernel.engine.batching import SortedBatch, blocks, error_context
 from fkernel.engine.path import Nodes, mean_of
 from fkernel.engine.planning.workloads import LONG
@@ -196,6 +197,7 @@ class Gradients:
         return self.largest / ((rows.stop - rows.start) * self.side.tokens[rows.start])
 
 
+@public
 def computed(side: SortedBatch, nodes: Nodes, cuts: Sequence[slice], promised: bool = False) -> Gradients:
     """Compute gradients on demand: ḡ = Σ_j q_j ∇f(θ_j) over the nodes of a path.
 
@@ -205,6 +207,11 @@ def computed(side: SortedBatch, nodes: Nodes, cuts: Sequence[slice], promised: b
         cuts: the microbatches.
         promised: whether a memory budget was given: gradients are then copied together, so that the temporaries of
             the passes leave no gaps between them.
+
+    Example:
+        >>> params, side = {"w": torch.ones(2)}, SortedBatch("U", torch.eye(2), lambda params, x: x @ params["w"])
+        >>> computed(side, ((1.0, params),), [slice(0, 2)]).weighted_sum(torch.tensor([1.0, 3.0]))
+        {'w': tensor([1., 3.])}
     """
     f, θ = side.f, nodes[0][1]
     assert f is not None

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from fkernel import tree
+from fkernel.boundary import public
 from fkernel.distributed import ShardedTree
 from fkernel.engine.batching import SortedBatch, error_context
 from fkernel.engine.by_layer import Side, shards
@@ -166,6 +168,7 @@ def along_sorted(
     return products.whole("x", "along")
 
 
+@public
 def gradient_sum(
     side: SortedBatch,
     params: Tree,
@@ -183,6 +186,18 @@ def gradient_sum(
         how: block size and checkpointing of layer inputs.
         of: another sum over sequences, of handles and weights: `func.squared_sum`.
         on_progress: called with the number of sequences after each group of them.
+
+    Example:
+        >>> from fkernel import func
+        >>> from fkernel.engine import SortedBatch
+        >>> from fkernel.engine.planning.estimates import Walking
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> shape = {"vocab_size": 11, "n_positions": 8, "n_embd": 4, "n_layer": 2, "n_head": 1}
+        >>> apply, params = func.make_functional(GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0)))
+        >>> S, batch = func.sequence_logprob(apply), func.pad([[1, 2], [3]], [[4], [5]])
+        >>> J_w = gradient_sum(SortedBatch("U", batch, S), params, torch.ones(2), Walking())
+        >>> sorted(J_w) == sorted(params)
+        True
     """
     total: dict[str, Tensor] = {}
     w = weights[side.order.to(weights.device)].to(widened(next(iter(params.values()))[..., :0]))
@@ -191,6 +206,7 @@ def gradient_sum(
             for name, leaf in of(handles, w[start + some.start : start + some.stop]).items():
                 total[name] = total[name].add_(leaf) if name in total else leaf
         on_progress(len(walk.values))
+    tree.check_finite(total, "the weighted sum of gradients")
     return {name: total[name] for name in params}
 
 
@@ -201,10 +217,15 @@ def values_of(side: SortedBatch, source: Source, params: Tree, how: Walking) -> 
     return torch.empty_like(values).index_copy_(0, side.order, values)
 
 
+@public
 def evaluated(f: Function, params: Tree, batch: Any, microbatch: int | None = None) -> Tensor:
     """Compute f of a batch, [n] float64: layer by layer if it is long and f can be cut, else by whole microbatches.
 
     Sums over tokens are kept in float64: the difference of f between two θ is far smaller than f.
+
+    Example:
+        >>> evaluated(lambda params, x: x @ params["w"], {"w": torch.ones(2)}, torch.eye(2))
+        tensor([1., 1.], dtype=torch.float64)
     """
     if how := walking_of(f, params, (batch,), None):
         return values_of(SortedBatch("E", batch, f), plain(params), params, how)

@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fkernel import func, tree
+from fkernel.boundary import public
 from fkernel.engine.batching import SortedBatch, check_sides, cuts_of, error_context
 from fkernel.engine.gradients import Gradients, computed
 from fkernel.engine.planning import usual_microbatch
@@ -79,6 +80,7 @@ class Rounded(NamedTuple):
     dtype: torch.dtype
 
 
+@public
 def low_precision_kernel(
     f: Function,
     params: Tree,

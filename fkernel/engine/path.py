@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from fkernel import tree
+from fkernel.boundary import public
 from fkernel.errors import BatchError
 from fkernel.func.handles import Concat, Factored, Handle, Handles, Piece, SparseRows, Sum, summands
 from fkernel.shapes import Tensor, Tree
@@ -42,6 +43,7 @@ def check_path(path: str) -> None:
         raise BatchError(f"path is {path!r}; expected 'midpoint' (the default), 'start' or 'gauss2'.")
 
 
+@public
 def nodes_of(path: str, params: Tree, step: Tree | None) -> Nodes:
     """Compute the nodes of a path.
 
@@ -64,6 +66,7 @@ def nodes_of(path: str, params: Tree, step: Tree | None) -> Nodes:
     return tuple((q, params if s == 0 else tree.axpy(s, step, params)) for q, s in NODES[path])
 
 
+@public
 def mean_of(pieces: Sequence[tuple[float, Handles]]) -> Handles:
     """Compute ḡ = Σ_j q_j g_j from one microbatch's handles at every node.
 

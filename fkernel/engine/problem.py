@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fkernel.boundary import public
 from fkernel.distributed import Group
 from fkernel.engine.batching import SortedBatch, cuts_of, error_context, transformed
 from fkernel.engine.from_store import kernel_from_store
@@ -62,11 +63,20 @@ class Problem:
     sharded: bool = False
 
 
+@public
 def blocks(problem: Problem, strategy: Strategy) -> Iterator[KernelBlock]:
     """Run a problem by a strategy of `fkernel.engine.planning.strategy`; all give the same numbers.
 
     Yields:
         A `KernelBlock` a tile of E's rows.
+
+    Example:
+        >>> import torch
+        >>> from fkernel.engine import Strategy
+        >>> params, side = {"w": torch.ones(2)}, SortedBatch("U", torch.eye(2), lambda params, x: x @ params["w"])
+        >>> problem = Problem(params, side, side, ProductSpec({"": None}))
+        >>> [block.kernel().tolist() for block in blocks(problem, Strategy("sequences", "E", None, None, None))]
+        [[[1.0, 0.0], [0.0, 1.0]]]
     """
     if strategy.name == "layers":
         if problem.P is not None:

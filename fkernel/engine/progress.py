@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+from fkernel.boundary import public
+
 _LISTENER: ContextVar[Callable[[int], Any] | None] = ContextVar("listener", default=None)
 
 
@@ -32,8 +34,15 @@ def listening(listener: Callable[[int], Any]) -> Iterator[None]:
         _LISTENER.reset(token)
 
 
+@public
 def part_done(total: int = 0) -> None:
-    """Report that a part is done, of so many in all; 0 where their number is not known."""
+    """Report that a part is done, of so many in all; 0 where their number is not known.
+
+    Example:
+        >>> with listening(print):
+        ...     part_done(7)
+        7
+    """
     listener = _LISTENER.get()
     if listener is not None:
         listener(total)

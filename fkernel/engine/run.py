@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fkernel import tree
+from fkernel.boundary import public
 from fkernel.distributed import Group, ShardedTree
 from fkernel.engine.adjoint import Adjoints, RunStep, StepColumns
 from fkernel.engine.batching import SortedBatch, check_sides, error_context
@@ -101,6 +102,7 @@ class Sweep(NamedTuple):
     after: Tensor
 
 
+@public
 def account(
     f: Function,
     E: Any,

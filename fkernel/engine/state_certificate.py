@@ -7,6 +7,7 @@ the two agree whether or not the state was read correctly.
 from __future__ import annotations
 
 from fkernel import tree
+from fkernel.boundary import public
 from fkernel.func import Certificate
 from fkernel.shapes import Tree
 
@@ -14,6 +15,7 @@ BOUND = 0.05
 """Largest relative error of Δθ; the demo's float32 step is at 5e-4."""
 
 
+@public
 def state_against_step(step: Tree, before: Tree, after: Tree | None) -> Certificate:
     """Compare a predicted step with the weights after it.
 
@@ -41,6 +43,10 @@ def state_against_step(step: Tree, before: Tree, after: Tree | None) -> Certific
             "agreement is no evidence; step.after, the checkpoint after the step, would be"
         )
         return Certificate("state", None, float("nan"), BOUND, detail)
+    for what, given in (("step", step), ("after", after), ("before", before)):
+        if given is not before:
+            tree.check_names(given, before, what, "before")
+        tree.check_finite(given, what)
     real = {name: after[name].to(leaf) - leaf for name, leaf in before.items()}
     size = float(tree.norm(real))
     if not size:

@@ -19,6 +19,7 @@ import torch
 from einops import rearrange
 
 from fkernel import func, tree
+from fkernel.boundary import public
 from fkernel.distributed import Group, ShardedTree, shard_tree
 from fkernel.engine.batching import SortedBatch, check_sides, error_context
 from fkernel.engine.layerwise import Walking
@@ -99,6 +100,7 @@ class StepEffect(NamedTuple):
         return self.predicted
 
 
+@public
 def loss_gradient(
     f: Function,
     params: Tree,
@@ -139,6 +141,7 @@ def loss_gradient(
     return clip_gradient(ascent, max_norm)
 
 
+@public
 def explain_step(
     f: Function,
     params: Tree,
@@ -304,6 +307,7 @@ def _contracted(problem: Problem, strategy: Strategy) -> tuple[Tensor, Tensor, T
     return K, along[0], along[1]
 
 
+@public
 def realised_change(
     f: Function, before: Tree, after: Tree, E: Any, *, microbatch: int | None = None, mesh: Any = None
 ) -> Tensor:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from fkernel.boundary import public
 from fkernel.engine.batching import SortedBatch
 from fkernel.engine.gradients import Gradients
 from fkernel.engine.progress import part_done
@@ -59,6 +60,7 @@ class KernelBlock:
         return _whole(self._columns[what])
 
 
+@public
 def contraction(
     E: Gradients,
     U: Gradients | None,
@@ -80,6 +82,13 @@ def contraction(
 
     Yields:
         One `KernelBlock` a tile of E; one in all where U is held.
+
+    Example:
+        >>> from fkernel.engine import SortedBatch, computed
+        >>> params, side = {"w": torch.ones(2)}, SortedBatch("U", torch.eye(2), lambda params, x: x @ params["w"])
+        >>> J = computed(side, ((1.0, params),), [slice(0, 2)])
+        >>> [block.kernel().tolist() for block in contraction(J, J, ProductSpec({"": None}))]
+        [[[1.0, 0.0], [0.0, 1.0]]]
     """
     x, y = (E, U) if U is None or held == "E" else (U, E)
     yield from arranged(E.side, None if U is None else U.side, spec, held, lambda own: _walk(x, y, own, tile, block))
@@ -181,6 +190,7 @@ def _joined(tiles: list[Sums]) -> Sums:
     }
 
 
+@public
 def self_kernel(U: Gradients, D: Tree | None, tile: int | None = None) -> tuple[Tensor, Tensor]:
     """Compute K_UU and ‖g‖², each pair of tiles contracted once: ([n n] symmetric to the last bit, [n]), float64.
 
@@ -188,6 +198,13 @@ def self_kernel(U: Gradients, D: Tree | None, tile: int | None = None) -> tuple[
         U: the gradients.
         D: the diagonal of P; None for ones.
         tile: tokens whose gradients are held on one side at a time; None for all.
+
+    Example:
+        >>> from fkernel.engine import SortedBatch, computed
+        >>> params, side = {"w": torch.ones(2)}, SortedBatch("U", torch.eye(2), lambda params, x: x @ params["w"])
+        >>> self_kernel(computed(side, ((1.0, params),), [slice(0, 2)]), {"w": torch.tensor([1.0, 3.0])})[0]
+        tensor([[1., 0.],
+                [0., 3.]], dtype=torch.float64)
     """
     n, order = len(U), U.side.order.cpu()
     K, norms = (torch.zeros(*shape, dtype=torch.float64, device="cpu") for shape in ((n, n), (n,)))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fkernel import func
+from fkernel.boundary import public
 from fkernel.engine.batching import SortedBatch
 from fkernel.engine.gradients import Gradients, computed
 from fkernel.engine.layerwise import along_of, gradient_sum, must_cut
@@ -87,6 +88,7 @@ class WalkedGradients(Gradients):
         return (K + K.T) / 2, norms
 
 
+@public
 def choose_walk(
     E: SortedBatch, U: SortedBatch, params: Tree, memory: int | None, microbatch: int, reserved: int = 0
 ) -> Strategy:
@@ -94,6 +96,11 @@ def choose_walk(
 
     Raises:
         BatchError: none fits; the message says how much would suffice.
+
+    Example:
+        >>> one, two = SortedBatch("E", torch.ones(1, 2)), SortedBatch("U", torch.ones(2, 2))
+        >>> choose_walk(one, two, {"w": torch.ones(2)}, None, 8)[:2]
+        ('layers', 'E')
     """
     if memory is None:  # a layer's gradients of the smaller side are held, as `fkernel.kernel` does
         return Strategy("layers", "E" if len(E) <= len(U) else "U", None, None, 0)
@@ -101,8 +108,18 @@ def choose_walk(
     return choose_meeting(load, memory, rates(_like(params).dtype), microbatch, reserved).strategy
 
 
+@public
 def walk_load(E: SortedBatch, U: SortedBatch, params: Tree) -> Workload:
-    """Count the work of a layer-by-layer contraction of two batches; U with its f."""
+    """Count the work of a layer-by-layer contraction of two batches; U with its f.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> shape = {"vocab_size": 11, "n_positions": 8, "n_embd": 4, "n_layer": 2, "n_head": 1}
+        >>> apply, params = func.make_functional(GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0)))
+        >>> S, batch = func.sequence_logprob(apply), func.pad([[1, 2], [3]], [[4], [5]])
+        >>> walk_load(SortedBatch("E", batch), SortedBatch("U", batch, S), params).tokens
+        {'E': [3, 2], 'U': [3, 2]}
+    """
     assert U.f is not None
     tokens = {"E": E.tokens, "U": U.tokens}
     walk = walk_of(must_cut(U.f, params, U.batch), params, tokens)
@@ -114,10 +131,16 @@ def _like(params: Tree) -> Tensor:
     return widened(next(iter(params.values()))[..., :0])
 
 
+@public
 def walking_alone(f: Function, params: Tree, side: SortedBatch, memory: int | str | None) -> Walking | None:
     """Plan a walk over a batch's longest sequence within a memory budget; None where no sequence is long.
 
     Raises:
         BatchError: the budget is too small for one sequence; the message says how much would suffice.
+
+    Example:
+        >>> f, side = lambda params, x: x @ params["w"], SortedBatch("U", torch.ones(3, 2))
+        >>> walking_alone(f, {"w": torch.ones(2)}, side, None) is None
+        True
     """
     return walking_of(f, params, (trim(take(side.batch, slice(0, 1))),), memory)

@@ -17,11 +17,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from fkernel.boundary import described, public
+from fkernel.errors import ArgumentError
 from fkernel.func.constants import seen_through
 from fkernel.func.functional import Apply
 from fkernel.func.inputs.objective import Objective
 
 
+@public
 def through_detach(f: Any) -> Any:
     """Return the same function, differentiated through everything that it detaches.
 
@@ -39,6 +42,8 @@ def through_detach(f: Any) -> Any:
         >>> jvp(f)(w, torch.ones(1, 1), v), jvp(through_detach(f))(w, torch.ones(1, 1), v)  # of w²
         (tensor([3.]), tensor([6.]))
     """
+    if not callable(f):
+        raise ArgumentError(f"f is {described(f)}; expected a function (params, batch) -> [n], or an Apply.")
     if isinstance(f, Apply):
         return replace(f, through_detach=True)
 

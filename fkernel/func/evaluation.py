@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fkernel.boundary import public
 from fkernel.func.inputs.batch import length
 from fkernel.func.inputs.microbatch import stacked
 from fkernel.func.inputs.objective import Function, bare, check_values, name_of, own_width
@@ -16,6 +17,7 @@ from fkernel.func.trust.checks import certified
 from fkernel.shapes import Tensor, Tree
 
 
+@public
 def evaluate(f: Function, microbatch: int | None = None) -> Callable[[Tree, Any], Tensor]:
     """Return a function that evaluates f on a batch of any size.
 
@@ -37,6 +39,7 @@ def evaluate(f: Function, microbatch: int | None = None) -> Callable[[Tree, Any]
     return _over_microbatches(f, bare(f), microbatch)
 
 
+@public
 def evaluate_in_float64(f: Function, microbatch: int | None = None) -> Callable[[Tree, Any], Tensor]:
     """Return the same for differences of values, with sums over tokens in float64.
 
@@ -61,6 +64,7 @@ def _over_microbatches(f: Function, value_of: Function, microbatch: int | None) 
 
     rows = stacked(one_microbatch, microbatch, own_width(f))
 
+    @public
     def values(params: Tree, batch: Any) -> Tensor:
         with certified(f, params, batch), torch.no_grad():
             out = rows(params, batch)

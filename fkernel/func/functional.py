@@ -18,6 +18,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fkernel.boundary import public
 from fkernel.errors import BatchError, ModelError, listing
 from fkernel.func.constants import seen_through
 from fkernel.func.inputs.objective import is_readable
@@ -105,6 +106,7 @@ def unchanged(module: nn.Module | None) -> Iterator[None]:
             part.__dict__.update(attributes | {"_buffers": buffers})
 
 
+@public
 def make_functional(
     model: nn.Module,
     select: Iterable[str] | Callable[[str], bool] | None = None,
@@ -146,6 +148,7 @@ def make_functional(
     return replace(apply, original=original, own_width=apply.own_width if own_width is None else own_width), params
 
 
+@public
 def split(model: nn.Module, chosen: Collection[str]) -> tuple[Apply, Tree]:
     """Split without `make_functional`'s checks; the parameters may be on the meta device.
 

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fkernel import tree
+from fkernel.boundary import public
 from fkernel.errors import NonFiniteError
 from fkernel.func.handles.forms import Handles, stack_handles
 from fkernel.func.inputs.batch import length, take
@@ -36,6 +37,7 @@ from fkernel.func.trust.directional import FIRST, SECOND, Order, value_on
 from fkernel.shapes import Shaped, Tensor, Tree
 
 
+@public
 def per_sequence_grad(f: Function, microbatch: int | None = None) -> Callable[[Tree, Any], Tree]:
     """Return J: the gradient of every sequence.
 
@@ -61,6 +63,7 @@ def per_sequence_grad(f: Function, microbatch: int | None = None) -> Callable[[T
                       [0., 4.]])}
     """
 
+    @public
     def gradient(params: Tree, batch: Any) -> Tree:
         with certified(f, params, batch):
             return gradient_rows(f, microbatch, plan_of(f, params, batch))(params, batch)
@@ -68,6 +71,7 @@ def per_sequence_grad(f: Function, microbatch: int | None = None) -> Callable[[T
     return gradient
 
 
+@public
 def per_sequence_handles(f: Function, microbatch: int | None = None) -> Callable[[Tree, Any], Handles]:
     """Return J in its smallest exact form: factors of linear layers, rows of tables, dense where that is smallest.
 
@@ -84,6 +88,7 @@ def per_sequence_handles(f: Function, microbatch: int | None = None) -> Callable
         ('Factored', [3, 2, 8])
     """
 
+    @public
     def handles(params: Tree, batch: Any) -> Handles:
         with certified(f, params, batch):
             pieces = groups(batch, token_grant(batch, microbatch), own_width(f))
@@ -93,6 +98,7 @@ def per_sequence_handles(f: Function, microbatch: int | None = None) -> Callable
     return handles
 
 
+@public
 def vjp(f: Function, microbatch: int | None = None) -> Callable[[Tree, Any, Tensor], Tree]:
     """Return w ↦ Jᵀw: the weighted sum of all gradients, by one reverse pass and without J.
 
@@ -122,6 +128,7 @@ def vjp(f: Function, microbatch: int | None = None) -> Callable[[Tree, Any, Tens
 
     total = summed(one_microbatch, microbatch, own_width(f))
 
+    @public
     def product(params: Tree, batch: Any, weights: Shaped[Tensor, " n"]) -> Tree:
         with certified(f, params, batch):
             check_weights(weights, length(batch))
@@ -135,6 +142,7 @@ def vjp(f: Function, microbatch: int | None = None) -> Callable[[Tree, Any, Tens
     return product
 
 
+@public
 def jvp(f: Function, microbatch: int | None = None) -> Callable[[Tree, Any, Tree], Tensor]:
     """Return v ↦ Jv: the derivative of f of every sequence along one direction, by forward mode and without J.
 
@@ -160,6 +168,7 @@ def jvp(f: Function, microbatch: int | None = None) -> Callable[[Tree, Any, Tree
     return _along(f, microbatch, FIRST)
 
 
+@public
 def curvature(f: Function, microbatch: int | None = None) -> Callable[[Tree, Any, Tree], Tensor]:
     """Return v ↦ vᵀH_x v: the second derivative of f of every sequence along one direction.
 
@@ -177,6 +186,7 @@ def curvature(f: Function, microbatch: int | None = None) -> Callable[[Tree, Any
 
 
 def _along(f: Function, microbatch: int | None, order: Order) -> Callable[..., Tensor]:
+    @public
     def product(params: Tree, batch: Any, direction: Tree) -> Tensor:
         def one_microbatch(params: Tree, batch: Any, direction: Tree) -> tuple[Tensor, Tensor]:
             # Not under no_grad, where some operations (silu) use a fused derivative that is not differentiable.

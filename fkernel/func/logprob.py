@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from einops import rearrange
 
+from fkernel.boundary import public
 from fkernel.errors import ModelError
 from fkernel.func.inputs.batch import Sequences, check_tokens
 from fkernel.func.inputs.objective import Function, Objective, TokenWeights, bare
@@ -30,6 +31,7 @@ LogitsFn = Callable[[Tree, Tensor, Tensor], Tensor]
 """(params, input_ids [n t], attention_mask [n t]) -> logits [n t v], such as `make_functional` returns."""
 
 
+@public
 def sequence_logprob(apply: LogitsFn, temperature: float = 1.0) -> Objective:
     """Return S: the log-probability of each response, in nats.
 
@@ -90,6 +92,7 @@ def summed_in_float64(f: Function) -> Function:
     return total
 
 
+@public
 def token_logprobs(apply: LogitsFn, temperature: float = 1.0) -> Objective:
     """Return log π(x_t | x_<t) for every token.
 
@@ -107,6 +110,7 @@ def token_logprobs(apply: LogitsFn, temperature: float = 1.0) -> Objective:
     return _objective(apply, temperature, _tokens, "a token's log π")
 
 
+@public
 def token_entropy(apply: LogitsFn, temperature: float = 1.0) -> Objective:
     """Return H_t, the entropy of the distribution that token t was sampled from.
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from fkernel.boundary import public
 from fkernel.errors import BatchError
 from fkernel.func.inputs.batch import Sequences
 from fkernel.func.inputs.objective import Objective, bare
@@ -46,6 +47,7 @@ class Answers(NamedTuple):
     rewards: Tensor
 
 
+@public
 def mean_entropy(apply: LogitsFn, temperature: float = 1.0) -> Objective:
     """Return the mean entropy of the distributions that a response was sampled from, nats a token.
 
@@ -75,6 +77,7 @@ def mean_entropy(apply: LogitsFn, temperature: float = 1.0) -> Objective:
     return Objective(mean, H.check, "the mean entropy", apply)
 
 
+@public
 def kl_divergence(
     apply: LogitsFn, reference: Tree, temperature: float = 1.0, reference_apply: LogitsFn | None = None
 ) -> Objective:
@@ -119,6 +122,7 @@ def _kl(
     return torch.where(batch.response_mask[:, 1:].bool(), each, 0.0).sum(1)
 
 
+@public
 def log_odds(apply: LogitsFn, temperature: float = 1.0) -> Objective:
     """Return the log-odds of two responses.
 
@@ -152,6 +156,7 @@ def log_odds(apply: LogitsFn, temperature: float = 1.0) -> Objective:
     return Objective(odds, check, "log-odds", apply)
 
 
+@public
 def expected_reward(apply: LogitsFn, temperature: float = 1.0) -> Objective:
     """Return the expected reward over a finite set of answers, conditional on the answer being in the set.
 

@@ -23,9 +23,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from fkernel.boundary import public
 from fkernel.shapes import Tensor
 
 
+@public
 def with_masked_padding_grad(apply: Any) -> Any:
     """Return the same function with the gradient of training, in reverse mode.
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fkernel.boundary import public
 from fkernel.func.inputs.batch import take, trim
 from fkernel.func.inputs.leaves import leaves_of
 from fkernel.func.inputs.objective import Function, bare
@@ -21,6 +22,7 @@ from fkernel.func.trust.checks import seen_of
 from fkernel.shapes import Tensor, Tree
 
 
+@public
 def unused_parameters(f: Function, params: Tree, batch: Any) -> frozenset[str]:
     """Find the parameters that f never uses, by one plain reverse pass over the first sequence.
 

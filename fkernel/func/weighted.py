@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fkernel import tree
+from fkernel.boundary import public
 from fkernel.errors import BatchError, NonFiniteError
 from fkernel.func.inputs.batch import Sequences
 from fkernel.func.inputs.objective import Objective, TokenWeights
@@ -38,6 +39,7 @@ class Weighted(NamedTuple):
     entropy_weights: Tensor | None = None
 
 
+@public
 def weighted_logprob(apply: LogitsFn, temperature: float = 1.0) -> Objective:
     """Make a loss's column: the weighted sum of a response's token log-probabilities and entropies.
 

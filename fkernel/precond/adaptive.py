@@ -29,6 +29,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from fkernel import tree
+from fkernel.boundary import public
 from fkernel.errors import OptimizerStateError, listing
 from fkernel.precond.state import AdamWState, check_covers, check_state, check_tree
 from fkernel.precond.transform import Preconditioner, diagonal
@@ -52,6 +53,7 @@ class AdamWStep(NamedTuple):
         return tree.add(*self)
 
 
+@public
 def adam(state: AdamWState, grads: Grads | None = None, unseen: Unseen = "error") -> Preconditioner:
     """Make P = D = diag 1/(√v̂+ε): Adam's diagonal, without learning rate, momentum or decay.
 
@@ -77,6 +79,7 @@ def adam(state: AdamWState, grads: Grads | None = None, unseen: Unseen = "error"
     return diagonal(_inverse_root(state, grads, unseen))
 
 
+@public
 def adamw_response(state: AdamWState, grads: Grads, unseen: Unseen = "eps") -> Preconditioner:
     """Make P_step: from a score's gradient to the move of the parameters that it causes in this very step.
 
@@ -105,6 +108,7 @@ def adamw_response(state: AdamWState, grads: Grads, unseen: Unseen = "eps") -> P
     return diagonal({name: (0.0 if grads[name] is None else rate[name]) * D[name] for name in D})
 
 
+@public
 def gradient_rates(state: AdamWState) -> dict[str, float]:
     """Tell how far a step goes along D g, parameter by parameter: what turns a bare D into nats.
 
@@ -122,6 +126,7 @@ def gradient_rates(state: AdamWState) -> dict[str, float]:
     return {name: _rate(state, name) * (1 - state.beta1[name]) for name in state.names}
 
 
+@public
 def adamw_step(params: Tree, grads: Grads, state: AdamWState) -> AdamWStep:
     """Compute Δθ of one AdamW step in its three parts; nothing is changed in place.
 

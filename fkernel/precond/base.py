@@ -10,9 +10,12 @@ from typing import Any, ClassVar, TypeVar
 import torch
 
 from fkernel import tree
+from fkernel.boundary import described
 from fkernel.errors import OptimizerStateError
 from fkernel.shapes import Tensor, Tree
 
+LARGEST = 2.0**1000
+"""Of a setting: beyond it products with parameters are infinite."""
 T = TypeVar("T")
 Setting = T | Mapping[str, T]
 """One value for all parameters, or {name: value}, as parameter groups have it."""
@@ -97,6 +100,9 @@ class DecayingState(OptimizerState):
                 raise OptimizerStateError(f"{moment} is a {type(leaves).__name__}; expected {{name: tensor}}.")
             for name, leaf in leaves.items():
                 check_moment(leaf, f"{moment}[{name!r}]", moment in self.SQUARES)
+        for each in fields(self):
+            if each.name not in (*self.MOMENTS, *self.OPTIONAL):
+                check_setting(getattr(self, each.name), each.name)
 
     @staticmethod
     def decay_step(past: Any) -> float:
@@ -105,7 +111,9 @@ class DecayingState(OptimizerState):
 
 
 def check_moment(leaf: Tensor, what: str, square: bool = False) -> None:
-    """Raise OptimizerStateError where a moment is not finite, or is negative and a mean of squares."""
+    """Raise OptimizerStateError where a moment is no real tensor, is not finite, or is a negative mean of squares."""
+    if not isinstance(leaf, Tensor) or leaf.layout != torch.strided or leaf.is_complex() or leaf.is_quantized:
+        raise OptimizerStateError(f"{what} is {described(leaf)}; expected a dense tensor of real numbers.")
     if leaf.is_meta:
         raise OptimizerStateError(f"{what} lies on the meta device and holds no values; load the state first.")
     if not tree.all_finite(leaf):
@@ -119,6 +127,23 @@ def check_moment(leaf: Tensor, what: str, square: bool = False) -> None:
             f"{what} is negative in {int((leaf < 0).sum())} of {leaf.numel()} places (least {leaf.min():.3g}); a mean "
             f"of squares cannot be: is this the first moment, or another optimizer's state?"
         )
+
+
+def check_setting(value: Any, what: str) -> None:
+    """Raise OptimizerStateError where a setting, or one of a parameter, is a number that is not finite, or no number.
+
+    None, booleans and names of variants are settings, too.
+    """
+    if isinstance(value, Mapping):
+        for name, own in value.items():
+            check_setting(own, f"{what}[{name!r}]")
+    elif isinstance(value, tuple | list):
+        for own in value:
+            check_setting(own, what)
+    elif not isinstance(value, int | float | str | None) or (
+        isinstance(value, int | float) and not -LARGEST < value < LARGEST
+    ):
+        raise OptimizerStateError(f"{what} is {described(value)}; expected a finite number.")
 
 
 def by_name(rule: Any, grads: Tree, state: OptimizerState) -> Tree:

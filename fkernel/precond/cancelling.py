@@ -9,11 +9,13 @@ from __future__ import annotations
 import torch
 
 from fkernel import tree
+from fkernel.boundary import public
 from fkernel.errors import OptimizerStateError
 from fkernel.precond.state import check_tree
 from fkernel.shapes import Tree
 
 
+@public
 def cancellation(grads: Tree, absolute: Tree, diagonal: Tree, share: float = 0.01) -> float:
     """Tell how much of what sequences are credited with rests on coordinates where they cancel.
 
@@ -39,6 +41,7 @@ def cancellation(grads: Tree, absolute: Tree, diagonal: Tree, share: float = 0.0
     """
     for what, given in (("grads", grads), ("absolute", absolute), ("diagonal", diagonal)):
         check_tree(given, what)
+        tree.check_finite(given, what)
     tree.check_same(absolute, grads, "absolute", "the gradient")
     tree.check_same(diagonal, grads, "the diagonal", "the gradient")
     whole = cancelled = 0.0

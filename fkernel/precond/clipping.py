@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 
 from fkernel import tree
+from fkernel.boundary import described, public
 from fkernel.errors import NonFiniteError, OptimizerStateError
+from fkernel.precond.base import LARGEST
 from fkernel.precond.state import check_tree
 from fkernel.shapes import Tree
 
 
+@public
 def clip_factor(grads: Tree, max_norm: float | None) -> float:
     """Compute c = min(1, max_norm / (‖g‖₂ + 1e−6)), as `torch.nn.utils.clip_grad_norm_` does.
 
@@ -30,11 +33,14 @@ def clip_factor(grads: Tree, max_norm: float | None) -> float:
     tree.check_finite(grads, "grads")
     if max_norm is None or max_norm == math.inf:
         return 1.0
-    if not isinstance(max_norm, int | float) or not 0 < max_norm < 2**1000:
-        raise OptimizerStateError(f"max_norm is {max_norm!r}; expected a positive number, or None for no clipping.")
+    if not isinstance(max_norm, int | float) or not 0 < max_norm < LARGEST:
+        raise OptimizerStateError(
+            f"max_norm is {described(max_norm)}; expected a positive number, or None for no clipping."
+        )
     return min(1.0, max_norm / (float(tree.norm(grads)) + 1e-6))
 
 
+@public
 def clip_gradient(
     ascent: Tree, max_norm: float | None = None, *, clip: float | None = None
 ) -> tuple[Tree, float, float]:
@@ -59,4 +65,6 @@ def clip_gradient(
     c, norm = clip_factor(ascent, max_norm) if clip is None else clip, float(tree.norm(ascent))
     if not math.isfinite(norm):
         raise NonFiniteError("The gradient is finite, and its norm is not: it is too large for its own dtype.")
+    if not isinstance(c, int | float) or not 0 <= c * norm < LARGEST:
+        raise OptimizerStateError(f"clip is {described(c)}; expected the factor that clips a gradient, such as 0.5.")
     return tree.scale(-c, ascent), c, norm

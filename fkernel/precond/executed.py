@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fkernel import tree
+from fkernel.boundary import public
 from fkernel.errors import OptimizerStateError
 from fkernel.precond.adaptive import Grads
 from fkernel.precond.base import OptimizerState
@@ -51,6 +52,7 @@ class ExecutedStep(NamedTuple):
     masters: Tree
 
 
+@public
 def executed_step(params: Tree, grads: Grads, state: StoredState | OptimizerState) -> ExecutedStep:
     """Take one step with the optimizer's own class, on copies.
 
@@ -80,6 +82,7 @@ def executed_step(params: Tree, grads: Grads, state: StoredState | OptimizerStat
     stored = state if isinstance(state, StoredState) else stored_state(state)
     tree.check_names(params, stored.names, "params", "the optimizer state")
     tree.check_names(grads, params, "grads", "params")
+    tree.check_finite(params, "params")
     tree.check_finite({name: g for name, g in grads.items() if g is not None}, "grads")
     check_masters(stored.masters, params)
     delta: Tree = {}
@@ -96,6 +99,7 @@ def executed_step(params: Tree, grads: Grads, state: StoredState | OptimizerStat
     return ExecutedStep(delta, moved / max(1, tree.size(delta)), entries, masters)
 
 
+@public
 def check_masters(masters: Tree, params: Tree) -> None:
     """Raise OptimizerStateError unless master weights are those that the weights are rounded from.
 

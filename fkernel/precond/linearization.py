@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from fkernel import tree
+from fkernel.boundary import public
 from fkernel.errors import OptimizerStateError, TreeError, listing
 from fkernel.precond.state import check_tree
 from fkernel.precond.transform import Diagonal, Preconditioner, diagonal
@@ -32,6 +33,7 @@ Update = Callable[[Tree, Any], Tree]
 """(g, state) → Δθ, pure and differentiable in g."""
 
 
+@public
 def secant(update: Update, grads: Tree, state: Any) -> Diagonal:
     """Make P from the move of an optimizer that works coordinate by coordinate.
 
@@ -68,6 +70,7 @@ def secant(update: Update, grads: Tree, state: Any) -> Diagonal:
     return diagonal(d)
 
 
+@public
 def broyden(update: Update, grads: Tree, state: Any) -> Preconditioner:
     """Make P from the Jacobian and the move of any optimizer.
 
@@ -96,6 +99,7 @@ def broyden(update: Update, grads: Tree, state: Any) -> Preconditioner:
     J, y = linearized(update, grads, state), _ascent_of(update, grads, state)
     gap = tree.add(y, tree.scale(-1.0, J(grads)))
 
+    @public
     def apply(x: Tree) -> Tree:
         return {name: leaf + _along(grads[name], x[name]) * gap[name] for name, leaf in J(x).items()}
 
@@ -128,6 +132,7 @@ def _along(g: Tensor, x: Tensor) -> Tensor:
     return share / torch.where(largest > 0, largest, 1.0)
 
 
+@public
 def linearized(update: Update, grads: Tree, state: Any) -> Preconditioner:
     """Make P from an optimizer's update.
 
@@ -155,6 +160,7 @@ def linearized(update: Update, grads: Tree, state: Any) -> Preconditioner:
         both: Any = torch.func.jvp(lambda g: update(g, state), (grads,), (x,))
         return tree.scale(-1.0, both[1])
 
+    @public
     def apply(x: Tree) -> Tree:
         check_tree(x, "The tree to precondition")
         tree.check_names(x, grads, "the tree to precondition", "the gradient")
@@ -166,6 +172,7 @@ def linearized(update: Update, grads: Tree, state: Any) -> Preconditioner:
     return apply
 
 
+@public
 def partition(parts: Mapping[Sequence[str], Preconditioner]) -> Preconditioner:
     """Make a preconditioner of several, each for some parameters, as a training that mixes optimizers has.
 
@@ -186,6 +193,7 @@ def partition(parts: Mapping[Sequence[str], Preconditioner]) -> Preconditioner:
     if twice:
         raise TreeError(f"partition has {listing(twice)} in more than one part.")
 
+    @public
     def apply(x: Tree) -> Tree:
         check_tree(x, "The tree to precondition")
         tree.check_names(x, named, "the tree to precondition", "the partition")

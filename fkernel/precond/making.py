@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fkernel.boundary import public
 from fkernel.errors import OptimizerStateError, listing
 from fkernel.precond.base import OptimizerState
 from fkernel.precond.state import check_tree
@@ -18,6 +19,7 @@ ADAMW: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-
 """AdamW's defaults: its state has none."""
 
 
+@public
 def fresh_state(kind: str, params: Tree, **settings: Any) -> OptimizerState:
     """Make an optimizer's state before its first step: moments of zero, step 0.
 
@@ -54,6 +56,7 @@ def fresh_state(kind: str, params: Tree, **settings: Any) -> OptimizerState:
     return state_from(kind, params, {name: {} for name in params}, values)
 
 
+@public
 def state_from(
     kind: str, params: Tree, entries: Mapping[str, Mapping[str, Any]], groups: Mapping[str, Mapping[str, Any]]
 ) -> OptimizerState:

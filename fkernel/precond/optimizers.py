@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 
+from fkernel.boundary import public
 from fkernel.errors import OptimizerStateError
 from fkernel.precond.adaptive import adam, adamw_response, gradient_rates
 from fkernel.precond.linearization import broyden, partition, secant
@@ -44,6 +45,7 @@ from fkernel.shapes import Tree
 NAMES = ("identity", "frozen", "post-step", "adamw", "rmsprop", "adafactor", "lion", "muon")
 
 
+@public
 def alternatives(
     params: Tree,
     grads: Tree,

@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import torch
 
 from fkernel import tree
+from fkernel.boundary import described, public
 from fkernel.errors import OptimizerStateError, TreeError
-from fkernel.precond.base import OptimizerState, check_moment
+from fkernel.precond.base import LARGEST, OptimizerState, check_moment
 from fkernel.shapes import Tree
 
 
@@ -66,6 +67,7 @@ class AdamWState(OptimizerState):
         return list(self.exp_avg)
 
 
+@public
 def adamw_init(
     params: Tree,
     lr: float,
@@ -148,6 +150,7 @@ def check_tree(x: Any, what: str) -> None:
     raise TreeError(f"{what} is a {type(x).__name__}; expected {{name: tensor}}{advice}.")
 
 
+@public
 def check_covers(state: OptimizerState, names: list[str], shapes: Tree, what: str) -> None:
     """Raise TreeError unless the state and another tree are about the same parameters, shapes included.
 
@@ -175,23 +178,25 @@ def check_covers(state: OptimizerState, names: list[str], shapes: Tree, what: st
 
 def _check_moments(name: str, state: AdamWState) -> None:
     m, v = state.exp_avg[name], state.exp_avg_sq[name]
+    check_moment(m, f"exp_avg[{name!r}]")
+    check_moment(v, f"exp_avg_sq[{name!r}]", square=True)
     if m.shape != v.shape:
         raise OptimizerStateError(
             f"exp_avg_sq[{name!r}] has shape {list(v.shape)}, exp_avg[{name!r}] has {list(m.shape)}; both have the "
             f"parameter's."
         )
-    check_moment(m, f"exp_avg[{name!r}]")
-    check_moment(v, f"exp_avg_sq[{name!r}]", square=True)
 
 
 def _check_numbers(name: str, state: AdamWState) -> None:
     step = state.step[name]
-    if step != int(step) or step < 0:
-        raise OptimizerStateError(f"step[{name!r}] is {step!r}; expected a whole number of steps taken, 0 or more.")
+    if not isinstance(step, int | float) or not 0 <= step < 2**63 or step != int(step):
+        raise OptimizerStateError(
+            f"step[{name!r}] is {described(step)}; expected a whole number of steps taken, 0 or more."
+        )
     finite = float("inf")
     ranges = {"lr": (0.0, finite), "beta1": (0.0, 1.0), "beta2": (0.0, 1.0), "eps": (0.0, finite)}
     ranges["weight_decay"] = (0.0, finite)
     for field, (low, high) in ranges.items():
         value = getattr(state, field)[name]
-        if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value < min(high, 2.0**1000):
-            raise OptimizerStateError(f"{field}[{name!r}] is {value!r}; expected {low} ≤ {field} < {high}.")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value < min(high, LARGEST):
+            raise OptimizerStateError(f"{field}[{name!r}] is {described(value)}; expected {low} ≤ {field} < {high}.")

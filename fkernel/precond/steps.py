@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from fkernel import tree
+from fkernel.boundary import public
 from fkernel.errors import TreeError, listing
 from fkernel.precond.adaptive import AdamWStep, Grads, adamw_response, adamw_step
 from fkernel.precond.base import DecayingState, OptimizerState
@@ -66,6 +67,7 @@ class MixedState(OptimizerState):
         return next(part.misfit(name, shape) for part in self.parts if name in part.names)
 
 
+@public
 def acts_by_coordinate(state: OptimizerState) -> bool:
     """Tell whether every coordinate's move depends on its own gradient alone, so that P is a diagonal.
 
@@ -81,6 +83,7 @@ def acts_by_coordinate(state: OptimizerState) -> bool:
     return all(isinstance(part, AdamWState) or optimizer_of(part).coordinatewise for part in parts)
 
 
+@public
 def optimizer_step(params: Tree, grads: Grads, state: OptimizerState) -> AdamWStep:
     """Compute Δθ of one step of any optimizer in its three parts; nothing is changed in place.
 
@@ -128,6 +131,7 @@ def optimizer_step(params: Tree, grads: Grads, state: OptimizerState) -> AdamWSt
     return AdamWStep(still | batch, still | momentum, still | decay)
 
 
+@public
 def response(state: OptimizerState, grads: Grads, params: Tree, unseen: Any = "eps") -> Preconditioner:
     """Make P of a step: from a score's gradient to the move of the parameters that it causes in this very step.
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from fkernel.boundary import public
 from fkernel.errors import OptimizerStateError
 from fkernel.precond.base import OptimizerState
 from fkernel.precond.making import state_from
@@ -68,6 +69,7 @@ class StoredState:
         return StoredState(**kept)
 
 
+@public
 def exact_state(stored: StoredState, params: Tree) -> OptimizerState:
     """Make the state in real numbers: what a stored one means.
 
@@ -102,6 +104,7 @@ def exact_state(stored: StoredState, params: Tree) -> OptimizerState:
     return state
 
 
+@public
 def stored_state(state: OptimizerState) -> StoredState:
     """Make a stored state of one in real numbers, for its optimizer's usual class: its own tensors, under its names.
 
@@ -133,6 +136,7 @@ def stored_state(state: OptimizerState) -> StoredState:
     return StoredState(dict.fromkeys(names, kind), dict.fromkeys(names, optimizer.writer), entries, groups)
 
 
+@public
 def real_entry(entry: Mapping[str, Any], name: Any) -> dict[str, Any]:
     """Give what a parameter's entry means, in real numbers and under torch's names.
 
@@ -198,6 +202,7 @@ def _is_moment(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor) and leaf.ndim > 0
 
 
+@public
 def shape_of_entry(entry: Mapping[str, Any]) -> tuple[int, ...] | None:
     """Tell the shape of the parameter that an entry is of, where a moment has it or two make it; None where none does.
 

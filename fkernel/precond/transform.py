@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from fkernel import tree
+from fkernel.boundary import public
 from fkernel.errors import TreeError, listing
 from fkernel.precond.state import check_tree
 from fkernel.shapes import Tensor, Tree
@@ -28,6 +29,7 @@ class Diagonal:
 
     d: Tree | None
 
+    @public
     def __call__(self, x: Tree) -> Tree:
         """Return d ⊙ x, for {name: [*shape]} and for rows {name: [n, *shape]}."""
         check_tree(x, "The tree to precondition")
@@ -37,6 +39,7 @@ class Diagonal:
         return {name: self.d[name] * _fits(leaf, self.d[name], name) for name, leaf in x.items()}
 
 
+@public
 def identity() -> Diagonal:
     """Make P = I: the plain Fisher kernel, or stochastic gradient descent's.
 
@@ -48,6 +51,7 @@ def identity() -> Diagonal:
     return Diagonal(None)
 
 
+@public
 def diagonal(d: Tree) -> Diagonal:
     """Make P = diag(d).
 
@@ -73,6 +77,7 @@ def diagonal(d: Tree) -> Diagonal:
     return Diagonal(d)
 
 
+@public
 def select(names: Iterable[str]) -> Preconditioner:
     """Make the projection onto some parameters: the others become zero.
 
@@ -91,6 +96,7 @@ def select(names: Iterable[str]) -> Preconditioner:
     if not kept:
         raise TreeError("select was given no parameter name, so it would map everything to zero.")
 
+    @public
     def apply(x: Tree) -> Tree:
         check_tree(x, "The tree to precondition")
         unknown = sorted(kept - set(x))
@@ -101,6 +107,7 @@ def select(names: Iterable[str]) -> Preconditioner:
     return apply
 
 
+@public
 def chain(*parts: Preconditioner) -> Preconditioner:
     """Make the composition of preconditioners, applied from left to right.
 
@@ -116,6 +123,7 @@ def chain(*parts: Preconditioner) -> Preconditioner:
         {'w': tensor([4.])}
     """
 
+    @public
     def apply(x: Tree) -> Tree:
         for part in parts:
             x = part(x)

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import fkernel as fk
+from fkernel.analysis.student import student_quantile
 from fkernel.analysis.uncertainty import (
     group_sums,
     influence_interval,
     rank_interval,
     resamplings,
-    student_quantile,
     total_ranks,
 )
 from tests.laws import close

@@ -8,6 +8,7 @@ from tests.mutations import (
     account,
     analysis,
     audit,
+    boundary,
     checkpoint,
     crashes,
     dumps,
@@ -49,6 +50,7 @@ QUICK = [
     *engine.MUTATIONS,
     *processes.MUTATIONS,
     *crashes.MUTATIONS,
+    *boundary.MUTATIONS,
 ]
 SLOW = [
     report.MUTATIONS,

@@ -37,7 +37,7 @@ MUTATIONS = [
     Mutation(
         "odd degrees of freedom counted as even",
         f"{ANALYSIS}/test_uncertainty.py::test_quantiles_are_students",
-        "analysis/uncertainty.py", "odd, square = freedom % 2,",
+        "analysis/student.py", "odd, square = freedom % 2,",
         "odd, square = 0,",
     ),
     Mutation(

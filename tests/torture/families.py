@@ -6,12 +6,11 @@ import json
 import math
 import random
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, is_dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from torch.utils import _pytree as pytree
@@ -29,40 +28,10 @@ from tests.bad_input.common import DTYPE, ENTRIES, plain, vectors
 from tests.record import loops
 from tests.study.conftest import Run, made
 from tests.torture.grammar import TEXTS, junk, one_file, places, spoilt, spoilt_bytes
+from tests.torture.public import public
+from tests.torture.rightness import NotRightError, check_finite
 
 Family = Callable[[random.Random], tuple[str, Callable[[], Any]]]
-
-
-class NotRightError(Exception):
-    """A result that is not what it should be."""
-
-    def __init__(self, kind: str, text: str) -> None:
-        super().__init__(text)
-        self.kind = kind
-
-
-def check_finite(value: Any) -> None:
-    """Raise NotRightError where a number in a result is NaN or infinite."""
-    for name, leaf in _numbers(value, "result"):
-        if not bool(np.isfinite(leaf).all()):
-            raise NotRightError("NOT FINITE", f"{name} has a NaN or an infinity")
-
-
-def _numbers(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, torch.Tensor):
-        if value.is_floating_point():
-            yield name, value.detach().double().numpy()
-    elif isinstance(value, float | np.floating | np.ndarray):
-        if np.asarray(value).dtype.kind == "f":
-            yield name, value
-    elif isinstance(value, dict):
-        for key, each in value.items():
-            yield from _numbers(each, f"{name}.{key}")
-    elif isinstance(value, list | tuple):
-        for i, each in enumerate(value):
-            yield from _numbers(each, f"{name}.{i}")
-    elif is_dataclass(value) and not isinstance(value, type):
-        yield from _numbers(vars(value), name)
 
 
 # ------------------------------------------------------------------------------------------------------ plans and files
@@ -444,5 +413,6 @@ FAMILIES: dict[str, tuple[int, Callable[[Path], Family]]] = {
     "functions": (15, functions),
     "steps": (15, steps),
     "analyses": (10, analyses),
+    "public functions": (50, public),
 }
 """{name: (its share of the trials, what makes it)}."""

@@ -33,7 +33,9 @@ from pathlib import Path
 from typing import Any
 
 from fkernel.errors import FKernelError
-from tests.torture.families import FAMILIES, Family, NotRightError
+from tests.torture.examples import FILE
+from tests.torture.families import FAMILIES, Family
+from tests.torture.rightness import NotRightError
 
 OUT = Path(__file__).parents[2] / "benchmarks" / "results" / "torture_inputs.json"
 SECONDS = 60
@@ -67,7 +69,7 @@ def trial(family: Family, name: str, number: int, seed: int) -> tuple[str, str, 
         where = traceback.extract_tb(error.__traceback__)[-1]
         if type(error).__name__ == "TypeCheckError":  # of annotations, which tests execute
             return what, "refused", str(error)
-        if any(frame.name == "plain" for frame in traceback.extract_tb(error.__traceback__)):
+        if any(frame.name == "plain" or frame.filename == FILE for frame in traceback.extract_tb(error.__traceback__)):
             return what, "the user's own", str(error)  # f is his
         return what, f"RAW {type(error).__name__}", f"{error} ({Path(where.filename).name}:{where.lineno})"
     finally:

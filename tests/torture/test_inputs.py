@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from tests.torture.families import FAMILIES, NotRightError
+from tests.torture.families import FAMILIES
 from tests.torture.inputs import tortured, trial
+from tests.torture.rightness import NotRightError
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("hostile files", "commands")])
 def test_bad_inputs(name, tmp_path):
-    """Hostile files and commands have tests of their own in `tests/bad_input/` and `tests/study/test_cli.py`."""
+    """Hostile files and commands have tests of their own in `tests/bad_input/` and `tests/study/test_cli.py`.
+
+    Here annotations are executed; `tests/bad_input/unannotated.py` is without them, as is the whole torture.
+    """
     found = {"tried": 0, "outcomes": {}, "wrong": []}
     tortured(name, FAMILIES[name][1], 12, 1, found, lambda: None)
     assert found["wrong"] == []

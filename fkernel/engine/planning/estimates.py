@@ -7,6 +7,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fkernel.boundary import public
 from fkernel.distributed import ShardedTree
 from fkernel.engine.batching import check_sides
 from fkernel.engine.planning.in_shards import choose_in_shards
@@ -57,6 +58,7 @@ class Estimate(NamedTuple):
         return f"fastest feasible; the next takes {slower[0]:.2f} times as long" if slower else "the only feasible one"
 
 
+@public
 def estimate(
     f: Function,
     params: Tree,

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+from fkernel.boundary import public
 from fkernel.func.handles.forms import Handles
 from fkernel.func.handles.products import contract
 from fkernel.shapes import Tensor, Tree
@@ -44,6 +45,7 @@ class Part(NamedTuple):
     kind: str
 
 
+@public
 def part_of(name: str) -> Part:
     """Find the layer and kind of a parameter by its name.
 
@@ -61,6 +63,7 @@ def part_of(name: str) -> Part:
     return Part(None if number is None else int(number.group(1)), kind)
 
 
+@public
 def by_kind(name: str) -> str:
     """Group parameters by kind: "embedding", "attention q", "MLP", ….
 
@@ -74,6 +77,7 @@ def by_kind(name: str) -> str:
     return part_of(name).kind
 
 
+@public
 def by_layer(name: str) -> str:
     """Group parameters by block; those outside of blocks by kind.
 
@@ -88,6 +92,7 @@ def by_layer(name: str) -> str:
     return kind if layer is None else f"layer {layer}"
 
 
+@public
 def grouped(names: Iterable[str], key: Callable[[str], str] = by_kind) -> dict[str, list[str]]:
     """Sort names into groups, in the order in which they first occur.
 
@@ -105,6 +110,7 @@ def grouped(names: Iterable[str], key: Callable[[str], str] = by_kind) -> dict[s
     return members
 
 
+@public
 def contract_by(
     x: Handles, y: Handles, key: Callable[[str], str] = by_kind, *, diagonal: Tree | None = None
 ) -> dict[str, Tensor]:

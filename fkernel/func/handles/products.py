@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 
 from fkernel import tree
+from fkernel.boundary import public
 from fkernel.errors import BatchError, NonFiniteError, TreeError
 from fkernel.func.handles.forms import Handle, Handles, SparseRows, compressed, count, shape_of, tensors
 from fkernel.func.handles.shards import tile_columns, tiles
@@ -31,6 +32,7 @@ RUN = 8192
 """Columns that are summed in a tile's own dtype before float64, for the same accuracy as a kernel's."""
 
 
+@public
 def contract(x: Handles, y: Handles, *, diagonal: Tree | None = None, jit: bool | None = None) -> Tensor:
     """Compute all inner products between two sets of per-sequence gradients.
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from fkernel import tree
+from fkernel.boundary import public
 from fkernel.errors import NonFiniteError
 from fkernel.func.handles.forms import (
     Concat,
@@ -36,6 +37,7 @@ from fkernel.func.inputs.validation import check_rows, check_weights
 from fkernel.shapes import Tensor, Tree
 
 
+@public
 def weighted_sum(handles: Handles, weights: Tensor) -> Tree:
     """Compute Jᵀw of held gradients, without another backward pass and without writing them out.
 
@@ -101,6 +103,7 @@ class SquaredNorms(NamedTuple):
     weighted: Tensor
 
 
+@public
 def squared_norms(x: Handles, *, diagonal: Tree | None = None) -> SquaredNorms:
     """Compute ‖g‖² and ⟨g, D g⟩ of every sequence, writing every gradient out once.
 
@@ -123,6 +126,7 @@ def squared_norms(x: Handles, *, diagonal: Tree | None = None) -> SquaredNorms:
     return SquaredNorms(products.whole("x", "plain"), products.whole("x", "weighted"))
 
 
+@public
 def squared_sum(handles: Handles, weights: Tensor | None = None) -> Tree:
     """Sum the squares of per-sequence gradients, coordinate by coordinate.
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils import _pytree as pytree
 
+from fkernel.boundary import public
 from fkernel.errors import BatchError
 from fkernel.shapes import Int, Shaped, Tensor
 
@@ -31,6 +32,7 @@ class Sequences(NamedTuple):
     response_mask: Tensor
 
 
+@public
 def pad(
     prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_id: int = 0, device: Any = None
 ) -> Sequences:

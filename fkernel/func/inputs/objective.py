@@ -15,6 +15,7 @@ import torch
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils import _pytree as pytree
 
+from fkernel.boundary import public
 from fkernel.errors import NonFiniteError
 from fkernel.func.inputs.batch import Sequences, check_batch
 from fkernel.func.inputs.microbatch import stacked
@@ -59,6 +60,7 @@ class Objective:
     certify: Callable[[Any, Tree, Any], None] | None = None
     tokens: TokenWeights | None = None
 
+    @public
     def __call__(self, params: Tree, batch: Any) -> Tensor:
         """Evaluate; check input and output wherever their values can be read."""
         if not is_readable(batch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+from fkernel.boundary import public
 from fkernel.errors import FKernelError, ModelWarning
 from fkernel.func.detach import through_detach
 from fkernel.func.functional import Apply
@@ -76,6 +77,7 @@ def _said_slower(f: Function, order: Order, why: str) -> None:
     warnings.warn(what, ModelWarning, stacklevel=2)
 
 
+@public
 def true_derivative(f: Function, params: Tree, batch: Any, step: Tree) -> Function:
     """Certify that f's derivative matches a step's effect; else differentiate through what f detaches.
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch.utils import _pytree as pytree
 
+from fkernel.boundary import public
 from fkernel.errors import ModelError, listing
 from fkernel.func.inputs.batch import Sequences
 from fkernel.func.inputs.objective import Function
@@ -98,6 +99,7 @@ def runs(name: str) -> bool:
     return name not in _skipped.get()
 
 
+@public
 def certificates(f: Function) -> tuple[Certificate, ...]:
     """List f's certificates: for each name and bound, the one with the largest error.
 
