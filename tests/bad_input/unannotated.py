@@ -127,7 +127,7 @@ DRAWS: dict[str, Case] = {
 
 def _no_number(bad: torch.Tensor) -> dict[str, Callable[[], Any]]:
     zero = torch.zeros(2)
-    whole = {"batch": zero, "momentum": zero, "realised": zero, "floor": zero}
+    whole: Any = {"batch": zero, "momentum": zero, "realised": zero, "floor": zero}
     return {
         "pearson": lambda: engine.pearson(bad, torch.tensor([1.0, 2.0])),
         "state_against_step": lambda: engine.state_against_step(W, {"w": bad}, W),
