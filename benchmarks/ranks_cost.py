@@ -30,7 +30,7 @@ from benchmarks.memory import _status
 from benchmarks.models import build
 from fkernel import Strategy, explain_step, precond, tree
 from fkernel.distributed import group_of, shard_tree
-from fkernel.engine.planning import RanksCost, Workload, cost_on_ranks, walk_of
+from fkernel.engine.planning import RanksCost, Workload, cost_in_shards, cost_on_ranks, walk_of
 from fkernel.func.layers import cut_of
 
 LAYERS = Strategy("layers", "E", None, None, 0)
@@ -65,8 +65,10 @@ def counting(ranks: int, rank: int) -> Iterator[dict[str, float]]:
         yield sent
 
 
-def prepared(shape: str, n_U: int, n_E: int, T: int, mesh: Any) -> tuple[Callable[[], Any], RanksCost]:
-    """A step on this rank's shards of the state, ready to be explained, and what is predicted of it."""
+def prepared(
+    shape: str, n_U: int, n_E: int, T: int, mesh: Any, in_shards: bool = False
+) -> tuple[Callable[[], Any], RanksCost]:
+    """A step on this rank's shards of the state, and of θ, ready to be explained, and what is predicted of it."""
     subject, ranks = build(shape), 1 if mesh is None else mesh.size()
     E, U = subject.batch(n_E, T, 1), subject.batch(n_U, T, 2)
     state = precond.adamw_init(subject.params, lr=1e-4)
@@ -81,11 +83,12 @@ def prepared(shape: str, n_U: int, n_E: int, T: int, mesh: Any) -> tuple[Callabl
     assert not isinstance(cut, str), cut
     tokens = {"E": [T] * n_E, "U": [T] * n_U}
     size, walk = tree.size(subject.params), walk_of(cut, subject.params, tokens)
-    cost = cost_on_ranks(Workload(tokens, size, 4, 0.0, None, walk=walk), ranks)
+    cost = (cost_in_shards if in_shards else cost_on_ranks)(Workload(tokens, size, 4, 0.0, None, walk=walk), ranks)
+    params = shard_tree(group_of(mesh), subject.params) if in_shards else subject.params
     weights = torch.linspace(-1, 1, n_U)
 
     def explain() -> None:
-        explain_step(subject.f, subject.params, E, U, weights, state, max_norm=1.0, mesh=mesh)
+        explain_step(subject.f, params, E, U, weights, state, max_norm=1.0, mesh=mesh)
 
     return explain, cost
 

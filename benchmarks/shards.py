@@ -1,9 +1,9 @@
 """`python -m benchmarks.shards`: memory of each rank where θ, the optimizer's state and the step are in shards.
 
-A step of AdamW is explained, on one process whole and on 2 and 4 ranks in shards, each in processes of their own. Of
-each rank: the resident memory before θ is there, and its peak until the effect is there, so that θ, the state, the step
-and the passes count, and libraries do not. And of a distributed checkpoint of θ, m and v, loaded whole by one process
-and in shards by each rank. Results go to stdout as JSON.
+A step of AdamW is explained, on one process whole and on 2 and 4 ranks in shards, each in processes of their own, after
+one of a tiny model, which loads libraries. Of each rank: the resident memory before θ is there, and its peak until the
+effect is there, so that θ, the state, the step and the passes count, and libraries do not. And of a distributed
+checkpoint of θ, m and v, loaded whole by one process and in shards by each rank. Results go to stdout as JSON.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ SHAPE: Any = {
     "tie_word_embeddings": True,
 }
 """Of Qwen2's architecture, 49M parameters; its largest layer has 7 % of them, its table 9 %."""
+TINY: Any = {**SHAPE, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 64}
 SEQUENCES = {"E": 8, "U": 16}
 TOKENS = 64
 
@@ -69,20 +70,20 @@ def leaves(shapes: dict[str, torch.Size], seed: int, scale: float, group: Any) -
     return found
 
 
-def batch(n: int, seed: int) -> func.Sequences:
+def batch(n: int, seed: int, vocabulary: int) -> func.Sequences:
     """Draw sequences."""
     draw = torch.Generator().manual_seed(seed)
-    rows = torch.randint(SHAPE["vocab_size"], (n, TOKENS), generator=draw).tolist()
+    rows = torch.randint(vocabulary, (n, TOKENS), generator=draw).tolist()
     return func.pad([row[: TOKENS // 2] for row in rows], [row[TOKENS // 2 :] for row in rows])
 
 
-def explained(mesh: Any) -> dict[str, Any]:
+def explained(mesh: Any, shape: dict[str, Any]) -> dict[str, Any]:
     """Explain a step, and say what it took."""
     torch.set_num_threads(1)
     group = None if mesh is None else group_of(mesh)
     with func.without_weights():
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2", **SHAPE), attn_implementation="eager")
-    E, U = (batch(n, seed) for seed, n in enumerate(SEQUENCES.values()))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2", **shape), attn_implementation="eager")
+    E, U = (batch(n, seed, shape["vocab_size"]) for seed, n in enumerate(SEQUENCES.values()))
     shapes = {name: leaf.shape for name, leaf in model.named_parameters()}
     before = bytes_resident()
     params = leaves(shapes, 1, 0.02, group)
@@ -158,7 +159,9 @@ def work(rank: int, ranks: int, folder: Path | None, queue: Any) -> None:
     if ranks > 1:
         dist.init_process_group("gloo", rank=rank, world_size=ranks)
         mesh = init_device_mesh("cpu", (ranks,))
-    queue.put((rank, explained(mesh) if folder is None else loaded(mesh, folder)))
+    if folder is None:
+        explained(mesh, TINY)
+    queue.put((rank, explained(mesh, SHAPE) if folder is None else loaded(mesh, folder)))
     if ranks > 1:
         dist.barrier()
         dist.destroy_process_group()

@@ -8,6 +8,8 @@ from unittest.mock import patch
 import pytest
 
 from benchmarks.ranks_cost import LAYERS, counting, prepared
+from fkernel import func
+from fkernel.func.trust.comparisons import NAMES
 from tests.distributed.ranks import results
 from tests.distributed.test_same_numbers import FORMS, ROUNDING, apart, products
 
@@ -23,6 +25,22 @@ def sent(mesh: Any) -> tuple[float, float]:
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_send_the_bytes_that_are_predicted(ranks):
     every = results(ranks, sent)
+    assert sum(own for own, _ in every) == pytest.approx(sum(said for _, said in every), rel=0.05)
+
+
+def sent_in_shards(mesh: Any) -> tuple[float, float]:
+    """The same where θ is in shards, without certificates, some of which an earlier step has settled."""
+    explain, cost = prepared("tiny", 8, 4, 12, mesh, in_shards=True)
+    with func.skip_certificates(*NAMES):
+        explain()  # settles the cut
+        with counting(mesh.size(), mesh.get_local_rank()) as own:
+            explain()
+    return sum(own.values()), sum(cost.sent.values()) - cost.sent["certificates"]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_send_the_bytes_that_are_predicted_of_parameters_in_shards(ranks):
+    every = results(ranks, sent_in_shards)
     assert sum(own for own, _ in every) == pytest.approx(sum(said for _, said in every), rel=0.05)
 
 

@@ -50,6 +50,11 @@ WHOLE = "whole vectors of the step"
 """What is of θ's size on every rank: Jᵀw, Δθ and the path's node."""
 
 
+CERTIFICATES = 19.0
+"""How often θ in shards is gathered for certificates, whatever the batches' sizes: 13 for the derivative along the
+step, 6 for the cut's pieces against the whole, which is certified once for a function (counted)."""
+
+
 class RanksCost(NamedTuple):
     """Each rank's cost.
 
@@ -74,7 +79,8 @@ def cost_in_shards(load: Workload, ranks: int) -> RanksCost:
     """Predict the same where θ is in shards too.
 
         memory    θ P b/W;  moments, D, g and the step's parts 7 P b/W;  a piece of θ, its copy, and a node's, 4 p b
-        sent      Jᵀw P b (W − 1)/W;  θ for each of three walks, forward and back, 6 P b (W − 1)/W
+        sent      Jᵀw P b (W − 1)/W;  θ for each of three walks, and for a sequence that tells which parameters the loss
+                  uses, forward and back 8 P b (W − 1)/W;  certificates 19 P b (W − 1)/W
 
     Raises:
         ModelError: as `cost_on_ranks`.
@@ -85,7 +91,10 @@ def cost_in_shards(load: Workload, ranks: int) -> RanksCost:
     away, piece = (ranks - 1) / ranks, max(walk.largest, walk.head) * b
     shards = {"parameters, in shards": P * b / ranks, "state, in shards": 7.0 * P * b / ranks, "gathered": 4.0 * piece}
     others = {what: each for what, each in cost.memory.items() if what not in ("parameters", WHOLE, *shards)}
-    return cost._replace(sent={**cost.sent, "vectors": 7.0 * P * b * away}, memory={**shards, **others})
+    return cost._replace(
+        sent={**cost.sent, "vectors": 9.0 * P * b * away, "certificates": CERTIFICATES * P * b * away},
+        memory={**shards, **others},
+    )
 
 
 def cost_on_ranks(load: Workload, ranks: int) -> RanksCost:
