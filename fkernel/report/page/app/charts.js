@@ -9,6 +9,7 @@ fk.layout = (more = {}) => {
     zerolinecolor: fk.css("faint"),
     linecolor: line,
     automargin: true,
+    ticklabeloverflow: "allow", // else every label is measured, each time
     tickfont: { size: 12 },
   };
   const titled = (given = {}) =>
@@ -42,8 +43,15 @@ fk.resizing = new ResizeObserver((entries) => {
     Plotly.relayout(target, { width: target.clientWidth });
   }
 });
-/** Draw a chart into a new element of a place; `click` takes the point that was clicked. */
-fk.chart = (place, traces, layout, { height = 320, click, label, config = {} } = {}) => {
+/**
+ * Draw a chart into a new element of a place, or anew into the one that was drawn `before`; `click` takes the point that
+ * was clicked, and stays what it was when the chart is drawn anew.
+ */
+fk.chart = (place, traces, layout, { height = 320, click, label, before, config = {} } = {}) => {
+  if (fk.drawn.has(before)) {
+    Plotly.react(before, traces, { ...layout, height, width: before.clientWidth });
+    return before;
+  }
   const element = fk.el("div.chart", { role: "img", "aria-label": label || "chart", style: `height: ${height}px` });
   place.append(element);
   const settings = {

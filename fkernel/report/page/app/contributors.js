@@ -17,6 +17,13 @@ fk.contributionsTo = (group, e) => {
   return top ? Array.from(top.columns, (u, k) => ({ u, value: top.values[k], p: top.p ? top.p[k] : null })) : [];
 };
 
+/** What one sequence did to a probe, as {value, p}; undefined where it was not kept. */
+fk.contribution = (group, e, u) => {
+  if (!group.contributions || (group.top && group.top.p && !group.p))
+    return fk.contributionsTo(group, e).find((each) => each.u === u);
+  return { value: fk.array(group.contributions).row(e)[u], p: group.p ? fk.array(group.p).row(e)[u] : null };
+};
+
 /** Sequences with the same prompt and response as one, with sums of what they did and the smallest p. */
 fk.groupIdentical = (contributions, sums = []) => {
   const groups = new Map();
@@ -58,18 +65,13 @@ fk.contributorRows = (group, e, { identical, sign, step }) => {
     sign === "raised" ? value > 0 : sign === "lowered" ? value < 0 : value !== 0,
   );
   kept.sort((a, b) => Math.abs(b.value) - Math.abs(a.value) || a.u - b.u);
+  const columns = Object.entries(fk.update.numbers);
+  Object.values(fk.update.rewards || {}).forEach((values, r) => columns.push([`reward${r}`, values]));
   return kept.map(({ u, value, p, count }) => {
-    const rewards = Object.fromEntries(
-      Object.entries(fk.update.rewards || {}).map(([, values], r) => [`reward${r}`, values[u]]),
-    );
-    return {
-      ...fk.sequence(fk.update, u),
-      ...rewards,
-      value,
-      p,
-      text: fk.line(fk.update, u, 60),
-      times: count > 1 ? `× ${count}` : "",
-    };
+    const row = { u, id: fk.update.ids[u], value, p, text: fk.line(fk.update, u, 60) };
+    row.times = count > 1 ? `× ${count}` : "";
+    for (const [name, values] of columns) row[name] = values[u];
+    return row;
   });
 };
 
@@ -110,7 +112,8 @@ fk.contributorColumns = (rows, identical) => {
   ];
 };
 
-/** The table of contributors, with its choices; `open` takes the id of a sequence. */
+fk.contributorTables = new WeakMap();
+/** The table of contributors, with its choices; `open` takes the id of a sequence. A table that is there gets other rows. */
 fk.contributors = (place, group, e, state, open) => {
   const options = { identical: state.alike !== "no", sign: state.sign || "both", step: state.step ?? null };
   const rows = fk.contributorRows(group, e, options);
@@ -137,22 +140,36 @@ fk.contributors = (place, group, e, state, open) => {
           `only step ${options.step} ✕`,
         ),
   );
-  place.append(tools);
+  const columns = fk.contributorColumns(rows, options.identical),
+    known = fk.contributorTables.get(place),
+    shape = [options.identical, rows.length > 11, ...columns.map((column) => column.field)].join("|");
+  if (known && known.shape === shape && rows.length && !fk.printing) {
+    known.tools.replaceWith(tools);
+    known.tools = tools;
+    known.table.replace(rows);
+    return;
+  }
+  fk.contributorTables.delete(place);
+  place.replaceChildren(tools);
   if (!rows.length) {
     place.append(fk.el("p.note", {}, "No sequence did anything to it here."));
     return;
   }
-  fk.table(place, {
-    columns: fk.contributorColumns(rows, options.identical),
+  const table = fk.table(place, {
+    columns,
     rows,
     open: (row) => open(row.id),
     label: "contributors",
     height: 400,
     search: true,
-    text: (row) => `${row.prompt} ${row.response} ${row.id} ${row.promptId}`,
+    text: ({ u }) => {
+      const sequence = fk.sequence(fk.update, u);
+      return `${sequence.prompt} ${sequence.response} ${sequence.id} ${sequence.promptId}`;
+    },
     current: (row) => row.id === fk.address.read().pair,
     note: all ? null : "Only the largest were kept; all of them with capture: {kernel: true} in the plan.",
   });
+  fk.contributorTables.set(place, { table, tools, shape });
 };
 
 /** Sums over prompts, largest first, with p-values where they are known. */

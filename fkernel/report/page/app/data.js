@@ -5,13 +5,15 @@ fk.data = JSON.parse(document.getElementById("data").textContent);
 fk.arrays = new WeakMap();
 fk.views = { f: Float32Array, d: Float64Array, i: Int32Array };
 
+/** Bytes of their base64; browsers of before 2025 have no function for it. */
+fk.unpacked = (text) =>
+  Uint8Array.fromBase64 ? Uint8Array.fromBase64(text) : Uint8Array.from(atob(text), (each) => each.charCodeAt(0));
+
 /** A packed array as {values, shape, row(i)}; null where there is none. */
 fk.array = (packed) => {
   if (!packed) return null;
   if (!fk.arrays.has(packed)) {
-    const text = atob(packed.bytes),
-      bytes = new Uint8Array(text.length);
-    for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
+    const bytes = fk.unpacked(packed.bytes);
     const values = new fk.views[packed.type](bytes.buffer);
     const width = packed.shape.slice(1).reduce((a, b) => a * b, 1);
     const row = (i) => values.subarray(i * width, (i + 1) * width);

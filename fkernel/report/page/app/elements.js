@@ -54,21 +54,10 @@ fk.select = (label, options, chosen, onChoose) => {
   );
 };
 
-/** Do tasks one after another, each in a turn of its own, so that what is first is seen first; a new list ends the old. */
-fk.turns = { id: 0 };
-fk.inTurns = (tasks) => {
-  const id = ++fk.turns.id;
-  if (fk.printing) {
-    tasks.forEach((task) => task());
-    return;
-  }
-  const next = (i) => {
-    if (id === fk.turns.id && i < tasks.length) {
-      tasks[i]();
-      setTimeout(() => next(i + 1), 0);
-    }
-  };
-  setTimeout(() => next(0), 0);
+/** Do a task after the frame in which all the rest is seen; for paper at once. */
+fk.afterFrame = (task) => {
+  if (fk.printing) task();
+  else requestAnimationFrame(() => setTimeout(task, 0));
 };
 
 fk.tip = {

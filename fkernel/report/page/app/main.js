@@ -133,7 +133,6 @@ fk.print = (printing) => {
   fk.printing = printing;
   document.documentElement.classList.toggle("printing", printing);
   fk.main.render();
-  if (printing && document.querySelector(".page.analyses")) fk.analyses.fillAll();
 };
 addEventListener("beforeprint", () => fk.print(true));
 addEventListener("afterprint", () => fk.print(false));

@@ -103,8 +103,9 @@ fk.map = {
     this.y = range(state.y, this.rows.length);
     this.cursor = null;
     this.chart = null;
-    this.redraw();
     this.holder.addEventListener("keydown", (event) => this.key(event));
+    const holder = this.holder;
+    fk.afterFrame(() => holder.isConnected && holder === this.holder && this.redraw());
   },
   show(x, y) {
     const clamp = ([a, b], most) => {
@@ -153,7 +154,10 @@ fk.map = {
         b = event["xaxis.range[1]"] ?? this.x[1] - 0.5;
       const c = event["yaxis.range[1]"] ?? this.y[0] - 0.5,
         d = event["yaxis.range[0]"] ?? this.y[1] - 0.5;
-      this.show([Math.round(a + 0.5), Math.round(b + 0.5)], [Math.round(c + 0.5), Math.round(d + 0.5)]);
+      // In a turn of its own: what Plotly shows of the zoom is seen first.
+      setTimeout(() =>
+        this.show([Math.round(a + 0.5), Math.round(b + 0.5)], [Math.round(c + 0.5), Math.round(d + 0.5)]),
+      );
     });
     this.chart.on("plotly_doubleclick", () => this.show([0, this.columns.length], [0, this.rows.length]));
     this.chart.on("plotly_hover", (event) => {
@@ -202,7 +206,7 @@ fk.map = {
       this.open(this.cursor);
       return;
     }
-    if (!moves[event.key]) return;
+    if (!moves[event.key] || !this.chart) return;
     event.preventDefault();
     const [di, dk] = moves[event.key],
       within = (at, [a, b]) => Math.max(a, Math.min(b - 1, at));

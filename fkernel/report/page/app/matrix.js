@@ -13,9 +13,9 @@ fk.limitOf = (values) => {
 
 fk.quantile = (values) => {
   const every = Math.max(1, Math.floor(values.length / 100000)),
-    sample = [];
-  for (let i = 0; i < values.length; i += every) if (values[i] !== 0) sample.push(Math.abs(values[i]));
-  sample.sort((a, b) => a - b);
+    sizes = [];
+  for (let i = 0; i < values.length; i += every) if (values[i] !== 0) sizes.push(Math.abs(values[i]));
+  const sample = Float32Array.from(sizes).sort();
   return sample.length ? sample[Math.min(sample.length - 1, Math.floor(0.995 * sample.length))] : 1;
 };
 

@@ -6,6 +6,7 @@ fk.overview = {
   mount(place, state) {
     place.append(fk.verdict);
     const group = fk.group(state);
+    this.sections = fk.sections();
     if (fk.data.verdict.checks.length) this.checks(place);
     const left = fk.el("div"),
       columns = fk.el("div.columns.wide", {}, left);
@@ -14,6 +15,7 @@ fk.overview = {
     if (fk.isRun) this.functions(left, group);
     if (fk.isRun) this.steps(columns, group);
     else if (group.measured && group.rows.ids.length > 1) this.agreement(columns, group);
+    this.sections.redraw();
   },
   update() {},
   checks(place) {
@@ -85,21 +87,17 @@ fk.overview = {
     const section = fk.el("section.panel", {}, fk.el("h3", {}, "Predicted and measured"));
     place.append(section);
     const scaled = (packed) => Array.from(fk.array(packed).values, fk.scaled);
-    fk.block(
-      section,
-      {
-        kind: "points",
-        x: scaled(group.predicted),
-        y: scaled(group.measured),
-        ids: group.rows.ids,
-        axes: [`predicted (${fk.unit})`, `measured (${fk.unit})`],
-        diagonal: true,
-        opens: "probe",
-        note: "a point is a probe; click it to see why it moved",
-      },
-      fk.open,
-      group,
-    );
+    const points = {
+      kind: "points",
+      x: scaled(group.predicted),
+      y: scaled(group.measured),
+      ids: group.rows.ids,
+      axes: [`predicted (${fk.unit})`, `measured (${fk.unit})`],
+      diagonal: true,
+      opens: "probe",
+      note: "a point is a probe; click it to see why it moved",
+    };
+    this.sections.add(section, () => fk.block(section, points, fk.open, group));
   },
   /** The course of the probe that moved most. */
   steps(place, group) {
@@ -107,13 +105,15 @@ fk.overview = {
       probe = fk.sequence(group.rows, e);
     const section = fk.el("section.panel", {}, fk.el("h3", {}, "Over the run: ", fk.both(probe, 40)));
     place.append(section);
-    fk.timeline(section, group, e, (step) => fk.address.write({ view: "probes", probe: probe.id, step }));
+    this.sections.add(section, () =>
+      fk.timeline(section, group, e, (step) => fk.address.write({ view: "probes", probe: probe.id, step })),
+    );
   },
   functions(place, group) {
     for (const panel of group.panels.filter((each) => each.key === "rewards" && each.blocks)) {
       const { section, fill } = fk.panel({ ...panel, blocks: panel.blocks.slice(0, 1) }, group);
       place.append(section);
-      fill();
+      this.sections.add(section, fill);
     }
   },
 };

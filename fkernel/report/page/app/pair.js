@@ -23,7 +23,7 @@ fk.sideFacts = (sequence) =>
 
 /** What is known of a pair: contribution, p, K and cosine. */
 fk.pairFacts = (group, e, u) => {
-  const found = fk.contributionsTo(group, e).find((each) => each.u === u);
+  const found = fk.contribution(group, e, u);
   const facts = [
     ["contribution", found ? fk.withUnit(fk.change(found.value), fk.unit) : "not kept"],
     ["p", found && found.p !== null ? fk.p(found.p) : null],

@@ -52,24 +52,9 @@ fk.analyses = {
         ),
       ),
     );
-    // Drawn when they come near what is seen, so that the view opens at once.
-    const waiting = new Map(made.map((each) => [each.section, each.fill]));
-    this.fillAll = () => {
-      for (const fill of waiting.values()) fill();
-      waiting.clear();
-    };
-    const observer = new IntersectionObserver(
-      (entries) => {
-        for (const entry of entries) {
-          if (!entry.isIntersecting || !waiting.has(entry.target)) continue;
-          waiting.get(entry.target)();
-          waiting.delete(entry.target);
-          observer.unobserve(entry.target);
-        }
-      },
-      { rootMargin: "600px" },
-    );
-    made.forEach((each) => observer.observe(each.section));
+    const sections = fk.sections();
+    made.forEach(({ section, fill }) => sections.add(section, fill));
+    sections.redraw();
     if (state.panel) document.getElementById(`panel-${state.panel}`)?.scrollIntoView();
   },
   update() {},

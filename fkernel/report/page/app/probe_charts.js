@@ -64,10 +64,12 @@ fk.waterfall = (place, group, e) => {
       title: { text: fk.unit },
       range: [Math.min(0, ...ends) - room, Math.max(0, ...ends) + room],
       zeroline: true,
+      automargin: false,
     },
-    xaxis: { type: "category", fixedrange: true, showgrid: false },
+    xaxis: { type: "category", fixedrange: true, showgrid: false, automargin: false },
   });
-  return fk.chart(place, rounding ? [bars, rounding] : [bars], layout, { height: 270, label: "terms of the change" });
+  const options = { height: 270, label: "terms of the change", before: place.querySelector(".chart") };
+  return fk.chart(place, rounding ? [bars, rounding] : [bars], layout, options);
 };
 
 /** The mean reward of every step's sequences, null where there is none. */
@@ -148,7 +150,7 @@ fk.timeline = (place, group, e, onStep) => {
       domain: [bottom, top],
       gridcolor: fk.css("line"),
       zerolinecolor: fk.css("faint"),
-      automargin: true,
+      automargin: false,
       nticks: i ? 4 : 7,
       tickfont: { size: 12 },
     };
@@ -182,13 +184,14 @@ fk.timeline = (place, group, e, onStep) => {
     annotations: names,
     showlegend: true,
     legend: { orientation: "h", y: 1.07, yanchor: "bottom", x: 0, font: { size: 12 } },
-    xaxis: { title: { text: "step" }, anchor: rows.length > 1 ? `y${rows.length}` : "y" },
+    xaxis: { title: { text: "step" }, anchor: rows.length > 1 ? `y${rows.length}` : "y", automargin: false },
   });
   for (const [key, axis] of Object.entries(axes)) layout[key] = { ...layout[key], ...axis };
   return fk.chart(place, traces, layout, {
     height: 360 + 86 * beside.length,
     click: (point) => onStep(Math.max(steps.step[0], point.x)),
     label: "course over the run",
+    before: place.querySelector(".chart"),
   });
 };
 
@@ -215,9 +218,9 @@ fk.splitTimeline = (place, split, e) => {
     fk.layout({
       showlegend: true,
       hovermode: "x unified",
-      xaxis: { title: { text: "step that trained on it" } },
-      yaxis: { title: { text: fk.unit } },
+      xaxis: { title: { text: "step that trained on it" }, automargin: false },
+      yaxis: { title: { text: fk.unit }, automargin: false },
     }),
-    { height: 280, label: "by part" },
+    { height: 280, label: "by part", before: place.querySelector(".chart") },
   );
 };

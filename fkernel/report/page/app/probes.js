@@ -57,6 +57,10 @@ fk.probes = {
         { title: "id", field: "id", kind: "text" },
       ],
     });
+    this.head = fk.el("div");
+    this.who = fk.el("div.who");
+    this.detail.append(this.head);
+    this.sections = this.sectioned(this.group);
     this.list.append(fk.el("p.note", {}, `${fk.unit}; positive: the probe became more likely`));
     this.first = rows.length ? rows[0].id : null;
     this.shown = null;
@@ -76,7 +80,7 @@ fk.probes = {
     if (moved) {
       this.show(fk.place(this.group.rows, id));
       this.table.refresh();
-    } else if (other && this.who.isConnected) this.contributors(fk.place(this.group.rows, id));
+    } else if (other && this.who.isConnected) this.contributors();
   },
   /** The next or previous probe, in the order of the list. */
   step(by) {
@@ -84,36 +88,82 @@ fk.probes = {
     const row = this.table.step(by);
     if (row) this.open(row.getData().id);
   },
-  /** Who moved the probe, as the address asks. */
-  contributors(e) {
-    this.who.replaceChildren();
-    fk.contributors(this.who, this.group, e, fk.address.read(), (id) =>
-      fk.address.write({ probe: this.group.rows.ids[e], pair: id }),
-    );
-  },
-  show(e) {
-    const group = this.group,
-      sequence = fk.sequence(group.rows, e),
-      place = this.detail;
-    const predicted = fk.array(group.predicted).values[e],
-      measured = group.measured ? fk.array(group.measured).values[e] : null;
-    const tasks = [];
-    this.who = fk.el("div");
-    const section = (title, note, height, fill) => {
+  /** The sections of a probe, made once and drawn anew for each. */
+  sectioned(group) {
+    const sections = fk.sections();
+    const section = (title, note, height, draw) => {
+      const body = fk.el("div");
       const own = fk.el(
         "section",
         { style: `min-height: ${height}px` },
         fk.el("h3", {}, title),
         note ? fk.el("p.note", {}, note) : null,
+        body,
       );
-      place.append(own);
-      tasks.push(() => {
-        fill(own);
-        own.style.minHeight = "";
-      });
+      this.detail.append(own);
+      sections.add(own, () => draw(body, fk.place(group.rows, this.shown)));
     };
-    place.replaceChildren();
-    place.append(
+    section(
+      "Where its change came from",
+      `terms add up to what was ${group.measured ? "measured" : "predicted"}; the whisker is rounding`,
+      330,
+      (body, e) => fk.waterfall(body, group, e),
+    );
+    if (group.stepwise)
+      section("Over the run", "click a step to see who did it", 600, (body, e) =>
+        fk.timeline(body, group, e, (step) => fk.address.write({ step }, true)),
+      );
+    section(
+      fk.isRun ? "Sequences that moved it" : "Sequences of the update batch that moved it",
+      "click one to see both texts",
+      540,
+      (body) => {
+        if (!body.contains(this.who)) body.append(this.who);
+        this.contributors();
+      },
+    );
+    for (const [name, title] of [
+      ["rewards", "By reward function"],
+      ["parts", "By part of the loss"],
+    ]) {
+      if (group.split && group.split[name])
+        section(title, "running sums, counted at the step that trained on a sequence", 340, (body, e) =>
+          fk.splitTimeline(body, group.split[name], e),
+        );
+    }
+    if (group.ages)
+      section("By age of the gradients", "steps after a sequence's own", 300, (body, e) => {
+        const ages = [...group.ages[e]].reverse();
+        body.replaceChildren();
+        fk.block(body, {
+          kind: "bars",
+          labels: ages.map((share) => share.id),
+          series: [{ name: "age", values: ages.map((share) => fk.scaled(share.value)) }],
+          axis: fk.unit,
+          signs: true,
+        });
+      });
+    if (group.contributions)
+      section("Prompts, each over all its sequences", "", 380, (body, e) => {
+        body.replaceChildren();
+        fk.promptTable(body, group, e);
+      });
+    return sections;
+  },
+  /** Who moved the probe that is shown, as the address asks. */
+  contributors() {
+    fk.contributors(this.who, this.group, fk.place(this.group.rows, this.shown), fk.address.read(), (id) =>
+      fk.address.write({ probe: this.shown, pair: id }),
+    );
+  },
+  /** Its text and numbers at once; its charts and tables in turns after it. */
+  show(e) {
+    const group = this.group,
+      sequence = fk.sequence(group.rows, e);
+    const predicted = fk.array(group.predicted).values[e],
+      measured = group.measured ? fk.array(group.measured).values[e] : null;
+    this.head.replaceChildren();
+    this.head.append(
       fk.el(
         "div.bar",
         {},
@@ -127,8 +177,8 @@ fk.probes = {
       ),
       fk.text(sequence, group, e),
     );
-    if (group.tokens) place.append(fk.tokenScale(group));
-    place.append(
+    if (group.tokens) this.head.append(fk.tokenScale(group));
+    this.head.append(
       fk.el(
         "div.numbers",
         {},
@@ -154,48 +204,7 @@ fk.probes = {
       ),
     );
     if (!group.tokens && !fk.isRun)
-      place.append(fk.el("p.note", {}, "Tokens are coloured where the plan asks for analyses: {tokens: true}."));
-    section(
-      "Where its change came from",
-      `terms add up to what was ${measured === null ? "predicted" : "measured"}; the whisker is rounding`,
-      330,
-      (own) => fk.waterfall(own, group, e),
-    );
-    if (group.stepwise)
-      section("Over the run", "click a step to see who did it", 600, (own) =>
-        fk.timeline(own, group, e, (step) => fk.address.write({ step }, true)),
-      );
-    section(
-      fk.isRun ? "Sequences that moved it" : "Sequences of the update batch that moved it",
-      "click one to see both texts",
-      540,
-      (own) => {
-        this.who = fk.el("div");
-        own.append(this.who);
-        this.contributors(e);
-      },
-    );
-    for (const [name, title] of [
-      ["rewards", "By reward function"],
-      ["parts", "By part of the loss"],
-    ]) {
-      if (group.split && group.split[name])
-        section(title, "running sums, counted at the step that trained on a sequence", 340, (own) =>
-          fk.splitTimeline(own, group.split[name], e),
-        );
-    }
-    if (group.ages)
-      section("By age of the gradients", "steps after a sequence's own", 300, (own) =>
-        fk.block(own, {
-          kind: "bars",
-          labels: group.ages[e].map((share) => share.id).reverse(),
-          series: [{ name: "age", values: group.ages[e].map((share) => fk.scaled(share.value)).reverse() }],
-          axis: fk.unit,
-          signs: true,
-        }),
-      );
-    if (group.contributions)
-      section("Prompts, each over all its sequences", "", 380, (own) => fk.promptTable(own, group, e));
-    fk.inTurns(tasks);
+      this.head.append(fk.el("p.note", {}, "Tokens are coloured where the plan asks for analyses: {tokens: true}."));
+    this.sections.redraw();
   },
 };

@@ -6,11 +6,13 @@ fk.sequences = {
     const N = fk.update.ids.length,
       size = new Float64Array(N),
       sum = new Float64Array(N);
+    const add = (u, value) => {
+      size[u] += Math.abs(value);
+      sum[u] += value;
+    };
     group.rows.ids.forEach((_, e) => {
-      for (const { u, value } of fk.contributionsTo(group, e)) {
-        size[u] += Math.abs(value);
-        sum[u] += value;
-      }
+      if (group.contributions) fk.array(group.contributions).row(e).forEach((value, u) => add(u, value));
+      else fk.contributionsTo(group, e).forEach(({ u, value }) => add(u, value));
     });
     return { size, sum };
   },
@@ -74,7 +76,7 @@ fk.sequences = {
     });
     this.first = rows.length ? rows[0].id : null;
     this.shown = null;
-    this.update(state);
+    fk.afterFrame(() => place.isConnected && this.update(fk.address.read()));
   },
   update(state) {
     if (state.alike !== this.alike) {
@@ -91,9 +93,7 @@ fk.sequences = {
       group = this.group,
       rows = [];
     group.rows.ids.forEach((_, e) => {
-      const found = group.contributions
-        ? { value: fk.array(group.contributions).row(e)[u] }
-        : fk.contributionsTo(group, e).find((each) => each.u === u);
+      const found = fk.contribution(group, e, u);
       if (found && found.value) {
         const probe = fk.sequence(group.rows, e);
         rows.push({ ...probe, text: fk.both(probe, 50), value: found.value });

@@ -107,7 +107,8 @@ fk.printedTable = (place, { columns, rows, note, current }) => {
  *   text(row) that is searched, current(row) whether a row is the one shown
  */
 fk.table = (place, options) => {
-  const { columns, rows, open, search = rows.length > 8, text, note } = options;
+  const { columns, open, search = options.rows.length > 8, text, note } = options;
+  let rows = options.rows;
   if (fk.printing) return fk.printedTable(place, options);
   const holder = fk.el("div.table", { tabindex: "0", "aria-label": options.label || "table" });
   const count = fk.el("span.count", { "aria-live": "polite" }, "");
@@ -118,6 +119,8 @@ fk.table = (place, options) => {
     ...(note ? [fk.el("p.note", {}, note)] : []),
   );
   const most = options.height || 420;
+  const mark = (row) =>
+    row.getElement().classList.toggle("current", Boolean(options.current && options.current(row.getData())));
   const table = new Tabulator(holder, {
     data: rows,
     columns: columns.map(fk.tabulatorColumn),
@@ -126,8 +129,8 @@ fk.table = (place, options) => {
     placeholder: "nothing",
     rowHeight: 30,
     columnDefaults: { resizable: "header" },
-    rowFormatter: (row) =>
-      row.getElement().classList.toggle("current", Boolean(options.current && options.current(row.getData()))),
+    renderVerticalBuffer: 240,
+    rowFormatter: mark,
     columnHeaderSortMulti: false,
   });
   const walk = { row: null };
@@ -183,8 +186,16 @@ fk.table = (place, options) => {
     forget() {
       walk.row = null;
     },
+    /** Other rows of the same columns, in the same order and with the same search. */
+    replace(others) {
+      rows = others;
+      walk.row = null;
+      if (built) table.setData(rows).then(said);
+      else table.on("tableBuilt", () => table.setData(rows).then(said));
+    },
+    /** Mark the row that is current now. */
     refresh() {
-      if (built) table.getRows("visible").forEach((row) => row.reformat());
+      if (built) table.getRows("visible").forEach(mark);
     },
   };
 };
