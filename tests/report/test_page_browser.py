@@ -203,6 +203,28 @@ def test_identical_sequences_are_one_line_with_their_sum(watch, account):
     until(lambda: first.inner_text() == shown(min(sums.values()), scale, digits))
 
 
+def test_the_overview_sums_identical_sequences_and_who_moved_it_says_whether_that_is_chance(watch, account):
+    results, _ = account
+    page = watch(account).open()
+    scale, digits = unit_of(page)
+    e = int(np.abs(results["realised"]).argmax())
+    sums = dict[tuple[str, str], float]()
+    for sequence, value in zip(results.sequences, results["contributions"][e].tolist(), strict=True):
+        key = (sequence["prompt"], sequence["response"])
+        sums[key] = sums.get(key, 0.0) + value
+    page.wait_for_selector(".overview .tabulator-row")
+    cells = page.locator(".overview .tabulator-row").first.locator(".tabulator-cell").all_inner_texts()
+    assert cells[-1] == shown(max(sums.values(), key=abs), scale, digits)
+    assert "× " in cells[2]
+    page = watch(account).open("#view=probes")
+    page.wait_for_selector(".detail .tabulator-row")
+    assert "Is that chance? p is how often permuted advantages do as much" in page.locator(".detail .who").inner_text()
+    page.evaluate("() => { fk.data.groups[0].p = null; fk.data.groups[0].panels[0].left_out = 'a <b>reason</b>'; }")
+    page.evaluate("location.hash = '#view=probes&sign=raised'")
+    page.evaluate("() => { fk.main.shown = ''; fk.main.render(); }")
+    until(lambda: "There is no p: a <b>reason</b>." in page.locator(".detail .who").inner_text())
+
+
 def test_a_token_kernel_is_there_where_it_was_computed(watch, study):
     pair = study[0]["held_out"].analysis("tokens")["pair_0"]
     page = watch(study).open("#view=probes&probe=E-000&pair=U-001")

@@ -84,19 +84,12 @@ def _group(results: AccountResults, unit: Unit) -> dict[str, Any]:
         "measured": packed(results["realised"]),
         "terms": {"terms": terms, "total": packed(results["realised"]), "floor": packed(results["floor"])},
         "contributions": packed(results["contributions"]),
-        "top": _largest(results["contributions"]),
         "p": packed(results.arrays.get("p")),
         "stepwise": stepwise,
         "split": split,
         "ages": ages or None,
         "panels": _panels(results, unit),
     }
-
-
-def _largest(C: np.ndarray) -> dict[str, Any]:
-    """The largest contributor of every probe, known before all contributions are unpacked."""
-    columns = np.abs(C).argmax(1)[:, None]
-    return {"columns": packed(columns), "values": packed(np.take_along_axis(C, columns, 1)), "p": None, "parts": {}}
 
 
 def _panels(results: AccountResults, unit: Unit) -> list[dict[str, Any]]:

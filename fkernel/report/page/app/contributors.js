@@ -112,6 +112,17 @@ fk.contributorColumns = (rows, identical) => {
   ];
 };
 
+/** Whether what sequences did could be chance: what p says, or why there is none and how to get it. */
+fk.chance = (group, rows) => {
+  const key = fk.isRun ? "p" : "uncertainty",
+    { left_out, blocks, ask } = group.panels.find((panel) => panel.key === key) || {};
+  if (rows.some((row) => row.p !== null))
+    return "Is that chance? p is how often permuted advantages do as much; –: not computed for this one. Sums over prompts, below, are tested together.";
+  if (left_out) return `Is that chance? There is no p: ${left_out}.`;
+  if (blocks) return "Is that chance? p is known of sums over prompts alone, on the page Analyses.";
+  return ask ? `Is that chance? Nobody asked; p-values come with ${ask.replace(/\s+/g, " ")} in the plan.` : "";
+};
+
 fk.contributorTables = new WeakMap();
 /** The table of contributors, with its choices; `open` takes the id of a sequence. A table that is there gets other rows. */
 fk.contributors = (place, group, e, state, open) => {
@@ -167,7 +178,10 @@ fk.contributors = (place, group, e, state, open) => {
       return `${sequence.prompt} ${sequence.response} ${sequence.id} ${sequence.promptId}`;
     },
     current: (row) => row.id === fk.address.read().pair,
-    note: all ? null : "Only the largest were kept; all of them with capture: {kernel: true} in the plan.",
+    note: [
+      fk.chance(group, rows),
+      all ? "" : "Only the largest were kept; all of them with capture: {kernel: true} in the plan.",
+    ].join(" "),
   });
   fk.contributorTables.set(place, { table, tools, shape });
 };

@@ -64,10 +64,7 @@ fk.overview = {
     const rows = fk.probes
       .rows(group)
       .slice(0, 10)
-      .map((row) => ({
-        ...row,
-        who: row.best === null ? null : fk.both(fk.sequence(fk.update, fk.place(fk.update, row.best)), 34),
-      }));
+      .map((row) => ({ ...row, ...this.mover(group, row.index) }));
     const measured = rows.some((row) => row.measured !== null);
     fk.table(section, {
       rows,
@@ -82,6 +79,14 @@ fk.overview = {
       ],
       note: `${fk.unit}; click a probe to see why`,
     });
+  },
+  /** The sequence, or the identical ones together, that moved a probe most. */
+  mover(group, e) {
+    const all = fk.groupIdentical(fk.contributionsTo(group, e)),
+      most = fk.bySize(all.map((each) => each.value))[0];
+    if (most === undefined) return { who: null, bestValue: null };
+    const { u, value, count } = all[most];
+    return { who: `${count > 1 ? `× ${count}  ` : ""}${fk.line(fk.update, u, 34)}`, bestValue: value };
   },
   agreement(place, group) {
     const section = fk.el("section.panel", {}, fk.el("h3", {}, "Predicted and measured"));

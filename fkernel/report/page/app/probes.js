@@ -6,29 +6,14 @@ fk.probes = {
       predicted = fk.array(group.predicted).values;
     const measured = group.measured && fk.array(group.measured).values;
     return fk.bySize(changes).map((e) => {
-      const sequence = fk.sequence(group.rows, e),
-        best = fk.probes.best(group, e);
+      const sequence = fk.sequence(group.rows, e);
       return {
         ...sequence,
         text: fk.both(sequence, 32),
         predicted: predicted[e],
         measured: measured ? measured[e] : null,
-        best: best ? fk.update.ids[best.u] : null,
-        bestValue: best ? best.value : null,
       };
     });
-  },
-  /** The largest contributor. */
-  best(group, e) {
-    if (group.top) {
-      const columns = fk.array(group.top.columns).row(e);
-      return columns.length ? { u: columns[0], value: fk.array(group.top.values).row(e)[0] } : null;
-    }
-    if (!group.contributions) return null;
-    const values = fk.array(group.contributions).row(e);
-    let u = 0;
-    for (let k = 1; k < values.length; k++) if (Math.abs(values[k]) > Math.abs(values[u])) u = k;
-    return { u, value: values[u] };
   },
   mount(place, state) {
     this.group = fk.group(state);
