@@ -116,6 +116,7 @@ fk.pair = {
       );
   },
   leave() {
+    this.close(); // at once: a key that follows is the page's
     fk.address.write({ pair: null });
   },
   close() {
