@@ -39,6 +39,8 @@ from fkernel.errors import RolloutError
 from fkernel.rollout.rewards import dotted
 from fkernel.shapes import Tensor
 
+EPSILON = 1e-4
+"""What GRPO adds to σ."""
 Advantage = Callable[[Tensor, Tensor], Tensor]
 """(rewards [n], groups [n] int64) -> advantages [n]; of responses that were judged, each with a finite reward."""
 
@@ -67,7 +69,7 @@ def group_scale(rewards: Tensor, groups: Tensor) -> Tensor:
     """σ + 1e−4 of each one's group: what GRPO divides by."""
     mean, size = _mean(rewards, groups)
     variance, _ = _mean((rewards - mean).square(), groups)
-    return (variance * size / (size - 1).clamp(min=1)).sqrt() + 1e-4
+    return (variance * size / (size - 1).clamp(min=1)).sqrt() + EPSILON
 
 
 def rloo(rewards: Tensor, groups: Tensor) -> Tensor:

@@ -7,8 +7,10 @@ With r_u = Σ_k weight_k r_k(u) (a function that returned None adds nothing) and
     rloo         A_k = (weight_k r_k − r̄_k) · size/(size − 1)
     grpo         A_k = (weight_k r_k − r̄_k) / (σ + 1e−4),   σ the group's standard deviation of the TOTAL reward
 
-The last is GRPO's own rule (TRL's multi_objective_aggregation="sum_then_normalize"): given σ it is linear. Normalising
-each function by a σ of its own ("normalize_then_sum") is another rule, which does not add up to this one.
+The last is GRPO's own rule (TRL's multi_objective_aggregation="sum_then_normalize"): given σ it is linear. Where σ = 0,
+since functions that differ cancel, nobody has an advantage, and no function a part of it: divided by 1e−4 the parts
+would be thousands that cancel. Normalising each function by a σ of its own ("normalize_then_sum") is another rule,
+which does not add up to this one.
 """
 
 from __future__ import annotations
@@ -18,12 +20,14 @@ from collections.abc import Sequence
 import torch
 
 from fkernel.errors import RolloutError, listing
-from fkernel.rollout.advantages import RULES, among_judged, group_mean, group_scale
+from fkernel.rollout.advantages import EPSILON, RULES, among_judged, group_mean, group_scale
 from fkernel.rollout.batch import GeneratedBatch
 from fkernel.rollout.judging import weighted_sum
 from fkernel.rollout.record import SequenceRecord
 from fkernel.shapes import Tensor
 
+ROUNDING = 1e-8
+"""A standard deviation of equal totals, whose summands are rounded to float32."""
 TOLERANCE = 1e-4
 """By which a batch's advantages may differ from those that its rewards give: float32's rounding over a small σ."""
 
@@ -74,7 +78,12 @@ def _share(rule: str, total: Tensor, share: Tensor, groups: Tensor) -> Tensor:
     if rule != "grpo":
         return among_judged(RULES[rule], share, groups)
     judged = total[~total.isnan()]
-    return among_judged(lambda part, of: group_mean(part, of) / group_scale(judged, of), share, groups)
+
+    def scaled(part: Tensor, of: Tensor) -> Tensor:
+        scale = group_scale(judged, of)
+        return torch.where(scale - EPSILON < ROUNDING, 0.0, group_mean(part, of) / scale)
+
+    return among_judged(scaled, share, groups)
 
 
 def _functions(records: Sequence[SequenceRecord]) -> list[str]:

@@ -38,8 +38,8 @@ MUTATIONS = [
         "E's gradients at the start of every step",
         f"{RUN}::test_the_error_falls_with_the_order_of_the_path",
         "engine/step_gradients.py",
-        "cut, path = long_cut(side, params), passes.path",
-        'cut, path = long_cut(side, params), "start"',
+        "path = passes.path",
+        'path = "start"',
     ),
     Mutation(
         "what was in the optimizer before has the wrong sign",
@@ -108,8 +108,8 @@ MUTATIONS = [
         "a gap between two steps is overlooked",
         f"{RUN}::test_what_is_no_run_is_refused",
         "engine/adjoint.py",
-        "if (size := float(tree.norm(gap))) > ",
-        "if (size := 0.0) > ",
+        "if size > 1e-3 * moved",
+        "if 0.0 > 1e-3 * moved",
     ),
     Mutation(
         "an iterator that has run out sweeps again",

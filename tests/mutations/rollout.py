@@ -120,7 +120,11 @@ MUTATIONS = [
     Mutation(
         "every part of a reward by a scale of its own",
         "tests/rollout/test_reward_functions.py::test_the_parts_add_up",
-        "rollout/reward_parts.py", "group_mean(part, of) / group_scale(judged, of)",
-        "group_mean(part, of) / group_scale(part, of)",
+        "rollout/reward_parts.py", "scale = group_scale(judged, of)", "scale = group_scale(part, of)",
+    ),
+    Mutation(
+        "rewards that cancel have parts that are divided by nothing",
+        "tests/rollout/test_reward_functions.py::test_where_functions_cancel_nobody_has_an_advantage_and_none_a_part",
+        "rollout/reward_parts.py", "scale - EPSILON < ROUNDING", "scale < 0.0",
     ),
 ]  # fmt: skip

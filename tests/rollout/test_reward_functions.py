@@ -288,6 +288,20 @@ def test_grpo_divides_by_the_deviation_of_the_total():
     torch.testing.assert_close(part[[0, 1, 3]].float(), (share - share.mean()) / (total.std() + 1e-4))
 
 
+def test_where_functions_cancel_nobody_has_an_advantage_and_none_a_part():
+    """In float32, as trainers record rewards: 0.1 + 0.2 is not 0.3 + 0, and a deviation of 4e-9 is none."""
+    sums = [(0.1, 0.2), (0.3, 0.0), (0.2, 0.1), (0.0, 0.3)]
+    values = [tuple(torch.tensor(pair).tolist()) for pair in sums]
+    weights = {"a": 1.0, "b": 1.0}
+    records = [
+        record(f"U-000-0{i}", reward=sum(pair), rewards={"a": pair[0], "b": pair[1]}, reward_weights=weights)
+        for i, pair in enumerate(values)
+    ]
+    batch = GeneratedBatch(tuple(records))
+    assert not any(part.any() for part in split_advantages(batch.with_advantages("grpo"), "grpo").values())
+    assert all(part.any() for part in split_advantages(batch, "group_mean").values())
+
+
 @pytest.mark.parametrize(
     ("change", "rule", "message"),
     [
