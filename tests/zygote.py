@@ -13,7 +13,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-SLOW = ("torch", "transformers.models.qwen2", "pytest", "hypothesis", "pydantic", "typer", "jaxtyping", "beartype")
+SLOW = (
+    *("torch", "torch.distributed.tensor", "transformers.models.qwen2.modeling_qwen2"),
+    *("transformers.models.gpt2.modeling_gpt2", "pytest", "hypothesis", "pydantic", "typer", "jaxtyping", "beartype"),
+)
 
 
 def run(root: str, test: str, output: str) -> int:
