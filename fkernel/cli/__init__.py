@@ -13,7 +13,16 @@ from typing import Annotated
 import typer
 
 from fkernel.cli import explaining, page, questions, runs, study
-from fkernel.cli.console import Terminal, exit_on_error, importing, print_error, print_line, progress_and_log, wide
+from fkernel.cli.console import (
+    Terminal,
+    exit_on_error,
+    importing,
+    path_option,
+    print_error,
+    print_line,
+    progress_and_log,
+    wide,
+)
 from fkernel.cli.pairs import WithPairs
 from fkernel.cli.ranks import Processes, joined, started
 from fkernel.cli.writing import execute
@@ -30,7 +39,7 @@ BOUNDS = {"predicted": 0.002}
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Directory for the results and the pictures.")] = Path("demo-out"),
+    out: Annotated[Path, path_option("Directory for the results and the pictures.")] = Path("demo-out"),
     cache: Annotated[
         Path | None, typer.Option(help="Cache of policies (default: $FKERNEL_CACHE or ~/.cache/fkernel).")
     ] = None,

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -59,6 +60,17 @@ def exit_on_error() -> Iterator[None]:
 def print_error(text: str) -> None:
     """Print an error message to stderr."""
     print_line(f"fkernel: {text}", style="red", stderr=True)
+
+
+def path_option(help: str) -> Any:
+    """Make an option of a path; an empty one, which would be the current folder, is refused."""
+
+    def parsed(text: str) -> Path:
+        if not str(text).strip():
+            raise typer.BadParameter("it is empty; expected the path of a file or a directory.")
+        return Path(text)
+
+    return typer.Option(help=help, parser=parsed, metavar="<path>")
 
 
 def can_draw() -> bool:

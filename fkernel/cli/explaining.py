@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from fkernel.cli import study
-from fkernel.cli.console import exit_on_error, importing, print_line
+from fkernel.cli.console import exit_on_error, importing, path_option, print_line
 from fkernel.cli.pairs import Probe
 from fkernel.cli.ranks import Processes, joined, of_all_ranks, started
 from fkernel.cli.writing import execute
@@ -21,7 +21,7 @@ def explain(
         typer.Option(help="The step's batch: a recording, what a trainer dumped, or a saved batch; PATH or PATH:STEP."),
     ],
     probe: Probe = None,
-    out: Annotated[Path, typer.Option(help="Directory for the results.")] = Path("explained"),
+    out: Annotated[Path, path_option("Directory for the results.")] = Path("explained"),
     max_norm: Annotated[
         str | None, typer.Option(help="To which the training clipped its gradient; none where it did not.")
     ] = None,

@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from fkernel.cli.console import exit_on_error, importing, print_line
+from fkernel.cli.console import exit_on_error, importing, path_option, print_line
 
 Page = Annotated[bool, typer.Option(help="Write report.html, a page with all results, beside them.")]
 
 
 def report(
     results: Annotated[Path, typer.Argument(help="A directory that `fkernel run`, `demo` or `account` wrote.")],
-    out: Annotated[Path | None, typer.Option(help="The file to write (default: report.html in the directory).")] = None,
+    out: Annotated[Path | None, path_option("The file to write (default: report.html in the directory).")] = None,
 ) -> None:
     """Write one HTML page with everything that finished results hold; it opens from a file, offline.
 
@@ -23,8 +23,8 @@ def report(
     with exit_on_error():
         with importing():
             from fkernel.report import load_results, write_page
-        path = write_page(load_results(results), out or results, results.resolve().name)
-        print_line(f"Wrote {path}")
+        written = write_page(load_results(results), out or results, results.resolve().name)
+        print_line(f"Wrote {written}")
 
 
 def pointer(out: str | Path, page: bool = True) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fkernel.cli.console import can_draw, exit_on_error, importing, print_line, progress_and_log, wide
+from fkernel.cli.console import can_draw, exit_on_error, importing, path_option, print_line, progress_and_log, wide
 from fkernel.cli.page import Page, pointer
 from fkernel.cli.ranks import Processes, joined, of_all_ranks, started
 from fkernel.cli.study import AsJson
@@ -23,7 +23,7 @@ recording_app = typer.Typer(help="Look at recordings of runs.", no_args_is_help=
 def account(
     recording: RecordingPath,
     probes: Probes,
-    out: Annotated[Path, typer.Option(help="Directory for the account.")],
+    out: Annotated[Path, path_option("Directory for the account.")],
     steps: Annotated[str | None, typer.Option(help="Steps A:B, from A to before B; all of them by default.")] = None,
     path: Annotated[str, typer.Option(help="Where gradients are evaluated: midpoint, or gauss2.")] = "midpoint",
     observe: Annotated[

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fkernel.cli.console import Terminal, exit_on_error, importing, print_line, wide
+from fkernel.cli.console import Terminal, exit_on_error, importing, path_option, print_line, wide
 from fkernel.cli.page import Page
 from fkernel.cli.ranks import Processes, joined, started
 from fkernel.cli.writing import execute
@@ -20,7 +20,7 @@ plan_app = typer.Typer(help="Write, check and describe plans.", no_args_is_help=
 
 def run(
     plan: Annotated[Path, typer.Argument(help="A plan, YAML or JSON; `fkernel plan init` writes one.")],
-    out: Annotated[Path | None, typer.Option(help="Directory for the results, instead of the plan's.")] = None,
+    out: Annotated[Path | None, path_option("Directory for the results, instead of the plan's.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace results that another plan left there.")] = False,
     rows: Annotated[int, typer.Option(help="Print tables, too, with so many sequences of each request.")] = 0,
     log: Annotated[str, typer.Option(help="Log level: minimal, normal, detailed or debug.")] = "minimal",

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 from fkernel.checkpoint import STATE_PLACES, find_layout, has_no_optimizer
 from fkernel.errors import FKernelError, PlanError, ResultsError, listing
 from fkernel.io import check_writable, locked, make_directory, parse_json
@@ -29,7 +31,7 @@ def check_inputs(plan: FisherKernelPlan) -> None:
     Raises:
         PlanError: a line for everything that is wrong, with the key in the plan.
     """
-    wrong = [*_missing_files(plan), *_functions(plan), *_packages(plan)]
+    wrong = [*_missing_files(plan), *_functions(plan), *_packages(plan), *_device(plan.numerics.device)]
     gone = {line.partition(":")[0] for line in wrong}
     wrong += [line for line in _checkpoints(plan) if line.partition(":")[0] not in gone]
     ids, unreadable = dict[str, list[str] | None](), list[str]()
@@ -104,6 +106,16 @@ def _packages(plan: FisherKernelPlan) -> list[str]:
         for place, (package, extra) in needed.items()
         if find_spec(package) is None
     ]
+
+
+def _device(name: str) -> list[str]:
+    """Whether a device is there, and computes."""
+    try:
+        torch.ones(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        return [f"numerics.device: {name!r} computes nothing here ({reason}); expected cpu, cuda or cuda:0."]
+    return []
 
 
 def _checkpoints(plan: FisherKernelPlan) -> list[str]:

@@ -151,6 +151,16 @@ MUTATIONS = [
         "study/kept.py", '"files": prompts_files(prompts)}', '"files": {}}',
     ),
     Mutation(
+        "a device that computes nothing is found by the run",
+        f"{STUDY}/test_checks.py::test_mistakes_are_found_without_a_gradient",
+        "study/checks.py", "torch.ones(1, device=name).item()", "torch.ones(1)",
+    ),
+    Mutation(
+        "an empty path is the current folder",
+        f"{STUDY}/test_cli.py::test_an_empty_path_is_not_the_current_folder",
+        "cli/console.py", "if not str(text).strip():", "if False:",
+    ),
+    Mutation(
         "a damaged answer is served",
         f"{STUDY}/test_kept.py::test_an_answer_beside_which_another_batch_lies_is_computed_again",
         "study/kept.py", ' or record["sha256"] != _checksums(place):', ":",

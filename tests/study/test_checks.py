@@ -47,6 +47,8 @@ def lines(plan) -> list[str]:
         ({"checkpoint": {"path": "{before}", "optimizer": False}}, "has no optimizer state, and the preconditioner"),
         ({"update": {"kind": "from_file", "path": "{before}"}}, "update: There is no batch at"),
         ({"step": {"after": {"path": "{update}"}}}, "step.after.path: "),
+        ({"numerics": {"device": "meta"}}, "numerics.device: 'meta' computes nothing here"),
+        ({"numerics": {"device": "tpu"}}, "numerics.device: 'tpu' computes nothing here"),
     ],
 )  # fmt: skip
 def test_mistakes_are_found_without_a_gradient(run, tmp_path, changes, message):

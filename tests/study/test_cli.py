@@ -221,6 +221,11 @@ def test_a_plan_that_is_wrong_is_said_without_a_traceback(tmp_path):
     assert "checkpoint: expected a valid dictionary" in said
 
 
+@pytest.mark.parametrize("command", ["run p.yaml", "explain c --batch b", "account r --probes p", "report o", "demo"])
+def test_an_empty_path_is_not_the_current_folder(command):
+    assert "it is empty" in told(*command.split(), "--out", "", code=2).output
+
+
 def test_a_log_level_that_there_is_not(study):
     place, _ = study
     assert (
