@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 import time
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import yaml
@@ -76,6 +79,18 @@ def test_a_parent_folder_of_checkpoints_names_them(run, tmp_path):
     assert "holds 2 checkpoints, 'checkpoint-2', 'checkpoint-10'; name one, such as" in lines(plan)[0]
     shutil.copytree(run.before / "model", tmp_path / "run", dirs_exist_ok=True)  # as trainers leave the last weights
     assert "In it are 'checkpoint-2', 'checkpoint-10': name the one before the step." in lines(plan)[0]
+
+
+def test_the_check_imports_no_model(run, tmp_path):
+    """transformers' models take three seconds to import."""
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(run.plan(tmp_path / "out")))
+    code = (
+        "import sys; from fkernel.cli import app; app(['plan', 'check', sys.argv[1]], standalone_mode=False);"
+        "print('transformers.modeling_utils' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "study.yaml")]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    assert subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.endswith("False\n")
 
 
 def test_packages_are_looked_for(run, tmp_path, monkeypatch):
