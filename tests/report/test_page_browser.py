@@ -216,6 +216,10 @@ def test_the_overview_sums_identical_sequences_and_who_moved_it_says_whether_tha
     cells = page.locator(".overview .tabulator-row").first.locator(".tabulator-cell").all_inner_texts()
     assert cells[-1] == shown(max(sums.values(), key=abs), scale, digits)
     assert "× " in cells[2]
+    page.set_viewport_size({"width": 1440, "height": 500})
+    page.locator(".overview .tabulator-row").last.click()  # scrolls down to it
+    page.wait_for_selector(".detail h3")
+    assert page.evaluate("scrollY") == 0  # another page begins at its top
     page = watch(account).open("#view=probes")
     page.wait_for_selector(".detail .tabulator-row")
     assert "Is that chance? p is how often permuted advantages do as much" in page.locator(".detail .who").inner_text()

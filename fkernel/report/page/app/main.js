@@ -36,7 +36,9 @@ fk.main = {
       this.header(key, group);
       fk.tip.hide();
       const place = fk.el(`div.page.${key}`);
+      const same = this.view.firstElementChild?.classList.contains(key);
       this.view.replaceChildren(place);
+      if (!same) scrollTo(0, 0);
       fk.tidyCharts();
       page.mount(place, state);
     } else page.update(state);
@@ -90,7 +92,6 @@ fk.main = {
   },
   go(key) {
     fk.address.write({ view: key, pair: null, step: null });
-    scrollTo(0, 0);
   },
   choose(request) {
     fk.address.write({ request, probe: null, pair: null, step: null, x: null, y: null });

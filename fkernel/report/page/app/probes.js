@@ -90,7 +90,10 @@ fk.probes = {
     };
     section(
       "Where its change came from",
-      `terms add up to what was ${group.measured ? "measured" : "predicted"}; the whisker is rounding`,
+      `terms add up to what was ${group.measured ? "measured" : "predicted"}; the whisker is rounding` +
+        (fk.terms(group, 0).terms.some((term) => term.label === "lowered")
+          ? "; raised, lowered: done by sequences of positive and of negative advantage"
+          : ""),
       330,
       (body, e) => fk.waterfall(body, group, e),
     );
