@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -24,7 +25,8 @@ FAILURES = (
     *(AssertionError, StopIteration, RuntimeError, SystemError),
 )
 """What Python and torch raise about arguments that do not fit."""
-LIBRARIES = (str(Path(__file__).parent), *{sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
+PLACES = (str(Path(__file__).parent), *{sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
+LIBRARIES = tuple(f"{place}{os.sep}" for place in PLACES)  # a user's fkernel-runs/ beside fkernel/ is none
 GENERATED = ("<frozen", "<string>", "<@beartype", "<eval_with_key>")
 _WITHIN: ContextVar[bool] = ContextVar("within", default=False)
 

@@ -9,10 +9,12 @@ import math
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
+import fkernel
 from fkernel import analysis, engine, func, precond
 from fkernel.boundary import public
 from fkernel.errors import ArgumentError, BatchError, NonFiniteError, OptimizerStateError
@@ -32,9 +34,12 @@ def _raising(params: Any, batch: Any) -> Any:
     raise KeyError("mine")
 
 
-@public
-def _full(n: int) -> None:
-    raise torch.OutOfMemoryError
+_LIBRARY: dict[str, Any] = {"torch": torch}
+exec("def full(n): raise torch.OutOfMemoryError", _LIBRARY)  # as generated code of a library: not a user's function
+_full = public(_LIBRARY["full"])
+_BESIDE: dict[str, Any] = {}
+exec(compile("def mine(n): return {}[n]", f"{Path(fkernel.__file__).parent}-runs/mine.py", "exec"), _BESIDE)
+_mine = public(_BESIDE["mine"])
 
 
 NAMES: dict[str, Case] = {
@@ -79,6 +84,7 @@ NAMES: dict[str, Case] = {
         ("contraction", "spec: 'none'"),
     ),
     "the user's own error": (lambda: func.evaluate(_raising)(W, torch.ones(1, 2)), KeyError, ("mine",)),
+    "the user's own, in a folder that is named like ours": (lambda: _mine("mine"), KeyError, ("mine",)),
     "a full memory": (lambda: _full(1), torch.OutOfMemoryError, ()),
     "no function": (lambda: anything(func, "through_detach")([]), ArgumentError, ("f is []; expected a function",)),
 }
