@@ -65,7 +65,7 @@ def print_error(text: str) -> None:
 def path_option(help: str) -> Any:
     """Make an option of a path; an empty one, which would be the current folder, is refused."""
 
-    def parsed(text: str) -> Path:
+    def parsed(text: str | Path) -> Path:  # a default comes here too, as the Path that it is
         if not str(text).strip():
             raise typer.BadParameter("it is empty; expected the path of a file or a directory.")
         return Path(text)
