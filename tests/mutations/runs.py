@@ -88,6 +88,13 @@ REAL = [
         "executed=None,",
     ),
     Mutation(
+        "what more ranks left stays for good",
+        f"{ACCOUNTS}::test_states_between_snapshots_are_replayed[5]",
+        "study/accounts/stopped.py",
+        "if _KEPT.fullmatch(name) and not",
+        "if not _KEPT.fullmatch(name) and not",
+    ),
+    Mutation(
         "a sweep that was stopped forgets a step",
         f"{ACCOUNTS}::test_an_account_that_was_stopped_goes_on",
         "study/accounts/stopped.py",

@@ -173,10 +173,12 @@ def test_what_cannot_be_told_says_why(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("snapshots", ["first", 5])
 def test_states_between_snapshots_are_replayed(tmp_path, whole, snapshots):
+    for left in ("states-1-of-2", "sweep-3-of-4", "sweep-3-of-4-mine"):  # as if it was stopped on several ranks before
+        (tmp_path / left).mkdir()
     made = account_recording(recording_of("dapo", snapshots), PROBES, tmp_path, disk="400KB")
     assert size(made["contributions"] - whole["contributions"]) <= 1e-3 * size(whole["contributions"])
     assert size(made["realised"] - whole["realised"]) <= 1e-4 * size(whole["realised"])
-    assert {file.name for file in tmp_path.iterdir()} == {"account.json", "account.npz", "lock"}
+    assert {file.name for file in tmp_path.iterdir()} == {"account.json", "account.npz", "lock", "sweep-3-of-4-mine"}
 
 
 def test_some_steps(tmp_path, whole):

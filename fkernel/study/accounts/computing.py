@@ -23,7 +23,7 @@ from fkernel.rollout import GeneratedBatch, SampleGenerator, Sampling, dotted, p
 from fkernel.shapes import Tree
 from fkernel.study.accounts.assembly import Taken, assembled, unnamed
 from fkernel.study.accounts.results import ACCOUNT, AccountResults
-from fkernel.study.accounts.stopped import KeptSweep
+from fkernel.study.accounts.stopped import STATES, KeptSweep, folder_of
 from fkernel.study.analyses.observables import OBSERVABLE, Observable, expected_rewards
 from fkernel.study.outcome import info_of
 from fkernel.study.sources import code_of, own_code
@@ -112,7 +112,7 @@ def account_recording(
         raise PlanError(f"dtype is {dtype!r}; an account is computed in float32 or float64.")
     net = recording.policy(base=base) if model is None else copy.deepcopy(model)
     net, group = net.to(device=device, dtype=getattr(torch, dtype)), None if mesh is None else group_of(mesh)
-    scratch = place / ("states" if group is None else f"states-{group.rank}")
+    scratch = folder_of(place, STATES, group)
     inputs = _inputs(recording, chosen, probes, net, scratch, disk, template, model, base, device, AGES if ages else ())
     f, E, rows = _observed(observable, inputs, recording.about["temperature"])
     request = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,9 +26,16 @@ from fkernel.io import (
 )
 from fkernel.shapes import Tensor
 
-SWEEP, REQUEST, TENSORS = "sweep", "sweep.json", "sweep.safetensors"
+SWEEP, STATES = "sweep", "states"
+REQUEST, TENSORS = "sweep.json", "sweep.safetensors"
+_KEPT = re.compile(rf"({SWEEP}|{STATES})(-\d+-of-\d+)?")
 EVERY = 30.0
 """Seconds of work between two states that are kept, at least."""
+
+
+def folder_of(directory: Path, name: str, group: Group | None) -> Path:
+    """Where a process keeps what an account needs until it is written: `sweep`; of several ranks, `sweep-0-of-2`."""
+    return directory / (name if group is None else f"{name}-{group.rank}-of-{group.size}")
 
 
 class KeptSweep:
@@ -42,8 +51,8 @@ class KeptSweep:
     def __init__(
         self, directory: Path, request: Mapping[str, Any], every: float = EVERY, group: Group | None = None
     ) -> None:
-        name = SWEEP if group is None else f"{SWEEP}-{group.rank}-of-{group.size}"
-        self.place, self.request, self.every, self.group = directory / name, dict(request), every, group
+        self.directory, self.place = directory, folder_of(directory, SWEEP, group)
+        self.request, self.every, self.group = dict(request), every, group
         self._last = time.monotonic()
         sweep(directory)
 
@@ -96,8 +105,13 @@ class KeptSweep:
         self._last = time.monotonic()
 
     def forget(self) -> None:
-        """Delete what was kept."""
+        """Delete what was kept, and what a run on another number of ranks left when it was stopped."""
         remove_directory(self.place)
+        ours = "" if self.group is None else rf"-\d+-of-{self.group.size}"
+        if self.group is None or self.group.rank == 0:
+            for name in os.listdir(self.directory) if self.directory.is_dir() else ():
+                if _KEPT.fullmatch(name) and not re.fullmatch(rf"({SWEEP}|{STATES}){ours}", name):
+                    remove_directory(self.directory / name)
 
 
 def _tensors(account: RunAccount, start: str) -> dict[str, Tensor]:
