@@ -123,4 +123,16 @@ MUTATIONS = [
         'report/page/panels.py', 'if not names:',
         'if not names and False:',
     ),
+    Mutation(
+        'half a sign test',
+        "tests/report/test_page_browser.py::test_the_p_of_many_steps_is_that_of_a_sign_test",
+        'report/page/app/recurrences.js', 'Math.min(1, 2 * tail)',
+        'Math.min(1, tail)',
+    ),
+    Mutation(
+        'most of a change by who did the opposite',
+        "tests/report/test_page_browser.py::test_the_overview_sums_identical_sequences_and_who_moved_it_says_whether_that_is_chance",
+        'report/page/app/overview.js', 'way = Math.sign(',
+        'way = -Math.sign(',
+    ),
 ]  # fmt: skip

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
 from benchmarks.page import ACTIONS, Traced, act
 from fkernel.report import write_page
+from fkernel.report.run_tables import prompts_of
 from fkernel.study import AccountResults, FisherKernelResults
 from tests.report.made import HOSTILE, made_account, made_study
 
@@ -203,18 +205,69 @@ def test_identical_sequences_are_one_line_with_their_sum(watch, account):
     until(lambda: first.inner_text() == shown(min(sums.values()), scale, digits))
 
 
+def grouped(results: AccountResults, e: int) -> dict[tuple[str, str], float]:
+    """What identical sequences did to a probe together."""
+    sums = dict[tuple[str, str], float]()
+    for sequence, value in zip(results.sequences, results["contributions"][e].tolist(), strict=True):
+        key = (sequence["prompt"], sequence["response"])
+        sums[key] = sums.get(key, 0.0) + value
+    return sums
+
+
+def test_prompts_and_rewards_say_in_how_many_steps_they_were_for_and_against(watch, account):
+    results, _ = account
+    page = watch(account).open("#view=probes&probe=probe-1")
+    page.set_viewport_size({"width": 1440, "height": 4000})
+    came = {each.id: each for each in prompts_of(results, 1)}
+    rows = page.evaluate("fk.promptRows(fk.group(), 1)")
+    assert {row["id"] for row in rows} == set(came)
+    for row in rows:
+        each = came[row["id"]]
+        assert (row["raised"], row["lowered"]) == (each.up, each.steps - each.up)
+        assert row["p"] is None if each.steps < 2 else row["p"] == pytest.approx(each.p, rel=1e-9)
+    page.locator('[aria-label="steps for and against"] .tabulator-row').nth(1).wait_for()
+    by_step = results["rewards"][1]
+    for r, name in enumerate(results.facts["reward_functions"]):
+        row = page.locator('[aria-label="steps for and against"] .tabulator-row', has_text=name)
+        _, total, raised, lowered, p = row.locator(".tabulator-cell").all_inner_texts()
+        up, down = int((by_step[:, r] > 0).sum()), int((by_step[:, r] < 0).sum())
+        assert (int(raised), int(lowered)) == (up, down)
+        assert p == f"{binomtest(up, up + down).pvalue:.3f}"
+        assert total == shown(by_step[:, r].sum(dtype=float), *unit_of(page))
+
+
+def test_the_p_of_many_steps_is_that_of_a_sign_test(watch, account):
+    page = watch(account).open()
+    for up, n in ((0, 1), (3, 4), (20, 40), (40, 40), (3, 997), (498, 997)):
+        assert page.evaluate(f"fk.signTest({up}, {n})") == pytest.approx(binomtest(up, n).pvalue, rel=1e-9), (up, n)
+    assert page.evaluate("fk.p(2e-12)") == "< 0.001"
+
+
+def test_a_pair_says_what_the_identical_sequences_did_together(watch, account):
+    results, _ = account
+    page = watch(account).open("#view=probes&probe=probe-0")
+    page.wait_for_selector(".detail .tabulator-row")
+    cells = page.locator(".detail .tabulator-row").first.locator(".tabulator-cell").all_inner_texts()
+    (times,) = (int(cell.removeprefix("× ")) for cell in cells if cell.startswith("× "))
+    page.locator(".detail .tabulator-row").first.click()
+    dialog = page.locator("dialog.pair")
+    dialog.wait_for()
+    assert f"the {times} identical sequences together" in dialog.inner_text()
+    assert cells[0] in dialog.inner_text()
+    u = results.sequence_ids.index(dialog.locator("h3 code").nth(1).inner_text())
+    assert shown(results["contributions"][0, u], *unit_of(page)) in dialog.inner_text()
+
+
 def test_the_overview_sums_identical_sequences_and_who_moved_it_says_whether_that_is_chance(watch, account):
     results, _ = account
     page = watch(account).open()
     scale, digits = unit_of(page)
     e = int(np.abs(results["realised"]).argmax())
-    sums = dict[tuple[str, str], float]()
-    for sequence, value in zip(results.sequences, results["contributions"][e].tolist(), strict=True):
-        key = (sequence["prompt"], sequence["response"])
-        sums[key] = sums.get(key, 0.0) + value
+    sums = grouped(results, e)
     page.wait_for_selector(".overview .tabulator-row")
     cells = page.locator(".overview .tabulator-row").first.locator(".tabulator-cell").all_inner_texts()
-    assert cells[-1] == shown(max(sums.values(), key=abs), scale, digits)
+    way = np.sign(results["realised"][e])
+    assert cells[-1] == shown(max(sums.values(), key=lambda value: way * value), scale, digits)
     assert "× " in cells[2]
     page.set_viewport_size({"width": 1440, "height": 500})
     page.locator(".overview .tabulator-row").last.click()  # scrolls down to it
@@ -222,7 +275,17 @@ def test_the_overview_sums_identical_sequences_and_who_moved_it_says_whether_tha
     assert page.evaluate("scrollY") == 0  # another page begins at its top
     page = watch(account).open("#view=probes")
     page.wait_for_selector(".detail .tabulator-row")
-    assert "Is that chance? p is how often permuted advantages do as much" in page.locator(".detail .who").inner_text()
+    told = page.locator(".detail .who").inner_text()
+    assert "Is that chance? p is how often permuted advantages make any sequence of the run do as much" in told
+    page.keyboard.press("j")  # another probe in the same table: the note is on this one
+    held = int(page.locator(".detail h2").inner_text().removeprefix("probe-"))
+    least = dict[tuple[str, str], float]()
+    for sequence, p in zip(results.sequences, results["p"][held].tolist(), strict=True):
+        key = (sequence["prompt"], sequence["response"])
+        least[key] = min(p, least.get(key, 1.0))
+    moved = [key for key, value in grouped(results, held).items() if value]
+    clear = sum(least[key] <= 0.05 for key in moved)
+    until(lambda: f"p ≤ 0.05 for {clear} of {len(moved)}." in page.locator(".detail .who").inner_text())
     page.evaluate("() => { fk.data.groups[0].p = null; fk.data.groups[0].panels[0].left_out = 'a <b>reason</b>'; }")
     page.evaluate("location.hash = '#view=probes&sign=raised'")
     page.evaluate("() => { fk.main.shown = ''; fk.main.render(); }")

@@ -20,7 +20,8 @@ LIBRARIES = ("plotly-cartesian.min.js", "tabulator.min.js")
 STYLES = ("libraries/tabulator.min.css", "app/page.css", "app/tables.css", "app/print.css")
 APP = (
     "format", "data", "address", "theme", "elements", "sections", "tables", "charts", "probe_charts", "tokens",
-    "contributors", "pair", "probes", "matrix", "map_axes", "map", "sequences", "panels", "overview", "main",
+    "contributors", "recurrences", "pair", "probes", "matrix", "map_axes", "map", "sequences", "panels", "overview",
+    "main",
 )  # fmt: skip
 """The page's own scripts, each of which may use those before it."""
 SOURCE_MAP = re.compile(r"(//|/\*)# sourceMappingURL=.*")

@@ -116,8 +116,12 @@ fk.contributorColumns = (rows, identical) => {
 fk.chance = (group, rows) => {
   const key = fk.isRun ? "p" : "uncertainty",
     { left_out, blocks, ask } = group.panels.find((panel) => panel.key === key) || {};
-  if (rows.some((row) => row.p !== null))
-    return "Is that chance? p is how often permuted advantages do as much; –: not computed for this one. Sums over prompts, below, are tested together.";
+  if (rows.some((row) => row.p !== null)) {
+    const clear = rows.filter((row) => row.p !== null && row.p <= 0.05).length;
+    return fk.isRun
+      ? `Is that chance? p is how often permuted advantages make any sequence of the run do as much: p ≤ 0.05 for ${clear} of ${rows.length}. What prompts and reward functions did in many steps is tested further down.`
+      : `Is that chance? p is how often permuted advantages do as much: p ≤ 0.05 for ${clear} of ${rows.length}; –: not computed for this one. Sums over prompts, below, are tested together.`;
+  }
   if (left_out) return `Is that chance? There is no p: ${left_out}.`;
   if (blocks) return "Is that chance? p is known of sums over prompts alone, on the page Analyses.";
   return ask ? `Is that chance? Nobody asked; p-values come with ${ask.replace(/\s+/g, " ")} in the plan.` : "";
@@ -128,7 +132,10 @@ fk.contributorTables = new WeakMap();
 fk.contributors = (place, group, e, state, open) => {
   const options = { identical: state.alike !== "no", sign: state.sign || "both", step: state.step ?? null };
   const rows = fk.contributorRows(group, e, options);
-  const all = Boolean(group.contributions);
+  const note = [
+    fk.chance(group, rows),
+    group.contributions ? "" : "Only the largest were kept; all of them with capture: {kernel: true} in the plan.",
+  ].join(" ");
   const tools = fk.el(
     "div.tools",
     {},
@@ -157,7 +164,7 @@ fk.contributors = (place, group, e, state, open) => {
   if (known && known.shape === shape && rows.length && !fk.printing) {
     known.tools.replaceWith(tools);
     known.tools = tools;
-    known.table.replace(rows);
+    known.table.replace(rows, note);
     return;
   }
   fk.contributorTables.delete(place);
@@ -178,48 +185,7 @@ fk.contributors = (place, group, e, state, open) => {
       return `${sequence.prompt} ${sequence.response} ${sequence.id} ${sequence.promptId}`;
     },
     current: (row) => row.id === fk.address.read().pair,
-    note: [
-      fk.chance(group, rows),
-      all ? "" : "Only the largest were kept; all of them with capture: {kernel: true} in the plan.",
-    ].join(" "),
+    note,
   });
   fk.contributorTables.set(place, { table, tools, shape });
-};
-
-/** Sums over prompts, largest first, with p-values where they are known. */
-fk.promptRows = (group, e) => {
-  const known = group.prompts && new Map(group.prompts.ids.map((id, i) => [id, fk.array(group.prompts.p).row(e)[i]]));
-  const sums = new Map();
-  for (const { u, value } of fk.contributionsTo(group, e)) {
-    const g = fk.update.prompt_id[u],
-      own = sums.get(g) || { value: 0, count: 0, steps: new Set(), prompt: fk.update.prompts[fk.update.prompt[u]] };
-    own.value += value;
-    own.count += 1;
-    if (fk.isRun) own.steps.add(fk.update.numbers.step[u]);
-    sums.set(g, own);
-  }
-  const rows = [...sums].map(([g, own]) => ({
-    id: fk.update.prompt_ids[g],
-    prompt: own.prompt,
-    value: own.value,
-    count: own.count,
-    steps: own.steps.size,
-    p: known ? (known.get(fk.update.prompt_ids[g]) ?? null) : null,
-  }));
-  return rows.filter((row) => row.value !== 0).sort((a, b) => Math.abs(b.value) - Math.abs(a.value));
-};
-
-fk.promptTable = (place, group, e) => {
-  const rows = fk.promptRows(group, e);
-  const columns = [
-    { title: "sum", field: "value", kind: "change" },
-    ...(group.prompts
-      ? [{ title: "p", field: "p", kind: "p", note: "against advantages permuted within prompts" }]
-      : []),
-    { title: "prompt", field: "prompt", kind: "text", grow: 3 },
-    { title: "sequences", field: "count", kind: "number" },
-    ...(fk.isRun ? [{ title: "steps", field: "steps", kind: "number", note: "that trained on it" }] : []),
-    { title: "id", field: "id", kind: "text" },
-  ];
-  fk.table(place, { columns, rows, label: "prompts", height: 300 });
 };

@@ -31,7 +31,10 @@ fk.share = (x) => {
   return `${fk.number(100 * x, percent >= 10 ? 3 : 2)} %`;
 };
 
-fk.p = (x) => (x === null || x === undefined || Number.isNaN(x) ? "–" : x.toFixed(3));
+fk.p = (x) => {
+  if (x === null || x === undefined || Number.isNaN(x)) return "–";
+  return x < 0.0005 ? "< 0.001" : x.toFixed(3);
+};
 
 /** A number's text with its unit. */
 fk.withUnit = (text, unit) => `${text} ${unit.startsWith("10") ? "· " : ""}${unit}`;

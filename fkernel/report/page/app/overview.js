@@ -74,18 +74,19 @@ fk.overview = {
       columns: [
         { title: "probe", field: "text", kind: "text", grow: 2 },
         { title: measured ? "measured" : "predicted", field: measured ? "measured" : "predicted", kind: "change" },
-        { title: "moved most by", field: "who", kind: "text", grow: 2 },
+        { title: "most of it by", field: "who", kind: "text", grow: 2 },
         { title: "contribution", field: "bestValue", kind: "change" },
       ],
       note: `${fk.unit}; click a probe to see why`,
     });
   },
-  /** The sequence, or the identical ones together, that moved a probe most. */
+  /** The sequence, or the identical ones together, that did most of a probe's change, in the direction that it moved. */
   mover(group, e) {
-    const all = fk.groupIdentical(fk.contributionsTo(group, e)),
-      most = fk.bySize(all.map((each) => each.value))[0];
-    if (most === undefined) return { who: null, bestValue: null };
-    const { u, value, count } = all[most];
+    const way = Math.sign(fk.changes(group).values[e]),
+      all = fk.groupIdentical(fk.contributionsTo(group, e)),
+      most = all.reduce((best, each) => (way * each.value > (best ? way * best.value : 0) ? each : best), null);
+    if (!most) return { who: null, bestValue: null };
+    const { u, value, count } = most;
     return { who: `${count > 1 ? `× ${count}  ` : ""}${fk.line(fk.update, u, 34)}`, bestValue: value };
   },
   agreement(place, group) {

@@ -1,6 +1,9 @@
 "use strict";
 /* A probe and a sequence side by side: texts, numbers, the kernel's entry, its parts, and token × token. */
 
+/** An id that somebody gave; null of a hash, which tells a reader nothing that the text beside it does not. */
+fk.givenId = (id) => (/-[0-9a-f]{12,}$/.test(id) ? null : id);
+
 /** Facts of one side. */
 fk.sideFacts = (sequence) =>
   fk.facts([
@@ -18,15 +21,25 @@ fk.sideFacts = (sequence) =>
       "log π before",
       sequence.logprob === undefined || sequence.logprob === null ? null : `${fk.number(sequence.logprob, 5)} nats`,
     ],
-    ["prompt", sequence.promptId],
+    ["prompt", fk.givenId(sequence.promptId)],
   ]);
+
+/** The identical sequences that one stands for, together. */
+fk.together = (group, e, u) => {
+  const like = (v) => fk.update.prompt[v] === fk.update.prompt[u] && fk.update.responses[v] === fk.update.responses[u],
+    all = fk.contributionsTo(group, e).filter((each) => like(each.u)),
+    sum = all.reduce((total, each) => total + each.value, 0);
+  return all.length > 1 ? [`the ${all.length} identical sequences together`, fk.withUnit(fk.change(sum), fk.unit)] : null;
+};
 
 /** What is known of a pair: contribution, p, K and cosine. */
 fk.pairFacts = (group, e, u) => {
   const found = fk.contribution(group, e, u);
+  const together = fk.together(group, e, u);
   const facts = [
-    ["contribution", found ? fk.withUnit(fk.change(found.value), fk.unit) : "not kept"],
+    [together ? "contribution of this one" : "contribution", found ? fk.withUnit(fk.change(found.value), fk.unit) : "not kept"],
     ["p", found && found.p !== null ? fk.p(found.p) : null],
+    ...(together ? [together] : []),
   ];
   if (group.kernel) {
     const K = fk.array(group.kernel).row(e)[u],

@@ -115,9 +115,13 @@ fk.probes = {
       ["parts", "By part of the loss"],
     ]) {
       if (group.split && group.split[name])
-        section(title, "running sums, counted at the step that trained on a sequence", 340, (body, e) =>
-          fk.splitTimeline(body, group.split[name], e),
-        );
+        section(title, "running sums, counted at the step that trained on a sequence", 460, (body, e) => {
+          const [chart, table] = body.children.length ? body.children : [fk.el("div"), fk.el("div")];
+          body.replaceChildren(chart, table);
+          fk.splitTimeline(chart, group.split[name], e);
+          table.replaceChildren();
+          fk.splitTable(table, group.split[name], e);
+        });
     }
     if (group.ages)
       section("By age of the gradients", "steps after a sequence's own", 300, (body, e) => {
@@ -132,7 +136,7 @@ fk.probes = {
         });
       });
     if (group.contributions)
-      section("Prompts, each over all its sequences", "", 380, (body, e) => {
+      section("Prompts, each over all its sequences", fk.isRun ? "p: of so uneven a split of the steps that trained on it" : "", 380, (body, e) => {
         body.replaceChildren();
         fk.promptTable(body, group, e);
       });

@@ -113,10 +113,11 @@ fk.table = (place, options) => {
   const holder = fk.el("div.table", { tabindex: "0", "aria-label": options.label || "table" });
   const count = fk.el("span.count", { "aria-live": "polite" }, "");
   const box = fk.el("input.search", { type: "search", placeholder: "search", "aria-label": "search this table" });
+  const below = fk.el("p.note", { hidden: !note }, note || "");
   place.append(
     ...(search ? [fk.el("div.tools", {}, box, count)] : []),
     holder,
-    ...(note ? [fk.el("p.note", {}, note)] : []),
+    below,
   );
   const most = options.height || 420;
   const mark = (row) =>
@@ -186,9 +187,10 @@ fk.table = (place, options) => {
     forget() {
       walk.row = null;
     },
-    /** Other rows of the same columns, in the same order and with the same search. */
-    replace(others) {
+    /** Other rows of the same columns, in the same order and with the same search, and the note on them. */
+    replace(others, note) {
       rows = others;
+      below.textContent = note;
       walk.row = null;
       if (built) table.setData(rows).then(said);
       else table.on("tableBuilt", () => table.setData(rows).then(said));
