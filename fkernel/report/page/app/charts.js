@@ -170,7 +170,7 @@ fk.blockCharts = {
           symbol: shapes[i % shapes.length],
           line: { width: 0.5, color: fk.css("ground") },
         },
-        hovertemplate: `%{text}<br>%{x:.4g}, %{y:.4g}<extra>${fk.chartText(name || "")}</extra>`,
+        hovertemplate: `%{text}<br>%{x:.4g}, %{y:.4g}<extra>%{fullData.name}</extra>`,
       };
     });
     if (block.diagonal) {

@@ -130,7 +130,7 @@ fk.chance = (group, rows) => {
 fk.contributorTables = new WeakMap();
 /** The table of contributors, with its choices; `open` takes the id of a sequence. A table that is there gets other rows. */
 fk.contributors = (place, group, e, state, open) => {
-  const options = { identical: state.alike !== "no", sign: state.sign || "both", step: state.step ?? null };
+  const options = { identical: state.alike !== "no", sign: state.sign || "both", step: fk.isRun ? (state.step ?? null) : null };
   const rows = fk.contributorRows(group, e, options);
   const note = [
     fk.chance(group, rows),

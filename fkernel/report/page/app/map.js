@@ -97,7 +97,7 @@ fk.map = {
     this.place.replaceChildren(tools, this.holder, status);
     const range = (text, most) => {
       const [a, b] = (text || "").split("-").map(Number);
-      return b > a && b <= most ? [a, b] : [0, most];
+      return Number.isInteger(a) && Number.isInteger(b) && a >= 0 && b > a && b <= most ? [a, b] : [0, most];
     };
     this.x = range(state.x, this.columns.length);
     this.y = range(state.y, this.rows.length);
