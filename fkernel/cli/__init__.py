@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from fkernel.cli import explaining, page, questions, runs, study
+from fkernel.cli import explaining, page, questions, runs, showing, study
 from fkernel.cli.console import (
     Terminal,
     exit_on_error,
@@ -61,7 +61,7 @@ def demo(
 
 for command in (explaining.explain, questions.ask, questions.query):
     app.command(cls=WithPairs)(command)
-for command in (study.run, page.report, questions.influence, study.show, runs.account, runs.replay):
+for command in (study.run, page.report, questions.influence, showing.show, runs.account, runs.replay):
     app.command()(command)
 app.add_typer(study.plan_app, name="plan")
 app.add_typer(runs.recording_app, name="recording")

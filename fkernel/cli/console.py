@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.cells import cell_len
@@ -20,6 +20,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fkernel.errors import visible_text
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 class Terminal(Console):

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from fkernel.cli import study
-from fkernel.cli.console import exit_on_error, importing, path_option, print_line
+from fkernel.cli.console import AsJson, exit_on_error, importing, path_option, print_line
 from fkernel.cli.pairs import Probe
 from fkernel.cli.ranks import Processes, joined, of_all_ranks, started
 from fkernel.cli.writing import execute
@@ -37,7 +37,7 @@ def explain(
     log: Annotated[str, typer.Option(help="Log level: minimal, normal, detailed or debug.")] = "minimal",
     rows: Annotated[int, typer.Option(help="Print tables, too, of so many probes.")] = 0,
     processes: Processes = None,
-    as_json: study.AsJson = False,
+    as_json: AsJson = False,
 ) -> None:
     """Explain what one step did to sequences written by hand: nothing is sampled, and no plan is needed.
 

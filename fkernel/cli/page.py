@@ -1,4 +1,4 @@
-"""The command of the page: `fkernel report`, and what other commands say of it."""
+"""The command of the page: `fkernel report`."""
 
 from __future__ import annotations
 
@@ -25,8 +25,3 @@ def report(
             from fkernel.report import load_results, write_page
         written = write_page(load_results(results), out or results, results.resolve().name)
         print_line(f"Wrote {written}")
-
-
-def pointer(out: str | Path, page: bool = True) -> str:
-    """Where the page is, to be added to a line that names a directory; nothing where none was written."""
-    return f"; look at {Path(out) / 'report.html'}" if page else ""

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from fkernel.cli.console import exit_on_error, importing, print_line, progress_and_log, wide
+from fkernel.cli.console import AsJson, exit_on_error, importing, print_line, progress_and_log, wide
 from fkernel.cli.pairs import Probe
-from fkernel.cli.study import AsJson
+from fkernel.cli.showing import record_of, show_request
 
 Workspace = Annotated[Path, typer.Argument(help="A workspace that `fkernel run` made: OUT/workspace.")]
 
@@ -33,7 +33,6 @@ def ask(
     with exit_on_error():
         with importing():
             from fkernel import report
-            from fkernel.cli.study import record_of, show_request
             from fkernel.study import ask as ask_study
         keys = {"raw": raw, "ended": not unended}
         probes = [{"prompt": prompt, "response": response, **keys} for prompt, response in probe or []]

@@ -8,14 +8,26 @@ from typing import Annotated, Any
 
 import typer
 
-from fkernel.cli.console import can_draw, exit_on_error, importing, path_option, print_line, progress_and_log, wide
-from fkernel.cli.page import Page, pointer
+from fkernel.cli.console import (
+    AsJson,
+    can_draw,
+    exit_on_error,
+    importing,
+    path_option,
+    print_line,
+    progress_and_log,
+    wide,
+)
+from fkernel.cli.page import Page
 from fkernel.cli.ranks import Processes, joined, of_all_ranks, started
-from fkernel.cli.study import AsJson
+from fkernel.cli.showing import show_account
 
 RecordingPath = Annotated[Path, typer.Argument(help="A recording: the directory that a Recorder wrote.")]
 Probes = Annotated[Path, typer.Option(help="Probes: JSON lines of prompt and response, or a saved batch.")]
 Base = Annotated[Path | None, typer.Option(help="The base model of an adapter, if it is no longer where it was.")]
+
+FEW = 5
+"""Probes in the ledger that is printed."""
 
 recording_app = typer.Typer(help="Look at recordings of runs.", no_args_is_help=True)
 
@@ -35,7 +47,7 @@ def account(
     ages: Annotated[bool, typer.Option("--ages", help="Split momentum by the age of gradients.")] = False,
     device: Annotated[str, typer.Option(help="A torch device.")] = "cpu",
     base: Base = None,
-    rows: Annotated[int, typer.Option(help="Probes, and sequences of each, to show.")] = 5,
+    rows: Annotated[int, typer.Option(help="Print tables, too, of so many probes, and so many sequences of each.")] = 0,
     pictures: Annotated[bool, typer.Option(help="Draw pictures to OUT/pictures.")] = True,
     page: Page = True,
     processes: Processes = None,
@@ -78,30 +90,29 @@ def account(
         if as_json:
             typer.echo(json.dumps(results.summary(), indent=1))
             return
-        show_account(results, rows)
-        print_line(f"Wrote {out}{pointer(out, page)}")
+        if rows:
+            show_account(results, rows)
+        finish(results, recording, probes, out, page)
 
 
-def show_account(results: Any, rows: int) -> None:
-    """Print an account's tables."""
-    import numpy as np
+def finish(results: Any, recording: Path, probes: Path, out: Path, page: bool) -> None:
+    """Print what an account found, where it is, and what may come next."""
+    from shlex import join
 
     from fkernel import report
 
-    console = wide(132)
-    console.print(report.account_table(results, rows))
-    for e in np.argsort(-np.abs(results["realised"]), kind="stable")[:rows].tolist():
-        console.print()
-        console.print(report.culprits_table(results, e, rows))
-        console.print(report.prompts_table(results, e, rows))
-        if "rewards" in results.arrays:
-            console.print(report.rewards_table(results, e))
-        if "parts" in results.arrays:
-            console.print(report.parts_table(results, e))
-        if "older" in results.arrays:
-            console.print(report.ages_table(results, e))
+    console = wide(100)
+    console.print(report.account_table(results, FEW))
+    for line in report.account_findings(results):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     for line in report.account_lines(results):
         print_line(line)
+    print_line(f"Wrote {out}" + (f"; the page is {out / 'report.html'}" if page else "") + ". Next:")
+    print_line(f"  {join(['fkernel', 'show', str(out)])}")
+    most = report.most_of_it(results)
+    if most is not None:
+        command = ["fkernel", "replay", str(recording), "--probes", str(probes), "--drop", most]
+        print_line(f"  {join(command)}")
 
 
 def replay(

@@ -1,4 +1,4 @@
-"""Commands of studies: `fkernel run | show | plan`."""
+"""Commands of studies: `fkernel run | plan`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-from fkernel.cli.console import Terminal, exit_on_error, importing, path_option, print_line, wide
+from fkernel.cli.console import AsJson, Terminal, exit_on_error, importing, path_option, print_line, wide
 from fkernel.cli.page import Page
 from fkernel.cli.ranks import Processes, joined, started
+from fkernel.cli.showing import show_results, summary
 from fkernel.cli.writing import execute
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 plan_app = typer.Typer(help="Write, check and describe plans.", no_args_is_help=True)
 
@@ -86,89 +85,6 @@ def say_forecast(path: Path, memory: str | None, as_json: bool) -> None:
     console.print(report.forecast_table(prediction))
     for line in report.forecast_lines(prediction):
         print_line(line)
-
-
-def show(
-    results: Annotated[Path, typer.Argument(help="A directory that `fkernel run` wrote.")],
-    request: Annotated[str | None, typer.Option(help="One request only, by name.")] = None,
-    rows: Annotated[int, typer.Option(help="Sequences to show of each request.")] = 10,
-    netcdf: Annotated[Path | None, typer.Option(help="Write everything to a NetCDF file, too.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Show finished results.
-
-    Example: fkernel show study --request held_out --rows 20
-    """
-    with exit_on_error():
-        with importing():
-            from fkernel.study import FisherKernelResults
-        loaded = FisherKernelResults.load(results)
-        if netcdf is not None:
-            loaded.to_netcdf(netcdf, request)
-        if as_json:
-            typer.echo(json.dumps(summary(loaded, str(results), request), indent=1))
-        else:
-            show_results(loaded, rows, request)
-
-
-def show_results(results: Any, rows: int, request: str | None = None) -> None:
-    """Print tables of some requests."""
-    for result in [*results.requests.values()] if request is None else [results[request]]:
-        show_request(result, rows)
-    if request is None:
-        say_step(results)
-
-
-def show_request(result: Any, rows: int) -> None:
-    """Print the tables of one request."""
-    from fkernel import report
-
-    console = wide(132)
-    console.print(report.effects_table(result, rows))
-    if result.calibration:
-        console.print(report.calibration_table(result))
-    for table in report.request_tables(result, rows):
-        console.print(table, highlight=False)
-
-
-def say_step(results: Any) -> None:
-    """Print the facts of the step and of U."""
-    from fkernel import report
-
-    for line in report.study_lines(results):
-        print_line(line)
-    for table in report.update_tables(results):
-        wide(132).print(table, highlight=False, soft_wrap=isinstance(table, str))
-
-
-def record_of(result: Any) -> dict[str, Any]:
-    """The main results of a request as JSON."""
-    return {
-        "sequences": len(result.evaluation),
-        "calibration": {key: value._asdict() for key, value in result.calibration.items()},
-        "realised_on": result.facts.get("realised_on"),
-        "analyses": {key: analysis.facts for key, analysis in result.analyses.items()},
-        "evaluation": [
-            {
-                "id": info.id,
-                "predicted": float(result.predicted[row]),
-                "realised": None if result.realised is None else float(result.realised[row]),
-                "top": [[u.id, v] for u, v in result.top_contributors(row)],
-            }
-            for row, info in enumerate(result.evaluation)
-        ],
-    }
-
-
-def summary(results: Any, out: str, request: str | None = None) -> dict[str, Any]:
-    """The main results as JSON."""
-    chosen = results.requests if request is None else {request: results[request]}
-    return {
-        "out": out,
-        "units": results.units,
-        "step": results.step,
-        "requests": {name: record_of(result) for name, result in chosen.items()},
-    }
 
 
 @plan_app.command()

@@ -32,6 +32,7 @@ from fkernel.report.run_pictures import (
     timeline,
 )
 from fkernel.report.run_shares import ages_table, parts_table
+from fkernel.report.run_summary import account_findings, most_of_it
 from fkernel.report.run_tables import account_lines, account_table, culprits_table, prompts_table, rewards_table
 from fkernel.report.summary import findings, probe_lines, request_lines
 from fkernel.report.table import calibration_table, effects_table, influence_table, pair_view, study_lines
@@ -39,6 +40,7 @@ from fkernel.report.tokens import token_html, token_table, token_text
 from fkernel.report.update_panels import health_panel, structure_panel
 
 __all__ = [
+    "account_findings",
     "account_lines",
     "account_table",
     "ages_table",
@@ -68,6 +70,7 @@ __all__ = [
     "ledger_panel",
     "ledger_table",
     "load_results",
+    "most_of_it",
     "observable_panel",
     "pair_view",
     "parts_panel",

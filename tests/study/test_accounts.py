@@ -385,6 +385,23 @@ def test_the_commands(tmp_path):
     assert "adds up" in said
     assert (out / "pictures").is_dir()
     found = json.loads(told("account", recording, "--probes", probes, "--out", out, "--json").stdout)
+    brief = told("account", recording, "--probes", probes, "--out", out).stdout
+    assert len(brief.splitlines()) <= 40
+    account = AccountResults.load(out)
+    most = max(account.probes, key=lambda info: abs(account["realised"][account.row(info.id)])).id
+    culprit = next(
+        share
+        for share in account.top_sequences(most, 1000, group_identical=True)
+        if share.value * account["realised"][account.row(most)] > 0
+    )
+    assert f"most of it by {culprit.id}" in brief
+    assert f"fkernel replay {recording} --probes {probes} --drop {culprit.id}" in " ".join(brief.split())
+    shown = told("show", out, "--rows", 3).stdout
+    assert [line for line in said.splitlines() if "moved it most" in line] == [
+        line for line in shown.splitlines() if "moved it most" in line
+    ]
+    assert json.loads(told("show", out, "--json").stdout) == found
+    assert "is the account of a run" in " ".join(told("show", out, "--request", "held_out", code=2).stderr.split())
     assert [row["id"] for row in found["probes"]] == ["right", "nine", "eights"]
     other = told("account", recording, "--probes", probes, "--out", out, "--steps", "3:5", code=2).stderr
     assert "holds another account" in " ".join(other.split())
