@@ -9,12 +9,13 @@ checkpoint of θ, m and v, loaded whole by one process and in shards by each ran
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -42,9 +43,21 @@ SHAPE: Any = {
     "tie_word_embeddings": True,
 }
 """Of Qwen2's architecture, 49M parameters; its largest layer has 7 % of them, its table 9 %."""
+WIDE: Any = {**SHAPE, "hidden_size": 768, "intermediate_size": 2112, "num_hidden_layers": 12, "num_attention_heads": 12}
+WIDE["num_key_value_heads"] = 12
 TINY: Any = {**SHAPE, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 64}
-SEQUENCES = {"E": 8, "U": 16}
-TOKENS = 64
+
+
+class Case(NamedTuple):
+    """What is measured: a shape of Qwen2's architecture, sequences of E and of U, and their tokens."""
+
+    shape: dict[str, Any]
+    E: int
+    U: int
+    tokens: int
+
+
+CASES = {"49M": Case(SHAPE, 8, 16, 64), "93M": Case(WIDE, 4, 8, 48)}
 
 
 def bytes_resident() -> int:
@@ -70,20 +83,25 @@ def leaves(shapes: dict[str, torch.Size], seed: int, scale: float, group: Any) -
     return found
 
 
-def batch(n: int, seed: int, vocabulary: int) -> func.Sequences:
+def batch(n: int, seed: int, case: Case) -> func.Sequences:
     """Draw sequences."""
-    draw = torch.Generator().manual_seed(seed)
-    rows = torch.randint(vocabulary, (n, TOKENS), generator=draw).tolist()
-    return func.pad([row[: TOKENS // 2] for row in rows], [row[TOKENS // 2 :] for row in rows])
+    draw, half = torch.Generator().manual_seed(seed), case.tokens // 2
+    rows = torch.randint(case.shape["vocab_size"], (n, case.tokens), generator=draw).tolist()
+    return func.pad([row[:half] for row in rows], [row[half:] for row in rows])
 
 
-def explained(mesh: Any, shape: dict[str, Any]) -> dict[str, Any]:
+def _meta(shape: dict[str, Any]) -> Any:
+    """Make the model without weights."""
+    with func.without_weights():
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2", **shape), attn_implementation="eager")
+
+
+def explained(mesh: Any, case: Case) -> dict[str, Any]:
     """Explain a step, and say what it took."""
     torch.set_num_threads(1)
     group = None if mesh is None else group_of(mesh)
-    with func.without_weights():
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2", **shape), attn_implementation="eager")
-    E, U = (batch(n, seed, shape["vocab_size"]) for seed, n in enumerate(SEQUENCES.values()))
+    model = _meta(case.shape)
+    E, U = (batch(n, seed, case) for seed, n in enumerate((case.E, case.U)))
     shapes = {name: leaf.shape for name, leaf in model.named_parameters()}
     before = bytes_resident()
     params = leaves(shapes, 1, 0.02, group)
@@ -97,9 +115,10 @@ def explained(mesh: Any, shape: dict[str, Any]) -> dict[str, Any]:
         leaves(shapes, 2, 1e-3, group),
         {name: leaf.square_() for name, leaf in leaves(shapes, 3, 1e-3, group).items()},
     )
-    state = precond.adamw_init(params, lr=1e-4)
+    state = precond.adamw_init({name: leaf.new_empty(0) for name, leaf in params.items()}, lr=1e-4)
     state = precond.AdamWState(**{**vars(state), "exp_avg": m, "exp_avg_sq": v, "step": dict.fromkeys(params, 7)})
-    w = torch.linspace(-1, 2, SEQUENCES["U"])
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what drawing them left
+    w = torch.linspace(-1, 2, case.U)
     ranks, rank = (1, 0) if group is None else (group.size, group.rank)
     with counting(ranks, rank) as sent:
         effect, _ = explain_step(S, params, E, U, w, state, max_norm=1.0, mesh=mesh)
@@ -112,19 +131,17 @@ def explained(mesh: Any, shape: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def predicted(ranks: int) -> dict[str, float]:
+def predicted(ranks: int, case: Case) -> dict[str, Any]:
     """Predict memory and bytes on the wire as `fkernel estimate --sharded` does."""
     keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    bones = skeleton_of(",".join(f"{key}={SHAPE[key]}" for key in keys) + ",tie_word_embeddings=1", TOKENS)
-    cost = cost_in_shards(workload_of(bones, SEQUENCES["U"], SEQUENCES["E"], whole=False), ranks)
-    return {"bytes": sum(cost.memory.values()), "sent": sum(cost.sent.values())}
+    bones = skeleton_of(",".join(f"{key}={case.shape[key]}" for key in keys) + ",tie_word_embeddings=1", case.tokens)
+    cost = cost_in_shards(workload_of(bones, case.U, case.E, whole=False), ranks)
+    return {"bytes": sum(cost.memory.values()), "sent": sum(cost.sent.values()), "of what": cost.memory}
 
 
 def write(folder: Path) -> None:
     """Write θ, m and v as torch.distributed.checkpoint does, from one process, and the configuration beside it."""
-    config = AutoConfig.for_model("qwen2", **SHAPE)
-    with func.without_weights():
-        model = AutoModelForCausalLM.from_config(config)
+    model = _meta(SHAPE)
     shapes = {name: leaf.shape for name, leaf in model.named_parameters()}
     entries = {name: {"step": torch.tensor(7.0)} for name in shapes}
     for seed, moment in enumerate(("exp_avg", "exp_avg_sq")):
@@ -134,7 +151,7 @@ def write(folder: Path) -> None:
     group |= {"foreach": None, "capturable": False, "differentiable": False, "fused": None, "params": [*shapes]}
     optimizer = {"state": entries, "param_groups": [{**group, "decoupled_weight_decay": True}]}
     save({"model": leaves(shapes, 1, 0.02, None), "optimizer": optimizer}, checkpoint_id=folder / "dcp", no_dist=True)
-    config.save_pretrained(folder)
+    model.config.save_pretrained(folder)
 
 
 def loaded(mesh: Any, folder: Path) -> dict[str, Any]:
@@ -152,26 +169,26 @@ def loaded(mesh: Any, folder: Path) -> dict[str, Any]:
     }
 
 
-def work(rank: int, ranks: int, folder: Path | None, queue: Any) -> None:
+def work(rank: int, ranks: int, of: Path | Case, queue: Any) -> None:
     """Run on one rank."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29741", "RANK": str(rank), "WORLD_SIZE": str(ranks)}
     mesh = None
     if ranks > 1:
         dist.init_process_group("gloo", rank=rank, world_size=ranks)
         mesh = init_device_mesh("cpu", (ranks,))
-    if folder is None:
-        explained(mesh, TINY)
-    queue.put((rank, explained(mesh, SHAPE) if folder is None else loaded(mesh, folder)))
+    if isinstance(of, Case):
+        explained(mesh, of._replace(shape=TINY))
+    queue.put((rank, explained(mesh, of) if isinstance(of, Case) else loaded(mesh, of)))
     if ranks > 1:
         dist.barrier()
         dist.destroy_process_group()
 
 
-def measured(ranks: int, folder: Path | None = None) -> list[dict[str, Any]]:
+def measured(ranks: int, of: Path | Case) -> list[dict[str, Any]]:
     """Run on some ranks, in new processes."""
     context = mp.get_context("spawn")
     queue = context.Queue()
-    processes = [context.Process(target=work, args=(rank, ranks, folder, queue)) for rank in range(ranks)]
+    processes = [context.Process(target=work, args=(rank, ranks, of, queue)) for rank in range(ranks)]
     for process in processes:
         process.start()
     found = dict(queue.get(timeout=900) for _ in processes)
@@ -180,32 +197,42 @@ def measured(ranks: int, folder: Path | None = None) -> list[dict[str, Any]]:
     return [found[rank] for rank in range(ranks)]
 
 
-def main() -> None:
+def compared(case: Case, several: list[int]) -> dict[str, Any]:
     """Measure one process, then each number of ranks."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ranks", type=int, nargs="*", default=[2, 4])
-    options = parser.parse_args()
-    (alone,) = measured(1)
+    (alone,) = measured(1, case)
     P = alone["parameters"]
-    result: dict[str, Any] = {"environment": environment(), "parameters": P, "tokens": TOKENS, "sequences": SEQUENCES}
+    result: dict[str, Any] = {"parameters": P, "tokens": case.tokens, "sequences": {"E": case.E, "U": case.U}}
     result["ranks"] = {"1": {"bytes": [alone["bytes"]], "vectors of θ": alone["bytes"] / 4 / P, "relative": 1.0}}
-    for ranks in options.ranks:
-        every = measured(ranks)
+    for ranks in several:
+        every, cost = measured(ranks, case), predicted(ranks, case)
         most = max(each["bytes"] for each in every)
         apart = max(abs(a - b) for each in every for a, b in zip(each["predicted"], alone["predicted"], strict=True))
         size = max(abs(value) for value in alone["predicted"])
         result["ranks"][str(ranks)] = {
             "bytes": [each["bytes"] for each in every],
             "sent": [each["sent"] for each in every],
-            "cost model": predicted(ranks),
+            "cost model": cost,
+            "cost model, relative": cost["bytes"] / most,
             "vectors of θ": most / 4 / P,
             "relative": most / alone["bytes"],
             "predicted change, largest difference": apart / size,
         }
+    return result
+
+
+def main() -> None:
+    """Measure each case, and loading."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ranks", type=int, nargs="*", default=[2, 4])
+    parser.add_argument("--cases", nargs="*", default=[*CASES], choices=CASES)
+    options = parser.parse_args()
+    result: dict[str, Any] = {"environment": environment()}
+    result["cases"] = {name: compared(CASES[name], options.ranks) for name in options.cases}
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder))
         every = {ranks: measured(ranks, Path(folder)) for ranks in (1, *options.ranks)}
     whole = every[1][0]["bytes"]
+    P = sum(leaf.numel() for leaf in _meta(SHAPE).parameters())
     result["loading θ, m and v"] = {"bytes of them": 12 * P} | {
         str(ranks): {"bytes": [one["bytes"] for one in each], "relative": max(one["bytes"] for one in each) / whole}
         for ranks, each in every.items()

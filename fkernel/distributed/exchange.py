@@ -96,16 +96,7 @@ def exchange_rows(
     blocks = [[(name, _block(shape, group.size, rank)) for name, shape in shapes.items()] for rank in range(group.size)]
     sent = [own * sum(block.numel for _, block in of) for of in blocks]
     received = [count * sum(block.numel for _, block in blocks[group.rank]) for count in counts]
-    out, result = like.new_empty(sum(sent)), like.new_empty(sum(received))
-    for part, of in zip(out.split(sent) if own else [], blocks, strict=bool(own)):
-        for (name, block), piece in zip(of, part.split([own * block.numel for _, block in of]), strict=True):
-            if piece.numel():
-                write(name, piece.view(own, *block.shape), block.start)
-    if group.size == 1:
-        meet(group)
-        result = out
-    else:
-        _all_to_all(group, result, out, received, sent)
+    result = _sent(group, _written(write, own, blocks, sent, like), received, sent)
     mine = blocks[group.rank]
     if len(mine) == 1:
         return {name: result.view(sum(counts), *block.shape) for name, block in mine}
@@ -117,6 +108,32 @@ def exchange_rows(
         name: torch.cat([pieces[k].view(count, *block.shape) for pieces, count in zip(parts, counts, strict=True)])
         for k, (name, block) in enumerate(mine)
     }
+
+
+def _written(
+    write: Callable[[str, Tensor, int], None],
+    own: int,
+    blocks: list[list[tuple[str, _Block]]],
+    sent: list[int],
+    like: Tensor,
+) -> Tensor:
+    """Write what goes to each rank, one rank's after the other's."""
+    out = like.new_empty(sum(sent))
+    for part, of in zip(out.split(sent) if own else [], blocks, strict=bool(own)):
+        for (name, block), piece in zip(of, part.split([own * block.numel for _, block in of]), strict=True):
+            if piece.numel():
+                write(name, piece.view(own, *block.shape), block.start)
+    return out
+
+
+def _sent(group: Group, out: Tensor, received: list[int], sent: list[int]) -> Tensor:
+    """Exchange what was written, which is free on return."""
+    if group.size == 1:
+        meet(group)
+        return out
+    result = out.new_empty(sum(received))
+    _all_to_all(group, result, out, received, sent)
+    return result
 
 
 class _Block(NamedTuple):

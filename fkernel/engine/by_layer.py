@@ -84,8 +84,7 @@ class Shards:
     def __iter__(self) -> Iterator[Shard]:
         """Walk back."""
         held, streamed, cut = self._held, self._streamed, self._streamed[0].cut
-        same, room = held is streamed, _Room(self.values_held.shape[1], self._dense)
-        everything = slice(0, self.values_streamed.shape[1])
+        same, everything = held is streamed, slice(0, self.values_streamed.shape[1])
 
         def outside_layers(left: list[Handles], right: list[Handles]) -> Iterator[Shard]:
             if left[0]:
@@ -95,6 +94,14 @@ class Shards:
         last = [walk.last() for walk in held]
         yield from outside_layers(last, last if same else [walk.last() for walk in streamed])
         del last
+        yield from self._layers(everything)  # its storage is free before the first lookups' gradients are made
+        if cut.lowest < 0:
+            first = [walk.first() for walk in held]
+            yield from outside_layers(first, first if same else [walk.first() for walk in streamed])
+
+    def _layers(self, everything: slice) -> Iterator[Shard]:
+        held, streamed, cut = self._held, self._streamed, self._streamed[0].cut
+        same, room = held is streamed, _Room(self.values_held.shape[1], self._dense)
         for i in range(len(cut.layers) - 1, max(cut.lowest, 0) - 1, -1):
             gradients = room.filled(walk.layer(i) for walk in held)
             blocks = iter([(everything, gradients)]) if same else _together([walk.layer(i) for walk in streamed])
@@ -102,9 +109,6 @@ class Shards:
                 yield Shard(gradients, blocks)
             for _ in blocks:  # the walk must run even where the caller did not read it
                 pass
-        if cut.lowest < 0:
-            first = [walk.first() for walk in held]
-            yield from outside_layers(first, first if same else [walk.first() for walk in streamed])
 
 
 def shards(

@@ -144,6 +144,7 @@ def _contract(x: Side, y: Side, products: Products, start: int, how: Walking) ->
             products.add(shard.held, handles, columns, own_x=k == 0 and start == 0)
             del handles  # frees them before the next are computed
             part_done()
+        del shard  # its storage is free once the layers are done
 
 
 def along_of(

@@ -28,6 +28,7 @@ from fkernel.engine.layerwise import Walking, must_cut
 from fkernel.engine.over_ranks import like_of, summed
 from fkernel.engine.planning.walking import tiles_of
 from fkernel.engine.planning.workloads import LONG
+from fkernel.engine.recycling import release_memory
 from fkernel.engine.streaming import KernelBlock, arranged
 from fkernel.func.handles import (
     Concat,
@@ -174,10 +175,13 @@ def _contract(
 ) -> None:
     """Hold x's shards of a layer, and contract those of y's sequences with them as they are exchanged."""
     for shard in shards(cut, x.side, y.side, every=how.every, tokens=how.tokens):
+        release_memory()  # which the passes took, in blocks unlike those of the exchange
         held, own_x = _held(shard.held, x.counts, group, params), first
         for columns, handles in _rounds(shard.streamed, y, group, params, [*shard.held]):
             products.add(held, handles, columns, own_x=own_x)
             own_x = False
+            del handles  # frees them before the next are exchanged
+        del shard, held  # frees them before the next layer's are
 
 
 def _rounds(
@@ -204,6 +208,7 @@ def _rounds(
             if n:
                 yield slice(base + start, base + start + n), {key: r[place : place + n] for key, r in received.items()}
             place += n
+        del received  # frees them before the next are computed
 
 
 def _step(names: Iterable[str], params: Tree) -> int:
@@ -249,9 +254,11 @@ def _held(handles: Any, counts: list[int], group: Group, params: Tree) -> Tree:
         some = [min(max(n - first, 0), step) for n in counts]
         own = slice(first, first + some[group.rank])
         mine = {name: _some(handle, own) if own.stop > own.start else handle for name, handle in handles.items()}
-        for name, rows in _exchanged(mine, some, group, params).items():
-            for start, n, part in zip(starts, some, rows.split(some), strict=True):
+        received = _exchanged(mine, some, group, params)
+        for name in handles:
+            for start, n, part in zip(starts, some, received.pop(name).split(some), strict=True):
                 held[name][start + first : start + first + n] = part
+                del part  # a view, which would keep what was received while the next rows are
     return held
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 _TRIM, _MMAP = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's malloc.h
 _NEVER = 2**31 - 1
+_LARGE = 1 << 20
 _USUAL = 32 << 20  # where glibc's dynamic thresholds end up in a process that uses large tensors
 
 
@@ -51,6 +52,47 @@ def reuse_memory() -> Iterator[None]:
                 libc.mallopt(_MMAP, _USUAL)
                 libc.mallopt(_TRIM, 2 * _USUAL)
                 libc.malloc_trim(0)
+
+
+@contextmanager
+def return_memory() -> Iterator[None]:
+    """Within the context, large blocks go back to the system when they are freed, within `reuse_memory` too.
+
+    For a few passes whose blocks have many sizes: what one of them leaves between blocks that are held, the next does
+    not fit into, and it would count until the end.
+
+    Example:
+        >>> import torch
+        >>> with reuse_memory(), return_memory():
+        ...     x = torch.ones(1 << 20)
+    """
+    libc = _glibc()
+    if libc is None:
+        yield
+        return
+    release_memory()
+    with _lock:
+        libc.mallopt(_MMAP, _LARGE)
+    try:
+        yield
+    finally:
+        with _lock:
+            libc.mallopt(_MMAP, _NEVER if _depth[0] else _USUAL)
+        release_memory()
+
+
+def release_memory() -> None:
+    """Return free memory to the system, within `reuse_memory` too: before work whose blocks have other sizes.
+
+    What is freed between blocks that are held is taken by blocks that fit alone, and counts until then.
+
+    Example:
+        >>> with reuse_memory():
+        ...     release_memory()
+    """
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
 
 
 _lock = threading.Lock()

@@ -1,15 +1,20 @@
-"""What ranks send is what `cost_on_ranks` predicts, and exchanging a few sequences at a time changes no number."""
+"""What ranks send and hold is what `cost_on_ranks` predicts; exchanging a few sequences at a time changes no number."""
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 from unittest.mock import patch
 
 import pytest
+import torch
 
 from benchmarks.ranks_cost import LAYERS, counting, prepared
 from fkernel import func
+from fkernel.distributed import ShardedTree, group_of
+from fkernel.func.inputs.leaves import leaves_of
 from fkernel.func.trust.comparisons import NAMES
+from tests.distributed.live import LiveBytes
 from tests.distributed.ranks import results
 from tests.distributed.test_same_numbers import FORMS, ROUNDING, apart, products
 
@@ -42,6 +47,46 @@ def sent_in_shards(mesh: Any) -> tuple[float, float]:
 def test_ranks_send_the_bytes_that_are_predicted_of_parameters_in_shards(ranks):
     every = results(ranks, sent_in_shards)
     assert sum(own for own, _ in every) == pytest.approx(sum(said for _, said in every), rel=0.05)
+
+
+def alive(mesh: Any, in_shards: bool) -> tuple[float, float]:
+    """The most bytes of tensors that this rank has at once while a step is explained, and those that are predicted."""
+    explain, cost = prepared("small", 8, 4, 12, mesh, in_shards)
+    with patch("fkernel.engine.step.choose", lambda *args: LAYERS), LiveBytes() as seen:
+        explain()
+    predicted = sum(cost.memory.values())
+    if in_shards:  # the test made shards of a θ that it has whole
+        predicted += cost.memory["parameters, in shards"] * (mesh.size() - 1)
+    return float(seen.peak), predicted
+
+
+@pytest.mark.parametrize(("ranks", "in_shards"), [(2, True), (4, True), (2, False), (4, False)])
+def test_tensors_of_a_rank_take_the_bytes_that_are_predicted(ranks, in_shards):
+    for own, predicted in results(ranks, alive, in_shards):
+        assert own == pytest.approx(predicted, rel=0.15)
+
+
+def kept_of_a_pass(mesh: Any) -> list[bool]:
+    """Whether what an operation returned and kept for its gradient is there once the pass is let go."""
+    group, made = group_of(mesh), list[Any]()
+    x = torch.ones(3, 2)
+
+    def f(params: Any, batch: Any) -> torch.Tensor:
+        y = (batch @ params["w"]).exp()
+        made.append(weakref.ref(y.untyped_storage()))
+        return y
+
+    value = leaves_of(ShardedTree(group, {"w": torch.ones(2)}, {"w": (2 * group.size,)})).value(
+        f, x.repeat(1, group.size)
+    )
+    value.sum().backward()
+    del value
+    return [storage() is not None for storage in made]
+
+
+def test_a_pass_over_parameters_in_shards_is_let_go():
+    for kept in results(2, kept_of_a_pass):
+        assert kept == [False]
 
 
 def products_one_by_one(mesh: Any) -> dict[str, Any]:

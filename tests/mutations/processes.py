@@ -157,6 +157,20 @@ MUTATIONS = [
         "held[name][start : start + n] = part",
     ),
     Mutation(
+        "an operation's result that holds itself",
+        "tests/distributed/test_cost.py::test_a_pass_over_parameters_in_shards_is_let_go",
+        "func/inputs/leaves.py",
+        "return tensor.detach()",
+        "return tensor",
+    ),
+    Mutation(
+        "phases of a step whose memory adds up",
+        "tests/distributed/test_cost.py::test_tensors_of_a_rank_take_the_bytes_that_are_predicted[2-True]",
+        "engine/planning/ranks_cost.py",
+        "{**shards, **_largest(phases)}",
+        "{**shards, **phases[0], **phases[1], **phases[2]}",
+    ),
+    Mutation(
         "a gathered vector counted as a summed one",
         "tests/distributed/test_cost.py::test_ranks_send_the_bytes_that_are_predicted[2]",
         "engine/planning/ranks_cost.py",

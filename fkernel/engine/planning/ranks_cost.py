@@ -1,17 +1,18 @@
 """What a step explained on W ranks costs each of them, layer by layer, from counted work: a prediction, not a run.
 
-With n sequences in all, P parameters of b bytes, p of them in the largest layer or table, T tokens, d floats a token, L
-layers, and collectives in buckets of B bytes, or of one sequence's gradients of a layer or table where those are more:
+With n sequences in all, P parameters of b bytes, p of them in a layer or table, T tokens, d floats a token, L layers,
+and collectives of x bytes, the rows of as many of a rank's sequences as fit a bucket, at least of one:
 
     flops        (n passes + 2 n_E n_U P)/W
     sent         rows n P b (W − 1)/W²,  Jᵀw 2 P b (W − 1)/W and Δθ P b (W − 1)/W,  K 16 n_E n_U (W − 1)/W
-    memory       θ P b,  Jᵀw, Δθ and the path's node 3 P b,  moments, D and the step's parts 6 P b/W
-                 held rows of a layer h p b/W, with h = n_E sequences, and own ones of a layer in whole h p b/W
-                 what collectives copy 3 B
-                 layer inputs (n/W) (L + 3) T d b,  the largest layer's pass
+    memory       θ and Δθ 2 P b,  moments, D and the step's parts 6 P b/W,  and what is largest of
+                   the certificate     the path's node P b
+                   a layer             held rows n_E p b/W, own ones in whole ⌈n_E/W⌉ p b, θ's layer p b, a pass,
+                                       what is exchanged 2 x, inputs of layers (n/W) (L + 3) T d b
+                   the head's table    the same without own rows, which are factors
 
-Jᵀw is let go before Δθ is there, but the allocator takes little of what it leaves again (measured on CPUs,
-`benchmarks/results/ranks.json`), so that all three count.
+What is of one phase is free in the next (`engine.recycling.release_memory`). What the allocator keeps between blocks is
+not counted: on CPUs a tenth to a sixth of it (`benchmarks/results/shards.json`, `ranks.json`).
 """
 
 from __future__ import annotations
@@ -46,10 +47,6 @@ GPUS = {
 """Assumptions: about three quarters of what their maker says, and one network adapter a GPU."""
 
 
-WHOLE = "whole vectors of the step"
-"""What is of θ's size on every rank: Jᵀw, Δθ and the path's node."""
-
-
 CERTIFICATES = 19.0
 """How often θ in shards is gathered for certificates, whatever the batches' sizes: 13 for the derivative along the
 step, 6 for the cut's pieces against the whole, which is certified once for a function (counted)."""
@@ -78,22 +75,23 @@ class RanksCost(NamedTuple):
 def cost_in_shards(load: Workload, ranks: int) -> RanksCost:
     """Predict the same where θ is in shards too.
 
-        memory    θ P b/W;  moments, D, g and the step's parts 7 P b/W;  a piece of θ, its copy, and a node's, 4 p b
+        memory    θ P b/W;  moments, D, Δθ and its parts 7 P b/W;  and what is largest of
+                    the step            its gradient, and D twice, 2 P b/W
+                    a layer             as above, gathered twice 2 p b
+                    the head's table    as above, gathered for E and for U 2 p b
         sent      Jᵀw P b (W − 1)/W;  θ for each of three walks, and for a sequence that tells which parameters the loss
                   uses, forward and back 8 P b (W − 1)/W;  certificates 19 P b (W − 1)/W
 
     Raises:
         ModelError: as `cost_on_ranks`.
     """
-    cost, b = cost_on_ranks(load, ranks), load.itemsize
-    walk, P = load.walk, load.size
-    assert not isinstance(walk, str)
-    away, piece = (ranks - 1) / ranks, max(walk.largest, walk.head) * b
-    shards = {"parameters, in shards": P * b / ranks, "state, in shards": 7.0 * P * b / ranks, "gathered": 4.0 * piece}
-    others = {what: each for what, each in cost.memory.items() if what not in ("parameters", WHOLE, *shards)}
+    cost, vector = cost_on_ranks(load, ranks), load.size * load.itemsize
+    away = vector * (ranks - 1) / ranks
+    shards = {"parameters, in shards": vector / ranks, "state, in shards": 7.0 * vector / ranks}
+    phases = {"the step's gradient, in shards": 2.0 * vector / ranks}, *_walks(load, ranks, 2)
     return cost._replace(
-        sent={**cost.sent, "vectors": 9.0 * P * b * away, "certificates": CERTIFICATES * P * b * away},
-        memory={**shards, **others},
+        sent={**cost.sent, "vectors": 9.0 * away, "certificates": CERTIFICATES * away},
+        memory={**shards, **_largest(phases)},
     )
 
 
@@ -114,20 +112,38 @@ def cost_on_ranks(load: Workload, ranks: int) -> RanksCost:
     passes = sum(walk.forward(t).flops + walk.backward(t).flops + 8.0 * t * walk.head for t in each)
     passes += sum(walk.forward(t).flops + walk.backward(t).flops + 8.0 * t * walk.head for t in counts["U"])  # for g
     away = (ranks - 1) / ranks
-    piece = max(walk.largest, walk.head) * b
-    inputs = sum(each) / ranks * (walk.depth + 3) * walk.width * b
+    held = {"parameters": P * b, "Δθ": 1.0 * P * b, "state, in shards": 6.0 * P * b / ranks}
     return RanksCost(
         ranks,
         (passes + 2.0 * n_E * n_U * P) / ranks,
         {"rows": len(each) * P * b * away / ranks, "vectors": 3.0 * P * b * away, "K": 16.0 * n_E * n_U * away},
-        {
-            "parameters": P * b,
-            WHOLE: 3.0 * P * b,
-            "state, in shards": 6.0 * P * b / ranks,
-            "held rows, in shards": n_E * piece / ranks,
-            "own rows of a layer": float(ceil(n_E / ranks) * walk.largest * b),
-            "exchange": 3.0 * max(piece, min(BUCKET, P * b)) if ranks > 1 else 0.0,
-            "layer inputs": inputs,
-            "a layer's pass": float(walk.peak(load.longest).peak),
-        },
+        {**held, **_largest(({"the path's node": 1.0 * P * b}, *_walks(load, ranks, 1)))},
     )
+
+
+def _walks(load: Workload, ranks: int, copies: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Predict a rank's bytes while the largest layer is contracted, and while the head's table is."""
+    walk, b, counts = load.walk, load.itemsize, load.tokens
+    assert not isinstance(walk, str)
+    n_E = len(counts["E"])
+    inputs = sum(sum(own) for own in counts.values()) / ranks * (walk.depth + 3) * walk.width * b
+
+    def phase(parameters: int, own: int, passing: int) -> dict[str, float]:
+        each = parameters * b
+        few = min(ceil(n_E / ranks), max(1, BUCKET // max(1, each)))  # of a rank's sequences, as many as fit a bucket
+        return {
+            "gathered" if copies > 1 else "a node's layer": 1.0 * copies * each,
+            "held rows, in shards": n_E * each / ranks,
+            "own rows of a layer": 1.0 * own * each,
+            "exchange": 2.0 * few * each if ranks > 1 else 0.0,
+            "layer inputs": inputs,
+            "a layer's pass": float(passing),
+        }
+
+    layer = phase(walk.largest, ceil(n_E / ranks), walk.peak(load.longest).peak)
+    return layer, phase(walk.head, 0, 0)
+
+
+def _largest(phases: tuple[dict[str, float], ...]) -> dict[str, float]:
+    """What takes most of phases of which none holds what another does."""
+    return max(phases, key=lambda phase: sum(phase.values()))

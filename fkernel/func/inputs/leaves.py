@@ -127,10 +127,13 @@ class _gathered_where_used(TorchFunctionMode):
         return _Gathered.apply(leaf, whole) if leaf.requires_grad and torch.is_grad_enabled() else whole
 
     def pack(self, tensor: Tensor) -> Any:
-        """Keep the name of a gathered parameter, and anything else as it is."""
+        """Keep the name of a gathered parameter, and anything else as it is.
+
+        Without its history: an operation that keeps what it returned would hold itself, and its graph for ever.
+        """
         name = self.here.get(tensor.untyped_storage().data_ptr()) if self.here else None
         if name is None:
-            return tensor
+            return tensor.detach()
         return _Kept(name, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
 
     def unpack(self, kept: Any) -> Tensor:
