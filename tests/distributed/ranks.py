@@ -17,7 +17,13 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "fkernel", "tests.distributed.cases"])
+CONTEXT.set_forkserver_preload(
+    [
+        *("torch.distributed.tensor", "torch.distributed.fsdp", "torch.distributed.checkpoint", "fkernel.checkpoint"),
+        *("transformers.models.qwen2.modeling_qwen2", "transformers.models.gpt2.modeling_gpt2", "peft"),
+        *("tests.distributed.cases", "tests.test_layered"),
+    ]
+)
 
 
 class Outcome(NamedTuple):

@@ -12,7 +12,7 @@ and collectives of x bytes, the rows of as many of a rank's sequences as fit a b
                    the head's table    the same without own rows, which are factors
 
 What is of one phase is free in the next (`engine.recycling.release_memory`). What the allocator keeps between blocks is
-not counted: on CPUs a tenth to a sixth of it (`benchmarks/results/shards.json`, `ranks.json`).
+not counted, nor what libraries take (`docs/scale.md`).
 """
 
 from __future__ import annotations
