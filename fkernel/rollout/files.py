@@ -108,6 +108,12 @@ def load_batch(directory: str | Path, checkpoint: str | None = None) -> Generate
         raise RolloutError(
             f"The batch at {place} has schema {schema}; this version of fkernel reads up to {SCHEMA}. Update it."
         )
+    if checkpoint is not None and manifest.get("checkpoint") is None:
+        raise RolloutError(
+            f"The batch at {place} does not say which checkpoint it is of: it was saved from a recording, a dump or by "
+            f"hand. Name the step of the recording instead (--batch RECORDING:STEP, or kind: recorded), or save it "
+            f"with the fingerprint of its policy in batch.checkpoint."
+        )
     if checkpoint is not None and manifest.get("checkpoint") != checkpoint:
         raise RolloutError(
             f"The batch at {place} was written by the checkpoint {_short(manifest.get('checkpoint'))}, this one is "

@@ -58,6 +58,13 @@ def test_a_saved_batch_is_the_same_batch(batch, tmp_path):
     assert manifest["diagnostics"]["without_signal"] == 0.5
 
 
+def test_a_batch_that_names_no_checkpoint_says_what_to_take_instead(batch, tmp_path):
+    save_batch(replace(batch, checkpoint=None), tmp_path / "U")
+    assert load_batch(tmp_path / "U").checkpoint is None
+    with pytest.raises(fk.RolloutError, match="--batch RECORDING:STEP, or kind: recorded"):
+        load_batch(tmp_path / "U", checkpoint="0" * 64)
+
+
 def test_another_checkpoints_batch_is_refused(batch, tmp_path):
     save_batch(batch, tmp_path / "U")
     with pytest.raises(fk.RolloutError, match=r"written by the checkpoint ffffffffffff, this one is 000000000000"):
