@@ -1,5 +1,56 @@
-"""beartype as the tests use it: an int is a float, as everywhere in Python's typing."""
+"""Annotations are executed: by beartype, and by jaxtyping where they tell shapes. What is slow of it is left out.
 
+jaxtyping checks a function by two others, which are compiled when it is defined, and binds every call's arguments once
+more. Here a check is compiled at the first call, most functions of a run being never called; one without shapes is
+beartype's alone; and of a function inside of a function, which is defined anew at every call of that, the first few are
+checked. An int is a float, as everywhere in Python's typing.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections import Counter
+from collections.abc import Callable
+from types import CodeType
+from typing import Any
+
+import jaxtyping
 from beartype import BeartypeConf, beartype
 
 check = beartype(conf=BeartypeConf(is_pep484_tower=True))
+SHAPED = ("Float", "Int[", "Shaped")
+FEW = 3
+_defined = Counter[CodeType]()
+_jaxtyped = jaxtyping.jaxtyped
+
+
+def checked(fn: Any = None, *, typechecker: Callable[[Any], Any]) -> Any:
+    """What stands for `jaxtyping.jaxtyped` above every function and class of the package."""
+    if fn is None:
+        return functools.partial(checked, typechecker=typechecker)
+    if not inspect.isfunction(fn):
+        return _jaxtyped(fn, typechecker=typechecker)
+    nested = "<locals>" in fn.__qualname__
+    if nested:
+        _defined[fn.__code__] += 1
+        if _defined[fn.__code__] > FEW:
+            return fn
+    shaped = any(mark in str(annotation) for annotation in fn.__annotations__.values() for mark in SHAPED)
+    return _at_first_call(fn, _jaxtyped(typechecker=typechecker) if shaped or nested else typechecker)
+
+
+def _at_first_call(fn: Callable[..., Any], compiled: Callable[[Any], Any]) -> Callable[..., Any]:
+    made: Callable[..., Any] | None = None
+
+    @functools.wraps(fn)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal made
+        if made is None:
+            made = compiled(fn)
+        return made(*args, **kwargs)
+
+    return call
+
+
+jaxtyping.jaxtyped = checked  # where jaxtyping's import hook finds it
