@@ -181,7 +181,7 @@ MUTATIONS = [
         "ranks that keep their shards of a sweep in one place",
         "tests/study/test_accounts.py::test_two_ranks_give_the_account_of_one_process_and_go_on_where_they_stopped",
         "study/accounts/stopped.py",
-        'f"{SWEEP}-{group.rank}-of-{group.size}"',
-        'f"{SWEEP}-of-{group.size}"',
+        'f"{name}-{group.rank}-of-{group.size}"',
+        'f"{name}-of-{group.size}"',
     ),
 ]
