@@ -12,13 +12,13 @@ import functools
 import inspect
 from collections import Counter
 from collections.abc import Callable
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any
 
 import jaxtyping
 from beartype import BeartypeConf, beartype
 
-check = beartype(conf=BeartypeConf(is_pep484_tower=True))
+check = beartype(conf=BeartypeConf(is_pep484_tower=True, violation_type=jaxtyping.TypeCheckError))
 SHAPED = ("Float", "Int[", "Shaped")
 FEW = 3
 _defined = Counter[CodeType]()
@@ -31,26 +31,40 @@ def checked(fn: Any = None, *, typechecker: Callable[[Any], Any]) -> Any:
         return functools.partial(checked, typechecker=typechecker)
     if not inspect.isfunction(fn):
         return _jaxtyped(fn, typechecker=typechecker)
-    nested = "<locals>" in fn.__qualname__
-    if nested:
+    if "<locals>" in fn.__qualname__:
         _defined[fn.__code__] += 1
         if _defined[fn.__code__] > FEW:
             return fn
     shaped = any(mark in str(annotation) for annotation in fn.__annotations__.values() for mark in SHAPED)
-    return _at_first_call(fn, _jaxtyped(typechecker=typechecker) if shaped or nested else typechecker)
-
-
-def _at_first_call(fn: Callable[..., Any], compiled: Callable[[Any], Any]) -> Callable[..., Any]:
     made: Callable[..., Any] | None = None
 
     @functools.wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal made
+        if jaxtyping.config.jaxtyping_disable:
+            return fn(*args, **kwargs)
         if made is None:
-            made = compiled(fn)
+            made = _jaxtyped(fn, typechecker=typechecker) if shaped else typechecker(_resolved(fn))
         return made(*args, **kwargs)
 
     return call
+
+
+def _resolved(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A copy whose annotations are objects; Any where they are imported for type checkers alone."""
+    copy = FunctionType(fn.__code__, fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
+    copy = functools.update_wrapper(copy, fn)
+    copy.__kwdefaults__ = fn.__kwdefaults__
+    copy.__annotations__ = {name: _object(text, fn.__globals__) for name, text in fn.__annotations__.items()}
+    del copy.__wrapped__
+    return copy
+
+
+def _object(annotation: Any, names: dict[str, Any]) -> Any:
+    try:
+        return eval(annotation, names) if isinstance(annotation, str) else annotation
+    except NameError:
+        return Any
 
 
 jaxtyping.jaxtyped = checked  # where jaxtyping's import hook finds it
