@@ -36,7 +36,7 @@ def checked(fn: Any = None, *, typechecker: Callable[[Any], Any]) -> Any:
         if _defined[fn.__code__] > FEW:
             return fn
     shaped = any(mark in str(annotation) for annotation in fn.__annotations__.values() for mark in SHAPED)
-    made: Callable[..., Any] | None = None
+    made: Any = None
 
     @functools.wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -50,13 +50,11 @@ def checked(fn: Any = None, *, typechecker: Callable[[Any], Any]) -> Any:
     return call
 
 
-def _resolved(fn: Callable[..., Any]) -> Callable[..., Any]:
+def _resolved(fn: FunctionType) -> Callable[..., Any]:
     """A copy whose annotations are objects; Any where they are imported for type checkers alone."""
     copy = FunctionType(fn.__code__, fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
-    copy = functools.update_wrapper(copy, fn)
-    copy.__kwdefaults__ = fn.__kwdefaults__
+    copy.__kwdefaults__, copy.__qualname__, copy.__module__ = fn.__kwdefaults__, fn.__qualname__, fn.__module__
     copy.__annotations__ = {name: _object(text, fn.__globals__) for name, text in fn.__annotations__.items()}
-    del copy.__wrapped__
     return copy
 
 
