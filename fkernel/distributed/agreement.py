@@ -211,8 +211,9 @@ def _reason(group: Group, watch: Watch) -> str | None:
         watch.see(read_beats(group.store, group.size), now)
     except RuntimeError:
         return _without_store()
-    if stopped := watch.stopped(group.size, now, max(_SILENCE, patience() / 2)):
-        return _tell(group, _BROKEN, f"{_named(group, stopped)} stopped: no sign of life for {_SILENCE:.0f} s.")
+    silence = max(_SILENCE, patience() / 2)
+    if stopped := watch.stopped(group.size, now, silence):
+        return _tell(group, _BROKEN, f"{_named(group, stopped)} stopped: no sign of life for {silence:.0f} s.")
     if hanging := watch.hanging(group.size, now, patience()):
         return _tell(
             group,

@@ -10,7 +10,10 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -82,7 +85,8 @@ def launch(processes: int, command: Sequence[str]) -> int:
             logs_specs=DefaultLogsSpecs(log_dir=str(logs)),
         )
         try:
-            api.elastic_launch(config, sys.executable)(*command)
+            with _stopped_ranks_end():
+                api.elastic_launch(config, sys.executable)(*command)
         except errors.ChildFailedError as error:
             rank, failure = error.get_first_failure()
             if failure.exitcode > 0:
@@ -90,3 +94,37 @@ def launch(processes: int, command: Sequence[str]) -> int:
             name = signal.Signals(-failure.exitcode).name
             raise ProcessError(f"Rank {rank} of {processes} was killed by {name}; the others were stopped.") from error
     return 0
+
+
+@contextmanager
+def _stopped_ranks_end() -> Iterator[None]:
+    """Let go on what is stopped once another rank has ended: it hears SIGTERM only then, which all others get."""
+    over = threading.Event()
+    watching = threading.Thread(target=_watch_ranks, args=(over,), name="fkernel ranks", daemon=True)
+    watching.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watching.join()
+
+
+def _watch_ranks(over: threading.Event) -> None:
+    most = 0
+    while not over.wait(0.5):
+        states = _states_of_children()
+        most = max(most, len(states))
+        if len(states) < most:
+            for rank in (pid for pid, state in states.items() if state == "T"):
+                with suppress(ProcessLookupError):
+                    os.kill(rank, signal.SIGCONT)
+
+
+def _states_of_children() -> dict[int, str]:
+    """{process id: its state} of this process's children that have not ended, as Linux has it; elsewhere {}."""
+    states = dict[int, str]()
+    with suppress(OSError):
+        for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+            with suppress(OSError):
+                states[int(pid)] = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return {pid: state for pid, state in states.items() if state not in "ZX"}

@@ -47,18 +47,24 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-@pytest.fixture(scope="module")
-def killed(place: Path) -> tuple[subprocess.CompletedProcess[str], float]:
-    """A run on two ranks whose second was killed: how it ended, and after how many seconds."""
-    arguments = [*COMMAND, "run", str(place / "study.yaml"), "--out", str(place / "two"), "--processes", "2"]
+def ended(place: Path, by: signal.Signals, out: str) -> tuple[subprocess.CompletedProcess[str], float]:
+    """A run on two ranks whose second gets a signal: how it ended, and after how many seconds."""
+    arguments = [*COMMAND, "run", str(place / "study.yaml"), "--out", str(place / out), "--processes", "2"]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as run:
         victim = _rank(run.pid, 1)
+        while by == signal.SIGSTOP and not (place / out / "log.jsonl").exists():
+            time.sleep(0.05)  # until both have met
         start = time.monotonic()
-        os.kill(victim, signal.SIGKILL)
-        out, told = run.communicate(timeout=60)
+        os.kill(victim, by)
+        said, told = run.communicate(timeout=60)
         seconds = time.monotonic() - start
-    assert not (place / "two" / "results.json").exists()
-    return subprocess.CompletedProcess(arguments, run.returncode, out, told), seconds
+    assert not (place / out / "results.json").exists()
+    return subprocess.CompletedProcess(arguments, run.returncode, said, told), seconds
+
+
+@pytest.fixture(scope="module")
+def killed(place: Path) -> tuple[subprocess.CompletedProcess[str], float]:
+    return ended(place, signal.SIGKILL, "two")
 
 
 def arrays(out: Path) -> dict[str, np.ndarray]:
@@ -95,6 +101,15 @@ def test_a_rank_that_is_killed_stops_the_run_with_one_line(killed):
     assert seconds < 30
     assert run.returncode == 2
     assert "Rank 1 of 2 was killed by SIGKILL; the others were stopped." in run.stderr
+
+
+def test_a_rank_that_is_stopped_stops_the_run_with_one_line(place):
+    """It hears no other signal than SIGKILL."""
+    run, seconds = ended(place, signal.SIGSTOP, "stopped")
+    assert seconds < 30
+    assert run.returncode == 2
+    assert run.stderr.count("Rank 1 of 2 stopped: no sign of life for") == 1, run.stderr
+    assert "Traceback" not in run.stderr
 
 
 def test_the_next_run_goes_on_and_two_ranks_give_the_numbers_of_one_process(place, killed):

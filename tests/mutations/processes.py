@@ -184,4 +184,11 @@ MUTATIONS = [
         'f"{name}-{group.rank}-of-{group.size}"',
         'f"{name}-of-{group.size}"',
     ),
+    Mutation(
+        "a stopped rank hears nothing",
+        "tests/distributed/test_run_on_ranks.py::test_a_rank_that_is_stopped_stops_the_run_with_one_line",
+        "distributed/launcher.py",
+        'if state == "T"',
+        'if state == "t"',
+    ),
 ]
