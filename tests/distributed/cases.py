@@ -45,6 +45,19 @@ def _lora() -> tuple[Any, dict[str, torch.Tensor], Any, Any, Case]:
     return fk.func.sequence_logprob(apply), params, case.batch(fk, case.E), case.batch(fk, case.U), case
 
 
+def two_steps(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Take two steps of AdamW; what `torch.distributed.checkpoint` saves of the model, and of its optimizer."""
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    for _ in range(2):
+        ids = torch.arange(6).view(1, 6) + 3
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return get_state_dict(model, optimizer)
+
+
 def diagonal(params: dict[str, torch.Tensor], salt: int = 7) -> dict[str, torch.Tensor]:
     draw = torch.Generator().manual_seed(salt)
     return {name: torch.rand(leaf.shape, generator=draw, dtype=leaf.dtype) + 0.1 for name, leaf in params.items()}

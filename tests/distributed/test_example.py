@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.checkpoint.state_dict_saver import save
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import fkernel as fk
 from fkernel import checkpoint
+from tests.distributed.cases import two_steps
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "docs" / "examples" / "explain_sharded.py"
@@ -32,13 +32,7 @@ def trained(folder: Path) -> None:
     shape: Any = {"vocab_size": 12, "n_positions": 12, "n_embd": 8, "n_layer": 2, "n_head": 2}
     model = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0))
     model.save_pretrained(folder / "base")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    for _ in range(2):
-        ids = torch.arange(6).view(1, 6) + 3
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    weights, state = get_state_dict(model, optimizer)
+    weights, state = two_steps(model)
     save({"model": weights, "optimizer": state}, checkpoint_id=folder / "step", no_dist=True)
 
 

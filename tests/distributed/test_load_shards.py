@@ -12,6 +12,7 @@ import torch.distributed as dist
 import fkernel as fk
 from fkernel import checkpoint
 from fkernel.distributed import group_of, shard_tree
+from tests.distributed.cases import two_steps
 from tests.distributed.ranks import results
 from tests.distributed.test_same_numbers import error_of
 
@@ -27,7 +28,6 @@ SHAPE: Any = {
 
 def save(mesh: Any, folder: Path) -> None:
     """Train a Qwen2 under FSDP2 for two steps of AdamW, and save it as torch.distributed.checkpoint does."""
-    from torch.distributed.checkpoint.state_dict import get_state_dict
     from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
     from torch.distributed.fsdp import fully_shard
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -38,13 +38,7 @@ def save(mesh: Any, folder: Path) -> None:
         model.save_pretrained(folder / "begun")
     for layer in (*model.model.layers, model):
         fully_shard(layer, mesh=mesh)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    for _ in range(2):
-        ids = torch.arange(6).view(1, 6) + 3
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    weights, state = get_state_dict(model, optimizer)
+    weights, state = two_steps(model)
     save_distributed({"model": weights, "optimizer": state}, checkpoint_id=folder / "dcp")
 
 
