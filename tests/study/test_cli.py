@@ -195,7 +195,7 @@ def test_show(study, tmp_path):
     told("show", place / "out", "--netcdf", tmp_path / "study.nc")
     assert (tmp_path / "study.nc").stat().st_size > 1000
     assert "no request 'nothing'" in told("show", place / "out", "--request", "nothing", code=2).stderr
-    assert "holds no readable results.json" in told("show", tmp_path, code=2).stderr
+    assert "holds neither results.json nor account.json" in told("show", tmp_path, code=2).stderr
 
 
 def test_plan_init_check_and_schema(study, tmp_path):
