@@ -103,6 +103,7 @@ OWN = {
     "demo/cache.py": "its own source and sizes",
     "demo/explain.py": "its own plan",
     "distributed/agreement.py": "what rank 0 sent, through the group that the ranks made",
+    "distributed/launcher.py": "/proc",
     "engine/planning/machine.py": "its own rates, read by the same parser; /proc",
     "io/atomic.py": "opens to flush",
     "io/lines.py": "looks for the end of its own lines",
