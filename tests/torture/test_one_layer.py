@@ -19,9 +19,13 @@ WITHIN = {
 
 def writes(source: str) -> set[str]:
     """Names of methods and functions called in a source that write past `fkernel.io`."""
-    calls = [node.func for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
-    names = {call.attr if isinstance(call, ast.Attribute) else getattr(call, "id", "") for call in calls}
-    return names & WRITING
+    return calls(source) & WRITING
+
+
+def calls(source: str) -> set[str]:
+    """Names of methods and functions that are called in a source."""
+    called = [node.func for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    return {each.attr if isinstance(each, ast.Attribute) else getattr(each, "id", "") for each in called}
 
 
 def test_nothing_is_written_past_the_layer() -> None:
@@ -34,6 +38,13 @@ def test_nothing_is_written_past_the_layer() -> None:
     assert found <= {*WITHIN}
 
 
+def test_nothing_needs_hard_links() -> None:
+    """Many a network's file system has none."""
+    for path in ROOT.rglob("*.py"):
+        assert not calls(path.read_text(encoding="utf-8")) & {"link", "hardlink_to"}, path
+
+
 def test_the_check_sees_a_breach() -> None:
     assert writes("from pathlib import Path\nPath('x').write_text('y')\n") == {"write_text"}
     assert writes("import shutil\nshutil.rmtree('x')") == {"rmtree"}
+    assert "link" in calls("import os\nos.link('x', 'y')")
