@@ -85,8 +85,11 @@ def said(tmp_path, plan) -> str:
             },
             "requests.0.metadata.a.0 is nan",
         ),
-        ({"requests": [{"kind": "update", "name": "."}]}, "requests.0.update.name: String should match pattern"),
-        ({"requests": [{"kind": "update", "name": ".."}]}, "requests.0.update.name: String should match pattern"),
+        ({"requests": [{"kind": "update", "name": "."}]}, "requests.0.update.name: expected a name of letters, digits"),
+        (
+            {"requests": [{"kind": "update", "name": ".."}]},
+            "requests.0.update.name: expected a name of letters, digits",
+        ),
         ({"requests": [{"kind": "update", "name": "a" * 300}]}, "expected a name of at most 120 bytes"),
         (
             {"requests": [{"kind": "evaluation", "batch_size_prompts": 9, "completions_per_prompt": 10**9}]},

@@ -6,6 +6,7 @@ YAML makes yes and no booleans, which Python counts as 1 and 0; .inf is a number
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 LARGEST = 2**63
 """Whole numbers are below it, as torch's are."""
+NAME = r"[\w-][\w.-]*"
 LONGEST = 120
 """Bytes of a name, of which files are named."""
 MANY = 1_000_000
@@ -81,7 +83,9 @@ def _takes_booleans(kinds: list[Any]) -> bool:
     return bool in kinds or Any in kinds or (models and int not in kinds)
 
 
-def _short(name: str) -> str:
+def _name(name: str) -> str:
+    if not re.fullmatch(NAME, name):
+        raise ValueError("expected a name of letters, digits, _ and -, with dots only after the first of them")
     if len(name.encode()) > LONGEST:
         raise ValueError(f"expected a name of at most {LONGEST} bytes, since files are named so")
     return name
@@ -94,8 +98,8 @@ def _path(path: str) -> str:
     return path
 
 
-Name = Annotated[str, Field(min_length=1, pattern=r"^[\w-][\w.-]*$"), AfterValidator(_short)]
-"""What requests, analyses and sequences written by hand may be called: letters, digits, _, -, and dots inside."""
+Name = Annotated[str, Field(json_schema_extra={"pattern": f"^{NAME}$"}), AfterValidator(_name)]
+"""What requests, analyses and sequences written by hand may be called."""
 Place = Annotated[str, AfterValidator(_path)]
 """A path."""
 
