@@ -57,6 +57,9 @@ STEP = re.compile(r"(^|\.)state\..+\.step$")
 ASIDE = re.compile(r"^(app\.)?(dataloaders?|rng_state|extra_state)(\.|$)")
 """Keys of what a trainer keeps for itself and nothing here needs: they are not read."""
 
+STATE = re.compile(r"^(app\.)?optim(izers?|izer_states?|izer_state_dict)?(\.|$)")
+"""Keys of an optimizer's state beside weights, as trainers name it (`fkernel.checkpoint.contents`)."""
+
 
 def whole(key: str, shape: tuple[int, ...]) -> slice | None:
     """Want all rows of every tensor."""
@@ -66,6 +69,16 @@ def whole(key: str, shape: tuple[int, ...]) -> slice | None:
 def everything(key: str) -> bool:
     """Want all that is stored, but for the state of data loaders and of random numbers."""
     return ASIDE.match(key) is None
+
+
+def weights_alone(key: str) -> bool:
+    """Want everything but an optimizer's state, which may be twice the weights.
+
+    Example:
+        >>> [weights_alone(key) for key in ("model.w", "optim_head.w", "app.optimizer.state.w.exp_avg")]
+        [True, True, False]
+    """
+    return everything(key) and STATE.match(key) is None
 
 
 @libraries_quiet()

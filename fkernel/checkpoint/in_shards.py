@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fkernel.checkpoint.contents import optimizer_in, weights_in
-from fkernel.checkpoint.distributed import Rows, read_distributed
+from fkernel.checkpoint.distributed import Rows, everything, read_distributed, weights_alone
 from fkernel.checkpoint.files import first_line, read_json
 from fkernel.checkpoint.formats import FORMATS, find_layout
 from fkernel.checkpoint.layout import Layout
@@ -138,10 +138,10 @@ def _read(
     if layout.kind in ("huggingface", "accelerate"):
         weights = _safetensors(layout.model, rows)
     else:
-        wanted = None if optimizer and layout.optimizer is None else _no_state
-        found = read_distributed(layout.model, *([wanted] if wanted else []), rows_of=rows)
+        both = optimizer and layout.optimizer is None
+        found = read_distributed(layout.model, everything if both else weights_alone, rows)
         weights = weights_in(found, layout.model)
-        state_dict = optimizer_in(found, layout.model) if optimizer and layout.optimizer is None else None
+        state_dict = optimizer_in(found, layout.model) if both else None
     if optimizer and layout.optimizer is not None:
         if not layout.optimizer.is_dir():
             raise CheckpointError(
@@ -151,11 +151,6 @@ def _read(
         found = read_distributed(layout.optimizer, rows_of=rows)
         state_dict = optimizer_in(found, layout.optimizer) or found
     return weights, state_dict
-
-
-def _no_state(key: str) -> bool:
-    """Want the weights alone."""
-    return not key.startswith(("optim", "app.optim", "rng_state", "dataloader", "extra_state"))
 
 
 def _safetensors(directory: Path, rows_of: Rows) -> Tree:

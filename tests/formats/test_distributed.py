@@ -70,10 +70,14 @@ def moments_of(found: checkpoint.Checkpoint) -> Any:
     return state.exp_avg_sq
 
 
-def test_weights_alone(run):
+def test_weights_alone(run, monkeypatch):
     name, path, truth = run
+    load, read = torch.load, list[Any]()
+    monkeypatch.setattr(torch, "load", lambda *given, **how: read.append(load(*given, **how)) or read[-1])
     found = loaded(path / PLACES[name][0], model=model_of(name), optimizer=False)
     assert found.optimizer is None
+    tensors = [leaf.numel() for leaf in read if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+    assert sum(tensors) <= sum(leaf.numel() for leaf in found.model.state_dict().values())  # no moments
     for key, leaf in found.model.named_parameters():
         if key in truth.theta:
             assert torch.equal(leaf, truth.rounded.get(key, truth.theta[key]).float()), key

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fkernel.checkpoint.contents import optimizer_in, weights_in
-from fkernel.checkpoint.distributed import read_distributed
+from fkernel.checkpoint.distributed import everything, read_distributed, weights_alone
 from fkernel.checkpoint.files import read_tensors
 from fkernel.checkpoint.formats.saved import Saved
 from fkernel.checkpoint.layout import Layout
@@ -35,7 +35,7 @@ def _both_in(layout: Layout, optimizer: bool) -> tuple[Mapping[str, Any], Any]:
     if layout.kind == "file":
         found = read_tensors(layout.model, 'a checkpoint {"model": …, "optimizer": …}')
     else:
-        found = read_distributed(layout.model)
+        found = read_distributed(layout.model, everything if optimizer else weights_alone)
     return weights_in(found, layout.model), optimizer_in(found, layout.model) if optimizer else None
 
 
