@@ -352,6 +352,21 @@ def test_memory_may_be_given_in_words(memory):
     close(fk.kernel(linear, params, regression(3), regression(4), P, microbatch=1, memory=memory), bare)
 
 
+def test_a_single_number_may_be_the_first_parameter():
+    """The dtype of results is read off the first, which needs no dimension for that."""
+    w, b, weights = torch.randn(3, dtype=DTYPE), torch.tensor(0.4, dtype=DTYPE), torch.tensor([1.0, -2.0], dtype=DTYPE)
+    E, U, P = regression(3), regression(2, seed=1), precond.identity()
+
+    def found(θ: Tree) -> list[torch.Tensor]:
+        effect, _ = fk.explain_step(linear, θ, E, U, weights, precond.adamw_init(θ, lr=0.1))
+        kernels = [fk.kernel(linear, θ, E, U, P, memory=memory) for memory in (None, "4MB")]
+        assert fk.estimate(linear, θ, E, U, P, memory="1GB").chosen is not None
+        return [*kernels, fk.influence(linear, θ, E, U, P, weights), effect.contributions, effect.momentum]
+
+    for first, last in zip(found({"b": b, "w": w}), found({"w": w, "b": b}), strict=True):
+        close(first, last)
+
+
 @pytest.mark.parametrize(("n_E", "n_U"), [(2, 6), (6, 2), (4, 4)])
 def test_whichever_side_is_held_the_kernel_is_the_same(problem, n_E, n_U):
     f, params, draw = problem

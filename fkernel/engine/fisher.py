@@ -35,7 +35,7 @@ from fkernel.engine.recycling import reuse_memory
 from fkernel.engine.sums import along, weighted_gradient
 from fkernel.errors import BatchError
 from fkernel.func.handles import ProductSpec, RowSpec
-from fkernel.func.inputs import Function, bare, translate_errors, widened
+from fkernel.func.inputs import Function, bare, computed_like, translate_errors
 from fkernel.func.taps import handles_of
 from fkernel.func.trust import plan_of
 from fkernel.io import parse_bytes
@@ -139,7 +139,7 @@ def _kernel(
     with reuse_memory():
         for block in blocks(problem, how):
             K[block.at] = block.kernel()
-    leaf = widened(next(iter(params.values()))[..., :0])
+    leaf = computed_like(params)
     return K.to(leaf.device, leaf.dtype)
 
 
@@ -208,7 +208,7 @@ def _along_in_shards(f: Function, params: ShardedTree, E: Any, move: Tree, how: 
     result = torch.empty(len(side), dtype=torch.float64, device="cpu")
     for block in blocks(problem, Strategy("layers", "E", None, None, how.tokens, how.every)):
         result[block.at] = block.rows("along")
-    leaf = widened(next(iter(params.values()))[..., :0])
+    leaf = computed_like(params)
     return result.to(leaf.device, leaf.dtype)
 
 

@@ -30,7 +30,7 @@ from fkernel.engine.streaming import KernelBlock, arranged
 from fkernel.errors import ModelError
 from fkernel.func import evaluate_in_float64
 from fkernel.func.handles import Handles, Products, ProductSpec, RowSpec, weighted_sum
-from fkernel.func.inputs import Function, Source, moved, plain, take, trim, widened
+from fkernel.func.inputs import Function, Source, computed_like, moved, plain, take, trim
 from fkernel.func.layers import Cut, Walk, cut_of
 from fkernel.shapes import Tensor, Tree
 
@@ -201,7 +201,7 @@ def gradient_sum(
         True
     """
     total: dict[str, Tensor] = {}
-    w = weights[side.order.to(weights.device)].to(widened(next(iter(params.values()))[..., :0]))
+    w = weights[side.order.to(weights.device)].to(computed_like(params))
     for start, walk in _walks(side, plain(params), params, how, w):
         for some, handles in walk.back():
             for name, leaf in of(handles, w[start + some.start : start + some.stop]).items():

@@ -36,7 +36,7 @@ from fkernel.engine.sums import values, weighted_gradient
 from fkernel.errors import BatchError
 from fkernel.func import unused_parameters
 from fkernel.func.handles import ProductSpec, RowSpec
-from fkernel.func.inputs import Function, check_weights, length, translate_errors, widened
+from fkernel.func.inputs import Function, check_weights, computed_like, length, translate_errors, widened
 from fkernel.func.trust import true_derivative
 from fkernel.precond import (
     AdamWState,
@@ -291,7 +291,7 @@ def _explained(
     problem = Problem(
         params, side_E, side_U, spec, path, total, kept, general, promised=promised, group=group, sharded=sharded
     )
-    leaf = widened(next(iter(params.values()))[..., :0])
+    leaf = computed_like(params)
     K, momentum, decay = (each.to(leaf.device, leaf.dtype) for each in _contracted(problem, strategy))
     C = K * rearrange(clip * weights.to(K), "u -> 1 u")
     return StepEffect(K, C, momentum, decay, clip, norm, path), step
@@ -341,4 +341,4 @@ def realised_change(
         tree.check_same(moved, θ, "after", "before")
         with error_context("E"):
             change = values(f, moved, E, m, group) - values(f, θ, E, m, group)
-        return change.to(widened(next(iter(θ.values()))[..., :0]))
+        return change.to(computed_like(θ))

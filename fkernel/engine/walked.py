@@ -23,7 +23,7 @@ from fkernel.engine.planning.kept import choose_meeting
 from fkernel.engine.planning.walking import walk_of
 from fkernel.engine.problem import Problem, blocks
 from fkernel.func.handles import ProductSpec, RowSpec
-from fkernel.func.inputs import Function, plain, take, trim, widened
+from fkernel.func.inputs import Function, computed_like, plain, take, trim
 from fkernel.shapes import Tensor, Tree
 from fkernel.tree import size
 
@@ -76,7 +76,7 @@ class WalkedGradients(Gradients):
     @cached_property
     def dtype(self) -> torch.dtype:
         """Of the gradients."""
-        return _like(self.params).dtype
+        return computed_like(self.params).dtype
 
     def with_itself(self, D: Tree | None, how: Strategy | None = None) -> tuple[Tensor, Tensor]:
         """Compute K of the batch with itself and ‖g‖²: ([n n] symmetric to the last bit, [n]), float64."""
@@ -105,7 +105,7 @@ def choose_walk(
     if memory is None:  # a layer's gradients of the smaller side are held, as `fkernel.kernel` does
         return Strategy("layers", "E" if len(E) <= len(U) else "U", None, None, 0)
     load = walk_load(E, U, params)
-    return choose_meeting(load, memory, rates(_like(params).dtype), microbatch, reserved).strategy
+    return choose_meeting(load, memory, rates(computed_like(params).dtype), microbatch, reserved).strategy
 
 
 @public
@@ -123,12 +123,7 @@ def walk_load(E: SortedBatch, U: SortedBatch, params: Tree) -> Workload:
     assert U.f is not None
     tokens = {"E": E.tokens, "U": U.tokens}
     walk = walk_of(must_cut(U.f, params, U.batch), params, tokens)
-    return Workload(tokens, size(params), _like(params).element_size(), 0.0, None, walk=walk)
-
-
-def _like(params: Tree) -> Tensor:
-    """Return an empty tensor of the device and dtype of the computation."""
-    return widened(next(iter(params.values()))[..., :0])
+    return Workload(tokens, size(params), computed_like(params).element_size(), 0.0, None, walk=walk)
 
 
 @public

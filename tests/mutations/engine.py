@@ -69,4 +69,18 @@ MUTATIONS = [
         "            os.rename(before, place)\n",
         "            pass\n",
     ),
+    Mutation(
+        "the dtype of results needs a first parameter with a dimension",
+        "tests/test_generality.py::test_a_single_number_may_be_the_first_parameter",
+        "func/inputs/source.py",
+        "widened(next(iter(params.values())).new_empty(0))",
+        "widened(next(iter(params.values()))[..., :0])",
+    ),
+    Mutation(
+        "moments are read with weights alone",
+        "tests/formats/test_distributed.py::test_weights_alone[prime_fsdp2]",
+        "checkpoint/formats/plain.py",
+        "everything if optimizer else weights_alone",
+        "everything",
+    ),
 ]

@@ -18,7 +18,16 @@ from fkernel.engine.planning.strategy import EVERY, USABLE, Option, Strategy, co
 from fkernel.engine.planning.walking import walk_of
 from fkernel.engine.planning.workloads import HALVES, LONG, Workload, workload
 from fkernel.errors import BatchError, ModelError
-from fkernel.func.inputs import Function, check_batch, is_half, length, lengths, token_counts, translate_errors, widened
+from fkernel.func.inputs import (
+    Function,
+    check_batch,
+    computed_like,
+    is_half,
+    length,
+    lengths,
+    token_counts,
+    translate_errors,
+)
 from fkernel.func.layers import cut_of
 from fkernel.io import parse_bytes
 from fkernel.precond import Diagonal, Preconditioner
@@ -116,7 +125,7 @@ def estimated(
     budget = None if memory is None else parse_bytes(memory)
     with translate_errors(params):
         load = workload(f, params, E, U, dense_U)
-    return weighed(load, rates(widened(next(iter(params.values()))[..., :0]).dtype), budget, microbatch, store)
+    return weighed(load, rates(computed_like(params).dtype), budget, microbatch, store)
 
 
 def weighed(load: Workload, speed: Rates, budget: int | None, microbatch: int, store: bool) -> Estimate:
@@ -190,7 +199,7 @@ def _in_shards(f: Function, params: ShardedTree, E: Any, U: Any, memory: int | s
     tokens = {side: sorted(token_counts(batch), reverse=True) for side, batch in (("E", E), ("U", U))}
     with translate_errors(params):
         walk = walk_of(cut, params, tokens)
-    itemsize = widened(next(iter(params.values()))[..., :0]).element_size()
+    itemsize = computed_like(params).element_size()
     return choose_in_shards(walk, tokens, itemsize, params.group.size, parse_bytes(memory), reserved)
 
 
@@ -242,7 +251,7 @@ def walking_of(f: Function, params: Tree, batches: tuple[Any, ...], memory: int 
         return None
     if memory is None:
         return Walking()
-    budget, itemsize = parse_bytes(memory), widened(next(iter(params.values()))[..., :0]).element_size()
+    budget, itemsize = parse_bytes(memory), computed_like(params).element_size()
     largest = max(counts, key=sum)
     walk, needed = walk_of(cut, params, {"E": largest[:1], "U": largest}), 0
     vectors = 3 * bytes_of(params)

@@ -23,7 +23,7 @@ from fkernel.engine.planning.strategy import HANDLES, HOLES, LIBRARIES, STARTING
 from fkernel.engine.planning.work import Work
 from fkernel.engine.planning.workloads import Ready, Workload, counted
 from fkernel.errors import BatchError
-from fkernel.func.inputs import take, translate_errors, trim, widened
+from fkernel.func.inputs import computed_like, take, translate_errors, trim
 from fkernel.func.trust import plan_of
 from fkernel.shapes import Tree
 from fkernel.tree import size
@@ -51,7 +51,7 @@ def load_of(params: Tree, side: SortedBatch) -> Workload:
 def read_load(params: Tree, tokens: Sequence[int], ready: Ready) -> Workload:
     """Return the workload of a kernel of a batch with itself whose gradients are already kept."""
     nothing = Curve(((1, Work(0.0, 0.0, 0.0, 0, 0, 0)),))
-    itemsize = widened(next(iter(params.values()))[..., :0]).element_size()
+    itemsize = computed_like(params).element_size()
     return Workload({}, size(params), itemsize, 0.0, nothing).of(tokens, tokens, {"E": ready, "U": ready})
 
 

@@ -22,13 +22,13 @@ from fkernel.func.inputs import (
     Function,
     Sequences,
     bare,
+    computed_like,
     cut,
     find_sequences,
     is_half,
     take,
     token_counts,
     trim,
-    widened,
 )
 from fkernel.func.layers import cut_of
 from fkernel.func.taps import GradientPlan, handles_of
@@ -177,8 +177,7 @@ def workload(f: Function, params: Tree, E: Any, U: Any, dense_U: bool = False) -
     if is_half(params) and isinstance(walk, str):
         raise ModelError(f"{HALVES}, and f cannot be: {walk}. Convert them: fkernel.tree.cast(params, torch.float32).")
     if not isinstance(walk, str) and (is_half(params) or max(tokens["E"][0], tokens["U"][0]) > LONG):
-        leaf = next(iter(params.values()))
-        return Workload(tokens, tree.size(params), widened(leaf[..., :0]).element_size(), 0.0, None, walk=walk)
+        return Workload(tokens, tree.size(params), computed_like(params).element_size(), 0.0, None, walk=walk)
     load = counted(f, params, one, tokens, plan_of(f, params, U), dense_U)
     load.walk = walk
     return load

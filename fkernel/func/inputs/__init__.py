@@ -16,7 +16,7 @@ from fkernel.func.inputs.batch import (
 )
 from fkernel.func.inputs.microbatch import check_size, cut, groups, token_grant
 from fkernel.func.inputs.objective import Function, Objective, bare, check_values, name_of, own_width
-from fkernel.func.inputs.source import Source, is_half, moved, plain, widened
+from fkernel.func.inputs.source import Source, computed_like, is_half, moved, plain, widened
 from fkernel.func.inputs.validation import check_inputs, check_params, check_weights, translate_errors
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "check_size",
     "check_values",
     "check_weights",
+    "computed_like",
     "cut",
     "find_sequences",
     "groups",

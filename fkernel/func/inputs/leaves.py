@@ -73,7 +73,7 @@ def leaves_of(params: Tree, source: Source | None = None) -> Leaves:
         values = (source or plain(params))(params)
         trained = {name: leaf.detach().requires_grad_() for name, leaf in values.items()}
         return Leaves(trained, {}, lambda fn, *arguments: fn(*arguments))
-    every = {name: widened(params.like(name)[..., :0]).new_full((), torch.nan) for name in params.shards}
+    every = {name: widened(params.like(name).new_full((), torch.nan)) for name in params.shards}
     every = {name: value.expand(params.shapes[name]) for name, value in every.items()}
     trained = {name: every[name].detach().requires_grad_() for name in params}
     constants = {name: leaf for name, leaf in every.items() if name not in params}

@@ -85,6 +85,16 @@ def widened(x: Tensor) -> Tensor:
     return x.float() if x.dtype in HALF else x
 
 
+def computed_like(params: Tree) -> Tensor:
+    """Return an empty tensor of the device and the dtype in which θ is computed with.
+
+    Example:
+        >>> computed_like({"scale": torch.tensor(2.0, dtype=torch.bfloat16)}).dtype
+        torch.float32
+    """
+    return widened(next(iter(params.values())).new_empty(0))
+
+
 def plain(params: Tree) -> Source:
     """Return a source of parameters as they are, half precision widened.
 
