@@ -138,9 +138,8 @@ def config_of(shape: str, attention: str) -> Any:
 
     sizes = SHAPES[shape]
     config = Qwen2Config(
-        **{"num_key_value_heads": sizes["num_attention_heads"], **sizes},  # pyright: ignore[reportArgumentType]
+        **{"num_key_value_heads": sizes["num_attention_heads"], "tie_word_embeddings": True, **sizes},  # pyright: ignore[reportArgumentType]
         max_position_embeddings=8192,
-        tie_word_embeddings=True,
         bos_token_id=0,
         eos_token_id=0,
     )

@@ -69,7 +69,7 @@ def prepared(
     shape: str, n_U: int, n_E: int, T: int, mesh: Any, in_shards: bool = False
 ) -> tuple[Callable[[], Any], RanksCost]:
     """A step on this rank's shards of the state, and of θ, ready to be explained, and what is predicted of it."""
-    subject, ranks = build(shape), 1 if mesh is None else mesh.size()
+    ranks, subject = 1 if mesh is None else mesh.size(), build.__wrapped__(shape)  # of which nothing is certified
     E, U = subject.batch(n_E, T, 1), subject.batch(n_U, T, 2)
     state = precond.adamw_init(subject.params, lr=1e-4)
     moments = {"exp_avg": state.exp_avg, "exp_avg_sq": {name: leaf**2 + 1e-4 for name, leaf in subject.params.items()}}
@@ -79,7 +79,7 @@ def prepared(
             each: {n: leaf.clone() for n, leaf in shard_tree(group, whole).items()} for each, whole in moments.items()
         }
     state = replace(state, **moments)
-    cut = cut_of(subject.f, subject.params, U)
+    cut = cut_of(build(shape).f, subject.params, U)
     assert not isinstance(cut, str), cut
     tokens = {"E": [T] * n_E, "U": [T] * n_U}
     size, walk = tree.size(subject.params), walk_of(cut, subject.params, tokens)

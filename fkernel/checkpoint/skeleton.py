@@ -216,7 +216,9 @@ def _first_layer_deepened(module: Any, T: int) -> Walk | str:
         return why
     one = walk_of(cut, params, {"E": [T], "U": [T]}, wide)
     forward, backward = (_deeper(curve, depth) for curve in (one.forward, one.backward))
-    return one._replace(depth=depth, head=table.weight.numel(), forward=forward, backward=backward)
+    looked_up = sum(module.get_parameter(name).numel() for name in cut.tables if name != cut.table)
+    sizes = {"head": table.weight.numel(), "looked_up": looked_up}
+    return one._replace(depth=depth, forward=forward, backward=backward, **sizes)
 
 
 def _narrow(config: Any) -> Any:

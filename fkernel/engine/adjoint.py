@@ -46,6 +46,7 @@ from fkernel.engine.params_in_shards import own_part
 from fkernel.engine.step_gradients import Passes, gradients_of, long_cut, microbatches, whole
 from fkernel.engine.step_on_shards import norm_over
 from fkernel.engine.sums import weighted_gradient
+from fkernel.engine.sums_in_shards import values_of_step
 from fkernel.errors import BatchError
 from fkernel.func import unused_parameters
 from fkernel.func.handles import Products, ProductSpec, RowSpec, materialize_into
@@ -207,7 +208,8 @@ class Adjoints:
         self.rows, self._cuts = rows, microbatches(self.side, params, self.passes, len(self.side))
         self._dealt = None if isinstance(params, ShardedTree) else self.passes.group
         with error_context("E"):
-            self.side.f = true_derivative(self.side.f, params, self.side.batch, delta)
+            batch = self.side.batch
+            self.side.f = true_derivative(self.side.f, params, batch, delta, values_of_step(params, batch, delta))
 
     def along(self, vector: Tree) -> Tensor:
         """Compute ⟨β1 p_e, v⟩, [n_E] float64 in the caller's order."""

@@ -33,6 +33,7 @@ from fkernel.engine.problem import Problem, blocks, held_gradients
 from fkernel.engine.recycling import return_memory, reuse_memory
 from fkernel.engine.step_on_shards import adamw_on_shards, clipped_shards, is_sharded
 from fkernel.engine.sums import values, weighted_gradient
+from fkernel.engine.sums_in_shards import values_of_step
 from fkernel.errors import BatchError
 from fkernel.func import unused_parameters
 from fkernel.func.handles import ProductSpec, RowSpec
@@ -257,7 +258,9 @@ def _explained(
     side_U, kept, w = SortedBatch("U", U, f), None, widened(weights.to(next(iter(params.values())).device))
     sharded, in_shards = group is not None and is_sharded(state, params), isinstance(params, ShardedTree)
     if strategy.name == "layers":
-        ascent = weighted_gradient(f, params, U, w, Walking(strategy.tokens or 0, strategy.every), group)
+        together = strategy.tile if strategy.held == "U" else strategy.block  # as many as the contraction walks
+        how = Walking(strategy.tokens or 0, strategy.every, together)
+        ascent = weighted_gradient(f, params, U, w, how, group)
     elif strategy.held == "U" and strategy.tile is None:  # U's gradients are held anyway, and give g
         kept = held_gradients(side_U, params, strategy, promised, group)
         ascent = kept.weighted_sum(w)
@@ -283,7 +286,7 @@ def _explained(
         total = step.total
     del g, given
     with nullcontext() if group is None else return_memory(), error_context("E"), translate_errors(params):
-        S = true_derivative(f_E, θ, E, total)
+        S = true_derivative(f_E, θ, E, total, values_of_step(θ, E, total))
     del θ
     D, general = (P.d, None) if isinstance(P, Diagonal) else (None, P)
     spec = ProductSpec({"": D}, RowSpec({"momentum": step.momentum, "decay": step.decay}))

@@ -22,7 +22,8 @@ from fkernel.engine.planning.walking import tiles_of
 from fkernel.engine.planning.workloads import LONG
 from fkernel.func.handles import weighted_sum
 from fkernel.func.inputs import plain, take, trim, widened
-from fkernel.func.layers import Walk
+from fkernel.func.layers import Walk, values_along
+from fkernel.func.trust import Values
 from fkernel.shapes import Tensor, Tree
 
 
@@ -61,10 +62,26 @@ def gradient_in_shards(side: SortedBatch, params: ShardedTree, weights: Tensor, 
 def values_in_shards(side: SortedBatch, params: ShardedTree, how: Walking) -> Tensor:
     """Compute f of a batch, [n] float64 in the caller's order, on every rank."""
     total = torch.zeros(len(side), dtype=torch.float64, device=next(iter(params.values())).device)
-    for own in _walks(side, params, how._replace(every=1 << 30)):
+    assert side.f is not None
+    L = len(must_cut(side.f, params, side.batch).layers)
+    # One layer's inputs are there at a time, so that of L times the tokens no more are.
+    for own in _walks(side, params, how._replace(every=L + 1, together=L * LONG)):
         if own.counts:
             total[side.order[own.rows].to(total.device)] = own.walk.values.to(total)
     return all_sum(params.group, [total])[0]
+
+
+def values_of_step(params: Tree, batch: Any, delta: Tree) -> Values | None:
+    """Return how a certificate evaluates f along a step; None where θ is whole on this rank, and f is run whole.
+
+    Args:
+        params: θ.
+        batch: E, whose cut the certificate's sequences take.
+        delta: Δθ, this rank's shards.
+    """
+    if not isinstance(params, ShardedTree):
+        return None
+    return lambda f, few, scales: values_along(must_cut(f, params, batch), params, delta, scales, few)
 
 
 def _walks(side: SortedBatch, params: ShardedTree, how: Walking, weights: Tensor | None = None) -> Iterator[_Own]:
@@ -73,7 +90,8 @@ def _walks(side: SortedBatch, params: ShardedTree, how: Walking, weights: Tensor
     group, calls = params.group, dict[Any, Any]()
     with error_context(side.name):
         cut = must_cut(side.f, params, side.batch)
-    for tile in tiles_of(side.tokens, group.size * max(LONG, how.tokens)):
+    together = None if how.together is None else group.size * max(how.together, how.tokens)
+    for tile in tiles_of(side.tokens, together):
         if weights is not None and not bool(weights[tile].any()):
             continue
         own = share_of(tile, group.size, group.rank)

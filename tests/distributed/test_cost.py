@@ -9,11 +9,10 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from benchmarks.models import SHAPES
 from benchmarks.ranks_cost import LAYERS, counting, prepared
-from fkernel import func
 from fkernel.distributed import ShardedTree, group_of
 from fkernel.func.inputs.leaves import leaves_of
-from fkernel.func.trust.comparisons import NAMES
 from tests.distributed.live import LiveBytes
 from tests.distributed.ranks import results
 from tests.distributed.test_same_numbers import FORMS, ROUNDING, apart, products
@@ -33,19 +32,24 @@ def test_ranks_send_the_bytes_that_are_predicted(ranks):
     assert sum(own for own, _ in every) == pytest.approx(sum(said for _, said in every), rel=0.05)
 
 
-def sent_in_shards(mesh: Any) -> tuple[float, float]:
-    """The same where θ is in shards, without certificates, some of which an earlier step has settled."""
-    explain, cost = prepared("tiny", 8, 4, 12, mesh, in_shards=True)
-    with func.skip_certificates(*NAMES):
-        explain()  # settles the cut
-        with counting(mesh.size(), mesh.get_local_rank()) as own:
-            explain()
-    return sum(own.values()), sum(cost.sent.values()) - cost.sent["certificates"]
+def sent_in_shards(mesh: Any, n_U: int, n_E: int, T: int, tied: bool) -> tuple[float, float]:
+    """The same where θ is in shards, certificates included."""
+    shape = {**SHAPES["tiny"], "vocab_size": 256}
+    own_tables = {} if tied else {"tie_word_embeddings": False}
+    with patch.dict(SHAPES, {f"tied {tied}": {**shape, **own_tables}}):
+        explain, cost = prepared(f"tied {tied}", n_U, n_E, T, mesh, in_shards=True)
+    with counting(mesh.size(), mesh.get_local_rank()) as own:
+        explain()
+    return sum(own.values()), sum(cost.sent.values())
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_send_the_bytes_that_are_predicted_of_parameters_in_shards(ranks):
-    every = results(ranks, sent_in_shards)
+@pytest.mark.parametrize(
+    ("ranks", "n_U", "n_E", "T", "tied"),
+    [(2, 8, 4, 12, True), (4, 8, 4, 12, True), (2, 64, 2, 40, True), (2, 6, 1, 12, False), (4, 4, 8, 12, False)],
+)
+def test_ranks_send_the_bytes_that_are_predicted_of_parameters_in_shards(ranks, n_U, n_E, T, tied):
+    """Whatever the batches: 64 sequences of 40 tokens are more than walk at once by default."""
+    every = results(ranks, sent_in_shards, n_U, n_E, T, tied)
     assert sum(own for own, _ in every) == pytest.approx(sum(said for _, said in every), rel=0.05)
 
 

@@ -173,6 +173,23 @@ def refused_in_shards(mesh: Any) -> dict[str, str]:
     return found
 
 
+def differences(mesh: Any) -> torch.Tensor:
+    """How far the derivative is from differences along a step, and they from each other, as a certificate says it."""
+    S, params, E, U, case = inputs("lora")
+    state, θ = state_of(params), params
+    if mesh is not None:
+        S, θ = weightless("lora"), dealt(mesh, "lora")
+    fk.explain_step(S, θ, E, U, case.weights, state, mesh=mesh)
+    (found,) = (one for one in fk.func.certificates(S) if one.name == "derivative")
+    return torch.tensor([found.error, found.bound], dtype=torch.float64)
+
+
+def test_differences_along_a_step_that_are_gathered_once_are_those_of_one_process():
+    expected = differences(None)
+    for found in results(2, differences):
+        assert apart(found, expected) <= 1e-6  # of differences, which are small
+
+
 def test_what_does_not_go_with_shards_is_refused_by_name_and_the_rest_is_certified_on_every_rank():
     for found in results(2, refused_in_shards):
         assert found.pop("certified") == "derivative, rows, values"

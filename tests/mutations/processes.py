@@ -3,6 +3,7 @@
 from tests.mutants import Mutation
 
 FAILURES = "tests/distributed/test_failures.py"
+COST = "tests/distributed/test_cost.py::test_ranks_send_the_bytes_that_are_predicted"
 SAME = "tests/distributed/test_same_numbers.py::test_any_number_of_ranks_gives_the_same_on_each[few-4]"
 SHARDS = (
     "tests/distributed/test_same_numbers.py::"
@@ -97,8 +98,8 @@ MUTATIONS = [
         "a path's node without its step, where θ is in shards",
         SAME,
         "func/inputs/source.py",
-        "return widened(θ) + s * widened(direction[name]).to(widened(θ)) if name in direction else θ",
-        "return θ",
+        "_moved(params.shards[name], direction.get(name), s)",
+        "params.shards[name]",
     ),
     Mutation(
         "rows of a table that another rank asked for",
@@ -172,10 +173,39 @@ MUTATIONS = [
     ),
     Mutation(
         "a gathered vector counted as a summed one",
-        "tests/distributed/test_cost.py::test_ranks_send_the_bytes_that_are_predicted[2]",
+        f"{COST}[2]",
         "engine/planning/ranks_cost.py",
         '"vectors": 3.0 * P * b * away',
         '"vectors": 4.0 * P * b * away',
+    ),
+    Mutation(
+        "parameters in shards that are gathered for each difference along a step",
+        f"{COST}_of_parameters_in_shards[2-8-4-12-True]",
+        "engine/step.py",
+        "values_of_step(θ, E, total))",
+        "None)",
+    ),
+    Mutation(
+        "parameters in shards that are gathered for every thousand tokens",
+        f"{COST}_of_parameters_in_shards[2-64-2-40-True]",
+        "engine/step.py",
+        "strategy.every, together)",
+        "strategy.every)",
+    ),
+    Mutation(
+        "a tied table that a plain pass is said to gather once",
+        f"{COST}_of_parameters_in_shards[2-8-4-12-True]",
+        "engine/planning/ranks_cost.py",
+        "load.size + (walk.head if walk.tied else 0)",
+        "load.size",
+    ),
+    Mutation(
+        "differences on one side of a step",
+        "tests/distributed/test_same_numbers.py::"
+        "test_differences_along_a_step_that_are_gathered_once_are_those_of_one_process",
+        "func/inputs/source.py",
+        "_moved(*here[name], s)",
+        "_moved(*here[name], abs(s))",
     ),
     Mutation(
         "ranks that keep their shards of a sweep in one place",

@@ -226,10 +226,13 @@ class Walking(NamedTuple):
     Attributes:
         tokens: of a block of sequences that are processed together; 0: one sequence at a time.
         every: one in so many layer inputs is kept.
+        together: tokens of each rank's sequences that walk together where θ is in shards: it is gathered twice for
+            each such group. None: all.
     """
 
     tokens: int = 0
     every: int = 1
+    together: int | None = LONG
 
 
 def walking_of(f: Function, params: Tree, batches: tuple[Any, ...], memory: int | str | None) -> Walking | None:

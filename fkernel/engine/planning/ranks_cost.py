@@ -47,11 +47,6 @@ GPUS = {
 """Assumptions: about three quarters of what their maker says, and one network adapter a GPU."""
 
 
-CERTIFICATES = 19.0
-"""How often θ in shards is gathered for certificates, whatever the batches' sizes: 13 for the derivative along the
-step, 6 for the cut's pieces against the whole, which is certified once for a function (counted)."""
-
-
 class RanksCost(NamedTuple):
     """Each rank's cost.
 
@@ -79,20 +74,40 @@ def cost_in_shards(load: Workload, ranks: int) -> RanksCost:
                     the step            its gradient, and D twice, 2 P b/W
                     a layer             as above, gathered twice 2 p b
                     the head's table    as above, gathered for E and for U 2 p b
-        sent      Jᵀw P b (W − 1)/W;  θ for each of three walks, and for a sequence that tells which parameters the loss
-                  uses, forward and back 8 P b (W − 1)/W;  certificates 19 P b (W − 1)/W
+        sent      Jᵀw P b (W − 1)/W, and what `gathered_in_shards` says
 
     Raises:
         ModelError: as `cost_on_ranks`.
     """
     cost, vector = cost_on_ranks(load, ranks), load.size * load.itemsize
-    away = vector * (ranks - 1) / ranks
     shards = {"parameters, in shards": vector / ranks, "state, in shards": 7.0 * vector / ranks}
     phases = {"the step's gradient, in shards": 2.0 * vector / ranks}, *_walks(load, ranks, 2)
+    step, certificates = gathered_in_shards(load)
+    away = load.itemsize * (ranks - 1) / ranks
     return cost._replace(
-        sent={**cost.sent, "vectors": 9.0 * away, "certificates": CERTIFICATES * away},
+        sent={**cost.sent, "vectors": (load.size + step) * away, "certificates": certificates * away},
         memory={**shards, **_largest(phases)},
     )
+
+
+def gathered_in_shards(load: Workload) -> tuple[int, int]:
+    """Count the parameters in shards that are gathered, for a step and for its certificates, whatever the batches.
+
+    Of P parameters, with layers and the head's table l, tables that are looked up in apart, of which a walk fetches the
+    rows alone; a plain pass gathers each where it is used, tables too, and a tied one twice: F = P, or P and the table:
+
+        a walk, forward and back   2 l
+        a plain pass               F forward, l back for each sequence that is taken back by itself
+        the step                   three walks, and a plain pass, which tells which parameters the loss uses
+        certificates, the cut      two plain passes forward, another forward and back, a walk, layers once
+        along the step             a plain pass, back for each of two sequences of E;  θ and Δθ for the differences 2 l
+    """
+    walk = load.walk
+    assert not isinstance(walk, str)
+    l, few = load.size - walk.looked_up, min(2, len(load.tokens["E"]))
+    forward = load.size + (walk.head if walk.tied else 0)
+    cut = 3 * forward + l + 2 * l + (l - walk.head)
+    return 3 * 2 * l + forward + l, cut + forward + few * l + 2 * l
 
 
 def cost_on_ranks(load: Workload, ranks: int) -> RanksCost:

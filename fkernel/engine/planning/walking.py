@@ -42,6 +42,8 @@ class Walk(NamedTuple):
         backward: a forward and backward pass of every layer, one at a time.
         peak: peak bytes of the largest layer's pass.
         blocks: whether several sequences can be processed together with separate gradients.
+        looked_up: parameters of tables that are looked up in and are not the head's.
+        tied: whether the head's table is looked up in.
     """
 
     width: int
@@ -52,6 +54,8 @@ class Walk(NamedTuple):
     backward: Curve
     peak: Curve
     blocks: bool
+    looked_up: int = 0
+    tied: bool = False
 
     def memory(
         self,
@@ -152,9 +156,12 @@ def walk_of(cut: Cut, params: Tree, tokens: dict[str, list[int]], wide: nn.Modul
     sized: Tree = params if wide is None else dict(wide.named_parameters())
     sizes = [sum(sized[name].numel() for name in names) for names in cut.names]
     table = (cut if wide is None else _widened(cut, wide)).head.weight
+    looked_up = sum(sized[name].numel() for name in cut.tables if name != cut.table and name in sized)
+    tied = cut.table in cut.tables
     return Walk(
-        table.shape[1], len(cut.layers), max(sizes, default=0), table.numel(), forward, backward, peak, all(cut.plans)
-    )
+        table.shape[1], len(cut.layers), max(sizes, default=0), table.numel(), forward, backward, peak, all(cut.plans),
+        looked_up, tied,
+    )  # fmt: skip
 
 
 def _widened(cut: Cut, wide: nn.Module) -> Cut:

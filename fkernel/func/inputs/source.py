@@ -11,8 +11,10 @@ Any other function of a name and, for tables, of rows can be a `Source` too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -122,35 +124,77 @@ def moved(params: Tree, direction: Tree, s: float) -> Source:
         >>> moved({"w": torch.ones(2)}, {"w": torch.ones(2)}, 0.5)(["w"])
         {'w': tensor([1.5000, 1.5000])}
     """
-
-    def shard(name: str) -> Tensor:
-        θ = params.shards[name]  # pyright: ignore[reportAttributeAccessIssue]
-        return widened(θ) + s * widened(direction[name]).to(widened(θ)) if name in direction else θ
-
     if isinstance(params, ShardedTree):
-        return _gathering(params, shard)
+        return _gathering(params, partial(_moved_shard, params, direction, s))
 
     def leaf(name: str, rows: slice | Tensor | None) -> Tensor:
-        θ = widened(params[name] if rows is None else params[name][rows])
-        if name not in direction:
-            return θ
-        δ = direction[name] if rows is None else direction[name][rows]
-        return θ + s * widened(δ).to(θ)
+        δ = direction.get(name)
+        θ = params[name] if rows is None else params[name][rows]
+        return widened(_moved(θ, δ if δ is None or rows is None else δ[rows], s))
 
     return Source(leaf)
 
 
-def _gathering(params: ShardedTree, shard: Callable[[str], Tensor]) -> Source:
+class Together(NamedTuple):
+    """Sources of several θ that share what they gather.
+
+    Attributes:
+        sources: all of them are asked for the same names before the next ones are.
+        let_go: called between the two; frees what was gathered.
+    """
+
+    sources: list[Source]
+    let_go: Callable[[], None]
+
+
+def moved_together(params: ShardedTree, direction: Tree, scales: Sequence[float]) -> Together:
+    """Return sources of θ + s δ for several s: θ and δ are gathered once for all of them.
+
+    Args:
+        params: θ.
+        direction: δ, this rank's shards; parameters without an entry are unchanged.
+        scales: the s.
+    """
+    here: dict[str, tuple[Tensor, Tensor | None]] = {}
+
+    def gather(s: float, names: list[str]) -> Tree:
+        wanted = [name for name in names if name not in here]
+        θ = params.gathered({name: params.shards[name] for name in wanted})
+        δ = params.gathered({name: direction[name] for name in wanted if name in direction})
+        here.update({name: (θ.pop(name), δ.pop(name, None)) for name in wanted})
+        return {name: _moved(*here[name], s) for name in names}
+
+    shards = [partial(_moved_shard, params, direction, s) for s in scales]
+    return Together(
+        [_gathering(params, shard, partial(gather, s)) for shard, s in zip(shards, scales, strict=True)], here.clear
+    )
+
+
+def _moved_shard(params: ShardedTree, direction: Tree, s: float, name: str) -> Tensor:
+    return _moved(params.shards[name], direction.get(name), s)
+
+
+def _moved(θ: Tensor, δ: Tensor | None, s: float) -> Tensor:
+    return θ if δ is None else widened(θ) + s * widened(δ).to(widened(θ))
+
+
+def _gathering(
+    params: ShardedTree, shard: Callable[[str], Tensor], gather: Callable[[list[str]], Tree] | None = None
+) -> Source:
     """Make a source of what is gathered from the ranks' shards; `shard` makes this rank's when it is asked for."""
 
-    def gather(names: list[str]) -> Tree:
+    def alone(names: list[str]) -> Tree:
         whole = params.gathered({name: shard(name) for name in names})
-        return {name: widened(whole.pop(name)) for name in names}
+        return {name: whole.pop(name) for name in names}
+
+    def whole(names: list[str]) -> Tree:
+        found = (gather or alone)(names)
+        return {name: widened(found.pop(name)) for name in names}
 
     def leaf(name: str, rows: slice | Tensor | None) -> Tensor:
         if isinstance(rows, Tensor):
             return widened(params.fetched(name, shard(name), rows))
-        whole = gather([name])[name]
-        return whole if rows is None else whole[rows]
+        leaf = whole([name])[name]
+        return leaf if rows is None else leaf[rows]
 
-    return Source(leaf, gather)
+    return Source(leaf, whole)

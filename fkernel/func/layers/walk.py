@@ -11,7 +11,8 @@ go back one layer together, so that whoever walks holds one layer's gradients an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,6 +63,7 @@ class Walk:
     Attributes:
         cut: the model.
         values: S, [n] float64, of log π and H in the dtype that is computed in.
+        forward: runs forward a piece at a time; it has run, unless `begin` was False.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Walk:
         every: int = 1,
         tokens: int | None = 0,
         calls: dict[Any, list[Call]] | None = None,
+        begin: bool = True,
     ) -> None:
         """Run forward, and through the head.
 
@@ -85,16 +88,24 @@ class Walk:
             every: of how many layer inputs one is kept; the others are computed again.
             tokens: of a block, at most; a longer sequence goes alone, and with 0 all do.
             calls: how layers were called elsewhere, to share what is the same.
+            begin: whether to run forward now; False for `values_along`, which takes several walks through each piece.
         """
         self.cut, self.source, self.weight, self.every = cut, source, weight, every
         self.blocks = _blocks(*cut.tokens.of(batch), tokens if all(cut.plans) else 0)
         self.values = torch.empty(0)
         self._heads: list[Head] = []
-        self._forward({} if calls is None else calls)
-        self._after = self._through_head()
-        check_values(self.values, "log π")
+        self._after: Tree = {}
+        self.forward = self._run({} if calls is None else calls)
+        if begin:
+            deque(self.forward, maxlen=0)
+            check_values(self.values, "log π")
 
-    def _forward(self, calls: dict[Any, list[Call]]) -> None:
+    def _run(self, calls: dict[Any, list[Call]]) -> Iterator[None]:
+        """Run forward and through the head, a piece at a time."""
+        yield from self._through_layers(calls)
+        self._after = yield from self._through_head()
+
+    def _through_layers(self, calls: dict[Any, list[Call]]) -> Iterator[None]:
         cut, constants = self.cut, constants_of(self.cut, None, self.source)
         leaves = {**constants, **self.source(name for name in cut.before if name not in cut.tables)}
         self.source = self._with_rows(leaves)
@@ -102,8 +113,10 @@ class Walk:
             for block in self.blocks:
                 block.kept[0], own, _ = before(cut, self.source, leaves, block.ids, block.mask)
                 block.calls = _shared(calls, block.ids.shape, own)
-            for i in range(len(cut.layers)):
-                self._step(i, keep=not i % self.every)
+        for i in range(len(cut.layers)):
+            yield
+            self._step(i, keep=not i % self.every)
+        yield
 
     def _with_rows(self, leaves: Tree) -> Source:
         """Have the rows that the sequences look up, where tables are gathered; which, a first pass says."""
@@ -138,12 +151,13 @@ class Walk:
         constants = constants_of(self.cut, i, self.source)
         return {**constants, **{names[name]: leaf.detach() for name, leaf in own.items()}}
 
-    def _through_head(self) -> Tree:
+    def _through_head(self) -> Generator[None, None, Tree]:
         """Score every token, and begin the way back: values, heads, dh; gradients of what is behind the layers."""
         cut, L = self.cut, len(self.cut.layers)
         leaves = {name: leaf.detach().requires_grad_() for name, leaf in self.source(cut.after).items()}
         everything = {**constants_of(cut, None, self.source), **leaves}
         found: dict[str, Tensor] = {}
+        yield
         rows, size = head_rows(cut, self.source), len(cut.head.weight)
         for block in self.blocks:
             h_L = block.kept.pop(L)

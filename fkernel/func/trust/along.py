@@ -14,6 +14,7 @@ from fkernel.func.inputs.objective import Function, Objective, bare, name_of, ow
 from fkernel.func.inputs.validation import first_line
 from fkernel.func.trust.checks import seen_of
 from fkernel.func.trust.comparisons import (
+    Values,
     derivative_against_difference,
     forward_against_reverse,
     shortest_few,
@@ -78,7 +79,7 @@ def _said_slower(f: Function, order: Order, why: str) -> None:
 
 
 @public
-def true_derivative(f: Function, params: Tree, batch: Any, step: Tree) -> Function:
+def true_derivative(f: Function, params: Tree, batch: Any, step: Tree, values: Values | None = None) -> Function:
     """Certify that f's derivative matches a step's effect; else differentiate through what f detaches.
 
     The optimizer uses f's own backward pass on U, whatever it holds constant; a step's effect on E is the whole
@@ -89,6 +90,8 @@ def true_derivative(f: Function, params: Tree, batch: Any, step: Tree) -> Functi
         params: θ.
         batch: E.
         step: Δθ.
+        values: another way to evaluate f along the step, (f, some of E, scales) -> f at θ + s Δθ for each s; by default
+            whole, one s after the other.
 
     Returns:
         f, or `through_detach(f)`: the one whose derivative matches central differences along the step.
@@ -104,12 +107,12 @@ def true_derivative(f: Function, params: Tree, batch: Any, step: Tree) -> Functi
         return f
     seen = seen_of(f, batch)
     few = shortest_few(seen, token_counts(seen), own_width(f))
-    certificate = derivative_against_difference(f, params, few, step)
+    certificate = derivative_against_difference(f, params, few, step, values)
     if certificate.passed is not False:
         note(f, params, batch, certificate)
         return f
     derivative = through_detach(f)
-    repaired = derivative_against_difference(derivative, params, few, step)
+    repaired = derivative_against_difference(derivative, params, few, step, values)
     note(
         f,
         params,

@@ -14,7 +14,7 @@ happens on failure. Errors are relative, with a floor where the compared quantit
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -249,7 +249,13 @@ def forward_against_reverse(forward: Tensor, reverse: Tensor, size: float, order
     return Certificate("forward", None if error != error else error <= order.bound, error, order.bound, detail)
 
 
-def derivative_against_difference(f: Function, params: Tree, batch: Any, direction: Tree) -> Certificate:
+Values = Callable[[Function, Any, Sequence[float]], Iterable[Tensor]]
+"""(f, batch, scales) -> f at θ + s v for each s, [n] float64."""
+
+
+def derivative_against_difference(
+    f: Function, params: Tree, batch: Any, direction: Tree, values: Values | None = None
+) -> Certificate:
     """Compare the derivative along a step with central differences, to detect what f holds constant.
 
     The derivative is by reverse passes, as E's gradients are: forward mode differentiates through `torch.no_grad`.
@@ -265,6 +271,7 @@ def derivative_against_difference(f: Function, params: Tree, batch: Any, directi
         params: θ.
         batch: some sequences.
         direction: v, the step.
+        values: another way to evaluate f along the step; by default whole, one s after the other.
 
     Example:
         >>> f = lambda params, x: (x @ params["w"]) * (x @ params["w"]).detach()
@@ -273,19 +280,15 @@ def derivative_against_difference(f: Function, params: Tree, batch: Any, directi
         False
     """
     value_at = value_on(f, batch)
-
-    def at(s: float) -> Tensor:
-        with torch.no_grad():
-            leaves = leaves_of(params, moved(params, direction, s))
-            return leaves.run(value_at, {**leaves.constants, **leaves.trained}).double()
-
     value, slope = (each.double() for each in row_by_row(value_at, params, direction))
     size = min(1.0, float(value.abs().max())) or 1.0  # below one nat, relative to f
     steepest = float(slope.abs().max()) or 1.0
     scales = [move * size / steepest for move in MOVES]
     doubt, D = math.inf, slope
     error = own = math.nan
-    for wider, narrower in pairwise((at(s) - at(-s)) / (2 * s) for s in scales):
+    both = [way * s for s in scales for way in (1, -1)]
+    at = iter(_values(value_at, params, direction, both) if values is None else values(f, batch, both))
+    for wider, narrower in pairwise((next(at) - next(at)) / (2 * s) for s in scales):
         apart = float((wider - narrower).norm())
         if apart < doubt:
             doubt, D, size = apart, narrower, float(narrower.norm())
@@ -301,6 +304,15 @@ def derivative_against_difference(f: Function, params: Tree, batch: Any, directi
     )
     settled = own < 0.25 and error == error
     return Certificate("derivative", error <= bound if settled else None, error, bound, detail)
+
+
+def _values(
+    value_at: Callable[[Tree], Tensor], params: Tree, direction: Tree, scales: Iterable[float]
+) -> Iterator[Tensor]:
+    for s in scales:
+        with torch.no_grad():
+            leaves = leaves_of(params, moved(params, direction, s))
+            yield leaves.run(value_at, {**leaves.constants, **leaves.trained}).double()
 
 
 def shortest_pair(batch: Any, lengths: list[int]) -> Any:
