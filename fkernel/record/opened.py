@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fkernel.errors import BatchError, ModelError, ModelWarning
+from fkernel.errors import BatchError, ModelError, ModelWarning, NonFiniteError, listing
 from fkernel.record.gradients import (
     GradientCheck,
     Repeater,
@@ -109,6 +109,7 @@ class OpenStep:
 
         Raises:
             ModelError: it has stepped already.
+            NonFiniteError: a gradient is not finite.
         """
         if i in self.settings:
             raise ModelError(
@@ -117,6 +118,12 @@ class OpenStep:
         self.settings[i] = settings
         grads = {name: leaf.grad for name, leaf in params.items() if leaf.grad is not None}
         norms = [leaf_norm(grad).cpu() for grad in grads.values()]
+        if infinite := [name for name, norm in zip(grads, norms, strict=True) if not bool(torch.isfinite(norm))]:
+            raise NonFiniteError(
+                f"Step {self.number}: the gradient of {listing(infinite)} is not finite, and the optimizer was about "
+                f"to step. Leave such a step out, as a GradScaler does, or find what overflowed in the backward pass.",
+                parameter=infinite[0],
+            )
         scale = 1.0 if grad_scale is None else float(grad_scale)
         self._seen |= {name: float(norm) / scale for name, norm in zip(grads, norms, strict=True)}
 

@@ -105,6 +105,17 @@ def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     return [{key: _plain(key, value) for key, value in g.items() if key not in OWN} for g in optimizer.param_groups]
 
 
+def overflowed(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a fused optimizer will leave this step out: a GradScaler tells it where gradients are infinite.
+
+    Example:
+        >>> overflowed(torch.optim.AdamW(nn.Linear(2, 1).parameters()))
+        False
+    """
+    infinite = getattr(optimizer, "found_inf", None)
+    return infinite is not None and bool(infinite)
+
+
 def class_of(optimizer: torch.optim.Optimizer) -> str:
     """The optimizer's class, as "torch.optim.adamw.AdamW"."""
     return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"

@@ -26,7 +26,7 @@ from fkernel.record.directory import SNAPSHOTS, STEPS, place_of, remove_partial,
 from fkernel.record.gradients import Norms, Repeater
 from fkernel.record.live import LiveProbes, Log, Probes
 from fkernel.record.opened import OpenStep
-from fkernel.record.optimizers import settings_of
+from fkernel.record.optimizers import overflowed, settings_of
 from fkernel.record.policy import keep_policy
 from fkernel.record.ranks import Ranks
 from fkernel.record.resuming import check_empty, step_is_new
@@ -272,15 +272,17 @@ class Recorder:
     def _before_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Just before an optimizer steps: gradients and settings are there, and θ is what it was."""
         step, bound = self._need_open("the optimizer's step"), self._need_bound()
-        if not step.settings:
+        if overflowed(optimizer):
+            return
+        i, first = bound.position(optimizer), not step.settings
+        step.look(i, settings_of(optimizer), bound.own(i), getattr(optimizer, "grad_scale", None))
+        if first:
             step.scale = 1.0 if step.scaler is None else float(step.scaler.get_scale())
             every = self._ranks.collect(lambda: step.freeze(self._ranks))
             step.passes, step.norms = tuple(each for own in every for each in own), self._norms.taken(step.scale)
             self._ranks.agree(lambda: self._look(step, bound))
-        i = bound.position(optimizer)
         if (live := self._live) is not None and live.due(step.number):
             self._ranks.agree(lambda: live.split(step.number, i))
-        step.look(i, settings_of(optimizer), bound.own(i), getattr(optimizer, "grad_scale", None))
 
     def _look(self, step: OpenStep, bound: Bound) -> None:
         """Check the gradient at the first step and at snapshots; keep the state where it is due."""

@@ -200,4 +200,18 @@ TRAINERS = [
         "(first + i) // self.trainer.num_generations",
         "i // self.trainer.num_generations",
     ),
+    Mutation(
+        "a step that a fused optimizer leaves out is recorded",
+        "tests/record/test_loop.py::test_a_step_that_a_scaler_leaves_out_is_none[True]",
+        "record/optimizers.py",
+        "return infinite is not None and bool(infinite)",
+        "return False",
+    ),
+    Mutation(
+        "a gradient that is not finite reaches the optimizer",
+        "tests/record/test_loop.py::test_a_gradient_that_is_not_finite_is_named",
+        "record/opened.py",
+        "if not bool(torch.isfinite(norm))]",
+        "if norm is None]",
+    ),
 ]

@@ -12,7 +12,7 @@ import torch
 
 from fkernel import tree
 from fkernel.engine import gradient_in
-from fkernel.errors import StoreError
+from fkernel.errors import NonFiniteError, StoreError
 from fkernel.func import make_functional, weighted_logprob
 from fkernel.precond import AdamWState
 from fkernel.record import Recorder, Recording, resuming
@@ -289,6 +289,37 @@ def test_the_scale_is_divided_out(tmp_path):
     assert torch.allclose(step.microbatches[0].token_weights[:, 1:], given[0].ω, rtol=1e-6)
     assert step.clip == 1.0
     assert step.grad_norm == pytest.approx(Recording.open(tmp_path / "plain").step(0).grad_norm, rel=1e-6)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_a_scaler_leaves_out_is_none(tmp_path, fused):
+    """A fused optimizer is called all the same, and told to do nothing."""
+    model, scaler = gpt2(), torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=fused)
+    with Recorder(tmp_path, model, optimizer, autocast=None) as recorder:
+        for attempt in range(3):
+            with recorder.step(scaler=scaler):
+                backward(recorder, model, scale=float(scaler.scale(torch.ones(()))))
+                if attempt == 1:
+                    model.lm_head.weight.grad[0, 0] = torch.inf
+                scaler.step(optimizer)
+                scaler.update()
+            optimizer.zero_grad()
+    facts = [json.loads((tmp_path / "steps" / name / "step.json").read_text()) for name in ("000000", "000001")]
+    assert Recording.open(tmp_path).steps == (0, 1)
+    assert [each["scale"] for each in facts] == [4.0, 2.0]
+
+
+def test_a_gradient_that_is_not_finite_is_named(tmp_path):
+    model = gpt2()
+    optimizer = adamw(model)
+    with Recorder(tmp_path, model, optimizer) as recorder:
+        take(recorder, model, optimizer)
+        before = model.lm_head.weight.detach().clone()
+        with pytest.raises(NonFiniteError, match=r"Step 1: the gradient of 'transformer\.wpe\.weight' is not finite"):
+            take(recorder, model, optimizer, lambda: model.transformer.wpe.weight.grad.fill_(torch.nan))
+        assert torch.equal(model.lm_head.weight, before)
+    assert Recording.open(tmp_path).steps == (0,)
 
 
 def test_several_backward_passes_through_one_tap_add_up(tmp_path):
