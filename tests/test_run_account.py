@@ -332,9 +332,9 @@ def test_what_is_no_run_is_refused():
     S, E, steps = taken.S, taken.E, taken.steps
     with pytest.raises(BatchError, match="the run's last first"):
         account(S, E, [])
-    with pytest.raises(BatchError, match=r"In step 5: it is the step after 4 .* from the last to the first"):
+    with pytest.raises(BatchError, match=r"In step 5: before it .* had taken 4 steps .* from the last to the first"):
         account(S, E, steps[:2])
-    with pytest.raises(BatchError, match=r"In step 5: it is the step after 4 .* follows 6"):
+    with pytest.raises(BatchError, match=r"In step 5: .* had taken 4 steps .* next one 6; expected 5"):
         account(S, E, [steps[3], steps[1]])
     with pytest.raises(BatchError, match=r"In step 5: it ends at parameters .* away"):
         account(S, E, [replace(steps[2], params=steps[5].params), steps[1]])

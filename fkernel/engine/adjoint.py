@@ -302,9 +302,11 @@ def _check_follows(step: RunStep, later: _Start, g: Grads) -> None:
     advice = "give the run's steps from the last to the first, each with its own state and, where known, its delta."
     tree.check_same(later.params, step.params, "the later step's params", "params")
     for name, t in step.state.step.items():
-        if later.step[name] != t + (g[name] is not None):
+        if later.step[name] != (expected := t + (g[name] is not None)):
             raise BatchError(
-                f"it is the step after {t} of {name!r}, and the one after it follows {later.step[name]}; {advice}"
+                f"before it the optimizer had taken {t} steps with {name!r}, and before the next one "
+                f"{later.step[name]}; expected {expected}. Steps are left out, the parameter was frozen meanwhile, or "
+                f"the optimizer's state began anew: account for the steps before that, or after; or {advice}"
             )
     θ, group = own_part(step.params), step.params.group if isinstance(step.params, ShardedTree) else None
     gap = tree.axpy(-1.0, step.delta, tree.axpy(-1.0, θ, own_part(later.params)))
