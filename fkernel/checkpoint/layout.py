@@ -39,6 +39,10 @@ Kind = Literal[
 ]
 NAMES = "optimizer_param_names.json"
 TRAINER_STATE = "trainer_state.json"
+WHOLE = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin.index.json")
+"""Weights for `load_model`, which reads safetensors and says how the last are converted."""
+PICKLED = "pytorch_model.bin"
+"""Weights as transformers and DeepSpeed's zero_to_fp32.py wrote them: read as tensors only, as every file is."""
 
 
 class Layout(NamedTuple):
@@ -77,13 +81,7 @@ class Layout(NamedTuple):
         """Whether `model` is a directory of save_pretrained, with weights: of a whole model, or of an adapter."""
         if (self.model / ADAPTER).is_file():
             return True
-        whole = (
-            "model.safetensors",
-            "model.safetensors.index.json",
-            "pytorch_model.bin",
-            "pytorch_model.bin.index.json",
-        )
-        return (self.model / "config.json").is_file() and _first(self.model, *whole) is not None
+        return (self.model / "config.json").is_file() and _first(self.model, *WHOLE) is not None
 
     @property
     def needs_model(self) -> bool:
@@ -110,6 +108,8 @@ def common_layout(path: str | Path) -> Layout:
             return Layout("adapter", root, **_beside(root.parent), adapter=root.absolute().name)
         return Layout("adapter", root, **beside)
     if (root / "config.json").is_file():
+        if (root / PICKLED).is_file() and _first(root, *WHOLE) is None:
+            return Layout("file", root / PICKLED, **beside, config=root)
         return Layout("huggingface", root, **beside)
     if (root / "model").is_dir():
         return Layout("nested", root / "model", **beside)

@@ -39,11 +39,8 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, trust_re
     from transformers import AutoModelForCausalLM
 
     source = _source(path)
-    if isinstance(source, Path) and (source / INDEX).is_file():
-        try:
-            shards_of(source)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{source / INDEX} is no index of weights: {first_line(error)}.") from error
+    if isinstance(source, Path):
+        _check_files(source)
     try:
         found: Any = AutoModelForCausalLM.from_pretrained(
             source,
@@ -62,6 +59,20 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, trust_re
             shown = sorted(map(str, names))
             raise ModelError(f"The weights at {path} {what} {len(shown)} parameter(s), such as {shown[0]!r}.")
     return _of_its_own(model.eval())
+
+
+def _check_files(source: Path) -> None:
+    """Raise where a directory's weights are no safetensors, or their index is none."""
+    if (source / INDEX).is_file():
+        try:
+            shards_of(source)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{source / INDEX} is no index of weights: {first_line(error)}.") from error
+    elif not (source / "model.safetensors").is_file() and any(source.glob("pytorch_model*.bin")):
+        raise ModelError(
+            f"{source} holds weights as pytorch_model*.bin, which are pickles, and no safetensors; convert them: "
+            f"AutoModelForCausalLM.from_pretrained({str(source)!r}).save_pretrained(another directory)."
+        )
 
 
 def _of_its_own(model: Any) -> Any:
