@@ -64,14 +64,14 @@ def _saved(plan: Any, runner: Any, results: Any, page: bool) -> Any:
 
 def _remove_pictures(out: Path) -> None:
     """Remove the page and the pictures of the results that will be replaced, and no other files."""
-    from fkernel.io import parse_json
+    from fkernel.io import parse_json, remove_file
 
     try:
         names = [*parse_json((out / "results.json").read_text(encoding="utf-8"))["requests"], "update"]
     except (OSError, ValueError, KeyError, TypeError):
         return
-    (out / "report.html").unlink(missing_ok=True)
+    remove_file(out / "report.html")
     for picture in (out / "pictures").glob("*"):
         known = picture.name == "spectrum.png" or any(picture.name.startswith(f"{name}_") for name in names)
         if known and picture.suffix in (".png", ".html"):
-            picture.unlink()
+            remove_file(picture)

@@ -11,6 +11,7 @@ from fkernel.io.atomic import (
     flush_to_disk,
     make_directory,
     remove_directory,
+    remove_file,
     write_file,
 )
 from fkernel.io.checksummed import checksummed_json, is_json, read_checksummed
@@ -27,7 +28,7 @@ from fkernel.io.units import parse_bytes
 
 __all__ = ["atomic_directory", "atomic_file", "atomic_write", "check_writable", "flush_to_disk", "make_directory"]
 __all__ += ["append_line", "cut_partial_line", "cut_to", "is_temporary", "scratch_directory", "sweep", "write_file"]
-__all__ += ["remove_directory"]
+__all__ += ["remove_directory", "remove_file"]
 __all__ += ["checksum", "checksummed_json", "checksums", "fingerprint", "hash_json", "is_json", "read_checksummed"]
 __all__ += ["DTYPES", "open_direct", "read_direct", "safetensors_chunks", "tensor_chunks", "tensors_header"]
 __all__ += [

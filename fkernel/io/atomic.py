@@ -159,6 +159,21 @@ def remove_directory(path: Path) -> None:
         shutil.rmtree(gone, ignore_errors=True)
 
 
+def remove_file(path: Path) -> None:
+    """Remove a file, if it is there.
+
+    Raises:
+        StoreError: the system refuses.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     remove_file(Path(directory) / "none")
+    """
+    with plain_errors("remove", path):
+        path.unlink(missing_ok=True)
+
+
 def check_writable(path: Path) -> None:
     """Raise StoreError unless files can be written into a directory, or where it would be made.
 

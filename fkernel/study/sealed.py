@@ -24,6 +24,7 @@ from fkernel.io import (
     make_directory,
     parse_json,
     read_checksummed,
+    remove_file,
 )
 
 ARRAYS, RECORD = "kernel.npz", "results.json"
@@ -66,7 +67,7 @@ def write_files(
     except (TypeError, ValueError) as error:
         raise ResultsError(f"These results cannot be written, and {directory} is left as it was: {error}.") from error
     make_directory(directory)
-    (directory / RECORD).unlink(missing_ok=True)  # missing while the others are being replaced
+    remove_file(directory / RECORD)  # missing while the others are being replaced
     with atomic_file(directory / ARRAYS) as temporary, temporary.open("wb") as file:
         np.savez(file, allow_pickle=False, **arrays)  # pyright: ignore[reportArgumentType]
     for name, text in texts.items():

@@ -95,4 +95,11 @@ MUTATIONS = [
         "if self._found() != self._of:",
         "if False:",
     ),
+    Mutation(
+        "a disk that turned read-only is a raw error where results are replaced",
+        "tests/torture/test_disks.py::test_results_on_a_disk_that_turned_read_only_stay",
+        "study/sealed.py",
+        "remove_file(directory / RECORD)",
+        "(directory / RECORD).unlink(missing_ok=True)",
+    ),
 ]

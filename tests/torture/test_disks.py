@@ -16,6 +16,7 @@ import torch
 from fkernel.errors import StoreError
 from fkernel.io import atomic_directory, atomic_write, check_writable, locked
 from fkernel.record import Recorder
+from fkernel.study.sealed import write_files
 from tests.record.loops import adamw, gpt2, train
 from tests.test_interrupted import STRATEGIES, computed, f
 from tests.torture.leftovers import temporaries
@@ -73,6 +74,14 @@ def test_a_read_only_disk_is_said_before_the_work(disk):
         Recorder(disk / "recording")
     with locked(disk, "lock", shared=True), locked(disk, "lock", shared=True):
         pass
+
+
+def test_results_on_a_disk_that_turned_read_only_stay(disk):
+    write_files(disk / "out", {}, {}, {"schema": 1}, {})
+    remounted(disk, "ro")
+    with pytest.raises(StoreError, match=r"Cannot remove '.*results.json': its file system is read-only"):
+        write_files(disk / "out", {}, {}, {"schema": 2}, {})
+    assert '"schema": 1' in (disk / "out" / "results.json").read_text()
 
 
 def test_a_lock_is_one_whatever_path_leads_to_it(tmp_path):

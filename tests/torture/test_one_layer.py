@@ -8,10 +8,14 @@ from pathlib import Path
 import fkernel
 
 ROOT = Path(fkernel.__file__).parent
-WRITING = {"write_text", "write_bytes", "mkdir", "makedirs", "rmtree", "touch", "savefig", "save_file", "symlink_to"}
+WRITING = {
+    *("write_text", "write_bytes", "mkdir", "makedirs", "touch", "savefig", "save_file", "symlink_to"),
+    *("unlink", "rmdir", "rmtree", "removedirs"),
+}
 WITHIN = {
     ("report/style.py", "savefig"): "to the temporary path of atomic_file",
     ("study/results.py", "write_text"): "to the temporary path of atomic_file",
+    ("record/policy.py", "unlink"): "in the folder of atomic_directory",
     ("demo/export.py", "write_text"): "into the folder of atomic_directory",
 }
 """What writes within a block of `fkernel.io`."""
