@@ -16,7 +16,7 @@ from fkernel.rollout import GeneratedBatch, dotted
 from fkernel.study.config.base import CheckpointPlan
 from fkernel.study.config.plan import FisherKernelPlan
 from fkernel.study.config.requests import UpdateBatch
-from fkernel.study.known_ids import ids_of, unknown_ids
+from fkernel.study.known_ids import ids_of, saved_batch, unknown_ids, unknown_tokens
 from fkernel.study.outcome import RequestResult, info_of
 from fkernel.study.results import BATCHES, OWN, FisherKernelResults
 from fkernel.study.sources import dotted_names
@@ -34,6 +34,7 @@ def check_inputs(plan: FisherKernelPlan) -> None:
     wrong = [*_missing_files(plan), *_functions(plan), *_packages(plan), *_device(plan.numerics.device)]
     gone = {line.partition(":")[0] for line in wrong}
     wrong += [line for line in _checkpoints(plan) if line.partition(":")[0] not in gone]
+    vocabulary = _vocabulary(plan.checkpoint)
     ids, unreadable = dict[str, list[str] | None](), list[str]()
     sources = {"update": plan.update, **{f"requests.{i}": request for i, request in enumerate(plan.requests)}}
     for place, source in sources.items():
@@ -41,9 +42,13 @@ def check_inputs(plan: FisherKernelPlan) -> None:
         if f"{place}.path" in gone:
             continue
         try:
-            ids[place] = ids_of(source, ids["update"])
+            saved = saved_batch(source)
         except FKernelError as error:
             unreadable.append(f"{place}: {error}")
+            continue
+        ids[place] = ids_of(source, saved, ids["update"])
+        if saved is not None and vocabulary is not None:
+            unreadable += unknown_tokens(place, saved, vocabulary)
     wrong += unreadable
     wrong += unknown_ids(plan, ids["update"], [ids[f"requests.{i}"] for i in range(len(plan.requests))])
     if wrong:
@@ -166,6 +171,21 @@ def _without_chat(places: Iterable[Path], checkpoint: CheckpointPlan) -> Path | 
         return None
     files = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
     return None if config.get("chat_template") or any((own[0] / name).exists() for name in files) else own[0]
+
+
+def _vocabulary(checkpoint: CheckpointPlan) -> int | None:
+    """Tokens of the model by its config.json; None where only the model tells, as of an adapter, which may add some."""
+    if checkpoint.path is None or checkpoint.base is not None or not Path(checkpoint.path).exists():
+        return None
+    try:
+        folders = [*find_layout(checkpoint.path).places, *map(Path, filter(None, [checkpoint.model]))]
+        own = [folder for folder in folders if (folder / "config.json").is_file()]
+        if not own or any((folder / "adapter_config.json").is_file() for folder in folders):
+            return None
+        config = parse_json((own[0] / "config.json").read_text(encoding="utf-8"))
+        return int(config["vocab_size"] if "vocab_size" in config else config["text_config"]["vocab_size"])
+    except (FKernelError, OSError, ValueError, TypeError, KeyError):  # loading says what is wrong, in full
+        return None
 
 
 def _by_number(name: str) -> tuple[int, str]:

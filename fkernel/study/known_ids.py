@@ -1,4 +1,4 @@
-"""Ids that a plan's batches will have, as far as they are known before anything is sampled; and ids that none has."""
+"""What is known of a plan's batches before anything is sampled: saved ones, ids; and ids that no sequence has."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from fkernel.errors import listing
 from fkernel.record import Recording
-from fkernel.rollout import load_batch, probe_name
+from fkernel.rollout import GeneratedBatch, load_batch, probe_name
 from fkernel.study.config.plan import FisherKernelPlan
 from fkernel.study.config.requests import FromFile, Payload, Recorded, UpdateBatch
 from fkernel.study.draws import CustomSequenceDraw
@@ -17,36 +17,67 @@ PREFIXES = {"update": "U", "evaluation": "E", "prompt_ids": "P", "custom_prompts
 """Of the ids of sampled batches, by kind."""
 
 
-def ids_of(source: Any, own: Sequence[str] | None = None) -> list[str] | None:
+def saved_batch(source: Any) -> GeneratedBatch | None:
+    """Read a batch that is a file's, a recording's or given as it is; None where the batch is still to be made.
+
+    Args:
+        source: a plan's `update`, or one of its requests.
+
+    Raises:
+        FKernelError: the file or the recording cannot be read.
+    """
+    if isinstance(source, Payload):
+        return source.batch
+    if isinstance(source, FromFile):
+        return load_batch(source.path)
+    if isinstance(source, Recorded):
+        return Recording.open(str(source.recording)).step(int(source.step or 0)).batch
+    return None
+
+
+def ids_of(source: Any, saved: GeneratedBatch | None = None, own: Sequence[str] | None = None) -> list[str] | None:
     """The ids of a batch before it is made; None where only making it tells.
 
     Args:
         source: a plan's `update`, or one of its requests.
+        saved: its batch, where that is saved.
         own: the ids of U, for a request that is U itself.
-
-    Raises:
-        FKernelError: a saved batch or a recording cannot be read.
 
     Example:
         >>> from fkernel.study.draws import EvaluationDraw
         >>> ids_of(EvaluationDraw(kind="evaluation", batch_size_prompts=2))
         ['E-000-00', 'E-001-00']
     """
+    if saved is not None:
+        return saved.ids
     if isinstance(source, UpdateBatch) and source.is_own:
         return None if own is None else [*own]
     if isinstance(source, CustomSequenceDraw):
         return [source.name or probe_name(0)]
     if isinstance(source, Payload):
-        given = source.batch.ids if source.batch is not None else source.names
-        return given or None
-    if isinstance(source, FromFile):
-        return load_batch(source.path).ids
-    if isinstance(source, Recorded):
-        return Recording.open(str(source.recording)).step(int(source.step or 0)).batch.ids
+        return source.names or None
     if source.kind not in PREFIXES:
         return None
     prefix, completions = PREFIXES[source.kind], int(source.completions_per_prompt or 1)
     return [f"{prefix}-{g:03d}-{k:02d}" for g in range(int(source.size) // completions) for k in range(completions)]
+
+
+def unknown_tokens(place: str, batch: GeneratedBatch, vocabulary: int) -> list[str]:
+    """Say which token of a saved batch is beyond a model's vocabulary: a line, or none.
+
+    Args:
+        place: of the batch in the plan.
+        batch: the batch.
+        vocabulary: tokens that the model has.
+    """
+    for record in batch:
+        for token in (*record.prompt_ids, *record.response_ids):
+            if not 0 <= token < vocabulary:
+                return [
+                    f"{place}: {record.sequence_id} has the token {token}, and the checkpoint's vocabulary ends before "
+                    f"{vocabulary}; the batch is of another model, or was made with another tokenizer."
+                ]
+    return []
 
 
 def unknown_ids(plan: FisherKernelPlan, U: Sequence[str] | None, of_requests: Sequence[list[str] | None]) -> list[str]:

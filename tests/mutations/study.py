@@ -17,6 +17,11 @@ MUTATIONS = [
         "seeds = [seed_of(seed, prefix, g) for g, k, _ in draws]",
     ),
     Mutation(
+        "a token just beyond the vocabulary is let through until the model is loaded",
+        f"{STUDY}/test_checks.py::test_tokens_beyond_the_vocabulary_are_found_in_saved_batches",
+        "study/known_ids.py", "if not 0 <= token < vocabulary:", "if not 0 <= token <= vocabulary:",
+    ),
+    Mutation(
         "one stream for a whole microbatch",
         f"{ROLLOUT}/test_sampling.py::test_company_changes_nothing",
         "rollout/sampling.py", "[torch.Generator().manual_seed(seed) for seed in seeds]",

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 import yaml
 
 import fkernel as fk
+from fkernel.rollout import load_batch, save_batch
 from fkernel.study import FisherKernelPlan, FisherKernelRunner, check_inputs
 from fkernel.study import checks as checking
 from tests.study.test_cli import told
@@ -91,6 +93,18 @@ def test_the_check_imports_no_model(run, tmp_path):
     command = [sys.executable, "-c", code, str(tmp_path / "study.yaml")]
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     assert subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.endswith("False\n")
+
+
+def test_tokens_beyond_the_vocabulary_are_found_in_saved_batches(run, tmp_path):
+    batch = load_batch(run.update)
+    first, *others = batch.records
+    size = json.loads((run.before / "model" / "config.json").read_text())["vocab_size"]
+    beyond = replace(first, response_ids=(*first.response_ids[:-1], size))
+    save_batch(replace(batch, records=(beyond, *others)), tmp_path / "other")
+    other = {"kind": "from_file", "path": str(tmp_path / "other")}
+    found = lines(run.plan(tmp_path / "out", update=other, requests=[other]))
+    of_other = f"{first.sequence_id} has the token {size}, and the checkpoint's vocabulary ends before {size}"
+    assert [line.partition(";")[0] for line in found] == [f"update: {of_other}", f"requests.0: {of_other}"]
 
 
 def test_packages_are_looked_for(run, tmp_path, monkeypatch):
