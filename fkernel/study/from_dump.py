@@ -19,8 +19,8 @@ TITLES = {
     "verl": "verl",
 }
 ASKED = {
-    "loss": "update.loss: the loss of the step, such as {kind: clipped_ratio, low: 0.2, high: 0.2}, or {kind: "
-    "policy_gradient} where all its ratios are 1 and nothing stands beside them",
+    "loss": "update.loss: the loss of the step: {kind: policy_gradient} where it was the first on its batch, so that "
+    "all ratios are 1, and nothing stands beside them; else such as {kind: clipped_ratio, low: 0.2, high: 0.2%s}",
     "old": "update.loss.old: the checkpoint before the first step on this batch, {path: …}; or "
     "{kind: policy_gradient}, where that is the plan's own",
     "weights": "update.weights: what the loss divides by: dapo (tokens of the step), grpo (tokens of the response, "
@@ -31,12 +31,14 @@ ASKED = {
     "temperature": "sampling.temperature: at which the run sampled, and its loss is",
     "max_new_tokens": "sampling.max_new_tokens: the most tokens of a response; a shorter one ended by itself",
     "prompts": "prompts: the run's data set, with template: chat",
+    "mask_truncated": "update.mask_truncated: whether the loss left responses out that were cut off, where any were",
 }
 """What may be lacking, and the key that says it."""
 OWN_NAMES = {
     ("trl", "batch_size"): "per_device_train_batch_size · gradient_accumulation_steps · processes",
     ("trl", "weights"): "TRL's loss_type",
     ("trl", "max_new_tokens"): "TRL's max_completion_length",
+    ("trl", "mask_truncated"): "TRL's mask_truncated_completions, true or false",
     ("nemo_rl", "batch_size"): "policy.train_global_batch_size",
     ("nemo_rl", "weights"): "dapo with token_level_loss, else grpo",
     ("prime_rl", "loss"): "{kind: dppo} is prime-rl's default, {kind: ipo} the other",
@@ -68,7 +70,7 @@ def as_dumped(plan: FisherKernelPlan) -> FisherKernelPlan:
         return plan
     try:
         dump = locate(update.path, update.step, update.trainer)
-        missing = [ASKED[key] + _own(dump, key) for key in _missing(plan, update, dump)]
+        missing = [_asked(dump, key) for key in _missing(plan, update, dump)]
     except RolloutError as error:
         raise PlanError(f"update: {error}") from error
     if missing:
@@ -128,7 +130,10 @@ def _missing(plan: FisherKernelPlan, update: TrainerDump, dump: Dump) -> list[st
         "prompts": bool(plan.prompts),
     }
     always = {"loss", "old"}
-    return [key for key in ASKED if key in lacks | always and not given[key]]
+    missing = [key for key in given if key in lacks | always and not given[key]]
+    # Whether any response was cut off is known once they are tokens: it is asked for with the rest, never alone.
+    masked = dump.source.name == "trl" and update.mask_truncated is None
+    return [*missing, "mask_truncated"] if missing and masked else missing
 
 
 def _has_old(update: TrainerDump, dump: Dump) -> bool:
@@ -138,6 +143,10 @@ def _has_old(update: TrainerDump, dump: Dump) -> bool:
     return update.loss.old is not None or update.old is not None or "old" not in dump.lacks
 
 
-def _own(dump: Dump, key: str) -> str:
+def _asked(dump: Dump, key: str) -> str:
+    """The line that asks for a key, with what the trainer calls it."""
     name = OWN_NAMES.get((dump.source.name, key))
-    return "" if name is None else f" ({name})"
+    line = ASKED[key]
+    if key == "loss":
+        line %= ", old: {path: the checkpoint before the first step on this batch}" if "old" in dump.lacks else ""
+    return line if name is None else f"{line} ({name})"

@@ -15,6 +15,7 @@ from fkernel.checkpoint import load
 from fkernel.cli import app
 from fkernel.errors import FKernelError, PlanError
 from fkernel.record import read
+from fkernel.record.dumps import locate
 from fkernel.rollout import GeneratedBatch, SampleGenerator, Sampling, jsonl, load_batch, save_batch
 from fkernel.study import FisherKernelPlan, FisherKernelRunner, as_recorded
 from fkernel.study.config.dump import TrainerDump
@@ -244,7 +245,10 @@ def test_verls_texts_and_scores(run, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------- what is asked for
 
 KEYS: dict[str, set[str]] = {
-    "trl": {"update.loss", "update.weights", "update.batch_size", "sampling.temperature", "sampling.max_new_tokens"},
+    "trl": {
+        *("update.loss", "update.weights", "update.batch_size", "update.mask_truncated"),
+        *("sampling.temperature", "sampling.max_new_tokens"),
+    },
     "nemo_rl": {"update.loss", "update.weights", "update.batch_size", "sampling.temperature"},
     "prime_rl": {"update.loss", "sampling.temperature"},
     "open_instruct": {"update.loss", "update.weights", "update.batch_size", "sampling.temperature"},
@@ -266,6 +270,8 @@ def test_what_a_dump_lacks_is_asked_for_at_once(run, tmp_path, name):
         as_recorded(FisherKernelPlan.model_validate(plan))
     lines = str(raised.value).splitlines()[1:]
     assert {line.strip().split(": ")[0] for line in lines} == KEYS[name]
+    ratios = "old: {path: the checkpoint before the first step on this batch}" in str(raised.value)
+    assert ratios == ("old" in locate(path, STEP + 1).lacks)  # no second question after a loss with a ratio
 
 
 def test_checking_a_plan_says_what_its_dump_lacks(run, tmp_path):
