@@ -62,7 +62,12 @@ def uncertainty_blocks(result: RequestResult, unit: Unit) -> list[Block]:
     coverage = f"{analysis.facts['coverage']:.0%}"
     order = largest(result.batch, MOST_BARS)[::-1]
     shown = [
-        table(f"How sure the batch's effect is ({unit.name}; {coverage} intervals by prompt)", columns, rows),
+        table(
+            f"How sure the batch's effect is ({unit.name}; {coverage} intervals by prompt)",
+            columns,
+            rows,
+            analysis.facts.get("untested", ""),
+        ),
     ]
     if known:
         low, high = (unit.scale * analysis[end][order] for end in ends)

@@ -20,6 +20,7 @@ from fkernel.report.comparisons import (
 )
 from fkernel.report.heatmaps import covariates_panel, tokens_panel
 from fkernel.report.panels import ledger_panel, parts_panel, sweep_panel
+from fkernel.report.table import cut
 from fkernel.report.tokens import token_table
 from fkernel.report.units import PREDICTED
 from fkernel.report.update_panels import health_panel, structure_panel
@@ -164,11 +165,11 @@ def uncertainty_table(result: RequestResult, rows: int = 10) -> Table:
     """Tabulate intervals of influences over prompts of U, and permutation p-values."""
     analysis = result.analysis("uncertainty")
     facts, prompts = analysis.facts, analysis.facts["prompts"]
-    informative = sum(facts["informative"])
-    caption = (
-        f"{facts['coverage']:.0%} intervals by prompt; p against advantages permuted within prompts, of which "
-        f"{informative} of {len(prompts)} have any to permute"
+    informative, texts = sum(facts["informative"]), {str(info.prompt_id): info.prompt for info in result.update}
+    tested = (
+        f"p against advantages permuted within prompts, of which {informative} of {len(prompts)} have any to permute"
     )
+    caption = f"{facts['coverage']:.0%} intervals by prompt; {facts.get('untested', tested)}"
     columns, left = (
         ("sequence", "Σ C", "interval", "p", "largest prompt", "its Σ C", "p"),
         ("sequence", "largest prompt"),
@@ -180,8 +181,13 @@ def uncertainty_table(result: RequestResult, rows: int = 10) -> Table:
             interval = " … ".join(f"{1e3 * analysis[end][row]:+.2f}" for end in ("low", "high"))
         sums = analysis["prompt_contributions"][row]
         g = int(np.argmax(np.abs(sums)))
-        prompt = (escape(prompts[g]), f"{1e3 * sums[g]:+.2f}", f"{analysis['prompt_p'][row, g]:.3f}")
-        own = (f"{1e3 * result.batch[row]:+.2f}", interval, f"{analysis['p'][row]:.3f}")
+        p, of_prompt = (
+            ("–", "–")
+            if "untested" in facts
+            else (f"{x:.3f}" for x in (analysis["p"][row], analysis["prompt_p"][row, g]))
+        )
+        prompt = (escape(cut(texts.get(prompts[g], str(prompts[g])))), f"{1e3 * sums[g]:+.2f}", of_prompt)
+        own = (f"{1e3 * result.batch[row]:+.2f}", interval, p)
         table.add_row(escape(result.evaluation[row].id), *own, *prompt)
     return table
 

@@ -6,7 +6,7 @@ import numpy as np
 from rich.markup import escape
 
 from fkernel.report.style import count
-from fkernel.report.table import CHANCE, p_value, sequence_text
+from fkernel.report.table import CHANCE, batch_p, p_value, prompt_p, sequence_text
 from fkernel.study import FisherKernelResults, RequestResult
 
 PARTS = ("batch", "momentum", "decay", "arithmetic", "unexplained")
@@ -106,11 +106,15 @@ def probe_lines(result: RequestResult, units: str = "nats") -> list[str]:
         result: of one request.
         units: of the contributions, "nats" or "bare".
     """
-    lines = []
+    lines, uncertainty = [], result.analyses.get("uncertainty")
     for row, info in enumerate(result.evaluation):
+        p = batch_p(uncertainty, row)
+        of_batch = "" if p is None else f" (p {p:.2g})"
         what = "predicted" if result.realised is None else "moved"
         parts = [
-            f"{name} {_nats(values[row], units)}" for name in PARTS if (values := getattr(result, name)) is not None
+            f"{name} {_nats(values[row], units)}{of_batch if name == 'batch' else ''}"
+            for name in PARTS
+            if (values := getattr(result, name)) is not None
         ]
         lines.append(f"{sequence_text(info, result)}: {what} {_nats(_moved(result)[row], units)}: {', '.join(parts)}")
         lines += culprit_lines(result, row, units)
@@ -125,10 +129,13 @@ def culprit_lines(result: RequestResult, row: int, units: str = "nats") -> list[
         row: of a sequence of E.
         units: of the contributions.
     """
-    named = []
+    named, uncertainty = [], result.analyses.get("uncertainty")
     for u, nats in result.top_contributors(row, 3, group_identical=True):
-        p = p_value(result.analyses.get("uncertainty"), result, row, u)
-        chance = "" if p is None else f", p {p:.2g}" + ("" if p <= CHANCE else " (could be chance)")
+        p, of_prompt = p_value(uncertainty, result, row, u), prompt_p(uncertainty, row, u)
+        chance = "" if p is None else f", p {p:.2g}"
+        chance += "" if of_prompt is None else f", its prompt's p {of_prompt:.2g}"
+        known = [each for each in (p, of_prompt) if each is not None]
+        chance += " (could be chance)" if known and min(known) > CHANCE else ""
         named.append(f"  {sequence_text(u, result)}: {_nats(nats, units)}{chance}")
     return named
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypeGuard
 
 import numpy as np
 from rich.markup import escape
@@ -53,7 +54,8 @@ def effects_table(result: RequestResult, rows: int = 10) -> Table:
     uncertainty = result.analyses.get("uncertainty")
     table.add_column("top three contributors", no_wrap=True)
     if uncertainty is not None:
-        table.caption = f"* told apart from chance (p ≤ {CHANCE}); † its prompt is; others could be chance"
+        told = f"* told apart from chance (p ≤ {CHANCE}); † its prompt is; others could be chance"
+        table.caption = str(uncertainty.facts.get("untested", told))
     moved = result.predicted if result.realised is None else result.realised
     for row in np.argsort(-np.abs(moved), kind="stable")[:rows]:
         info = result.evaluation[row]
@@ -144,7 +146,7 @@ def influence_table(
         record = batch.by_id(name)
         advantage = "" if record.advantage is None else f"{record.advantage:+.3f}"
         changes = [f"{scale * values[name]:+.4g}" for values in (before, *([after] if changed else []))]
-        table.add_row(escape(f"{name} {_cut(record.prompt)}{_cut(record.response)}"), advantage, *changes)
+        table.add_row(escape(f"{name} {cut(record.prompt)}{cut(record.response)}"), advantage, *changes)
     return table
 
 
@@ -169,23 +171,36 @@ def study_lines(results: FisherKernelResults) -> list[str]:
 
 def p_value(analysis: AnalysisResult | None, result: RequestResult, row: int, u: SequenceInfo) -> float | None:
     """The p-value of a contributor to a row; None where there is none: nothing to permute, or several added up."""
-    if analysis is None or "top_p" not in analysis.arrays or u.times > 1 or result.top is None:
-        return None
-    if not any(analysis.facts["informative"]):
+    if not _permuted(analysis) or u.times > 1 or result.top is None:
         return None
     ids = [result.update[column].id for column in result.top[row]][: analysis["top_p"].shape[1]]
     return float(analysis["top_p"][row, ids.index(u.id)]) if u.id in ids else None
+
+
+def prompt_p(analysis: AnalysisResult | None, row: int, u: SequenceInfo) -> float | None:
+    """The p-value of what a contributor's prompt did to a row; None where there is none."""
+    if not _permuted(analysis) or u.prompt_id not in analysis.facts["prompts"]:
+        return None
+    return float(analysis["prompt_p"][row, analysis.facts["prompts"].index(u.prompt_id)])
+
+
+def batch_p(analysis: AnalysisResult | None, row: int) -> float | None:
+    """The p-value of what the whole batch did to a row; None where there is none."""
+    return float(analysis["p"][row]) if _permuted(analysis) else None
+
+
+def _permuted(analysis: AnalysisResult | None) -> TypeGuard[AnalysisResult]:
+    return analysis is not None and analysis.skipped is None and any(analysis.facts["informative"])
 
 
 def _mark(analysis: AnalysisResult | None, result: RequestResult, row: int, u: SequenceInfo) -> str:
     """Significance of a contributor to a row: "*" of itself, "†" of its prompt, or neither."""
     if analysis is None or "top_p" not in analysis.arrays:
         return ""
-    p = p_value(analysis, result, row, u)
+    p, of_prompt = p_value(analysis, result, row, u), prompt_p(analysis, row, u)
     if p is not None and p <= CHANCE:
         return "*"
-    prompts = analysis.facts["prompts"]
-    return "†" if u.prompt_id in prompts and analysis["prompt_p"][row, prompts.index(u.prompt_id)] <= CHANCE else " "
+    return "†" if of_prompt is not None and of_prompt <= CHANCE else " "
 
 
 def _number(value: float | None) -> str:
@@ -197,10 +212,10 @@ def sequence_text(info: SequenceInfo, result: RequestResult) -> str:
     right, reward = result.facts.get("correct"), info.reward
     mark = "" if right is None or reward is None else " ✓" if reward >= right else " ✗"
     times = "" if info.times == 1 else f" × {info.times}"
-    return escape(f"{info.id} {_cut(info.prompt)}{_cut(info.response)}{mark}{times}")
+    return escape(f"{info.id} {cut(info.prompt)}{cut(info.response)}{mark}{times}")
 
 
-def _cut(text: str, most: int = 28) -> str:
+def cut(text: str, most: int = 28) -> str:
     """The end of a text, on one line; a prompt's question comes last."""
     plain = text.replace("\n", "⏎")
     return plain if len(plain) <= most else "…" + plain[1 - most :]

@@ -3,7 +3,24 @@
 from tests.mutants import Mutation
 
 ANALYSIS = "tests/analysis"
+EXCHANGEABLE = "tests/study/test_exchangeable.py"
 MUTATIONS = [
+    Mutation(
+        "a column by token weights taken for one by advantages",
+        f"{EXCHANGEABLE}::test_the_p_values_are_those_of_the_loss_by_advantages",
+        "study/analyses/exchange.py", "torch.where(some, 1 / A", "torch.where(some, 1 / A.sign()",
+    ),
+    Mutation(
+        "a loss that weighs wrong answers otherwise is permuted",
+        f"{EXCHANGEABLE}::test_what_is_a_policy_gradient",
+        "study/analyses/exchange.py", "return all(_same(own[at]) or _same((own * tokens)[at]) for at in prompts)",
+        "return len(prompts) > 0",
+    ),
+    Mutation(
+        "a ratio passes for a policy gradient",
+        f"{EXCHANGEABLE}::test_a_loss_that_may_depend_on_signs_is_not_permuted_and_says_so",
+        "study/analyses/exchange.py", "CLOSE = 1e-3", "CLOSE = 1.0",
+    ),
     Mutation(
         'sequences resampled, not prompts',
         f"{ANALYSIS}/test_uncertainty.py::test_intervals_cover",

@@ -11,13 +11,13 @@ import pytest
 from rich.table import Table
 
 from fkernel.cli.console import Tables
-from fkernel.report.summary import culprit_lines
+from fkernel.report.summary import culprit_lines, probe_lines
 from fkernel.study import AnalysisResult, RequestResult, SequenceInfo
 from fkernel.study.results import FisherKernelResults
 
 
 def info(name: str, tokens: str, **more) -> SequenceInfo:
-    return SequenceInfo(name, "1+1=", tokens, -1.0, content_hash=tokens, **more)
+    return SequenceInfo(name, "1+1=", tokens, -1.0, content_hash=tokens, prompt_id="p", **more)
 
 
 U = (info("a", "x"), info("b", "y"), info("c", "x"), info("d", "z"))
@@ -78,10 +78,25 @@ def test_no_number_is_cut(width):
         assert number in text
 
 
-@pytest.mark.parametrize(("informative", "said"), [([True], ", p 0.3 (could be chance)"), ([False], "")])
-def test_a_p_value_is_told_only_where_something_was_permuted(informative, said):
+@pytest.mark.parametrize(
+    ("informative", "of_prompt", "alone", "together"),
+    [
+        ([True], 0.4, ", p 0.3, its prompt's p 0.4 (could be chance)", ", its prompt's p 0.4 (could be chance)"),
+        (
+            [True],
+            0.01,
+            ", p 0.3, its prompt's p 0.01",
+            ", its prompt's p 0.01",
+        ),  # several added up have no p of their own
+        ([False], 1.0, "", ""),
+    ],
+)
+def test_a_p_value_is_told_only_where_something_was_permuted(informative, of_prompt, alone, together):
+    made = result()
     facts = {"informative": informative, "prompts": ["p"]}
-    sure = AnalysisResult({"top_p": np.full((1, 4), 0.3), "prompt_p": np.ones((1, 1))}, facts)
-    lines = culprit_lines(replace(result(), analyses={"uncertainty": sure}), 0)
-    assert lines[0].endswith("+700.00 · 10⁻³ nats")  # two sequences added up have no p
-    assert lines[1].endswith(f"-500.00 · 10⁻³ nats{said}")
+    arrays = {"top_p": np.full((1, 4), 0.3), "prompt_p": np.full((1, 1), of_prompt), "p": np.full(1, 0.002)}
+    sure = replace(made, analyses={"uncertainty": AnalysisResult(arrays, facts)})
+    lines = culprit_lines(sure, 0)
+    assert lines[0].endswith(f"+700.00 · 10⁻³ nats{together}")
+    assert lines[1].endswith(f"-500.00 · 10⁻³ nats{alone}")
+    assert (" (p 0.002)" in probe_lines(sure)[0]) == informative[0]

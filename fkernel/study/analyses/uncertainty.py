@@ -26,6 +26,7 @@ from fkernel.rollout import GeneratedBatch
 from fkernel.shapes import Tensor, Tree
 from fkernel.study.analyses.analysis import Accumulator, Analysis
 from fkernel.study.analyses.context import RequestContext
+from fkernel.study.analyses.exchange import exchangeable
 from fkernel.study.config.step import PreconditionerPlan, StepPlan
 from fkernel.study.config.values import Strict
 from fkernel.study.diagnostics import top_contributors
@@ -61,11 +62,11 @@ class UncertaintyAccumulator(Accumulator):
         """Draw resamplings and permutations once for all rows."""
         batch = context.workspace.batch
         self.context, self.config, n = context, config, len(context.batch)
-        self.advantages = context.workspace.advantages_with(context.advantages)
-        self.scale = context.workspace.clip * context.workspace.unit_weights
+        self.exchanged = exchangeable(context.workspace, context.advantages)
+        self.scale = context.workspace.clip * self.exchanged.weights
         self.prompts = resamplings(batch.groups, config.draws, config.seed)
-        self.shuffled = permutations(batch.groups, config.draws, config.seed, judged(batch))
-        if context.workspace.keeps_signs:  # the loss depends on the signs: no permutation, p = 1
+        self.shuffled = permutations(batch.groups, config.draws, config.seed, self.exchanged.permuted)
+        if self.exchanged.reason is not None:  # no permutation, p = 1
             self.shuffled = self.shuffled._replace(orders=torch.arange(len(batch)).expand(config.draws, -1))
         self.names = _names_by_place(batch, self.prompts.place)
         k = min(max(1, context.capture.top_k), len(batch))
@@ -76,6 +77,7 @@ class UncertaintyAccumulator(Accumulator):
         form = context.workspace.spec["preconditioner"]["form"]
         self.permuted = form == "post-step"
         self.facts: dict[str, Any] = {"draws": config.draws, "coverage": config.coverage, "prompts": self.names}
+        self.facts |= {} if self.exchanged.reason is None else {"untested": self.exchanged.reason}
         self.facts["preconditioner"] = "permutation mean" if self.permuted else form
 
     def ask(self, walk: ProductSpec) -> ProductSpec:
@@ -91,13 +93,13 @@ class UncertaintyAccumulator(Accumulator):
         C = (block.kernel().to(dtype) * self.context.weights.to(dtype)).double()
         arrays, k = self.arrays, self.arrays["top_p"].shape[1]
         K = block.kernel("permuted" if self.permuted else "").to(dtype)
-        p_values = significance(K, self.scale, self.advantages, self.shuffled)
+        p_values = significance(K, self.scale, self.exchanged.advantages, self.shuffled)
         arrays["p"][block.at], arrays["prompt_p"][block.at] = p_values.influence, p_values.prompts
         arrays["prompt_contributions"][block.at] = group_sums(C, self.prompts.place, self.prompts.prompts)
         columns, _ = top_contributors(C, k)
         arrays["top_p"][block.at] = p_values.sequences.gather(1, columns)
         self.facts |= {"informative": p_values.informative.tolist(), "least": p_values.least.tolist()}
-        if self.context.workspace.keeps_signs:
+        if self.exchanged.reason is not None:
             self.facts |= {"informative": [False] * len(self.names), "least": [1.0] * len(p_values.least)}
         if self.prompts.prompts < 2:
             return
@@ -128,8 +130,8 @@ def permuted_preconditioner(workspace: KernelWorkspace, policy: Policy) -> Diago
     if workspace not in _PERMUTED:
         like = next(iter(policy.params.values()))
         loss, batch = workspace.loss, workspace.batch
-        advantages = workspace.advantages_with(None)
-        weights = workspace.unit_weights.to(like.device, torch.promote_types(like.dtype, torch.float32))
+        given = exchangeable(workspace)
+        weights = given.weights.to(like.device, torch.promote_types(like.dtype, torch.float32))
         rms: Tree = {}
         J = workspace.gradients
         parts = 1 if J.walked or not J.whole else 8  # those come for all parameters
@@ -138,7 +140,7 @@ def permuted_preconditioner(workspace: KernelWorkspace, policy: Policy) -> Diago
             beside = [] if loss is None else [*loss.beside_columns.values()]
             penalty = tree.add(*({name: v[name] for name in names} for v in beside)) if beside else None
             rms |= permutation_rms(
-                J.weighted_sum, J.squared_sum, weights, advantages, batch.groups, penalty, judged(batch)
+                J.weighted_sum, J.squared_sum, weights, given.advantages, batch.groups, penalty, given.permuted
             )
         rms = {name: rms[name] for name in policy.params}
         plan, step = (workspace.spec[name] for name in ("preconditioner", "step"))
@@ -168,15 +170,6 @@ def _part_of(workspace: KernelWorkspace, names: Sequence[str]) -> Gradients:
     if workspace.directory is not None:
         return Gradients(U.side, U.cuts, lambda i: U.read(i, names))
     return Gradients(U.side, U.cuts, lambda i: {name: U.read(i)[name] for name in names})
-
-
-def judged(batch: GeneratedBatch) -> Tensor | None:
-    """[n] bool, which sequences are exchangeable within their prompt; None for all.
-
-    One whose reward abstained is not: its advantage is 0 whatever the others' rewards are.
-    """
-    exchangeable = torch.tensor([not record.abstained or record.reward is not None for record in batch])
-    return None if bool(exchangeable.all()) else exchangeable
 
 
 def _names_by_place(batch: GeneratedBatch, place: Tensor) -> list[str]:
