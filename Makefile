@@ -59,7 +59,7 @@ formats: $(WRITERS) ## Write the tests' checkpoints with the trainers' own packa
 	@.venv-formats/bin/python -m tests.formats $(ARGS)
 
 docs: $(READY) ## Build the pages (they execute) and run their examples; warnings are errors
-	@$(BIN)/sphinx-build -q -E -W --keep-going -d $(BUILD)/doctrees -b html docs $(BUILD)/html
+	@$(BIN)/sphinx-build -q -E -W --keep-going -j auto -d $(BUILD)/doctrees -b html docs $(BUILD)/html
 	@$(BIN)/sphinx-build -q -W --keep-going -d $(BUILD)/doctrees -b doctest docs $(BUILD)/doctest
 	@echo "$(BUILD)/html/index.html"
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -24,7 +25,8 @@ def _extension(name: str) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with patch.object(sys, "path", [*sys.path, str(DOCS / "_ext")]):  # where Sphinx looks for the extensions
+        spec.loader.exec_module(module)
     return module
 
 
@@ -98,7 +100,7 @@ def test_docstrings_become_markup_without_losing_text(given, expected):
     assert _extension("plain_docstrings").plain(given) == expected
 
 
-@pytest.mark.parametrize("name", ["coverage_check", "plain_docstrings", "executed_pages", "plan_keys"])
+@pytest.mark.parametrize("name", ["coverage_check", "plain_docstrings", "executed_pages", "forked", "plan_keys"])
 def test_examples_of_the_extensions_run(name):
     import doctest
 
@@ -218,7 +220,7 @@ def test_ci_runs_lint_and_tests_and_stops_at_the_first_failure():
 @pytest.mark.slow
 def test_pages_execute_and_build_without_a_warning(tmp_path):
     pytest.importorskip("myst_nb")
-    command = [sys.executable, "-m", "sphinx", "-q", "-E", "-W", "--keep-going", "-d", tmp_path / "doctrees"]
+    command = [sys.executable, "-m", "sphinx", "-q", "-E", "-W", "--keep-going", "-j2", "-d", tmp_path / "doctrees"]
     build = subprocess.run([*command, "-b", "html", DOCS, tmp_path / "html"], capture_output=True, text=True)
     assert build.returncode == 0, build.stdout + build.stderr
     for page in ("index", "quickstart", "mathematics", "errors", "api/func"):

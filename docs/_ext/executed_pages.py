@@ -13,7 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib.metadata import distributions
@@ -21,10 +21,12 @@ from pathlib import Path
 from tempfile import mkdtemp
 from threading import Lock
 
+from forked import kernels, programs
 from jupyter_cache import get_cache
 from jupyter_cache.base import CacheBundleIn, JupyterCacheAbstract
 from jupyter_cache.executors.utils import single_nb_execution
 from myst_nb.core.read import create_nb_reader
+from nbformat import NotebookNode
 from sphinx.application import Sphinx
 from sphinx.util import logging
 
@@ -33,6 +35,11 @@ DOCS = Path(__file__).parent.parent
 BUILD = DOCS / "_build" / "executed"
 EXAMPLES = ("additions", "steps")
 """Scripts that make the runs, each called with the folder of its run."""
+IMPORTED = (
+    *("torch", "trl", "datasets", "pandas", "fkernel.cli", "fkernel.study", "fkernel.report", "fkernel.record"),
+    *("transformers.models.qwen2.modeling_qwen2", "transformers.models.gpt2.modeling_gpt2", "ipykernel.kernelapp"),
+)
+"""What pages and scripts import; not matplotlib, whose backend a kernel chooses before that."""
 LOCK = Lock()
 """Of the cache, a database of one writer."""
 
@@ -65,12 +72,18 @@ def folder_of_outputs() -> Path:
     return folder
 
 
-def train(script: Path, folder: Path) -> None:
-    """Run an example's script, unless its run is there."""
+def train(script: Path, folder: Path, start: Sequence[str]) -> None:
+    """Run an example's script, unless its run is there.
+
+    Args:
+        script: writes into the folder that it is given.
+        folder: of the runs.
+        start: how a command begins that runs a script.
+    """
     if (folder / script.stem).exists():
         return
     place = Path(mkdtemp(dir=folder))
-    done = subprocess.run([sys.executable, script, place], capture_output=True, text=True)
+    done = subprocess.run([*start, script, place], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{script} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
     try:
@@ -90,8 +103,10 @@ def _execute(app: Sphinx) -> None:
     folder, workers = Path(app.config.nb_execution_cache_path), os.cpu_count() or 1
     cache, pages = get_cache(folder), {page: page.read_text(encoding="utf-8") for page in sorted(DOCS.glob("*.md"))}
     with_a_run = [page for page, text in pages.items() if re.search(r"^begin\(.+\)", text, re.MULTILINE)]
-    with ThreadPoolExecutor(workers) as pool:
-        runs = [pool.submit(train, DOCS / "examples" / f"{name}.py", folder) for name in EXAMPLES]
+    if all(_is_known(app, cache, page, text) for page, text in pages.items()):
+        return
+    with programs(IMPORTED) as start, kernels(start), ThreadPoolExecutor(workers) as pool:
+        runs = [pool.submit(train, DOCS / "examples" / f"{name}.py", folder, start) for name in EXAMPLES]
         tasks = [pool.submit(_execute_page, app, cache, page, pages[page]) for page in pages if page not in with_a_run]
         for each in runs:
             each.result()
@@ -100,14 +115,24 @@ def _execute(app: Sphinx) -> None:
             each.result()
 
 
+def _read(app: Sphinx, page: Path, text: str) -> NotebookNode | None:
+    """A page as a notebook; None where it is none."""
+    reader = create_nb_reader(str(page), app.env.myst_config, app.env.mystnb_config, text)
+    return None if reader is None else reader.read(text)
+
+
+def _is_known(app: Sphinx, cache: JupyterCacheAbstract, page: Path, text: str) -> bool:
+    """Whether a page's outputs are in the cache, or it has none."""
+    notebook = _read(app, page, text)
+    with LOCK, suppress(KeyError):
+        return notebook is None or bool(cache.match_cache_notebook(notebook))
+    return False
+
+
 def _execute_page(app: Sphinx, cache: JupyterCacheAbstract, page: Path, text: str) -> None:
     """Execute a page into the cache; one that fails is left to the build, which says where it failed."""
-    reader = create_nb_reader(str(page), app.env.myst_config, app.env.mystnb_config, text)
-    if reader is None:
-        return
-    notebook = reader.read(text)
-    with LOCK, suppress(KeyError):
-        cache.match_cache_notebook(notebook)
+    notebook = _read(app, page, text)
+    if notebook is None or _is_known(app, cache, page, text):
         return
     result = single_nb_execution(notebook, str(page.parent), app.config.nb_execution_timeout, allow_errors=False)
     logger.info("%s: %.0f seconds", page.stem, result.time)
