@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Thread
+from typing import Any
 
 
 @contextmanager
@@ -55,9 +56,9 @@ def kernels(start: Sequence[str]) -> Iterator[None]:
         own = Path(folder) / "kernels" / "python3"
         own.mkdir(parents=True)
         argv = [*start, "ipykernel_launcher", "-f", "{connection_file}", "--IPKernelApp.parent_handle=1"]  # or it talks
-        own.joinpath("kernel.json").write_text(
-            json.dumps({"argv": argv, "display_name": "Python 3", "language": "python"}), "utf-8"
-        )
+        told: dict[str, Any] = {"argv": argv, "display_name": "Python 3", "language": "python"}
+        told["metadata"] = {"supported_encryption": ["curve"]}
+        own.joinpath("kernel.json").write_text(json.dumps(told), "utf-8")
         os.environ["JUPYTER_PATH"] = folder
         try:
             yield

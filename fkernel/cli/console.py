@@ -84,25 +84,64 @@ def can_draw() -> bool:
     return there
 
 
+READABLE = 16
+"""Columns of a terminal that a text needs at least, to be more than a stack of syllables."""
+
+
 class Tables(Terminal):
-    """A console whose tables never cut a number: texts give way, and then the line grows beyond the terminal."""
+    """A console whose tables never cut a number: texts give way, and then each row is printed as a list."""
 
     def print(self, *objects: Any, **options: Any) -> None:
         """Print, with the columns of numbers as wide as their numbers."""
-        super().print(*map(uncut, objects), **{"crop": False, **options})
+        shown = (uncut(each, self.width) if isinstance(each, Table) else each for each in objects)
+        super().print(*shown, **{"crop": False, **options})
 
 
-def uncut(shown: Any) -> Any:
-    """A table whose right-aligned columns keep their width; anything else as it is."""
-    if isinstance(shown, Table):
-        for column in shown.columns:
-            cells = [Text.from_markup(cell) if isinstance(cell, str) else cell for cell in column.cells]
-            texts = [cell for cell in cells if isinstance(cell, Text)]
-            if column.justify == "right":
-                column.no_wrap, column.min_width = True, max((cell_len(text.plain) for text in texts[1:]), default=1)
-            else:
-                column.no_wrap, column.overflow = False, "fold"
-    return shown
+def uncut(table: Table, width: int) -> Table:
+    """A table whose right-aligned columns keep their width; a list of its rows where that leaves no room for texts.
+
+    Args:
+        table: any.
+        width: of the terminal.
+
+    Example:
+        >>> table = Table("probe", box=None)
+        >>> table.add_column("realised", justify="right")
+        >>> table.add_row("88", "-65.43")
+        >>> Console(width=30).print(uncut(table, 30))
+         probe  realised
+         88       -65.43
+        >>> Console(width=18).print(uncut(table, 18))
+         probe     88
+         realised  -65.43
+    """
+    needed = 1
+    for column in table.columns:
+        texts = [Text.from_markup(cell) if isinstance(cell, str) else cell for cell in column.cells]
+        widest = max(
+            (max(map(cell_len, text.plain.split("\n"))) for text in texts if isinstance(text, Text)), default=1
+        )
+        if column.justify == "right":
+            heading = max(map(len, str(column.header).split()), default=1)
+            column.no_wrap, column.min_width = True, max(widest, heading)
+            needed += column.min_width + 3
+        else:
+            column.no_wrap, column.overflow = False, "fold"
+            needed += min(max(widest, len(str(column.header))), READABLE) + 3
+    return table if needed <= width or not table.rows else _listed(table)
+
+
+def _listed(table: Table) -> Table:
+    """A table's rows one below the other, a line for each column."""
+    rows = Table(title=table.title, caption=table.caption, show_header=False, box=table.box)
+    rows.add_column(no_wrap=True)
+    rows.add_column(overflow="fold")
+    columns = [[*column.cells] for column in table.columns]
+    for row in range(len(table.rows)):
+        for column, cells in zip(table.columns, columns, strict=True):
+            rows.add_row(column.header, cells[row])
+        rows.add_section()
+    return rows
 
 
 def wide(least: int) -> Tables:

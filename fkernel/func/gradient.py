@@ -1,4 +1,4 @@
-"""The derivatives of any f(params, batch) -> [n]: J, Jᵀw, Jv and vᵀHv.
+"""The derivatives of a differentiable f(params, batch) -> [n]: J, Jᵀw, Jv and vᵀHv.
 
 J stacks the gradients of f, one row a sequence: J[x, α] = ∂f(x; θ)/∂θ_α. Then
 

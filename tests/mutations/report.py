@@ -4,6 +4,11 @@ from tests.mutants import Mutation
 
 MUTATIONS = [
     Mutation(
+        "a narrow terminal loses the texts of a table",
+        "tests/study/test_shown.py::test_no_number_and_no_text_is_cut",
+        "cli/console.py", "return table if needed <= width or not table.rows else _listed(table)", "return table",
+    ),
+    Mutation(
         "a plan's parts without the weights",
         'tests/study/test_analyses.py::test_parts_add_up',
         'study/analyses/parts.py', '(K.to(context.dtype) * context.weights.to(context.dtype)).double()',

@@ -64,18 +64,25 @@ def test_a_result_is_one_screen_and_a_table_in_a_notebook():
     assert html.count("<tr>") == 2
 
 
-@pytest.mark.parametrize("width", [40, 80, 200])
-def test_no_number_is_cut(width):
-    table = Table()
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
+def test_no_number_and_no_text_is_cut(width):
+    text, numbers = "a text that is much longer than it has to be", ("-65.4321", "+1234.5678", "-0.0001")
+    table = Table(title="changes")
     table.add_column("sequence", no_wrap=True)
-    for name in ("batch", "momentum", "realised"):
+    for name in ("predicted", "momentum", "realised"):
         table.add_column(name, justify="right")
-    table.add_row("a text that is much longer than it has to be, for a table", "-65.4321", "+1234.5678", "-0.0001")
+    table.add_row(text, *numbers)
+    table.add_row("short", "1", "2", "3")
     file = io.StringIO()
     Tables(width=width, file=file).print(table)
-    text = file.getvalue()
-    for number in ("-65.4321", "+1234.5678", "-0.0001"):
-        assert number in text
+    printed = file.getvalue()
+    assert max(map(len, printed.splitlines())) <= width
+    assert "…" not in printed
+    for each in (*numbers, "predicted", "momentum", "realised"):
+        assert each in printed
+    assert all(word in printed for word in text.split())
+    beside = any("sequence" in line and "realised" in line for line in printed.splitlines())
+    assert beside == (width >= 60)  # else each row is a list
 
 
 @pytest.mark.parametrize(

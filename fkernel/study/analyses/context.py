@@ -113,7 +113,7 @@ class RequestContext:
         return vectors if self.overridden else {**vectors, **self.policy.departures}
 
     def measured(self, f: Any, E: Any, before: Tensor | None = None) -> dict[str, Tensor]:
-        """Measure the step's effect on any f, as the capture asks; {} where there is no step.
+        """Measure the step's effect on a function of (params, batch), as the capture asks; {} where there is no step.
 
         realised = f(θ', φ') − f(θ, φ),  unselected = f(θ', φ') − f(θ', φ);  θ: selected parameters, φ: the others
         curvature = ½ Δθᵀ∇²f(θ)Δθ
