@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -108,10 +109,10 @@ def uncut(table: Table, width: int) -> Table:
         >>> table = Table("probe", box=None)
         >>> table.add_column("realised", justify="right")
         >>> table.add_row("88", "-65.43")
-        >>> Console(width=30).print(uncut(table, 30))
+        >>> Terminal(width=30).print(uncut(table, 30))
          probe  realised
          88       -65.43
-        >>> Console(width=18).print(uncut(table, 18))
+        >>> Terminal(width=18).print(uncut(table, 18))
          probe     88
          realised  -65.43
     """
@@ -178,12 +179,15 @@ def progress_and_log(level: str) -> Iterator[Callable[[str, int, int], Any]]:
     warnings.showwarning = log_once
     try:
         with visible(console) as progress:
-            bars: dict[str, Any] = {}
+            bars, done, earlier = dict[str, Any](), Counter[str](), Counter[str]()
 
             def on_progress(what: str, n: int, total: int) -> None:
                 if what not in bars:
                     bars[what] = progress.add_task(what, total=total or None)
-                progress.update(bars[what], advance=n, total=total or None)
+                elif not n and not total:  # the same phase of another request
+                    earlier[what] = done[what]
+                done[what] += n
+                progress.update(bars[what], advance=n, total=earlier[what] + total or None)
 
             yield on_progress
     finally:

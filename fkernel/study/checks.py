@@ -42,7 +42,7 @@ def check_inputs(plan: FisherKernelPlan) -> None:
         if f"{place}.path" in gone:
             continue
         try:
-            saved = saved_batch(source)
+            saved = saved_batch(source, plan.checkpoint)
         except FKernelError as error:
             unreadable.append(f"{place}: {error}")
             continue

@@ -9,6 +9,7 @@ from typing import Any
 from fkernel.errors import listing
 from fkernel.record import Recording
 from fkernel.rollout import GeneratedBatch, load_batch, probe_name
+from fkernel.study.config.base import CheckpointPlan
 from fkernel.study.config.plan import FisherKernelPlan
 from fkernel.study.config.requests import FromFile, Payload, Recorded, UpdateBatch
 from fkernel.study.draws import CustomSequenceDraw
@@ -17,11 +18,12 @@ PREFIXES = {"update": "U", "evaluation": "E", "prompt_ids": "P", "custom_prompts
 """Of the ids of sampled batches, by kind."""
 
 
-def saved_batch(source: Any) -> GeneratedBatch | None:
+def saved_batch(source: Any, checkpoint: CheckpointPlan) -> GeneratedBatch | None:
     """Read a batch that is a file's, a recording's or given as it is; None where the batch is still to be made.
 
     Args:
         source: a plan's `update`, or one of its requests.
+        checkpoint: the plan's; a recorded batch that names no recording or step is that of the checkpoint's.
 
     Raises:
         FKernelError: the file or the recording cannot be read.
@@ -31,7 +33,9 @@ def saved_batch(source: Any) -> GeneratedBatch | None:
     if isinstance(source, FromFile):
         return load_batch(source.path)
     if isinstance(source, Recorded):
-        return Recording.open(str(source.recording)).step(int(source.step or 0)).batch
+        place = source.recording or checkpoint.recording
+        number = checkpoint.step if source.step is None else source.step
+        return None if place is None or number is None else Recording.open(place).step(number).batch
     return None
 
 

@@ -11,7 +11,7 @@ import pytest
 from fkernel.errors import FKernelError, PlanError
 from fkernel.record import checkpoint_before
 from fkernel.rollout import Sampling, score
-from fkernel.study import FisherKernelPlan, FisherKernelRunner, account_recording, as_recorded
+from fkernel.study import FisherKernelPlan, FisherKernelRunner, account_recording, as_recorded, check_inputs
 from tests.study.recorded_runs import KINDS, PROBES, recording_of
 
 STEP = 5
@@ -110,6 +110,14 @@ def test_what_is_not_there(tmp_path):
         )
     with pytest.raises(FKernelError, match="no step 40"):
         as_recorded(plan_of("dapo", tmp_path, update={"kind": "recorded", "step": 40}))
+
+
+def test_a_plan_whose_checkpoint_names_the_recording_is_checked(tmp_path):
+    plan = plan_of("dapo", tmp_path / "out")
+    check_inputs(plan)  # before the recording is filled in, as `fkernel plan check` does
+    unknown = {"counterfactuals": [{"name": "x", "drop": ["nobody"]}]}
+    with pytest.raises(PlanError, match="'nobody' names no sequence of U; it has"):
+        check_inputs(plan_of("dapo", tmp_path / "out", analyses=unknown))
 
 
 def test_a_request_of_a_recorded_step_names_it(tmp_path):
