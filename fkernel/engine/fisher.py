@@ -31,7 +31,7 @@ from fkernel.engine.planning import Strategy, choose, usual_microbatch
 from fkernel.engine.planning.estimates import walking_of
 from fkernel.engine.planning.passes import max_microbatch, reverse
 from fkernel.engine.problem import Problem, blocks
-from fkernel.engine.recycling import reuse_memory
+from fkernel.engine.recycling import kept_or_returned
 from fkernel.engine.sums import along, weighted_gradient
 from fkernel.errors import BatchError
 from fkernel.func.handles import ProductSpec, RowSpec
@@ -136,7 +136,7 @@ def _kernel(
     spec, sharded = ProductSpec({"": D}), isinstance(params, ShardedTree)
     problem = Problem(params, side_E, side_U, spec, P=P, store=store, promised=promised, group=group, sharded=sharded)
     K = torch.empty(len(side_E), len(side_U), dtype=torch.float64, device="cpu")
-    with reuse_memory():
+    with kept_or_returned(params):
         for block in blocks(problem, how):
             K[block.at] = block.kernel()
     leaf = computed_like(params)
@@ -191,7 +191,7 @@ def influence(
         P = own_preconditioner(precond, θ, group) if isinstance(θ, ShardedTree) else precond
         check_sides(f, θ, E, U, layers=True)
         how, m = _passes(f, θ, E, U, memory, usual_microbatch(microbatch, E, U))
-        with reuse_memory():
+        with kept_or_returned(θ):
             towards = weighted_gradient(f, θ, U, weights, how or m, group)
             move = transformed(P, towards)
             del towards

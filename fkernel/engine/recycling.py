@@ -6,9 +6,12 @@ import ctypes
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from typing import Any
+
+from fkernel.distributed import ShardedTree
+from fkernel.shapes import Tree
 
 _TRIM, _MMAP = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's malloc.h
 _NEVER = 2**31 - 1
@@ -39,18 +42,15 @@ def reuse_memory() -> Iterator[None]:
         yield
         return
     with _lock:
-        if not _depth[0]:
-            libc.mallopt(_TRIM, _NEVER)
-            libc.mallopt(_MMAP, _NEVER)
-        _depth[0] += 1
+        _reusing[0] += 1
+        _set_thresholds(libc)
     try:
         yield
     finally:
         with _lock:
-            _depth[0] -= 1
-            if not _depth[0]:
-                libc.mallopt(_MMAP, _USUAL)
-                libc.mallopt(_TRIM, 2 * _USUAL)
+            _reusing[0] -= 1
+            _set_thresholds(libc)
+            if not _reusing[0]:
                 libc.malloc_trim(0)
 
 
@@ -72,13 +72,28 @@ def return_memory() -> Iterator[None]:
         return
     release_memory()
     with _lock:
-        libc.mallopt(_MMAP, _LARGE)
+        _returning[0] += 1
+        _set_thresholds(libc)
     try:
         yield
     finally:
         with _lock:
-            libc.mallopt(_MMAP, _NEVER if _depth[0] else _USUAL)
+            _returning[0] -= 1
+            _set_thresholds(libc)
         release_memory()
+
+
+def kept_or_returned(params: Tree) -> AbstractContextManager[None]:
+    """Return the context for passes at θ: `reuse_memory`, or `return_memory` where θ is in shards.
+
+    What is gathered for each layer comes in blocks of many sizes between those that are held. Reused, they left holes
+    that took as much as half of a rank's memory.
+
+    Example:
+        >>> with kept_or_returned({"w": torch.ones(2)}):
+        ...     x = torch.ones(3)
+    """
+    return return_memory() if isinstance(params, ShardedTree) else reuse_memory()
 
 
 def release_memory() -> None:
@@ -96,8 +111,17 @@ def release_memory() -> None:
 
 
 _lock = threading.Lock()
-_depth = [0]
-"""Number of open `reuse_memory` contexts in all threads: the first sets malloc's thresholds, the last resets them."""
+_reusing, _returning = [0], [0]
+"""Number of open contexts in all threads: the first sets malloc's thresholds, the last resets them."""
+
+
+def _set_thresholds(libc: Any) -> None:
+    if _returning[0]:
+        mapped, trimmed = _LARGE, _LARGE
+    else:
+        mapped, trimmed = (_NEVER, _NEVER) if _reusing[0] else (_USUAL, 2 * _USUAL)
+    libc.mallopt(_MMAP, mapped)
+    libc.mallopt(_TRIM, trimmed)
 
 
 @cache

@@ -30,7 +30,7 @@ from fkernel.engine.path import NODES, Path, check_path
 from fkernel.engine.planning import Strategy, choose, usual_microbatch
 from fkernel.engine.planning.passes import Fit, bytes_of, max_microbatch, reverse
 from fkernel.engine.problem import Problem, blocks, held_gradients
-from fkernel.engine.recycling import return_memory, reuse_memory
+from fkernel.engine.recycling import kept_or_returned, return_memory
 from fkernel.engine.step_on_shards import adamw_on_shards, clipped_shards, is_sharded
 from fkernel.engine.sums import values, weighted_gradient
 from fkernel.engine.sums_in_shards import values_of_step
@@ -211,7 +211,7 @@ def explain_step(
         strategy, m = _planned(f, params, E, U, state, path, memory, usual_microbatch(microbatch, E, U), group)
         f_E = f if rows is None else rows
         promised = memory is not None
-        with reuse_memory():
+        with kept_or_returned(params):
             return _explained(f, f_E, params, E, U, weights, state, path, max_norm, m, strategy, promised, group)
 
 
