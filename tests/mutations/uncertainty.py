@@ -78,7 +78,7 @@ MUTATIONS = [
     Mutation(
         "a study that exchanges who abstains",
         "tests/study/test_uncertainty.py::test_who_abstains_is_not_exchanged_with_the_judged",
-        "study/analyses/uncertainty.py", "not record.abstained or record.reward is not None",
+        "study/analyses/exchange.py", "not record.abstained or record.reward is not None",
         "True",
     ),
     Mutation(
