@@ -52,7 +52,7 @@ runs: $(READY) $(PEERS) ## Accounts of whole runs: do they add up, predict, find
 sweep: $(READY) ## Every causal language model in transformers against plain autograd, save JSON and a page (2 minutes)
 	@$(BIN)/python -m benchmarks.sweep $(ARGS)
 
-torture: $(READY) ## Stop what writes at every operation and at random, save JSON (an hour; what is in the JSON is not tried again)
+torture: $(READY) ## Stop what writes at every operation and at random, save JSON (hours; what is in the JSON is not tried again)
 	@$(BIN)/python -W ignore -m tests.torture $(ARGS)
 
 formats: $(WRITERS) ## Write the tests' checkpoints with the trainers' own packages again (some minutes)
