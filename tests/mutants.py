@@ -361,7 +361,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a path that stays where it begins", "layers_give_what_the_whole_gives",
-        "func/inputs/source.py", "return θ + s * widened(δ).to(θ)", "return θ + 0 * s * widened(δ).to(θ)",
+        "func/inputs/source.py", "else widened(θ) + s * widened(δ)", "else widened(θ) + 0 * s * widened(δ)",
     ),
     Mutation(
         "the input of the layer before", "layers_give_what_the_whole_gives",

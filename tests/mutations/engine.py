@@ -83,4 +83,18 @@ MUTATIONS = [
         "everything if optimizer else weights_alone",
         "everything",
     ),
+    Mutation(
+        "parameters in shards leave holes in the heap",
+        "tests/test_recycling.py::test_blocks_are_kept_or_returned[in shards]",
+        "engine/recycling.py",
+        "return return_memory() if isinstance(params, ShardedTree) else reuse_memory()",
+        "return reuse_memory()",
+    ),
+    Mutation(
+        "a context that ends sets what was before it",
+        "tests/test_recycling.py::test_contexts_end_in_any_order",
+        "engine/recycling.py",
+        "        _returning[0] -= 1\n            _set_thresholds(libc)",
+        "        _returning[0] -= 1",
+    ),
 ]
