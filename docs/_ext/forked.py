@@ -53,12 +53,12 @@ def kernels(start: Sequence[str]) -> Iterator[None]:
     """Let Jupyter start Python kernels with a command's beginning, as `programs` yields it."""
     before = os.environ.get("JUPYTER_PATH")
     with TemporaryDirectory() as folder:
-        own = Path(folder) / "kernels" / "python3"
-        own.mkdir(parents=True)
+        place = Path(folder) / "kernels" / "python3"
+        place.mkdir(parents=True)
         argv = [*start, "ipykernel_launcher", "-f", "{connection_file}", "--IPKernelApp.parent_handle=1"]  # or it talks
-        told: dict[str, Any] = {"argv": argv, "display_name": "Python 3", "language": "python"}
-        told["metadata"] = {"supported_encryption": ["curve"]}
-        own.joinpath("kernel.json").write_text(json.dumps(told), "utf-8")
+        spec: dict[str, Any] = {"argv": argv, "display_name": "Python 3", "language": "python"}
+        spec["metadata"] = {"supported_encryption": ["curve"]}
+        place.joinpath("kernel.json").write_text(json.dumps(spec), "utf-8")
         os.environ["JUPYTER_PATH"] = folder
         try:
             yield
@@ -72,9 +72,9 @@ def _start(place: str, argv: list[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Jupyter sends it before it ends a kernel
     with socket.socket(socket.AF_UNIX) as connected:
         connected.connect(place)
-        told = json.dumps({"argv": argv, "cwd": os.getcwd(), "env": dict(os.environ)}).encode()
-        socket.send_fds(connected, [len(told).to_bytes(8, "big")], [0, 1, 2])
-        connected.sendall(told)
+        message = json.dumps({"argv": argv, "cwd": os.getcwd(), "env": dict(os.environ)}).encode()
+        socket.send_fds(connected, [len(message).to_bytes(8, "big")], [0, 1, 2])
+        connected.sendall(message)
         return (connected.recv(1) or b"\1")[0]
 
 
@@ -95,13 +95,13 @@ def _serve(listening: socket.socket, modules: Sequence[str]) -> None:
 def _run(connected: socket.socket) -> None:
     """Run what a caller names, and tell it the exit status; never returns."""
     head, files, *_ = socket.recv_fds(connected, 8, 3)
-    size, told = int.from_bytes(head, "big"), b""
-    while len(told) < size:
-        told += connected.recv(size - len(told))
-    given = json.loads(told)
-    for own, theirs in enumerate(files):
-        os.dup2(theirs, own)
-        os.close(theirs)
+    size, message = int.from_bytes(head, "big"), b""
+    while len(message) < size:
+        message += connected.recv(size - len(message))
+    given = json.loads(message)
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+        os.close(file)
     os.environ.clear()
     os.environ.update(given["env"])
     os.chdir(given["cwd"])

@@ -7,11 +7,13 @@ import shlex
 import subprocess
 import sys
 import warnings
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from tempfile import mkdtemp
 from unittest.mock import patch
 
+import matplotlib.pyplot as plt
 from IPython.display import HTML, Image
 from typer.testing import CliRunner
 
@@ -65,6 +67,29 @@ def shell(command: str, keep: slice = slice(None), width: int = 100, fails: bool
     cut = ["  …"] if len(shown) < len(lines) else []
     text = "\n".join([f"$ {command}", *shown, *cut])
     return HTML(f'<pre style="{STYLE}{"pre-wrap" if fails else "pre"}">{escape(text)}</pre>')
+
+
+def bars(labels: Sequence[str], series: Mapping[str, Sequence[float]], unit: str) -> None:
+    """Draw numbers as horizontal bars, one group a label and one colour a series.
+
+    Args:
+        labels: from the top down.
+        series: {what: a number for each label}; the name of a single one is not shown.
+        unit: what is drawn.
+    """
+    height = 0.8 / len(series)
+    _, axes = plt.subplots(figsize=(7.6, 0.9 + 0.26 * len(labels) * (1 + len(series)) ** 0.8), layout="constrained")
+    for number, (what, values) in enumerate(series.items()):
+        places = [row + (number - (len(series) - 1) / 2) * height for row in range(len(labels))]
+        axes.barh(places, values, 0.9 * height, label=what)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.invert_yaxis()
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_xlabel(unit)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(series) > 1:
+        axes.legend(frameon=False)
+    plt.show()
 
 
 def picture(path: str | Path, width: int = 760) -> Image:

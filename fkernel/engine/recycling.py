@@ -90,6 +90,7 @@ def kept_or_returned(params: Tree) -> AbstractContextManager[None]:
     that took as much as half of a rank's memory.
 
     Example:
+        >>> import torch
         >>> with kept_or_returned({"w": torch.ones(2)}):
         ...     x = torch.ones(3)
     """
