@@ -14,20 +14,23 @@ export HF_HUB_OFFLINE := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test mutants lint bench scale peers calibration runs sweep torture formats docs clean
+.PHONY: help demo test test-all mutants lint bench scale peers calibration runs sweep torture formats docs clean
 .DELETE_ON_ERROR:
 
 help: ## List these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(READY) ## Train a small policy, take real AdamW steps, explain the last one
 	@$(BIN)/fkernel demo $(ARGS)
 
-test: $(READY) ## Run every test, law and docstring example
+test: $(READY) ## Run every law, docstring example and quick test, and the slow ones whose turn it is
 	@$(BIN)/pytest -n auto --dist loadfile $(ARGS)
 
+test-all: $(READY) ## Run every test, and every deliberate mistake (three quarters of an hour)
+	@FKERNEL_TESTS=all $(BIN)/pytest -n auto --dist loadfile $(ARGS)
+
 mutants: $(READY) ## Try every deliberate mistake; each must fail its test (a quarter of an hour)
-	@FKERNEL_MUTANTS=all $(BIN)/pytest tests/test_mutations.py tests/test_upper_mutations.py $(ARGS)
+	@$(BIN)/pytest tests/test_mutations.py tests/test_upper_mutations.py $(ARGS)
 
 lint: $(READY) ## Check style, format and types
 	@$(BIN)/ruff check

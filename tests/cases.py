@@ -38,6 +38,11 @@ class Case:
         return self._pairs(self.lengths_E, 2)
 
     @cached_property
+    def others(self) -> list[Pair]:
+        """Eight more, for what has to hold of a batch and need not of any single sequence."""
+        return self._pairs(((2, 4), (3, 5)) * 4, 9)
+
+    @cached_property
     def weights(self) -> Tensor:
         """[n_U]: loss weight times advantage, of both signs."""
         return torch.randn(len(self.U), generator=self._generator(3), dtype=torch.float64) / len(self.U)

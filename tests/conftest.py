@@ -8,7 +8,7 @@ import torch
 from jaxtyping import install_import_hook
 
 import tests.typecheck  # noqa: F401 - the hook below finds it as an attribute of `tests`
-from tests import offline
+from tests import offline, turns
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # The tensors here are small: a second thread gains nothing, and beside another process it costs ten times the time.
@@ -29,6 +29,27 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "laws"))
 
 
 offline.watch()
+
+
+def pytest_configure(config):
+    given = getattr(config, "workerinput", None)  # a worker is told by the process that it works for
+    config.stash[turns.TURN] = turns.turn_of(config) if given is None else given["turn"]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    node.workerinput["turn"] = node.config.stash[turns.TURN]
+
+
+def pytest_collection_modifyitems(config, items):
+    left = {*turns.waiting(items, config.stash[turns.TURN])}
+    items[:] = [item for item in items if item not in left]
+    config.hook.pytest_deselected(items=[*left])
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.stash[turns.TURN] is not None:
+        terminalreporter.write_line("Slow tests take turns, which change with every commit; `make test-all` runs all.")
 
 
 @pytest.fixture(autouse=True)

@@ -234,6 +234,7 @@ def test_a_missed_target_is_called_missed():
     assert command.speed_table([row]).row_count == 1
 
 
+@pytest.mark.turns(4)
 @pytest.mark.parametrize("measure", [scale.measure_curves, scale.measure_planner])
 def test_curves_and_planner_run_small(measure):
     found = measure(True)
@@ -244,6 +245,7 @@ def test_curves_and_planner_run_small(measure):
         assert all(option["measured_s"] > 0 for option in found["rows"][0]["options"] if option["feasible"])
 
 
+@pytest.mark.turns(4)
 def test_long_sequences_run_small_within_what_is_forecast():
     found = scale.measure_long(True)
     assert found["strategy"]["name"] == "layers"
@@ -251,6 +253,7 @@ def test_long_sequences_run_small_within_what_is_forecast():
     assert found["ratio"] > 0
 
 
+@pytest.mark.turns(4)
 def test_scale_runs_small_and_its_numbers_hold():
     """The large part on a small model: within its grant, entries equal to autograd's, C equal to influence."""
     found = scale.in_own_process("large", **scale.QUICK)

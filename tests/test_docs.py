@@ -217,7 +217,7 @@ def test_ci_runs_lint_and_tests_and_stops_at_the_first_failure():
 # --------------------------------------------------------------------------------------------------------------- build
 
 
-@pytest.mark.slow
+@pytest.mark.turns(4)
 def test_pages_execute_and_build_without_a_warning(tmp_path):
     pytest.importorskip("myst_nb")
     command = [sys.executable, "-m", "sphinx", "-q", "-E", "-W", "--keep-going", "-j2", "-d", tmp_path / "doctrees"]

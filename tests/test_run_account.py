@@ -219,6 +219,7 @@ def _shares(model: Any, U: func.Weighted) -> Iterator[Tree]:
         yield dict(zip(named, torch.autograd.grad(share, [*named.values()]), strict=True))
 
 
+@pytest.mark.turns(4)
 def test_e_in_parts_gives_the_same_account(monkeypatch):
     taken = run()._replace(steps=run().steps[:4])
     whole, sweeps = accounted(taken), []
@@ -240,6 +241,7 @@ def _enough(taken: Run, n: int) -> int:
     return int(str(error.value).split("at least ")[1].split()[0]) + int((n - 1) * P / 0.95) + 2
 
 
+@pytest.mark.turns(4)
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_an_account_goes_on_from_where_it_was_stopped(blocks):
     taken, kept = run()._replace(steps=run().steps[:4]), list[Sweep]()
@@ -258,6 +260,7 @@ def test_an_account_goes_on_from_where_it_was_stopped(blocks):
             assert torch.equal(own, expected)
 
 
+@pytest.mark.turns(4)
 def test_long_sequences_are_walked_layer_by_layer(monkeypatch):
     taken = run("gpt2")._replace(steps=run("gpt2").steps[:3])
     whole = {path: accounted(taken, path=path) for path in ("midpoint", "gauss2")}
@@ -272,6 +275,7 @@ def test_long_sequences_are_walked_layer_by_layer(monkeypatch):
         close(result.before, expected.before)
 
 
+@pytest.mark.turns(4)
 def test_what_arithmetic_did_has_its_column_and_the_columns_still_add_up():
     """Moments and weights that are rounded after every step, as half precision does."""
     taken = run(rounded=True)

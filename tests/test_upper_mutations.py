@@ -2,7 +2,7 @@
 
 The laws of the engine run inside a mutant (`tests/mutants.py`). Rooms that sample, keep, analyse and report are tested
 as a user meets them, so that here the test itself is run again, in a process of its own, on a copy that is changed.
-`make mutants` tries all of them, two copies at once; other runs try a tenth, which turns with every commit.
+`make mutants` tries all of them, two copies at once; of those in `make test` see `tests/turns.py`.
 """
 
 from __future__ import annotations
@@ -22,23 +22,11 @@ from typing import NamedTuple
 import pytest
 
 from tests.mutants import Mutation
-from tests.mutations import ALL, QUICK, SLOW
+from tests.mutations import ALL
 
 ROOT = Path(__file__).parent.parent
-WHOLE = os.environ.get("FKERNEL_MUTANTS") == "all"
-SHARE = 10
 UNCHANGED = Mutation("nothing", "tests/analysis/test_tokens.py", "analysis/tokens.py", "", "")
 AT_ONCE = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
-
-
-def commits() -> int:
-    """Count the commits, which say whose turn it is; 0 without a repository."""
-    command = ["git", "rev-list", "--count", "HEAD"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    return int(done.stdout) if done.returncode == 0 else 0
-
-
-TRIED = ALL if WHOLE else [*QUICK[commits() % SHARE :: SHARE], *(kind[0] for kind in SLOW)]
 
 
 class Bench(NamedTuple):
@@ -105,15 +93,14 @@ def test_what_is_to_be_changed_stands_once_and_its_test_exists(mutation):
     assert f"def {test.partition('[')[0]}(" in (ROOT / file).read_text()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mutation", TRIED, ids=lambda mutation: mutation.name)
+@pytest.mark.turns(20)
+@pytest.mark.parametrize("mutation", ALL, ids=lambda mutation: mutation.name)
 def test_a_changed_line_fails_its_test(mutation, outcomes):
     code, output = outcomes[mutation].result()
     assert code == 1, output[-3000:]
     assert f"FAILED {mutation.law}" in output, output[-3000:]  # and not an error in setting it up
 
 
-@pytest.mark.slow
 def test_an_unchanged_copy_passes(outcomes):
     """Or a mutation might fail for want of anything at all."""
     code, output = outcomes[UNCHANGED].result()

@@ -46,6 +46,7 @@ def test_a_path_may_hold_what_yaml_would_take_for_its_own(prepared, tmp_path):
     assert plan.update.path == str(prepared / "update")
 
 
+@pytest.mark.turns(4)
 def test_command_writes_everything_and_a_second_run_uses_the_cache(tiny_demo, tmp_path):
     result = CliRunner().invoke(app, [*tiny_demo, "--rows", "10"])
     assert result.exit_code in (0, 1), result.output  # so small a policy need not meet the demo's bounds
@@ -61,6 +62,7 @@ def test_command_writes_everything_and_a_second_run_uses_the_cache(tiny_demo, tm
     assert [line["gradients_computed"] for line in lines if "gradients_computed" in line] == [24, 0]
 
 
+@pytest.mark.turns(4)
 def test_prediction_out_of_bounds_is_said_and_exits_with_1(tiny_demo, monkeypatch):
     monkeypatch.setattr("fkernel.cli.BOUNDS", {"predicted": 0.0})
     result = CliRunner().invoke(app, tiny_demo)
@@ -76,7 +78,7 @@ def test_unusable_directory_is_the_users_mistake_without_a_traceback(tiny_demo, 
     assert "fkernel:" in result.output
 
 
-@pytest.mark.slow
+@pytest.mark.turns(4)
 @pytest.mark.timeout(900)
 def test_demo_meets_its_required_calibration(tmp_path):
     """The real command, as `make demo` runs it."""

@@ -56,6 +56,7 @@ def fields(
     return columns | {name: value for name, value in result._asdict().items() if isinstance(value, torch.Tensor)}
 
 
+@pytest.mark.turns(4)
 @pytest.mark.parametrize(
     ("ranks", "options", "resumed", "shards"),
     [

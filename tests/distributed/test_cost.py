@@ -64,6 +64,7 @@ def alive(mesh: Any, in_shards: bool) -> tuple[float, float]:
     return float(seen.peak), predicted
 
 
+@pytest.mark.turns(4)
 @pytest.mark.parametrize(("ranks", "in_shards"), [(2, True), (4, True), (2, False), (4, False)])
 def test_tensors_of_a_rank_take_the_bytes_that_are_predicted(ranks, in_shards):
     for own, predicted in results(ranks, alive, in_shards):

@@ -14,6 +14,7 @@ from tests.formats.places import load, readable
 READABLE = readable()
 
 
+@pytest.mark.turns(4)
 @pytest.mark.parametrize("begin", sorted({run.split("_")[0] for run in READABLE}))
 def test_a_changed_file_is_refused_or_the_same(begin):
     """`python -m benchmarks.checkpoints --only damage` tries 2,000; each run of a family has its turn here."""

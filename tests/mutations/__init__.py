@@ -1,7 +1,6 @@
 """Deliberate mistakes in what is tested as a user meets it; each names the test that must fail.
 
-A tenth of the QUICK ones is tried whenever tests run, another one with every commit. SLOW ones, whose tests make whole
-studies and trainings, are tried by `make mutants`, and the first of each kind always, so that they cannot rot.
+`make test` tries some of them, others with every commit (`tests/turns.py`); `make mutants` tries all.
 """
 
 from tests.mutations import (
@@ -30,7 +29,7 @@ from tests.mutations import (
     uncertainty,
 )
 
-QUICK = [
+ALL = [
     *study.MUTATIONS,
     *analysis.MUTATIONS,
     *structure.MUTATIONS,
@@ -51,14 +50,12 @@ QUICK = [
     *processes.MUTATIONS,
     *crashes.MUTATIONS,
     *boundary.MUTATIONS,
+    # The tests of these make whole studies and trainings.
+    *report.MUTATIONS,
+    *record.TRAINERS,
+    *dumps.TRAINED,
+    *runs.REAL,
+    *loss_plan.MUTATIONS,
+    *trl.MUTATIONS,
+    *preconditioners.STUDIES,
 ]
-SLOW = [
-    report.MUTATIONS,
-    record.TRAINERS,
-    dumps.TRAINED,
-    runs.REAL,
-    loss_plan.MUTATIONS,
-    trl.MUTATIONS,
-    preconditioners.STUDIES,
-]
-ALL = [*QUICK, *(mutation for kind in SLOW for mutation in kind)]

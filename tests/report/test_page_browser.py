@@ -98,6 +98,7 @@ def unit_of(page: Any) -> tuple[float, int]:
 # ---------------------------------------------------------------------------------------------- nothing leaves it
 
 
+@pytest.mark.turns(4)
 @pytest.mark.parametrize("kind", ["study", "account"])
 def test_every_view_opens_without_an_error_a_request_or_a_script_of_a_text(kind, watch, request):
     watched = watch(request.getfixturevalue(kind))
@@ -421,7 +422,7 @@ def test_it_prints_on_white_without_buttons(watch, study):
 # ------------------------------------------------------------------------------------------------------------ size
 
 
-@pytest.mark.slow
+@pytest.mark.turns(4)
 def test_two_hundred_probes_and_five_thousand_sequences_are_quick(browser, tmp_path):
     texts = tuple(f"Question {i}: {'how much is it? ' * 20}{i}" for i in range(997))
     path = write_page(made_account(200, 160, 32, texts), tmp_path / "report.html")

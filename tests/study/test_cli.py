@@ -233,7 +233,7 @@ def test_a_log_level_that_there_is_not(study):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.turns(4)
 def test_ctrl_c_leaves_a_workspace_that_the_same_command_finishes(run, tmp_path):
     """A real process, a real signal, in the middle of U's gradients."""
     plan = asking(run, tmp_path / "out", numerics={"microbatch": 1})

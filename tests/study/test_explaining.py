@@ -47,6 +47,7 @@ def test_the_plan_that_it_ran_runs_again(explained, tmp_path):
     np.testing.assert_allclose(results["probes"].kept("contributions"), before.kept("contributions"), rtol=1e-5)
 
 
+@pytest.mark.turns(4)
 def test_a_recording_needs_no_checkpoint_beside_it(tmp_path):
     place = recording_of("dapo").directory
     told("explain", place, "--batch", f"{place}:5", "--out", tmp_path / "out", *PROBES)

@@ -102,6 +102,7 @@ def test_a_run_that_was_killed_goes_on_behind_what_had_ended(run, tmp_path, comp
     assert computed.count("probe") == 2
 
 
+@pytest.mark.turns(4)
 def test_whatever_decides_an_answer_is_in_its_key(run, tmp_path, computed, folder):  # noqa: F811
     edit(folder, "of_E", REWARD.format(7))
     rewarded = {**HELD, "reward": "of_E.reward"}

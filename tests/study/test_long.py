@@ -158,12 +158,14 @@ def on_disk(place: Path) -> int:
     return sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
 
 
+@pytest.mark.turns(4)
 @pytest.mark.parametrize("numerics", [{"memory": "150MB"}, {}], ids=["granted", "not"])
 def test_walked_it_is_what_whole_passes_find(place, tmp_path, whole, numerics):
     numerics = {"dtype": "float64", **numerics}
     agree(FisherKernelRunner(plan(place, tmp_path / "out", numerics=numerics)).run(), whole)
 
 
+@pytest.mark.turns(4)
 def test_of_long_sequences_no_gradient_is_kept(place, tmp_path):
     runner = FisherKernelRunner(plan(place, tmp_path / "out", analyses={}, self_kernel=False, requests=[]))
     runner.run()
@@ -257,6 +259,7 @@ def test_a_finished_workspace_walks_nothing_again(place, tmp_path, monkeypatch):
         np.testing.assert_array_equal(again[name].contributions, result.contributions)
 
 
+@pytest.mark.turns(4)
 def test_stopped_in_the_middle_it_goes_on_to_the_same_numbers(place, tmp_path):
     """Killed while U walks, and after its sum is sealed."""
     small = {"analyses": {}, "self_kernel": False, "requests": plan(place, tmp_path)["requests"][:1]}
@@ -273,6 +276,7 @@ def test_stopped_in_the_middle_it_goes_on_to_the_same_numbers(place, tmp_path):
         np.testing.assert_array_equal(found["held_out"].contributions, expected["held_out"].contributions)
 
 
+@pytest.mark.turns(4)
 def test_without_a_model_it_says_which_command_works_and_with_the_plan_that_works(place, tmp_path, whole):
     from typer.testing import CliRunner
 
@@ -298,6 +302,7 @@ def test_without_a_model_it_says_which_command_works_and_with_the_plan_that_work
     close(json.loads(answered.output)["kernel"], whole.self_kernel.kernel[0, 2], "K")
 
 
+@pytest.mark.turns(4)
 def test_in_memory_it_answers_and_can_be_written(place, tmp_path, whole):
     with FisherKernelRunner(plan(place, tmp_path, storage={"persist": False})).prepare_update_workspace() as workspace:
         serialize_workspace(workspace, tmp_path / "written")
@@ -311,6 +316,7 @@ def test_in_memory_it_answers_and_can_be_written(place, tmp_path, whole):
         assert again.ascent().keys() == workspace.ascent().keys()
 
 
+@pytest.mark.turns(4)
 def test_influence_alone_walks_neither_side_whole(place, tmp_path, whole):
     """Without K, U's sum is one walk, and E's rows are walked by themselves, halfway along the step."""
     capture = {"top_k": 0, "kernel": False, "realised": False}
@@ -321,6 +327,7 @@ def test_influence_alone_walks_neither_side_whole(place, tmp_path, whole):
         close(found[name].kept("momentum"), whole[name].kept("momentum"), name)
 
 
+@pytest.mark.turns(4)
 def test_a_damaged_ascent_is_not_served(place, tmp_path):
     spec = plan(place, tmp_path / "out", analyses={}, self_kernel=False, requests=[])
     FisherKernelRunner(spec).run()
@@ -332,6 +339,7 @@ def test_a_damaged_ascent_is_not_served(place, tmp_path):
         FisherKernelRunner(spec).run()
 
 
+@pytest.mark.turns(4)
 def test_adopted_it_makes_the_same_step(place, tmp_path):
     """Δθ of a workspace that was opened by itself is made of the ascent that it keeps."""
     spec = plan(place, tmp_path / "out", analyses={}, self_kernel=False)

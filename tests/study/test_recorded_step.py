@@ -31,6 +31,7 @@ def plan_of(kind: str, out: Path, **more: Any) -> FisherKernelPlan:
     )
 
 
+@pytest.mark.turns(4)
 @pytest.mark.parametrize("kind", [*KINDS, "temperature 0.7"])
 def test_the_step_explained_is_the_step_that_was_taken(tmp_path, kind):
     results = FisherKernelRunner(plan_of(kind, tmp_path / "out")).run()

@@ -49,7 +49,7 @@ def in_a_fork(act: Any) -> int:
         os._exit(code)
 
 
-@pytest.mark.slow
+@pytest.mark.turns(4)
 @pytest.mark.timeout(900)
 def test_killed_at_random_moments_it_goes_on_to_the_same_bits(run, tmp_path):
     """U is drawn, so that sampling is among what is interrupted; `make torture` stops a run at every operation."""

@@ -30,10 +30,12 @@ def coarse(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", place], check=True)
 
 
+@pytest.mark.turns(4)
 def test_what_is_stopped_anywhere_goes_on_to_the_same_bits(tmp_path):
     stopped(tmp_path, tmp_path, ("store", "record, another run", "sample"), every=24)
 
 
+@pytest.mark.turns(4)
 def test_where_file_times_are_whole_seconds(coarse, tmp_path):
     """Files that are written within one second are told apart by no time."""
     stopped(coarse, tmp_path, ("store",), every=30)

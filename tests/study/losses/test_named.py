@@ -164,6 +164,7 @@ CASES: dict[str, tuple[Callable[[Second], Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.turns(4)
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_on_a_named_loss_is_predicted(second, tmp_path, case):
     loss, plan = CASES[case]
