@@ -144,6 +144,13 @@ REAL = [
         "if s < 0 and float((given - s * apart).norm())",
     ),
     Mutation(
+        "equal rewards must have advantages of exactly 0",
+        f"{ACCOUNTS}::test_rounding_of_equal_rewards_is_no_other_rule_of_advantages",
+        "study/accounts/assembly.py",
+        "slack = 1e-6 if s else 1e-6 + _rounding(R[own])",
+        "slack = 1e-6",
+    ),
+    Mutation(
         "the caller's model is filled in",
         f"{ACCOUNTS}::test_a_model_that_is_given_is_left_alone",
         "study/accounts/counterfactual.py",

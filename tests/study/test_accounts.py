@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -295,6 +296,29 @@ def test_advantages_of_another_rule_are_not_split_by_reward(tmp_path, monkeypatc
     said = assembly.by_reward(taken, torch.ones(1, len(taken.records)))
     assert isinstance(said, str)
     assert "missing" in said
+
+
+def test_rounding_of_equal_rewards_is_no_other_rule_of_advantages(monkeypatch):
+    """A trainer's advantages of a group of equal rewards are not 0: float32's rounding, divided by 1e-4."""
+    taken = assembly.Taken.of(recording_of("dapo"), range(2))
+    rewards = torch.randn(len(taken.records), generator=torch.Generator().manual_seed(0))
+    own = taken.group == 0
+    rewards[own] = 0.8 * 3.7
+    mean = torch.stack([rewards[taken.group == g].mean() for g in taken.group])
+    spread = torch.stack([rewards[taken.group == g].std() for g in taken.group])
+    A = (rewards - mean - own * 2.4e-7) / (torch.where(own, 0.0, spread) + 1e-4)
+    assert float(A[own].abs().min()) > 1e-3
+
+    def given(A: torch.Tensor) -> assembly.Taken:
+        values = zip(taken.records, rewards.tolist(), A.tolist(), strict=True)
+        records = [replace(r, rewards={"r": x}, reward_weights={"r": 1.0}, advantage=a) for r, x, a in values]
+        return taken._replace(records=records)
+
+    C = torch.ones(1, len(rewards))
+    shares = assembly.by_reward(given(A), C)
+    assert isinstance(shares, torch.Tensor)
+    assert float(shares.sum()) == pytest.approx(float((~own).sum()))
+    assert isinstance(assembly.by_reward(given(torch.where(own, 0.3, A)), C), str)
 
 
 def test_a_model_that_is_given_is_left_alone(tmp_path):

@@ -20,6 +20,8 @@ MOST = 100_000
 """Sequences whose advantages are permuted, at most: the draws are held in memory, 8 kB a sequence."""
 CENTRED = 1e-3
 """Relative difference up to which advantages are rewards less their group's mean."""
+ADDED = 1e-4
+"""What trainers add to a group's standard deviation: advantages of equal rewards are their rounding over it."""
 DRAWS = 1000
 """Permutations of advantages."""
 COLUMNS = ("realised", "before", "decay", "arithmetic", "unexplained", "remainder", "by_step", "own", "momentum")
@@ -184,9 +186,16 @@ def _centred(taken: Taken, R: Tensor) -> bool:
         apart, given = R[own] - R[own].mean(), A[own]
         square = float(apart @ apart)
         s = float(apart @ given) / square if square > 1e-12 else 0.0
-        if s < 0 or float((given - s * apart).norm()) > CENTRED * float(given.norm()) + 1e-6:
+        slack = 1e-6 if s else 1e-6 + _rounding(R[own])
+        if s < 0 or float((given - s * apart).norm()) > CENTRED * float(given.norm()) + slack:
             return False
     return True
+
+
+def _rounding(R: Tensor) -> float:
+    """What ‖A‖ of n equal rewards can be: their mean in float32 is off by up to n/2 ε|R|, divided by what is added."""
+    n = len(R)
+    return n**0.5 * (n / 2 * torch.finfo(torch.float32).eps * float(R.abs().max()) / ADDED)
 
 
 def permuted(taken: Taken, C: Tensor) -> Tensor | str:
