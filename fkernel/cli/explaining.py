@@ -48,7 +48,7 @@ def explain(
     with exit_on_error():
         with importing():
             from fkernel.io import atomic_write
-            from fkernel.study import explanation
+            from fkernel.study import check_out, explanation
         more = {"ended": False} if unended else {}
         probes = [{"prompt": prompt, "response": response, **more} for prompt, response in probe or []]
         named = {"step.max_norm": _number(max_norm), "step.after": after and {"path": after}, "template": template}
@@ -60,6 +60,8 @@ def explain(
             return
         mesh = joined(made.plan.numerics.device)
         with of_all_ranks(mesh, "fkernel explain") as first:
+            if first:
+                check_out(made.plan, overwrite)
             for line in made.defaults if first else ():
                 print_line(f"default: {line}", style="dim", stderr=True)
             results = execute(made.plan, overwrite, log, mesh=mesh)

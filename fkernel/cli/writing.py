@@ -30,14 +30,16 @@ def execute(plan: Any, overwrite: bool, log: str, page: bool = True, mesh: Any =
 def say_estimate(runner: Any) -> None:
     """Print in a line what a run will take, after what can be found wrong without it."""
     from fkernel import report
-    from fkernel.errors import FKernelError
+    from fkernel.errors import FKernelError, PlanError
     from fkernel.study import check_inputs, forecast
 
     check_inputs(runner.plan)
     try:
         line = report.forecast_lines(forecast(runner.plan, runner.checkpoint))[0]
-    except FKernelError as error:  # batches of callbacks have no length yet; what is wrong with others the run says
+    except PlanError as error:  # batches of callbacks have no length yet
         line = f"unknown: {error}"
+    except FKernelError:  # the run says what is wrong
+        return
     print_line(f"Estimate: {line}", stderr=True)
 
 

@@ -18,6 +18,10 @@ def silent() -> Progress:
 class Lasting(Progress):
     """Progress bars of what takes some time; what is done at once is not shown."""
 
+    def stop(self) -> None:
+        """Stop, without the empty line that rich writes to files after the bars."""
+        self.live.stop()
+
     def make_tasks_table(self, tasks: Iterable[Task]) -> Table:
         """Leave out tasks that took less than a second."""
         lasted = [(task, task.finished_time if task.finished else task.elapsed) for task in tasks]

@@ -224,6 +224,11 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return read_checksummed(path)
     except (OSError, ValueError) as error:
+        if isinstance(error, FileNotFoundError) and path.name == ABOUT:
+            raise StoreError(
+                f"There is no recording at {str(path.parent)!r}: it has no {ABOUT}. Expected a directory that a "
+                f"Recorder wrote."
+            ) from error
         raise StoreError(f"{str(path)!r} cannot be read: {error}. Is {str(path.parent)!r} a recording?") from error
 
 

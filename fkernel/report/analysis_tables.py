@@ -20,6 +20,7 @@ from fkernel.report.comparisons import (
 )
 from fkernel.report.heatmaps import covariates_panel, tokens_panel
 from fkernel.report.panels import ledger_panel, parts_panel, sweep_panel
+from fkernel.report.style import signed
 from fkernel.report.table import cut
 from fkernel.report.tokens import token_table
 from fkernel.report.units import PREDICTED
@@ -29,7 +30,12 @@ from fkernel.study import AnalysisResult, FisherKernelResults, RequestResult
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-HEADS = {"unselected": "not selected", "floor": "± rounding"}
+HEADS = {
+    "unselected": "not selected",
+    "floor": "± rounding",
+    "part.raised": "advantage > 0",
+    "part.lowered": "advantage < 0",
+}
 MOST_GROUPS = 12
 
 
@@ -51,8 +57,8 @@ def ledger_table(result: RequestResult, rows: int = 10) -> Table:
     facts = analysis.facts
     table = Table(
         title=f"{result.name}: the ledger (10⁻³ nats; the parts add up to realised)",
-        caption=f"c = {facts['clip']:.3g}; gradients of E at the {facts['path']} of the step; what remains is "
-        f"{_share(facts['error'])} of the change, rounding alone {_share(facts['floor'])}"
+        caption=f"gradients scaled by {facts['clip']:.3g} (clipping); those of E are at the step's {facts['path']}; "
+        f"remainder {_share(facts['error'])} of the change, rounding alone {_share(facts['floor'])}"
         f"{_unexplained(facts)}{_audited(result)}",
     )
     table.add_column("sequence", no_wrap=True)
@@ -60,7 +66,7 @@ def ledger_table(result: RequestResult, rows: int = 10) -> Table:
         heading = HEADS.get(name, name.removeprefix("part."))
         table.add_column(heading, justify="right", style="bold" * (name == "realised"))
     for row in np.argsort(-np.abs(columns["realised"]), kind="stable")[:rows]:
-        values = [f"{v[row]:.4f}" if name == "floor" else f"{v[row]:+.3f}" for name, v in columns.items()]
+        values = [f"{v[row]:.4f}" if name == "floor" else signed(float(v[row]), 3) for name, v in columns.items()]
         table.add_row(escape(result.evaluation[row].id), *values)
     table.add_section()
     table.add_row(f"mean size of {len(result.evaluation)}", *(f"{np.abs(v).mean():.4f}" for v in columns.values()))

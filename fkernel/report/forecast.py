@@ -34,7 +34,9 @@ def forecast_lines(forecast: Forecast) -> list[str]:
     """
     disk = f", {size(forecast.disk)} of disk" if forecast.disk else ""
     whole = f"{size(forecast.memory)} of memory at most, {size(forecast.model)} of it model and optimizer's moments"
-    return [f"In all {duration(forecast.seconds)}{disk}; {whole}.", *(f"Assumed: {each}." for each in forecast.assumed)]
+    beside = f" and the analyses {', '.join(forecast.uncounted)}, whose time is unknown" if forecast.uncounted else ""
+    lines = [f"{duration(forecast.seconds)} for gradients and kernels{beside}{disk}; {whole}."]
+    return [*lines, *(f"Assumed: {each}." for each in forecast.assumed)]
 
 
 def forecast_record(forecast: Forecast) -> dict[str, Any]:

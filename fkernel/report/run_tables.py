@@ -40,7 +40,7 @@ def account_table(results: AccountResults, rows: int = 10) -> Table:
     table = Table(
         title=f"What the run did to {count if len(order) < len(results.probes) else 'its probes'} ({unit.name})",
         caption=f"realised = {' + '.join(('sequences', *shown))}; by momentum: in steps after a sequence's own"
-        + (f"\nnothing to see in: {', '.join(hidden)}" if hidden else ""),
+        + (f"\n0, and left out: {', '.join(hidden)}" if hidden else ""),
     )
     table.add_column("probe", no_wrap=True)
     for name in ("realised", "sequences", "of it by momentum", *shown, "± rounding"):

@@ -122,7 +122,7 @@ def percent(share: float | None) -> str:
     return f"{100 * share:.0f} %" if size >= 10 else f"{100 * share:.2g} %"
 
 
-def signed(value: float, digits: int = 2) -> str:
+def signed(value: float | np.floating, digits: int = 2) -> str:
     """Format a change with its sign; "0" where it rounds to 0."""
     text = f"{value:+.{digits}f}"
     return text.replace("-", "−") if float(text) else "0"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from rich.markup import escape
 
-from fkernel.report.style import count
+from fkernel.report.style import count, signed
 from fkernel.report.table import CHANCE, batch_p, p_value, prompt_p, sequence_text
 from fkernel.study import FisherKernelResults, RequestResult
 
@@ -39,9 +39,9 @@ def request_lines(results: FisherKernelResults) -> list[str]:
     for name, result in results.requests.items():
         n = len(result.evaluation)
         change = float(np.abs(_moved(result)).mean()) if n else 0.0
-        text = f"{name}: {count(n, 'sequence')}, mean |ΔS| {_nats(change, results.units, sign=False)}"
+        text = f"{name}: log π of {count(n, 'sequence')} moved by {_size(change, results.units)} on average"
         if "predicted" in result.calibration:
-            text += f", predicted with an error of {result.calibration['predicted'].relative_error:.2%}"
+            text += f"; the prediction is {result.calibration['predicted'].relative_error:.2%} off"
         lines.append(escape(text))
     return lines
 
@@ -77,7 +77,7 @@ def _truth(requests: list[RequestResult]) -> str:
     against = "the step really taken" if taken else "the step executed here, from the same optimizer state"
     text = f"Predicted and realised changes ({against}) differ by {value.relative_error:.2%}, r = {value.pearson:.4f}"
     text += f" (worst request: {worst.name})" if len(known) > 1 else ""
-    return escape(f"{text}; {audit}." if audit else f"{text}.")
+    return escape(f"{text}; audit of the weights before and after: {audit}." if audit else f"{text}.")
 
 
 def _one(result: RequestResult) -> str:
@@ -94,9 +94,10 @@ def _moved_most(requests: list[RequestResult], units: str) -> list[str]:
         return [line for result in written for line in probe_lines(result, units)]
     result = max(written or requests, key=lambda one: float(np.abs(_moved(one)).max()))
     row = int(np.abs(_moved(result)).argmax())
-    line = f"{sequence_text(result.evaluation[row], result)} moved most: {_nats(_moved(result)[row], units)}."
+    change = f"{_change(_moved(result)[row], units)} {_unit(units)}"
+    line = f"{sequence_text(result.evaluation[row], result)} moved most: {change}."
     culprits = culprit_lines(result, row, units)
-    return [f"{line} Of the batch, most by", *culprits] if culprits else [line]
+    return [f"{line} Of the batch, most by", *culprits, *_meaning(result)] if culprits else [line]
 
 
 def probe_lines(result: RequestResult, units: str = "nats") -> list[str]:
@@ -110,15 +111,18 @@ def probe_lines(result: RequestResult, units: str = "nats") -> list[str]:
     for row, info in enumerate(result.evaluation):
         p = batch_p(uncertainty, row)
         of_batch = "" if p is None else f" (p {p:.2g})"
-        what = "predicted" if result.realised is None else "moved"
+        what = "is predicted to move" if result.realised is None else "moved"
         parts = [
-            f"{name} {_nats(values[row], units)}{of_batch if name == 'batch' else ''}"
+            f"{name} {change}{of_batch if name == 'batch' else ''}"
             for name in PARTS
-            if (values := getattr(result, name)) is not None
+            if (values := getattr(result, name)) is not None and (change := _change(values[row], units)) != "0"
         ]
-        lines.append(f"{sequence_text(info, result)}: {what} {_nats(_moved(result)[row], units)}: {', '.join(parts)}")
+        lines.append(
+            f"{sequence_text(info, result)}: log π {what} by {_change(_moved(result)[row], units)} {_unit(units)}: "
+            f"{', '.join(parts)}"
+        )
         lines += culprit_lines(result, row, units)
-    return lines
+    return lines + _meaning(result)
 
 
 def culprit_lines(result: RequestResult, row: int, units: str = "nats") -> list[str]:
@@ -131,13 +135,25 @@ def culprit_lines(result: RequestResult, row: int, units: str = "nats") -> list[
     """
     named, uncertainty = [], result.analyses.get("uncertainty")
     for u, nats in result.top_contributors(row, 3, group_identical=True):
+        if abs(nats) < WORTH * abs(_moved(result)[row]):
+            break
         p, of_prompt = p_value(uncertainty, result, row, u), prompt_p(uncertainty, row, u)
         chance = "" if p is None else f", p {p:.2g}"
         chance += "" if of_prompt is None else f", its prompt's p {of_prompt:.2g}"
         known = [each for each in (p, of_prompt) if each is not None]
         chance += " (could be chance)" if known and min(known) > CHANCE else ""
-        named.append(f"  {sequence_text(u, result)}: {_nats(nats, units)}{chance}")
+        named.append(f"  {sequence_text(u, result)}: {_change(nats, units)}{chance}")
     return named
+
+
+def _meaning(result: RequestResult) -> list[str]:
+    """Say what p is, where there is one, and whether that of a sequence could be small at all."""
+    uncertainty = result.analyses.get("uncertainty")
+    if batch_p(uncertainty, 0) is None or uncertainty is None:
+        return []
+    least = min(uncertainty.facts["least"])
+    weak = f"; a sequence's cannot be below {least:.2g} here, its prompt's can" if least > CHANCE else ""
+    return [f"p: how often as much would be done by chance, with advantages shuffled within prompts{weak}."]
 
 
 def _made_of(requests: list[RequestResult]) -> str:
@@ -158,6 +174,14 @@ def _moved(result: RequestResult) -> np.ndarray:
     return result.predicted if result.realised is None else result.realised
 
 
-def _nats(value: float | np.floating, units: str, sign: bool = True) -> str:
-    size = f"{1e3 * value:+.2f}" if sign else f"{1e3 * value:.2f}"
-    return f"{size} · 10⁻³ nats" if units == "nats" else f"{value:+.3g} (bare)"
+def _size(value: float, units: str) -> str:
+    return f"{1e3 * value:.2f} · 10⁻³ nats" if units == "nats" else f"{value:.3g} (bare)"
+
+
+def _change(value: float | np.floating, units: str) -> str:
+    """A change without its unit; "0" where it rounds to 0."""
+    return signed(1e3 * float(value)) if units == "nats" else f"{value:+.3g}".replace("-", "−")
+
+
+def _unit(units: str) -> str:
+    return "· 10⁻³ nats" if units == "nats" else "(bare)"

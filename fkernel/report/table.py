@@ -9,13 +9,14 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
+from fkernel.report.style import signed
 from fkernel.rollout import GeneratedBatch
 from fkernel.study import AnalysisResult, FisherKernelResults, RequestResult, SequenceInfo
 
 CHANCE = 0.05
 """Significance level of contributors."""
 EFFECTS = {
-    "predicted": "predicted ΔS",
+    "predicted": "predicted change",
     "batch": "batch",
     "momentum": "momentum",
     "decay": "decay",
@@ -23,7 +24,7 @@ EFFECTS = {
     "unexplained": "unexplained",
     "curvature": "curvature",
     "unselected": "not selected",
-    "realised": "realised ΔS",
+    "realised": "realised change",
 }
 
 
@@ -50,7 +51,7 @@ def effects_table(result: RequestResult, rows: int = 10) -> Table:
     table = Table(title=f"{result.name}: {which} (10⁻³ nats)")
     table.add_column("sequence", no_wrap=True)
     for title in effects:
-        table.add_column(title, justify="right", style="bold" if "ΔS" in title else None)
+        table.add_column(title, justify="right", style="bold" if "change" in title else None)
     uncertainty = result.analyses.get("uncertainty")
     table.add_column("top three contributors", no_wrap=True)
     if uncertainty is not None:
@@ -59,13 +60,13 @@ def effects_table(result: RequestResult, rows: int = 10) -> Table:
     moved = result.predicted if result.realised is None else result.realised
     for row in np.argsort(-np.abs(moved), kind="stable")[:rows]:
         info = result.evaluation[row]
-        changes = [f"{1e3 * values[row]:+.2f}" for values in effects.values()]
+        changes = [signed(1e3 * float(values[row])) for values in effects.values()]
         contributors = [
-            f"{1e3 * nats:+.2f}{_mark(uncertainty, result, int(row), u)}  {sequence_text(u, result)}"
+            f"{signed(1e3 * nats)}{_mark(uncertainty, result, int(row), u)}  {sequence_text(u, result)}"
             for u, nats in result.top_contributors(int(row), group_identical=True)
         ]
         table.add_row(
-            f"{sequence_text(info, result)}\nS = {info.logprob:.2f} nats",
+            f"{sequence_text(info, result)}\nlog π = {info.logprob:.2f} nats",
             *changes,
             "\n".join(contributors),
             end_section=True,
@@ -82,13 +83,13 @@ def calibration_table(result: RequestResult) -> Table:
     table = Table(title=f"{result.name}: predicted against the step {'really taken' if proven else 'executed here'}")
     if not proven:
         table.caption = (
-            "self-consistent: both come from one reading of the optimizer's state, so this is no evidence for it; "
-            "step.after, the checkpoint after the step, would be"
+            "executed from the optimizer's state as it was read: agreement does not show that it was read rightly; "
+            "name the checkpoint after the step (step.after) to test that, too"
         )
     for name in ("prediction", "Pearson r", "slope", "relative error"):
         table.add_column(name, justify="left" if name == "prediction" else "right")
     labels = {
-        "batch": "K·A alone",
+        "batch": "batch alone (K·A)",
         "predicted": f"batch + momentum + decay{'' if result.arithmetic is None else ' + arithmetic'}, {result.path}",
     }
     for name, value in result.calibration.items():
@@ -170,11 +171,20 @@ def study_lines(results: FisherKernelResults) -> list[str]:
 
 
 def p_value(analysis: AnalysisResult | None, result: RequestResult, row: int, u: SequenceInfo) -> float | None:
-    """The p-value of a contributor to a row; None where there is none: nothing to permute, or several added up."""
-    if not _permuted(analysis) or u.times > 1 or result.top is None:
+    """The p-value of a contributor to a row, the smallest of identical ones; None where it was not computed."""
+    if not _permuted(analysis):
+        return None
+    if "sequence_p" in analysis.arrays:
+        columns = [i for i, other in enumerate(result.update) if other.id == u.id or _identical(other, u)]
+        return float(analysis["sequence_p"][row, columns].min())
+    if u.times > 1 or result.top is None:
         return None
     ids = [result.update[column].id for column in result.top[row]][: analysis["top_p"].shape[1]]
     return float(analysis["top_p"][row, ids.index(u.id)]) if u.id in ids else None
+
+
+def _identical(one: SequenceInfo, other: SequenceInfo) -> bool:
+    return bool(one.content_hash) and one.content_hash == other.content_hash
 
 
 def prompt_p(analysis: AnalysisResult | None, row: int, u: SequenceInfo) -> float | None:

@@ -13,7 +13,14 @@ UNITS = {"expected_reward": "of reward", "function": "of its unit"}
 """Units of observables; nats by default."""
 PREDICTED = ("batch", "momentum", "decay", "arithmetic")
 """What a prediction is the sum of, where it is known."""
-LABELS = {"unselected": "not selected", "floor": "± rounding", "realised": "measured", "before": "before the run"}
+LABELS = {
+    "unselected": "not selected",
+    "floor": "± rounding",
+    "realised": "measured",
+    "before": "before the run",
+    "part.raised": "advantage > 0",
+    "part.lowered": "advantage < 0",
+}
 
 
 class Unit(NamedTuple):

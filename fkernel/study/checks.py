@@ -222,7 +222,7 @@ def check_out(plan: FisherKernelPlan, overwrite: bool = False) -> None:
     if before != plan.hash:
         raise PlanError(
             f"{out} holds results of another plan (hash {str(before)[:12]}, this one's is {plan.hash[:12]}); choose "
-            f"another directory (out:), or say --overwrite."
+            f"another directory (--out, or out: in the plan), or replace them with --overwrite."
         )
 
 

@@ -72,7 +72,11 @@ class WorkspaceDirectory:
         """
         self.path, self.opened = Path(path), ExitStack()
         if spec is None and not (self.path / ASKED).is_file():
-            raise StoreError(f"There is no workspace at {self.path}: it has no {ASKED}. `fkernel run` makes one.")
+            inner = self.path / "workspace"
+            meant = (
+                f"did you mean {inner}?" if (inner / ASKED).is_file() else "`fkernel run` makes one, in OUT/workspace."
+            )
+            raise StoreError(f"There is no workspace at {self.path}; {meant}")
         with plain_errors("open", self.path):
             if spec is not None:
                 make_directory(self.path)

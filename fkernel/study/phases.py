@@ -86,6 +86,7 @@ class Forecast(NamedTuple):
         model: bytes of θ and the optimizer's moments.
         grant: `numerics.memory` in bytes; None where there is none.
         assumed: assumptions, a sentence each.
+        uncounted: analyses whose own passes are in none of it.
     """
 
     phases: tuple[Phase, ...]
@@ -93,6 +94,7 @@ class Forecast(NamedTuple):
     model: int
     grant: int | None
     assumed: tuple[str, ...]
+    uncounted: tuple[str, ...] = ()
 
     @property
     def memory(self) -> int:
@@ -169,14 +171,13 @@ def _forecast(
         phases.append(_with_itself(machine, counts, ready))
     requests = {str(request.name): request for request in plan.requests}
     phases += [_request(machine, requests[name], E, counts, ready) for name, E in lengths.items()]
-    return Forecast(tuple(phases), load.size, 3 * load.row, grant, (*assumed, *_uncounted(plan)))
+    return Forecast(tuple(phases), load.size, 3 * load.row, grant, tuple(assumed), _uncounted(plan))
 
 
-def _uncounted(plan: FisherKernelPlan) -> list[str]:
+def _uncounted(plan: FisherKernelPlan) -> tuple[str, ...]:
     """Which analyses' own passes are not counted."""
     every = [request.analyses or plan.analyses for request in plan.requests]
-    passes = sorted({name for analyses in every for name in BESIDE if getattr(analyses, name)})
-    return [f"the passes of {', '.join(passes)} are not counted"] if passes else []
+    return tuple(sorted({name for analyses in every for name in BESIDE if getattr(analyses, name)}))
 
 
 def _of_walks(
@@ -219,7 +220,7 @@ def _of_walks(
         seconds = option.seconds + (nodes - 1 + 2 * FORWARD * capture.realised) * single.seconds
         option = option._replace(memory=option.memory + reserved, seconds=seconds)
         phases.append(_phase(machine, f"request {request.name}", E.tokens, option, PARTS + 1 + nodes))
-    return Forecast(tuple(phases), own.size, 3 * own.row, grant, (*assumed, *_uncounted(plan)))
+    return Forecast(tuple(phases), own.size, 3 * own.row, grant, tuple(assumed), _uncounted(plan))
 
 
 def _made(machine: _Machine, U: list[int]) -> tuple[Phase, Ready]:

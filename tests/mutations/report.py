@@ -4,6 +4,34 @@ from tests.mutants import Mutation
 
 MUTATIONS = [
     Mutation(
+        "identical sequences have the largest of their p-values",
+        "tests/study/test_shown.py::test_identical_sequences_have_the_smallest_of_their_p_values",
+        "report/table.py",
+        "columns].min())",
+        "columns].max())",
+    ),
+    Mutation(
+        "whoever did anything at all is named",
+        "tests/study/test_shown.py::test_who_did_next_to_nothing_is_not_named",
+        "report/summary.py",
+        "if abs(nats) < WORTH * abs(_moved(result)[row]):",
+        "if nats == 0:",
+    ),
+    Mutation(
+        "the whole batch's p-value stands for every sequence's",
+        "tests/study/test_uncertainty.py::test_p_is_of_a_kernel_that_permutations_leave_alone",
+        "study/analyses/uncertainty.py",
+        'arrays["sequence_p"][block.at] = p_values.sequences.float()',
+        'arrays["sequence_p"][block.at] = p_values.influence.float()[:, None]',
+    ),
+    Mutation(
+        "right and wrong answers change places",
+        "tests/report/test_page_browser.py::test_right_and_wrong_answers_are_told_apart",
+        "report/page/app/probes.js",
+        'reward >= group.correct ? " ✓" : " ✗"',
+        'reward >= group.correct ? " ✗" : " ✓"',
+    ),
+    Mutation(
         "a narrow terminal loses the texts of a table",
         "tests/study/test_shown.py::test_no_number_and_no_text_is_cut",
         "cli/console.py", "return table if needed <= width or not table.rows else _listed(table)", "return table",

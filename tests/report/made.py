@@ -65,16 +65,20 @@ def made_study(probes: int = 5, sequences: int = 12, texts: tuple[str, ...] = HO
         "logprob": random.normal(0, 1e-2, (probes, 5)).astype(np.float32), "entropy": np.zeros((probes, 5), np.float32),
         "response": np.array([[False, False, True, True, True]] * probes), "pair_0": random.normal(0, 1e-3, (3, 2)),
     }  # fmt: skip
+    sequence_p = random.uniform(size=C.shape).astype(np.float32)
     uncertainty = {
         "p": random.uniform(size=probes), "low": batch - 0.01, "high": batch + 0.01,
-        "top_p": random.uniform(size=top.shape), "prompt_p": random.uniform(size=(probes, len(prompts))),
+        "top_p": np.take_along_axis(sequence_p, top, 1), "sequence_p": sequence_p,
+        "prompt_p": random.uniform(size=(probes, len(prompts))),
         "prompt_contributions": random.normal(size=(probes, len(prompts))),
     }  # fmt: skip
     pairs = [{"row": rows[0].id, "column": update[1].id, "array": "pair_0", "column_tokens": ["<b>", "\n"]}]
     analyses = {
         "ledger": AnalysisResult(ledger, {"clip": 0.5, "path": "midpoint", "error": 1e-5, "floor": 2e-5}),
         "tokens": AnalysisResult(tokens, {"tokens": [["<i>", "a", "</i>"]] * probes, "pairs": pairs}),
-        "uncertainty": AnalysisResult(uncertainty, {"coverage": 0.9, "prompts": prompts}),
+        "uncertainty": AnalysisResult(
+            uncertainty, {"coverage": 0.9, "prompts": prompts, "informative": [True], "least": [0.2, 0.4]}
+        ),
         "sweep": AnalysisResult({}, {"left_out": "there is no <step>"}),
     }
     diagonal = np.full(probes, 2.0), np.full(sequences, 8.0)
@@ -82,7 +86,7 @@ def made_study(probes: int = 5, sequences: int = 12, texts: tuple[str, ...] = HO
         "held_out", "evaluation", rows, update, batch=batch, momentum=momentum, decay=np.zeros(probes, np.float32),
         realised=realised, squared_norms=diagonal[0], diagonal=diagonal[0], update_diagonal=diagonal[1], top=top,
         top_contributions=np.take_along_axis(C, top, 1), kernel=C / 0.01, contributions=C, analyses=analyses,
-        facts={"path": "midpoint", "realised_on": "step.after"},
+        facts={"path": "midpoint", "realised_on": "step.after", "correct": 1.0},
     )  # fmt: skip
     step: dict[str, Any] = {
         "clip": 0.5,

@@ -160,8 +160,9 @@ def test_the_numbers_of_an_account_are_those_of_account_json(account):
 def test_the_verdict_is_readable_without_a_script(study):
     text = parts_of(study[1] / "report.html").text
     assert "The prediction agrees with what was measured, with warnings" in text
-    assert "Audit: the step is the one described." in text
-    assert "The ledger of held_out closes: 0.001 % of the change remains, beside 0.002 % of rounding" in text
+    assert "Audit of the weights before and after: the step is the one described." in text
+    assert "held_out: the terms add up to what was measured" in text
+    assert "0.001 % is left over, rounding alone leaves 0.002 %" in text
     assert "held_out: sweep was left out: there is no <step>." in text
 
 
@@ -174,7 +175,7 @@ def test_a_ledger_that_does_not_close_comes_first(study):
         results["held_out"].analyses["ledger"].facts["error"] = 1e-5
     assert verdict["level"] == "bad"
     assert "Something is wrong" in verdict["headline"]
-    assert any("DOES NOT CLOSE: 40 % of the change remains" in line["text"] for line in verdict["lines"])
+    assert any("DO NOT ADD UP to what was measured: 40 % is left over" in line["text"] for line in verdict["lines"])
 
 
 def test_an_account_that_does_not_add_up_says_so():

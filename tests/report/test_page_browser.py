@@ -188,6 +188,44 @@ def test_contributors_are_those_of_the_results_and_a_click_shows_both_texts(watc
     assert "pair=" not in page.url
 
 
+def test_chance_is_said_of_the_batch_of_every_sequence_and_of_what_no_p_can_tell(watch, study):
+    held_out = study[0]["held_out"]
+    uncertainty = held_out.analysis("uncertainty")
+    page = watch(study).open("#view=probes&probe=E-001&alike=no")
+    page.wait_for_selector(".detail .tabulator-row")
+    assert page.locator(".detail .numbers b").last.inner_text() == f"{uncertainty['p'][1]:.3f}"
+    rows = page.evaluate("fk.contributorRows(fk.group(), 1, {identical: false, sign: 'both', step: null})")
+    assert len(rows) == len(held_out.update)
+    for row in rows:
+        assert row["p"] == pytest.approx(uncertainty["sequence_p"][1, held_out.column(row["id"])])
+    below = int((uncertainty["sequence_p"][1] <= 0.05).sum())
+    said = page.locator(".detail").inner_text()
+    assert f"p ≤ 0.05 for {below} of {len(rows)}." in said
+    assert "No sequence's p can be below 0.200 here" in said
+
+
+def test_right_and_wrong_answers_are_told_apart(watch, study):
+    held_out = study[0]["held_out"]
+    page = watch(study).open("#view=probes")
+    page.wait_for_selector(".list .tabulator-row")
+    marks = page.evaluate("fk.probes.rows(fk.group()).map((row) => [row.id, row.text.slice(-1)])")
+    assert dict(marks) == {info.id: "✓" if info.reward >= 1.0 else "✗" for info in held_out.evaluation}
+
+
+@pytest.mark.parametrize("kind", ["study", "account"])
+def test_headings_of_numbers_are_whole_where_there_is_little_room(kind, watch, request):
+    page = watch(request.getfixturevalue(kind)).open()
+    page.set_viewport_size({"width": 1280, "height": 900})
+    for view in ("overview", "probes", "sequences"):
+        page.evaluate(f"location.hash = 'view={view}'")
+        page.wait_for_selector(".page .tabulator-col-title")
+        page.wait_for_timeout(300)
+        cut = page.locator(".tabulator-col-title").evaluate_all(
+            "each => each.filter((t) => t.scrollWidth > t.clientWidth).map((t) => t.innerText)"
+        )
+        assert not cut, (view, cut)
+
+
 def test_identical_sequences_are_one_line_with_their_sum(watch, account):
     results, _ = account
     page = watch(account).open("#view=probes&probe=probe-0")
@@ -268,7 +306,8 @@ def test_the_overview_sums_identical_sequences_and_who_moved_it_says_whether_tha
     page.wait_for_selector(".overview .tabulator-row")
     cells = page.locator(".overview .tabulator-row").first.locator(".tabulator-cell").all_inner_texts()
     way = np.sign(results["realised"][e])
-    assert cells[-1] == shown(max(sums.values(), key=lambda value: way * value), scale, digits)
+    most = max(sums, key=lambda text: way * sums[text])
+    assert cells[-2] == shown(sums[most], scale, digits)
     assert "× " in cells[2]
     page.set_viewport_size({"width": 1440, "height": 500})
     page.locator(".overview .tabulator-row").last.click()  # scrolls down to it
@@ -277,7 +316,7 @@ def test_the_overview_sums_identical_sequences_and_who_moved_it_says_whether_tha
     page = watch(account).open("#view=probes")
     page.wait_for_selector(".detail .tabulator-row")
     told = page.locator(".detail .who").inner_text()
-    assert "Is that chance? p is how often permuted advantages make any sequence of the run do as much" in told
+    assert "Is that chance? p is how often any sequence of the run would do as much if advantages were shuffled" in told
     page.keyboard.press("j")  # another probe in the same table: the note is on this one
     held = int(page.locator(".detail h2").inner_text().removeprefix("probe-"))
     least = dict[tuple[str, str], float]()

@@ -132,7 +132,7 @@ def test_a_row_is_what_adds_up_to_the_change_of_a_probe():
 def test_a_column_of_rounding_alone_is_left_out_and_named(size, scale, there):
     text = shown(report.account_table(having(account(scale=scale), arithmetic=[0.0, -size, 0.0])))
     assert (re.search(r"┃ +arithmetic", text) is not None) == there
-    assert ("nothing to see in: before, decay, arithmetic" in text) != there
+    assert ("0, and left out: before, decay, arithmetic" in text) != there
 
 
 def test_an_account_is_in_one_unit_which_depends_on_its_largest_number():

@@ -59,7 +59,7 @@ def test_run_writes_everything_and_prints_tables(study):
         assert (out / "pictures" / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
     assert {"held_out", "self"} == {p.name for p in (out / "batches").iterdir()}
     for word in (
-        "held_out: 2 sequences",
+        "held_out: log π of 2 sequences",
         "Predicted and realised changes",
         "moved most",
         "momentum",
@@ -68,7 +68,7 @@ def test_run_writes_everything_and_prints_tables(study):
     ):
         assert word in result.stdout
     assert len(result.stdout.splitlines()) <= 40
-    assert "Estimate: In all" in result.stderr
+    assert "for gradients and kernels" in result.stderr
     tables = told("show", out).stdout
     for word in ("held_out: the 2 sequences", "Pearson r", "momentum", "effective rank"):
         assert word in tables

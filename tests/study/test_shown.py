@@ -100,10 +100,27 @@ def test_no_number_and_no_text_is_cut(width):
 )
 def test_a_p_value_is_told_only_where_something_was_permuted(informative, of_prompt, alone, together):
     made = result()
-    facts = {"informative": informative, "prompts": ["p"]}
+    facts = {"informative": informative, "prompts": ["p"], "least": [0.25, 0.5]}
     arrays = {"top_p": np.full((1, 4), 0.3), "prompt_p": np.full((1, 1), of_prompt), "p": np.full(1, 0.002)}
     sure = replace(made, analyses={"uncertainty": AnalysisResult(arrays, facts)})
     lines = culprit_lines(sure, 0)
-    assert lines[0].endswith(f"+700.00 · 10⁻³ nats{together}")
-    assert lines[1].endswith(f"-500.00 · 10⁻³ nats{alone}")
-    assert (" (p 0.002)" in probe_lines(sure)[0]) == informative[0]
+    assert lines[0].endswith(f"+700.00{together}")
+    assert lines[1].endswith(f"−500.00{alone}")
+    said = probe_lines(sure)
+    assert (" (p 0.002)" in said[0]) == informative[0]
+    assert ("a sequence's cannot be below 0.25 here" in said[-1]) == informative[0]
+
+
+def test_identical_sequences_have_the_smallest_of_their_p_values():
+    made = result()
+    facts = {"informative": [True], "prompts": ["p"], "least": [0.01]}
+    arrays = {"sequence_p": np.array([[0.3, 0.02, 0.04, 0.9]]), "prompt_p": np.full((1, 1), 0.5), "p": np.full(1, 0.5)}
+    lines = culprit_lines(replace(made, analyses={"uncertainty": AnalysisResult(arrays, facts)}), 0)
+    assert lines[0].endswith("+700.00, p 0.04, its prompt's p 0.5"), lines
+
+
+def test_who_did_next_to_nothing_is_not_named():
+    made = result()
+    tiny = made.contributions * np.array([[1.0, 1e-6, 1.0, 1e-6]])
+    lines = culprit_lines(replace(made, contributions=tiny), 0)
+    assert len(lines) == 1

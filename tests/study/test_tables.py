@@ -35,12 +35,13 @@ def test_a_ledgers_rows_add_up_in_print(results):
     rows = [line for line in text.splitlines() if "E-00" in line]
     assert len(rows) == 3
     for line in rows:
-        numbers = [float(x) for x in re.findall(r"[+-]?\d+\.\d+", line)]
+        numbers = [float(x) for x in re.findall(r"[+-]?\d+\.\d+|\b0\b", line.replace("−", "-"))]
         assert sum(numbers[:5]) == pytest.approx(numbers[5], abs=0.004)
     most = found.evaluation[int(np.abs(found.realised).argmax())].id
     assert most in rows[0]
-    assert f"c = {results.step['clip']:.3g}" in text
-    assert "gradients of E at the midpoint of the step" in " ".join(text.split())
+    said = " ".join(text.split())
+    assert f"gradients scaled by {results.step['clip']:.3g} (clipping)" in said
+    assert "those of E are at the step's midpoint" in said
 
 
 @pytest.mark.parametrize("kind", [*REPORTS])
@@ -62,9 +63,13 @@ def test_everything_that_was_asked_is_shown_and_what_was_left_out_says_why(resul
 def test_contributors_that_could_be_chance_are_told_from_those_that_could_not(results):
     found = results["self"]
     sure = found.analysis("uncertainty")
-    n, k = sure["top_p"].shape
+    n = len(sure["top_p"])
     for own, prompt, mark in ((0.01, 1.0, "*"), (1.0, 0.01, "†"), (1.0, 1.0, " ")):
-        arrays = {**sure.arrays, "top_p": np.full((n, k), own), "prompt_p": np.full_like(sure["prompt_p"], prompt)}
+        arrays = {
+            **sure.arrays,
+            "sequence_p": np.full((n, len(found.update)), own),
+            "prompt_p": np.full_like(sure["prompt_p"], prompt),
+        }
         marked = replace(found, analyses={"uncertainty": AnalysisResult(arrays, sure.facts)})
         text = shown(report.effects_table(marked, 2))
         rows = re.findall(r"\d\.\d\d(.)  U-", text)

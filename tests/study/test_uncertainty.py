@@ -70,6 +70,7 @@ def test_p_is_of_a_kernel_that_permutations_leave_alone(run, results, permuted):
     np.testing.assert_allclose(found["p"], expected.influence, atol=1e-12)
     np.testing.assert_allclose(found["prompt_p"], expected.prompts, atol=1e-12)
     np.testing.assert_allclose(found["top_p"], np.take_along_axis(expected.sequences.numpy(), result.top, 1))
+    np.testing.assert_allclose(found["sequence_p"], expected.sequences.numpy(), atol=1e-6)
     assert found.facts["preconditioner"] == "permutation mean"
     other = significance(torch.tensor(result.kernel), scale, run.batch.advantages, permutations(run.batch.groups, 50))
     assert not np.allclose(found["p"], other.influence)

@@ -53,6 +53,7 @@ def _group(result: RequestResult, unit: Unit) -> dict[str, Any]:
     return {
         "name": result.name,
         "kind": result.kind,
+        "correct": result.facts.get("correct"),
         "rows": packed_sequences(info_rows(result.evaluation), NUMBERS),
         "predicted": packed(result.predicted),
         "measured": packed(result.realised),
@@ -61,7 +62,7 @@ def _group(result: RequestResult, unit: Unit) -> dict[str, Any]:
         "kernel": packed(result.kernel),
         "diagonals": None if result.kernel is None else [packed(result.diagonal), packed(result.update_diagonal)],
         "top": _top(result),
-        "prompts": _prompts(result.analyses.get("uncertainty")),
+        **_chance(result.analyses.get("uncertainty")),
         "tokens": _tokens(result.analyses.get("tokens")),
         "panels": [*request_panels(result, unit), *selected_panels(result, unit)],
     }
@@ -106,12 +107,18 @@ def _top(result: RequestResult) -> dict[str, Any] | None:
     }
 
 
-def _prompts(uncertainty: AnalysisResult | None) -> dict[str, Any] | None:
-    """Sums over prompts of U, and their p-values."""
+def _chance(uncertainty: AnalysisResult | None) -> dict[str, Any]:
+    """p-values of the whole batch, of every sequence where they were kept, and of prompts with their sums."""
     if uncertainty is None or uncertainty.skipped is not None:
-        return None
+        return {"prompts": None}
     given = {"sums": uncertainty["prompt_contributions"], "p": uncertainty["prompt_p"]}
-    return {"ids": uncertainty.facts["prompts"], **{name: packed(values) for name, values in given.items()}}
+    prompts = {"ids": uncertainty.facts["prompts"], **{name: packed(values) for name, values in given.items()}}
+    return {
+        "prompts": prompts,
+        "batch_p": packed(uncertainty["p"]) if any(uncertainty.facts.get("informative", [])) else None,
+        "p": packed(uncertainty.arrays.get("sequence_p")),
+        "least": uncertainty.facts.get("least"),
+    }
 
 
 def _tokens(tokens: AnalysisResult | None) -> dict[str, Any] | None:

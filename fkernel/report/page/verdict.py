@@ -12,8 +12,8 @@ from fkernel.study import AccountResults, FisherKernelResults, RequestResult
 
 Level = Literal["good", "note", "warning", "bad"]
 SELF_CONSISTENT = (
-    "Predicted and measured change both come from one reading of the optimizer's state, so that their agreement is no "
-    "evidence for it. step.after in the plan, the checkpoint after the step, would be."
+    "The step was executed here, from the optimizer's state as it was read: that predicted and measured changes agree "
+    "does not show that it was read rightly. Name the checkpoint after the step (step.after) to test that, too."
 )
 
 
@@ -82,13 +82,13 @@ def _closing(checks: list[dict[str, Any]]) -> list[dict[str, str]]:
     for check in checks:
         if check["closes"] is None:
             continue
-        size = f"{percent(check['remainder'])} of the change remains, beside {percent(check['floor'])} of rounding"
+        size = f"{percent(check['remainder'])} is left over, rounding alone leaves {percent(check['floor'])}"
         if check["unexplained"] is not None:
-            size += f", and {percent(check['unexplained'])} is unexplained"
+            size += f"; unexplained {percent(check['unexplained'])}"
         if check["closes"]:
-            lines.append(line("good", f"The ledger of {check['request']} closes: {size}."))
+            lines.append(line("good", f"{check['request']}: the terms add up to what was measured: {size}."))
         else:
-            lines.append(line("bad", f"THE LEDGER OF {check['request']} DOES NOT CLOSE: {size}."))
+            lines.append(line("bad", f"{check['request']}: THE TERMS DO NOT ADD UP to what was measured: {size}."))
     return [*lines, *(_without_ledger(check) for check in checks if check["closes"] is None)]
 
 
@@ -105,10 +105,11 @@ def _step_lines(results: FisherKernelResults) -> list[dict[str, str]]:
     """The audit, failed certificates, and what the training did that is not modelled."""
     audit, lines = results.step.get("audit"), []
     if audit is not None:
-        lines.append(line("good" if audit["fine"] else "bad", f"Audit: {audit['verdict']}."))
+        verdict = f"Audit of the weights before and after: {audit['verdict']}."
+        lines.append(line("good" if audit["fine"] else "bad", verdict))
         lines += [line("bad", finding["sentence"]) for finding in audit["findings"]]
     else:
-        lines.append(line("note", "There was no audit: the plan names no checkpoint after the step (step.after)."))
+        lines.append(line("note", "Not audited: the plan does not name the checkpoint after the step (step.after)."))
     for each in results.environment.get("certificates", []):
         if each["passed"] is False:
             lines.append(line("warning", f"Certificate {each['name']} failed: {each['detail']}"))

@@ -74,6 +74,8 @@ class UncertaintyAccumulator(Accumulator):
         self.arrays |= {name: torch.zeros(n, k, dtype=torch.float64) for name in ("rank_low", "rank_high", "top_p")}
         self.arrays["prompt_p"] = torch.zeros(n, len(self.names), dtype=torch.float64)
         self.arrays["prompt_contributions"] = torch.zeros(n, len(self.names), dtype=torch.float64)
+        if context.capture.kernel:
+            self.arrays["sequence_p"] = torch.zeros(n, len(batch), dtype=torch.float32)
         form = context.workspace.spec["preconditioner"]["form"]
         self.permuted = form == "post-step"
         self.facts: dict[str, Any] = {"draws": config.draws, "coverage": config.coverage, "prompts": self.names}
@@ -98,6 +100,8 @@ class UncertaintyAccumulator(Accumulator):
         arrays["prompt_contributions"][block.at] = group_sums(C, self.prompts.place, self.prompts.prompts)
         columns, _ = top_contributors(C, k)
         arrays["top_p"][block.at] = p_values.sequences.gather(1, columns)
+        if "sequence_p" in arrays:
+            arrays["sequence_p"][block.at] = p_values.sequences.float()
         self.facts |= {"informative": p_values.informative.tolist(), "least": p_values.least.tolist()}
         if self.exchanged.reason is not None:
             self.facts |= {"informative": [False] * len(self.names), "least": [1.0] * len(p_values.least)}
@@ -179,6 +183,6 @@ def _names_by_place(batch: GeneratedBatch, place: Tensor) -> list[str]:
 
 
 UNCERTAINTY = Analysis(
-    ("low", "high", "error", "p", "rank_low", "rank_high", "top_p", "prompt_p", "prompt_contributions"),
+    ("low", "high", "error", "p", "rank_low", "rank_high", "top_p", "sequence_p", "prompt_p", "prompt_contributions"),
     accumulator=UncertaintyAccumulator,
 )

@@ -112,15 +112,23 @@ fk.contributorColumns = (rows, identical) => {
   ];
 };
 
+/** A sentence on a batch of so few sequences that no p could be small. */
+fk.weakTest = (group) => {
+  const least = group.least ? Math.min(...group.least) : 0;
+  return least > 0.05 ? ` No sequence's p can be below ${fk.p(least)} here: too few advantages of a prompt differ.` : "";
+};
+
 /** Whether what sequences did could be chance: what p says, or why there is none and how to get it. */
 fk.chance = (group, rows) => {
   const key = fk.isRun ? "p" : "uncertainty",
     { left_out, blocks, ask } = group.panels.find((panel) => panel.key === key) || {};
-  if (rows.some((row) => row.p !== null)) {
-    const clear = rows.filter((row) => row.p !== null && row.p <= 0.05).length;
+  const tested = rows.filter((row) => row.p !== null);
+  if (tested.length) {
+    const clear = tested.filter((row) => row.p <= 0.05).length,
+      known = `p ≤ 0.05 for ${clear} of ${tested.length}`;
     return fk.isRun
-      ? `Is that chance? p is how often permuted advantages make any sequence of the run do as much: p ≤ 0.05 for ${clear} of ${rows.length}. What prompts and reward functions did in many steps is tested further down.`
-      : `Is that chance? p is how often permuted advantages do as much: p ≤ 0.05 for ${clear} of ${rows.length}; –: not computed for this one. Sums over prompts, below, are tested together.`;
+      ? `Is that chance? p is how often any sequence of the run would do as much if advantages were shuffled within prompts: ${known}. What prompts and reward functions did in many steps is tested further down.`
+      : `Is that chance? p is how often any sequence would do as much if advantages were shuffled within prompts: ${known}${tested.length < rows.length ? "; –: not computed for this one" : ""}.${fk.weakTest(group)} Sums over prompts, below, are tested as well, and find more where many responses are alike.`;
   }
   if (left_out) return `Is that chance? There is no p: ${left_out}.`;
   if (blocks) return "Is that chance? p is known of sums over prompts alone, on the page Analyses.";

@@ -22,7 +22,7 @@ fk.overview = {
     const section = fk.el("section.panel", {}, fk.el("h3", {}, "Requests: prediction against measurement"));
     place.append(section);
     const columns = [
-      { title: "request", field: "request", kind: "text" },
+      { title: "request", field: "request", kind: "text", grow: 1, width: this.widest(fk.data.verdict.checks) },
       { title: "probes", field: "sequences", kind: "number" },
       {
         title: "r",
@@ -53,6 +53,8 @@ fk.overview = {
       note: "click a request to see it on all pages",
     });
   },
+  /** Pixels that the longest name of a request needs. */
+  widest: (checks) => Math.min(260, 34 + 8 * Math.max(...checks.map((check) => check.request.length), 7)),
   /** The probes that moved most, and who moved each. */
   most(place, group) {
     const section = fk.el(
@@ -76,6 +78,9 @@ fk.overview = {
         { title: measured ? "measured" : "predicted", field: measured ? "measured" : "predicted", kind: "change" },
         { title: "most of it by", field: "who", kind: "text", grow: 2 },
         { title: "contribution", field: "bestValue", kind: "change" },
+        ...(rows.some((row) => row.bestP !== null)
+          ? [{ title: "p", field: "bestP", kind: "p", note: "how often shuffled advantages would do as much by chance" }]
+          : []),
       ],
       note: `${fk.unit}; click a probe to see why`,
     });
@@ -85,9 +90,9 @@ fk.overview = {
     const way = Math.sign(fk.changes(group).values[e]),
       all = fk.groupIdentical(fk.contributionsTo(group, e)),
       most = all.reduce((best, each) => (way * each.value > (best ? way * best.value : 0) ? each : best), null);
-    if (!most) return { who: null, bestValue: null };
-    const { u, value, count } = most;
-    return { who: `${count > 1 ? `× ${count}  ` : ""}${fk.line(fk.update, u, 34)}`, bestValue: value };
+    if (!most) return { who: null, bestValue: null, bestP: null };
+    const { u, value, count, p } = most;
+    return { who: `${count > 1 ? `× ${count}  ` : ""}${fk.line(fk.update, u, 34)}`, bestValue: value, bestP: p };
   },
   agreement(place, group) {
     const section = fk.el("section.panel", {}, fk.el("h3", {}, "Predicted and measured"));

@@ -184,7 +184,12 @@ fk.timeline = (place, group, e, onStep) => {
     annotations: names,
     showlegend: true,
     legend: { orientation: "h", y: 1.07, yanchor: "bottom", x: 0, font: { size: 12 } },
-    xaxis: { title: { text: "step" }, anchor: rows.length > 1 ? `y${rows.length}` : "y", automargin: false },
+    xaxis: {
+      title: { text: "step" },
+      anchor: rows.length > 1 ? `y${rows.length}` : "y",
+      automargin: false,
+      labelalias: { "−1": "start", "-1": "start" },
+    },
   });
   for (const [key, axis] of Object.entries(axes)) layout[key] = { ...layout[key], ...axis };
   return fk.chart(place, traces, layout, {

@@ -1,5 +1,10 @@
 "use strict";
 /* Probes: a list to search and sort, and one of them in full. */
+
+/** ✓ or ✗ where the plan says which rewards are of right answers. */
+fk.mark = (group, { reward }) =>
+  typeof group.correct !== "number" || typeof reward !== "number" ? "" : reward >= group.correct ? " ✓" : " ✗";
+
 fk.probes = {
   rows(group) {
     const changes = fk.changes(group).values,
@@ -9,7 +14,7 @@ fk.probes = {
       const sequence = fk.sequence(group.rows, e);
       return {
         ...sequence,
-        text: fk.both(sequence, 32),
+        text: fk.both(sequence, 32) + fk.mark(group, sequence),
         predicted: predicted[e],
         measured: measured ? measured[e] : null,
       };
@@ -91,8 +96,8 @@ fk.probes = {
     section(
       "Where its change came from",
       `terms add up to what was ${group.measured ? "measured" : "predicted"}; the whisker is rounding` +
-        (fk.terms(group, 0).terms.some((term) => term.label === "lowered")
-          ? "; raised, lowered: done by sequences of positive and of negative advantage"
+        (fk.terms(group, 0).terms.some((term) => term.name === "part.lowered")
+          ? "; the batch is split by the sign of its sequences' advantages"
           : ""),
       330,
       (body, e) => fk.waterfall(body, group, e),
@@ -136,7 +141,7 @@ fk.probes = {
         });
       });
     if (group.contributions)
-      section("Prompts, each over all its sequences", fk.isRun ? "p: of so uneven a split of the steps that trained on it" : "", 380, (body, e) => {
+      section("Prompts, each over all its sequences", fk.isRun ? "p: how often a fair coin would split the steps that trained on it so unevenly" : "", 380, (body, e) => {
         body.replaceChildren();
         fk.promptTable(body, group, e);
       });
@@ -193,6 +198,14 @@ fk.probes = {
         sequence.reward === undefined || sequence.reward === null
           ? null
           : fk.el("div", {}, fk.el("b", {}, fk.number(sequence.reward)), fk.el("small", {}, "reward")),
+        group.batch_p
+          ? fk.el(
+              "div",
+              { title: "how often the whole batch would do as much if advantages were shuffled within prompts" },
+              fk.el("b", {}, fk.p(fk.array(group.batch_p).values[e])),
+              fk.el("small", {}, "p of the batch's part"),
+            )
+          : null,
       ),
     );
     if (!group.tokens && !fk.isRun)

@@ -27,15 +27,9 @@ fk.cell = (column) => (cell) => {
         ? String(value)
         : null;
   if (column.kind === "probe" || column.kind === "sequence") return fk.named(column, value);
-  const sign =
-    (column.kind === "signed" || column.kind === "change") && known
-      ? value < 0
-        ? ".lower"
-        : value > 0
-          ? ".raise"
-          : ""
-      : "";
-  return fk.el(`span${sign}`, { title }, format(value, column));
+  const text = format(value, column),
+    signed = (column.kind === "signed" || column.kind === "change") && known && text !== "0";
+  return fk.el(`span${signed ? (value < 0 ? ".lower" : ".raise") : ""}`, { title }, text);
 };
 
 /** The id of a probe or a sequence, and its text. */
@@ -70,7 +64,7 @@ fk.tabulatorColumn = (column) => ({
   sorter: fk.RIGHT.has(column.kind) ? fk.missingLast : "string",
   headerSortStartingDir: fk.RIGHT.has(column.kind) ? "desc" : "asc",
   width: column.width,
-  minWidth: Math.max(fk.NARROW.has(column.kind) ? 64 : 88, 38 + 8.6 * column.title.length),
+  minWidth: Math.max(fk.NARROW.has(column.kind) ? 60 : 80, 30 + 8.2 * column.title.length),
   widthGrow: column.grow || (fk.RIGHT.has(column.kind) ? 0 : 1),
   cssClass: column.kind === "text" && column.grow ? "wide" : "",
 });
