@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -126,6 +126,28 @@ def test_outputs_that_a_model_overwrites_or_wraps_have_the_gradients_of_backward
         if treat != "layer without a graph":  # which forward mode does not heed
             warnings.simplefilter("error", fk.ModelWarning)
         met(Net(treat).double())
+
+
+class Settings(NamedTuple):
+    """A configuration that cannot be changed."""
+
+    vocab_size: int = 10
+
+
+class Own(Net):
+    """A model of somebody's own with a configuration, as Hugging Face's have, and another way to be called."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, input_ids, attention_mask=None):
+        return super().forward(input_ids)
+
+
+@pytest.mark.parametrize("config", [SimpleNamespace(vocab_size=10), {"vocab_size": 10}, Settings()])
+def test_a_model_of_ones_own_may_have_a_configuration(config):
+    met(Own(config).double())
 
 
 @pytest.mark.parametrize("treat", OVERWRITTEN[1:6])

@@ -31,7 +31,7 @@ from fkernel import tree
 from fkernel.boundary import public
 from fkernel.errors import BatchError, ModelError
 from fkernel.func import Sequences
-from fkernel.func.inputs import Function, Objective, check_weights, length, take, translate_errors
+from fkernel.func.inputs import Function, Objective, arguments_of, check_weights, length, take, translate_errors
 from fkernel.shapes import Tensor, Tree
 
 HEADS = ("trl", "linear")
@@ -187,11 +187,9 @@ def _logits(module: Any, params: Tree, batch: Sequences, head: str) -> Tensor:
     """Run a module, or a function that has none, in one plain pass: [n t v] in the training's dtype."""
     if not isinstance(module, nn.Module):
         return module(params, batch.input_ids, batch.attention_mask)
-    mask = batch.attention_mask.long()
-    inputs = {"input_ids": batch.input_ids, "attention_mask": mask, "use_cache": False}
-    args, kwargs = ((), inputs) if hasattr(module, "config") else ((batch.input_ids, mask), {})
+    inputs = arguments_of(module, batch.input_ids, batch.attention_mask.long())
     with _Float32Sums(module) if head == "trl" else nullcontext():
-        out: Any = functional_call(module, params, args, kwargs)
+        out: Any = functional_call(module, params, *inputs)
     z = getattr(out, "logits", out)
     z = z[0] if isinstance(z, tuple | list) else z
     return z[:, -batch.input_ids.shape[1] :]

@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fkernel.boundary import public
 from fkernel.errors import BatchError, ModelError, listing
 from fkernel.func.constants import seen_through
+from fkernel.func.inputs.called import arguments_of, is_hugging_face
 from fkernel.func.inputs.objective import is_readable
 from fkernel.func.padding import padding_rows, trained_padding
 from fkernel.shapes import Tensor, Tree
@@ -70,17 +71,15 @@ def logits_of(module: nn.Module, params: Tree, input_ids: Tensor, attention_mask
         ModelError: there are no logits, or fewer than tokens.
         BatchError: the batch is padded on the left.
     """
-    if hasattr(module, "config"):
-        _refuse_left_padding(attention_mask)
+    mask = attention_mask
+    if is_hugging_face(module):
+        _refuse_left_padding(mask)
         # With right-padding a causal model does not attend to padding, so a mask of ones is equivalent. It avoids
         # padding rows outside of every sliding window, whose softmax over nothing is NaN in float64. It is not derived
         # from the mask, since models may not branch on a vmapped tensor; int64 as a tokenizer's, since some compute
         # with it.
-        ones = torch.ones(attention_mask.shape, dtype=torch.int64, device=attention_mask.device)
-        inputs = {"input_ids": input_ids, "attention_mask": ones, "use_cache": False}
-        out: Any = functional_call(module, params, (), inputs)
-    else:
-        out = functional_call(module, params, (input_ids, attention_mask))
+        mask = torch.ones(mask.shape, dtype=torch.int64, device=mask.device)
+    out: Any = functional_call(module, params, *arguments_of(module, input_ids, mask))
     z = getattr(out, "logits", out)
     z = z[0] if isinstance(z, (tuple, list)) and z else z
     t = input_ids.shape[-1]

@@ -23,6 +23,11 @@ MUTATIONS = [
         "func/functional.py", "return z[:, -t:]", "return z[:, :t]",
     ),
     Mutation(
+        "whatever has a configuration is called as Hugging Face's are",
+        f"{MODELS}::test_a_model_of_ones_own_may_have_a_configuration",
+        "func/inputs/called.py", 'hasattr(module, "config") and', 'hasattr(module, "config") or',
+    ),
+    Mutation(
         "the balancing loss goes on being computed",
         f"{MODELS}::test_the_balancing_loss_of_experts_is_no_part_of_log_pi",
         "func/functional.py", "config.output_router_logits = False", "pass",
