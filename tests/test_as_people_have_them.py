@@ -134,15 +134,15 @@ class Settings(NamedTuple):
     vocab_size: int = 10
 
 
-class Own(Net):
+class Own(nn.Module):
     """A model of somebody's own with a configuration, as Hugging Face's have, and another way to be called."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.net = config, Net()
 
     def forward(self, input_ids, attention_mask=None):
-        return super().forward(input_ids)
+        return self.net(input_ids)
 
 
 @pytest.mark.parametrize("config", [SimpleNamespace(vocab_size=10), {"vocab_size": 10}, Settings()])
