@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import fkernel as fk
 from fkernel import func, precond
@@ -148,6 +149,42 @@ class Own(nn.Module):
 @pytest.mark.parametrize("config", [SimpleNamespace(vocab_size=10), {"vocab_size": 10}, Settings()])
 def test_a_model_of_ones_own_may_have_a_configuration(config):
     met(Own(config).double())
+
+
+class Encoder(nn.Module):
+    """Layers of torch's own, which in eval mode may take kernels without a derivative; or such as compute twice."""
+
+    def __init__(self, checkpointed: bool = False) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)
+        self.embed, self.head = nn.Embedding(10, 6), nn.Linear(6, 10)
+        self.layers, self.checkpointed = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), checkpointed
+
+    def forward(self, input_ids, attention_mask=None):
+        x = self.embed(input_ids)
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], dtype=x.dtype)
+        if self.checkpointed:
+            return self.head(checkpoint(self.layers, x, mask, use_reentrant=False))
+        return self.head(self.layers(x, mask=mask, is_causal=True))
+
+
+def test_torchs_own_transformer_is_differentiated_in_eval_mode():
+    fast = torch.backends.mha.get_fastpath_enabled()
+    met(Encoder().double().eval())
+    assert torch.backends.mha.get_fastpath_enabled() == fast
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (lambda: Encoder(checkpointed=True), r"torch\.utils\.checkpoint.*call those layers directly"),
+        (lambda: nn.DataParallel(Net()), r"make_functional the one inside: model\.module"),
+    ],
+)
+def test_wrappers_that_torch_func_cannot_follow_are_named(model, said):
+    apply, params = func.make_functional(model().double())
+    with pytest.raises(fk.ModelError, match=said):
+        func.per_sequence_grad(func.sequence_logprob(apply))(params, func.pad(PROMPTS, RESPONSES))
 
 
 @pytest.mark.parametrize("treat", OVERWRITTEN[1:6])

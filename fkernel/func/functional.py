@@ -79,7 +79,8 @@ def logits_of(module: nn.Module, params: Tree, input_ids: Tensor, attention_mask
         # from the mask, since models may not branch on a vmapped tensor; int64 as a tokenizer's, since some compute
         # with it.
         mask = torch.ones(mask.shape, dtype=torch.int64, device=mask.device)
-    out: Any = functional_call(module, params, *arguments_of(module, input_ids, mask))
+    with _differentiable_layers():
+        out: Any = functional_call(module, params, *arguments_of(module, input_ids, mask))
     z = getattr(out, "logits", out)
     z = z[0] if isinstance(z, (tuple, list)) and z else z
     t = input_ids.shape[-1]
@@ -90,6 +91,17 @@ def logits_of(module: nn.Module, params: Tree, input_ids: Tensor, attention_mask
             f"[n t v], as a tensor, as the attribute `logits`, or first in a tuple."
         )
     return z[:, -t:]
+
+
+@contextmanager
+def _differentiable_layers() -> Iterator[None]:
+    """In eval mode `nn.TransformerEncoderLayer` and `nn.MultiheadAttention` may take kernels without a derivative."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextmanager

@@ -25,7 +25,17 @@ MUTATIONS = [
     Mutation(
         "whatever has a configuration is called as Hugging Face's are",
         f"{MODELS}::test_a_model_of_ones_own_may_have_a_configuration",
-        "func/inputs/called.py", 'hasattr(module, "config") and', 'hasattr(module, "config") or',
+        "func/inputs/called.py", 'return "use_cache" in taken', 'return True or "use_cache" in taken',
+    ),
+    Mutation(
+        "torch's fast kernels, which have no derivative, are taken in eval mode",
+        f"{MODELS}::test_torchs_own_transformer_is_differentiated_in_eval_mode",
+        "func/functional.py", "set_fastpath_enabled(False)", "set_fastpath_enabled(before)",
+    ),
+    Mutation(
+        "a layer that computes twice is a raw error",
+        f"{MODELS}::test_wrappers_that_torch_func_cannot_follow_are_named",
+        "func/inputs/validation.py", '"torch.utils.checkpoint",', '"nothing",',
     ),
     Mutation(
         "the balancing loss goes on being computed",

@@ -12,8 +12,10 @@ from fkernel.shapes import Tensor
 
 def is_hugging_face(module: nn.Module) -> bool:
     """Whether a module is called as Hugging Face's are; one of the user's own may have a `config` too."""
+    if not hasattr(module, "config"):
+        return False
     taken = signature(module.forward).parameters
-    return hasattr(module, "config") and ("use_cache" in taken or any(p.kind is p.VAR_KEYWORD for p in taken.values()))
+    return "use_cache" in taken or any(p.kind is p.VAR_KEYWORD for p in taken.values())
 
 
 def arguments_of(module: nn.Module, input_ids: Tensor, mask: Tensor) -> tuple[tuple[Tensor, ...], dict[str, Any]]:

@@ -62,6 +62,12 @@ _ADVICE = (
         "escaped from inside a function being vmapped",
         "f keeps tensors of one call for the next (a cache?); switch its cache off, or let it be a pure function",
     ),
+    (
+        "torch.utils.checkpoint",
+        "f computes activations again in backward (torch.utils.checkpoint), which torch.func cannot follow; call those "
+        "layers directly, which changes no value and no gradient",
+    ),
+    ("nn.DataParallel", "the model is wrapped for several devices; give make_functional the one inside: model.module"),
 )
 """(torch's message, advice), used only where the slower exact methods, which are tried first, fail as well."""
 
