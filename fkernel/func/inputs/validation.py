@@ -20,6 +20,10 @@ from fkernel.func.inputs.objective import Function, Objective
 from fkernel.func.inputs.source import HALF
 from fkernel.shapes import Tensor, Tree
 
+_TWICE = (
+    "f computes activations again in backward (torch.utils.checkpoint), which torch.func cannot follow; call those layers "
+    "directly, which changes no value and no gradient"
+)
 _ADVICE = (
     (
         "called random operation",
@@ -62,11 +66,8 @@ _ADVICE = (
         "escaped from inside a function being vmapped",
         "f keeps tensors of one call for the next (a cache?); switch its cache off, or let it be a pure function",
     ),
-    (
-        "torch.utils.checkpoint",
-        "f computes activations again in backward (torch.utils.checkpoint), which torch.func cannot follow; call those "
-        "layers directly, which changes no value and no gradient",
-    ),
+    ("torch.utils.checkpoint", _TWICE),
+    ("maybe_level.has_value()", _TWICE),  # vmap's rule of an operation that runs when vmap has ended
     ("nn.DataParallel", "the model is wrapped for several devices; give make_functional the one inside: model.module"),
 )
 """(torch's message, advice), used only where the slower exact methods, which are tried first, fail as well."""
