@@ -21,8 +21,8 @@ from fkernel.func.inputs.source import HALF
 from fkernel.shapes import Tensor, Tree
 
 _TWICE = (
-    "f computes activations again in backward (torch.utils.checkpoint), which torch.func cannot follow; call those layers "
-    "directly, which changes no value and no gradient"
+    "f computes activations again in backward (torch.utils.checkpoint), which torch.func cannot follow; call those "
+    "layers directly, which changes no value and no gradient"
 )
 _ADVICE = (
     (
