@@ -11,13 +11,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import wrap
 from typing import Annotated, Any
 
 import typer
 from rich.cells import cell_len
 from rich.console import Console
+from rich.measure import Measurement
 from rich.segment import Segment
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from fkernel.errors import visible_text
@@ -85,6 +87,8 @@ def can_draw() -> bool:
     return there
 
 
+ROOMY = Console(width=10_000)
+"""On which a table takes all the room that it would like."""
 READABLE = 16
 """Columns of a terminal that a text needs at least, to be more than a stack of syllables."""
 
@@ -116,20 +120,26 @@ def uncut(table: Table, width: int) -> Table:
          probe     88
          realised  -65.43
     """
-    needed = 1
+    needed, headings = 1, list[tuple[Column, str]]()
     for column in table.columns:
         texts = [Text.from_markup(cell) if isinstance(cell, str) else cell for cell in column.cells]
         widest = max(
             (max(map(cell_len, text.plain.split("\n"))) for text in texts if isinstance(text, Text)), default=1
         )
         if column.justify == "right":
-            heading = max(map(len, str(column.header).split()), default=1)
-            column.no_wrap, column.min_width = True, max(widest, heading)
+            word = max(map(len, str(column.header).split()), default=1)
+            column.no_wrap, column.min_width = True, max(widest, word)
             needed += column.min_width + 3
+            headings.append((column, "\n".join(wrap(str(column.header), column.min_width))))
         else:
             column.no_wrap, column.overflow = False, "fold"
             needed += min(max(widest, len(str(column.header))), READABLE) + 3
-    return table if needed <= width or not table.rows else _listed(table)
+    if needed > width and table.rows:
+        return _listed(table)
+    if Measurement.get(ROOMY, ROOMY.options, table).maximum > width:  # texts get what the headings would take
+        for column, heading in headings:
+            column.header = heading
+    return table
 
 
 def _listed(table: Table) -> Table:
@@ -173,8 +183,8 @@ def progress_and_log(level: str) -> Iterator[Callable[[str, int, int], Any]]:
         """Log a warning once, without its source line; one of another library is for debugging."""
         if str(message) not in logged:
             logged.add(str(message))
-            own = getattr(category, "__module__", "").startswith("fkernel")
-            logger.log(logging.WARNING if own else logging.DEBUG, "%s", message)
+            ours = getattr(category, "__module__", "").startswith("fkernel")
+            logger.log(logging.WARNING if ours else logging.DEBUG, "%s", message)
 
     warnings.showwarning = log_once
     try:

@@ -11,6 +11,20 @@ MUTATIONS = [
         "columns].max())",
     ),
     Mutation(
+        "a phase's progress is of its last request",
+        "tests/study/test_shown.py::test_a_phase_of_several_requests_counts_all_of_them",
+        "cli/console.py",
+        "total=earlier[what] + total or None",
+        "total=total or None",
+    ),
+    Mutation(
+        "headings of numbers stay on one line",
+        "tests/study/test_shown.py::test_long_headings_of_numbers_leave_room_for_texts",
+        "cli/console.py",
+        "column.header = heading",
+        "column.header = column.header",
+    ),
+    Mutation(
         "whoever did anything at all is named",
         "tests/study/test_shown.py::test_who_did_next_to_nothing_is_not_named",
         "report/summary.py",
@@ -34,7 +48,7 @@ MUTATIONS = [
     Mutation(
         "a narrow terminal loses the texts of a table",
         "tests/study/test_shown.py::test_no_number_and_no_text_is_cut",
-        "cli/console.py", "return table if needed <= width or not table.rows else _listed(table)", "return table",
+        "cli/console.py", "return _listed(table)", "return table",
     ),
     Mutation(
         "a plan's parts without the weights",

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from rich.table import Table
 
-from fkernel.cli.console import Tables
+from fkernel.cli.console import Tables, progress_and_log
+from fkernel.demo.progress import silent
 from fkernel.report.summary import culprit_lines, probe_lines
 from fkernel.study import AnalysisResult, RequestResult, SequenceInfo
 from fkernel.study.results import FisherKernelResults
@@ -109,6 +110,36 @@ def test_a_p_value_is_told_only_where_something_was_permuted(informative, of_pro
     said = probe_lines(sure)
     assert (" (p 0.002)" in said[0]) == informative[0]
     assert ("a sequence's cannot be below 0.25 here" in said[-1]) == informative[0]
+
+
+def test_long_headings_of_numbers_leave_room_for_texts():
+    table = Table("probe")
+    for title in ("after the whole run", "after the replay of it", "difference of the two"):
+        table.add_column(title, justify="right")
+    table.add_row("right 37+85=122", "-0.11", "-0.12", "+0.01")
+    file = io.StringIO()
+    Tables(width=68, file=file).print(table)
+    lines = file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 68
+    assert any("right 37+85=122" in line and "-0.11" in line and "+0.01" in line for line in lines)
+    assert not any("after the whole run" in line for line in lines)
+    wide = io.StringIO()
+    Tables(width=120, file=wide).print(Table("probe", "after the whole run"))
+    assert "after the whole run" in wide.getvalue()
+
+
+def test_a_phase_of_several_requests_counts_all_of_them(monkeypatch):
+    bars = silent()
+    monkeypatch.setattr("fkernel.demo.visible", lambda console: bars)
+    with progress_and_log("minimal") as on_progress:
+        for _ in range(4):
+            on_progress("analysis ledger", 0, 0)  # begins
+            on_progress("analysis ledger", 1, 1)
+        on_progress("held", 2, 3)
+    assert [(bar.description, bar.completed, bar.total) for bar in bars.tasks] == [
+        ("analysis ledger", 4, 4),
+        ("held", 2, 3),
+    ]
 
 
 def test_identical_sequences_have_the_smallest_of_their_p_values():
