@@ -96,8 +96,8 @@ def shares(groups: Mapping[str, Tensor]) -> dict[str, float]:
     """
     tree.check_finite(groups, "groups")
     sizes = {group: float(value.double().abs().sum()) for group, value in groups.items()}
-    whole = sum(sizes.values())
-    return {group: size / whole if whole else 0.0 for group, size in sizes.items()}
+    total = sum(sizes.values())
+    return {group: size / total if total else 0.0 for group, size in sizes.items()}
 
 
 @public
@@ -119,8 +119,8 @@ def missed(groups: Mapping[str, Tensor], left_out: Iterable[str] = ENDS) -> floa
     """
     tree.check_finite(groups, "groups")
     values = [value.double() for value in groups.values()]
-    whole, gone = torch.stack(values).sum(0), torch.zeros_like(values[0])
+    total, gone = torch.stack(values).sum(0), torch.zeros_like(values[0])
     for group in left_out:
         gone = gone + groups[group].double() if group in groups else gone
-    size = float(whole.norm())
+    size = float(total.norm())
     return float(gone.norm()) / size if size else float("nan")

@@ -180,8 +180,8 @@ def significance(K: Tensor, scale: Tensor, advantages: Tensor, draws: Permutatio
     largest = factors.new_zeros(len(K), len(shuffled))
     total = torch.zeros_like(largest)
     for g in range(G):
-        own = (place == g).nonzero()[:, 0]
-        sums = factors[:, own] @ shuffled[:, own].T
+        columns = (place == g).nonzero()[:, 0]
+        sums = factors[:, columns] @ shuffled[:, columns].T
         largest, total = torch.maximum(largest, sums.abs()), total + sums
     sizes = factors.abs()
     largest_sequence = torch.stack([(sizes * null).amax(1) for null in shuffled.abs()], 1)
@@ -278,9 +278,9 @@ def _p(own: Tensor, null: Tensor, slack: Tensor) -> Tensor:
 def _centred(A: Tensor, place: Tensor, G: int, permuted: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """A − Ā within prompts, exactly 0 where they are equal or not permuted; and whether any differ, [G]."""
     moves = torch.ones_like(place, dtype=torch.bool) if permuted is None else permuted.to(place.device)
-    own, at = A[moves], place[moves]
-    low, high = (A.new_zeros(G).scatter_reduce_(0, at, own, how, include_self=False) for how in ("amin", "amax"))
-    mean = group_sums(own[None], at, G)[0] / torch.bincount(at, minlength=G).clamp_min(1)
+    moved, at = A[moves], place[moves]
+    low, high = (A.new_zeros(G).scatter_reduce_(0, at, moved, how, include_self=False) for how in ("amin", "amax"))
+    mean = group_sums(moved[None], at, G)[0] / torch.bincount(at, minlength=G).clamp_min(1)
     informative = high > low
     return torch.where(informative[place] & moves, A - mean[place], 0.0), informative
 
@@ -289,6 +289,6 @@ def _least(A: Tensor, cells: Tensor) -> Tensor:
     """Share of the |A − Ā| in each sequence's exchangeable set that are at least its own, [n]."""
     size, least = A.abs(), torch.empty_like(A)
     for g in cells.unique():
-        own = size[cells == g]
-        least[cells == g] = (own >= (1 - ROUNDING) * own[:, None]).double().mean(1)
+        sizes = size[cells == g]
+        least[cells == g] = (sizes >= (1 - ROUNDING) * sizes[:, None]).double().mean(1)
     return least

@@ -73,9 +73,9 @@ def reward_shares(rewards: Tensor, weights: Tensor, groups: Tensor) -> Tensor:
     _, place = groups.unique(return_inverse=True)
     sums = torch.zeros(int(place.max()) + 1, weighed.shape[1], dtype=torch.float64).index_add_(0, place, weighed)
     apart = weighed - (sums / place.bincount()[:, None])[place]
-    whole = apart.sum(1, keepdim=True)
-    known = whole.abs() > CANCELLED * weighed.abs().sum(1, keepdim=True)
-    return torch.where(known, apart / torch.where(known, whole, 1.0), 0.0)
+    total = apart.sum(1, keepdim=True)
+    known = total.abs() > CANCELLED * weighed.abs().sum(1, keepdim=True)
+    return torch.where(known, apart / torch.where(known, total, 1.0), 0.0)
 
 
 @public
@@ -133,15 +133,21 @@ def recurrences(ids: Sequence[str], steps: Sequence[int], values: Sequence[float
     check_finite({"values": torch.as_tensor(values, dtype=torch.float64)}, "recurrences")
     sums = dict[str, dict[int, float]]()
     for name, step, value in zip(ids, steps, values, strict=True):
-        own = sums.setdefault(name, {})
-        own[step] = own.get(step, 0.0) + value
-    sums = {name: {step: value for step, value in own.items() if value} for name, own in sums.items()}
-    found = [
-        Recurrence(name, len(own), up := sum(v > 0 for v in own.values()), sum(own.values()), _sign_test(up, len(own)))
-        for name, own in sums.items()
-        if len(own) >= least
+        by_step = sums.setdefault(name, {})
+        by_step[step] = by_step.get(step, 0.0) + value
+    sums = {name: {step: value for step, value in by_step.items() if value} for name, by_step in sums.items()}
+    recurring = [
+        Recurrence(
+            name,
+            len(by_step),
+            up := sum(v > 0 for v in by_step.values()),
+            sum(by_step.values()),
+            _sign_test(up, len(by_step)),
+        )
+        for name, by_step in sums.items()
+        if len(by_step) >= least
     ]
-    return sorted(found, key=lambda each: -abs(each.total))
+    return sorted(recurring, key=lambda each: -abs(each.total))
 
 
 def _sign_test(up: int, n: int) -> float:

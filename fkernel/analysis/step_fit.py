@@ -96,12 +96,12 @@ class Products:
     @staticmethod
     def total(names: Sequence[str], several: Iterable[Products]) -> Products:
         """Add up those of several groups."""
-        whole = Products(names)
+        total = Products(names)
         for one in several:
-            whole.gram += one.gram
-            whole.moves, whole.moved = whole.moves + one.moves, whole.moved + one.moved
-            whole.size, whole.rounding = whole.size + one.size, whole.rounding + one.rounding
-        return whole
+            total.gram += one.gram
+            total.moves, total.moved = total.moves + one.moves, total.moved + one.moved
+            total.size, total.rounding = total.size + one.size, total.rounding + one.rounding
+        return total
 
     def fit(self) -> Fit:
         """Solve the least squares."""
@@ -154,8 +154,8 @@ def grouped(
     for name, Δ in executed.items():
         sums = products.setdefault(groups[name], Products([*columns]))
         sums.add([column[name] for column in columns.values()], Δ, None if weights is None else weights[name])
-    whole = Products.total([*columns], products.values())
-    return whole.fit(), {group: sums.fit() for group, sums in products.items()}
+    total = Products.total([*columns], products.values())
+    return total.fit(), {group: sums.fit() for group, sums in products.items()}
 
 
 def _solved(gram: Tensor, right: Tensor, yy: float, n: int) -> tuple[list[float | None], list[float | None], float]:

@@ -108,8 +108,8 @@ def kernel_pca(K: Tensor, components: int = 2) -> KernelPCA:
         ) from error
     values, vectors = values.flip(0).clamp_min(0)[:components], vectors.flip(1)[:, :components]
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-    whole = centred.diagonal().sum().clamp_min(0)
-    shares = torch.where(whole > 0, values / whole, 0.0)
+    trace = centred.diagonal().sum().clamp_min(0)
+    shares = torch.where(trace > 0, values / trace, 0.0)
     return KernelPCA(vectors * largest.sign() * values.sqrt(), shares)
 
 
@@ -263,16 +263,16 @@ def _centred_apart(K: Tensor) -> Tensor:
 
 def _seeded(K: Tensor, k: int, stream: torch.Generator) -> Tensor:
     """Labels [n] of the nearest of k seeds, drawn as in k-means++; no cluster is empty."""
-    own, seeds = K.diagonal(), []
-    nearest = torch.ones_like(own)
-    distances = own.new_empty(k, len(own))
+    diagonal, seeds = K.diagonal(), []
+    nearest = torch.ones_like(diagonal)
+    distances = diagonal.new_empty(k, len(diagonal))
     for c in range(k):
         if not bool(nearest.sum() > ROUNDING):  # fewer distinct points than clusters: any other sequence
-            nearest = torch.ones_like(own)
+            nearest = torch.ones_like(diagonal)
             nearest[seeds] = 0.0
         seed = int(torch.multinomial(nearest.cpu(), 1, generator=stream))
         seeds.append(seed)
-        distances[c] = (own - 2 * K[seed] + own[seed]).clamp_min(0)
+        distances[c] = (diagonal - 2 * K[seed] + diagonal[seed]).clamp_min(0)
         nearest = distances[: c + 1].amin(0)
         nearest[seeds] = 0.0
     labels = distances.argmin(0)
@@ -286,8 +286,8 @@ def _settled(K: Tensor, labels: Tensor, k: int) -> tuple[Tensor, float]:
         distances = _distances(K, labels, k)
         new = distances.argmin(1)
         # Ties keep their label, so that rounding cannot make labels oscillate.
-        own = distances.gather(1, labels[:, None])[:, 0]
-        new = torch.where(distances.amin(1) < own - ROUNDING, new, labels)
+        distance = distances.gather(1, labels[:, None])[:, 0]
+        new = torch.where(distances.amin(1) < distance - ROUNDING, new, labels)
         for empty in [c for c in range(k) if not bool((new == c).any())]:
             alone = torch.bincount(new, minlength=k)[new] == 1
             new[distances.gather(1, new[:, None])[:, 0].masked_fill(alone, -torch.inf).argmax()] = empty

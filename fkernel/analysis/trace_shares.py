@@ -104,11 +104,11 @@ def health(state: AdamWState, diagonal: Tree, squares: Tree, smallest: float = 0
     total = tree.size(state.exp_avg_sq)
     k = max(1, int(smallest * total))
     counts, sums, trace = _tally(state, diagonal, squares, _threshold(state, k))
-    whole = sum(trace.values())
-    if not whole < float("inf"):
+    total_trace = sum(trace.values())
+    if not total_trace < float("inf"):
         tree.check_finite(diagonal, "the diagonal")
         tree.check_finite(squares, "squares")
-    unseen, below, under, ties = (Share(n / total, s / (whole or 1.0)) for n, s in zip(counts, sums, strict=True))
+    unseen, below, under, ties = (Share(n / total, s / (total_trace or 1.0)) for n, s in zip(counts, sums, strict=True))
     carried = under.trace + ties.trace * (k - counts[2]) / counts[3]
     past = any(state.step.values())
     shares = Health(
@@ -116,7 +116,7 @@ def health(state: AdamWState, diagonal: Tree, squares: Tree, smallest: float = 0
         unseen=unseen,
         below_eps=below if past else None,
         smallest=Share(k / total, carried),
-        by_parameter={name: s / (whole or 1.0) for name, s in trace.items()},
+        by_parameter={name: s / (total_trace or 1.0) for name, s in trace.items()},
         dominated=carried > DOMINATED or (past and unseen.trace > DOMINATED),
     )
     if shares.dominated:

@@ -230,8 +230,8 @@ def rank_interval(C: Tensor, draws: Resamplings, top: int = 10, coverage: float 
     columns = size.sort(dim=1, descending=True, stable=True).indices[:, : max(1, top)]
     # One contributor of each row at a time: [r n_U] and [draws r] in memory.
     each = [
-        _bootstrapped(group_sums(size > size.gather(1, own[:, None]), draws.place, draws.prompts), draws, coverage)
-        for own in columns.T
+        _bootstrapped(group_sums(size > size.gather(1, column[:, None]), draws.place, draws.prompts), draws, coverage)
+        for column in columns.T
     ]
     return columns, Interval(*(torch.stack(field, 1) for field in zip(*each, strict=True)))
 

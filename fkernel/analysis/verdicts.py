@@ -257,13 +257,17 @@ def merged(
         members: {group: names of its parameters}.
         idle: groups that neither moved nor were to move.
     """
-    groups = {group: own for group, own in groups.items() if group not in idle}
+    groups = {group: group_findings for group, group_findings in groups.items() if group not in idle}
     if len(groups) < 2:
         return [*overall]
-    everywhere = [one for one in overall if all(any(_same(one, other) for other in own) for own in groups.values())]
+    everywhere = [
+        one
+        for one in overall
+        if all(any(_same(one, other) for other in group_findings) for group_findings in groups.values())
+    ]
     findings = list(everywhere)
-    for group, own in groups.items():
-        for one in own:
+    for group, group_findings in groups.items():
+        for one in group_findings:
             if not any(_same(one, other) for other in everywhere):
                 about = f"{group} ({len(members[group])} parameters, {listing(members[group], 2)}): {one.sentence}"
                 findings.append(replace(one, group=group, sentence=about))

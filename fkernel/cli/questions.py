@@ -95,23 +95,23 @@ def _cache(
     if probes and name.startswith("probe-"):
         runner = runner_of(workspace, place, plan)
         return runner.external(probes_batch(probes, runner).clone_with_subset([name]))
-    folder, _, own = name.rpartition("/")
+    folder, _, sequence_id = name.rpartition("/")
     loaded = [(path, load_batch(path)) for path in batches if folder in ("", path.resolve().name)]
-    matches = [(path, batch) for path, batch in loaded if own in batch.ids]
-    of_U = not folder and own in workspace.index
+    matches = [(path, batch) for path, batch in loaded if sequence_id in batch.ids]
+    of_U = not folder and sequence_id in workspace.index
     candidates = [workspace.batch] * of_U + [batch for _, batch in matches]
-    contents = {batch.by_id(own).content_hash for batch in candidates}
+    contents = {batch.by_id(sequence_id).content_hash for batch in candidates}
     if len(contents) > 1:
         raise PlanError(
-            f"{own!r} is the id of {len(contents)} different sequences, of U or of the batches that are given; say "
-            f"which one: NAME/{own}, where NAME is the batch's folder, or leave its --batch out for U's."
+            f"{sequence_id!r} is the id of {len(contents)} different sequences, of U or of the batches that are given; "
+            f"say which one: NAME/{sequence_id}, where NAME is the batch's folder, or leave its --batch out for U's."
         )
     if of_U:
-        return workspace.cache(own)
+        return workspace.cache(sequence_id)
     if not matches:
         workspace.batch.by_id(name)  # raises, and lists similar ids
     check_saved_batch(*matches[0])
-    return runner_of(workspace, place, plan).external(matches[0][1].clone_with_subset([own]), name=name)
+    return runner_of(workspace, place, plan).external(matches[0][1].clone_with_subset([sequence_id]), name=name)
 
 
 def influence(

@@ -107,8 +107,8 @@ def parts_blocks(result: RequestResult, unit: Unit) -> list[Block]:
 def observable_blocks(result: RequestResult, name: str, unit: Unit) -> list[Block]:
     """Another quantity than log π: its value, predicted and measured change, and its top contributor."""
     analysis = analysis_result(result, f"observables.{name}")
-    own, ids = UNITS.get(analysis.facts["kind"], "nats"), analysis.facts["rows"]
-    scaled = f"10⁻³ {own}"
+    unit_name, ids = UNITS.get(analysis.facts["kind"], "nats"), analysis.facts["rows"]
+    scaled = f"10⁻³ {unit_name}"
     known = [part for part in PREDICTED if part in analysis.arrays]
     predicted = 1e3 * sum((analysis[part] for part in known), np.zeros(len(ids)))
     columns = [Column("of"), Column("value", "number"), Column("predicted", "signed")]

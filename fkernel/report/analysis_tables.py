@@ -193,8 +193,8 @@ def uncertainty_table(result: RequestResult, rows: int = 10) -> Table:
             else (f"{x:.3f}" for x in (analysis["p"][row], analysis["prompt_p"][row, g]))
         )
         prompt = (escape(cut(texts.get(prompts[g], str(prompts[g])))), f"{1e3 * sums[g]:+.2f}", of_prompt)
-        own = (f"{1e3 * result.batch[row]:+.2f}", interval, p)
-        table.add_row(escape(result.evaluation[row].id), *own, *prompt)
+        batch = (f"{1e3 * result.batch[row]:+.2f}", interval, p)
+        table.add_row(escape(result.evaluation[row].id), *batch, *prompt)
     return table
 
 

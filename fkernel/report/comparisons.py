@@ -56,8 +56,8 @@ def observable_panel(
     analysis = analysis_result(result, f"observables.{name}")
     predicted = analysis["batch"] + sum(analysis.arrays.get(part, 0.0) for part in EFFECTS)
     kind = analysis.facts["kind"]
-    own = UNITS.get(kind, "nats")
-    unit = f"10⁻³ {own if units == 'nats' else units}"
+    unit_name = UNITS.get(kind, "nats")
+    unit = f"10⁻³ {unit_name if units == 'nats' else units}"
     (most,) = largest(predicted, 1)
     measured = "realised" in analysis.arrays
     drawn = figure(9 if measured else 5.2, 3.9)
@@ -74,7 +74,7 @@ def observable_panel(
     axes.set_xlabel(f"contribution  ({unit})", fontsize=9)
     axes.set_title(f"who changed {plain(tail(analysis.facts['rows'][most], 32))}", loc="left", fontsize=9)
     caption = "" if kind == name else f", {kind.replace('_', ' ')}"
-    mean = f"{analysis['value'].mean():.3g}" + " nats" * (own == "nats")
+    mean = f"{analysis['value'].mean():.3g}" + " nats" * (unit_name == "nats")
     title = f"{result.name}: {name}{caption}, {mean} on average before the step"
     drawn.suptitle(title, x=0.01, ha="left", fontsize=10)
     return finish(drawn, path, 8)
@@ -85,13 +85,13 @@ def _predicted(axes: Axes, analysis: AnalysisResult, predicted: np.ndarray, unit
     axes.axline((0, 0), slope=1, color=GREY, linewidth=0.8)
     axes.scatter(SMALL * analysis["batch"], realised, s=12, color="#a6a6a6", linewidths=0, label="K·A alone")
     axes.scatter(SMALL * predicted, realised, s=18, color=BLUE, alpha=0.85, linewidths=0, label="whole prediction")
-    whole, caption = SMALL * predicted, ""
+    predicted_change, caption = SMALL * predicted, ""
     if "unselected" in analysis.arrays:
-        whole = whole + SMALL * analysis["unselected"]
+        predicted_change = predicted_change + SMALL * analysis["unselected"]
         caption = " with what is not selected"
-        axes.scatter(whole, realised, s=18, marker="x", color="black", linewidths=0.9, label=caption.strip())
+        axes.scatter(predicted_change, realised, s=18, marker="x", color="black", linewidths=0.9, label=caption.strip())
     size = float(np.linalg.norm(realised))
-    error = float(np.linalg.norm(whole - realised)) / size if size else None
+    error = float(np.linalg.norm(predicted_change - realised)) / size if size else None
     axes.set_xlabel(f"predicted change  ({unit})", fontsize=9)
     axes.set_ylabel(f"realised change  ({unit})", fontsize=9)
     rows = "1 row" if len(realised) == 1 else f"{len(realised)} rows"
@@ -187,8 +187,10 @@ def preconditioners_panel(result: RequestResult, path: str | Path | None = None)
         for place, value in zip(places + shift, values, strict=True):
             text = "not defined" if np.isnan(value) else f"{value:.3f}".replace("-", "−")
             axes.text(max(0.0, np.nan_to_num(value)) + 0.012, place, text, va="center", fontsize=7.5)
-    whole = [_number(table[name]["realised"]) for name in names]
-    axes.scatter(whole, places, marker="D", s=26, color="black", edgecolor="white", label="r, whole change", zorder=3)
+    correlations = [_number(table[name]["realised"]) for name in names]
+    axes.scatter(
+        correlations, places, marker="D", s=26, color="black", edgecolor="white", label="r, whole change", zorder=3
+    )
     axes.axvline(0, color=GREY, linewidth=0.8)
     axes.set_yticks(places, names)
     axes.invert_yaxis()

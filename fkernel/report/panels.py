@@ -84,14 +84,14 @@ def _stack(axes: Axes, parts: dict[str, np.ndarray]) -> None:
     """Stack bars by sign."""
     count = len(next(iter(parts.values())))
     up, down = np.zeros(count), np.zeros(count)
-    whole = max(float(sum(np.abs(values) for values in parts.values()).max()), 1e-300)  # pyright: ignore
+    largest_sum = max(float(sum(np.abs(values) for values in parts.values()).max()), 1e-300)  # pyright: ignore
     of_batch = [name for name in parts if name not in LEDGER]
     batch = {name: (BATCH[i % len(BATCH)], "////" * (i // len(BATCH))) for i, name in enumerate(of_batch)}
     for name, values in parts.items():
         colour, hatch = {**LEDGER, **batch}[name]
         most = float(np.abs(values).max())
         title = TITLES.get(name, name.removeprefix("part."))
-        caption = title if most > 0.004 * whole else f"{title} (at most {most:.1g}, hardly seen)"
+        caption = title if most > 0.004 * largest_sum else f"{title} (at most {most:.1g}, hardly seen)"
         start = np.where(values < 0, down, up)
         style = {"height": 0.74, "color": colour, "hatch": hatch, "edgecolor": "white", "linewidth": 0}
         axes.barh(range(count), values, left=start, label=caption, **style)

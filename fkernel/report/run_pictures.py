@@ -98,8 +98,8 @@ def _split(
     axes, values = drawn.subplots(), unit.scale * values[e].astype(float)
     for r, name in enumerate(names):
         style = {"color": PALETTE[r % len(PALETTE)], "linestyle": ("-", "--", ":")[r // len(PALETTE) % 3]}
-        whole = unit(values[:, r].sum() / unit.scale)
-        _running(axes, steps, values[:, r], label=plain(f"{name}  {whole}"), **style)
+        total = unit(values[:, r].sum() / unit.scale)
+        _running(axes, steps, values[:, r], label=plain(f"{name}  {total}"), **style)
     if len(names) > 1:
         _running(axes, steps, values.sum(1), color="black", linewidth=2.0, label="together")
     axes.axhline(0, color=GREY, linewidth=0.8)
@@ -290,8 +290,8 @@ def _side_by_side(step_of: np.ndarray) -> np.ndarray:
     """Places of dots, spread over their step in the order of its sequences."""
     places = step_of.astype(float)
     for step in np.unique(step_of):
-        own = np.flatnonzero(step_of == step)
-        places[own] += (np.arange(len(own)) + 0.5) / len(own) * 0.8 - 0.4
+        of_step = np.flatnonzero(step_of == step)
+        places[of_step] += (np.arange(len(of_step)) + 0.5) / len(of_step) * 0.8 - 0.4
     return places
 
 

@@ -51,7 +51,9 @@ def _movers(results: AccountResults, e: int, unit: Unit) -> list[str]:
         by_step, steps = results["rewards"][e], [*range(len(results.steps))]
         names = results.facts["reward_functions"]
         functions = [recurrences([name] * len(steps), steps, by_step[:, r].tolist()) for r, name in enumerate(names)]
-        told = sorted((each for found in functions for each in found), key=lambda each: -abs(each.total))
+        told = sorted(
+            (each for recurrences_of_one in functions for each in recurrences_of_one), key=lambda each: -abs(each.total)
+        )
         if told:
             lines.append("by reward: " + "; ".join(f"{one_line(each.id)} {_recurred(each, unit)}" for each in told))
     share = _most(results, e)

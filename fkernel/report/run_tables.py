@@ -284,8 +284,8 @@ def _adds_up(results: AccountResults) -> list[str]:
     realised, floor = results["realised"].astype(float), results["floor"].astype(float)
     if (np.abs(realised) <= FLOORS * floor).all():
         return ["Nothing moved: no probe changed by more than rounding"]
-    rest, whole = np.linalg.norm(results["remainder"] + results["unexplained"]), np.linalg.norm(realised)
-    share, rounding = (percent(float(value / whole)) for value in (rest, np.linalg.norm(floor)))
+    rest, change = np.linalg.norm(results["remainder"] + results["unexplained"]), np.linalg.norm(realised)
+    share, rounding = (percent(float(value / change)) for value in (rest, np.linalg.norm(floor)))
     return [f"It adds up: remainder and unexplained together are {share} of the realised change (rounding {rounding})"]
 
 

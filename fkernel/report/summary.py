@@ -162,10 +162,10 @@ def _made_of(requests: list[RequestResult]) -> str:
         name: sum(float(np.abs(values).sum()) for one in requests if (values := getattr(one, name)) is not None)
         for name in PARTS
     }
-    whole = sum(sizes.values())
-    if not whole or not any(sizes[name] for name in PARTS[1:]):
+    total = sum(sizes.values())
+    if not total or not any(sizes[name] for name in PARTS[1:]):
         return ""
-    shares = {name: size / whole for name, size in sizes.items() if size / whole >= WORTH}
+    shares = {name: size / total for name, size in sizes.items() if size / total >= WORTH}
     listed = ", ".join(f"{name} {share:.0%}" for name, share in sorted(shares.items(), key=lambda each: -each[1]))
     return f"What moved the sequences, by size: {listed}."
 

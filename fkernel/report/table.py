@@ -153,7 +153,7 @@ def influence_table(
 
 def study_lines(results: FisherKernelResults) -> list[str]:
     """Lines about the step, certificates, conditions and U."""
-    step, own = results.step, results.self_kernel
+    step, kernel = results.step, results.self_kernel
     certificates, conditions = (results.environment.get(name, []) for name in ("certificates", "conditions"))
     lines = [f"Step: clip {step['clip']:.4g}, ‖∇L‖ {step['grad_norm']:.4g}"]
     if "lr" in step:
@@ -162,10 +162,11 @@ def study_lines(results: FisherKernelResults) -> list[str]:
     if names := ", ".join(dict.fromkeys(c["name"] for c in certificates if c["passed"])):
         lines.append(f"Certified on this model: {names} (environment.json has the numbers).")
     lines += [f"The training did what is not modelled here: {condition['found']}" for condition in conditions]
-    if own is not None:
+    if kernel is not None:
         lines.append(
-            f"U: {len(own.ids)} sequences move along {own.effective_rank:.1f} directions (effective rank of K_UU); "
-            f"mean |cosine| {_number(own.same_prompt[1])} within a prompt, {_number(own.cross_prompt[1])} across."
+            f"U: {len(kernel.ids)} sequences move along {kernel.effective_rank:.1f} directions (effective rank of "
+            f"K_UU); mean |cosine| {_number(kernel.same_prompt[1])} within a prompt, {_number(kernel.cross_prompt[1])} "
+            "across."
         )
     return lines
 

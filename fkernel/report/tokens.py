@@ -89,8 +89,8 @@ def _line(result: RequestResult, analysis: AnalysisResult, row: int) -> str:
         f'title="Δ log π {STEPS * x:+.3f}, Δ entropy {STEPS * h:+.3f} (10⁻³ nats)">{escape(_plain(text))}</span>'
         for text, x, h in zip(texts, changes, entropy, strict=True)
     ]
-    whole = f"{STEPS * sum(changes):+.2f} · 10⁻³ nats"
-    return f"<div><b>{escape(info.id)}</b> {escape(_plain(info.prompt))}{''.join(spans)} <small>{whole}</small></div>"
+    total = f"{STEPS * sum(changes):+.2f} · 10⁻³ nats"
+    return f"<div><b>{escape(info.id)}</b> {escape(_plain(info.prompt))}{''.join(spans)} <small>{total}</small></div>"
 
 
 def _row(analysis: AnalysisResult, row: int) -> tuple[list[str], list[float]]:

@@ -150,8 +150,8 @@ MUTATIONS = [
         "a prompt without advantages counts against the probe",
         f"{REPORT}::test_prompts_are_counted_by_step_and_nothing_is_neither_for_nor_against",
         "analysis/runs.py",
-        "for step, value in own.items() if value}",
-        "for step, value in own.items()}",
+        "for step, value in by_step.items() if value}",
+        "for step, value in by_step.items()}",
     ),
     Mutation(
         "a ledger that does not close is not loud",

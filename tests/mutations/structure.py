@@ -127,8 +127,8 @@ MUTATIONS = [
     Mutation(
         'shares of the components shown',
         f"{ANALYSIS}/test_structure_of_kernels.py::test_principal_components_of_features",
-        'analysis/structure.py', 'whole = centred.diagonal().sum().clamp_min(0)',
-        'whole = values.sum()',
+        'analysis/structure.py', 'trace = centred.diagonal().sum().clamp_min(0)',
+        'trace = values.sum()',
     ),
     Mutation(
         'signs left to the machine',

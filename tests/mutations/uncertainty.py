@@ -180,8 +180,8 @@ MUTATIONS = [
     Mutation(
         'sums of sizes',
         f"{ANALYSIS}/test_significance.py::test_a_planted_contributor_is_found",
-        'analysis/permutation_test.py', 'sums = factors[:, own] @',
-        'sums = factors[:, own].abs() @',
+        'analysis/permutation_test.py', 'sums = factors[:, columns] @',
+        'sums = factors[:, columns].abs() @',
     ),
     Mutation(
         'equal statistics counted for',
@@ -210,7 +210,7 @@ MUTATIONS = [
     Mutation(
         'least of the whole batch',
         f"{ANALYSIS}/test_significance.py::test_p_is_a_share_of_permutations",
-        'analysis/permutation_test.py', 'least[cells == g] = (own >=',
+        'analysis/permutation_test.py', 'least[cells == g] = (sizes >=',
         'least[cells == g] = (size >=',
     ),
 ]  # fmt: skip

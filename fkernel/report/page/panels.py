@@ -71,16 +71,16 @@ def selected_panels(result: RequestResult, unit: Unit) -> list[dict[str, Any]]:
 
 def self_kernel_panels(results: FisherKernelResults) -> list[dict[str, Any]]:
     """A panel of K_UU's spectrum, if it was computed."""
-    own = results.self_kernel
-    if own is None:
+    self_kernel = results.self_kernel
+    if self_kernel is None:
         return []
-    cosines = {"within a prompt": own.same_prompt[1], "across prompts": own.cross_prompt[1]}
+    cosines = {"within a prompt": self_kernel.same_prompt[1], "across prompts": self_kernel.cross_prompt[1]}
     shown = {
-        "effective rank": f"{own.effective_rank:.1f} of {len(own.ids)}",
-        "participation": f"{own.participation:.1f}",
+        "effective rank": f"{self_kernel.effective_rank:.1f} of {len(self_kernel.ids)}",
+        "participation": f"{self_kernel.participation:.1f}",
         **{f"mean |cosine| {where}": f"{value:.3f}" for where, value in cosines.items() if value is not None},
     }
-    positive = np.where(own.eigenvalues > 0, own.eigenvalues, np.nan)
+    positive = np.where(self_kernel.eigenvalues > 0, self_kernel.eigenvalues, np.nan)
     axes = ("eigenvalue, largest first", "λ")
     blocks = [
         facts(shown),

@@ -46,10 +46,10 @@ def load_results(directory: str | Path) -> FisherKernelResults | AccountResults:
     """
     place = Path(directory)
     kinds: dict[str, Any] = {"results.json": FisherKernelResults, "account.json": AccountResults}
-    found = [name for name in kinds if (place / name).is_file()]
-    if not found:
+    present = [name for name in kinds if (place / name).is_file()]
+    if not present:
         raise ResultsError(
             f"{place} holds neither results.json nor account.json; name a directory that `fkernel run`, `fkernel demo` "
             f"or `fkernel account` wrote."
         )
-    return kinds[found[0]].load(place)
+    return kinds[present[0]].load(place)
