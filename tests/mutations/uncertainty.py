@@ -66,8 +66,8 @@ MUTATIONS = [
     Mutation(
         "the mean of those who abstain, too",
         f"{ANALYSIS}/test_permuted_moments.py::test_p_of_the_judged_is_a_share_of_their_permutations",
-        "analysis/permutation_test.py", "own, at = A[moves], place[moves]",
-        "own, at = A, place",
+        "analysis/permutation_test.py", "moved, at = A[moves], place[moves]",
+        "moved, at = A, place",
     ),
     Mutation(
         "the square of those who abstain is permuted",
