@@ -38,7 +38,7 @@ from fkernel.analysis.verdicts import Clues, Finding, findings_of, merged, names
 from fkernel.boundary import public
 from fkernel.errors import TreeError, listing
 from fkernel.precond import AdamWState, AdamWStep, adamw_response, adamw_step
-from fkernel.shapes import Tree
+from fkernel.shapes import Tensor, Tree
 
 COEFFICIENT, LEFT = 0.01, 0.02
 """|coefficient − 1| and the share that is left, above which a step is not the one that is described."""
@@ -113,6 +113,7 @@ def audit(
     respond: Callable[[Mapping[str, float]], AdamWStep | Described] | None = None,
     coefficient: float = COEFFICIENT,
     left: float = LEFT,
+    summed: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> Audit:
     """Hold a step that was taken against the step that is described.
 
@@ -137,6 +138,7 @@ def audit(
             where something is left.
         coefficient: how far a coefficient may be from 1.
         left: the share of ‖Δθ‖ that may be left.
+        summed: adds up sums over coordinates over all ranks, [k] float64, where trees are this rank's shards.
 
     Returns:
         An `Audit`: fits overall and by group, and findings.
@@ -161,13 +163,13 @@ def audit(
     if params is not None:
         tree.check_names([name for name in shared if name in params], shared, "params", "executed")
     labels = _labels(shared, groups, lr, weight_decay)
-    overall, by_group = grouped(columns, shared, labels, params)
+    overall, by_group = grouped(columns, shared, labels, params, summed)
     parts = [name for name in columns if name not in ("momentum", "decay")]
     clues = Clues(parts, clip, grad_norm, _ratio(next_lr, lr, shared), coefficient, left)
     suspected = {one.kind for one in findings_of(overall, clues)}
     if respond is not None and suspected and overall.left > 1e-3 and not suspected & {*UNSCALED}:
-        scales = _scales(respond, shared, parts)
-        again, by_group_again = grouped(_columns(respond(scales)), shared, labels, params)
+        scales = _scales(respond, shared, parts, summed)
+        again, by_group_again = grouped(_columns(respond(scales)), shared, labels, params, summed)
         if again.left < 0.5 * overall.left:
             by_group = {group: _at(scales, fit, by_group[group]) for group, fit in by_group_again.items()}
             overall = _at(scales, again, overall)
@@ -265,7 +267,10 @@ def _ratio(
 
 
 def _scales(
-    respond: Callable[[Mapping[str, float]], AdamWStep | Described], executed: Tree, parts: Sequence[str]
+    respond: Callable[[Mapping[str, float]], AdamWStep | Described],
+    executed: Tree,
+    parts: Sequence[str],
+    summed: Callable[[Tensor], Tensor],
 ) -> dict[str, float]:
     """Find the scales of the batch's parts at which the described step is nearest to the executed one."""
     scales, labels = dict.fromkeys(parts, 1.0), dict.fromkeys(executed, "all")
@@ -276,7 +281,7 @@ def _scales(
         slopes = {part: tree.scale(1 / STEP, tree.axpy(-1.0, total, other)) for part, other in moved.items()}
         others = {name: columns[name] for name in ("momentum", "decay")}
         target = {name: Δ - sum(columns[part][name] for part in parts) for name, Δ in executed.items()}
-        δ = grouped({**slopes, **others}, target, labels)[0].coefficients
+        δ = grouped({**slopes, **others}, target, labels, summed=summed)[0].coefficients
         change = {part: _damped(δ[part] or 0.0, scales[part]) for part in parts}
         scales = {part: scales[part] + change[part] for part in parts}
         if all(abs(change[part]) < CONVERGED * max(1.0, abs(scales[part])) for part in parts):

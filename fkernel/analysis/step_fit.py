@@ -15,7 +15,7 @@ Source: any text on linear regression, such as G. Golub & C. Van Loan, "Matrix c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -103,6 +103,13 @@ class Products:
             total.size, total.rounding = total.size + one.size, total.rounding + one.rounding
         return total
 
+    def over(self, summed: Callable[[Tensor], Tensor]) -> None:
+        """Add up those of several processes, each of other coordinates."""
+        counts = torch.tensor([self.moves, self.moved, self.size, self.rounding], dtype=torch.float64)
+        sums = summed(torch.cat([self.gram.flatten(), counts]))
+        self.gram, (moves, moved, size, self.rounding) = sums[:-4].view_as(self.gram), sums[-4:].tolist()
+        self.moves, self.moved, self.size = int(moves), int(moved), int(size)
+
     def fit(self) -> Fit:
         """Solve the least squares."""
         k = len(self.names)
@@ -131,6 +138,7 @@ def grouped(
     executed: Mapping[str, Tensor],
     groups: Mapping[str, str],
     weights: Mapping[str, Tensor] | None = None,
+    summed: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> tuple[Fit, dict[str, Fit]]:
     """Fit a step overall and per group of parameters.
 
@@ -139,6 +147,7 @@ def grouped(
         executed: Δθ, {name: [*shape]}.
         groups: {name: group}; every name of `executed`.
         weights: θ before the step, in the dtype that was trained; None where rounding is not asked about.
+        summed: adds up sums over coordinates, [k] float64, where this process has some coordinates of each leaf alone.
 
     Returns:
         (of all parameters, {group: of its own}), groups in the order in which their first parameter comes.
@@ -154,6 +163,8 @@ def grouped(
     for name, Δ in executed.items():
         sums = products.setdefault(groups[name], Products([*columns]))
         sums.add([column[name] for column in columns.values()], Δ, None if weights is None else weights[name])
+    for sums in products.values():
+        sums.over(summed)
     total = Products.total([*columns], products.values())
     return total.fit(), {group: sums.fit() for group, sums in products.items()}
 

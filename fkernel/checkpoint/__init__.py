@@ -3,7 +3,7 @@
 from fkernel.checkpoint.conditions import Condition
 from fkernel.checkpoint.files import read_json, read_tensors
 from fkernel.checkpoint.formats import STATE_PLACES, find_layout
-from fkernel.checkpoint.in_shards import ShardedCheckpoint, load_shards
+from fkernel.checkpoint.in_shards import ShardedCheckpoint, in_slices, load_shards
 from fkernel.checkpoint.loading import Checkpoint, Provenance, load
 from fkernel.checkpoint.model import load_adapter, load_model, load_tokenizer
 from fkernel.checkpoint.optimizer import adamw_state, load_adamw_state, optimizer_state, stored_optimizer_state
@@ -25,6 +25,7 @@ __all__ = [
     "estimate_model",
     "find_layout",
     "has_no_optimizer",
+    "in_slices",
     "load",
     "load_adamw_state",
     "load_adapter",

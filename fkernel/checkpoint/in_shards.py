@@ -11,26 +11,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from fkernel.checkpoint.conditions import Condition
 from fkernel.checkpoint.contents import optimizer_in, weights_in
 from fkernel.checkpoint.distributed import Rows, everything, read_distributed, weights_alone
+from fkernel.checkpoint.evidence import conditions_of, trained_dtypes
 from fkernel.checkpoint.files import first_line, read_json
 from fkernel.checkpoint.formats import FORMATS, find_layout
 from fkernel.checkpoint.layout import Layout
+from fkernel.checkpoint.loading import step_of, tokenizer_of
 from fkernel.checkpoint.model import ADAPTER
 from fkernel.checkpoint.names import unwrapped
 from fkernel.checkpoint.optimizer import Names, stored_optimizer_state
 from fkernel.checkpoint.quiet import libraries_quiet
 from fkernel.checkpoint.weights import INDEX, shards_of
-from fkernel.distributed import Group, agree, group_of, shard_of, together
+from fkernel.distributed import Group, agree, gather_numbers, group_of, shard_of, together
 from fkernel.errors import CheckpointError, ModelError, listing
 from fkernel.func import without_weights
-from fkernel.precond import OptimizerState, exact_state
+from fkernel.precond import OptimizerState, StoredState, exact_state
 from fkernel.shapes import Tensor, Tree
 
 
@@ -42,12 +46,26 @@ class ShardedCheckpoint(NamedTuple):
         params: {name: [l_r, *rest]}, this rank's shards of θ; of the float32 masters, where the optimizer keeps any.
         optimizer: the optimizer's state before the next step, of the same shards; None where none was saved.
         path: what was asked for.
+        layout: as in `Provenance`.
+        tokenizer: its tokenizer, or None where none was saved.
+        step: optimizer steps taken, or None where nothing tells.
+        stored: the optimizer's state as in `Checkpoint`, of the same shards.
+        trained_dtypes: as in `Checkpoint`.
+        rounded: as in `Checkpoint`, of the same shards.
+        conditions: as in `Checkpoint`; loading does not warn of them.
     """
 
     model: Any
     params: Tree
     optimizer: OptimizerState | None
     path: str
+    layout: str
+    tokenizer: Any = None
+    step: int | None = None
+    stored: StoredState | None = None
+    trained_dtypes: Mapping[str, torch.dtype] = MappingProxyType({})
+    rounded: Tree = {}  # noqa: RUF012 - never changed
+    conditions: tuple[Condition, ...] = ()
 
 
 @libraries_quiet()
@@ -81,7 +99,7 @@ def load_shards(
     with together(group, "load_shards"):
         agree(group, "path, model and dtype", f"{path} {model} {dtype} {optimizer}")
         layout = find_layout(path)
-        if layout.kind in FORMATS or layout.kind == "file" or (layout.model / ADAPTER).is_file():
+        if not in_slices(layout):
             raise CheckpointError(
                 f"{path} is of the layout {layout.kind!r}, which is read whole by each rank: take load(path), and "
                 f"fkernel.distributed.shard_tree of what it gives."
@@ -90,15 +108,49 @@ def load_shards(
         shapes = {name: tuple(leaf.shape) for name, leaf in made.named_parameters(remove_duplicate=False)}
         weights, state_dict = _read(layout, shapes, group, optimizer)
         params = _fitted(made, weights, shapes, group, dtype, layout.model)
-        state = None
+        state = stored = None
         if state_dict is not None:
             if layout.names is not None and names is None:
                 names = read_json(layout.names, "names of the optimizer's parameters")
             known = True if layout.trainer_state is not None else None
             stored = stored_optimizer_state(state_dict, params, names=names, decoupled=known)
-            params |= {name: leaf.to(dtype) for name, leaf in stored.masters.items() if name in params}
+        dtypes = trained_dtypes(made, layout, weights)
+        rounded: Tree = {}
+        if stored is not None:
+            rounded = _take_masters(params, stored, dtypes, dtype, group)
             state = exact_state(stored, params)
-        return ShardedCheckpoint(made, params, state, str(path))
+        trainer_state = None if layout.trainer_state is None else read_json(layout.trainer_state, "a trainer's state")
+        return ShardedCheckpoint(
+            made,
+            params,
+            state,
+            str(path),
+            layout.kind,
+            tokenizer_of(layout, model, None, trust_remote_code=False),
+            step_of(trainer_state, None, stored),
+            stored,
+            dtypes,
+            rounded,
+            conditions_of(made, layout, weights, state_dict, [], rounded),
+        )
+
+
+def in_slices(layout: Layout) -> bool:
+    """Whether each rank reads its own rows of a checkpoint's weights; those of other layouts are read whole."""
+    return not (layout.kind in FORMATS or layout.kind == "file" or (layout.model / ADAPTER).is_file())
+
+
+def _take_masters(
+    params: Tree, stored: StoredState, dtypes: Mapping[str, torch.dtype], dtype: torch.dtype, group: Group
+) -> Tree:
+    """Make the float32 masters θ, where the optimizer keeps any; the rounded weights that they replace are returned."""
+    ran = {name: leaf for name, leaf in params.items() if name in stored.masters}
+    params |= {name: stored.masters[name].to(dtype) for name in ran}
+    if not ran:
+        return {}
+    own = [int(not torch.equal(leaf, params[name])) for name, leaf in ran.items()]
+    apart = dict(zip(ran, map(any, zip(*gather_numbers(group, own), strict=True)), strict=True))  # on some rank
+    return {name: leaf.to(dtypes.get(name, dtype)) for name, leaf in ran.items() if apart[name]}
 
 
 def _architecture(layout: Layout, model: str | Path | None) -> Any:
@@ -135,7 +187,7 @@ def _read(
 ) -> tuple[Mapping[str, Any], Any]:
     """Read this rank's rows: (the weights, the optimizer's state_dict or None)."""
     rows, state_dict = _rows_of(shapes, group), None
-    if layout.kind in ("huggingface", "accelerate"):
+    if layout.kind in ("huggingface", "nested", "accelerate"):
         weights = _safetensors(layout.model, rows)
     else:
         both = optimizer and layout.optimizer is None

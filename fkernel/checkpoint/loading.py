@@ -21,7 +21,9 @@ from fkernel.checkpoint.optimizer import Names, names_of, stored_optimizer_state
 from fkernel.checkpoint.recognising import recognise
 from fkernel.checkpoint.unread import unread_optimizers
 from fkernel.checkpoint.weights import architecture, filled
+from fkernel.distributed import ShardedTree
 from fkernel.errors import CheckpointError, CheckpointWarning, ModelError, OptimizerStateError, listing
+from fkernel.func import InShards
 from fkernel.io import fingerprint
 from fkernel.precond import OptimizerState, StoredState, exact_state
 from fkernel.shapes import Tree
@@ -62,6 +64,8 @@ class Checkpoint:
         trained_dtypes: {name: dtype} in which each trained parameter is stored.
         conditions: what the training did, as far as it is known, that the function here does not: dropout, a loss of
             the routers', half precision, frozen parameters. Loading warns of each.
+        rounded: the weights that the policy ran with, where θ are the optimizer's float32 masters and differ from them.
+        params: θ, where ranks hold it in shards and `model` has no weights; None where `model` has them.
     """
 
     model: Any
@@ -73,9 +77,16 @@ class Checkpoint:
     stored: StoredState | None = None
     trained_dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     rounded: Tree = field(default_factory=dict)
+    params: ShardedTree | None = None
 
     def as_it_ran(self) -> Any:
-        """Give the policy with the weights that it ran with: a copy with `rounded` in it, or `model` itself."""
+        """Give the policy with the weights that it ran with: a copy with `rounded` in it, or `model` itself.
+
+        `func.InShards` of them, where ranks hold θ in shards.
+        """
+        if self.params is not None:
+            rounded = {name: leaf.to(self.params.shards[name]) for name, leaf in self.rounded.items()}
+            return InShards(self.model, self.params.replaced(rounded))
         if not self.rounded:
             return self.model
         model = copy.deepcopy(self.model)
@@ -175,9 +186,9 @@ def load(
     state = None if stored is None else exact_state(stored, _trained(policy))
     loaded = Checkpoint(
         model=policy,
-        tokenizer=_tokenizer(layout, model, base, trust_remote_code),
+        tokenizer=tokenizer_of(layout, model, base, trust_remote_code),
         optimizer=state,
-        step=_step(trainer_state, saved.step, stored),
+        step=step_of(trainer_state, saved.step, stored),
         provenance=Provenance(
             path=str(path),
             layout=layout.kind,
@@ -292,7 +303,8 @@ def _check_schedule(path: Path | None, state_dict: Any) -> None:
         )
 
 
-def _step(trainer_state: Any, saved: int | None, optimizer: StoredState | None) -> int | None:
+def step_of(trainer_state: Any, saved: int | None, optimizer: StoredState | None) -> int | None:
+    """Tell how many optimizer steps were taken, by what knows it first; None where nothing tells."""
     if isinstance(trainer_state, Mapping) and "global_step" in trainer_state:
         return int(trainer_state["global_step"])
     if saved is not None:
@@ -301,7 +313,7 @@ def _step(trainer_state: Any, saved: int | None, optimizer: StoredState | None) 
     return max(steps) if steps else None
 
 
-def _tokenizer(layout: Layout, model: Any, base: str | Path | None, trust_remote_code: bool) -> Any:
+def tokenizer_of(layout: Layout, model: Any, base: str | Path | None, trust_remote_code: bool) -> Any:
     """Load the tokenizer from beside the checkpoint, its weights, its base model or its architecture."""
     for place in (*layout.places, base, None if isinstance(model, torch.nn.Module) else model):
         if place is not None and (str(place).startswith(HUB) or Path(place).is_dir()):

@@ -9,7 +9,7 @@ that whoever computes with them instead of gathering them does not go unnoticed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,11 +43,26 @@ class ShardedTree(dict[str, Tensor]):
         """This rank's shards of the tree, constants apart."""
         return {name: self.shards[name] for name in self}
 
+    def selected(self, names: Iterable[str]) -> ShardedTree:
+        """Return the tree of some parameters, in their order; the others are constants."""
+        names = [*names]
+        others = [name for name in self.shards if name not in {*names}]
+        shards = {name: self.shards[name] for name in (*names, *others)}
+        return ShardedTree(self.group, shards, self.shapes, others)
+
+    def replaced(self, shards: Tree) -> ShardedTree:
+        """Return the tree with other shards in the place of some."""
+        constants = [name for name in self.shards if name not in self]
+        return ShardedTree(self.group, {**self.shards, **shards}, self.shapes, constants)
+
+    def each_gathered(self) -> Iterator[tuple[str, Tensor]]:
+        """Gather one parameter after the other, sorted by name; of constants too."""
+        for name in sorted(self.shards, key=repr):
+            yield name, gather_tree(self.group, {name: self.shards[name]}, self.shapes)[name]
+
     def moved(self, delta: Tree) -> ShardedTree:
         """Return the tree θ + δ, constants as they are; δ is this rank's shards."""
-        constants = [name for name in self.shards if name not in self]
-        shards = {name: shard if name in constants else shard + delta[name] for name, shard in self.shards.items()}
-        return ShardedTree(self.group, shards, self.shapes, constants)
+        return self.replaced({name: shard + delta[name] for name, shard in self.own.items()})
 
     def part(self, whole: Tensor) -> Tensor:
         """Return this rank's shard of a leaf that is whole."""

@@ -22,13 +22,12 @@ from fkernel.distributed import ShardedTree
 from fkernel.engine.batching import SortedBatch, error_context
 from fkernel.engine.by_layer import Side, shards
 from fkernel.engine.path import NODES, check_path
-from fkernel.engine.planning.estimates import Walking, walking_of
+from fkernel.engine.planning.estimates import Walking
 from fkernel.engine.planning.walking import tiles_of
 from fkernel.engine.planning.workloads import LONG
 from fkernel.engine.progress import part_done
 from fkernel.engine.streaming import KernelBlock, arranged
 from fkernel.errors import ModelError
-from fkernel.func import evaluate_in_float64
 from fkernel.func.handles import Handles, Products, ProductSpec, RowSpec, weighted_sum
 from fkernel.func.inputs import Function, Source, computed_like, moved, plain, take, trim
 from fkernel.func.layers import Cut, Walk, cut_of
@@ -216,21 +215,6 @@ def values_of(side: SortedBatch, source: Source, params: Tree, how: Walking) -> 
     walks = _walks(side, source, params, how._replace(every=1 << 30))
     values = torch.cat([walk.values for _, walk in walks])
     return torch.empty_like(values).index_copy_(0, side.order, values)
-
-
-@public
-def evaluated(f: Function, params: Tree, batch: Any, microbatch: int | None = None) -> Tensor:
-    """Compute f of a batch, [n] float64: layer by layer if it is long and f can be cut, else by whole microbatches.
-
-    Sums over tokens are kept in float64: the difference of f between two θ is far smaller than f.
-
-    Example:
-        >>> evaluated(lambda params, x: x @ params["w"], {"w": torch.ones(2)}, torch.eye(2))
-        tensor([1., 1.], dtype=torch.float64)
-    """
-    if how := walking_of(f, params, (batch,), None):
-        return values_of(SortedBatch("E", batch, f), plain(params), params, how)
-    return evaluate_in_float64(f, microbatch)(params, batch)
 
 
 def _walks(

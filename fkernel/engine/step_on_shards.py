@@ -42,12 +42,36 @@ def norm_over(shards: Tree, group: Group) -> float:
     return float(total.sqrt())
 
 
-def clipped_shards(ascent: Tree, max_norm: float | None, group: Group) -> tuple[Tree, float, float]:
+def clipped_shards(
+    ascent: Tree, max_norm: float | None, group: Group, clip: float | None = None
+) -> tuple[Tree, float, float]:
     """Make this rank's shard of the gradient that the optimizer is given, g = −c Jᵀ(w A): (g, c, ‖∇L‖)."""
     norm = norm_over(ascent, group)
-    clip = 1.0 if max_norm is None else min(1.0, max_norm / (norm + 1e-6))
+    if clip is None:
+        clip = 1.0 if max_norm is None else min(1.0, max_norm / (norm + 1e-6))
     g, _, _ = clip_gradient(ascent, clip=clip)
     return g, clip, norm
+
+
+def clipped_over(
+    params: Tree, ascent: Tree, max_norm: float | None = None, clip: float | None = None
+) -> tuple[Tree, float, float]:
+    """Make the gradient that the optimizer is given, of what this rank holds of it: (g = −c · ascent, c, ‖∇L‖).
+
+    Args:
+        params: θ, whole or in shards; in shards the norm is of all of them.
+        ascent: −∇L, whole or this rank's shards.
+        max_norm: the gradient-clipping threshold; None for none.
+        clip: c itself, instead.
+
+    Example:
+        >>> import torch
+        >>> clipped_over({"w": torch.zeros(2)}, {"w": torch.tensor([3.0, 4.0])}, max_norm=10.0)
+        ({'w': tensor([-3., -4.])}, 1.0, 5.0)
+    """
+    if isinstance(params, ShardedTree):
+        return clipped_shards(ascent, max_norm, params.group, clip)
+    return clip_gradient(ascent, max_norm, clip=clip)
 
 
 def adamw_on_shards(params: Tree, given: Grads, state: AdamWState) -> tuple[AdamWStep, Diagonal]:

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 
 from fkernel import func
+from fkernel.boundary import public
 from fkernel.distributed import Group, ShardedTree, all_sum
 from fkernel.engine.batching import SortedBatch, cuts_of, error_context
 from fkernel.engine.gradients import computed
-from fkernel.engine.layerwise import Walking, along_sorted, evaluated, gradient_sum
+from fkernel.engine.layerwise import Walking, along_sorted, gradient_sum, values_of
 from fkernel.engine.over_ranks import in_buckets
+from fkernel.engine.planning.estimates import walking_of
 from fkernel.engine.sums_in_shards import gradient_in_shards, values_in_shards
 from fkernel.func.inputs import Function, check_values, check_weights, length, plain, take, token_grant, widened
 from fkernel.func.trust import along_direction
@@ -36,11 +38,11 @@ def weighted_gradient(
         group: the ranks; None for this process alone.
     """
     check_weights(weights, length(U))
+    if isinstance(params, ShardedTree):
+        return gradient_in_shards(SortedBatch("U", U, f), params, weights, _walking(how))
     if group is None and not isinstance(how, Walking):
         with error_context("U"):
             return func.vjp(f, how)(params, U, weights)
-    if isinstance(params, ShardedTree):
-        return gradient_in_shards(SortedBatch("U", U, f), params, weights, _walking(how))
     side, vector = _share(SortedBatch("U", U, f), group), dict[str, Tensor]()
     if len(side):
         vector = _own(side, params, U, weights, how)
@@ -80,10 +82,8 @@ def along(f: Function, params: Tree, E: Any, vector: Tree, how: Walking | int, g
 
 def values(f: Function, params: Tree, E: Any, microbatch: int | None, group: Group | None = None) -> Tensor:
     """Compute f of a batch, [n] float64 in the caller's order, on every rank."""
-    if group is None:
+    if group is None or isinstance(params, ShardedTree):
         return evaluated(f, params, E, microbatch)
-    if isinstance(params, ShardedTree):
-        return values_in_shards(SortedBatch("E", E, f), params, Walking())
     side = SortedBatch("E", E, f).every(group.size, group.rank)
     total = torch.zeros(length(E), dtype=torch.float64, device=next(iter(params.values())).device)
     if len(side):
@@ -91,6 +91,25 @@ def values(f: Function, params: Tree, E: Any, microbatch: int | None, group: Gro
             own = evaluated(f, params, take(E, side.order), microbatch)
         total.index_copy_(0, side.order.to(total.device), own.to(total))
     return all_sum(group, [total])[0]
+
+
+@public
+def evaluated(f: Function, params: Tree, batch: Any, microbatch: int | None = None) -> Tensor:
+    """Compute f of a batch, [n] float64: layer by layer if it is long and f can be cut, else by whole microbatches.
+
+    Sums over tokens are kept in float64: the difference of f between two θ is far smaller than f. Where θ is in shards,
+    all ranks compute it together.
+
+    Example:
+        >>> evaluated(lambda params, x: x @ params["w"], {"w": torch.ones(2)}, torch.eye(2))
+        tensor([1., 1.], dtype=torch.float64)
+    """
+    side = SortedBatch("E", batch, f)
+    if isinstance(params, ShardedTree):
+        return values_in_shards(side, params, Walking())
+    if how := walking_of(f, params, (batch,), None):
+        return values_of(side, plain(params), params, how)
+    return func.evaluate_in_float64(f, microbatch)(params, batch)
 
 
 def _products(side: SortedBatch, params: Tree, vector: Tree, how: Walking | int) -> Tensor:

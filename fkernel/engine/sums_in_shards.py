@@ -9,7 +9,7 @@ another's, with weight 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from fkernel.engine.layerwise import Walking, must_cut
 from fkernel.engine.over_ranks import like_of
 from fkernel.engine.planning.walking import tiles_of
 from fkernel.engine.planning.workloads import LONG
-from fkernel.func.handles import weighted_sum
+from fkernel.func.handles import Handles, weighted_sum
 from fkernel.func.inputs import plain, take, trim, widened
 from fkernel.func.layers import Walk, values_along
 from fkernel.func.trust import Values
@@ -28,14 +28,22 @@ from fkernel.shapes import Tensor, Tree
 
 
 class _Own(NamedTuple):
-    """What a rank walks of a tile: rows of the sorted batch, and whether they count."""
+    """What a rank walks of a tile: rows of the sorted batch, whether they count, and how many the tile has."""
 
     rows: slice
     counts: bool
+    all: int
     walk: Walk
 
 
-def gradient_in_shards(side: SortedBatch, params: ShardedTree, weights: Tensor, how: Walking) -> Tree:
+def gradient_in_shards(
+    side: SortedBatch,
+    params: ShardedTree,
+    weights: Tensor,
+    how: Walking,
+    of: Callable[[Handles, Tensor], Tree] = weighted_sum,
+    on_progress: Callable[[int], Any] = lambda n: None,
+) -> Tree:
     """Compute Jᵀw, this rank's shard of it, {name: [l_r, *rest]}.
 
     Args:
@@ -43,6 +51,8 @@ def gradient_in_shards(side: SortedBatch, params: ShardedTree, weights: Tensor, 
         params: θ.
         weights: w, [n] in the caller's order.
         how: block size and checkpointing of layer inputs.
+        of: another sum over sequences, of handles and weights: `func.squared_sum`.
+        on_progress: called with the number of sequences, of all ranks, after each group of them.
     """
     w = weights[side.order.to(weights.device)].to(like_of(next(iter(params.values()))))
     total = {name: torch.zeros_like(widened(shard)) for name, shard in params.own.items()}
@@ -51,11 +61,12 @@ def gradient_in_shards(side: SortedBatch, params: ShardedTree, weights: Tensor, 
         for piece in own.walk.pieces():
             summed: dict[str, Tensor] = {}
             for some, handles in piece:
-                for name, leaf in weighted_sum(handles, mine[some]).items():
+                for name, leaf in of(handles, mine[some]).items():
                     summed[name] = summed[name].add_(leaf) if name in summed else leaf
                 del handles
             for name, shard in _into_shards(summed, params).items():
                 total[name] += shard
+        on_progress(own.all)
     return total
 
 
@@ -99,7 +110,7 @@ def _walks(side: SortedBatch, params: ShardedTree, how: Walking, weights: Tensor
         with error_context(side.name, side.order[rows]):
             part = trim(take(side.batch, rows))
             walk = Walk(cut, plain(params), part, every=how.every, tokens=how.tokens, calls=calls)
-        yield _Own(rows, own.stop > own.start, walk)
+        yield _Own(rows, own.stop > own.start, tile.stop - tile.start, walk)
 
 
 def _into_shards(vectors: Tree, params: ShardedTree) -> Tree:

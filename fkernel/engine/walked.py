@@ -14,14 +14,16 @@ import torch
 
 from fkernel import func
 from fkernel.boundary import public
+from fkernel.distributed import ShardedTree
 from fkernel.engine.batching import SortedBatch
 from fkernel.engine.gradients import Gradients, computed
 from fkernel.engine.layerwise import along_of, gradient_sum, must_cut
 from fkernel.engine.planning import Strategy, Workload, rates
-from fkernel.engine.planning.estimates import Walking, walking_of
+from fkernel.engine.planning.estimates import Walking, choose, walking_of
 from fkernel.engine.planning.kept import choose_meeting
 from fkernel.engine.planning.walking import walk_of
 from fkernel.engine.problem import Problem, blocks
+from fkernel.engine.sums_in_shards import gradient_in_shards
 from fkernel.func.handles import ProductSpec, RowSpec
 from fkernel.func.inputs import Function, computed_like, plain, take, trim
 from fkernel.shapes import Tensor, Tree
@@ -35,6 +37,9 @@ WHOLE = ALONE._replace(tile=None)
 
 class WalkedGradients(Gradients):
     """J of one batch at θ, recomputed at every read; a microbatch is one sequence, written out whole.
+
+    Where θ is in shards, all ranks call the same methods in the same order, vectors are this rank's shards, and no
+    single gradient is read.
 
     Attributes:
         params: θ.
@@ -56,22 +61,39 @@ class WalkedGradients(Gradients):
         """Take a batch with its f, θ, how to walk it, and the number of sequences computed so far."""
         each = [slice(i, i + 1) for i in range(len(side))]
         super().__init__(side, each, computed(side, ((1.0, params),), each).read, count)
-        self.params, self.how = params, how
+        self.params, self.how, self.whole = params, how, not isinstance(params, ShardedTree)
 
-    def _summed(self, of: Callable[[Any, Tensor], Tree], weights: Tensor) -> Tree:
-        return gradient_sum(self.side, self.params, weights, self.how, of)
+    def weighted_sum(self, weights: Tensor, on_progress: Callable[[int], Any] = lambda n: None) -> Tree:
+        """Compute Jᵀ w, [n] -> {name: [*shape]}; `on_progress` is told the number of sequences after some of them."""
+        return self._summed(func.weighted_sum, weights, on_progress)
+
+    def _summed(
+        self,
+        of: Callable[[Any, Tensor], Tree],
+        weights: Tensor,
+        on_progress: Callable[[int], Any] = lambda n: None,
+    ) -> Tree:
+        if isinstance(self.params, ShardedTree):
+            return gradient_in_shards(self.side, self.params, weights, self.how, of, on_progress)
+        return gradient_sum(self.side, self.params, weights, self.how, of, on_progress)
 
     def along(self, vector: Tree) -> Tensor:
         """Compute ⟨g, v⟩ of every sequence, [n] float64."""
+        if isinstance(self.params, ShardedTree):
+            return self._rows(ProductSpec(x=RowSpec({"along": vector})), "along")[0]
         return along_of(self.side, ((1.0, plain(self.params)),), self.params, vector, self.how)
 
     def squared_norms(self, D: Tree | None) -> func.SquaredNorms:
         """Compute ‖g‖² and ⟨g, D g⟩ of every sequence, [n] float64."""
-        norms = torch.empty(2, len(self), dtype=torch.float64, device="cpu")
         spec = ProductSpec(x=RowSpec(squares={"plain": None, "weighted": D}))
-        for block in blocks(Problem(self.params, self.side, None, spec), ALONE._replace(every=self.how.every)):
-            norms[:, block.at] = torch.stack([block.rows("plain"), block.rows("weighted")])
-        return func.SquaredNorms(*norms)
+        return func.SquaredNorms(*self._rows(spec, "plain", "weighted"))
+
+    def _rows(self, spec: ProductSpec, *names: str) -> Tensor:
+        """Compute products of each sequence's gradient, [names n] float64."""
+        values = torch.empty(len(names), len(self), dtype=torch.float64, device="cpu")
+        for block in blocks(problem_of(self.params, self.side, None, spec), choose_alone(self.params, self.how)):
+            values[:, block.at] = torch.stack([block.rows(name) for name in names])
+        return values
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -83,9 +105,20 @@ class WalkedGradients(Gradients):
         n = len(self)
         K, norms = (torch.empty(*shape, dtype=torch.float64, device="cpu") for shape in ((n, n), (n,)))
         spec = ProductSpec({"": D}, RowSpec(squares={"norm": None}))
-        for block in blocks(Problem(self.params, self.side, self.side, spec), how or WHOLE):
+        for block in blocks(problem_of(self.params, self.side, self.side, spec), how or WHOLE):
             K[block.at], norms[block.at] = block.kernel(), block.rows("norm")
         return (K + K.T) / 2, norms
+
+
+def problem_of(params: Tree, E: SortedBatch, U: SortedBatch | None, spec: ProductSpec, **more: Any) -> Problem:
+    """Return the products of two batches: of all ranks together, with vectors in shards, where θ is in shards."""
+    group = params.group if isinstance(params, ShardedTree) else None
+    return Problem(params, E, U, spec, group=group, sharded=group is not None, **more)
+
+
+def choose_alone(params: Tree, how: Walking) -> Strategy:
+    """Choose how one batch walks by itself: a sequence at a time; all, where θ is gathered for each of them."""
+    return (WHOLE if isinstance(params, ShardedTree) else ALONE)._replace(every=how.every)
 
 
 @public
@@ -102,6 +135,9 @@ def choose_walk(
         >>> choose_walk(one, two, {"w": torch.ones(2)}, None, 8)[:2]
         ('layers', 'E')
     """
+    if isinstance(params, ShardedTree):
+        assert U.f is not None
+        return choose(U.f, params, E.batch, U.batch, memory, microbatch, False, False, reserved)
     if memory is None:  # a layer's gradients of the smaller side are held, as `fkernel.kernel` does
         return Strategy("layers", "E" if len(E) <= len(U) else "U", None, None, 0)
     load = walk_load(E, U, params)

@@ -21,7 +21,7 @@ from fkernel.func.trust.comparisons import Certificate
 from fkernel.func.trust.memory import certificates, made_certificates, skip_certificates
 from fkernel.func.unused import unused_parameters
 from fkernel.func.weighted import Weighted, weighted_logprob
-from fkernel.func.weightless import without_weights
+from fkernel.func.weightless import InShards, policy_function, without_weights
 
 __all__ = [
     "Answers",
@@ -31,6 +31,7 @@ __all__ = [
     "Factored",
     "Handle",
     "Handles",
+    "InShards",
     "Objective",
     "Pair",
     "Part",
@@ -59,6 +60,7 @@ __all__ = [
     "part_of",
     "per_sequence_grad",
     "per_sequence_handles",
+    "policy_function",
     "sequence_logprob",
     "skip_certificates",
     "split",

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from fkernel.boundary import public
+from fkernel.distributed import ShardedTree
 from fkernel.func.inputs.batch import length
+from fkernel.func.inputs.leaves import leaves_of
 from fkernel.func.inputs.microbatch import stacked
 from fkernel.func.inputs.objective import Function, bare, check_values, name_of, own_width
 from fkernel.func.inputs.validation import check_output
@@ -26,7 +28,8 @@ def evaluate(f: Function, microbatch: int | None = None) -> Callable[[Tree, Any]
         microbatch: sequences in one pass; None takes the whole batch.
 
     Returns:
-        (params, batch) -> [n], or f's own shape; no graph is recorded.
+        (params, batch) -> [n], or f's own shape; no graph is recorded. Of params in shards all ranks run the same
+        passes, in which each parameter is gathered where it is used.
 
     Raises:
         BatchError, TreeError, ModelError, NonFiniteError: (when called) see `fkernel.func.inputs.validation`.
@@ -58,7 +61,7 @@ def _over_microbatches(f: Function, value_of: Function, microbatch: int | None) 
     """Evaluate `value_of` over microbatches, checked and certified as f."""
 
     def one_microbatch(params: Tree, batch: Any) -> Tensor:
-        value = value_of(params, batch)
+        value = leaves_of(params).value(value_of, batch) if isinstance(params, ShardedTree) else value_of(params, batch)
         check_output(value, length(batch), per_sequence=False)
         return value
 

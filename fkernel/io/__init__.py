@@ -17,7 +17,14 @@ from fkernel.io.atomic import (
 from fkernel.io.checksummed import checksummed_json, is_json, read_checksummed
 from fkernel.io.direct import open_direct, read_direct
 from fkernel.io.documents import parse_json
-from fkernel.io.fingerprints import checksum, checksums, fingerprint, hash_json, tensor_chunks
+from fkernel.io.fingerprints import (
+    checksum,
+    checksums,
+    fingerprint,
+    fingerprint_of_leaves,
+    hash_json,
+    tensor_chunks,
+)
 from fkernel.io.lines import append_line, cut_partial_line, cut_to
 from fkernel.io.locks import locked
 from fkernel.io.paths import default_cache_root, inside
@@ -29,7 +36,8 @@ from fkernel.io.units import parse_bytes
 __all__ = ["atomic_directory", "atomic_file", "atomic_write", "check_writable", "flush_to_disk", "make_directory"]
 __all__ += ["append_line", "cut_partial_line", "cut_to", "is_temporary", "scratch_directory", "sweep", "write_file"]
 __all__ += ["remove_directory", "remove_file"]
-__all__ += ["checksum", "checksummed_json", "checksums", "fingerprint", "hash_json", "is_json", "read_checksummed"]
+__all__ += ["checksum", "checksummed_json", "checksums", "fingerprint", "fingerprint_of_leaves", "hash_json"]
+__all__ += ["is_json", "read_checksummed"]
 __all__ += ["DTYPES", "open_direct", "read_direct", "safetensors_chunks", "tensor_chunks", "tensors_header"]
 __all__ += [
     "NO_ROOM",

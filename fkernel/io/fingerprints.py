@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,22 @@ def fingerprint(tree: Any) -> str:
     leaves = [(pytree.keystr(path), leaf) for path, leaf in pytree.tree_flatten_with_path(tree)[0]]
     if not leaves:
         raise BatchError(f"Nothing to take a fingerprint of: {type(tree).__name__} holds no leaf.")
+    return fingerprint_of_leaves(sorted(leaves, key=lambda item: item[0]))
+
+
+def fingerprint_of_leaves(leaves: Iterable[tuple[str, Any]]) -> str:
+    """Hash leaves one after the other, as `fingerprint` does those of a tree.
+
+    Args:
+        leaves: (path as `torch.utils._pytree.keystr` writes it, leaf), sorted by path; a leaf may be made when it is
+            asked for, and is let go of.
+
+    Example:
+        >>> fingerprint_of_leaves([("['w']", torch.zeros(2))]) == fingerprint({"w": torch.zeros(2)})
+        True
+    """
     digest = hashlib.sha256()
-    for place, leaf in sorted(leaves, key=lambda item: item[0]):
+    for place, leaf in leaves:
         # A line of JSON before each leaf delimits it, so that different trees give different bytes.
         if isinstance(leaf, Tensor):
             facts, chunks = [place, str(leaf.dtype), list(leaf.shape)], tensor_chunks(leaf)

@@ -32,7 +32,7 @@ def score(model: Any, batch: Sequences, sampling: Sampling, microbatch: int = 8)
     """Compute the statistics of every response of a batch.
 
     Args:
-        model: a causal language model.
+        model: a causal language model; or `func.InShards`, of which all ranks must score the same batch.
         batch: n sequences.
         sampling: what q is.
         microbatch: sequences of the greatest length in one forward pass; of shorter ones there are more.
@@ -43,7 +43,7 @@ def score(model: Any, batch: Sequences, sampling: Sampling, microbatch: int = 8)
     Raises:
         BatchError: the batch cannot be scored; see `fkernel.func.sequence_logprob`.
     """
-    apply, params = func.make_functional(model, select=lambda name: True)  # a frozen model is scored as well
+    apply, params = func.policy_function(model)
     func.sequence_logprob(apply).check(batch)
     device = next(iter(params.values())).device
     batch = Sequences(*(leaf.to(device) for leaf in batch))

@@ -11,7 +11,7 @@ from typing import Any
 
 from fkernel import func
 from fkernel.checkpoint import Checkpoint
-from fkernel.engine import state_against_step
+from fkernel.engine import own_part, state_against_step, values_of_step
 from fkernel.shapes import Tree
 from fkernel.study.config.plan import FisherKernelPlan
 from fkernel.study.log import say
@@ -26,7 +26,7 @@ def skipping(plan: FisherKernelPlan) -> AbstractContextManager[None]:
 
 def along(policy: Policy, E: func.Sequences, step: Tree) -> Policy:
     """Certify E's derivative along the step; where it fails, return a policy that differentiates through detach."""
-    f = func.true_derivative(policy.f, policy.params, E, step)
+    f = func.true_derivative(policy.f, policy.params, E, step, values_of_step(policy.params, E, step))
     if f is policy.f:
         return policy
     return policy._replace(f=f, apply=func.through_detach(policy.apply), through_detach=True)
@@ -50,7 +50,8 @@ def findings(
     """
     certificates = [*made]
     if executed is not None:
-        certificates.append(state_against_step(executed, policy.params, policy.after))
+        after = None if policy.after is None else own_part(policy.after)
+        certificates.append(state_against_step(executed, policy.params, after))
     worst = worst_of(certificates)
     for record in worst:
         if record["passed"] is False:

@@ -16,6 +16,7 @@ from fkernel.rollout import GeneratedBatch, dotted
 from fkernel.study.config.base import CheckpointPlan
 from fkernel.study.config.plan import FisherKernelPlan
 from fkernel.study.config.requests import UpdateBatch
+from fkernel.study.in_shards import does_not_go_in_shards
 from fkernel.study.known_ids import ids_of, saved_batch, unknown_ids, unknown_tokens
 from fkernel.study.outcome import RequestResult, info_of
 from fkernel.study.results import BATCHES, OWN, FisherKernelResults
@@ -31,7 +32,13 @@ def check_inputs(plan: FisherKernelPlan) -> None:
     Raises:
         PlanError: a line for everything that is wrong, with the key in the plan.
     """
-    wrong = [*_missing_files(plan), *_functions(plan), *_packages(plan), *_device(plan.numerics.device)]
+    wrong = [
+        *does_not_go_in_shards(plan),
+        *_missing_files(plan),
+        *_functions(plan),
+        *_packages(plan),
+        *_device(plan.numerics.device),
+    ]
     gone = {line.partition(":")[0] for line in wrong}
     wrong += [line for line in _checkpoints(plan) if line.partition(":")[0] not in gone]
     vocabulary = _vocabulary(plan.checkpoint)

@@ -175,7 +175,7 @@ def _beside(
 
 
 def _entropies(generator: SampleGenerator, batch: GeneratedBatch, sampling: Sampling) -> Tensor:
-    apply, params = func.make_functional(generator.model, select=lambda name: True)
+    apply, params = func.policy_function(generator.model)
     H = func.evaluate(func.token_entropy(apply, sampling.temperature))
     tokens = func.Sequences(*(leaf.to(next(iter(params.values())).device) for leaf in batch.sequences))
     return H(params, tokens).double().cpu()

@@ -96,7 +96,7 @@ def explanation(
         "requests": [{"kind": "payload", "name": "probes", "samples": samples}],
         "self_kernel": False,
         "capture": {"kernel": True},
-        "analyses": {"ledger": True, "uncertainty": True, "tokens": True},
+        "analyses": {"ledger": True, "uncertainty": True, "tokens": not changes.get("numerics.shards")},
         "out": str(out),
     }
     for key, value in changes.items():

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from fkernel import func
+from fkernel.engine import weighted_gradient
 from fkernel.errors import PlanError, RolloutError, listing
 from fkernel.func import Weighted, objectives, weighted_logprob
 from fkernel.func.objectives import LossInputs, LossTerm, clipped_ratio
@@ -238,10 +239,12 @@ def terms_beside(loss: PolicyLoss, inputs: LossInputs) -> dict[str, LossTerm]:
 
 def _vectors(terms: Mapping[str, LossTerm], policy: Policy, tokens: func.Sequences, microbatch: int) -> dict[str, Tree]:
     """What each part adds to the ascent direction: −(Σ ω ∇ℓ + η ∇H)."""
-    vjp = func.vjp(weighted_logprob(policy.trained, policy.temperature), microbatch)
+    f = weighted_logprob(policy.trained, policy.temperature)
     ones = next(iter(policy.params.values())).new_ones(len(tokens.input_ids))
     return {
-        name: vjp(policy.params, Weighted(tokens, -term.omega, None if term.eta is None else -term.eta), ones)
+        name: weighted_gradient(
+            f, policy.params, Weighted(tokens, -term.omega, None if term.eta is None else -term.eta), ones, microbatch
+        )
         for name, term in terms.items()
     }
 

@@ -20,6 +20,7 @@ import torch
 
 from fkernel import precond
 from fkernel.checkpoint import STATE_PLACES
+from fkernel.engine import clipped_over, own_part
 from fkernel.errors import OptimizerStateError
 from fkernel.precond import AdamWState, AdamWStep, Diagonal, Grads, MixedState, OptimizerState
 from fkernel.shapes import Tensor, Tree
@@ -55,7 +56,7 @@ def response(
     Args:
         plan: which preconditioner.
         step: how the gradient is clipped.
-        params: θ.
+        params: θ; where it is in shards, state, ascent and result are this rank's.
         state: AdamW's before the step; None without one.
         ascent: J_Uᵀ(w A) = −∇L, {name: [*shape]}.
         unused: parameters that the loss never uses: the optimizer skips them, momentum and decay included.
@@ -63,14 +64,15 @@ def response(
     Raises:
         OptimizerStateError: P needs a state and there is none, or its learning rate is 0.
     """
-    g, clip, norm = clipped(step, ascent, unused)
-    P = preconditioner_of(plan, params, state, g)
-    return Response(P, None if state is None else precond.optimizer_step(params, g, state), clip, norm)
+    g, clip, norm = clipped(step, params, ascent, unused)
+    θ = own_part(params)
+    P = preconditioner_of(plan, θ, state, g)
+    return Response(P, None if state is None else precond.optimizer_step(θ, g, state), clip, norm)
 
 
-def clipped(step: StepPlan, ascent: Tree, unused: Collection[str] = ()) -> tuple[Grads, float, float]:
+def clipped(step: StepPlan, params: Tree, ascent: Tree, unused: Collection[str] = ()) -> tuple[Grads, float, float]:
     """(g = −c · ascent, c, ‖∇L‖); g is None for unused parameters."""
-    g, clip, norm = precond.clip_gradient(ascent, step.max_norm, clip=step.clip)
+    g, clip, norm = clipped_over(params, ascent, step.max_norm, step.clip)
     return {**g, **dict.fromkeys(unused)}, clip, norm
 
 

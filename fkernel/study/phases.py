@@ -43,6 +43,7 @@ from fkernel.engine.planning import (
 from fkernel.io import parse_bytes
 from fkernel.study.analyses.registry import ANALYSES
 from fkernel.study.config.plan import FisherKernelPlan
+from fkernel.study.in_shards import check_has_forecast
 from fkernel.study.lengths import lengths_of
 from fkernel.study.policy import policy_of
 from fkernel.study.rows import Policy
@@ -126,8 +127,9 @@ def forecast(plan: FisherKernelPlan, loaded: Checkpoint | None = None) -> Foreca
 
     Raises:
         BatchError: `numerics.memory` is too small for a phase; the message says what would be enough.
-        PlanError: a batch is returned by a callback, so that its lengths are unknown.
+        PlanError: a batch is returned by a callback, so that its lengths are unknown; or the plan is in shards.
     """
+    check_has_forecast(plan)
     loaded = loaded or plan.checkpoint.load_weights(getattr(torch, plan.numerics.dtype))
     lengths, assumed = lengths_of(plan, loaded)
     return _forecast(plan, loaded, lengths, assumed)

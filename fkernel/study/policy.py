@@ -12,6 +12,8 @@ import torch
 
 from fkernel import func
 from fkernel.checkpoint import Checkpoint
+from fkernel.distributed import ShardedTree
+from fkernel.engine import own_part
 from fkernel.errors import PlanError, listing
 from fkernel.io import fingerprint, hash_json
 from fkernel.precond import MixedState, OptimizerState, fresh_state
@@ -19,6 +21,7 @@ from fkernel.rollout import GeneratedBatch, content_of_batch
 from fkernel.shapes import Tree
 from fkernel.study.config.base import CheckpointPlan
 from fkernel.study.config.plan import FisherKernelPlan
+from fkernel.study.in_shards import after_in_shards, check_is_adamw
 from fkernel.study.losses import as_it_came, spec_of_loss
 from fkernel.study.optimizer_step import restricted
 from fkernel.study.rows import Policy, Unselected
@@ -34,18 +37,22 @@ def policy_of(plan: FisherKernelPlan, loaded: Checkpoint, temperature: float) ->
     apply, params = func.make_functional(loaded.model, chosen_parameters(plan, loaded.model))
     state = loaded.optimizer
     first = plan.step.optimizer
+    if loaded.params is not None:
+        params = loaded.params.selected(params)
     if first is not None and state is not None:
         raise PlanError(
             "step.optimizer is of a run's first step, and the checkpoint has an optimizer state; leave it out."
         )
     if first is not None:
-        state = fresh_state(first.kind, params, **first.settings)
+        state = fresh_state(first.kind, own_part(params), **first.settings)
+        if loaded.params is not None:
+            check_is_adamw(state)
     if state is not None and set(state.names) != set(params):
         missing = sorted(set(params) - set(state.names))
         if missing:
             raise PlanError(f"parameters: the optimizer did not train {listing(missing)}; leave them out.")
     if state is not None:
-        state = restricted(state, params)
+        state = restricted(state, own_part(params))
     # E's change follows the true derivative; U's gradients are those that training computed.
     true, trained = replace(apply, padding_idx=None), func.with_masked_padding_grad(apply)
     S, columns = (func.sequence_logprob(each, temperature) for each in (true, trained))
@@ -53,7 +60,7 @@ def policy_of(plan: FisherKernelPlan, loaded: Checkpoint, temperature: float) ->
     return Policy(S, params, state, None, true, temperature, loaded.tokenizer, trained, columns, row, rest)
 
 
-def after_of(plan: FisherKernelPlan, loaded: Checkpoint, params: Tree) -> Tree | None:
+def after_of(plan: FisherKernelPlan, loaded: Checkpoint, params: Tree, mesh: Any = None) -> Tree | None:
     """Load the selected parameters of `step.after`; None without one.
 
     Where θ is the optimizer's masters, so is θ'.
@@ -61,7 +68,11 @@ def after_of(plan: FisherKernelPlan, loaded: Checkpoint, params: Tree) -> Tree |
     Raises:
         PlanError: it is of another model.
     """
-    return None if plan.step.after is None else _later(plan, params, masters=bool(loaded.rounded))
+    if plan.step.after is None:
+        return None
+    if isinstance(params, ShardedTree):
+        return after_in_shards(plan.step.after, mesh, params, masters=bool(loaded.rounded))
+    return _later(plan, params, masters=bool(loaded.rounded))
 
 
 def unselected_of(plan: FisherKernelPlan, loaded: Checkpoint, params: Tree) -> Unselected:
@@ -75,8 +86,10 @@ def unselected_of(plan: FisherKernelPlan, loaded: Checkpoint, params: Tree) -> U
     Raises:
         PlanError: step.after is of another model.
     """
+    if plan.step.after is None or plan.parameters is None:
+        return Unselected({}, {})
     rest = {name: leaf.detach() for name, leaf in loaded.model.named_parameters() if name not in params}
-    if plan.step.after is None or plan.parameters is None or not rest:
+    if not rest:
         return Unselected({}, {})
     after = _later(plan, rest, masters=bool(loaded.rounded))
     moved = [name for name, leaf in rest.items() if not torch.equal(leaf, after[name].to(leaf))]

@@ -21,8 +21,7 @@ from fkernel.engine import (
     check_side,
     computed,
     cuts_of,
-    gradient_sum,
-    reuse_memory,
+    kept_or_returned,
     walking_alone,
 )
 from fkernel.engine.planning import HELD, usual_microbatch
@@ -155,7 +154,7 @@ def _made(
     def report_progress(n: int) -> None:
         on_progress(n, len(batch))
 
-    with named_errors(batch), reuse_memory():
+    with named_errors(batch), kept_or_returned(policy.params):
         with doing("certifying the model on U"):
             check_side("U", policy.f, policy.params, tokens)
         where = "memory" if directory is None and group is None else "disk"
@@ -163,15 +162,15 @@ def _made(
         loss = _terms(plan, checkpoint, policy, batch, tokens, grant.microbatch, directory)
         f, U = policy.columns_for(tokens, loss)
         side = SortedBatch("U", U, f)
-        alone, w = group is None, _weights(batch, policy, loss)
-        how = walking_alone(f, policy.params, side, plan.numerics.memory) if alone else None
+        walks, w = group is None or plan.numerics.shards, _weights(batch, policy, loss)
+        how = walking_alone(f, policy.params, side, plan.numerics.memory) if walks else None
         done = directory is not None and directory.complete is not None
         if how is None:
             keep = _kept if group is None else partial(_kept_by_ranks, group)
             gradients, total = keep(side, policy, w, grant, directory, report_progress)
         else:
             gradients = WalkedGradients(side, policy.params, how, 0 if done else len(side))
-            total = partial(gradient_sum, side, policy.params, w, how, on_progress=report_progress)
+            total = partial(gradients.weighted_sum, w, report_progress)
 
         if not done and plan.step.parts is not None:
             loss = _split(plan, batch, gradients, loss)

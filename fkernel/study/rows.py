@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 import torch
 
 from fkernel import func
-from fkernel.distributed import Group, from_first
+from fkernel.distributed import Group, ShardedTree, from_first
 from fkernel.engine import (
-    ALONE,
     KernelBlock,
     Nodes,
     Problem,
@@ -19,9 +18,11 @@ from fkernel.engine import (
     SortedBatch,
     WalkedGradients,
     blocks,
+    choose_alone,
     choose_walk,
     contraction,
     nodes_of,
+    problem_of,
     walking_alone,
 )
 from fkernel.engine.planning import (
@@ -156,6 +157,8 @@ def grant_of(
     Raises:
         BatchError: one sequence at a time does not fit; the message says how much would.
     """
+    if isinstance(policy.params, ShardedTree):  # all ranks walk layer by layer, and chose it together
+        return MemoryBudget(usual_microbatch(microbatch, batch), None if memory is None else parse_bytes(memory))
     if group is not None:
         alone = partial(grant_of, memory, microbatch, policy, batch, where)
         chosen = from_first(group, "choosing a microbatch", lambda: alone().microbatch)
@@ -224,13 +227,15 @@ def _recomputed(
     E, side, kept, params = SortedBatch("E", batch, policy.f), U.side if spec.kernels else None, None, policy.params
     if side is not None and own is not None and own.tolist() == list(range(len(U))):
         E = side
-    if isinstance(cut_of(policy.f, params, batch), str):  # no layer-wise pass over this model: whole gradients
+    if U.whole and isinstance(
+        cut_of(policy.f, params, batch), str
+    ):  # no layer-wise pass over this model: whole gradients
         kept, how = U, Strategy("sequences", "E", None, U.side.tokens[0], E.tokens[0])
     elif side is None:
-        how = ALONE._replace(every=U.how.every)
+        how = choose_alone(params, U.how)
     else:
         how = choose_walk(E, side, params, grant.memory, grant.microbatch, reserved)
-    return blocks(Problem(params, E, side, spec, policy.path, policy.step, kept), how)
+    return blocks(problem_of(params, E, side, spec, path=policy.path, step=policy.step, kept=kept), how)
 
 
 def _over_ranks(
@@ -246,11 +251,11 @@ def _over_ranks(
 
 def self_strategy(memory: int | str | None, workspace: KernelWorkspace, policy: Policy) -> Strategy | None:
     """Choose the tiles of K_UU; None where U's gradients are over several ranks, whose shards are contracted whole."""
-    if not workspace.gradients.whole:
-        return None
     J, budget = workspace.gradients, None if memory is None else parse_bytes(memory)
     if isinstance(J, WalkedGradients):
         return choose_walk(J.side, J.side, policy.params, budget, 1)
+    if not J.whole:
+        return None
     tokens, ready = J.side.tokens, ready_of(workspace)
     if budget is None:
         return ungranted(tokens, ready, 1)

@@ -8,11 +8,9 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fkernel import func
 from fkernel.checkpoint import Checkpoint
-from fkernel.distributed import from_first, group_of
+from fkernel.distributed import group_of
 from fkernel.engine import check_side, mean_of
 from fkernel.errors import PlanError
 from fkernel.precond import AdamWStep
@@ -28,6 +26,7 @@ from fkernel.study.evaluation import Question, evaluate
 from fkernel.study.facts import facts_of_step
 from fkernel.study.from_recording import as_recorded
 from fkernel.study.gradients import GradientCache
+from fkernel.study.in_shards import check_has_ranks, drawn_by, loaded_by
 from fkernel.study.kept import answer_cache, answers, earlier, own_answer, results_of
 from fkernel.study.log import LOGGER, Tick, doing, phase, say, shown
 from fkernel.study.outcome import AnalysisResult, Entry, RequestResult, SelfKernel
@@ -64,15 +63,16 @@ class FisherKernelRunner:
             logger: from `logging`; by default the one named `fkernel`.
             on_progress: called as sequences are done, for a progress bar.
             mesh: a one-dimensional `torch.distributed.DeviceMesh`, whose ranks all run the same plan: rank 0 draws, all
-                compute, in memory, and each has the results.
+                compute, in memory, and each has the results. A plan in shards needs it.
         """
-        self.group = None if mesh is None else group_of(mesh)
+        self.mesh, self.group = mesh, None if mesh is None else group_of(mesh)
         self.logger, self.on_progress = logger or LOGGER, on_progress
         self._take(config if isinstance(config, FisherKernelPlan) else FisherKernelPlan.model_validate(config))
 
     def _take(self, plan: FisherKernelPlan) -> None:
         """Reset to a new plan."""
         self.plan = as_recorded(plan)
+        check_has_ranks(self.plan, self.mesh)
         self.workspace: KernelWorkspace | None = None
         self._step: AdamWStep | None = None
         self._prepared: Policy | None = None
@@ -88,8 +88,7 @@ class FisherKernelRunner:
         """The checkpoint, loaded on first use."""
         name, place = "loading the checkpoint", self.plan.checkpoint.place
         with shown(self.on_progress), doing(name), phase(self.logger, name, path=place) as facts:
-            loaded = self.plan.checkpoint.load(getattr(torch, self.plan.numerics.dtype))
-            loaded.model.to(self.plan.numerics.device)
+            loaded = loaded_by(self.plan, self.mesh)
             facts["fingerprint"] = loaded.provenance.fingerprint[:12]
         return loaded
 
@@ -104,7 +103,7 @@ class FisherKernelRunner:
         """The checkpoint as the engine's inputs; S at the plan's temperature, by default the one U was sampled at."""
         spec = self._given(None).spec
         policy = self._prepared or policy_of(self.plan, self.checkpoint, spec["temperature"])
-        return policy._replace(after=after_of(self.plan, self.checkpoint, policy.params))
+        return policy._replace(after=after_of(self.plan, self.checkpoint, policy.params, self.mesh))
 
     def _along(self, E: func.Sequences) -> Policy:
         """The policy for E, with the step's path; its derivative is certified along the step, once."""
@@ -343,7 +342,7 @@ class FisherKernelRunner:
         """Draw or read a batch; progress counts every drawn sequence twice, sampled and scored."""
         self._drawn = (f"sampling {what}", 2 * draw.size)
         drawn = lambda: (make or draw.generate)(self.generator, self.plan.numerics.seed)  # noqa: E731
-        return drawn() if self.group is None else from_first(self.group, f"drawing {what}", drawn)
+        return drawn_by(self.group, self.plan, what, drawn)
 
     def _grant(self, batch: GeneratedBatch) -> MemoryBudget:
         numerics, tokens = self.plan.numerics, tokens_of(batch, self.policy.params)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,12 +18,13 @@ import torch
 from fkernel import tree
 from fkernel.analysis import Audit, Described, audit, described_step
 from fkernel.checkpoint import Checkpoint
-from fkernel.engine import Microbatch, gradient_in
+from fkernel.distributed import ShardedTree
+from fkernel.engine import Microbatch, gradient_in, own_part
 from fkernel.func.handles import write_out
 from fkernel.precond import AdamWState, AdamWStep, ExecutedStep, Grads, cancellation, executed_step
-from fkernel.shapes import Tree
+from fkernel.shapes import Tensor, Tree
 from fkernel.study.config.step import StepPlan
-from fkernel.study.log import say
+from fkernel.study.log import LOGGER, say
 from fkernel.study.loss_terms import OWN
 from fkernel.study.rows import Policy
 from fkernel.study.workspace import KernelWorkspace, tokens_of
@@ -30,6 +32,10 @@ from fkernel.study.workspace import KernelWorkspace, tokens_of
 ARITHMETIC, UNEXPLAINED = "arithmetic", "unexplained"
 LEFT = 0.02
 """Share of a step beyond its description from which on the audit says so."""
+UNEXECUTED = (
+    "the training rounds its weights or moments to half precision, and a step in shards is taken in real numbers: what "
+    "rounding did is not told apart, and is part of what is unexplained (numerics.shards)"
+)
 
 
 class Departures(NamedTuple):
@@ -92,7 +98,8 @@ def step_taken(
         step: Δθ in real numbers.
     """
     executed = executed_of(plan, policy, checkpoint, workspace)
-    apart = departures(policy.params, step.total, None if executed is None else executed.delta, policy.after)
+    after = None if policy.after is None else own_part(policy.after)
+    apart = departures(own_part(policy.params), step.total, None if executed is None else executed.delta, after)
     audited = audit_of(plan, policy, checkpoint, workspace, step, apart.vectors.get(ARITHMETIC))
     moved = None if executed is None else executed.moved
     return StepTaken(apart, moved, audited, _cancellation(policy, workspace))
@@ -158,6 +165,9 @@ def executed_of(
     rounded = any(leaf.dtype != policy.params[name].dtype for name, leaf in θ.items())
     if policy.state is None or not (plan.autocast or rounded or moments - {"float32", "float64"}):
         return None
+    if isinstance(policy.params, ShardedTree):
+        say(LOGGER, UNEXECUTED, logging.WARNING)
+        return None
     f, U = policy.columns_for(tokens_of(workspace.batch, policy.params), workspace.loss)
     like = next(iter(policy.params.values()))
     a = workspace.loss_weights.to(like.device, torch.float32)
@@ -211,7 +221,8 @@ def audit_of(
     """
     if policy.after is None:
         return None
-    taken = tree.axpy(-1.0, policy.params, {name: policy.after[name] for name in policy.params})
+    θ, after = own_part(policy.params), own_part(policy.after)
+    taken = tree.axpy(-1.0, θ, {name: after[name] for name in θ})
     left = LEFT
     if arithmetic is not None:
         if not isinstance(plan.microbatches, tuple):  # rounding of other passes is known by its size alone
@@ -231,7 +242,7 @@ def audit_of(
     def respond(scales: Mapping[str, float]) -> Described:
         scaled = {part: tree.scale(scales[part], g) for part, g in gradients.items()}
         assert isinstance(state, AdamWState)
-        return described_step(policy.params, scaled, state)
+        return described_step(θ, scaled, state)
 
     return audit(
         described,
@@ -243,7 +254,15 @@ def audit_of(
         grad_norm=workspace.grad_norm,
         left=left,
         respond=respond if isinstance(state, AdamWState) and not policy.unused else None,
+        summed=partial(_over_ranks, policy.params),
     )
+
+
+def _over_ranks(params: Tree, sums: Tensor) -> Tensor:
+    """Sum over ranks what each has of its shards; of whole parameters one has all."""
+    if not isinstance(params, ShardedTree):
+        return sums
+    return params.summed(sums.to(next(iter(params.values())).device)).cpu()
 
 
 def _gradients(workspace: KernelWorkspace, policy: Policy) -> dict[str, Tree]:
@@ -270,4 +289,4 @@ def _as_trained(policy: Policy, checkpoint: Checkpoint) -> Tree:
             continue
         if stored.writers[name].startswith("torch."):
             dtypes.pop(name, None)
-    return {name: leaf.to(dtypes.get(name, leaf.dtype)) for name, leaf in policy.params.items()}
+    return {name: leaf.to(dtypes.get(name, leaf.dtype)) for name, leaf in own_part(policy.params).items()}

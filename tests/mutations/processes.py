@@ -9,7 +9,45 @@ SHARDS = (
     "tests/distributed/test_same_numbers.py::"
     "test_what_does_not_go_with_shards_is_refused_by_name_and_the_rest_is_certified_on_every_rank"
 )
+PLAN = "tests/distributed/test_plan_in_shards.py::"
+IN_SHARDS = f"{PLAN}test_a_plan_in_shards_on_two_ranks_gives_the_results_of_one_process"
+REFUSED = f"{PLAN}test_what_needs_a_whole_model_is_refused_by_its_key_before_anything_is_read"
 MUTATIONS = [
+    Mutation(
+        "a plan in shards clips by one shard's norm",
+        IN_SHARDS,
+        "engine/step_on_shards.py",
+        "        return clipped_shards(ascent, max_norm, params.group, clip)",
+        "        return clip_gradient(ascent, max_norm, clip=clip)",
+    ),
+    Mutation(
+        "the audit of a plan in shards is of one rank's coordinates",
+        IN_SHARDS,
+        "study/taken.py",
+        "    return params.summed(sums.to(next(iter(params.values())).device)).cpu()",
+        "    return sums",
+    ),
+    Mutation(
+        "the state's certificate is of one rank's coordinates",
+        IN_SHARDS,
+        "engine/state_certificate.py",
+        "(params.summed(squares) if isinstance(params, ShardedTree) else squares)",
+        "squares",
+    ),
+    Mutation(
+        "a checkpoint in shards has a fingerprint of one rank's rows",
+        IN_SHARDS,
+        "distributed/sharded.py",
+        "            yield name, gather_tree(self.group, {name: self.shards[name]}, self.shapes)[name]",
+        "            yield name, self.shards[name]",
+    ),
+    Mutation(
+        "a plan in shards asks for what needs a whole model",
+        f"{REFUSED}[analyses.tokens: ]",
+        "study/in_shards.py",
+        "            if name not in ANALYSES and getattr(analyses, name):",
+        "            if name not in ANALYSES and not analyses:",
+    ),
     Mutation(
         "a rank that differs is not noticed",
         f"{FAILURES}::test_ranks_that_disagree_raise_before_anything_is_exchanged",

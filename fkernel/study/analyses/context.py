@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fkernel import func, tree
+from fkernel.distributed import ShardedTree
 from fkernel.engine import evaluated, realised_change
 from fkernel.precond import AdamWStep
 from fkernel.rollout import GeneratedBatch
@@ -85,7 +86,8 @@ class RequestContext:
     @cached_property
     def after(self) -> Tree:
         """The selected parameters after the step: loaded, or else θ + Δθ as it was executed."""
-        return self.policy.after or tree.add(self.policy.params, self.policy.step or self.step.total)
+        step, θ = self.policy.step or self.step.total, self.policy.params
+        return self.policy.after or (θ.moved(step) if isinstance(θ, ShardedTree) else tree.add(θ, step))
 
     @property
     def like(self) -> Tensor:

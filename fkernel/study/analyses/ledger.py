@@ -6,7 +6,8 @@ import torch
 
 from fkernel import tree
 from fkernel.analysis import floor_from, floor_scale, ledger
-from fkernel.engine import KernelBlock, evaluated
+from fkernel.distributed import ShardedTree
+from fkernel.engine import KernelBlock, evaluated, own_part
 from fkernel.func.handles import ProductSpec
 from fkernel.func.inputs import take
 from fkernel.shapes import Tensor
@@ -30,7 +31,7 @@ class LedgerAccumulator(Accumulator):
 
     def ask(self, walk: ProductSpec) -> ProductSpec:
         """Ask for Σ_α θ_α² g_eα²."""
-        floor = {name: leaf.square() for name, leaf in self.context.policy.params.items()}
+        floor = {name: leaf.square() for name, leaf in own_part(self.context.policy.params).items()}
         return walk._replace(x=walk.x._replace(squares={**walk.x.squares, "floor": floor}))
 
     def add(self, block: KernelBlock) -> None:
@@ -65,8 +66,10 @@ class LedgerAccumulator(Accumulator):
         return AnalysisResult({name: values.numpy() for name, values in lines.items()}, without_nan(facts))
 
     def _scale(self) -> float:
-        """κ of a few sequences of E; 1 in float64, and where two float64 copies of the model have no room."""
+        """κ of a few sequences of E; 1 in float64, in shards, and where two copies in float64 have no room."""
         context, policy = self.context, self.context.policy
+        if isinstance(policy.params, ShardedTree):
+            return 1.0
         model = policy.apply.original.named_parameters()
         others = {name: leaf.detach() for name, leaf in model if name not in policy.params}
         needed = 16 * (tree.size(policy.params) + tree.size(others))

@@ -19,7 +19,7 @@ from fkernel.analysis import (
     resamplings,
     significance,
 )
-from fkernel.engine import Gradients, KernelBlock
+from fkernel.engine import Gradients, KernelBlock, own_part
 from fkernel.func.handles import ProductSpec
 from fkernel.precond import Diagonal
 from fkernel.rollout import GeneratedBatch
@@ -148,9 +148,9 @@ def permuted_preconditioner(workspace: KernelWorkspace, policy: Policy) -> Diago
             )
         rms = {name: rms[name] for name in policy.params}
         plan, step = (workspace.spec[name] for name in ("preconditioner", "step"))
-        g, _, _ = clipped(StepPlan(**step), rms, policy.unused)
+        g, _, _ = clipped(StepPlan(**step), policy.params, rms, policy.unused)
         del rms
-        _PERMUTED[workspace] = preconditioner_of(PreconditionerPlan(**plan), policy.params, policy.state, g)
+        _PERMUTED[workspace] = preconditioner_of(PreconditionerPlan(**plan), own_part(policy.params), policy.state, g)
     return _PERMUTED[workspace]
 
 

@@ -51,6 +51,8 @@ class NumericsPlan(Strict):
         device: a torch device.
         seed: for all sampling without a seed of its own.
         processes: ranks that compute together, each on its own processor or GPU; None for one process.
+        shards: whether θ, the optimizer's state and the step are in shards over the ranks, for a model that does not
+            fit on one; see Several processes in the documentation.
         skip_certificates: certificates to skip, by name: rows, values, company, forward, derivative.
     """
 
@@ -61,6 +63,7 @@ class NumericsPlan(Strict):
     device: str = "cpu"
     seed: int = 0
     processes: int | None = Field(None, gt=0)
+    shards: bool = False
     skip_certificates: tuple[Literal["rows", "values", "company", "forward", "derivative"], ...] = ()
 
     @field_validator("memory")
