@@ -261,7 +261,7 @@ class Adjoints:
         walking = in_shards or long_cut(side, step.params) is not None
         cuts = [] if walking else microbatches(side, step.params, self.passes, len(self.side))
         if walking or group is not None:
-            how = Walking() if walking else cuts[0].stop
+            how = self.passes.in_shards if in_shards else Walking() if walking else cuts[0].stop
             ascent = weighted_gradient(step.f, step.params, step.U, w, how, group)
         else:
             J = computed(side, ((1.0, step.params),), cuts, self.passes.memory is not None)

@@ -27,7 +27,6 @@ from fkernel.engine.by_layer import Side, shards
 from fkernel.engine.layerwise import Walking, must_cut
 from fkernel.engine.over_ranks import like_of, summed
 from fkernel.engine.planning.walking import tiles_of
-from fkernel.engine.planning.workloads import LONG
 from fkernel.engine.recycling import release_memory
 from fkernel.engine.streaming import KernelBlock, arranged
 from fkernel.func.handles import (
@@ -131,7 +130,8 @@ def gradients_over_ranks(
         group: the ranks, which all have the same arguments.
     """
     cut, calls = _cut(side, params), dict[Any, Any]()
-    for tile in tiles_of(side.tokens, group.size * max(LONG, how.tokens)):
+    together = None if how.together is None else group.size * max(how.together, how.tokens)
+    for tile in tiles_of(side.tokens, together):
         share = _share(side, nodes, cut, tile, group)
         for q, source in nodes:
             walk = Walk(cut, source, share.side.batch, weight=q, every=how.every, tokens=how.tokens, calls=calls)

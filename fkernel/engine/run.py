@@ -29,7 +29,7 @@ from fkernel.engine.path import NODES, Path, check_path
 from fkernel.engine.planning import LONG, Strategy, bytes_in_shards, bytes_of, usual_microbatch, walk_of
 from fkernel.engine.planning.passes import max_microbatch, reverse
 from fkernel.engine.planning.strategy import USABLE
-from fkernel.engine.recycling import reuse_memory
+from fkernel.engine.recycling import kept_or_returned
 from fkernel.engine.step_gradients import VECTORS, Passes
 from fkernel.engine.step_over_ranks import agreed_step
 from fkernel.engine.sums import values
@@ -178,6 +178,7 @@ def _account(
     first = agreed_step(last, group)
     _check(f, E, first)
     n, (block, passes) = length(E), _planned(f, E, first, path, memory, microbatch, group)
+    memory_kept = kept_or_returned(first.params)
     del first
     if block < n and again is steps:
         raise BatchError(
@@ -188,7 +189,7 @@ def _account(
     run: Iterable[RunStep] = chain(iter((last,)), again)
     del last  # an exhausted iterator over it holds nothing
     accounts = list[RunAccount](() if resume is None else resume.done)
-    with reuse_memory():
+    with memory_kept:
         for i, start in enumerate(range(0, n, block)):
             if i < len(accounts):
                 continue

@@ -44,6 +44,11 @@ class Passes(NamedTuple):
     kept: int
     group: Group | None = None
 
+    @property
+    def in_shards(self) -> Walking:
+        """How θ in shards is walked: gathered once for all sequences; with a budget, for a few of them at a time."""
+        return Walking(together=None if self.memory is None else LONG)
+
 
 def gradients_of(
     side: SortedBatch, cuts: list[slice], params: Tree, delta: Tree | None, passes: Passes
@@ -59,7 +64,8 @@ def gradients_of(
     """
     path = passes.path
     if isinstance(params, ShardedTree):
-        yield from gradients_over_ranks(side, sources_of(path, params, delta), params, Walking(), params.group)
+        sources = sources_of(path, params, delta)
+        yield from gradients_over_ranks(side, sources, params, passes.in_shards, params.group)
         return
     cut = long_cut(side, params)
     if passes.group is not None:

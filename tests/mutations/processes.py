@@ -14,6 +14,20 @@ IN_SHARDS = f"{PLAN}test_a_plan_in_shards_on_two_ranks_gives_the_results_of_one_
 REFUSED = f"{PLAN}test_what_needs_a_whole_model_is_refused_by_its_key_before_anything_is_read"
 MUTATIONS = [
     Mutation(
+        "an account in shards gathers for every few sequences",
+        "tests/distributed/test_account.py::test_an_account_gathers_as_often_for_many_sequences_as_for_few",
+        "engine/step_gradients.py",
+        "        return Walking(together=None if self.memory is None else LONG)",
+        "        return Walking()",
+    ),
+    Mutation(
+        "frozen parameters in shards are taken for trained ones",
+        "tests/distributed/test_account.py::test_adapters_in_shards_have_the_account_of_one_process",
+        "engine/params_in_shards.py",
+        "    constants = [name for name in params if trained and name not in trained]",
+        "    constants = list[str]()",
+    ),
+    Mutation(
         "a plan in shards clips by one shard's norm",
         IN_SHARDS,
         "engine/step_on_shards.py",
