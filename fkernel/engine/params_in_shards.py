@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 
+from fkernel.boundary import public
 from fkernel.distributed import Group, ShardedTree, agree, is_distributed, local_tree, shard_tree
 from fkernel.engine.over_ranks import described
 from fkernel.engine.step_on_shards import shared_of
@@ -72,6 +73,7 @@ def own_preconditioner(P: Preconditioner, params: Tree, group: Group | None) -> 
     return Diagonal(d) if isinstance(P, Diagonal) and isinstance(params, ShardedTree) else P
 
 
+@public
 def own_part(params: Tree) -> Tree:
     """Return what this rank has of θ: its shards, or all of it where θ is whole.
 

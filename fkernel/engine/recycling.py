@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from typing import Any
 
+from fkernel.boundary import public
 from fkernel.distributed import ShardedTree
 from fkernel.shapes import Tree
 
@@ -83,6 +84,7 @@ def return_memory() -> Iterator[None]:
         release_memory()
 
 
+@public
 def kept_or_returned(params: Tree) -> AbstractContextManager[None]:
     """Return the context for passes at θ: `reuse_memory`, or `return_memory` where θ is in shards.
 

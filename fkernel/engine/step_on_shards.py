@@ -14,6 +14,7 @@ from dataclasses import fields
 from typing import Any
 
 from fkernel import tree
+from fkernel.boundary import public
 from fkernel.distributed import Group, ShardedTree, all_sum
 from fkernel.precond import AdamWState, AdamWStep, Diagonal, Grads, adamw_response, adamw_step, clip_gradient
 from fkernel.shapes import Tree
@@ -53,6 +54,7 @@ def clipped_shards(
     return g, clip, norm
 
 
+@public
 def clipped_over(
     params: Tree, ascent: Tree, max_norm: float | None = None, clip: float | None = None
 ) -> tuple[Tree, float, float]:

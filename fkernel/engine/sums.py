@@ -24,6 +24,7 @@ from fkernel.func.trust import along_direction
 from fkernel.shapes import Tensor, Tree
 
 
+@public
 def weighted_gradient(
     f: Function, params: Tree, U: Any, weights: Tensor, how: Walking | int | None, group: Group | None = None
 ) -> Tree:
@@ -36,6 +37,11 @@ def weighted_gradient(
         weights: w, [n].
         how: a walk layer by layer, or the microbatch of whole passes.
         group: the ranks; None for this process alone.
+
+    Example:
+        >>> f = lambda params, x: x @ params["w"]
+        >>> weighted_gradient(f, {"w": torch.zeros(2)}, torch.eye(2), torch.tensor([3.0, 4.0]), None)
+        {'w': tensor([3., 4.])}
     """
     check_weights(weights, length(U))
     if isinstance(params, ShardedTree):

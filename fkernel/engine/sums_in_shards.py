@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fkernel.boundary import public
 from fkernel.distributed import Group, ShardedTree, all_sum, buckets, exchange_rows, share_of
 from fkernel.engine.batching import SortedBatch, error_context
 from fkernel.engine.layerwise import Walking, must_cut
@@ -82,6 +83,7 @@ def values_in_shards(side: SortedBatch, params: ShardedTree, how: Walking) -> Te
     return all_sum(params.group, [total])[0]
 
 
+@public
 def values_of_step(params: Tree, batch: Any, delta: Tree) -> Values | None:
     """Return how a certificate evaluates f along a step; None where θ is whole on this rank, and f is run whole.
 
@@ -89,6 +91,10 @@ def values_of_step(params: Tree, batch: Any, delta: Tree) -> Values | None:
         params: θ.
         batch: E, whose cut the certificate's sequences take.
         delta: Δθ, this rank's shards.
+
+    Example:
+        >>> values_of_step({"w": torch.zeros(2)}, torch.eye(2), {"w": torch.ones(2)}) is None
+        True
     """
     if not isinstance(params, ShardedTree):
         return None

@@ -110,14 +110,34 @@ class WalkedGradients(Gradients):
         return (K + K.T) / 2, norms
 
 
+@public
 def problem_of(params: Tree, E: SortedBatch, U: SortedBatch | None, spec: ProductSpec, **more: Any) -> Problem:
-    """Return the products of two batches: of all ranks together, with vectors in shards, where θ is in shards."""
+    """Return the products of two batches: of all ranks together, with vectors in shards, where θ is in shards.
+
+    Args:
+        params: θ.
+        E: the rows.
+        U: the columns; None for products of rows alone.
+        spec: the products.
+        **more: as in `Problem`.
+
+    Example:
+        >>> side = SortedBatch("U", torch.eye(2), lambda params, x: x @ params["w"])
+        >>> problem_of({"w": torch.ones(2)}, side, side, ProductSpec({"": None})).sharded
+        False
+    """
     group = params.group if isinstance(params, ShardedTree) else None
     return Problem(params, E, U, spec, group=group, sharded=group is not None, **more)
 
 
+@public
 def choose_alone(params: Tree, how: Walking) -> Strategy:
-    """Choose how one batch walks by itself: a sequence at a time; all, where θ is gathered for each of them."""
+    """Choose how one batch walks by itself: a sequence at a time; all, where θ is gathered for each of them.
+
+    Example:
+        >>> choose_alone({"w": torch.ones(2)}, Walking()).tile
+        1
+    """
     return (WHOLE if isinstance(params, ShardedTree) else ALONE)._replace(every=how.every)
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from fkernel.boundary import public
 from fkernel.distributed import ShardedTree
 from fkernel.func.functional import make_functional
 from fkernel.func.inputs.leaves import leaves_of
@@ -35,6 +36,7 @@ class InShards(NamedTuple):
         return self.model.config
 
 
+@public
 def policy_function(model: Any) -> tuple[Any, Tree]:
     """Return a policy as (apply, θ), for passes without gradients, θ with frozen parameters.
 
@@ -46,6 +48,7 @@ def policy_function(model: Any) -> tuple[Any, Tree]:
         apply, (params, input_ids, attention_mask) -> logits; and θ, which it is given.
 
     Example:
+        >>> import torch
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> shape = {"vocab_size": 11, "n_positions": 8, "n_embd": 4, "n_layer": 1, "n_head": 1}
         >>> model = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0))
