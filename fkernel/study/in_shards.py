@@ -167,10 +167,10 @@ def after_in_shards(one: CheckpointPlan, mesh: Any, params: ShardedTree, masters
     """
     assert one.path is not None
     leaf = next(iter(params.values()))
-    found = checkpoint.load_shards(one.path, mesh, model=one.model, optimizer=masters, dtype=leaf.dtype).params
-    if foreign := [name for name, own in params.own.items() if name not in found or found[name].shape != own.shape]:
+    sharded = checkpoint.load_shards(one.path, mesh, model=one.model, optimizer=masters, dtype=leaf.dtype).params
+    if foreign := [name for name, own in params.own.items() if name not in sharded or sharded[name].shape != own.shape]:
         raise PlanError(f"step.after: {one.path} has no {listing(foreign)} of that shape; is it the same model's?")
-    return params.replaced({name: found[name].to(leaf.device) for name in params})
+    return params.replaced({name: sharded[name].to(leaf.device) for name in params})
 
 
 def load_in_shards(one: CheckpointPlan, mesh: Any, dtype: torch.dtype, device: str) -> Checkpoint:
@@ -191,24 +191,24 @@ def load_in_shards(one: CheckpointPlan, mesh: Any, dtype: torch.dtype, device: s
     """
     assert one.path is not None
     names: Any = read_json(Path(one.names), "names") if isinstance(one.names, str) else one.names
-    found = checkpoint.load_shards(one.path, mesh, model=one.model, names=names, optimizer=one.optimizer, dtype=dtype)
-    check_is_adamw(found.optimizer)
-    for part in found.model.modules():  # the model has no weights, but buffers: rotary frequencies
+    sharded = checkpoint.load_shards(one.path, mesh, model=one.model, names=names, optimizer=one.optimizer, dtype=dtype)
+    check_is_adamw(sharded.optimizer)
+    for part in sharded.model.modules():  # the model has no weights, but buffers: rotary frequencies
         for name, buffer in part.named_buffers(recurse=False):
             setattr(part, name, buffer.to(device))
-    shapes = {name: tuple(leaf.shape) for name, leaf in found.model.named_parameters()}
-    θ = ShardedTree(group_of(mesh), {name: leaf.to(device) for name, leaf in found.params.items()}, shapes)
-    provenance = Provenance(found.path, found.layout, "", None if found.optimizer is None else found.path)
+    shapes = {name: tuple(leaf.shape) for name, leaf in sharded.model.named_parameters()}
+    θ = ShardedTree(group_of(mesh), {name: leaf.to(device) for name, leaf in sharded.params.items()}, shapes)
+    provenance = Provenance(sharded.path, sharded.layout, "", None if sharded.optimizer is None else sharded.path)
     loaded = Checkpoint(
-        found.model,
-        found.tokenizer,
-        found.optimizer,
-        found.step,
+        sharded.model,
+        sharded.tokenizer,
+        sharded.optimizer,
+        sharded.step,
         provenance,
-        found.conditions,
-        found.stored,
-        found.trained_dtypes,
-        found.rounded,
+        sharded.conditions,
+        sharded.stored,
+        sharded.trained_dtypes,
+        sharded.rounded,
         θ,
     )
     ran = loaded.as_it_ran().params
