@@ -76,8 +76,8 @@ fk.overview = {
       columns: [
         { title: "probe", field: "text", kind: "text", grow: 2 },
         { title: measured ? "measured" : "predicted", field: measured ? "measured" : "predicted", kind: "change" },
-        { title: "most of it by", field: "who", kind: "text", grow: 2 },
-        { title: "contribution", field: "bestValue", kind: "change" },
+        { title: "most by", field: "who", kind: "text", grow: 2 },
+        { title: "its part", field: "bestValue", kind: "change" },
         ...(rows.some((row) => row.bestP !== null)
           ? [{ title: "p", field: "bestP", kind: "p", note: "how often shuffled advantages would do as much by chance" }]
           : []),

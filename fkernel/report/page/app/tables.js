@@ -87,9 +87,9 @@ fk.printedTable = (place, { columns, rows, note, current }) => {
     columns.map((column) => fk.el(side(column).replace("td", "th"), {}, column.title)),
   );
   place.append(fk.el("table.printed", {}, fk.el("thead", {}, head), fk.el("tbody", {}, body)));
-  const told = [note, seen.length < rows.length ? `the first ${seen.length} of ${rows.length}` : null]
+  const told = [note && note.trim(), seen.length < rows.length ? `(the first ${seen.length} of ${rows.length})` : null]
     .filter(Boolean)
-    .join("; ");
+    .join(" ");
   if (told) place.append(fk.el("p.note", {}, told));
   return { step: () => null, forget() {}, refresh() {} };
 };
