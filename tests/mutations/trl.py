@@ -19,8 +19,9 @@ MUTATIONS = [
     Mutation(
         'the step after is executed here, and not read',
         f"{TRL}::test_the_batch_of_another_step_does_not_explain_this_one",
-        'study/analyses/context.py', 'return self.policy.after or tree.add(',
-        'return tree.add(',
+        'study/analyses/context.py',
+        'step, θ = self.policy.step or self.step.total, self.policy.params\n        return self.policy.after or (',
+        'step, θ = self.step.total, self.policy.params\n        return (',
     ),
     Mutation(
         "padding trained like any other, in a study",
