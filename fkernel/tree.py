@@ -187,13 +187,15 @@ def check_same(given: Tree, expected: Tree, given_as: str, expected_as: str) -> 
 
 
 def check_tensors(x: Mapping[str, Any], what: str) -> None:
-    """Raise TreeError naming the first leaf that is no dense tensor of real numbers.
+    """Raise TreeError for what is no mapping, and name the first leaf that is no dense tensor of real numbers.
 
     Example:
         >>> check_tensors({"w": [1.0]}, "params")
         Traceback (most recent call last):
         fkernel.errors.TreeError: params['w'] is a list; expected a dense tensor of real numbers.
     """
+    if not isinstance(x, Mapping):
+        raise TreeError(f"{what} is a {type(x).__name__}; expected {{name: tensor}}.")
     for name, leaf in x.items():
         given = "" if isinstance(leaf, Tensor) else f"a {type(leaf).__name__}"
         if not given and (leaf.layout != torch.strided or leaf.is_complex() or leaf.is_quantized):

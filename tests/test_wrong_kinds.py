@@ -97,3 +97,9 @@ def test_parameters_and_numbers_that_are_none():
 def test_other_optimizers_states_are_told_as_well(name):
     with pytest.raises(fk.OptimizerStateError, match=r"is a AdamW; expected fkernel\.precond\.updates\.\w+State"):
         getattr(updates, name)(GRADS, torch.optim.AdamW(NET.parameters()))
+
+
+def test_a_model_in_the_place_of_its_parameters_is_named():
+    state: Any = torch.optim.AdamW(NET.named_parameters()).state_dict()
+    with pytest.raises(fk.TreeError, match=r"params is a Linear; expected \{name: tensor\}"):
+        checkpoint.optimizer_state(state, NET)  # pyright: ignore[reportArgumentType]

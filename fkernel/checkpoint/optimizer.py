@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from fkernel import tree
 from fkernel.checkpoint.files import read_tensors
 from fkernel.checkpoint.names import unwrapped
 from fkernel.checkpoint.order import Groups, find_order
@@ -168,6 +169,7 @@ def stored_optimizer_state(
         >>> stored_optimizer_state(optimizer.state_dict(), dict(model.named_parameters())).writers
         {'weight': 'torch.optim.AdamW', 'bias': 'torch.optim.AdamW'}
     """
+    tree.check_tensors(params, "params")
     state_dict = merged(state_dict)
     written = recognise(state_dict, decoupled)
     each: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {}
