@@ -60,7 +60,7 @@ def finish(results: Any, out: Path, rows: int, as_json: bool) -> None:
         console.print(line, highlight=False)
     print_line(f"Wrote {out}" + (f"; the page is {page}" if page.exists() else "") + ". Next:")
     following = [f"fkernel show {out}"]
-    if results.plan["storage"]["persist"]:
+    if Path(workspace).is_dir():  # several ranks write none
         following.append(f'fkernel ask {workspace} --probe "PROMPT" "RESPONSE"')
     for command in following:
         print_line(f"  {command}")

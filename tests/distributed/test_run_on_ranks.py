@@ -119,6 +119,8 @@ def test_the_next_run_goes_on_and_two_ranks_give_the_numbers_of_one_process(plac
     done = command("run", place / "study.yaml", "--out", place / "two", "--processes", "2")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Wrote") == 1, done.stdout
+    assert "fkernel show" in done.stdout
+    assert "fkernel ask" not in done.stdout  # there is no workspace to ask
     compared(place / "one", place / "two", 1e-11)
 
 
