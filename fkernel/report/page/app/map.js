@@ -105,7 +105,17 @@ fk.map = {
     this.chart = null;
     this.holder.addEventListener("keydown", (event) => this.key(event));
     const holder = this.holder;
-    fk.afterFrame(() => holder.isConnected && holder === this.holder && this.redraw());
+    const here = () => holder.isConnected && holder === this.holder;
+    fk.afterFrame(() => {
+      if (!here()) return;
+      this.look();
+      if (fk.printing) this.redraw();
+      else setTimeout(() => here() && this.redraw()); // in a turn of its own
+    });
+  },
+  /** What is seen through the window. */
+  look() {
+    this.seen = fk.windowed(this.matrix.value, this.rows, this.columns, this.x, this.y);
   },
   show(x, y) {
     const clamp = ([a, b], most) => {
@@ -114,14 +124,13 @@ fk.map = {
     };
     this.x = clamp(x, this.columns.length);
     this.y = clamp(y, this.rows.length);
+    this.look();
     this.redraw();
     const whole = ([a, b], most) => (a === 0 && b === most ? null : `${a}-${b}`);
     fk.address.write({ x: whole(this.x, this.columns.length), y: whole(this.y, this.rows.length) }, true);
   },
   redraw() {
-    const { x, y, matrix } = this,
-      seen = fk.windowed(matrix.value, this.rows, this.columns, x, y);
-    this.seen = seen;
+    const { x, y, matrix, seen } = this;
     const trace = {
       type: "heatmap",
       z: seen.z,
