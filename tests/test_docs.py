@@ -152,7 +152,7 @@ def test_readme_examples_run(tmp_path, monkeypatch):
 
 def _targets() -> dict[str, str]:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    return dict(re.findall(r"^([a-z]+):.*?## (.+)$", makefile, re.MULTILINE))
+    return dict(re.findall(r"^([a-z-]+):.*?## (.+)$", makefile, re.MULTILINE))
 
 
 def _commands(text: str) -> set[str]:
@@ -172,6 +172,7 @@ def test_makefile_lists_what_a_newcomer_needs():
         "help",
         "demo",
         "test",
+        "test-all",
         "mutants",
         "lint",
         "bench",
