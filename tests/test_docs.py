@@ -267,6 +267,10 @@ def test_a_change_of_what_pages_execute_is_another_folder_of_outputs(tmp_path, m
     assert pages.fingerprint([script.parent]) != before
 
 
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 130
+
+
 def test_the_front_page_is_the_readmes_first_screen():
     (marker,) = re.findall(r"^:end-before: (.+)$", (DOCS / "index.md").read_text("utf-8"), re.MULTILINE)
     first, found, _ = (ROOT / "README.md").read_text("utf-8").partition(marker)
@@ -274,4 +278,5 @@ def test_the_front_page_is_the_readmes_first_screen():
     (picture,) = re.findall(r"^!\[.+\]\((.+)\)$", first, re.MULTILINE)
     assert (ROOT / picture).is_file()
     assert len(re.findall(r"^\$ ", first, re.MULTILINE)) == 3
-    assert len(re.findall(r"docs/answers\.md#", first)) == 10
+    assert len(re.findall(r"docs/answers\.md#", first)) >= 5
+    assert "(docs/answers.md)" in first  # all of them
