@@ -19,8 +19,10 @@ class Lasting(Progress):
     """Progress bars of what takes some time; what is done at once is not shown."""
 
     def stop(self) -> None:
-        """Stop, without the empty line that rich writes to files after the bars."""
+        """Stop; in a file the bars end with a line of their own, where there are any."""
         self.live.stop()
+        if not self.console.is_interactive and self.make_tasks_table(self.tasks).row_count:
+            self.console.print()
 
     def make_tasks_table(self, tasks: Iterable[Task]) -> Table:
         """Leave out tasks that took less than a second."""
