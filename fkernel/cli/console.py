@@ -87,7 +87,7 @@ def can_draw() -> bool:
     return there
 
 
-ROOMY = Console(width=10_000)
+ROOMY = Terminal(width=10_000)
 """On which a table takes all the room that it would like."""
 READABLE = 16
 """Columns of a terminal that a text needs at least, to be more than a stack of syllables."""

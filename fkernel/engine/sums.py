@@ -110,11 +110,10 @@ def evaluated(f: Function, params: Tree, batch: Any, microbatch: int | None = No
         >>> evaluated(lambda params, x: x @ params["w"], {"w": torch.ones(2)}, torch.eye(2))
         tensor([1., 1.], dtype=torch.float64)
     """
-    side = SortedBatch("E", batch, f)
     if isinstance(params, ShardedTree):
-        return values_in_shards(side, params, Walking())
+        return values_in_shards(SortedBatch("E", batch, f), params, Walking())
     if how := walking_of(f, params, (batch,), None):
-        return values_of(side, plain(params), params, how)
+        return values_of(SortedBatch("E", batch, f), plain(params), params, how)
     return func.evaluate_in_float64(f, microbatch)(params, batch)
 
 

@@ -33,9 +33,9 @@ MUTATIONS = [
         "func/functional.py", "set_fastpath_enabled(False)", "set_fastpath_enabled(before)",
     ),
     Mutation(
-        "a layer that computes twice is a raw error",
+        "a model that is wrapped for several devices is a raw error",
         f"{MODELS}::test_wrappers_that_torch_func_cannot_follow_are_named",
-        "func/inputs/validation.py", '"maybe_level.has_value()"', '"nothing"',
+        "func/inputs/validation.py", '"nn.DataParallel"', '"nothing"',
     ),
     Mutation(
         "the balancing loss goes on being computed",

@@ -331,7 +331,7 @@ def test_tables_show_every_part_and_the_culprits(results, result):
     text = console.export_text()
     largest = np.abs(result.realised).argmax()
     assert result.evaluation[largest].id in text
-    assert f"{1e3 * result.realised[largest]:+.2f}" in text
+    assert f"{1e3 * result.realised[largest]:+.2f}".replace("-", "−") in text
     for column in ("batch", "momentum", "decay", "realised", "gauss2", "Pearson r", "slope", "relative error"):
         assert column in text
     assert "[0]=" in text or "[1]=" in text  # brackets in a prompt are text, not markup
@@ -367,7 +367,7 @@ def test_rows_and_columns_of_a_heatmap_are_grouped_by_prompt(result):
 
 
 def test_agreement_with_a_step_that_was_executed_here_is_not_shown_as_evidence(run, tmp_path):
-    """Without step.after table, picture and certificate say that it is self-consistent; with it, what was taken."""
+    """Without step.after table, picture and certificate say what it is no evidence for; with it, what was taken."""
     for name, after in (("without", None), ("with", {"path": str(run.after)})):
         plan = run.plan(tmp_path / name)
         plan["step"] = {**plan["step"], "after": after}
@@ -376,7 +376,7 @@ def test_agreement_with_a_step_that_was_executed_here_is_not_shown_as_evidence(r
         console = Console(record=True, width=200)
         console.print(report.calibration_table(result))
         text = console.export_text()
-        assert ("self-consistent" in text) is (after is None)
+        assert ("executed from the optimizer's state as it was read" in text) is (after is None)
         assert ("really taken" in text) is (after is not None)
         label = report.predicted_vs_realised(result).axes[0].get_ylabel()
         assert ("self-consistent" in label) is (after is None)

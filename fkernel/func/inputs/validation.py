@@ -64,7 +64,8 @@ _ADVICE = (
     ),
     (
         "escaped from inside a function being vmapped",
-        "f keeps tensors of one call for the next (a cache?); switch its cache off, or let it be a pure function",
+        "f keeps tensors of one call for the next (a cache?), or computes activations again in backward (torch.utils."
+        "checkpoint); switch that off, or let it be a pure function",
     ),
     ("torch.utils.checkpoint", _TWICE),
     ("maybe_level.has_value()", _TWICE),  # vmap's rule of an operation that runs when vmap has ended
