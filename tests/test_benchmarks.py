@@ -148,6 +148,7 @@ GRANTED = (
 )
 
 
+@pytest.mark.turns(4)
 def test_memory_callables_run():
     subject = build("tiny")
     for name, make in memory.MEASURED.items():
@@ -161,6 +162,7 @@ def test_memory_callables_run():
             assert result.shape == (memory.MICROBATCH,)
 
 
+@pytest.mark.turns(4)
 def test_peak_memory_is_read_in_a_process_of_its_own():
     peak = memory.in_own_process("plain batched backward", {"shape": "tiny", "n": 8, "T": 128})
     logits = 8 * 128 * 64 * 4 / memory.MB

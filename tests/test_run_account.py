@@ -148,6 +148,7 @@ def test_the_columns_add_up_to_the_change_that_happened(name):
         assert float(result.before.norm()) > 0.01 * float(happened.norm())
 
 
+@pytest.mark.turns(4)
 def test_the_error_falls_with_the_order_of_the_path():
     for path, order in (("start", 1.8), ("midpoint", 3.5), ("gauss2", 12.0)):
         large, small = (relative_error(whole_run("own", lr, path)) for lr in (3e-3, 1.5e-3))
@@ -331,6 +332,7 @@ def test_one_step_is_held_at_a_time():
     close(account(taken.S, taken.E, backwards()).accounted, accounted(taken).accounted)
 
 
+@pytest.mark.turns(4)
 def test_what_is_no_run_is_refused():
     taken = run()
     S, E, steps = taken.S, taken.E, taken.steps

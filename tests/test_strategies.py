@@ -33,6 +33,7 @@ def forms(T: int):
     ]
 
 
+@pytest.mark.turns(4)
 @pytest.mark.parametrize("arbitrary", [False, True], ids=["diagonal", "any callable"])
 @pytest.mark.parametrize("case", EXAMPLES, ids=lambda case: case.model_name)
 def test_every_strategy_gives_the_same_kernel(case, arbitrary, tmp_path):

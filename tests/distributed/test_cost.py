@@ -26,6 +26,7 @@ def sent(mesh: Any) -> tuple[float, float]:
     return sum(own.values()), sum(cost.sent.values())
 
 
+@pytest.mark.turns(4)
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_send_the_bytes_that_are_predicted(ranks):
     every = results(ranks, sent)
@@ -43,6 +44,7 @@ def sent_in_shards(mesh: Any, n_U: int, n_E: int, T: int, tied: bool) -> tuple[f
     return sum(own.values()), sum(cost.sent.values())
 
 
+@pytest.mark.turns(4)
 @pytest.mark.parametrize(
     ("ranks", "n_U", "n_E", "T", "tied"),
     [(2, 8, 4, 12, True), (4, 8, 4, 12, True), (2, 64, 2, 40, True), (2, 6, 1, 12, False), (4, 4, 8, 12, False)],
@@ -98,6 +100,7 @@ def products_one_by_one(mesh: Any) -> dict[str, Any]:
         return products(mesh)
 
 
+@pytest.mark.turns(4)
 def test_products_are_the_same_where_sequences_are_exchanged_one_by_one():
     expected = products(None)
     for found in results(3, products_one_by_one):

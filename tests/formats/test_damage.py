@@ -39,6 +39,7 @@ def test_what_is_loaded_stays_when_the_files_change(run, tmp_path):
     assert [key for key, value in loaded.items() if not damage._same(value, before[key])] == []
 
 
+@pytest.mark.turns(4)
 def test_what_passes_is_seen(monkeypatch):
     """Were sums not checked, a flipped bit would be another number, and this would say so."""
     from fkernel.checkpoint import files

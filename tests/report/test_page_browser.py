@@ -212,6 +212,7 @@ def test_right_and_wrong_answers_are_told_apart(watch, study):
     assert dict(marks) == {info.id: "✓" if info.reward >= 1.0 else "✗" for info in held_out.evaluation}
 
 
+@pytest.mark.turns(4)
 @pytest.mark.parametrize("kind", ["study", "account"])
 def test_headings_of_numbers_are_whole_where_there_is_little_room(kind, watch, request):
     page = watch(request.getfixturevalue(kind)).open()
@@ -297,6 +298,7 @@ def test_a_pair_says_what_the_identical_sequences_did_together(watch, account):
     assert shown(results["contributions"][0, u], *unit_of(page)) in dialog.inner_text()
 
 
+@pytest.mark.turns(4)
 def test_the_overview_sums_identical_sequences_and_who_moved_it_says_whether_that_is_chance(watch, account):
     results, _ = account
     page = watch(account).open()
@@ -332,6 +334,7 @@ def test_the_overview_sums_identical_sequences_and_who_moved_it_says_whether_tha
     until(lambda: "There is no p: a <b>reason</b>." in page.locator(".detail .who").inner_text())
 
 
+@pytest.mark.turns(4)
 def test_a_token_kernel_is_there_where_it_was_computed(watch, study):
     pair = study[0]["held_out"].analysis("tokens")["pair_0"]
     page = watch(study).open("#view=probes&probe=E-000&pair=U-001")

@@ -144,6 +144,7 @@ def test_parts_of_the_loss_are_told_apart(tmp_path, monkeypatch):
         whole.top_parts("nine")
 
 
+@pytest.mark.turns(4)
 @pytest.mark.parametrize("kind", ["cispo, KL, two inner epochs", "a ratio of sequences", "a penalty without a ratio"])
 def test_the_rest_of_a_loss_with_a_penalty_is_of_advantages_alone(kind):
     """Of a sequence whose advantage is 0 the penalty is all that there is, a ratio that weighs it included."""
@@ -156,6 +157,7 @@ def test_the_rest_of_a_loss_with_a_penalty_is_of_advantages_alone(kind):
     assert seen > 0
 
 
+@pytest.mark.turns(4)
 def test_a_run_is_replayed_without_a_part_of_its_loss():
     recording = recording_of("cispo, KL, two inner epochs")
     same = replay_probes(recording, PROBES, parts={"kl": 1.0})
@@ -166,6 +168,7 @@ def test_a_run_is_replayed_without_a_part_of_its_loss():
         replay_probes(recording, PROBES, parts={"entropy": 0.0})
 
 
+@pytest.mark.turns(4)
 def test_what_cannot_be_told_says_why(tmp_path, monkeypatch):
     monkeypatch.setattr(RecordedStep, "parts", ("loss",))
     made = account_recording(recording_of("cispo, KL, two inner epochs"), PROBES[:1], tmp_path)
@@ -475,6 +478,7 @@ def test_a_recording_without_a_gap_is_needed(tmp_path):
     assert "MISSING: steps 4" in told("recording", "show", tmp_path / "copy").stdout
 
 
+@pytest.mark.turns(4)
 def test_dropping_what_raised_a_probe_lowers_it(tmp_path):
     """Late in a run, where √v is made of many steps: in the direction, and to about the size, that the account says."""
     recording = recording_of("lora")

@@ -93,6 +93,7 @@ def test_what_a_dump_lacks_is_asked_for_at_once(run, tmp_path):
     assert made.plan.step.max_norm == 1.0
 
 
+@pytest.mark.turns(4)
 def test_another_checkpoint_than_the_one_before_the_step_is_refused(tmp_path):
     run = recording_of("dapo").directory.parent
     said = told("explain", run / "run" / f"checkpoint-{STEPS}", "--batch", f"{run / 'recording'}:5",

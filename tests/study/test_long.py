@@ -180,6 +180,7 @@ def test_of_long_sequences_no_gradient_is_kept(place, tmp_path):
     assert [phase.name for phase in foretold.phases] == names
 
 
+@pytest.mark.turns(4)
 def test_walked_gradients_are_those_that_are_computed_whole():
     """Any length will do, and sequences of weight 0 count for nothing."""
     S, params, batch = tiny()
@@ -245,6 +246,7 @@ def test_a_short_workspace_makes_the_same_step_and_reads_no_gradient(run, tmp_pa
             assert torch.equal(runner._step.total[name], leaf)
 
 
+@pytest.mark.turns(4)
 def test_a_finished_workspace_walks_nothing_again(place, tmp_path, monkeypatch):
     """A rerun answers from what is kept; a new request needs E's gradients and U's, and Δθ is read, not walked for."""
     spec = plan(place, tmp_path / "out", analyses={}, self_kernel=False)

@@ -80,6 +80,7 @@ def test_what_the_plan_says_is_left_as_it_is(tmp_path):
     assert as_recorded(filled) == filled
 
 
+@pytest.mark.turns(4)
 def test_a_step_between_snapshots_is_replayed(tmp_path):
     sparse = recording_of("dapo", "first")
     plan = plan_of("dapo", tmp_path / "out", checkpoint={"recording": str(sparse.directory), "step": STEP})

@@ -100,7 +100,8 @@ def test_pictures_and_tables_add_up_to_the_whole_models_change(selected):
     for row in range(2):
         line = {head: column[row] for head, column in zip(heads, cells, strict=True)}
         parts = ("batch", "momentum", "decay", "unexplained", "remainder", "not selected")
-        assert sum(float(str(line[part])) for part in parts) == pytest.approx(float(str(line["realised"])), abs=0.004)
+        numbers = {part: float(str(line[part]).replace("−", "-")) for part in (*parts, "realised")}
+        assert sum(numbers[part] for part in parts) == pytest.approx(numbers["realised"], abs=0.004)
     kl_found = result.analysis("observables.moved")
     dots = report.observable_panel(result, "moved").axes[0].collections
     (crosses,) = (dot for dot in dots if dot.get_label() == "with what is not selected")

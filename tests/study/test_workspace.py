@@ -271,6 +271,7 @@ def test_a_disk_that_is_full_leaves_nothing_half_written(run, tmp_path, monkeypa
     assert runner.workspace.gradients.computed == 0
 
 
+@pytest.mark.turns(4)
 def test_requests_stream(run, tmp_path):
     """Rows of K that are held at once do not grow with E, unless they are asked for."""
     from fkernel.engine.planning import kept as limits

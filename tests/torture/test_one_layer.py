@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+import pytest
+
 import fkernel
 
 ROOT = Path(fkernel.__file__).parent
@@ -32,6 +34,7 @@ def calls(source: str) -> set[str]:
     return {each.attr if isinstance(each, ast.Attribute) else getattr(each, "id", "") for each in called}
 
 
+@pytest.mark.turns(4)
 def test_nothing_is_written_past_the_layer() -> None:
     found = {
         (str(path.relative_to(ROOT)), name)
