@@ -12,7 +12,7 @@ def default_cache_root() -> Path:
     return Path(chosen) if chosen else Path.home() / ".cache" / "fkernel"
 
 
-def inside(directory: Path, name: str) -> Path:
+def inside(directory: Path, name: object) -> Path:
     """Give the path of a file that an index names, which lies in the index's directory.
 
     Raises:
@@ -23,9 +23,9 @@ def inside(directory: Path, name: str) -> Path:
         Traceback (most recent call last):
         ValueError: it names '../other.safetensors', which is not in its directory
     """
-    parts = PurePath(str(name)).parts
+    parts = PurePath(name).parts if isinstance(name, str) else ()
     long = any(len(part.encode(errors="replace")) > 255 for part in parts)
-    if not parts or long or ".." in parts or "\0" in str(name) or PurePath(str(name)).is_absolute():
+    if not isinstance(name, str) or not parts or long or ".." in parts or "\0" in name or PurePath(name).is_absolute():
         shown = repr(name) if len(str(name)) < 200 else f"{str(name)[:60]!r}…"
         raise ValueError(f"it names {shown}, which is not in its directory")
-    return directory / str(name)
+    return directory / name
