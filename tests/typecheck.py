@@ -2,9 +2,8 @@
 
 jaxtyping checks a function by two others, which are compiled when it is defined, and binds every call's arguments once
 more. Here a check is compiled at the first call, most functions of a run being never called; one without shapes is
-beartype's alone; of a function inside of a function, which is defined anew at every call of that, the first few are
-checked, and of any function the first calls while a torch function mode listens, which hears every check. An int is a
-float, as everywhere in Python's typing.
+beartype's alone; and of a function inside of a function, which is defined anew at every call of that, the first few are
+checked. An int is a float, as everywhere in Python's typing.
 """
 
 from __future__ import annotations
@@ -17,12 +16,11 @@ from types import CodeType, FunctionType
 from typing import Any
 
 import jaxtyping
-import torch
 from beartype import BeartypeConf, beartype
 
 check = beartype(conf=BeartypeConf(is_pep484_tower=True, violation_type=jaxtyping.TypeCheckError))
 SHAPED = ("Float", "Int[", "Shaped")
-FEW, HEARD = 3, 30
+FEW = 3
 _defined = Counter[CodeType]()
 _jaxtyped = jaxtyping.jaxtyped
 
@@ -39,17 +37,12 @@ def checked(fn: Any = None, *, typechecker: Callable[[Any], Any]) -> Any:
             return fn
     shaped = any(mark in str(annotation) for annotation in fn.__annotations__.values() for mark in SHAPED)
     made: Any = None
-    heard = 0
 
     @functools.wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
-        nonlocal made, heard
+        nonlocal made
         if jaxtyping.config.jaxtyping_disable:
             return fn(*args, **kwargs)
-        if torch._C._len_torch_function_stack():
-            heard += 1
-            if heard > HEARD:
-                return fn(*args, **kwargs)
         if made is None:
             made = _jaxtyped(fn, typechecker=typechecker) if shaped else typechecker(_resolved(fn))
         return made(*args, **kwargs)
