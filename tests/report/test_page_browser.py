@@ -90,6 +90,14 @@ def shown(nats: float, scale: float = 1e3, digits: int = 3) -> str:
     return "0" if float(text) == 0 else text.replace("-", "−")
 
 
+def settled(page: Any) -> None:
+    """Wait until what the page builds in later turns moves nothing any more."""
+    height = (
+        "() => { const was = window.height; window.height = document.body.scrollHeight; return was === window.height; }"
+    )
+    page.wait_for_function(height, polling=200)
+
+
 def unit_of(page: Any) -> tuple[float, int]:
     unit = page.evaluate("fk.data.unit")
     return unit["scale"], unit["digits"]
@@ -175,6 +183,7 @@ def test_contributors_are_those_of_the_results_and_a_click_shows_both_texts(watc
     assert cells[0] == shown(C[u], scale, digits)
     assert cells[1] == f"{held_out.analysis('uncertainty')['top_p'][0, 0]:.3f}"
     assert cells[-1] == held_out.update[u].id
+    settled(page)
     page.locator(".detail .tabulator-row").first.click()
     dialog = page.locator("dialog.pair")
     dialog.wait_for()
@@ -289,6 +298,7 @@ def test_a_pair_says_what_the_identical_sequences_did_together(watch, account):
     page.wait_for_selector(".detail .tabulator-row")
     cells = page.locator(".detail .tabulator-row").first.locator(".tabulator-cell").all_inner_texts()
     (times,) = (int(cell.removeprefix("× ")) for cell in cells if cell.startswith("× "))
+    settled(page)
     page.locator(".detail .tabulator-row").first.click()
     dialog = page.locator("dialog.pair")
     dialog.wait_for()
