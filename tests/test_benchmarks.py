@@ -255,7 +255,6 @@ def test_long_sequences_run_small_within_what_is_forecast():
     assert found["ratio"] > 0
 
 
-@pytest.mark.turns(4)
 def test_scale_runs_small_and_its_numbers_hold():
     """The large part on a small model: within its grant, entries equal to autograd's, C equal to influence."""
     found = scale.in_own_process("large", **scale.QUICK)

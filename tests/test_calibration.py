@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
-
 from benchmarks import calibration
 
 
-@pytest.mark.turns(4)
 def test_a_step_under_autocast_is_explained_from_its_recording_and_without():
     recorded, drawn = calibration.steps({name: calibration.STEPS[name] for name in calibration.QUICK[:1]})
     for row in (recorded, drawn):

@@ -68,7 +68,6 @@ def test_the_research_method_is_the_oracles_double_loop(situation):
     torch.testing.assert_close(theirs, truth, rtol=1e-9, atol=1e-9 * float(truth.abs().max()))
 
 
-@pytest.mark.turns(4)
 def test_the_research_comparison_runs_and_both_sides_agree():
     before = torch.get_num_threads()
     try:

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fkernel.boundary import public
 from fkernel.errors import BatchError, ModelError, listing
 from fkernel.func.constants import seen_through
-from fkernel.func.inputs.called import arguments_of, is_hugging_face
+from fkernel.func.inputs.called import arguments_of
 from fkernel.func.inputs.objective import is_readable
 from fkernel.func.padding import padding_rows, trained_padding
 from fkernel.shapes import Tensor, Tree
@@ -71,16 +71,16 @@ def logits_of(module: nn.Module, params: Tree, input_ids: Tensor, attention_mask
         ModelError: there are no logits, or fewer than tokens.
         BatchError: the batch is padded on the left.
     """
-    mask = attention_mask
-    if is_hugging_face(module):
-        _refuse_left_padding(mask)
+    args, named = arguments_of(module, input_ids, attention_mask)
+    if named:
+        _refuse_left_padding(attention_mask)
         # With right-padding a causal model does not attend to padding, so a mask of ones is equivalent. It avoids
         # padding rows outside of every sliding window, whose softmax over nothing is NaN in float64. It is not derived
         # from the mask, since models may not branch on a vmapped tensor; int64 as a tokenizer's, since some compute
         # with it.
-        mask = torch.ones(mask.shape, dtype=torch.int64, device=mask.device)
+        named["attention_mask"] = torch.ones(attention_mask.shape, dtype=torch.int64, device=attention_mask.device)
     with _differentiable_layers():
-        out: Any = functional_call(module, params, *arguments_of(module, input_ids, mask))
+        out: Any = functional_call(module, params, args, named)
     z = getattr(out, "logits", out)
     z = z[0] if isinstance(z, (tuple, list)) and z else z
     t = input_ids.shape[-1]

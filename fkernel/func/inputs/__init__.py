@@ -14,7 +14,7 @@ from fkernel.func.inputs.batch import (
     trim,
     widths,
 )
-from fkernel.func.inputs.called import arguments_of, is_hugging_face
+from fkernel.func.inputs.called import arguments_of
 from fkernel.func.inputs.microbatch import check_size, cut, groups, token_grant
 from fkernel.func.inputs.objective import Function, Objective, bare, check_values, name_of, own_width
 from fkernel.func.inputs.source import Source, computed_like, is_half, moved, plain, widened
@@ -40,7 +40,6 @@ __all__ = [
     "groups",
     "holding_inside",
     "is_half",
-    "is_hugging_face",
     "length",
     "lengths",
     "moved",
