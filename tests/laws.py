@@ -239,27 +239,24 @@ def contributions_momentum_and_decay_are_the_jvp_of_the_step(fk: Any, case: Case
 def contributions_add_up_to_the_change_that_happened(fk: Any, case: Case) -> None:
     """Along the path: the error shrinks as lr² (start), lr³ (midpoint), lr⁵ (two nodes); the optimizer is torch's own.
 
-    Taken over many sequences: a single one can have next to no curvature by chance, and then its error falls faster, or
-    not at all where two orders cancel; or next to no change, of which any error is a large share.
+    The order is the median sequence's, over many: in a single one two orders can cancel at one of the two steps, and
+    in a norm over all, that one can be the largest.
     """
     S, params, _, U = case.engine(fk)
     E = case.batch(fk, [*case.E, *case.U, *case.others])
-    for path, lr, bound, order in (
-        ("start", 2e-3, 0.05, 3.5 / 2),
-        ("midpoint", 2e-3, 1e-3, 7.0 / 2),
-        ("gauss2", 4e-3, 1e-6, 24.0 / 2),  # whose error is rounding after smaller steps
-    ):
-        large, small = (_left_by_the_step(fk, case, S, params, E, U, path, each) for each in (lr, lr / 2))
-        assert small <= bound, f"{path}: relative error {small:.2e}"
-        assert large / small >= order, f"{path}: half the step divides the relative error by {large / small:.2f}"
+    for path, bound, order in (("start", 0.05, 1.75), ("midpoint", 1e-3, 3.5), ("gauss2", 1e-6, 12.0)):
+        large, small = (_left_by_the_step(fk, case, S, params, E, U, path, lr) for lr in (4e-3, 1e-3))
+        assert float(small.norm()) <= bound, f"{path}: relative error {float(small.norm()):.2e}"
+        ratio = float((large / small).abs().median().sqrt())
+        assert ratio >= order, f"{path}: half the step divides the relative error by {ratio:.2f}"
 
 
-def _left_by_the_step(fk: Any, case: Case, S: Any, params: Any, E: Any, U: Any, path: str, lr: float) -> float:
-    """Relative error of what the contributions, the momentum and the decay add up to."""
+def _left_by_the_step(fk: Any, case: Case, S: Any, params: Any, E: Any, U: Any, path: str, lr: float) -> Tensor:
+    """[n_E]: error of what the contributions, the momentum and the decay add up to, relative to all that happened."""
     realised = _really_step(fk, case, lr, max_norm=0.5)
     effect, _ = fk.explain_step(S, params, E, U, case.weights, case.state(fk, lr=lr), path=path, max_norm=0.5)
     added_up = effect.contributions.sum(1) + effect.momentum + effect.decay
-    return float((added_up - realised).norm() / realised.norm())
+    return (added_up - realised) / realised.norm()
 
 
 def _really_step(fk: Any, case: Case, lr: float, max_norm: float) -> Tensor:
