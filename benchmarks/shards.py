@@ -9,7 +9,6 @@ checkpoint of θ, m and v, loaded whole by one process and in shards by each ran
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import sys
@@ -30,6 +29,7 @@ from fkernel import checkpoint, explain_step, func, precond
 from fkernel.checkpoint import skeleton_of, workload_of
 from fkernel.distributed import group_of, shard_of
 from fkernel.engine.planning import cost_in_shards
+from fkernel.engine.recycling import return_memory
 from fkernel.shapes import Tree
 
 SHAPE: Any = {
@@ -104,20 +104,18 @@ def explained(mesh: Any, case: Case) -> dict[str, Any]:
     E, U = (batch(n, seed, case) for seed, n in enumerate((case.E, case.U)))
     shapes = {name: leaf.shape for name, leaf in model.named_parameters()}
     before = bytes_resident()
-    params = leaves(shapes, 1, 0.02, group)
+    with return_memory():  # else whole leaves, of which this rank keeps its shard, leave holes that count until the end
+        params = leaves(shapes, 1, 0.02, group)
+        m, root = (leaves(shapes, seed, 1e-3, group) for seed in (2, 3))
+        v = {name: leaf.square_() for name, leaf in root.items()}
     if group is None:
         for name, leaf in params.items():
             owner, _, own = name.rpartition(".")
             model.get_submodule(owner)._parameters[own] = torch.nn.Parameter(leaf)
         model.tie_weights()
     S = func.sequence_logprob(func.make_functional(model)[0])
-    m, v = (
-        leaves(shapes, 2, 1e-3, group),
-        {name: leaf.square_() for name, leaf in leaves(shapes, 3, 1e-3, group).items()},
-    )
     state = precond.adamw_init({name: leaf.new_empty(0) for name, leaf in params.items()}, lr=1e-4)
     state = precond.AdamWState(**{**vars(state), "exp_avg": m, "exp_avg_sq": v, "step": dict.fromkeys(params, 7)})
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what drawing them left
     w = torch.linspace(-1, 2, case.U)
     ranks, rank = (1, 0) if group is None else (group.size, group.rank)
     with counting(ranks, rank) as sent:

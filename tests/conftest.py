@@ -1,4 +1,4 @@
-"""Offline, seeded, and with every shape annotation executed."""
+"""Offline, seeded, and with annotations executed."""
 
 import os
 
@@ -7,8 +7,7 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-import tests.typecheck  # noqa: F401 - the hook below finds it as an attribute of `tests`
-from tests import offline, turns
+from tests import offline, turns, typecheck
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # The tensors here are small: a second thread gains nothing, and beside another process it costs ten times the time.
@@ -34,6 +33,7 @@ offline.watch()
 def pytest_configure(config):
     given = getattr(config, "workerinput", None)  # a worker is told by the process that it works for
     config.stash[turns.TURN] = turns.turn_of(config) if given is None else given["turn"]
+    typecheck.turn = config.stash[turns.TURN]
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from jaxtyping import TypeCheckError
 
-from tests import turns
+import fkernel
+from tests import turns, typecheck
 
+ROOT = Path(fkernel.__file__).parent
 SOURCES = pytest.Config.ArgsSource
 
 
@@ -44,3 +49,26 @@ def test_a_selection_is_run_whole(monkeypatch):
     assert turns.turn_of(config(markexpr="turns")) is None
     monkeypatch.setattr(turns, "ALL", True)
     assert turns.turn_of(config()) is None
+
+
+def test_every_module_is_checked_once_in_as_many_runs_as_there_are_turns(monkeypatch):
+    modules = [".".join(path.relative_to(ROOT.parent).with_suffix("").parts) for path in ROOT.rglob("*.py")]
+    left = []
+    for turn in range(5, 5 + typecheck.TURNS):
+        monkeypatch.setattr(typecheck, "turn", turn)
+        left.append({module for module in modules if typecheck.waits(module)})
+    assert all(sum(module in each for each in left) == typecheck.TURNS - 1 for module in modules)
+    monkeypatch.setattr(typecheck, "turn", None)
+    assert not any(map(typecheck.waits, modules))
+
+
+@pytest.mark.parametrize("turn", [None, *range(typecheck.TURNS)])
+def test_annotations_are_executed_in_their_turn(turn, monkeypatch):
+    def half(x: int) -> float:
+        return x / 2
+
+    half.__qualname__ = "half"  # as a function of a module
+    monkeypatch.setattr(typecheck, "turn", turn)
+    call: Any = typecheck.checked(half, typechecker=typecheck.check)
+    with nullcontext() if typecheck.waits(__name__) else pytest.raises(TypeCheckError):
+        assert call(3.0) == 1.5
