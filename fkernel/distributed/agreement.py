@@ -80,21 +80,20 @@ def meet(group: Group, failure: str | None = None) -> None:
     """Wait for all ranks; raise on all of them where one failed."""
     number = group.progress.meetings = group.progress.meetings + 1
     group.heartbeat.meeting = number
-    failures = torch.zeros(1, dtype=torch.int64)
+    failed = torch.zeros(group.size, dtype=torch.int64)
     if failure is not None:
-        failures += 1
+        failed[group.rank] = 1
         _tell(group, f"failed/{number}/{group.rank}", failure)
-    wait(group, dist.all_reduce(failures, group=group.control, async_op=True))
-    if int(failures):
-        raise _failed(group, number, int(failures))
+    wait(group, dist.all_reduce(failed, group=group.control, async_op=True))
+    if failed.any():
+        raise _failed(group, number, failed.nonzero().flatten().tolist())
 
 
-def _failed(group: Group, number: int, failures: int) -> ProcessError:
+def _failed(group: Group, number: int, ranks: list[int]) -> ProcessError:
     """Make the error that all ranks raise at a meeting."""
-    keys = {rank: f"failed/{number}/{rank}" for rank in range(group.size)}
-    reasons = {rank: group.store.get(key).decode() for rank, key in keys.items() if group.store.check([key])}
-    first = min(reasons)
-    others = f" ({failures - 1} more failed)" if failures > 1 else ""
+    reasons = {rank: group.store.get(f"failed/{number}/{rank}").decode() for rank in ranks}  # waits until it is told
+    first = ranks[0]
+    others = f" ({len(ranks) - 1} more failed)" if len(ranks) > 1 else ""
     unanimous = len(reasons) == group.size and len({*reasons.values()}) == 1
     return _error(f"Rank {first} of {group.size} failed{others}: {reasons[first]}", unanimous)
 

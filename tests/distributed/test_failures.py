@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 
 import pytest
 import torch
 
-from fkernel.distributed import agree, all_sum, from_first, group_of, together
+from fkernel.distributed import agree, agreement, all_sum, from_first, group_of, together
 from fkernel.errors import BatchError
 from tests.distributed.ranks import on_ranks, results
 
@@ -97,6 +98,22 @@ def test_a_rank_that_computes_for_long_is_waited_for():
         assert outcome is not None
         assert outcome.error is None
         assert outcome.result.tolist() == [2, 2, 2]
+
+
+def fail_and_be_heard_late(mesh):
+    """All fail alike, and the store gets to what rank 0 told it only after they met."""
+    group = group_of(mesh)
+    if group.rank == 0:
+        other = group.store.clone()  # a store serves a process one request at a time
+        agreement._tell = lambda _, key, text: threading.Timer(1.0, other.set, (key, text)).start() or text
+    with together(group, "sums"):
+        raise_same(group.rank)
+
+
+def test_what_a_rank_failed_of_is_waited_for():
+    for outcome in on_ranks(2, fail_and_be_heard_late, seconds=30):
+        assert outcome is not None
+        assert str(outcome.error).startswith("BatchError: sequence 7 is empty")
 
 
 def disagree(mesh):

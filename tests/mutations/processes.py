@@ -73,8 +73,15 @@ MUTATIONS = [
         "an error that stays on its rank",
         f"{FAILURES}::test_an_error_on_one_rank_is_one_error_on_all",
         "distributed/agreement.py",
-        "        failures += 1\n",
+        "        failed[group.rank] = 1\n",
         "",
+    ),
+    Mutation(
+        "what a rank failed of is told only where it is known already",
+        f"{FAILURES}::test_what_a_rank_failed_of_is_waited_for",
+        "distributed/agreement.py",
+        "for rank in ranks}  # waits",
+        'for rank in ranks if group.store.check([f"failed/{number}/{rank}"])}  # waits',
     ),
     Mutation(
         "a hang is waited for",
