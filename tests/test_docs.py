@@ -234,7 +234,7 @@ def test_pages_build_without_a_warning(tmp_path):
         assert (pages / f"{page}.html").exists()
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(8)
 def test_pages_execute_and_build_without_a_warning(tmp_path):
     built(tmp_path, "-j2")
 

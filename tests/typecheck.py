@@ -57,7 +57,7 @@ def checked(fn: Any = None, *, typechecker: Callable[[Any], Any]) -> Any:
         return made(*args, **kwargs)
 
     generated: Any = call  # whose file is one of beartype's: fkernel would take this one for a user's
-    generated.__code__ = call.__code__.replace(co_filename="<@beartype>")
+    generated.__code__ = generated.__code__.replace(co_filename="<@beartype>")
     return generated
 
 

@@ -86,7 +86,7 @@ def test_unusable_directory_is_the_users_mistake_without_a_traceback(tiny_demo, 
     assert "fkernel:" in result.output
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(8)
 @pytest.mark.timeout(900)
 def test_demo_meets_its_required_calibration(tmp_path):
     """The real command, as `make demo` runs it."""

@@ -83,7 +83,7 @@ def state_of(ran: FisherKernelResults) -> Any:
     return found["error"]
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(8)
 def test_a_plan_in_shards_on_two_ranks_gives_the_results_of_one_process(run, tmp_path):
     alone = saved(plan_of(run, tmp_path))
     one = FisherKernelResults.load(alone)

@@ -124,7 +124,7 @@ def test_the_next_run_goes_on_and_two_ranks_give_the_numbers_of_one_process(plac
     compared(place / "one", place / "two", 1e-11)
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(8)
 def test_under_torchrun_the_demos_plan_gives_the_demos_numbers(tmp_path):
     plan = demo_plan(prepare(TINY, tmp_path / "cache"), tmp_path / "out").record()
     plan["requests"][0]["batch_size_prompts"] = 6
