@@ -110,8 +110,9 @@ def finish(results: Any, recording: Path, probes: Path, out: Path, page: bool) -
     print_line(f"Wrote {out}" + (f"; the page is {out / 'report.html'}" if page else "") + ". Next:")
     print_line(f"  {join(['fkernel', 'show', str(out)])}")
     most = report.most_of_it(results)
-    if most is not None:
-        command = ["fkernel", "replay", str(recording), "--probes", str(probes), "--drop", most]
+    if most:
+        dropped = [word for each in most for word in ("--drop", each)]
+        command = ["fkernel", "replay", str(recording), "--probes", str(probes), *dropped]
         print_line(f"  {join(command)}")
 
 

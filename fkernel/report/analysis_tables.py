@@ -131,9 +131,11 @@ def observables_table(result: RequestResult, rows: int = 10) -> Table:
             contributor = ""
             if analysis["top"].shape[1]:
                 u, nats = result.update[analysis["top"][row, 0]], analysis["top_contributions"][row, 0]
-                contributor = f"{1e3 * nats:+.3f}  {escape(u.id)}"
-            changes = [f"{analysis['value'][row]:.4g}", f"{1e3 * predicted[row]:+.3f}"]
-            changes += [f"{1e3 * analysis[part][row]:+.3f}" if part in analysis.arrays else "" for part in measured]
+                contributor = f"{signed(1e3 * nats, 3)}  {escape(u.id)}"
+            changes = [f"{analysis['value'][row]:.4g}", signed(1e3 * float(predicted[row]), 3)]
+            changes += [
+                signed(1e3 * float(analysis[part][row]), 3) if part in analysis.arrays else "" for part in measured
+            ]
             table.add_row(name, escape(analysis.facts["rows"][row]), *changes, contributor)
         table.add_section()
     return table
@@ -148,8 +150,8 @@ def counterfactuals_table(result: RequestResult, rows: int = 10) -> Table:
     for name, analysis in _of(result, "counterfactuals"):
         facts, moved = analysis.facts, 1e3 * (analysis["exact"] - analysis["taken"])
         most = int(np.argmax(np.abs(moved)))
-        changed = f"{moved[most]:+.2f}  {escape(result.evaluation[most].id)}"
-        sizes = (f"{1e3 * facts['mean_change']:+.3f}", f"{1e3 * facts['mean_size']:.3f}")
+        changed = f"{signed(float(moved[most]))}  {escape(result.evaluation[most].id)}"
+        sizes = (signed(1e3 * float(facts["mean_change"]), 3), f"{1e3 * facts['mean_size']:.3f}")
         table.add_row(name, f"{facts['clip']:.3g}", *sizes, _share(facts["frozen_error"]), changed)
     return table
 
@@ -184,7 +186,7 @@ def uncertainty_table(result: RequestResult, rows: int = 10) -> Table:
     for row in np.argsort(-np.abs(result.batch), kind="stable")[:rows]:
         interval = "–"
         if "low" in analysis.arrays:
-            interval = " … ".join(f"{1e3 * analysis[end][row]:+.2f}" for end in ("low", "high"))
+            interval = " … ".join(signed(1e3 * float(analysis[end][row])) for end in ("low", "high"))
         sums = analysis["prompt_contributions"][row]
         g = int(np.argmax(np.abs(sums)))
         p, of_prompt = (
@@ -192,8 +194,8 @@ def uncertainty_table(result: RequestResult, rows: int = 10) -> Table:
             if "untested" in facts
             else (f"{x:.3f}" for x in (analysis["p"][row], analysis["prompt_p"][row, g]))
         )
-        prompt = (escape(cut(texts.get(prompts[g], str(prompts[g])))), f"{1e3 * sums[g]:+.2f}", of_prompt)
-        batch = (f"{1e3 * result.batch[row]:+.2f}", interval, p)
+        prompt = (escape(cut(texts.get(prompts[g], str(prompts[g])))), signed(1e3 * float(sums[g])), of_prompt)
+        batch = (signed(1e3 * float(result.batch[row])), interval, p)
         table.add_row(escape(result.evaluation[row].id), *batch, *prompt)
     return table
 
@@ -330,7 +332,7 @@ def _share(value: float | None) -> str:
 
 
 def _number(value: Any) -> str:
-    return "–" if value is None else f"{value:+.3f}"
+    return "–" if value is None else signed(value, 3)
 
 
 def _range(ends: Any) -> str:

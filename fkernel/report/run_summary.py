@@ -35,14 +35,17 @@ def account_findings(results: AccountResults) -> list[str]:
     return lines
 
 
-def most_of_it(results: AccountResults) -> str | None:
-    """The id of the sequence that did most of the change of the probe that moved most; None where none did anything.
+def most_of_it(results: AccountResults) -> list[str]:
+    """The sequence that did most of the change of the probe that moved most, and those of its step identical to it.
 
     Args:
         results: the account.
+
+    Returns:
+        their ids; none where none did anything.
     """
     share = _most(results, largest(results["realised"], 1)[0])
-    return None if share is None else share.id
+    return [] if share is None else results.identical_to(share.id)
 
 
 def _movers(results: AccountResults, e: int, unit: Unit) -> list[str]:

@@ -433,7 +433,8 @@ def test_the_commands(tmp_path):
         if share.value * account["realised"][account.row(most)] > 0
     )
     assert f"most of it by {culprit.id}" in brief
-    assert f"fkernel replay {recording} --probes {probes} --drop {culprit.id}" in " ".join(brief.split())
+    dropped = " --drop ".join(["", *account.identical_to(culprit.id)])
+    assert f"fkernel replay {recording} --probes {probes}{dropped}" in " ".join(brief.split())
     shown = told("show", out, "--rows", 3).stdout
     assert [line for line in said.splitlines() if "moved it most" in line] == [
         line for line in shown.splitlines() if "moved it most" in line

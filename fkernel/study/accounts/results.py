@@ -159,6 +159,15 @@ class AccountResults:
         most = sorted(alike, key=lambda each: -abs(each[1]))[:k]
         return [Share(self.sequences[order[i]]["id"], sum_, least[keys[i]], times) for i, sum_, times in most]
 
+    def identical_to(self, sequence: str) -> list[str]:
+        """The ids of a step's sequences with the prompt and the response of one of them, itself among them.
+
+        Args:
+            sequence: its id.
+        """
+        key = _texts(self.sequences[self.sequence_ids.index(sequence)])
+        return [row["id"] for row in self.sequences if _texts(row) == key]
+
     def top_prompts(self, probe: str | int, k: int = 10) -> list[Share]:
         """The prompts whose sequences moved a probe most, each over all steps, largest first."""
         totals = dict[str, float]()
