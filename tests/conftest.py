@@ -1,5 +1,6 @@
 """Offline, seeded, and with annotations executed."""
 
+import gc
 import os
 
 import hypothesis
@@ -45,6 +46,11 @@ def pytest_collection_modifyitems(config, items):
     left = {*turns.waiting(items, config.stash[turns.TURN])}
     items[:] = [item for item in items if item not in left]
     config.hook.pytest_deselected(items=[*left])
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()  # torch, transformers and thousands of tests, which every collection of garbage would walk through
 
 
 def pytest_terminal_summary(terminalreporter, config):

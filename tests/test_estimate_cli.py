@@ -223,7 +223,7 @@ def changed(key: str, value: str) -> str:
         (["nowhere"], ["MODEL", "'nowhere'", "no such directory", "hidden_size="]),
         (["."], ["MODEL", "'.'", "config.json", "hidden_size="]),
         ([f"{TINY_SHAPE},hiden_size=3"], ["'hiden_size'", "'hidden_size'"]),
-        ([f"{TINY_SHAPE},zzz=3"], ["'zzz'", "'vocab_size'", "'num_key_value_heads'"]),
+        ([f"{TINY_SHAPE},zzz=3"], ["'zzz'", "expected one of", "vocab_size", "num_key_value_heads"]),
         ([f"{TINY_SHAPE},vocab_size=3"], ["'vocab_size'", "twice"]),
         (["hidden_size=8,vocab_size=9"], ["lacks", "'intermediate_size'", "'num_hidden_layers'"]),
         ([changed("vocab_size", "many")], ["vocab_size is 'many'", "whole number"]),

@@ -288,8 +288,9 @@ def _shape(text: str) -> dict[str, int]:
         key, _, value = map(str.strip, part.partition("="))
         valid = [*REQUIRED, *OPTIONAL]
         if key not in valid:
-            near = get_close_matches(key, valid, n=2) or valid
-            raise ModelError(f"The shape knows no {key!r}; did you mean {' or '.join(map(repr, near))}?")
+            near = " or ".join(map(repr, get_close_matches(key, valid, n=2)))
+            hint = f"did you mean {near}?" if near else f"expected one of {', '.join(valid)}."
+            raise ModelError(f"The shape knows no {key!r}; {hint}")
         if key in shape:
             raise ModelError(f"The shape gives {key!r} twice.")
         shape[key] = _number(key, value)

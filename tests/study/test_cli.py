@@ -205,6 +205,7 @@ def test_plan_init_check_and_schema(study, tmp_path):
     told("plan", "init", tmp_path / "new.yaml")
     assert "something at" in told("plan", "init", tmp_path / "new.yaml", code=2).stderr
     assert "checkpoint.path: there is nothing at" in told("plan", "check", tmp_path / "new.yaml", code=2).stderr
+    assert "There is no plan at" in told("plan", "check", tmp_path / "other.yaml", code=2).stderr
     assert "held_out (evaluation)" in told("plan", "check", place / "study.yaml").stdout
     assert json.loads(told("plan", "check", place / "study.yaml", "--json").stdout)["self_kernel"] is True
     assert "properties" in json.loads(told("plan", "schema").stdout)

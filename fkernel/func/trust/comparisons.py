@@ -312,7 +312,9 @@ def _values(
     for s in scales:
         with torch.no_grad():
             leaves = leaves_of(params, moved(params, direction, s))
-            yield leaves.run(value_at, {**leaves.constants, **leaves.trained}).double()
+            value = leaves.run(value_at, {**leaves.constants, **leaves.trained}).double()
+            del leaves  # before the next are made
+        yield value
 
 
 def shortest_pair(batch: Any, lengths: list[int]) -> Any:

@@ -29,6 +29,8 @@ def read_plan(path: str | Path, kind: type[Plan]) -> Plan:
     file = Path(path)
     try:
         text = file.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise PlanError(f"There is no plan at {file}; `fkernel plan init` writes a study's, to edit.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError(f"The plan {file} cannot be read: {error}") from error
     try:
