@@ -32,6 +32,13 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_attention_heads": 4,
         "vocab_size": 64,
     },
+    "49M": {
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 14,
+        "num_attention_heads": 8,
+        "vocab_size": 8192,
+    },
     # 494M parameters: Qwen2.5-0.5B
     "half-billion": {
         "hidden_size": 896,

@@ -1,4 +1,4 @@
-"""What is freed within passes stays for the next of them, or goes back to the system where θ is in shards."""
+"""What is freed within passes stays for the next of them, or goes back to the system over ranks."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from fkernel.distributed import Group, ShardedTree
+from fkernel.distributed import Group
 from fkernel.engine.recycling import kept_or_returned, release_memory, return_memory, reuse_memory
 
 BYTES = 256 << 20
-NO_GROUP: Any = object.__new__(Group)
-WHOLE = {"w": torch.ones(2)}
-IN_SHARDS = ShardedTree(NO_GROUP, {"w": torch.ones(1)}, {"w": (2,)})
+SOME_GROUP: Any = object.__new__(Group)
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux, whose malloc is set")
 
 
@@ -31,9 +29,9 @@ def left_after_a_block() -> int:
     return resident() - before
 
 
-@pytest.mark.parametrize(("params", "kept"), [(WHOLE, True), (IN_SHARDS, False)], ids=["whole", "in shards"])
-def test_blocks_are_kept_or_returned(params, kept):
-    with kept_or_returned(params):
+@pytest.mark.parametrize(("group", "kept"), [(None, True), (SOME_GROUP, False)], ids=["one process", "ranks"])
+def test_blocks_are_kept_or_returned(group, kept):
+    with kept_or_returned(group):
         assert (left_after_a_block() > BYTES / 2) == kept
     release_memory()
 

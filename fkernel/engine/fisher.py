@@ -136,7 +136,7 @@ def _kernel(
     spec, sharded = ProductSpec({"": D}), isinstance(params, ShardedTree)
     problem = Problem(params, side_E, side_U, spec, P=P, store=store, promised=promised, group=group, sharded=sharded)
     K = torch.empty(len(side_E), len(side_U), dtype=torch.float64, device="cpu")
-    with kept_or_returned(params):
+    with kept_or_returned(group):
         for block in blocks(problem, how):
             K[block.at] = block.kernel()
     leaf = computed_like(params)
@@ -191,7 +191,7 @@ def influence(
         P = own_preconditioner(precond, θ, group) if isinstance(θ, ShardedTree) else precond
         check_sides(f, θ, E, U, layers=True)
         how, m = _passes(f, θ, E, U, memory, usual_microbatch(microbatch, E, U))
-        with kept_or_returned(θ):
+        with kept_or_returned(group):
             towards = weighted_gradient(f, θ, U, weights, how or m, group)
             move = transformed(P, towards)
             del towards

@@ -11,8 +11,7 @@ from functools import cache
 from typing import Any
 
 from fkernel.boundary import public
-from fkernel.distributed import ShardedTree
-from fkernel.shapes import Tree
+from fkernel.distributed import Group
 
 _TRIM, _MMAP = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's malloc.h
 _NEVER = 2**31 - 1
@@ -85,18 +84,21 @@ def return_memory() -> Iterator[None]:
 
 
 @public
-def kept_or_returned(params: Tree) -> AbstractContextManager[None]:
-    """Return the context for passes at θ: `reuse_memory`, or `return_memory` where θ is in shards.
+def kept_or_returned(group: Group | None) -> AbstractContextManager[None]:
+    """Return the context for passes: `reuse_memory` in one process, `return_memory` over ranks.
 
-    What is gathered for each layer comes in blocks of many sizes between those that are held. Reused, they left holes
-    that took as much as half of a rank's memory.
+    What is gathered and exchanged over ranks comes in blocks of many sizes between those that are held. Reused, they
+    left holes that took as much as half of a rank's memory where θ is in shards, and an eighth where it is whole.
+
+    Args:
+        group: the ranks; None for one process.
 
     Example:
         >>> import torch
-        >>> with kept_or_returned({"w": torch.ones(2)}):
+        >>> with kept_or_returned(None):
         ...     x = torch.ones(3)
     """
-    return return_memory() if isinstance(params, ShardedTree) else reuse_memory()
+    return reuse_memory() if group is None else return_memory()
 
 
 def release_memory() -> None:

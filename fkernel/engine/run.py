@@ -178,7 +178,7 @@ def _account(
     first = agreed_step(last, group)
     _check(f, E, first)
     n, (block, passes) = length(E), _planned(f, E, first, path, memory, microbatch, group)
-    memory_kept = kept_or_returned(first.params)
+    memory_kept = kept_or_returned(group)
     del first
     if block < n and again is steps:
         raise BatchError(

@@ -13,7 +13,6 @@ of the contraction for C, without passes of their own.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +29,7 @@ from fkernel.engine.path import NODES, Path, check_path
 from fkernel.engine.planning import Strategy, choose, usual_microbatch
 from fkernel.engine.planning.passes import Fit, bytes_of, max_microbatch, reverse
 from fkernel.engine.problem import Problem, blocks, held_gradients
-from fkernel.engine.recycling import kept_or_returned, return_memory
+from fkernel.engine.recycling import kept_or_returned
 from fkernel.engine.step_on_shards import adamw_on_shards, clipped_shards, is_sharded
 from fkernel.engine.sums import values, weighted_gradient
 from fkernel.engine.sums_in_shards import values_of_step
@@ -211,7 +210,7 @@ def explain_step(
         strategy, m = _planned(f, params, E, U, state, path, memory, usual_microbatch(microbatch, E, U), group)
         f_E = f if rows is None else rows
         promised = memory is not None
-        with kept_or_returned(params):
+        with kept_or_returned(group):
             return _explained(f, f_E, params, E, U, weights, state, path, max_norm, m, strategy, promised, group)
 
 
@@ -285,7 +284,7 @@ def _explained(
         step, P = optimizer_step(θ, given, state), response(state, given, θ)
         total = step.total
     del g, given
-    with nullcontext() if group is None else return_memory(), error_context("E"), translate_errors(params):
+    with error_context("E"), translate_errors(params):
         S = true_derivative(f_E, θ, E, total, values_of_step(θ, E, total))
     del θ
     D, general = (P.d, None) if isinstance(P, Diagonal) else (None, P)

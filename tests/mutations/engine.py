@@ -84,11 +84,18 @@ MUTATIONS = [
         "everything",
     ),
     Mutation(
-        "parameters in shards leave holes in the heap",
-        "tests/test_recycling.py::test_blocks_are_kept_or_returned[in shards]",
+        "what is exchanged leaves holes in the heap",
+        "tests/test_recycling.py::test_blocks_are_kept_or_returned[ranks]",
         "engine/recycling.py",
-        "return return_memory() if isinstance(params, ShardedTree) else reuse_memory()",
+        "return reuse_memory() if group is None else return_memory()",
         "return reuse_memory()",
+    ),
+    Mutation(
+        "two places along the step are there at once",
+        "tests/test_certificates.py::test_one_place_along_the_step_is_there_at_a_time",
+        "func/trust/comparisons.py",
+        "            del leaves  # before",
+        "            # before",
     ),
     Mutation(
         "a context that ends sets what was before it",
