@@ -89,9 +89,9 @@ def evaluate(
     )
     effects, analyses = context.effects, AnalysisRunner(question.analyses, context)
     needs_K = not capture.influence_only or question.analyses.of_rows
-    with kept_or_returned(policy.params), doing(f"{question.name}: what is contracted"):
+    with kept_or_returned(grant.group), doing(f"{question.name}: what is contracted"):
         spec = analyses.ask(_products(context, needs_K))
-    with kept_or_returned(policy.params):  # a second block: memory freed by those vectors is returned first
+    with kept_or_returned(grant.group):  # a second block: memory freed by those vectors is returned first
         own = None if policy.through_detach or policy.path != "start" else workspace.rows_of(batch)
         blocks = walked(E, workspace, policy, grant, spec, own)
         with doing(f"{question.name}: gradients and contraction"):

@@ -154,7 +154,7 @@ def _made(
     def report_progress(n: int) -> None:
         on_progress(n, len(batch))
 
-    with named_errors(batch), kept_or_returned(policy.params):
+    with named_errors(batch), kept_or_returned(group):
         with doing("certifying the model on U"):
             check_side("U", policy.f, policy.params, tokens)
         where = "memory" if directory is None and group is None else "disk"

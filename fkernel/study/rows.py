@@ -128,12 +128,14 @@ class MemoryBudget(NamedTuple):
         memory: bytes for gradients and activations; None for no limit.
         f: the function that `load` was estimated for.
         load: its estimated memory and work; None without a limit.
+        group: the ranks that compute together; None for this process alone.
     """
 
     microbatch: int
     memory: int | None
     f: Any = None
     load: Workload | None = None
+    group: Group | None = None
 
 
 def grant_of(
@@ -158,11 +160,12 @@ def grant_of(
         BatchError: one sequence at a time does not fit; the message says how much would.
     """
     if isinstance(policy.params, ShardedTree):  # all ranks walk layer by layer, and chose it together
-        return MemoryBudget(usual_microbatch(microbatch, batch), None if memory is None else parse_bytes(memory))
+        limit = None if memory is None else parse_bytes(memory)
+        return MemoryBudget(usual_microbatch(microbatch, batch), limit, group=group)
     if group is not None:
         alone = partial(grant_of, memory, microbatch, policy, batch, where)
         chosen = from_first(group, "choosing a microbatch", lambda: alone().microbatch)
-        return MemoryBudget(chosen, None if memory is None else parse_bytes(memory))
+        return MemoryBudget(chosen, None if memory is None else parse_bytes(memory), group=group)
     wanted, budget = usual_microbatch(microbatch, batch), None if memory is None else parse_bytes(memory)
     if walking_alone(policy.f, policy.params, SortedBatch("", batch), memory):  # long sequences: one at a time
         return MemoryBudget(1, budget)
