@@ -13,6 +13,7 @@ of the contraction for C, without passes of their own.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ from fkernel.engine.path import NODES, Path, check_path
 from fkernel.engine.planning import Strategy, choose, usual_microbatch
 from fkernel.engine.planning.passes import Fit, bytes_of, max_microbatch, reverse
 from fkernel.engine.problem import Problem, blocks, held_gradients
-from fkernel.engine.recycling import kept_or_returned
+from fkernel.engine.recycling import kept_or_returned, return_memory
 from fkernel.engine.step_on_shards import adamw_on_shards, clipped_shards, is_sharded
 from fkernel.engine.sums import values, weighted_gradient
 from fkernel.engine.sums_in_shards import values_of_step
@@ -284,7 +285,8 @@ def _explained(
         step, P = optimizer_step(θ, given, state), response(state, given, θ)
         total = step.total
     del g, given
-    with error_context("E"), translate_errors(params):
+    # What the step left is returned before the certificate's passes, and what they leave before the contraction.
+    with nullcontext() if group is None else return_memory(), error_context("E"), translate_errors(params):
         S = true_derivative(f_E, θ, E, total, values_of_step(θ, E, total))
     del θ
     D, general = (P.d, None) if isinstance(P, Diagonal) else (None, P)
