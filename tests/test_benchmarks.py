@@ -148,7 +148,7 @@ GRANTED = (
 )
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_memory_callables_run():
     subject = build("tiny")
     for name, make in memory.MEASURED.items():
@@ -162,7 +162,7 @@ def test_memory_callables_run():
             assert result.shape == (memory.MICROBATCH,)
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_peak_memory_is_read_in_a_process_of_its_own():
     peak = memory.in_own_process("plain batched backward", {"shape": "tiny", "n": 8, "T": 128})
     logits = 8 * 128 * 64 * 4 / memory.MB
@@ -236,7 +236,7 @@ def test_a_missed_target_is_called_missed():
     assert command.speed_table([row]).row_count == 1
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 @pytest.mark.parametrize("measure", [scale.measure_curves, scale.measure_planner])
 def test_curves_and_planner_run_small(measure):
     found = measure(True)
@@ -247,7 +247,7 @@ def test_curves_and_planner_run_small(measure):
         assert all(option["measured_s"] > 0 for option in found["rows"][0]["options"] if option["feasible"])
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_long_sequences_run_small_within_what_is_forecast():
     found = scale.measure_long(True)
     assert found["strategy"]["name"] == "layers"

@@ -152,7 +152,7 @@ def test_the_shape_of_qwen2_5_has_half_a_billion_parameters():
     assert fk.tree.size(skeleton_of(SHAPE, 128).params) == 494_032_768
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_parameters_take_no_room():
     shape = SHAPE.replace("=896", "=14336").replace("=24", "=1")  # one layer, 10 GB if it had weights
     root = Path(fk.__file__).parent.parent

@@ -43,7 +43,7 @@ def collected(problem: Problem, strategy: Strategy) -> dict[str, torch.Tensor]:
     return sums | {f"U {what}": found[0].columns(what) for what in ("along", "norm")}
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 @pytest.mark.parametrize("path", NODES)
 @pytest.mark.parametrize("held", ["E", "U"])
 def test_tiles_of_either_side_along_any_path_give_what_whole_sequences_give(held, path):

@@ -331,7 +331,7 @@ print(*cut_of(func.sequence_logprob(apply), params, func.pad([[1, 2], [3]], [[4]
 """
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_tables_come_in_the_order_of_their_lookup_in_every_process():
     """Ranks gather them in that order; a set would have another one with this seed of hashes."""
     environment = {**os.environ, "PYTHONHASHSEED": "2"}

@@ -5,7 +5,7 @@ import pytest
 from benchmarks import memory
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 @pytest.mark.parametrize(
     ("what", "grant"), [("kernel", 600), ("kernel", 250), ("kernel", 160), ("influence", 200), ("explain_step", 300)]
 )

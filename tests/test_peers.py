@@ -173,7 +173,7 @@ def test_the_limit_of_our_side_is_one_backward_pass_over_each_batch(folder, monk
     ]
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_our_side_answers_in_a_process_of_its_own(folder):
     names = covered(folder)
     with turns.Side("fkernel", [sys.executable, "-m", "benchmarks.peers.our_side", str(folder), *names]) as side:
@@ -416,7 +416,7 @@ print(bergson_side.dataset(torch.tensor([[5, 6, 7], [8, 9, 1]]), prompt=2))
 """
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_the_side_of_bergson_needs_no_fkernel_and_keeps_prompts_out_of_the_loss():
     done = subprocess.run([sys.executable, "-c", PRETENCE], cwd=turns.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -148,7 +148,7 @@ def test_the_columns_add_up_to_the_change_that_happened(name):
         assert float(result.before.norm()) > 0.01 * float(happened.norm())
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_the_error_falls_with_the_order_of_the_path():
     for path, order in (("start", 1.8), ("midpoint", 3.5), ("gauss2", 12.0)):
         large, small = (relative_error(whole_run("own", lr, path)) for lr in (3e-3, 1.5e-3))
@@ -220,7 +220,7 @@ def _shares(model: Any, U: func.Weighted) -> Iterator[Tree]:
         yield dict(zip(named, torch.autograd.grad(share, [*named.values()]), strict=True))
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_e_in_parts_gives_the_same_account(monkeypatch):
     taken = run()._replace(steps=run().steps[:4])
     whole, sweeps = accounted(taken), []
@@ -242,7 +242,7 @@ def _enough(taken: Run, n: int) -> int:
     return int(str(error.value).split("at least ")[1].split()[0]) + int((n - 1) * P / 0.95) + 2
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_an_account_goes_on_from_where_it_was_stopped(blocks):
     taken, kept = run()._replace(steps=run().steps[:4]), list[Sweep]()
@@ -261,7 +261,7 @@ def test_an_account_goes_on_from_where_it_was_stopped(blocks):
             assert torch.equal(own, expected)
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_long_sequences_are_walked_layer_by_layer(monkeypatch):
     taken = run("gpt2")._replace(steps=run("gpt2").steps[:3])
     whole = {path: accounted(taken, path=path) for path in ("midpoint", "gauss2")}
@@ -276,7 +276,7 @@ def test_long_sequences_are_walked_layer_by_layer(monkeypatch):
         close(result.before, expected.before)
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_what_arithmetic_did_has_its_column_and_the_columns_still_add_up():
     """Moments and weights that are rounded after every step, as half precision does."""
     taken = run(rounded=True)
@@ -332,7 +332,7 @@ def test_one_step_is_held_at_a_time():
     close(account(taken.S, taken.E, backwards()).accounted, accounted(taken).accounted)
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_what_is_no_run_is_refused():
     taken = run()
     S, E, steps = taken.S, taken.E, taken.steps

@@ -51,7 +51,7 @@ def test_the_page_has_a_line_for_everything(results):
     assert "nan" not in page
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_an_account_costs_what_it_says(tmp_path: Path):
     made = runs_cost.measured("tiny", 2, 1, tokens=8)
     assert {*made["ratios"]} == {*made["seconds"]}

@@ -33,7 +33,7 @@ def forms(T: int):
     ]
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 @pytest.mark.parametrize("arbitrary", [False, True], ids=["diagonal", "any callable"])
 @pytest.mark.parametrize("case", EXAMPLES, ids=lambda case: case.model_name)
 def test_every_strategy_gives_the_same_kernel(case, arbitrary, tmp_path):
@@ -130,7 +130,7 @@ def test_the_store_is_only_chosen_where_there_is_a_directory():
     assert found["store"].disk > 0
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 @pytest.mark.parametrize("case", EXAMPLES, ids=lambda case: case.model_name)
 def test_an_estimate_chooses_what_kernel_takes(case):
     S, params, E, U = case.engine(fk)

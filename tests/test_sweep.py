@@ -261,7 +261,7 @@ def test_a_model_that_does_not_run_is_not_built():
     assert (row["verdict"], row["reason"]) == ("not built", "ValueError: no kernels here")
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_a_crash_and_a_hang_cost_one_row_each():
     def build(kind: str) -> nn.Module:
         if kind == "crash":

@@ -93,7 +93,7 @@ def test_what_is_to_be_changed_stands_once_and_its_test_exists(mutation):
     assert f"def {test.partition('[')[0]}(" in (ROOT / file).read_text()
 
 
-@pytest.mark.turns(20)
+@pytest.mark.turns(30)
 @pytest.mark.parametrize("mutation", ALL, ids=lambda mutation: mutation.name)
 def test_a_changed_line_fails_its_test(mutation, outcomes):
     code, output = outcomes[mutation].result()

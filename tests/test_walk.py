@@ -154,7 +154,7 @@ def apart(J: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return (error / sum(float(leaf.square().sum()) for leaf in expected.values())) ** 0.5
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_layer_by_layer_are_autograd_s(name):
     apply, params = func.make_functional(built(name))
@@ -390,7 +390,7 @@ print(_status("VmHWM") - before)
 """
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_no_logits_and_no_model_of_gradients_is_held():
     command = [sys.executable, "-c", _MEASURED]
     root = Path(fk.__file__).parent.parent

@@ -45,7 +45,7 @@ def test_the_optimizers_own_meets_what_happened_and_others_less():
         assert -1 <= agreement.realised <= 1
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_an_influence_is_the_kernel_times_the_weights():
     S, params, E, ascent, g, state, realised, others = situation(CASE)
     P = precond.alternatives(params, g, state, which=["adafactor", "lion", "muon", "rmsprop", "adamw"])

@@ -55,7 +55,7 @@ def test_what_a_ledger_at_the_start_leaves_is_the_curvature(case):
     assert (found.remainder - curvature).norm() < 1e-2 * curvature.norm()
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_remainders_of_the_paths_fall_as_the_square_the_cube_and_the_fifth_power(case):
     rates = [1e-3, 5e-4]
     floors, left = [], {path: [] for path in ("start", "midpoint", "gauss2")}

@@ -18,7 +18,7 @@ def test_every_public_function_has_an_example_that_calls_it(name):
     assert example_calls(name)
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_what_is_refused_where_annotations_are_not_executed():
     """As users run it: a process without the checks that the suite adds; nor is a function without its boundary."""
     command = [sys.executable, "-W", "ignore", "-m", "tests.bad_input.unannotated"]

@@ -46,7 +46,7 @@ def test_a_path_may_hold_what_yaml_would_take_for_its_own(prepared, tmp_path):
     assert plan.update.path == str(prepared / "update")
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_command_writes_everything_and_a_second_run_uses_the_cache(tiny_demo, tmp_path):
     result = CliRunner().invoke(app, [*tiny_demo, "--rows", "10"])
     assert result.exit_code in (0, 1), result.output  # so small a policy need not meet the demo's bounds
@@ -70,7 +70,7 @@ def test_command_writes_everything_and_a_second_run_uses_the_cache(tiny_demo, tm
     assert [line["gradients_computed"] for line in lines if "gradients_computed" in line] == [24, 0]
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_prediction_out_of_bounds_is_said_and_exits_with_1(tiny_demo, monkeypatch):
     monkeypatch.setattr("fkernel.cli.BOUNDS", {"predicted": 0.0})
     result = CliRunner().invoke(app, tiny_demo)

@@ -60,7 +60,7 @@ def fields(
     return columns | {name: value for name, value in result._asdict().items() if isinstance(value, torch.Tensor)}
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 @pytest.mark.parametrize(
     ("ranks", "options", "resumed", "shards"),
     [
@@ -113,7 +113,7 @@ def _dealt(group: Any, step: RunStep, frozen: dict[str, torch.Tensor]) -> RunSte
     return replace(step, params={**frozen, **own}, state=replace(step.state, **moments), delta=delta)
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_adapters_in_shards_have_the_account_of_one_process():
     expected = of_adapters(None)
     for found in results(2, of_adapters):
@@ -140,7 +140,7 @@ def gathered(mesh: Any, sequences: int) -> int:
     return counted.call_count
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_an_account_gathers_as_often_for_many_sequences_as_for_few():
     assert 2 * 2 * LONG < 90 * 62, "the many are walked in tiles where memory is short"
     assert results(2, gathered, 200) == results(2, gathered, 4)

@@ -26,7 +26,7 @@ def sent(mesh: Any) -> tuple[float, float]:
     return sum(own.values()), sum(cost.sent.values())
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_send_the_bytes_that_are_predicted(ranks):
     every = results(ranks, sent)
@@ -44,7 +44,7 @@ def sent_in_shards(mesh: Any, n_U: int, n_E: int, T: int, tied: bool) -> tuple[f
     return sum(own.values()), sum(cost.sent.values())
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 @pytest.mark.parametrize(
     ("ranks", "n_U", "n_E", "T", "tied"),
     [(2, 8, 4, 12, True), (4, 8, 4, 12, True), (2, 64, 2, 40, True), (2, 6, 1, 12, False), (4, 4, 8, 12, False)],
@@ -66,7 +66,7 @@ def alive(mesh: Any, in_shards: bool) -> tuple[float, float]:
     return float(seen.peak), predicted
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 @pytest.mark.parametrize(("ranks", "in_shards"), [(2, True), (4, True), (2, False), (4, False)])
 def test_tensors_of_a_rank_take_the_bytes_that_are_predicted(ranks, in_shards):
     for own, predicted in results(ranks, alive, in_shards):
@@ -100,7 +100,7 @@ def products_one_by_one(mesh: Any) -> dict[str, Any]:
         return products(mesh)
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_products_are_the_same_where_sequences_are_exchanged_one_by_one():
     expected = products(None)
     for found in results(3, products_one_by_one):

@@ -46,7 +46,7 @@ def alone(folder: Path) -> Any:
     return fk.explain_step(fk.func.sequence_logprob(apply), params, e, u, weights, whole.optimizer, max_norm=0.5)[0]
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_torchrun_of_the_example_explains_the_step_of_one_process(tmp_path):
     trained(tmp_path)
     for name, rows in (("E", E), ("U", U)):

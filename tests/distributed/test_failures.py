@@ -71,7 +71,7 @@ def test_an_error_that_every_rank_has_stays_what_it_is():
         assert str(outcome.error).startswith("BatchError: sequence 7 is empty")
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_a_rank_that_is_killed_stops_all():
     first, *others = on_ranks(4, fail_between_sums, [2], be_killed, seconds=30, lost=[2])
     assert others[1] is None
@@ -81,7 +81,7 @@ def test_a_rank_that_is_killed_stops_all():
         assert outcome.seconds < 30
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 @pytest.mark.parametrize(("how", "reason"), [(sleep, "hangs"), (be_stopped, "stopped")])
 def test_a_rank_that_hangs_stops_all(how, reason):
     outcomes = on_ranks(4, fail_between_sums, [1], how, seconds=30, lost=[1], FKERNEL_PATIENCE="6")
@@ -92,7 +92,7 @@ def test_a_rank_that_hangs_stops_all(how, reason):
         assert f"Rank 1 of 4 {reason}" in str(outcome.error)
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_a_rank_that_computes_for_long_is_waited_for():
     for outcome in on_ranks(2, fail_between_sums, [1], compute, FKERNEL_PATIENCE="3"):
         assert outcome is not None

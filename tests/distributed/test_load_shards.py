@@ -85,7 +85,7 @@ def loaded_and_explained(mesh: Any, folder: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 @pytest.mark.parametrize("ranks", [3])
 def test_shards_are_slices_of_the_whole_on_any_number_of_ranks(tmp_path, ranks):
     for rank, found in enumerate(results(ranks, loaded_and_explained, tmp_path)):

@@ -103,7 +103,7 @@ def test_a_rank_that_is_killed_stops_the_run_with_one_line(killed):
     assert "Rank 1 of 2 was killed by SIGKILL; the others were stopped." in run.stderr
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_a_rank_that_is_stopped_stops_the_run_with_one_line(place):
     """It hears no other signal than SIGKILL."""
     run, seconds = ended(place, signal.SIGSTOP, "stopped")
@@ -113,7 +113,7 @@ def test_a_rank_that_is_stopped_stops_the_run_with_one_line(place):
     assert "Traceback" not in run.stderr
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_the_next_run_goes_on_and_two_ranks_give_the_numbers_of_one_process(place, killed):
     alone(place / "study.yaml", place / "one")
     done = command("run", place / "study.yaml", "--out", place / "two", "--processes", "2")
@@ -136,7 +136,7 @@ def test_under_torchrun_the_demos_plan_gives_the_demos_numbers(tmp_path):
     compared(tmp_path / "one", tmp_path / "two", 1e-4)
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_an_error_is_one_line_of_one_rank(place):
     plan = yaml.safe_load((place / "study.yaml").read_text()) | {"parameters": ["nothing*"]}
     (place / "wrong.yaml").write_text(yaml.safe_dump(plan))

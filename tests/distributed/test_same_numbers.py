@@ -37,7 +37,7 @@ def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm().clamp_min(1e-300))
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 @pytest.mark.parametrize(("name", "ranks"), [("few", 1), ("own", 3), ("gpt2", 2), ("few", 4), ("lora", 2)])
 def test_any_number_of_ranks_gives_the_same_on_each(name, ranks):
     expected = alone(name)
@@ -185,14 +185,14 @@ def differences(mesh: Any) -> torch.Tensor:
     return torch.tensor([found.error, found.bound], dtype=torch.float64)
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_differences_along_a_step_that_are_gathered_once_are_those_of_one_process():
     expected = differences(None)
     for found in results(2, differences):
         assert apart(found, expected) <= 1e-6  # of differences, which are small
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_what_does_not_go_with_shards_is_refused_by_name_and_the_rest_is_certified_on_every_rank():
     for found in results(2, refused_in_shards):
         assert found.pop("certified") == "derivative, rows, values"

@@ -14,7 +14,7 @@ from tests.formats.places import load, readable
 READABLE = readable()
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 @pytest.mark.parametrize("begin", sorted({run.split("_")[0] for run in READABLE}))
 def test_a_changed_file_is_refused_or_the_same(begin):
     """`python -m benchmarks.checkpoints --only damage` tries 2,000; each run of a family has its turn here."""
@@ -39,7 +39,7 @@ def test_what_is_loaded_stays_when_the_files_change(run, tmp_path):
     assert [key for key, value in loaded.items() if not damage._same(value, before[key])] == []
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_what_passes_is_seen(monkeypatch):
     """Were sums not checked, a flipped bit would be another number, and this would say so."""
     from fkernel.checkpoint import files

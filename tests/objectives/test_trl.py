@@ -210,7 +210,7 @@ def test_an_overflowed_ratio_is_nan_in_trl_where_it_is_differentiated(trainer, l
         named(loss, "token")(inputs)
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_no_two_cases_agree(trainer):  # noqa: F811
     """So that every setting is felt: no case tests what the trainer does not look at on these sequences."""
     gradients = [differentiated(trainer, **settings).gradient for settings, _ in CASES.values()]

@@ -62,7 +62,7 @@ def test_rewards_are_added_up_where_their_weights_are_given(run):
         assert record.rewards == pytest.approx(other.rewards)
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_chats_are_tokenized_as_the_trainer_does(tmp_path, monkeypatch):
     """Prompts that are messages; and completions that are one message of the assistant."""
     monkeypatch.setattr(dumped.trainer.__globals__["TOKENIZER"], "chat_template", CHAT)

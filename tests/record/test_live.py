@@ -164,7 +164,7 @@ def test_an_optimizer_that_is_not_modelled_is_refused_when_it_is_bound(tmp_path)
 # ------------------------------------------------------------------------------------------------------------------ TRL
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_a_grpo_run_logs_them_beside_its_reward(tmp_path):
     made = trainer(tmp_path, True, max_steps=STEPS, save_steps=STEPS, learning_rate=1e-3, max_grad_norm=1.0)
     Recorder(tmp_path / "recording", snapshots="every", probes=PROBES, every=EVERY).attach(made)

@@ -96,7 +96,7 @@ def test_the_weights_are_those_of_dpo(tmp_path, lora):
             assert torch.allclose(each.token_weights, expected, rtol=1e-4)
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_a_run_that_is_resumed_is_compared(tmp_path):
     Run(tmp_path, dpo(tmp_path, lora=True))
     place = tmp_path / "recording" / "steps" / "000002" / "step.json"

@@ -99,23 +99,23 @@ def test_the_same_weights_come_of_it(recordings):
     assert several.snapshots == (0, 1, 2, 3)
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_an_error_in_one_process_is_raised_in_all(tmp_path):
     failed(tmp_path, "beside", "the optimizer was given another gradient than that of the recorded token weights")
     assert not [*(tmp_path / "recording").glob("steps/*")]
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_what_one_process_cannot_record_ends_all(tmp_path):
     failed(tmp_path, "overflow", "is not finite")
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_a_directory_with_steps_ends_all(tmp_path):
     failed(tmp_path, "again", "holds the steps 0 to 2 already")
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_a_model_without_its_wrapper_is_refused(tmp_path):
     failed(tmp_path, "unwrapped", "expected one in DistributedDataParallel")
 
@@ -130,7 +130,7 @@ def test_a_number_without_a_group_is_told(tmp_path, monkeypatch):
 # -------------------------------------------------------------------------------------------------------- trainers
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_grpo_in_two_processes(tmp_path):
     for rank in (0, 1):
         policy().save_pretrained(tmp_path / f"rank-{rank}" / "base")
@@ -166,7 +166,7 @@ def test_grpo_in_two_processes(tmp_path):
             )
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_supervised_in_two_processes(tmp_path):
     ran(tmp_path, "supervised")
     for name in ("sft", "plain"):
@@ -186,7 +186,7 @@ def test_supervised_in_two_processes(tmp_path):
         assert recording.about["arguments"]["num_processes"] == 2
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_preference_in_two_processes(tmp_path):
     for rank in (0, 1):
         policy().save_pretrained(tmp_path / f"rank-{rank}" / "base")

@@ -87,7 +87,7 @@ def test_the_weights_of_a_mean_over_the_step_are_one_number(tmp_path):
         assert torch.allclose(each.token_weights[each.response_mask], torch.tensor(-1.0 / n))
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_autocast_is_met_to_its_rounding(tmp_path):
     for name, made in (("sft", sft), ("plain", plain)):
         place = tmp_path / name
@@ -119,7 +119,7 @@ def test_holes_between_answers_have_no_weight(tmp_path):
             assert [i for i, weight in enumerate(ω) if weight] == [0, 1, len(ω) - 2]
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_a_run_that_is_resumed_is_compared(tmp_path):
     Run(tmp_path, sft(tmp_path, save_strategy="steps"))
     place = tmp_path / "recording" / "steps" / "000002" / "step.json"

@@ -106,7 +106,7 @@ def unit_of(page: Any) -> tuple[float, int]:
 # ---------------------------------------------------------------------------------------------- nothing leaves it
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 @pytest.mark.parametrize("kind", ["study", "account"])
 def test_every_view_opens_without_an_error_a_request_or_a_script_of_a_text(kind, watch, request):
     watched = watch(request.getfixturevalue(kind))
@@ -221,7 +221,7 @@ def test_right_and_wrong_answers_are_told_apart(watch, study):
     assert dict(marks) == {info.id: "✓" if info.reward >= 1.0 else "✗" for info in held_out.evaluation}
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 @pytest.mark.parametrize("kind", ["study", "account"])
 def test_headings_of_numbers_are_whole_where_there_is_little_room(kind, watch, request):
     page = watch(request.getfixturevalue(kind)).open()
@@ -308,7 +308,7 @@ def test_a_pair_says_what_the_identical_sequences_did_together(watch, account):
     assert shown(results["contributions"][0, u], *unit_of(page)) in dialog.inner_text()
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_the_overview_sums_identical_sequences_and_who_moved_it_says_whether_that_is_chance(watch, account):
     results, _ = account
     page = watch(account).open()
@@ -344,7 +344,7 @@ def test_the_overview_sums_identical_sequences_and_who_moved_it_says_whether_tha
     until(lambda: "There is no p: a <b>reason</b>." in page.locator(".detail .who").inner_text())
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_a_token_kernel_is_there_where_it_was_computed(watch, study):
     pair = study[0]["held_out"].analysis("tokens")["pair_0"]
     page = watch(study).open("#view=probes&probe=E-000&pair=U-001")
@@ -474,7 +474,7 @@ def test_it_prints_on_white_without_buttons(watch, study):
 # ------------------------------------------------------------------------------------------------------------ size
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_two_hundred_probes_and_five_thousand_sequences_are_quick(browser, tmp_path):
     texts = tuple(f"Question {i}: {'how much is it? ' * 20}{i}" for i in range(997))
     path = write_page(made_account(200, 160, 32, texts), tmp_path / "report.html")

@@ -75,7 +75,7 @@ def nothing_happened(seen: Watched, where: str = "") -> None:
     assert not seen.fetched
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 @pytest.mark.parametrize("kind", ["account", "study"])
 def test_names_and_texts_in_charts_and_their_tips_are_texts(kind, watched, request):
     seen, drawn = watched(request.getfixturevalue(kind)), 0
@@ -94,7 +94,7 @@ def test_names_and_texts_in_charts_and_their_tips_are_texts(kind, watched, reque
     assert drawn > 3
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_a_rewards_name_is_read_as_it_is_written(watched, account):
     page = watched(account).open("#view=probes")
     page.wait_for_selector(".detail .legendtext")
@@ -113,7 +113,7 @@ def test_a_rewards_name_is_read_as_it_is_written(watched, account):
     assert any("%{x} ${y}" in tip or "onerror" in tip for tip in tips), tips
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_an_address_can_do_no_harm(watched, account, study):
     for path in (account, study):
         seen = watched(path)

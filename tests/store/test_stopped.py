@@ -111,7 +111,7 @@ print(steps, kills, partial)
 """
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_a_killed_writer_leaves_every_shard_complete_or_absent(tmp_path):
     out = subprocess.run(
         [sys.executable, "-c", KILLS, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=120

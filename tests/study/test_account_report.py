@@ -372,7 +372,7 @@ def test_dots_have_the_reward_where_there_is_no_advantage_and_no_scale_where_the
 # ------------------------------------------------------------------------------------------------------------ all of it
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_all_pictures_of_the_probes_that_moved_most_are_written(tmp_path):
     results = account(probes=8, steps=2)
     files = report.draw_account(results, tmp_path / "pictures")
@@ -381,7 +381,7 @@ def test_all_pictures_of_the_probes_that_moved_most_are_written(tmp_path):
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_names_of_files_are_safe_and_differ(tmp_path):
     results = account(probes=5, steps=1)
     ids = ("../A b/$c", "../A/b $c", "a b c", "…", "x" * 300)
@@ -417,7 +417,7 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 @pytest.mark.parametrize("case", CASES)
 def test_anything_is_shown_and_drawn(case, tmp_path):
     results = CASES[case]

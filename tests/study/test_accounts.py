@@ -45,7 +45,7 @@ def whole(tmp_path_factory) -> AccountResults:
     return account_recording(recording_of("dapo"), PROBES, tmp_path_factory.mktemp("account"))
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_account_of_a_real_run_adds_up(tmp_path, kind):
     recording = recording_of(kind)
@@ -122,7 +122,7 @@ def test_questions(whole):
         whole.top_sequences("none")
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_parts_of_the_loss_are_told_apart(tmp_path, monkeypatch):
     recording = recording_of("cispo, KL, two inner epochs")
     made = account_recording(recording, PROBES, tmp_path / "parts")
@@ -144,7 +144,7 @@ def test_parts_of_the_loss_are_told_apart(tmp_path, monkeypatch):
         whole.top_parts("nine")
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 @pytest.mark.parametrize("kind", ["cispo, KL, two inner epochs", "a ratio of sequences", "a penalty without a ratio"])
 def test_the_rest_of_a_loss_with_a_penalty_is_of_advantages_alone(kind):
     """Of a sequence whose advantage is 0 the penalty is all that there is, a ratio that weighs it included."""
@@ -157,7 +157,7 @@ def test_the_rest_of_a_loss_with_a_penalty_is_of_advantages_alone(kind):
     assert seen > 0
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_a_run_is_replayed_without_a_part_of_its_loss():
     recording = recording_of("cispo, KL, two inner epochs")
     same = replay_probes(recording, PROBES, parts={"kl": 1.0})
@@ -168,7 +168,7 @@ def test_a_run_is_replayed_without_a_part_of_its_loss():
         replay_probes(recording, PROBES, parts={"entropy": 0.0})
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_what_cannot_be_told_says_why(tmp_path, monkeypatch):
     monkeypatch.setattr(RecordedStep, "parts", ("loss",))
     made = account_recording(recording_of("cispo, KL, two inner epochs"), PROBES[:1], tmp_path)
@@ -177,7 +177,7 @@ def test_what_cannot_be_told_says_why(tmp_path, monkeypatch):
             made[name]
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 @pytest.mark.parametrize("snapshots", ["first", 5])
 def test_states_between_snapshots_are_replayed(tmp_path, whole, snapshots):
     for left in ("states-1-of-2", "sweep-3-of-4", "sweep-3-of-4-mine"):  # as if it was stopped on several ranks before
@@ -198,7 +198,7 @@ def test_some_steps(tmp_path, whole):
         account_recording(recording_of("dapo"), PROBES, tmp_path / "more", steps=range(4, 13))
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_an_account_that_was_stopped_goes_on(tmp_path, monkeypatch, whole):
     monkeypatch.setattr(stopped, "EVERY", 0.0)
     kept, seen = stopped.KeptSweep, list[int]()
@@ -249,7 +249,7 @@ def accounted_on_ranks(mesh: Any, recording: Path, out: Path) -> tuple[str, list
     return error, taken, made.arrays
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_two_ranks_give_the_account_of_one_process_and_go_on_where_they_stopped(tmp_path, whole):
     every = results(2, accounted_on_ranks, recording_of("dapo").directory, tmp_path)
     for error, taken, arrays in every:
@@ -262,7 +262,7 @@ def test_two_ranks_give_the_account_of_one_process_and_go_on_where_they_stopped(
     assert np.array_equal(AccountResults.load(tmp_path)["contributions"], every[1][2]["contributions"])
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_a_stopped_account_of_several_parts_still_knows_what_was_executed(tmp_path, monkeypatch):
     """The steps that are skipped where it goes on are skipped once, and not for the probes that come after."""
     recording, kept = recording_of("bf16 autocast"), stopped.KeptSweep
@@ -345,7 +345,7 @@ def test_a_stopped_sweep_of_another_request_is_not_taken(tmp_path):
     assert stopped.KeptSweep(tmp_path, {"probes": 1}).found() is None
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_memory_splits_the_probes(tmp_path, monkeypatch):
     """In float64: in float32 AdamW's first step divides a gradient by itself, its rounding included."""
     recording, seen = recording_of("dapo"), list[int]()
@@ -356,7 +356,7 @@ def test_memory_splits_the_probes(tmp_path, monkeypatch):
     assert size(made["contributions"] - whole["contributions"]) <= 1e-6 * size(whole["contributions"])
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_momentum_by_the_age_of_its_gradients(tmp_path, whole):
     """Against accounts of runs that end earlier: what a step's sequences did later than in it is what is older."""
     made = account_recording(recording_of("dapo"), PROBES, tmp_path / "ages", ages=True)
@@ -378,7 +378,7 @@ def test_momentum_by_the_age_of_its_gradients(tmp_path, whole):
         account_recording(recording_of("dapo", "first"), PROBES, tmp_path / "none", ages=True)
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 @pytest.mark.parametrize("observable", ["entropy", "kl"])
 def test_other_observables(tmp_path, observable):
     made = account_recording(recording_of("dapo"), PROBES, tmp_path, observable=observable, path="gauss2")
@@ -386,7 +386,7 @@ def test_other_observables(tmp_path, observable):
     assert size(made["realised"]) > 0
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_expected_reward(tmp_path):
     answers = [
         {**row, "id": f"{row['id']}-{r}", "response": r, "reward": float(r == "8")} for row in PROBES for r in "89"
@@ -414,7 +414,7 @@ def test_wrong_probes(tmp_path, lines, said):
         account_recording(recording_of("dapo"), tmp_path / "none.jsonl", tmp_path / "out")
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_the_commands(tmp_path):
     recording, probes = recording_of("dapo").directory, probes_file(tmp_path)
     out = tmp_path / "account"
@@ -458,7 +458,7 @@ def test_the_commands(tmp_path):
     assert "matches none of the 192 sequences" in " ".join(none.split())
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_the_commands_of_a_loss_with_parts(tmp_path):
     recording, probes = recording_of("cispo, KL, two inner epochs").directory, probes_file(tmp_path)
     out = tmp_path / "account"
@@ -479,7 +479,7 @@ def test_a_recording_without_a_gap_is_needed(tmp_path):
     assert "MISSING: steps 4" in told("recording", "show", tmp_path / "copy").stdout
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_dropping_what_raised_a_probe_lowers_it(tmp_path):
     """Late in a run, where √v is made of many steps: in the direction, and to about the size, that the account says."""
     recording = recording_of("lora")

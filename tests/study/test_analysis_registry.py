@@ -143,7 +143,7 @@ def study_with_one_more(plan: dict[str, Any], copy: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_adding_an_analysis_takes_three_files(run, tmp_path):
     assert len(EDITS) + 1 == 3
     plan = run.plan(tmp_path / "out", analyses={"raised": {"above": -1.0}, "covariates": True})

@@ -51,7 +51,7 @@ def test_questions_need_no_right_to_write(study):
     FisherKernelResults.load(out)
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_the_commands(study):
     out, results = study
     said = told("ask", out / "workspace", "--probe", "3+4=", "7").stdout

@@ -83,7 +83,7 @@ def test_a_parent_folder_of_checkpoints_names_them(run, tmp_path):
     assert "In it are 'checkpoint-2', 'checkpoint-10': name the one before the step." in lines(plan)[0]
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_the_check_imports_no_model(run, tmp_path):
     """transformers' models take three seconds to import."""
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(run.plan(tmp_path / "out")))

@@ -74,7 +74,7 @@ def test_run_writes_everything_and_prints_tables(study):
         assert word in tables
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_run_again_gives_the_same_and_another_plan_does_not_overwrite(study, run):
     place, _ = study
     before = (place / "out" / "results.json").read_bytes(), (place / "out" / "kernel.npz").read_bytes()
@@ -162,7 +162,7 @@ def test_an_id_of_two_sequences_is_not_guessed(study, run, tmp_path):
     assert abs(plain["kernel"] / found["kernel"] - 1) > 0.1
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_pictures_of_requests_that_are_gone_do_not_stay(study, run, tmp_path):
     place, _ = study
     out = tmp_path / "out"
@@ -211,7 +211,7 @@ def test_plan_init_check_and_schema(study, tmp_path):
     assert "properties" in json.loads(told("plan", "schema").stdout)
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_every_command_has_help_with_an_example():
     for command in ("demo", "sample", "run", "query", "influence", "show", "estimate"):
         assert f"Example: fkernel {command}" in " ".join(told(command, "--help").stdout.split())
@@ -237,7 +237,7 @@ def test_a_log_level_that_there_is_not(study):
     )
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_ctrl_c_leaves_a_workspace_that_the_same_command_finishes(run, tmp_path):
     """A real process, a real signal, in the middle of U's gradients."""
     plan = asking(run, tmp_path / "out", numerics={"microbatch": 1})

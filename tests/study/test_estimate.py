@@ -52,7 +52,7 @@ def test_a_table_says_what_was_assumed(run, tmp_path):
     assert "Assumed: held_out: 4 sequences as long as any, 4 tokens and 6 drawn" in done.stdout
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_the_run_does_what_was_foretold(run, tmp_path, monkeypatch):
     """Tiles, blocks and microbatches that the run walks by are those of the forecast."""
     from fkernel.study import rows as module

@@ -39,7 +39,7 @@ def studied(run, place, U, loss):
     return FisherKernelRunner({**plan, **ASKED, "step": {**step, **loss}}).run()["held_out"]
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_p_values_are_those_of_the_loss_by_advantages(run, tmp_path, masked):
     torch.manual_seed(3)

@@ -47,7 +47,7 @@ def test_the_plan_that_it_ran_runs_again(explained, tmp_path):
     np.testing.assert_allclose(results["probes"].kept("contributions"), before.kept("contributions"), rtol=1e-5)
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_a_recording_needs_no_checkpoint_beside_it(tmp_path):
     place = recording_of("dapo").directory
     told("explain", place, "--batch", f"{place}:5", "--out", tmp_path / "out", *PROBES)
@@ -93,7 +93,7 @@ def test_what_a_dump_lacks_is_asked_for_at_once(run, tmp_path):
     assert made.plan.step.max_norm == 1.0
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_another_checkpoint_than_the_one_before_the_step_is_refused(tmp_path):
     run = recording_of("dapo").directory.parent
     said = told("explain", run / "run" / f"checkpoint-{STEPS}", "--batch", f"{run / 'recording'}:5",

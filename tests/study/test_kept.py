@@ -52,7 +52,7 @@ def full(run: Run, out: Path, **changes: Any) -> dict[str, Any]:
     return asking(run, out, **{"requests": [HELD, PROBE], "analyses": analyses, **changes})
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_the_same_plan_computes_nothing_again(run, tmp_path, computed):
     plan = full(run, tmp_path / "out")
     first = executed(plan)
@@ -75,7 +75,7 @@ def test_the_same_plan_computes_nothing_again(run, tmp_path, computed):
     assert [one.content_hash for one in saved] == [one.content_hash for one in first["held_out"].evaluation]
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_one_more_request_is_the_only_one_that_is_computed(run, tmp_path, computed):
     plan = full(run, tmp_path / "out")
     first = executed(plan)
@@ -86,7 +86,7 @@ def test_one_more_request_is_the_only_one_that_is_computed(run, tmp_path, comput
     np.testing.assert_array_equal(found["held_out"].kept("kernel"), first["held_out"].kept("kernel"))
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_a_run_that_was_killed_goes_on_behind_what_had_ended(run, tmp_path, computed, monkeypatch):
     plan, real = full(run, tmp_path / "out"), FisherKernelRunner.evaluate_batch
 
@@ -105,7 +105,7 @@ def test_a_run_that_was_killed_goes_on_behind_what_had_ended(run, tmp_path, comp
     assert computed.count("probe") == 2
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_whatever_decides_an_answer_is_in_its_key(run, tmp_path, computed, folder):  # noqa: F811
     edit(folder, "of_E", REWARD.format(7))
     rewarded = {**HELD, "reward": "of_E.reward"}
@@ -142,7 +142,7 @@ def test_whatever_decides_an_answer_is_in_its_key(run, tmp_path, computed, folde
     assert computed == ["held_out", "draw"] * 2
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_a_batch_that_is_given_is_told_by_its_content(run, tmp_path, computed):
     place = tmp_path / "given"
     save_batch(run.batch.clone_with_subset(["U-000-00"]), place)
@@ -162,7 +162,7 @@ def _named(record: Any, name: str) -> Any:
     return type(record)(**{**vars(record), "sequence_id": name})
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 @pytest.mark.parametrize("file", ["kernel.npz", "results.json", "kept.json", "batch/tokens.safetensors"])
 def test_what_is_damaged_is_computed_again(run, tmp_path, computed, file):
     plan = full(run, tmp_path / "out", requests=[HELD], self_kernel=False, analyses={})
@@ -182,7 +182,7 @@ def test_what_is_damaged_is_computed_again(run, tmp_path, computed, file):
     assert computed == []
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_an_answer_beside_which_another_batch_lies_is_computed_again(run, tmp_path, computed):
     plan = full(run, tmp_path / "out", requests=[HELD], self_kernel=False, analyses={})
     first = executed(plan)
@@ -194,7 +194,7 @@ def test_an_answer_beside_which_another_batch_lies_is_computed_again(run, tmp_pa
     assert computed == ["held_out", "draw"]
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_an_analysis_that_failed_is_tried_again(run, tmp_path, computed, monkeypatch):
     from fkernel.errors import NonFiniteError
     from fkernel.study.analyses import sweep
@@ -212,7 +212,7 @@ def test_an_analysis_that_failed_is_tried_again(run, tmp_path, computed, monkeyp
     assert computed.count("held_out") == 2
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_what_a_killed_run_left_half_written_is_removed(run, tmp_path):
     plan = full(run, tmp_path / "out", requests=[PROBE], self_kernel=False, analyses={})
     executed(plan)
@@ -223,7 +223,7 @@ def test_what_a_killed_run_left_half_written_is_removed(run, tmp_path):
     assert len(list(kept.iterdir())) == 2
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_a_run_that_was_stopped_after_some_answers_has_the_bits_of_one_that_was_not(run, tmp_path):
     """Norms of U come with U's kernel, or with the first request that needs them: whichever a run computed itself."""
     plan = full(run, tmp_path / "out", requests=[HELD, PROBE], analyses={})
@@ -236,7 +236,7 @@ def test_a_run_that_was_stopped_after_some_answers_has_the_bits_of_one_that_was_
         assert (tmp_path / "undisturbed" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes()
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_nothing_is_kept_where_gradients_are_not(run, tmp_path, computed):
     plan = full(run, tmp_path / "out", requests=[PROBE], storage={"persist": False, "pictures": False})
     executed(plan)
@@ -254,7 +254,7 @@ def called(generator: SampleGenerator) -> Any:
 CALLS = list[int]()
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_a_callback_is_called_again_and_its_batch_is_in_the_key(run, tmp_path, computed):
     request = {"kind": "payload", "name": "made", "callback": "tests.study.test_kept.called"}
     plan = full(run, tmp_path / "out", requests=[request], self_kernel=False, analyses={})
@@ -266,7 +266,7 @@ def test_a_callback_is_called_again_and_its_batch_is_in_the_key(run, tmp_path, c
 # ------------------------------------------------------------------------------------------------------ batches on disk
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_a_saved_batch_is_the_one_of_the_results(run, tmp_path):
     """Other draws have the same ids."""
     plan = full(run, tmp_path / "out", requests=[HELD], self_kernel=False, analyses={})
@@ -289,7 +289,7 @@ def test_what_is_no_batch_is_not_replaced(run, tmp_path):
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep me"
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_results_refuse_arrays_of_another_run(run, tmp_path):
     """The same ids, and other numbers: nothing but their content tells."""
     plan = full(run, tmp_path / "out", requests=[HELD], self_kernel=False, analyses={})

@@ -10,7 +10,7 @@ from fkernel.study import FisherKernelPlan, FisherKernelRunner, load_workspace
 from tests.study.test_workspace import asking
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_the_generator_is_built_only_when_a_request_needs_it(run, tmp_path):
     plan = asking(run, tmp_path / "out")
     plan["requests"] = [{"kind": "update"}]
@@ -44,7 +44,7 @@ def test_a_batch_that_is_given_is_taken(run, tmp_path):
         assert only.id == "E-001-00"
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_another_plan_begins_anew(run, tmp_path):
     runner = FisherKernelRunner(asking(run, tmp_path / "one"))
     with runner.prepare_update_workspace() as first:

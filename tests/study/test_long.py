@@ -158,14 +158,14 @@ def on_disk(place: Path) -> int:
     return sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 @pytest.mark.parametrize("numerics", [{"memory": "150MB"}, {}], ids=["granted", "not"])
 def test_walked_it_is_what_whole_passes_find(place, tmp_path, whole, numerics):
     numerics = {"dtype": "float64", **numerics}
     agree(FisherKernelRunner(plan(place, tmp_path / "out", numerics=numerics)).run(), whole)
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_of_long_sequences_no_gradient_is_kept(place, tmp_path):
     runner = FisherKernelRunner(plan(place, tmp_path / "out", analyses={}, self_kernel=False, requests=[]))
     runner.run()
@@ -180,7 +180,7 @@ def test_of_long_sequences_no_gradient_is_kept(place, tmp_path):
     assert [phase.name for phase in foretold.phases] == names
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_walked_gradients_are_those_that_are_computed_whole():
     """Any length will do, and sequences of weight 0 count for nothing."""
     S, params, batch = tiny()
@@ -246,7 +246,7 @@ def test_a_short_workspace_makes_the_same_step_and_reads_no_gradient(run, tmp_pa
             assert torch.equal(runner._step.total[name], leaf)
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_a_finished_workspace_walks_nothing_again(place, tmp_path, monkeypatch):
     """A rerun answers from what is kept; a new request needs E's gradients and U's, and Δθ is read, not walked for."""
     spec = plan(place, tmp_path / "out", analyses={}, self_kernel=False)
@@ -261,7 +261,7 @@ def test_a_finished_workspace_walks_nothing_again(place, tmp_path, monkeypatch):
         np.testing.assert_array_equal(again[name].contributions, result.contributions)
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_stopped_in_the_middle_it_goes_on_to_the_same_numbers(place, tmp_path):
     """Killed while U walks, and after its sum is sealed."""
     small = {"analyses": {}, "self_kernel": False, "requests": plan(place, tmp_path)["requests"][:1]}
@@ -278,7 +278,7 @@ def test_stopped_in_the_middle_it_goes_on_to_the_same_numbers(place, tmp_path):
         np.testing.assert_array_equal(found["held_out"].contributions, expected["held_out"].contributions)
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_without_a_model_it_says_which_command_works_and_with_the_plan_that_works(place, tmp_path, whole):
     from typer.testing import CliRunner
 
@@ -304,7 +304,7 @@ def test_without_a_model_it_says_which_command_works_and_with_the_plan_that_work
     close(json.loads(answered.output)["kernel"], whole.self_kernel.kernel[0, 2], "K")
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_in_memory_it_answers_and_can_be_written(place, tmp_path, whole):
     with FisherKernelRunner(plan(place, tmp_path, storage={"persist": False})).prepare_update_workspace() as workspace:
         serialize_workspace(workspace, tmp_path / "written")
@@ -318,7 +318,7 @@ def test_in_memory_it_answers_and_can_be_written(place, tmp_path, whole):
         assert again.ascent().keys() == workspace.ascent().keys()
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_influence_alone_walks_neither_side_whole(place, tmp_path, whole):
     """Without K, U's sum is one walk, and E's rows are walked by themselves, halfway along the step."""
     capture = {"top_k": 0, "kernel": False, "realised": False}
@@ -329,7 +329,7 @@ def test_influence_alone_walks_neither_side_whole(place, tmp_path, whole):
         close(found[name].kept("momentum"), whole[name].kept("momentum"), name)
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_a_damaged_ascent_is_not_served(place, tmp_path):
     spec = plan(place, tmp_path / "out", analyses={}, self_kernel=False, requests=[])
     FisherKernelRunner(spec).run()
@@ -341,7 +341,7 @@ def test_a_damaged_ascent_is_not_served(place, tmp_path):
         FisherKernelRunner(spec).run()
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_adopted_it_makes_the_same_step(place, tmp_path):
     """Δθ of a workspace that was opened by itself is made of the ascent that it keeps."""
     spec = plan(place, tmp_path / "out", analyses={}, self_kernel=False)

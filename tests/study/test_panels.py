@@ -343,7 +343,7 @@ def test_far_sequences_and_one_component_are_drawn_too(results):
     assert axes.get_ylabel() == "sequence of U"
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_all_that_was_found_is_drawn_and_nothing_else(results, tmp_path):
     drawn = report.draw_all(results, tmp_path)
     of_many = (*EFFECTS, *PANELS, "counterfactuals", *(f"observable_{name}" for name in OBSERVED))
@@ -394,7 +394,7 @@ def test_without_a_realised_change_an_observable_shows_its_contributors(result):
     np.testing.assert_allclose([bar.get_width() for bar in axes.patches], 1e3 * found["top_contributions"][most])  # type: ignore[attr-defined]
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_any_text_is_drawn(result, results, tmp_path):
     odd = tuple(
         SequenceInfo(info.id, f"$\\frac{{{i}\n", "$x_{$^\x07\t" * (i + 1), info.logprob, 1.0, prompt_id=f"$p{i}_$")

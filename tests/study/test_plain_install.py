@@ -83,7 +83,7 @@ def plain(installed: Path, place: Path, *commands: tuple[object, ...]) -> subpro
     return done
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_explain_run_account_and_the_page_need_no_extra(run, installed, tmp_path):
     assert (installed / "bin" / "fkernel").is_file()
     plan = run.plan(tmp_path / "out", storage={"pictures": True})
@@ -108,7 +108,7 @@ def test_explain_run_account_and_the_page_need_no_extra(run, installed, tmp_path
     assert (tmp_path / "again.html").stat().st_size == (tmp_path / "account" / "report.html").stat().st_size
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_the_demo_needs_no_extra(installed, tmp_path):
     done = plain(installed, tmp_path, ("demo", "--out", "demo"))
     assert "pictures are left out" in done.stderr

@@ -125,7 +125,7 @@ def _run(place: Path, out: Path, plan: Path) -> Measured:
     return Measured(*map(float, done.stdout.split()[-2:]))
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 @pytest.mark.parametrize(
     ("grant", "persist"), [(120, True), (250, True), (450, False)], ids=["small", "large", "in memory"]
 )

@@ -31,7 +31,7 @@ def plan_of(kind: str, out: Path, **more: Any) -> FisherKernelPlan:
     )
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 @pytest.mark.parametrize("kind", [*KINDS, "temperature 0.7"])
 def test_the_step_explained_is_the_step_that_was_taken(tmp_path, kind):
     results = FisherKernelRunner(plan_of(kind, tmp_path / "out")).run()
@@ -80,7 +80,7 @@ def test_what_the_plan_says_is_left_as_it_is(tmp_path):
     assert as_recorded(filled) == filled
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_a_step_between_snapshots_is_replayed(tmp_path):
     sparse = recording_of("dapo", "first")
     plan = plan_of("dapo", tmp_path / "out", checkpoint={"recording": str(sparse.directory), "step": STEP})

@@ -225,7 +225,7 @@ def test_labelled_arrays(study, tmp_path):
     assert frame.loc[("held_out", "E-002-00"), "realised"] == results["held_out"].kept("realised")[row]
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_the_streamed_rows_do_not_depend_on_the_grant(run, study, tmp_path):
     plan, results = study
     changed = {**plan, "numerics": {"microbatch": 2, "memory": "60MB"}, "storage": {"persist": False}}
@@ -326,7 +326,7 @@ def callback(generator: SampleGenerator) -> GeneratedBatch:
     return generator.build_custom_sequence("3+4=", "8")
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_every_kind_of_request_and_its_filters(run, study, tmp_path):
     plan, _ = study
     given = replace(run.batch, records=run.batch.records[:2])

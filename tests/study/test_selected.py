@@ -157,7 +157,7 @@ def unseen(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Run:
     return made(tmp_path)
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_unseen_coordinates_and_failures_cost_no_other_analysis(unseen, tmp_path, monkeypatch):
     names = ["post-step", "adamw", "rmsprop", "adafactor", "lion", "muon"]
     observables = [

@@ -73,7 +73,7 @@ def test_weights_of_ones_are_not_the_loss(explained):
     assert np.linalg.norm(wrong.batch - right.batch) > 0.01 * np.linalg.norm(right.batch)
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_parts_add_up_and_are_reweighed(explained, tmp_path):
     run, _, U, E, results = explained
     omega, eta = U.token_weights["loss"], U.entropy_weights

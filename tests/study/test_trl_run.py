@@ -73,7 +73,7 @@ def explained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return Explained(run, place, U, E, FisherKernelRunner(run.plan(AT, place / "update", E)).run())
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_padding_inside_of_a_response_is_differentiated_as_the_trainer_did(tmp_path):
     """Its embedding's row is withheld from U's gradients, and not from E's (`func.with_masked_padding_grad`)."""
     run = trained(tmp_path, Asked("dapo", False, "cosine", 1e-4, max_norm=0.1, padding=True))

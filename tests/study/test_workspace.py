@@ -49,7 +49,7 @@ def in_a_fork(act: Any) -> int:
         os._exit(code)
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 @pytest.mark.timeout(900)
 def test_killed_at_random_moments_it_goes_on_to_the_same_bits(run, tmp_path):
     """U is drawn, so that sampling is among what is interrupted; `make torture` stops a run at every operation."""
@@ -271,7 +271,7 @@ def test_a_disk_that_is_full_leaves_nothing_half_written(run, tmp_path, monkeypa
     assert runner.workspace.gradients.computed == 0
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_requests_stream(run, tmp_path):
     """Rows of K that are held at once do not grow with E, unless they are asked for."""
     from fkernel.engine.planning import kept as limits

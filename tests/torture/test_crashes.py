@@ -31,13 +31,13 @@ def coarse(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize(
-    "names", [("sample",), pytest.param(("store", "record, another run"), marks=pytest.mark.turns(4))]
+    "names", [("sample",), pytest.param(("store", "record, another run"), marks=pytest.mark.turns(6))]
 )
 def test_what_is_stopped_anywhere_goes_on_to_the_same_bits(tmp_path, names):
     stopped(tmp_path, tmp_path, names, every=24)
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_where_file_times_are_whole_seconds(coarse, tmp_path):
     """Files that are written within one second are told apart by no time."""
     stopped(coarse, tmp_path, ("store",), every=30)

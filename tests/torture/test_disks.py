@@ -136,7 +136,7 @@ print(prepare(TINY, Path(sys.argv[1])))
 """
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_two_processes_fill_one_cache(tmp_path):
     """Both train, one of them comes first, and both have what it made."""
     command = [sys.executable, "-W", "ignore", "-c", TWICE, str(tmp_path / "cache")]

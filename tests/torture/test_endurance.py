@@ -8,7 +8,7 @@ from tests.study.conftest import run  # noqa: F401 - a fixture
 from tests.torture.endurance import requests, series, steps, wrong_with
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_requests_and_recorded_steps_leave_memory_and_files_as_they_were(run, tmp_path):  # noqa: F811
     for found in (steps(tmp_path / "recording", 40), requests(run, tmp_path / "out", 12)):
         assert {*wrong_with(found)} <= {"calls get slower"}

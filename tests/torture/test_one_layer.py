@@ -34,7 +34,7 @@ def calls(source: str) -> set[str]:
     return {each.attr if isinstance(each, ast.Attribute) else getattr(each, "id", "") for each in called}
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_nothing_is_written_past_the_layer() -> None:
     found = {
         (str(path.relative_to(ROOT)), name)

@@ -60,7 +60,7 @@ def test_old_is_the_policy_that_sampled(second, tmp_path):
     np.testing.assert_array_equal(known[0]["held_out"].batch, known[1]["held_out"].batch)
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 @pytest.mark.filterwarnings("ignore:The sequences were sampled at temperature")
 def test_records_are_no_log_probabilities_of_another_temperature(second, tmp_path):
     changes = {**QUIET, "numerics": {"temperature": 0.7}}

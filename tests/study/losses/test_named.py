@@ -164,7 +164,7 @@ CASES: dict[str, tuple[Callable[[Second], Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_on_a_named_loss_is_predicted(second, tmp_path, case):
     loss, plan = CASES[case]
@@ -205,7 +205,7 @@ def test_a_setting_of_a_loss_is_needed_and_is_enough(second, tmp_path, case):
         assert error(plain[name]) > 4 * error(found[name])
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_another_clipping_range_is_a_counterfactual(second, tmp_path):
     """It is the step that would have been taken, which a plan with that range predicts as well."""
     loss, plan = CASES["bonus"]

@@ -34,7 +34,7 @@ def test_a_penalty_does_not_depend_on_a_requests_advantages(second, study, tmp_p
     np.testing.assert_allclose(parts["advantage"], first["advantage"] / 2, rtol=1e-4, atol=1e-9)
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_the_policy_gradient_with_a_penalty(second, tmp_path):
     """A first step, with another reference: its penalty is not zero."""
     batch, U = second.first.batch, second.first.batch.sequences

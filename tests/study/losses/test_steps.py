@@ -16,7 +16,7 @@ from fkernel.study import (
 from tests.study.losses.common import CASES, QUIET, RATIO, at_start, error, executed, surrogate, token_logp
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_on_the_loss_is_predicted(second, tmp_path, case):
     loss, plan = CASES[case]

@@ -21,7 +21,7 @@ from tests.study.conftest import MAX_NORM
 from tests.study.losses.common import QUIET, RATIO, executed, kl
 
 
-@pytest.mark.turns(4)
+@pytest.mark.turns(6)
 def test_a_workspace_keeps_what_the_loss_made(second, study):
     plan, results = study
     shutil.rmtree(f"{plan['out']}/workspace/kept")  # or answers would be read, and nothing computed
