@@ -1,5 +1,7 @@
 """Every strategy gives the same kernel, and a memory grant chooses among them."""
 
+import gc
+
 import pytest
 import torch
 
@@ -160,6 +162,24 @@ def test_work_is_counted_without_a_value():
     )
     assert (work.flops, work.weights) == (240, 80)
     assert (work.peak, work.kept) == (2 * 120, 120)
+
+
+@pytest.mark.parametrize("every", [1, 100_000])
+def test_a_count_does_not_depend_on_when_garbage_is_collected(every):
+    def f(params, x):
+        cycle = [x @ params["w"]]
+        cycle.append(cycle)
+        del cycle
+        return x.sum() + len([[] for _ in range(1000)])  # while garbage is collected, where it is
+
+    usual = gc.get_threshold()
+    gc.set_threshold(every)
+    try:
+        work = count_cost(f, {"w": torch.ones(4, 5)}, torch.ones(6, 4))
+    finally:
+        gc.set_threshold(*usual)
+    assert work.kept >= 120
+    assert gc.isenabled()
 
 
 def test_a_curve_is_exact_for_second_degree():

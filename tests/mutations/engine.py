@@ -91,6 +91,13 @@ MUTATIONS = [
         "return reuse_memory()",
     ),
     Mutation(
+        "what is counted depends on when garbage is collected",
+        "tests/test_strategies.py::test_a_count_does_not_depend_on_when_garbage_is_collected",
+        "engine/planning/work.py",
+        "    gc.disable()\n",
+        "",
+    ),
+    Mutation(
         "two places along the step are there at once",
         "tests/test_certificates.py::test_one_place_along_the_step_is_there_at_a_time",
         "func/trust/comparisons.py",

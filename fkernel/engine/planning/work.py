@@ -6,8 +6,10 @@ them as on real ones, so no formula for a transformer is assumed, and the model 
 
 from __future__ import annotations
 
+import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -63,11 +65,23 @@ def count_cost(fn: Callable[..., Any], params: Tree, *rest: Any, place: torch.de
         inside = {leaf.untyped_storage()._cdata for leaf in args[0].values()}
         given = {leaf.untyped_storage()._cdata for leaf in _tensors(args[1:])}
         counting, flops = _Count(inside, given), FlopCounterMode(display=False)
-        with flops, counting:
+        with flops, counting, _uncollected():
             result = fn(*args)
             kept = counting.live
     del result
     return Work(flops.get_total_flops(), counting.weights, counting.moved, counting.calls, counting.peak, kept)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Collect no garbage within, so that a count does not depend on when that would happen."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _faked(fake: FakeTensorMode, leaf: Any, place: torch.device | None) -> Any:
