@@ -43,8 +43,9 @@ def ask(
             return
         if rows:
             show_request(result, rows)
+        console = wide(100)
         for line in report.probe_lines(result, "bare" if result.momentum is None else "nats"):
-            wide(100).print(line, highlight=False)
+            console.print(line, highlight=False, soft_wrap=not console.is_terminal)
 
 
 def query(

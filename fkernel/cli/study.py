@@ -57,7 +57,7 @@ def finish(results: Any, out: Path, rows: int, as_json: bool) -> None:
         show_results(results, rows)
     console, page, workspace = wide(100), out / "report.html", results.plan["storage"]["workspace"] or out / "workspace"
     for line in (*report.request_lines(results), *report.findings(results)):
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, soft_wrap=not console.is_terminal)  # in a file a line is a line
     print_line(f"Wrote {out}" + (f"; the page is {page}" if page.exists() else "") + ". Next:")
     following = [f"fkernel show {out}"]
     if Path(workspace).is_dir():  # several ranks write none
