@@ -182,7 +182,7 @@ def test_identical_sequences_of_a_step_are_one_line_with_their_sum():
     assert share == (results.sequences[here[1]]["id"], -0.5, pytest.approx(0.01), 4)
     assert results.top_sequences("P-1", 1)[0] == (share.id, -0.5, 0.5, 1)
     assert results.identical_to(share.id) == [results.sequences[u]["id"] for u in here]
-    results["realised"][:] = [0.0, -1.0][: len(results.probes)]
+    results["realised"][:] = [-1.0 if probe.id == "P-1" else 0.0 for probe in results.probes]
     assert report.most_of_it(results) == results.identical_to(share.id)
     rows = rows_of(report.culprits_table(results, "P-1", 16))
     assert [row for row in rows if row[0] == "6"] == [["6", f"{share.id} × 4", "1+1=→61", *rows[0][3:5], "−500.00*"]]
