@@ -425,8 +425,9 @@ def test_panels_say_how_to_ask(watch, study):
 def test_the_address_says_what_is_seen_and_back_goes_back(watch, study):
     page = watch(study).open("#view=probes&probe=E-003")
     heading(page, "E-003")
+    settled(page)
     page.get_by_role("button", name="Map").click()
-    assert page.locator(".tab[aria-current]").inner_text() == "Map"
+    page.locator(".tab[aria-current]", has_text="Map").wait_for()
     page.go_back()
     heading(page, "E-003")
 
