@@ -270,21 +270,22 @@ def test_no_module_is_named_like_a_function():
 
 # ------------------------------------------------------------------------------------------------------- the light root
 
+HALF = 0.5
 _TIMED = """
 import sys, time
 import torch
-start = time.process_time()  # of which other processes take none
+start = time.perf_counter()
 import fkernel
-print(time.process_time() - start)
+print(time.perf_counter() - start)
 print(*sys.modules)
 """
 
 
 @pytest.fixture(scope="module")
 def imports() -> list[tuple[float, set[str]]]:
-    """Import the package after torch in three fresh processes: seconds and modules of each."""
-    runs = []
-    for _ in range(3):
+    """Import the package after torch in fresh processes: seconds and modules of each; more where others slow them."""
+    runs: list[tuple[float, set[str]]] = []
+    while len(runs) < 3 or (len(runs) < 12 and min(seconds for seconds, _ in runs) >= HALF):
         command = [sys.executable, "-c", _TIMED]
         out = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True, check=True, timeout=120)
         seconds, modules = out.stdout.strip().splitlines()
@@ -293,7 +294,7 @@ def imports() -> list[tuple[float, set[str]]]:
 
 
 def test_the_import_takes_under_half_a_second_beyond_torch(imports):
-    assert min(seconds for seconds, _ in imports) < 0.5
+    assert min(seconds for seconds, _ in imports) < HALF
 
 
 @pytest.mark.parametrize("heavy", ["transformers", "matplotlib", "peft", "typer"])

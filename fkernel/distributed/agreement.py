@@ -91,7 +91,10 @@ def meet(group: Group, failure: str | None = None) -> None:
 
 def _failed(group: Group, number: int, ranks: list[int]) -> ProcessError:
     """Make the error that all ranks raise at a meeting."""
-    reasons = {rank: group.store.get(f"failed/{number}/{rank}").decode() for rank in ranks}  # waits until it is told
+    reasons = dict[int, str]()
+    for rank in ranks:
+        _wait_for(group, key := f"failed/{number}/{rank}")  # which the store may get to after the ranks met
+        reasons[rank] = group.store.get(key).decode()
     first = ranks[0]
     others = f" ({len(ranks) - 1} more failed)" if len(ranks) > 1 else ""
     unanimous = len(reasons) == group.size and len({*reasons.values()}) == 1

@@ -7,6 +7,13 @@ REPORT = "tests/study/test_account_report.py"
 ADDS_UP = f"{RUN}::test_the_columns_add_up_to_the_change_that_happened[own]"
 MUTATIONS = [
     Mutation(
+        "one of several identical sequences is suggested to be dropped",
+        f"{REPORT}::test_identical_sequences_of_a_step_are_one_line_with_their_sum",
+        "study/accounts/results.py",
+        "for row in self.sequences if _texts(row) == key]",
+        'for row in self.sequences if row["id"] == sequence]',
+    ),
+    Mutation(
         "momentum is forgotten between steps",
         ADDS_UP,
         "engine/adjoint.py",

@@ -80,8 +80,8 @@ MUTATIONS = [
         "what a rank failed of is told only where it is known already",
         f"{FAILURES}::test_what_a_rank_failed_of_is_waited_for",
         "distributed/agreement.py",
-        "for rank in ranks}  # waits",
-        'for rank in ranks if group.store.check([f"failed/{number}/{rank}"])}  # waits',
+        '        _wait_for(group, key := f"failed/{number}/{rank}")',
+        '        if not group.store.check([key := f"failed/{number}/{rank}"]): continue',
     ),
     Mutation(
         "a hang is waited for",

@@ -54,8 +54,8 @@ def test_run_writes_everything_and_prints_tables(study):
         "batches", "workspace", "lock",
     }  # fmt: skip
     assert "the page is" in result.stdout
-    found = next(line for line in result.stdout.splitlines() if line.startswith("Predicted and realised changes"))
-    assert found.endswith("."), "in a file a line is not wrapped"
+    (agreement,) = (line for line in result.stdout.splitlines() if line.startswith("Predicted and realised changes"))
+    assert agreement.endswith("."), "in a file a line is not wrapped"
     assert "<h1>" in (out / "report.html").read_text(encoding="utf-8")
     for picture in ("held_out_heatmap", "held_out_influence", "held_out_contributors", "spectrum"):
         assert (out / "pictures" / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
